@@ -1,0 +1,44 @@
+"""Static package data: the one place for name, version and dependencies. Tools are configured in pyproject.toml."""
+
+from setuptools import setup
+
+setup(
+    name="steerfast",
+    version="0.1.0",
+    description="Fused GPU kernels for steering language models, with a PyTorch reference and a thin hook API",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["language models", "activation steering", "sparse autoencoders", "triton", "interpretability"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    # The folder `kernels` must never be importable under that name: transformers itself imports a package called `kernels`.
+    packages=["steerfast", "steerfast_kernels"],
+    package_dir={"steerfast": "steerfast", "steerfast_kernels": "kernels"},
+    package_data={"steerfast": ["py.typed"], "steerfast_kernels": ["README.md"]},
+    # A CUDA build of torch pins its own triton exactly, so triton is no requirement of ours.
+    install_requires=["torch>=2.10", "transformers>=4.57", "safetensors>=0.6", "jaxtyping>=0.3", "tqdm>=4.66"],
+    extras_require={
+        "demo": ["gguf>=0.17", "scikit-learn>=1.5"],
+        "gguf": ["gguf>=0.17"],
+        "sae": ["scikit-learn>=1.5"],
+        "bench": ["pytest>=9.0", "pytest-benchmark>=5.0"],
+        # Beside a CPU build of torch: for the interpreter and for compiling ahead of time.
+        "cpu-kernels": ["triton>=3.6,<3.10"],
+        "dev": [
+            "build>=1.2",
+            "hypothesis>=6.100",
+            "mypy>=2.0",
+            "pytest>=9.0",
+            "pytest-benchmark>=5.0",
+            "ruff>=0.14",
+            "setuptools>=77",
+        ],
+    },
+    entry_points={"console_scripts": ["steerfast=steerfast.cli:main"]},
+)

@@ -1,0 +1,95 @@
+"""Checks of what a user passes: each names the argument, says what was got, what was expected and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_SLOTS_PER_ROW = 4
+
+
+def check_stream(op: str, x: Tensor) -> None:
+    """x is a floating tensor (..., d) with d ≥ 1."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a tensor (..., d); got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: x has dtype {x.dtype}; expected float16, bfloat16, float32 or float64: convert it with x.float()")
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (..., d) with d >= 1")
+
+
+def check_width(op: str, name: str, directions: Tensor, x: Tensor) -> None:
+    """The directions have the width, the device and a dtype that fit x."""
+    if not isinstance(directions, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor of rows (m, d) or one row (d,); got {type(directions).__name__}")
+    if directions.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} has dtype {directions.dtype}; expected a floating dtype")
+    if directions.dim() not in (1, 2) or directions.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(directions.shape)}; expected (d,) or (m, d) with d = {x.shape[-1]}, the width of x"
+        )
+    if directions.device != x.device:
+        raise ValueError(f"{op}: {name} is on {directions.device} and x on {x.device}; move one with .to(...)")
+
+
+def check_table(op: str, rows: Tensor | None, scale: Tensor | None, x: Tensor) -> None:
+    """rows is int32 (n,) or (n, P), scale float32 of the same shape (or (n,) without rows), both beside x."""
+    n = x.numel() // x.shape[-1]
+    for name, table, dtype in (("rows", rows, torch.int32), ("scale", scale, torch.float32)):
+        if table is None:
+            continue
+        if table.dtype != dtype:
+            raise TypeError(f"{op}: {name} has dtype {table.dtype}; expected {dtype}")
+        if table.dim() not in (1, 2) or table.shape[0] != n:
+            raise ValueError(f"{op}: {name} has shape {tuple(table.shape)}; expected ({n},) or ({n}, P): one entry per row of x")
+        if table.dim() == 2 and not 1 <= table.shape[1] <= MAX_SLOTS_PER_ROW:
+            raise ValueError(f"{op}: {name} has P = {table.shape[1]} columns; expected 1 to {MAX_SLOTS_PER_ROW}: split the call")
+        if table.device != x.device:
+            raise ValueError(f"{op}: {name} is on {table.device} and x on {x.device}; move it with .to(...)")
+    if rows is not None and scale is not None and rows.shape != scale.shape:
+        raise ValueError(f"{op}: scale has shape {tuple(scale.shape)} and rows {tuple(rows.shape)}; expected the same shape")
+    if rows is None and scale is not None and scale.numel() != n:
+        raise ValueError(f"{op}: scale has shape {tuple(scale.shape)}; without rows expected ({n},)")
+
+
+def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> Tensor:
+    """Directions as float32 CPU rows (m, d): finite, none of them zero. Takes a tensor or an object with `.vector`."""
+    value = getattr(value, "vector", value)
+    rows = torch.as_tensor(value)
+    if not rows.is_floating_point():
+        raise TypeError(f"{owner}: {name} has dtype {rows.dtype}; expected a floating dtype")
+    rows = rows.detach().to("cpu", torch.float32)
+    if rows.dim() == 1:
+        rows = rows[None]
+    if rows.dim() != 2 or rows.shape[-1] == 0 or rows.shape[0] == 0 or (one and rows.shape[0] != 1):
+        expected = "(d,)" if one else "(d,) or (m, d), m >= 1"
+        raise ValueError(f"{owner}: {name} has shape {tuple(torch.as_tensor(value).shape)}; expected {expected}")
+    bad = (~rows.isfinite()).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"{owner}: {name} holds NaN or Inf in row {bad[0]}; check the activations it came from")
+    zero = (rows == 0).all(1).nonzero().flatten().tolist()
+    if zero:
+        raise ValueError(f"{owner}: {name} is all zero in row {zero[0]}; a zero direction steers nothing")
+    return rows.contiguous()
+
+
+def finite_number(owner: str, name: str, value: Any) -> float:
+    """A finite Python float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{owner}: {name} must be a number; got {value!r}") from None
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError(f"{owner}: {name} must be finite; got {number}")
+    return number
+
+
+def one_of(owner: str, name: str, value: Any, allowed: Sequence[str]) -> str:
+    """One of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{owner}: {name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+    return str(value)

@@ -1,0 +1,624 @@
+"""The hook: puts plans into a transformers model, one dispatcher per layer and site.
+
+`steer` attaches and detaches; `prepare` installs inert dispatchers once, before torch.compile, after which only the
+contents of buffers change. Which token is steered is decided once per forward pass, by a hook on the decoder, and
+read by every dispatcher (see `steerfast.positions`). `generate` is shadowed on the model instance while a plan is
+active, because a hook alone sees neither the prompt's length nor, under a static cache, its padding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import ops, reference
+from ._backends import backend_of
+from ._checks import MAX_SLOTS_PER_ROW, finite_number
+from ._library import ALL_MODES
+from .bank import Bank, Runs, fitting
+from .interventions import Intervention
+from .layers import Layers, Point, find_layers
+from .plan import Plan, as_plan
+from .positions import IDLE, Layer, Pass, Prompt, Table
+
+_ATTRIBUTE = "_steerfast"
+
+
+def steer(
+    model: nn.Module,
+    plan: Plan | dict[Any, Any] | Sequence[Plan | dict[Any, Any] | None],
+    strength: float | Sequence[float] = 1.0,
+    prompt_length: int | Sequence[int] | None = None,
+) -> Steering:
+    """Steer a model until the returned handle is removed, or for a `with` block.
+
+    Args:
+        model: A transformers causal language model, or its decoder.
+        plan: A `Plan`, a dict that describes one, or a list with one plan or None per batch row.
+        strength: Multiplies every edit (for a flow its T); one number, or one per batch row.
+        prompt_length: P for bare forward passes, in tokens, padding included; one number, or one per batch row. Not
+            needed under `generate`, nor where the first pass from an empty cache is the whole prompt.
+
+    Returns:
+        A handle: `remove()`, `stats()`, `strength`, and a context manager.
+
+    Raises:
+        TypeError, ValueError: the plan does not fit the model; nothing has been attached.
+        RuntimeError: the model is already compiled and was not prepared.
+
+    Example:
+        >>> with sf.steer(model, {8: sf.Add(v, 2.0)}) as handle:  # doctest: +SKIP
+        ...     model.generate(**inputs)
+    """
+    controller = _controller(model)
+    many = isinstance(plan, Sequence)
+    plans = [None if p is None else as_plan("steer", p) for p in (plan if many else [plan])]
+    if not any(plans):
+        raise ValueError("steer: no plan is given; pass a Plan, a dict, or a list with at least one plan")
+    for one in plans:
+        if one is not None:
+            controller.check(one)
+    return Steering(controller, plans, per_row=many, strength=strength, prompt_length=prompt_length)
+
+
+def prepare(
+    model: nn.Module,
+    layers: Sequence[int] | None = None,
+    site: str = "resid_post",
+    batch: int = 16,
+    length: int = 4096,
+    slots: int = 64,
+    directions: int = 256,
+) -> None:
+    """Install inert dispatchers before torch.compile; afterwards `steer` only changes the contents of buffers.
+
+    Args:
+        model: A transformers causal language model that has not been compiled yet.
+        layers: Which layers may be steered; None: all.
+        site: At which site.
+        batch: Largest batch, beams and samples included.
+        length: Longest prompt, in tokens.
+        slots: How many interventions can be active at one layer.
+        directions: How many rows of B and C each layer's bank holds.
+
+    Raises:
+        TypeError, ValueError: a layer or site that the model does not have.
+        RuntimeError: the model is already compiled, or is being steered.
+
+    Example:
+        >>> sf.prepare(model)  # doctest: +SKIP
+        >>> model.forward = torch.compile(model.forward, fullgraph=True)  # doctest: +SKIP
+    """
+    controller = _controller(model)
+    if controller.handles:
+        raise RuntimeError("prepare: the model is being steered; remove the handles first")
+    chosen = range(controller.layers.count) if layers is None else layers
+    points = [(site, controller.layers.resolve(layer, "prepare")) for layer in chosen]
+    controller.prepare(points, batch, length, slots, directions)
+
+
+class Steering:
+    """A removable handle of one `steer` call, and a context manager."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        plans: list[Plan | None],
+        per_row: bool,
+        strength: float | Sequence[float],
+        prompt_length: int | Sequence[int] | None,
+    ) -> None:
+        self._controller = controller
+        self.plans = plans
+        self.per_row = per_row
+        self._strengths = _strengths(strength, len(plans), per_row)
+        self.prompt_length = prompt_length
+        self.slots: list[tuple[int, ...]] = []
+        self._counts = [0] * len(plans)
+        self._active = True
+        controller.attach(self)
+
+    @property
+    def strength(self) -> list[float]:
+        """The multiplier of each plan (or batch row); assign one number or a list to change it at once."""
+        return list(self._strengths)
+
+    @strength.setter
+    def strength(self, value: float | Sequence[float]) -> None:
+        self._strengths = _strengths(value, len(self.plans), self.per_row)
+        self._controller.refresh()
+
+    def stats(self) -> list[int]:
+        """How many tokens each plan has been applied to so far (counted once, not per layer)."""
+        return [
+            count + self._controller.counted(slots[0]) if self._active and slots else count
+            for count, slots in zip(self._counts, self.slots, strict=True)
+        ]
+
+    def remove(self) -> None:
+        """Detach: no hook remains, unless the model was prepared, and `generate` is restored. Safe to call twice."""
+        if not self._active:
+            return
+        self._counts = self.stats()
+        self._active = False
+        self._controller.detach(self)
+        if not any(self._counts):
+            warnings.warn("steer: no token was edited; did the model run, and do the positions fit?", RuntimeWarning, stacklevel=3)
+
+    def __enter__(self) -> Steering:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._counts = [count or 1 for count in self.stats()]  # the run was cut short: no warning on top of its error
+        self.remove()
+
+    def layer(self, batch: int) -> Layer:
+        """The handle's plans spread over the rows of a batch."""
+        if self.per_row and len(self.plans) != batch:
+            raise ValueError(f"steer: {len(self.plans)} plans were given for a batch of {batch} prompts; give one per row, None for unsteered")
+        index = range(batch) if self.per_row else [0] * batch
+        positions = ["all" if (plan := self.plans[i]) is None else plan.positions for i in index]
+        return Layer([self.slots[i] for i in index], [self._strengths[i] for i in index], positions)
+
+
+class Dispatcher:
+    """The one hook of a layer and site: applies the slots of its bank that own the tokens of this pass."""
+
+    def __init__(self, controller: Controller, point: Point, bank: Bank, fixed: bool) -> None:
+        self.controller = controller
+        self.point = point
+        self.bank = bank
+        self.fixed = fixed
+        self.edits: dict[int, Intervention] = {}
+        self._seen: Pass | None = None
+        self._views: list[tuple[reference.Slot, float]] = []
+        self.hook: RemovableHandle = point.attach(self, prepend=point.kind == "post")
+
+    def put(self, edits: dict[int, Intervention]) -> None:
+        """Register interventions under their slot numbers, all or none."""
+        if self.fixed:
+            done: list[int] = []
+            try:
+                for slot, edit in edits.items():
+                    self.bank.register(edit, slot)
+                    done.append(slot)
+            except (RuntimeError, ValueError):
+                for slot in done:
+                    self.bank.release(slot)
+                raise
+        else:
+            self.bank = fitting({**self.edits, **edits}, self.bank)
+        self.edits.update(edits)
+        self._seen = None
+
+    def take(self, slots: Sequence[int]) -> None:
+        """Release the slots that are here."""
+        for slot in slots:
+            if self.edits.pop(slot, None) is not None:
+                self.bank.release(slot)
+        self._seen = None
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        now = self.controller.now
+        if now.owners is None:
+            return self._by_table(x, now.rows, now.scale)  # type: ignore[arg-type]
+        if not now.owners:
+            return None
+        if backend_of(x) == "torch":
+            for slot, gain in self._direct(now):
+                x = reference.edit(x, slot, gain)
+            return x if self._views else None
+        if not any(slot in self.edits for slot, _ in now.owners):
+            return None
+        count = x.numel() // x.shape[-1]
+        rows, scale = self.controller.broadcast(now)
+        return self._by_table(x, rows.expand(count, -1), scale.expand(count, -1))
+
+    def _direct(self, now: Pass) -> list[tuple[reference.Slot, float]]:
+        """The views and gains of a pass that treats every token alike; kept while the pass does not change."""
+        if self._seen is not now:
+            self._seen = now
+            self._views = [
+                (view, self.bank.strength(slot) * weight)
+                for slot, weight in now.owners or ()
+                if (view := self.bank.view(slot)) is not None
+            ]
+        return self._views
+
+    def _by_table(self, x: Tensor, rows: Tensor, scale: Tensor) -> Tensor | None:
+        if not self.fixed and not self.edits:
+            return None
+        if rows.shape[0] != x.numel() // x.shape[-1]:
+            raise RuntimeError(
+                f"steer: {self.point.path} handles {x.numel() // x.shape[-1]} tokens in a pass of {rows.shape[0]}; this layer "
+                "reorders or splits its tokens, which per-token steering cannot follow"
+            )
+        rows, scale = rows.to(x.device), scale.to(x.device)
+        modes = ALL_MODES if self.fixed else self.bank.modes
+        rank = self.bank.vectors.shape[0] if self.fixed else self.bank.max_rank
+        for first in range(0, rows.shape[1], MAX_SLOTS_PER_ROW):
+            part = slice(first, first + MAX_SLOTS_PER_ROW)
+            x = ops.subspace(x, *self.bank.tensors, rows[:, part], scale[:, part], modes, rank)
+        return x
+
+
+class Controller:
+    """What one model knows of its steering: dispatchers, active handles, and the batch that is running."""
+
+    def __init__(self, model: nn.Module, layers: Layers) -> None:
+        self.model = model
+        self.layers = layers
+        self.handles: list[Steering] = []
+        self.dispatchers: dict[tuple[str, int], Dispatcher] = {}
+        self.now: Pass = IDLE
+        self.prepared = False
+        self._runs = Runs(1 << 20)
+        self._prompt: Prompt | None = None
+        self._table: Table | None = None
+        self._generating = False
+        self._host_counts: dict[int, int] = {}
+        self._device_counts: Tensor | None = None
+        self._broadcasts: dict[Pass, tuple[Tensor, Tensor]] = {}
+        self._decoder = model.get_submodule(layers.path.rpartition(".")[0])
+        self._names = list(inspect.signature(self._decoder.forward).parameters)
+        self._decoder_hook: RemovableHandle | None = None
+        self._static_rows = self._static_scale = torch.empty(0)
+
+    # --- plans come and go -------------------------------------------------------------------------------------------
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan that does not fit the model, before anything is attached."""
+        card, layers = plan.model, self.layers
+        if card is not None and (card.width, card.layers) != (layers.d, layers.count):
+            raise ValueError(
+                f"steer: the plan was made for {card.name} (width {card.width}, {card.layers} layers); this model "
+                f"({layers.name}) has width {layers.d} and {layers.count} layers"
+            )
+        if card is not None and card.name.partition(":")[0] != layers.name:
+            warnings.warn(f"steer: the plan was made for {card.name}, this model is a {layers.name}", UserWarning, stacklevel=4)
+        for site, layer, chain in self._places(plan):
+            point = layers.point(layer, site, "steer")
+            for edit in chain:
+                if edit.width != point.width:
+                    raise ValueError(f"steer: {edit!r} at {site} {layer} has width {edit.width}; this model's {site} has {point.width}")
+            if self.prepared and (site, layer) not in self.dispatchers:
+                raise RuntimeError(f"steer: {site} of layer {layer} was not prepared; name it in prepare before compiling")
+        if not self.prepared and _is_compiled(self.model):
+            raise RuntimeError("steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before compiling")
+
+    def attach(self, handle: Steering) -> None:
+        """Give each plan its slots, the same in every layer, and start steering."""
+        chains = [0 if plan is None else max(len(chain) for _, _, chain in self._places(plan)) for plan in handle.plans]
+        wanted: dict[tuple[str, int], dict[int, Intervention]] = {}
+        for plan, width in zip(handle.plans, chains, strict=True):
+            first = self._runs.take(width, "slots") if width else 0
+            handle.slots.append(tuple(range(first, first + width)))
+            for site, layer, chain in () if plan is None else self._places(plan):
+                wanted.setdefault((site, layer), {}).update(enumerate(chain, first))
+        try:
+            for place, edits in wanted.items():
+                self._dispatcher(place).put(edits)
+            if self._decoder_hook is None:
+                self._decoder_hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+            self.handles.append(handle)
+            self.refresh()
+        except BaseException:
+            self.detach(handle)
+            raise
+        if "generate" not in vars(self.model) and hasattr(self.model, "generate"):
+            self.model.generate = self._generate  # type: ignore[assignment]
+
+    def detach(self, handle: Steering) -> None:
+        """Release the slots of a handle; with the last one go the hooks and the shadow of generate."""
+        if handle in self.handles:
+            self.handles.remove(handle)
+        for slots in handle.slots:
+            if slots:
+                self._runs.give(slots[0], len(slots))
+        for place, dispatcher in list(self.dispatchers.items()):
+            dispatcher.take([slot for slots in handle.slots for slot in slots])
+            if not dispatcher.edits and not self.prepared:
+                dispatcher.hook.remove()
+                del self.dispatchers[place]
+        for slots in handle.slots:
+            self._forget(slots)
+        if self.handles:
+            self.refresh()
+            return
+        self._prompt, self._table, self.now = None, None, IDLE
+        self._broadcasts.clear()
+        if vars(self.model).get("generate") == self._generate:
+            del self.model.generate
+        if not self.prepared:
+            if self._decoder_hook is not None:
+                self._decoder_hook.remove()
+            delattr(self.model, _ATTRIBUTE)
+
+    def refresh(self) -> None:
+        """Rebuild the table of the batch that is running: a handle came, went, or changed its strength."""
+        self._broadcasts.clear()
+        highest = max((slot for handle in self.handles for slots in handle.slots for slot in slots), default=0)
+        if self._device_counts is None or self._device_counts.shape[0] < highest + 2:
+            counts = torch.zeros(highest + 2, dtype=torch.int64, device=self._device)
+            if self._device_counts is not None:
+                counts[: self._device_counts.shape[0]] = self._device_counts
+            self._device_counts = counts
+        if self._prompt is not None:
+            self._build(self._prompt)
+        elif self.prepared:
+            self._publish_unprompted()
+
+    def counted(self, slot: int) -> int:
+        """Tokens that a slot has been applied to."""
+        on_device = 0 if self._device_counts is None else int(self._device_counts[slot + 1])
+        return self._host_counts.get(slot, 0) + on_device
+
+    def broadcast(self, now: Pass) -> tuple[Tensor, Tensor]:
+        """The owners of a pass that treats every token alike, as tables with one row."""
+        if now not in self._broadcasts:
+            slots, scales = zip(*now.owners, strict=True)  # type: ignore[arg-type]
+            self._broadcasts[now] = (
+                torch.tensor([slots], dtype=torch.int32, device=self._device),
+                torch.tensor([scales], dtype=torch.float32, device=self._device),
+            )
+        return self._broadcasts[now]
+
+    def _places(self, plan: Plan) -> list[tuple[str, int, tuple[Intervention, ...]]]:
+        """(site, layer, chain) with layers counted from 0; two names of one layer are one chain."""
+        merged: dict[tuple[str, int], tuple[Intervention, ...]] = {}
+        for (site, layer), chain in plan.edits.items():
+            place = site, self.layers.resolve(layer, "steer")
+            merged[place] = merged.get(place, ()) + chain
+        return [(site, layer, chain) for (site, layer), chain in merged.items()]
+
+    def _dispatcher(self, place: tuple[str, int]) -> Dispatcher:
+        if place not in self.dispatchers:
+            point = self.layers.point(place[1], place[0], "steer")
+            empty = Bank(point.width, 1, 0, *_storage(self.layers.blocks[place[1]], self.model))
+            self.dispatchers[place] = Dispatcher(self, point, empty, fixed=False)
+        return self.dispatchers[place]
+
+    def _forget(self, slots: tuple[int, ...]) -> None:
+        for slot in slots:
+            self._host_counts.pop(slot, None)
+            if self._device_counts is not None and slot + 1 < self._device_counts.shape[0]:
+                self._device_counts[slot + 1] = 0
+
+    # --- one forward pass --------------------------------------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the decoder runs: decide who owns which token of this pass."""
+        if torch.compiler.is_compiling():
+            self.now = self._traced(_named(self._names, args, kwargs))
+            return
+        if not self.handles:
+            self.now = IDLE
+            return
+        inputs = _named(self._names, args, kwargs)
+        tokens = _tokens(inputs)
+        batch, count = tokens.shape[:2]
+        start = _past_length(inputs)
+        table = self._table if self._generating else self._bare(batch, count, start, inputs.get("attention_mask"))
+        if table is None:
+            raise RuntimeError("steer: the model runs inside generate, but no prompt was announced")
+        self.now = table.at(start, count, batch) if isinstance(start, int) else table.gather(start, count, batch)
+        self._count(self.now, batch * count)
+
+    def _bare(self, batch: int, count: int, start: int | Tensor, mask: Any) -> Table:
+        """The table of a forward pass outside generate."""
+        known = self._prompt is not None and self._prompt.batch == batch
+        if isinstance(start, Tensor) or start > 0:
+            if known and self._table is not None:
+                return self._table
+            if isinstance(start, Tensor):
+                raise ValueError("steer: a static cache that was filled unseen hides how long the prompt is; run the prompt under steer, or use generate")
+        valid = _valid(mask, batch, start + count)
+        starts = next((h.prompt_length for h in self.handles if h.prompt_length is not None), None)
+        if starts is None:
+            lengths = None if start > 0 else torch.where(valid, torch.arange(1, valid.shape[1] + 1), 0).amax(1)
+        else:
+            lengths = torch.as_tensor(starts).expand(batch).clone()
+            valid = nn.functional.pad(valid, (0, max(0, int(lengths.max()) - valid.shape[1])), value=True)
+        if known and self._table is not None and self._prompt is not None and _same(self._prompt, valid, lengths):
+            return self._table
+        return self._build(Prompt(valid, lengths))
+
+    def _build(self, prompt: Prompt) -> Table:
+        table = Table(prompt, [handle.layer(prompt.batch) for handle in self.handles], self._device)
+        self._prompt, self._table = prompt, table
+        return table
+
+    def _count(self, now: Pass, tokens: int) -> None:
+        if now.owners is not None:
+            for slot, _ in now.owners:
+                self._host_counts[slot] = self._host_counts.get(slot, 0) + tokens
+        elif now.rows is not None and self._device_counts is not None:
+            self._device_counts.index_add_(0, now.rows.flatten().long() + 1, torch.ones_like(now.rows.flatten(), dtype=torch.int64))
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Shadow of the model's generate: announces the prompt, then runs the real one."""
+        generate: Callable[..., Any] = type(self.model).generate  # type: ignore[assignment]
+        if self._generating:  # a model that is its own assistant generates inside generate
+            return generate(self.model, *args, **kwargs)
+        prompt = _announced(self.model, args, kwargs)
+        self._generating = True
+        try:
+            table = self._build(prompt)
+            if self.prepared:
+                self._publish(table, _copies(self.model, kwargs))
+            return generate(self.model, *args, **kwargs)
+        finally:
+            self._generating = False
+            self._prompt, self._table, self.now = None, None, IDLE
+
+    # --- under torch.compile -----------------------------------------------------------------------------------------
+
+    def prepare(self, points: list[tuple[str, int]], batch: int, length: int, slots: int, directions: int) -> None:
+        """Install inert dispatchers with banks of fixed size and a row table at a fixed address."""
+        if _is_compiled(self.model):
+            raise RuntimeError("prepare: the model is already compiled; call prepare before torch.compile")
+        for place in points:
+            point = self.layers.point(place[1], place[0], "prepare")
+            bank = Bank(point.width, slots, directions, *_storage(self.layers.blocks[place[1]], self.model))
+            self.dispatchers[place] = Dispatcher(self, point, bank, fixed=True)
+        self._runs = Runs(slots)
+        self._static_rows = torch.full((batch, length + 1, MAX_SLOTS_PER_ROW), -1, dtype=torch.int32, device=self._device)
+        self._static_scale = torch.ones(batch, MAX_SLOTS_PER_ROW, device=self._device)
+        self._device_counts = torch.zeros(slots + 1, dtype=torch.int64, device=self._device)
+        self._decoder_hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self.prepared = True
+
+    def _traced(self, inputs: dict[str, Any]) -> Pass:
+        """The pass as a part of the compiled graph: a gather from the table that `_publish` fills."""
+        if not self.prepared:
+            raise RuntimeError("steer: the model is being compiled; call prepare(model) before torch.compile")
+        tokens = _tokens(inputs)
+        batch, count = tokens.shape[:2]
+        position = _past_length(inputs) + torch.arange(count, device=self._static_rows.device)
+        rows = self._static_rows[:batch, position.clamp(max=self._static_rows.shape[1] - 1)]
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            rows = torch.where(mask[:, -count:, None] != 0, rows, -1)
+        flat = rows.reshape(-1, MAX_SLOTS_PER_ROW)
+        scale = self._static_scale[:batch, None].expand(batch, count, MAX_SLOTS_PER_ROW).reshape(-1, MAX_SLOTS_PER_ROW)
+        owned = flat.flatten().long() + 1
+        self._device_counts.index_add_(0, owned, torch.ones_like(owned))  # type: ignore[union-attr]
+        return Pass(None, flat, scale)
+
+    def _publish(self, table: Table, copies: int) -> None:
+        """Copy a table into the buffers that the compiled graph reads."""
+        batch, span, columns = table.rows.shape
+        room = self._static_rows.shape
+        if batch * copies > room[0] or span > room[1] or columns > room[2]:
+            raise ValueError(
+                f"steer: {batch * copies} rows, {span - 1} prompt tokens and {columns} interventions in a row; prepare made room for "
+                f"{room[0]}, {room[1] - 1} and {room[2]}"
+            )
+        self._static_rows.fill_(-1)
+        self._static_scale.fill_(1.0)
+        rows = table.rows.repeat_interleave(copies, 0)
+        self._static_rows[: batch * copies, :span, :columns] = rows.to(self._device)
+        self._static_rows[: batch * copies, span:, :columns] = rows[:, -1:].to(self._device)
+        self._static_scale[: batch * copies, :columns] = table.scale.repeat_interleave(copies, 0).to(self._device)
+
+    def _publish_unprompted(self) -> None:
+        """Fill the buffers for bare compiled passes: what prompt_length, or positions="all", says without a prompt."""
+        self._static_rows.fill_(-1)
+        rows = next((len(handle.plans) for handle in self.handles if handle.per_row), self._static_rows.shape[0])
+        starts = next((h.prompt_length for h in self.handles if h.prompt_length is not None), None)
+        lengths = None if starts is None else torch.as_tensor(starts).expand(rows).clone()
+        valid = torch.ones(rows, 0 if lengths is None else int(lengths.max()), dtype=torch.bool)
+        shown = [h for h in self.handles if lengths is not None or all(p is None or p.positions == "all" for p in h.plans)]
+        if shown:
+            self._publish(Table(Prompt(valid, lengths), [handle.layer(rows) for handle in shown], self._device), 1)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._decoder.parameters()).device
+
+
+def _controller(model: nn.Module) -> Controller:
+    """The controller of a model, made at its first use."""
+    inner = getattr(model, "_orig_mod", model)
+    found = vars(inner).get(_ATTRIBUTE)
+    if found is None:
+        found = Controller(inner, find_layers(model, "steer"))
+        object.__setattr__(inner, _ATTRIBUTE, found)
+    if model is not inner and not found.prepared:
+        delattr(inner, _ATTRIBUTE)
+        raise RuntimeError("steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before torch.compile")
+    return found
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether model.compile() or generate's own compilation has happened."""
+    return getattr(model, "_compiled_call_impl", None) is not None or getattr(model, "_compiled_call", None) is not None
+
+
+def _strengths(value: float | Sequence[float], count: int, per_row: bool) -> list[float]:
+    if isinstance(value, Sequence):
+        if not per_row or len(value) != count:
+            raise ValueError(f"steer: {len(value)} strengths for {count} plan(s); give one number, or a list of plans with one strength each")
+        return [finite_number("steer", "strength", v) for v in value]
+    return [finite_number("steer", "strength", value)] * count
+
+
+def _storage(block: nn.Module, model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """dtype and device of the stream at a block."""
+    for parameter in block.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            return parameter.dtype, parameter.device
+    raise ValueError(f"steer: {type(block).__name__} of {type(model).__name__} holds no floating parameter that shows the stream's dtype")
+
+
+def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _tokens(inputs: dict[str, Any]) -> Tensor:
+    ids = inputs.get("input_ids")
+    return inputs["inputs_embeds"] if ids is None else ids
+
+
+def _past_length(inputs: dict[str, Any]) -> Any:
+    """Tokens in the cache before this pass: a number, or a device tensor that must not be read on the host."""
+    cache = inputs.get("past_key_values")
+    length = 0 if cache is None else cache.get_seq_length()
+    if isinstance(length, Tensor) and not torch.compiler.is_compiling() and length.device.type == "cpu":
+        return int(length)
+    return length
+
+
+def _valid(mask: Any, batch: int, length: int) -> Tensor:
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise ValueError(
+            "steer: this forward pass comes with a prepared attention mask, which hides its padding; pass the 2-D mask (batch, tokens), "
+            "or use generate"
+        )
+    return mask.bool().cpu()
+
+
+def _same(prompt: Prompt, valid: Tensor, starts: Tensor | None) -> bool:
+    equal_starts = prompt.starts is None if starts is None else prompt.starts is not None and torch.equal(prompt.starts, starts)
+    return equal_starts and torch.equal(prompt.valid, valid)
+
+
+def _announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
+    """The prompt of a call of generate, padding included."""
+    given = next((kwargs[name] for name in ("inputs_embeds", "input_ids", "inputs") if kwargs.get(name) is not None), None)
+    given = args[0] if given is None and args else given
+    if given is None:
+        return Prompt.whole(1, 1)  # generate starts from the beginning-of-text token
+    batch, length = given.shape[:2]
+    if batch == 0 or length == 0:
+        raise ValueError("steer: the prompt has no tokens; give generate at least one")
+    mask = kwargs.get("attention_mask")
+    if mask is None and not given.is_floating_point():
+        mask = _padding_mask(model, given, kwargs)
+    return Prompt.whole(batch, length, None if mask is None else _valid(mask, batch, length))
+
+
+def _padding_mask(model: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """What generate itself assumes without a mask: the pad token is padding, unless it also ends a text."""
+    config = kwargs.get("generation_config") or model.generation_config
+    pad, eos = (kwargs.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
+    eos = set(eos) if isinstance(eos, (list, tuple)) else {eos}
+    return None if pad is None or pad in eos else ids != pad
+
+
+def _copies(model: nn.Module, kwargs: dict[str, Any]) -> int:
+    """How often generate repeats each prompt: its beams, or its samples."""
+    config = kwargs.get("generation_config") or model.generation_config
+    return max(int(kwargs.get(name) or getattr(config, name, None) or 1) for name in ("num_beams", "num_return_sequences"))

@@ -1,0 +1,412 @@
+"""The ops: pure functions on (..., d) tensors, each with an in-place twin ending in "_".
+
+All of them are one idea, project → act → lift: x' = s·x + C·g with (s, g) = act(Bᵀx, ‖x‖). They run as fused Triton
+kernels on a GPU and as PyTorch elsewhere, return the dtype of x, compute in float32 (float64 stays float64), and work
+under torch.compile. Directions are rows: features (m, d) stand for S = features.T in the formulas.
+
+The in-place twins write into x and return it; they raise RuntimeError where a gradient of x is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+from ._backends import backend_of
+from ._checks import check_stream, check_table, check_width, finite_number
+from .interventions import path_length
+from .reference import FLOW, HINGE
+
+__all__ = [
+    "ablate",
+    "ablate_",
+    "add",
+    "add_",
+    "amplify",
+    "amplify_",
+    "calibrate",
+    "calibrate_",
+    "flow",
+    "flow_",
+    "subspace",
+    "subspace_",
+]
+
+_UNIT = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # a slot's constants: strength 1
+_ERASE = (0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """Add a steering vector: x + scale · vectors[rows].
+
+    Args:
+        x: Residual stream, (..., d), n rows in all.
+        vectors: One vector (d,) or a bank of S vectors (S, d).
+        rows: int32 (n,) or (n, P), P ≤ 4: vectors added to each row, left to right; -1 = none. A row whose entries
+            are all -1 is returned bit for bit. None: vector 0 for every row.
+        scale: float32 of the shape of rows, or (n,) without rows: the strength c of each edit. None: 1.
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, width, device or table shape does not fit; the message names it.
+
+    Reference:
+        Turner et al. 2023, Activation Addition (arXiv:2308.10248).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.add(torch.zeros(2, 3), torch.ones(3), scale=torch.tensor([1.0, 2.0]))
+        tensor([[1., 1., 1.],
+                [2., 2., 2.]])
+    """
+    _check("add", x, "vectors", vectors, rows, scale)
+    if _registered(x, vectors, scale):
+        return torch.ops.steerfast.add(x, vectors, rows, scale)
+    return _library.run_add(x, vectors, rows, scale)
+
+
+def add_(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """`add`, written into x."""
+    _check("add_", x, "vectors", vectors, rows, scale, in_place=True)
+    run = torch.ops.steerfast.add_ if torch.compiler.is_compiling() else _library.run_add_
+    run(x, vectors, rows, scale)
+    return x
+
+
+def ablate(x: Tensor, basis: Tensor) -> Tensor:
+    """Remove a direction or a subspace: x - VVᵀx, V = basis.T.
+
+    Args:
+        x: Residual stream, (..., d).
+        basis: One unit direction (d,) or k orthonormal rows (k, d). Rows that are not orthonormal are the caller's
+            choice and give the formula as it stands; `sf.Ablate` orthonormalises.
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, width or device does not fit; the message names it.
+
+    Reference:
+        Arditi et al. 2024, Refusal in Language Models Is Mediated by a Single Direction (arXiv:2406.11717).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.ablate(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]))
+        tensor([[0., 4.]])
+    """
+    _check("ablate", x, "basis", basis)
+    if _by_formula(x):
+        return reference.ablate(x, basis)
+    return _one_slot(x, basis, _ERASE)
+
+
+def ablate_(x: Tensor, basis: Tensor) -> Tensor:
+    """`ablate`, written into x."""
+    _check("ablate_", x, "basis", basis, in_place=True)
+    return x.copy_(reference.ablate(x, basis)) if _by_formula(x) else _one_slot_(x, basis, _ERASE)
+
+
+def amplify(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
+    """Amplify features where they are active: x + α · relu(xS)Sᵀ, S = features.T.
+
+    Args:
+        x: Residual stream, (..., d).
+        features: One feature direction (d,) or m of them (m, d), for instance decoder rows of an SAE.
+        alpha: α. -1 erases the active part only if the features are orthogonal: 150 random directions kept 47 %.
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, width or device does not fit, or α is not finite; the message names it.
+
+    Reference:
+        Wu et al. 2025, mutual-information explanations of sparse autoencoders (arXiv:2502.15576).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.amplify(torch.tensor([[2.0, -1.0]]), torch.eye(2), alpha=0.5)
+        tensor([[ 3., -1.]])
+    """
+    _check("amplify", x, "features", features)
+    alpha = finite_number("amplify", "alpha", alpha)
+    if _by_formula(x):
+        return reference.amplify(x, features, alpha)
+    return _one_slot(x, features, (0.0, 0.0, alpha, 0.0, 0.0, 0.0, 0.0, 0.0))
+
+
+def amplify_(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
+    """`amplify`, written into x."""
+    _check("amplify_", x, "features", features, in_place=True)
+    alpha = finite_number("amplify_", "alpha", alpha)
+    if _by_formula(x):
+        return x.copy_(reference.amplify(x, features, alpha))
+    return _one_slot_(x, features, (0.0, 0.0, alpha, 0.0, 0.0, 0.0, 0.0, 0.0))
+
+
+def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
+    """Replace the active part of features by a fixed one: x - relu(xS)Sᵀ + β · mean(S), S = features.T.
+
+    Args:
+        x: Residual stream, (..., d).
+        features: One feature direction (d,) or m of them (m, d).
+        beta: β, the multiple of the features' mean that is put in; its effect grows with the norm of mean(S).
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, width or device does not fit, or β is not finite; the message names it.
+
+    Reference:
+        Wu et al. 2025, mutual-information explanations of sparse autoencoders (arXiv:2502.15576).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.calibrate(torch.tensor([[2.0, -1.0]]), torch.eye(2), beta=2.0)
+        tensor([[1., 0.]])
+    """
+    _check("calibrate", x, "features", features)
+    beta = finite_number("calibrate", "beta", beta)
+    if _by_formula(x):
+        return reference.calibrate(x, features, beta)
+    return _one_slot(x, features, _calibration(features, beta))
+
+
+def calibrate_(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
+    """`calibrate`, written into x."""
+    _check("calibrate_", x, "features", features, in_place=True)
+    beta = finite_number("calibrate_", "beta", beta)
+    if _by_formula(x):
+        return x.copy_(reference.calibrate(x, features, beta))
+    return _one_slot_(x, features, _calibration(features, beta))
+
+
+def flow(
+    x: Tensor,
+    basis: Tensor,
+    eigenvalues: Tensor,
+    bias: Tensor,
+    T: float | None = None,
+    angle: float | None = None,
+    steps: int = 10,
+) -> Tensor:
+    """Follow the gradient of a low-rank barrier: Euler steps of da/dt = ∇h/‖∇h‖ over [0, T].
+
+    h(a) = x̂ᵀQΛQᵀx̂ + b̃ᵀQᵀx̂ with x̂ = a/‖a‖ and Q = basis.T. The trajectory stays in span(Q, a), so all steps are
+    taken on k + 1 numbers and lifted once: exact, not an approximation of the d-dimensional flow.
+
+    Args:
+        x: Residual stream, (..., d).
+        basis: Orthonormal rows (k, d) whose span holds the barrier.
+        eigenvalues: Λ's diagonal, (k,).
+        bias: b̃, the linear term in the coordinates of the basis, (k,).
+        T: Length of the path in units of x. Exactly one of T and angle.
+        angle: T/‖a‖ of each row, in radians.
+        steps: Number of Euler steps, ≥ 1.
+
+    Returns:
+        A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move.
+
+    Raises:
+        TypeError, ValueError: a dtype, width, device or number does not fit; the message names it.
+
+    Reference:
+        ODESteer (barrier functions and the ODE view of activation steering); the reduction is described in DESIGN.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> x = torch.tensor([[3.0, 4.0]])
+        >>> sf.ops.flow(x, torch.tensor([[1.0, 0.0]]), torch.zeros(1), torch.ones(1), T=0.5, steps=1)
+        tensor([[3.4000, 3.7000]])
+    """
+    bank = _flow_bank("flow", x, basis, eigenvalues, bias, path_length("flow", T, angle), steps)
+    return subspace(x, *bank, modes=FLOW, max_rank=bank[0].shape[0])
+
+
+def flow_(
+    x: Tensor,
+    basis: Tensor,
+    eigenvalues: Tensor,
+    bias: Tensor,
+    T: float | None = None,
+    angle: float | None = None,
+    steps: int = 10,
+) -> Tensor:
+    """`flow`, written into x."""
+    bank = _flow_bank("flow_", x, basis, eigenvalues, bias, path_length("flow_", T, angle), steps)
+    return subspace_(x, *bank, modes=FLOW, max_rank=bank[0].shape[0])
+
+
+def subspace(
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    modes: int = _library.ALL_MODES,
+    max_rank: int | None = None,
+) -> Tensor:
+    """Project → act → lift with the slots of a bank: x' = s·x + C·g, (s, g) = act(Bᵀx, ‖x‖); the one op under the others.
+
+    Args:
+        x: Residual stream, (..., d), n rows in all.
+        vectors: The rows of every B and C of the bank, (R, d).
+        coefficients: float32 (M, 8): per slot one row of constants, then one row per direction.
+        slots: int32 (S, 8): per slot mode, rank, first row of B, first row of C, row of the constants, steps, keep_norm, 0.
+            The layout is written down in `steerfast.reference`; `sf.Bank` fills it.
+        rows: int32 (n,) or (n, P), P ≤ 4: slots applied to each row, left to right; -1 = none. A row whose entries are
+            all -1 is returned bit for bit. None: slot 0 for every row.
+        scale: float32 of the shape of rows, or (n,) without rows: multiplies the edit (for a flow its T). None: 1.
+        modes: The modes that may occur, or-ed; the kernel is compiled for these only.
+        max_rank: The largest rank that may occur. None: the number of rows of vectors.
+
+    Returns:
+        A new tensor (..., d) of the dtype of x. A row's result never depends on the rows beside it.
+
+    Raises:
+        TypeError, ValueError: a dtype, width, device or table shape does not fit; the message names it.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> bank = sf.Bank(width=2, slots=4)
+        >>> slot = bank.register(sf.Ablate(torch.tensor([1.0, 0.0])))
+        >>> sf.ops.subspace(torch.tensor([[3.0, 4.0]]), *bank.tensors)
+        tensor([[0., 4.]])
+    """
+    max_rank = _check_bank("subspace", x, vectors, coefficients, slots, rows, scale, max_rank)
+    if _registered(x, vectors, coefficients, scale):
+        return torch.ops.steerfast.subspace(x, vectors, coefficients, slots, rows, scale, modes, max_rank)
+    return _library.run_subspace(x, vectors, coefficients, slots, rows, scale, modes, max_rank)
+
+
+def subspace_(
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    modes: int = _library.ALL_MODES,
+    max_rank: int | None = None,
+) -> Tensor:
+    """`subspace`, written into x."""
+    max_rank = _check_bank("subspace_", x, vectors, coefficients, slots, rows, scale, max_rank)
+    _check_in_place("subspace_", x)
+    run = torch.ops.steerfast.subspace_ if torch.compiler.is_compiling() else _library.run_subspace_
+    run(x, vectors, coefficients, slots, rows, scale, modes, max_rank)
+    return x
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    name: str,
+    directions: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    in_place: bool = False,
+) -> None:
+    check_stream(op, x)
+    check_width(op, name, directions, x)
+    check_table(op, rows, scale, x)
+    if in_place:
+        _check_in_place(op, x)
+
+
+def _check_in_place(op: str, x: Tensor) -> None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(f"{op}: x needs a gradient, which an in-place edit would break; use {op.rstrip('_')} instead")
+
+
+def _check_bank(
+    op: str,
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    max_rank: int | None,
+) -> int:
+    _check(op, x, "vectors", vectors, rows, scale)
+    if vectors.dim() != 2:
+        raise ValueError(f"{op}: vectors has shape {tuple(vectors.shape)}; expected (R, d)")
+    for name, table in (("coefficients", coefficients), ("slots", slots)):
+        if table.dim() != 2 or table.shape[1] != 8 or not table.is_contiguous():
+            raise ValueError(f"{op}: {name} has shape {tuple(table.shape)}; expected a contiguous table with 8 columns")
+        if table.device != x.device:
+            raise ValueError(f"{op}: {name} is on {table.device} and x on {x.device}; move it with .to(...)")
+    if slots.dtype != torch.int32:
+        raise TypeError(f"{op}: slots has dtype {slots.dtype}; expected torch.int32")
+    return vectors.shape[0] if max_rank is None else max_rank
+
+
+def _registered(*tensors: Tensor | None) -> bool:
+    """Whether the call must go through torch.library: while compiling, and for the gradient of a kernel."""
+    if torch.compiler.is_compiling():
+        return True
+    needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return needs_grad and backend_of(tensors[0]) == "triton"  # type: ignore[arg-type]
+
+
+def _by_formula(x: Tensor) -> bool:
+    return backend_of(x) == "torch"
+
+
+def _one_slot(x: Tensor, directions: Tensor, numbers: tuple[float, ...]) -> Tensor:
+    vectors = directions.reshape(-1, directions.shape[-1])
+    coefficients, slots = _hinge_bank(vectors.shape[0], numbers, x.device)
+    return subspace(x, vectors, coefficients, slots, modes=HINGE, max_rank=vectors.shape[0])
+
+
+def _one_slot_(x: Tensor, directions: Tensor, numbers: tuple[float, ...]) -> Tensor:
+    vectors = directions.reshape(-1, directions.shape[-1])
+    coefficients, slots = _hinge_bank(vectors.shape[0], numbers, x.device)
+    return subspace_(x, vectors, coefficients, slots, modes=HINGE, max_rank=vectors.shape[0])
+
+
+@functools.lru_cache(maxsize=256)
+def _hinge_bank(rank: int, numbers: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tables of one slot whose directions share their eight numbers; kept, so that a hot path allocates nothing."""
+    coefficients = torch.tensor([_UNIT, *[numbers] * rank], dtype=torch.float32, device=device)
+    return coefficients, torch.tensor([[HINGE, rank, 0, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
+
+
+def _calibration(features: Tensor, beta: float) -> tuple[float, ...]:
+    count = features.numel() // features.shape[-1]
+    return (beta / count, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def _flow_bank(
+    op: str, x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, path: tuple[float, float], steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(op, x, "basis", basis)
+    vectors = basis.reshape(-1, basis.shape[-1])
+    rank = vectors.shape[0]
+    for name, numbers in (("eigenvalues", eigenvalues), ("bias", bias)):
+        if numbers.shape != (rank,) or numbers.device != x.device:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(numbers.shape)} on {numbers.device}; expected ({rank},) on {x.device}, "
+                "one number per row of basis"
+            )
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{op}: steps is {steps!r}; expected a whole number >= 1")
+    constants, slots = _flow_tables(rank, path, steps, x.device)
+    columns = torch.stack([eigenvalues, bias], dim=1).to(torch.promote_types(eigenvalues.dtype, torch.float32))
+    coefficients = torch.nn.functional.pad(columns, (0, 6))
+    return vectors, torch.cat([constants.to(coefficients.dtype), coefficients]), slots
+
+
+@functools.lru_cache(maxsize=256)
+def _flow_tables(rank: int, path: tuple[float, float], steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    constants = torch.tensor([[*path, 1, 0, 0, 0, 0, 0]], dtype=torch.float32, device=device)
+    return constants, torch.tensor([[FLOW, rank, 0, 0, 0, steps, 0, 0]], dtype=torch.int32, device=device)

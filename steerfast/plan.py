@@ -1,0 +1,246 @@
+"""Plans: what goes where and when, as an immutable object that saves to JSON and safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from ._checks import one_of
+from .interventions import Intervention
+from .layers import SITES
+
+SCHEMA = 1
+POSITIONS = ("all", "prompt", "generated", "last")
+
+Edits = Mapping[int | tuple[str, int], Intervention | Sequence[Intervention]]
+Positions = str | Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """The model that a plan was made for, as far as steering cares.
+
+    Attributes:
+        name: Class and name of the model; another name only warns.
+        width: d of its residual stream.
+        layers: Number of decoder blocks.
+    """
+
+    name: str
+    width: int
+    layers: int
+
+
+class Plan:
+    """Interventions by layer and site, with the token positions they act on.
+
+    Args:
+        edits: Layer L, or (site, L), to one intervention or to a list that is applied in order. Layers are 0-based and
+            may count from the end; the default site is "resid_post", the block's output.
+        positions: "all"; "prompt" (positions < P, the prompt's length in tokens); "generated" (≥ P); "last" (≥ P - 1,
+            the last prompt token and every generated one); a list of positions in the prompt, counted over its real
+            tokens, negative from the end; or a bool mask (tokens,) or (batch, tokens) over the prompt as it is passed.
+            Padding is never steered.
+        model: The model or `ModelCard` that the plan is made for; another width or layer count is then refused.
+
+    Raises:
+        TypeError, ValueError: a key, an intervention or the positions are not of these forms; widths differ.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> v = torch.tensor([1.0, 0.0])
+        >>> sf.Plan({1: [sf.Ablate(v), sf.Add(v, 4.0)], ("attn_out", 0): sf.Add(v)}, positions="last")
+        Plan(resid_post 1: Ablate, Add; attn_out 0: Add; positions='last')
+    """
+
+    def __init__(self, edits: Edits, positions: Positions = "all", model: Any = None) -> None:
+        self._edits = {_place(key): _chain(key, value) for key, value in _mapping(edits).items()}
+        if len(self._edits) != len(edits):
+            raise ValueError("Plan: a place is named twice; put its interventions into one list")
+        self._positions = _positions(positions)
+        self._model = model if model is None or isinstance(model, ModelCard) else card(model)
+        widths = {edit.width for (site, _), chain in self._edits.items() if site != "head_out" for edit in chain}
+        if self._model is not None:
+            widths.add(self._model.width)
+        if len(widths) > 1:
+            raise ValueError(f"Plan: interventions have different widths {sorted(widths)}; a plan steers one model")
+
+    @property
+    def edits(self) -> dict[tuple[str, int], tuple[Intervention, ...]]:
+        """(site, layer) -> interventions in order; layers as they were given."""
+        return dict(self._edits)
+
+    @property
+    def positions(self) -> str | tuple[int, ...] | Tensor:
+        """The positions as they were given; a list has become a tuple."""
+        return self._positions
+
+    @property
+    def model(self) -> ModelCard | None:
+        """The model that the plan was made for, if that is known."""
+        return self._model
+
+    def __repr__(self) -> str:
+        places = [
+            f"{site} {layer}: {', '.join(type(edit).__name__ for edit in chain)}"
+            for (site, layer), chain in self._edits.items()
+        ]
+        return f"Plan({'; '.join(places)}; positions={self._positions!r})"
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write plan.json and plan.safetensors into a directory, each under a temporary name first.
+
+        Returns:
+            The directory.
+        """
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        places = [
+            {"site": site, "layer": layer, "interventions": [_describe(edit, tensors) for edit in chain]}
+            for (site, layer), chain in self._edits.items()
+        ]
+        positions: Any = self._positions
+        if isinstance(positions, Tensor):
+            tensors["positions"] = positions
+            positions = {"mask": "positions"}
+        blob = save_tensors(tensors)
+        text = {
+            "schema": SCHEMA,
+            "kind": "steerfast.plan",
+            "positions": positions,
+            "model": None if self._model is None else vars(self._model),
+            "edits": places,
+            "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+        }
+        _replace(target / "plan.safetensors", blob)
+        _replace(target / "plan.json", json.dumps(text, indent=2).encode())
+        return target
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Plan:
+        """Read what `save` wrote. Nothing is executed, nothing is loaded in part.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing.
+            ValueError: a file is damaged, of another kind or schema, or holds an unknown intervention or key.
+        """
+        source = Path(directory)
+        text_path, blob_path = source / "plan.json", source / "plan.safetensors"
+        for path in (text_path, blob_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"Plan.load: {path} does not exist; a plan is a directory with plan.json and plan.safetensors")
+        try:
+            text = json.loads(text_path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"Plan.load: {text_path} is not JSON ({error})") from None
+        blob = blob_path.read_bytes()
+        _check_text(text_path, text)
+        if hashlib.sha256(blob).hexdigest() != text["tensors_sha256"]:
+            raise ValueError(f"Plan.load: {blob_path} is not the file that {text_path} was written with; copy both again")
+        tensors = load_tensors(blob)
+        try:
+            edits = {(place["site"], place["layer"]): [_rebuild(item, tensors) for item in place["interventions"]] for place in text["edits"]}
+            positions = text["positions"]
+            positions = tensors[positions["mask"]] if isinstance(positions, dict) else positions
+            return cls(edits, positions, None if text["model"] is None else ModelCard(**text["model"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"Plan.load: {text_path} does not describe a plan of schema {SCHEMA}: {error}") from None
+
+
+def card(model: Any) -> ModelCard:
+    """The card of a transformers model."""
+    from .layers import find_layers
+
+    layers = find_layers(model, "Plan")
+    return ModelCard(f"{layers.name}:{getattr(model.config, 'name_or_path', '')}", layers.d, layers.count)
+
+
+def as_plan(caller: str, value: Any) -> Plan:
+    """A plan, or a dict that describes one."""
+    if isinstance(value, Plan):
+        return value
+    if isinstance(value, Mapping):
+        return Plan(value)
+    raise TypeError(f"{caller}: expected a Plan or a dict of layer -> intervention; got {type(value).__name__}")
+
+
+def _mapping(edits: Any) -> Edits:
+    if not isinstance(edits, Mapping):
+        raise TypeError(f"Plan: edits must be a dict of layer -> intervention(s); got {type(edits).__name__}")
+    if not edits:
+        raise ValueError("Plan: edits is empty; name at least one layer")
+    return edits
+
+
+def _place(key: Any) -> tuple[str, int]:
+    site, layer = key if isinstance(key, tuple) and len(key) == 2 else ("resid_post", key)
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise TypeError(f"Plan: key {key!r}; expected a layer number or (site, layer)")
+    return one_of("Plan", "site", site, SITES), layer
+
+
+def _chain(key: Any, value: Any) -> tuple[Intervention, ...]:
+    chain = (value,) if isinstance(value, Intervention) else tuple(value) if isinstance(value, Sequence) else None
+    if not chain or not all(isinstance(edit, Intervention) for edit in chain):
+        raise TypeError(f"Plan: at {key!r} expected an intervention or a non-empty list of them; got {value!r}")
+    return chain
+
+
+def _positions(positions: Any) -> str | tuple[int, ...] | Tensor:
+    if isinstance(positions, str):
+        return one_of("Plan", "positions", positions, POSITIONS)
+    if isinstance(positions, Tensor):
+        if positions.dtype != torch.bool or positions.dim() not in (1, 2):
+            raise TypeError(
+                f"Plan: positions as a mask must be bool, (tokens,) or (batch, tokens); got {positions.dtype} {tuple(positions.shape)}"
+            )
+        return positions.detach().cpu().clone()
+    if isinstance(positions, Sequence) and positions and all(type(p) is int for p in positions):
+        return tuple(positions)
+    raise TypeError(f"Plan: positions is {positions!r}; expected one of {POSITIONS}, a list of integers, or a bool mask")
+
+
+def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The JSON of an intervention; its tensors go into the shared file under numbered names."""
+    names = {}
+    for name, value in edit.tensors().items():
+        names[name] = f"{len(tensors)}.{name}"
+        tensors[names[name]] = value.contiguous()
+    return {"type": type(edit).__name__, "tensors": names, "numbers": edit.numbers()}
+
+
+def _rebuild(item: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
+    kind = Intervention.registry.get(item["type"])
+    if kind is None:
+        raise ValueError(f"Plan.load: unknown intervention {item['type']!r}; known are {', '.join(sorted(Intervention.registry))}")
+    return kind.restore({name: tensors[key] for name, key in item["tensors"].items()}, item["numbers"])
+
+
+def _check_text(path: Path, text: Any) -> None:
+    expected = {"schema", "kind", "positions", "model", "edits", "tensors_sha256"}
+    if not isinstance(text, dict) or text.get("kind") != "steerfast.plan":
+        raise ValueError(f'Plan.load: {path} is not a plan ("kind" is not "steerfast.plan")')
+    if text.get("schema") != SCHEMA:
+        raise ValueError(f"Plan.load: {path} has schema {text.get('schema')!r}; this version reads schema {SCHEMA}")
+    if set(text) != expected:
+        raise ValueError(f"Plan.load: {path} has keys {sorted(text)}; expected {sorted(expected)}")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

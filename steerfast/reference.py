@@ -1,0 +1,209 @@
+"""The specification: every kernel once more in plain PyTorch, same name, same order.
+
+Written to be read and to be differentiated. Inputs of 16 and 32 bits are computed in float32 and rounded once at the
+end; float64 stays float64, so that a test can ask for the true value.
+
+The bank. Every intervention is a *slot*: k projection rows B, k lift rows C and a few numbers. A bank is three tensors
+that hold all slots of one place in the model, at addresses that never change:
+
+    vectors       (R, d)  storage dtype   the rows of every B and C, one after another; a slot with C = B stores them once
+    coefficients  (M, 8)  float32         per slot one row of constants, then one row per direction
+    slots         (S, 8)  int32           per slot: mode, rank, project, lift, coefficients, steps, keep_norm, 0
+
+`project` and `lift` are the first row of B and C in `vectors`, `coefficients` is the row of the slot's constants
+(T, angle, strength, 0, 0, 0, 0, 0). Mode ADD projects nothing: its edit is the single row C. A slot of rank 0 is empty
+and edits nothing. A row table says who edits which token:
+
+    rows          (n,) or (n, P) int32    slots applied to that token, left to right; -1 = none
+    scale         like rows, float32      multiplies the edit δ (for a flow: T), on top of the slot's own strength
+
+One table serves every layer: a plan takes the same slot numbers in the bank of every layer, and where it has no edit
+the slot is empty. So a batch's owners are decided once per forward pass, not once per layer, and a strength is changed
+by writing one float. All three tensors and the table keep their addresses while contents change, which is what CUDA
+graphs and torch.compile need.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ADD, HINGE, FLOW = 1, 2, 4
+
+
+class Slot(NamedTuple):
+    """One row of a bank, as views of its tensors."""
+
+    mode: int
+    steps: int
+    keep_norm: bool
+    project: Tensor  # (k, d)
+    lift: Tensor  # (k, d)
+    constants: Tensor  # (8,)
+    coefficients: Tensor  # (k, 8)
+
+
+def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """x + scale · vectors[rows]; a row whose entries are all -1 is copied bit for bit."""
+    bank = vectors.reshape(-1, vectors.shape[-1])
+    flat = _wide(x.reshape(-1, x.shape[-1]))
+    if rows is None:
+        weight = 1.0 if scale is None else scale.reshape(-1, 1).to(flat.dtype)
+        return (flat + weight * bank[:1].to(flat.dtype)).to(x.dtype).view(x.shape)
+    table, weights = _columns(rows), None if scale is None else _columns(scale).to(flat.dtype)
+    out = flat
+    for column in range(table.shape[1]):
+        owned = table[:, column] >= 0
+        delta = bank[table[:, column].clamp(min=0)].to(flat.dtype)
+        if weights is not None:
+            delta = weights[:, column, None] * delta
+        out = torch.where(owned[:, None], out + delta, out)
+    return torch.where((table >= 0).any(1, keepdim=True), out.to(x.dtype), x.reshape(flat.shape)).view(x.shape)
+
+
+def ablate(x: Tensor, basis: Tensor) -> Tensor:
+    """x - VVᵀx, with orthonormal rows V = basis."""
+    flat, rows = _wide(x), _wide(basis.reshape(-1, basis.shape[-1]))
+    return (flat - (flat @ rows.T) @ rows).to(x.dtype)
+
+
+def amplify(x: Tensor, features: Tensor, alpha: float) -> Tensor:
+    """x + α · relu(xS)Sᵀ, with S = features.T."""
+    flat, rows = _wide(x), _wide(features.reshape(-1, features.shape[-1]))
+    return (flat + (alpha * torch.relu(flat @ rows.T)) @ rows).to(x.dtype)
+
+
+def calibrate(x: Tensor, features: Tensor, beta: float) -> Tensor:
+    """x - relu(xS)Sᵀ + β · mean(S), with S = features.T."""
+    flat, rows = _wide(x), _wide(features.reshape(-1, features.shape[-1]))
+    return (flat + (beta / rows.shape[0] - torch.relu(flat @ rows.T)) @ rows).to(x.dtype)
+
+
+def flow(x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, length: tuple[float, float], steps: int) -> Tensor:
+    """Euler steps of da/dt = ∇h/‖∇h‖, h(a) = x̂ᵀQΛQᵀx̂ + b̃ᵀQᵀx̂, x̂ = a/‖a‖, Q = basis.T, over T = length[0] + length[1]·‖a‖."""
+    coefficients = torch.zeros(basis.shape[0], 8, dtype=eigenvalues.dtype, device=x.device)
+    coefficients[:, 0], coefficients[:, 1] = eigenvalues, bias
+    constants = coefficients.new_tensor([*length, 0, 0, 0, 0, 0, 0])
+    return edit(x, Slot(FLOW, steps, False, basis, basis, constants, coefficients))
+
+
+def subspace(
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Project → act → lift with the slots of a bank: x' = s·x + C·g, (s, g) = act(Bᵀx, ‖x‖)."""
+    flat = x.reshape(-1, x.shape[-1])
+    out = _wide(flat)
+    table = slots.new_zeros(1, 1).expand(flat.shape[0], 1) if rows is None else _columns(rows)
+    weights = None if scale is None else _columns(scale).to(out.dtype)
+    for column in range(table.shape[1]):
+        for owner, mine in _owners(table[:, column]):
+            slot = slot_of(vectors, coefficients, slots, owner)
+            if slot.lift.shape[0] == 0:
+                continue
+            gain = slot.constants[2].to(out.dtype)
+            if mine is None:
+                out = _edit(out, slot, gain if weights is None else gain * weights[:, column, None])
+            else:
+                weight = gain if weights is None else gain * weights[mine, column, None]
+                out = out.index_copy(0, mine, _edit(out[mine], slot, weight))
+    edited = ((table >= 0) & (slots[table.clamp(min=0).long(), 1] > 0)).any(1, keepdim=True)
+    return torch.where(edited, out.to(x.dtype), flat).view(x.shape)
+
+
+def edit(x: Tensor, slot: Slot, scale: Tensor | float = 1.0) -> Tensor:
+    """One slot on every row of x (..., d); scale is strength and all: a number, or broadcast over (..., 1)."""
+    return _edit(_wide(x), slot, scale).to(x.dtype)
+
+
+def hinge(y: Tensor, c: Tensor) -> Tensor:
+    """g = c₀ + c₁y + c₂·relu(y - c₃) + c₄·relu(y - c₅) + c₆·[y > c₇], elementwise over directions: (n, k) -> (n, k).
+
+    Ablate, amplify, calibrate, clamp, affine and SAE feature edits are each one choice of the eight numbers.
+    """
+    bend = c[:, 2] * torch.relu(y - c[:, 3]) + c[:, 4] * torch.relu(y - c[:, 5])
+    return c[:, 0] + c[:, 1] * y + bend + c[:, 6] * (y > c[:, 7])
+
+
+def integrate(y: Tensor, norm: Tensor, c: Tensor, length: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Euler steps of da/dt = ∇h/‖∇h‖ for h(a) = x̂ᵀQΛQᵀx̂ + b̃ᵀQᵀx̂, x̂ = a/‖a‖, on the coordinates (Qᵀa, α).
+
+    The trajectory stays in span(Q, a₀): a = α·a₀ + Q(y - α·y₀), so k + 1 numbers are all that moves 
+    (exact: h depends on a only through Qᵀa and ‖a‖). λ = c[:, 0], b̃ = c[:, 1]. y is (n, k), norm = ‖a₀‖ and length = T are (n, 1).
+    Returns (α, y) after the last step; at a stationary point or a zero row nothing moves.
+    """
+    step = length / steps
+    alpha = torch.ones_like(norm)
+    rest = (norm * norm - (y * y).sum(-1, keepdim=True)).clamp(min=0)  # what lies outside span(Q), never negative
+    for _ in range(steps):
+        outside = alpha * alpha * rest
+        square = (y * y).sum(-1, keepdim=True) + outside
+        inverse = torch.where(square > 0, torch.rsqrt(square), 0)
+        point = y * inverse
+        u = 2 * c[:, 0] * point + c[:, 1]
+        s = (point * u).sum(-1, keepdim=True)
+        tangent = u - s * point
+        speed = (tangent * tangent).sum(-1, keepdim=True) + s * s * outside * inverse * inverse
+        q = torch.where((speed > 0) & (square > 0), step * torch.rsqrt(speed), 0)
+        shrink = 1 - q * s * inverse
+        y, alpha = shrink * y + q * u, shrink * alpha
+    return alpha, y
+
+
+def slot_of(vectors: Tensor, coefficients: Tensor, slots: Tensor, index: int) -> Slot:
+    """Slot number `index` of a bank."""
+    mode, rank, project, lift, start, steps, keep_norm, _ = slots[index].tolist()
+    return Slot(
+        mode=mode,
+        steps=steps,
+        keep_norm=bool(keep_norm),
+        project=vectors[project : project + rank],
+        lift=vectors[lift : lift + rank],
+        constants=coefficients[start],
+        coefficients=coefficients[start + 1 : start + 1 + rank],
+    )
+
+
+def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
+    lift = slot.lift.to(x.dtype)
+    if slot.mode == ADD:
+        out = torch.add(x, lift, alpha=scale) if isinstance(scale, float) else x + scale * lift
+    elif slot.mode == HINGE:
+        g = hinge(x @ slot.project.to(x.dtype).T, slot.coefficients.to(x.dtype))
+        out = x + scale * (g @ lift)
+    else:
+        constants = slot.constants.to(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        start = x @ slot.project.to(x.dtype).T
+        length = scale * (constants[0] + constants[1] * norm)
+        alpha, y = integrate(start, norm, slot.coefficients.to(x.dtype), length, slot.steps)
+        out = x + ((alpha - 1) * x + (y - alpha * start) @ lift)
+    return _restore_norm(out, x) if slot.keep_norm else out
+
+
+def _restore_norm(out: Tensor, x: Tensor) -> Tensor:
+    """out with the length of x; a row that became zero stays zero."""
+    before, after = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, out))
+    return torch.where(after > 0, out * (before / after), out)
+
+
+def _owners(column: Tensor) -> list[tuple[int, Tensor | None]]:
+    """The slots named in one column of a row table, each with the tokens it owns (None: all of them)."""
+    if column.stride(0) == 0 or column.shape[0] == 1:
+        owners = column[:1].tolist()
+        return [(owner, None) for owner in owners if owner >= 0]
+    return [(owner, (column == owner).nonzero().flatten()) for owner in column.unique().tolist() if owner >= 0]
+
+
+def _columns(table: Tensor) -> Tensor:
+    return table if table.dim() == 2 else table[:, None]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

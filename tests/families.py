@@ -1,0 +1,144 @@
+"""Tiny models of real architectures with random weights: two or three layers, odd widths, norms that are not the
+identity.
+
+`build(name)` returns the model of `FAMILIES[name]`, in eval mode, float32, built once per process and shared: a test
+that changes one must restore it. `CORE` names the families that every feature is tested on; the rest is breadth.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, cache
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 101
+_TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+_LLAMA = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+_NEOX = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_FALCON = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "bias": True}
+_GEMMA = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 8,
+}  # 4 heads of 16 in a stream of 48: the head width differs
+_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+# name -> (config class, its arguments)
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("LlamaConfig", _LLAMA),
+    "qwen3": ("Qwen3Config", _LLAMA | {"head_dim": 16}),
+    "gemma3": ("Gemma3TextConfig", _LLAMA | _GEMMA),
+    "gpt2": ("GPT2Config", {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}),
+    "gpt_neox": ("GPTNeoXConfig", _NEOX | {"use_parallel_residual": True}),
+    "gpt_neox_sequential": ("GPTNeoXConfig", _NEOX | {"use_parallel_residual": False}),
+    "falcon": ("FalconConfig", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_parallel": ("FalconConfig", _FALCON | {"new_decoder_architecture": False, "parallel_attn": True}),
+    "falcon_sequential": (
+        "FalconConfig",
+        _FALCON | {"new_decoder_architecture": False, "parallel_attn": False, "alibi": True, "multi_query": False},
+    ),
+    "bloom": ("BloomConfig", {"hidden_size": 48, "n_layer": 3, "n_head": 4}),
+    "olmo2": ("Olmo2Config", _LLAMA),
+    "mistral": ("MistralConfig", _LLAMA | {"head_dim": 12, "sliding_window": 8}),
+    "qwen2": ("Qwen2Config", _LLAMA),
+    "gemma2": ("Gemma2Config", _LLAMA | _GEMMA),
+    "phi": ("PhiConfig", _NEOX),
+    "phi3": ("Phi3Config", _LLAMA),
+    "opt": (
+        "OPTConfig",
+        {
+            "hidden_size": 48,
+            "ffn_dim": 80,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": 48,
+        },
+    ),
+    "gptj": ("GPTJConfig", {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128, "rotary_dim": 8}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            "hidden_size": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 8,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "mpt": ("MptConfig", {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 128}),
+    "cohere": ("CohereConfig", _LLAMA),
+    "granite": ("GraniteConfig", _LLAMA | {"residual_multiplier": 0.22}),
+    "glm4": ("Glm4Config", _LLAMA | {"head_dim": 12}),
+    "mixtral": ("MixtralConfig", _LLAMA | _MOE),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        _LLAMA
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "gpt_oss": ("GptOssConfig", _LLAMA | _MOE | {"head_dim": 16, "sliding_window": 8}),
+}
+
+CORE = (
+    "llama",
+    "qwen3",
+    "gemma3",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox_sequential",
+    "falcon",
+    "falcon_parallel",
+    "falcon_sequential",
+    "bloom",
+    "olmo2",
+)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Draw every parameter anew: matrices so that a layer's output is of the size of its input, norms and biases off
+    their defaults."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(0.15 * noise)
+            else:
+                parameter.add_(0.2 * noise)
+
+
+@cache
+def build(name: str) -> PreTrainedModel:
+    """The tiny model of one family; always the same object, always the same weights."""
+    config_class, arguments = FAMILIES[name]
+    config = getattr(transformers, config_class)(**_TOKENS | arguments)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    randomise(model)
+    return model.float().eval()
+
+
+def token_ids(batch: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
+    """Random token ids, (batch, length), none of them a special token."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,225 @@
+"""Every family: what the sites carry, what writing to them does, and that removal leaves no trace."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from families import FAMILIES, build, token_ids
+from torch import nn
+
+from steerfast.layers import SITES, find_layers
+
+LAYER = 1
+
+
+def run(model, **kwargs):
+    with torch.no_grad():
+        return model(token_ids(), use_cache=False, **kwargs)
+
+
+@contextmanager
+def attached(points_and_functions):
+    handles = [point.attach(fn) for point, fn in points_and_functions]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def sites_of(model, layer, write=None):
+    """Each site's tensor in one forward; `write` = (site, δ) adds δ there. Copied at once: Falcon adds to its MLP's
+    output in place."""
+    layers, seen = find_layers(model), {}
+
+    def recorder(site):
+        def record(x):
+            seen[site] = x.clone().reshape(*token_ids().shape, x.shape[-1])
+
+        return record
+
+    pairs = []
+    if write is not None:
+        site, delta = write
+        pairs.append((layers.point(layer, site), lambda x: x + delta.reshape(x.shape)))
+    pairs += [(layers.point(layer, site), recorder(site)) for site in SITES]
+    with attached(pairs):
+        seen["logits"] = run(model).logits
+    return seen
+
+
+def close(actual, expected, *parts):
+    """Equal up to the rounding of the few float32 additions that lead there: 8 units in the last place of the
+    largest term."""
+    largest = max(t.abs().max().item() for t in (actual, expected, *parts))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=8 * torch.finfo(torch.float32).eps * largest)
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return build(request.param)
+
+
+def test_blocks_and_sites(model):
+    layers = find_layers(model)
+    assert len(layers) == layers.count == model.config.num_hidden_layers
+    assert layers.d == model.config.hidden_size
+    assert layers.name == type(model).__name__
+    assert all(model.get_submodule(f"{layers.path}.{i}") is block for i, block in enumerate(layers.blocks))
+    for layer in range(layers.count):
+        sites = sites_of(model, layer)
+        for site in SITES:
+            point = layers.point(layer, site)
+            assert model.get_submodule(point.path) is point.module
+            assert sites[site].shape[-1] == point.width
+        added = sites["attn_out"] + sites["mlp_out"]
+        close(added, sites["resid_post"] - sites["resid_pre"], *sites.values())
+        assert sites["attn_out"].abs().max() > 0.1
+        assert sites["mlp_out"].abs().max() > 0.1
+
+
+def test_residual_sites_are_the_hidden_states(model):
+    hidden = run(model, output_hidden_states=True).hidden_states
+    count = find_layers(model).count
+    sites = [sites_of(model, layer) for layer in range(count)]
+    for layer in range(count):
+        assert torch.equal(sites[layer]["resid_pre"], hidden[layer])
+        if layer + 1 < count:  # the last entry of hidden_states is already normed
+            assert torch.equal(sites[layer]["resid_post"], hidden[layer + 1])
+            assert torch.equal(sites[layer + 1]["resid_pre"], sites[layer]["resid_post"])
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_writing_adds_exactly_the_difference(model, site):
+    layers = find_layers(model)
+    before = sites_of(model, LAYER)
+    delta = 0.5 * torch.randn(before[site].shape, generator=torch.Generator().manual_seed(1))
+    after = sites_of(model, LAYER, write=(site, delta))
+    close(after[site], before[site] + delta, *before.values())
+    if site in ("mlp_out", "resid_post"):  # nothing in the block comes after them
+        close(after["resid_post"], before["resid_post"] + delta, *before.values())
+    close(
+        after["attn_out"] + after["mlp_out"],
+        after["resid_post"] - after["resid_pre"] - (delta if site == "resid_post" else 0),
+        *after.values(),
+    )
+    if (
+        site == "head_out"
+    ):  # linear from here to attn_out in pre-norm blocks; a post-norm may follow, so only the projection is checked
+        projection = layers.point(LAYER, site).module
+        with torch.no_grad():
+            assert (projection(before[site] + delta) - projection(before[site])).abs().max() > 0.01
+        assert not torch.equal(after["attn_out"], before["attn_out"])
+    assert not torch.equal(after["logits"], before["logits"])
+    assert torch.equal(run(model).logits, before["logits"])  # removed: bit for bit
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_an_unedited_row_keeps_its_bits(model, site):
+    reference = run(model).logits
+    delta = torch.zeros(*token_ids().shape, find_layers(model).point(LAYER, site).width)
+    assert torch.equal(sites_of(model, LAYER, write=(site, delta))["logits"], reference)
+    if model.config.model_type in ("mixtral", "qwen2_moe", "gpt_oss"):
+        return  # a mixture of experts multiplies the tokens of each expert together: there the model itself lets rows meet
+    delta[1] = 1.0
+    logits = sites_of(model, LAYER, write=(site, delta))["logits"]
+    assert torch.equal(logits[0], reference[0])
+    assert not torch.equal(logits[1], reference[1])
+
+
+def test_negative_layers_and_errors():
+    layers = find_layers(build("llama"))
+    assert layers.resolve(-1) == 2
+    assert layers.resolve(-3) == 0
+    assert layers.resolve(torch.tensor(1)) == 1
+    assert layers.point(-1).module is layers.blocks[2]
+    for layer in (3, 40, -4):
+        with pytest.raises(ValueError) as error:
+            layers.resolve(layer)
+        assert (
+            str(error.value)
+            == f"steer: layer {layer} is out of range; this model (LlamaForCausalLM) has 3 layers, 0 to 2"
+        )
+    with pytest.raises(ValueError, match="^collect: layer 3 is out of range"):
+        layers.resolve(3, "collect")
+    for layer in (1.0, "1", None, True):
+        with pytest.raises(TypeError, match="a layer is an integer, 0 to 2, got"):
+            layers.resolve(layer)
+    with pytest.raises(ValueError, match="unknown site 'residual'; the sites are resid_pre, resid_post, attn_out"):
+        layers.point(0, "residual")
+    with pytest.raises(TypeError, match="must be a transformers model .* got Linear"):
+        find_layers(nn.Linear(2, 2))
+
+
+def test_base_model_and_compiled_model_show_the_same_blocks():
+    model = build("llama")
+    layers = find_layers(model)
+    for other, path in ((model.model, "layers"), (torch.compile(model), "model.layers")):
+        found = find_layers(other)
+        assert all(a is b for a, b in zip(found.blocks, layers.blocks, strict=True))
+        assert found.path == path
+
+
+def test_a_list_of_experts_as_long_as_the_model_is_not_taken_for_the_blocks():
+    model = build("llama")
+    block = model.model.layers[0]
+    block.mlp.experts = nn.ModuleList(nn.Sequential(nn.Linear(48, 48)) for _ in range(3))
+    try:
+        assert find_layers(model).path == "model.layers"
+    finally:
+        del block.mlp.experts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.add_module("crossattention", nn.Sequential(nn.Linear(48, 48))),
+        lambda block: block.add_module("per_layer_gate", nn.PReLU()),
+        lambda block: block.register_buffer("layer_scalar", torch.ones(1)),
+        lambda block: setattr(block, "attn_alpha_factor", 0.5),
+        lambda block: setattr(block, "do_layer_norm_before", False),
+        lambda block: block.add_module("post_norm1", nn.LayerNorm(48)),
+    ],
+    ids=["cross-attention", "unknown child", "own tensor", "scale", "post-norm stream", "unknown post-norm"],
+)
+def test_what_the_rules_do_not_cover_is_refused(change):
+    model = build("llama").__class__(build("llama").config)
+    change(model.model.layers[1])
+    layers = find_layers(model)
+    for site in ("attn_out", "mlp_out"):
+        with pytest.raises(
+            ValueError,
+            match=f"cannot locate site '{site}' of layer 1 in a LlamaDecoderLayer .*use resid_pre or resid_post",
+        ):
+            layers.point(1, site)
+        layers.point(0, site)
+    layers.point(1, "resid_pre"), layers.point(1, "resid_post")
+
+
+def test_a_norm_on_the_stream_is_refused_where_a_real_config_asks_for_it():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(
+        BloomConfig(vocab_size=101, hidden_size=48, n_layer=2, n_head=4, apply_residual_connection_post_layernorm=True)
+    )
+    with pytest.raises(
+        ValueError, match="apply_residual_connection_post_layernorm=True: a norm acts on the stream itself"
+    ):
+        find_layers(model).point(0, "attn_out")
+    assert find_layers(model).point(0, "head_out").width == 48
+
+
+def test_the_text_decoder_of_a_multimodal_model_is_found():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8),
+        text_config=LlamaConfig(**sizes, vocab_size=101),
+        image_token_index=100,
+    )
+    layers = find_layers(LlavaForConditionalGeneration(config))
+    assert layers.path == "model.language_model.layers"
+    assert layers.count == 3
