@@ -119,10 +119,9 @@ class Bank:
         self._vector_rows.give(*held.vector_rows)
         self._coefficient_rows.give(*held.coefficient_rows)
 
-    def view(self, slot: int) -> Slot | None:
-        """The slot as views of the buffers; None if it is empty."""
-        held = self._held.get(slot)
-        return None if held is None else held.view
+    def view(self, slot: int) -> Slot:
+        """A registered slot as views of the buffers."""
+        return self._held[slot].view
 
     def strength(self, slot: int) -> float:
         """The strength of a slot, known on the host."""
@@ -135,10 +134,10 @@ class Bank:
         held.strength = strength
 
 
-def fitting(interventions: dict[int, Intervention], like: Bank) -> Bank:
-    """A bank that holds exactly these interventions under their slot numbers, with the width, dtype and device of another."""
+def fitting(interventions: dict[int, Intervention], like: Bank, slots: int) -> Bank:
+    """A bank of `slots` slots that holds exactly these interventions, with the width, dtype and device of another."""
     rows = sum(spec.lift.shape[0] * (1 if spec.project is spec.lift else 2) for spec in (i.slot() for i in interventions.values()))
-    bank = Bank(like.width, max(interventions, default=0) + 1, rows, like.vectors.dtype, like.vectors.device)
+    bank = Bank(like.width, max(slots, like.slots.shape[0]), rows, like.vectors.dtype, like.vectors.device)
     for slot, intervention in interventions.items():
         bank.register(intervention, slot)
     return bank

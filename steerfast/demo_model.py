@@ -42,6 +42,27 @@ _LAYOUT = 1  # of the converted folder; a new number leaves the old one unused
 _STALE_SECONDS = 3600.0  # a conversion takes a minute; what is older was left behind by a killed process
 _COPY_BYTES = 1 << 20
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
+# What defines the model; the rest of a configuration differs from one version of transformers to the next.
+_CONFIG_KEYS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "max_position_embeddings",
+    "rope_theta",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 
 @dataclass(frozen=True)
@@ -240,13 +261,12 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32, local_files_only=True
         )
-    config = model.config.to_dict()
-    if "rope_parameters" in config:  # transformers 5; both versions read the key of version 4
-        config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
-    for key in ("quantization_config", "_name_or_path", "transformers_version", "dtype"):
-        config.pop(key, None)
+    loaded = model.config.to_dict()
+    if "rope_parameters" in loaded:  # transformers 5; both versions read the key of version 4
+        loaded["rope_theta"] = loaded["rope_parameters"]["rope_theta"]
+    config = {key: loaded[key] for key in _CONFIG_KEYS}
     config |= {"architectures": [type(model).__name__], "torch_dtype": "float32"}
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", ids)
     tensors = model.state_dict()
@@ -282,6 +302,7 @@ def _write_tokenizer(gguf_file: Path, folder: Path, max_length: int) -> None:
     config = {key: tokens[read(f"ggml.{name}_token_id")] for key, name in names.items()}
     config |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         "chat_template": read("chat_template"),

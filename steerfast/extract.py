@@ -6,8 +6,7 @@ sides of activations into a `Direction` per layer. All arithmetic on the sides i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeAlias
@@ -15,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .layers import Layers, Point, find_layers
+from .layers import Layers, Point, evaluating, find_layers
 
 POSITIONS = ("last", "mean", "all")
 _WINDOW = 16  # batches that are sorted by length together: little padding, and only so many texts in memory
@@ -76,8 +75,8 @@ class Direction:
 
     def __repr__(self) -> str:
         where = f" of {self.model}, layer {self.layer}, {self.site}" if self.layer is not None else ""
-        share = f" = {self.norm / self.activation_norm:.0%} of a typical activation" if self.activation_norm else ""
-        return f"Direction({self.method}{where}: d {self.vector.numel()}, norm {self.norm:.4g}{share})"
+        norms = f"norm {self.norm:.4g}, typical activation {self.activation_norm:.4g}"
+        return f"Direction({self.method}{where}: d {self.vector.numel()}, {norms})"
 
 
 def collect(
@@ -105,7 +104,8 @@ def collect(
             generation prompt unless the assistant has the last word). Any iterable; read a window of texts at a time.
         layers: 0-based, negative from the end.
         position: "last" (last token), "mean" (over the tokens), "all" (a row per token), or an index into the
-            tokens, negative from the end. Tokens count with the tokenizer's special tokens, without padding.
+            tokens, negative from the end. Tokens count with the tokenizer's special tokens, without padding. The first
+            token of a text often has an enormous norm (an attention sink), which also dominates "mean".
         site: "resid_pre", "resid_post", "attn_out", "mlp_out" or "head_out".
         batch_size: texts per forward.
         progress: show a progress bar on stderr.
@@ -133,24 +133,15 @@ def collect(
     wanted = _wanted_layers(found, layers)
     points = {layer: found.point(layer, site, "collect") for layer in wanted}
     model = getattr(model, "_orig_mod", model)  # a compiled graph ignores new hooks
-    tokens = _tokens(
-        tokenizer, texts, position, getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    )
+    tokens = _tokens(tokenizer, texts, position, _longest(model))
 
     rows: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
     index: list[Tensor] = []
-    with _evaluating(model), _progress_bar(texts, progress) as bar:
+    with evaluating(model), _progress_bar(texts, progress) as bar:
         done = 0
         while window := list(islice(tokens, batch_size * _WINDOW)):
-            by_length = sorted(range(len(window)), key=lambda i: len(window[i]))
-            pieces: dict[int, dict[int, Tensor]] = {layer: {} for layer in wanted}
-            for start in range(0, len(window), batch_size):
-                batch = by_length[start : start + batch_size]
-                for layer, parts in _read_batch(model, points, [window[i] for i in batch], position).items():
-                    pieces[layer].update(zip(batch, parts, strict=True))
-                bar.update(len(batch))
-            for layer in wanted:
-                rows[layer].append(torch.cat([pieces[layer][i] for i in range(len(window))]))
+            for layer, part in _read_window(model, points, window, position, batch_size, bar).items():
+                rows[layer].append(part)
             counts = torch.tensor([len(ids) if position == "all" else 1 for ids in window])
             index.append(torch.arange(done, done + len(window)).repeat_interleave(counts))
             done += len(window)
@@ -173,11 +164,16 @@ def _check_position(position: str | int) -> None:
 
 def _wanted_layers(found: Layers, layers: int | Iterable[int]) -> list[int]:
     """0-based layers in ascending order, each once."""
-    several = layers if isinstance(layers, Iterable) and not isinstance(layers, (str, Tensor)) else [layers]
+    several: Iterable[Any] = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     wanted = sorted({found.resolve(layer, "collect") for layer in several})
     if not wanted:
         raise ValueError("collect: layers is empty; name at least one layer")
     return wanted
+
+
+def _longest(model: Any) -> int | None:
+    """Number of tokens that the model was built for, None if its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _tokens(tokenizer: Any, texts: Iterable[Any], position: str | int, longest: int | None) -> Iterator[list[int]]:
@@ -186,12 +182,13 @@ def _tokens(tokenizer: Any, texts: Iterable[Any], position: str | int, longest: 
         ids = _token_ids(tokenizer, text, number)
         if longest is not None and len(ids) > longest:
             raise ValueError(
-                f"collect: text {number} ({_short(text)}) has {len(ids)} tokens; this model reads at most {longest}; shorten it"
+                f"collect: text {number} ({_short(text)}) has {len(ids)} tokens; "
+                f"this model reads at most {longest}; shorten it"
             )
         if isinstance(position, int) and not -len(ids) <= position < len(ids):
             raise ValueError(
-                f"collect: position {position} is out of range for text {number} ({_short(text)}), which has {len(ids)} tokens, "
-                f"{-len(ids)} to {len(ids) - 1}"
+                f"collect: position {position} is out of range for text {number} ({_short(text)}), "
+                f"which has {len(ids)} tokens, {-len(ids)} to {len(ids) - 1}"
             )
         yield ids
 
@@ -228,29 +225,29 @@ def _short(text: Any) -> str:
     return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; each module's own training flag comes back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _progress_bar(texts: Iterable[Any], progress: bool) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(
-        total=len(texts) if hasattr(texts, "__len__") else None, desc="collect", unit="text", disable=not progress
-    )
+    total = len(texts) if isinstance(texts, Sized) else None
+    return tqdm(total=total, desc="collect", unit="text", disable=not progress)
+
+
+def _read_window(
+    model: Any, points: dict[int, Point], window: list[list[int]], position: str | int, batch_size: int, bar: Any
+) -> dict[int, Tensor]:
+    """The rows of a window of texts, in their own order; they run in batches of similar length."""
+    by_length = sorted(range(len(window)), key=lambda i: len(window[i]))
+    pieces: dict[int, dict[int, Tensor]] = {layer: {} for layer in points}
+    for start in range(0, len(window), batch_size):
+        batch = by_length[start : start + batch_size]
+        for layer, parts in _read_batch(model, points, [window[i] for i in batch], position).items():
+            pieces[layer].update(zip(batch, parts, strict=True))
+        bar.update(len(batch))
+    return {layer: torch.cat([of_text[i] for i in range(len(window))]) for layer, of_text in pieces.items()}
 
 
 def _read_batch(
-    model: nn.Module, points: dict[int, Point], batch: list[list[int]], position: str | int
+    model: Any, points: dict[int, Point], batch: list[list[int]], position: str | int
 ) -> dict[int, list[Tensor]]:
     """One forward; for each layer and text the rows of its position, (rows, width), float32 on the CPU."""
     counts = [len(ids) for ids in batch]
@@ -272,7 +269,8 @@ def _read_batch(
         return read
 
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-    # Said outright, whatever the config asks: transformers 4.57 captures by replacing forwards, and leaves them replaced if it is interrupted.
+    # Outputs that the config asks for are refused: transformers 4.57 captures them by replacing the modules' forwards,
+    # and leaves them replaced when it is interrupted.
     inputs |= {
         key: False
         for key in ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -288,7 +286,8 @@ def _read_batch(
             handle.remove()
     if missing := [layer for layer in points if layer not in kept]:
         raise ValueError(
-            f"collect: the forward never ran {points[missing[0]].path}, so layer {missing[0]} cannot be read; use resid_post"
+            f"collect: the forward never ran {points[missing[0]].path}, so layer {missing[0]} cannot be read; "
+            f"use resid_post"
         )
     rows_of = counts if position == "all" else [1] * len(batch)
     return {layer: list(rows.to("cpu", torch.float32).split(rows_of)) for layer, rows in kept.items()}
@@ -476,17 +475,18 @@ def _extract(
     name: str, method: _Method, pos: Side, neg: Side, normalize: bool, project_out: Any, *, paired: bool = False
 ) -> Directions:
     """Apply `method` to each layer of the two sides, and finish the result."""
-    if isinstance(pos, Mapping) != isinstance(neg, Mapping):
-        raise ValueError(
-            f"{name}: pos is a {type(pos).__name__} and neg a {type(neg).__name__}; give both as activations or both as tensors"
-        )
-    if not isinstance(pos, Mapping):
+    if not isinstance(pos, Mapping) and not isinstance(neg, Mapping):
         return _direction(name, method, pos, neg, normalize, project_out, paired)
+    if not (isinstance(pos, Mapping) and isinstance(neg, Mapping)):
+        raise ValueError(
+            f"{name}: pos is a {type(pos).__name__} and neg a {type(neg).__name__}; "
+            f"give both as activations or both as tensors"
+        )
     _check_same_origin(name, pos, neg, paired)
     directions = {}
     for layer in pos:
         direction = _direction(f"{name}: layer {layer}", method, pos[layer], neg[layer], normalize, project_out, paired)
-        origin = {key: getattr(pos, key, None) for key in ("site", "position", "model")}
+        origin: dict[str, Any] = {key: getattr(pos, key, None) for key in ("site", "position", "model")}
         directions[layer] = replace(direction, method=name, layer=layer, **origin)
     return directions if len(directions) != 1 else next(iter(directions.values()))
 
@@ -506,7 +506,8 @@ def _check_same_origin(name: str, pos: Mapping[int, Tensor], neg: Mapping[int, T
             raise ValueError(f"{name}: pos has {key} {mine!r} and neg {other!r}; collect both alike")
     if paired and pos.position == "all" and not torch.equal(pos.text_index, neg.text_index):
         raise ValueError(
-            f"{name}: needs pairs, but the texts of pos and neg differ in length at position 'all'; use 'last' or 'mean', or mean_difference"
+            f"{name}: needs pairs, but the texts of pos and neg differ in length at position 'all'; "
+            f"use 'last' or 'mean', or mean_difference"
         )
 
 
@@ -526,7 +527,8 @@ def _direction(
     apart = (p - n).norm(dim=1).max() if paired else _mean_difference(p, n).norm()
     if apart <= _ROUNDING * typical:
         raise ValueError(
-            f"{name}: pos and neg do not differ (by {float(apart):.3g} at a typical norm of {typical:.3g}); check the texts and position"
+            f"{name}: pos and neg do not differ (by {float(apart):.3g} at a typical norm of {typical:.3g}); "
+            f"check the texts and position"
         )
     vector = method(p, n)
     if vector.norm() <= _ROUNDING * typical and method is _mean_difference:
@@ -549,7 +551,8 @@ def _rows(name: str, argument: str, side: Any) -> Tensor:
         raise ValueError(f"{name}: {argument} has no rows, shape {tuple(rows.shape)}; give at least one")
     if bad := int((~rows.isfinite().all(1)).sum()):
         raise ValueError(
-            f"{name}: {argument} has NaN or Inf in {bad} of {len(rows)} rows; collect in bfloat16 or float32 instead of float16"
+            f"{name}: {argument} has NaN or Inf in {bad} of {len(rows)} rows; "
+            f"collect in bfloat16 or float32 instead of float16"
         )
     return rows.detach().to("cpu", torch.float64)
 

@@ -181,11 +181,12 @@ class Dispatcher:
         self.fixed = fixed
         self.edits: dict[int, Intervention] = {}
         self._seen: Pass | None = None
-        self._views: list[tuple[reference.Slot, float]] = []
+        self._direct: list[tuple[reference.Slot, float]] = []
+        self._table: tuple[Tensor, Tensor] | None = None
         self.hook: RemovableHandle = point.attach(self, prepend=point.kind == "post")
 
-    def put(self, edits: dict[int, Intervention]) -> None:
-        """Register interventions under their slot numbers, all or none."""
+    def put(self, edits: dict[int, Intervention], slots: int) -> None:
+        """Register interventions under their slot numbers, all or none; the bank has room for `slots` numbers."""
         if self.fixed:
             done: list[int] = []
             try:
@@ -197,7 +198,7 @@ class Dispatcher:
                     self.bank.release(slot)
                 raise
         else:
-            self.bank = fitting({**self.edits, **edits}, self.bank)
+            self.bank = fitting({**self.edits, **edits}, self.bank, slots)
         self.edits.update(edits)
         self._seen = None
 
@@ -210,37 +211,34 @@ class Dispatcher:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         now = self.controller.now
-        if now.owners is None:
-            return self._by_table(x, now.rows, now.scale)  # type: ignore[arg-type]
-        if not now.owners:
-            return None
-        if backend_of(x) == "torch":
-            for slot, gain in self._direct(now):
-                x = reference.edit(x, slot, gain)
-            return x if self._views else None
-        if not any(slot in self.edits for slot, _ in now.owners):
-            return None
+        if now is not self._seen:
+            self._look(now, x)
+        if self._table is not None:
+            return self._by_table(x, *self._table)
+        for slot, gain in self._direct:
+            x = reference.edit(x, slot, gain)
+        return x if self._direct else None
+
+    def _look(self, now: Pass, x: Tensor) -> None:
+        """Decide once per pass, and once for all equal passes: nothing, a table, or the same slots for every token."""
+        self._direct, self._table = [], None
+        self._seen = None if torch.compiler.is_compiling() else now
+        if now.rows is not None and now.scale is not None:
+            self._table = (now.rows, now.scale) if self.fixed or self.edits else None
+            return
+        here = [(slot, weight) for slot, weight in now.owners or () if slot in self.edits]
+        if here and backend_of(x) == "torch":
+            self._direct = [(self.bank.view(slot), self.bank.strength(slot) * weight) for slot, weight in here]
+        elif here:
+            self._table = self.controller.broadcast(now)
+
+    def _by_table(self, x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
         count = x.numel() // x.shape[-1]
-        rows, scale = self.controller.broadcast(now)
-        return self._by_table(x, rows.expand(count, -1), scale.expand(count, -1))
-
-    def _direct(self, now: Pass) -> list[tuple[reference.Slot, float]]:
-        """The views and gains of a pass that treats every token alike; kept while the pass does not change."""
-        if self._seen is not now:
-            self._seen = now
-            self._views = [
-                (view, self.bank.strength(slot) * weight)
-                for slot, weight in now.owners or ()
-                if (view := self.bank.view(slot)) is not None
-            ]
-        return self._views
-
-    def _by_table(self, x: Tensor, rows: Tensor, scale: Tensor) -> Tensor | None:
-        if not self.fixed and not self.edits:
-            return None
-        if rows.shape[0] != x.numel() // x.shape[-1]:
+        if self.controller.now.owners is not None:  # one row for every token
+            rows, scale = rows.expand(count, -1), scale.expand(count, -1)
+        if rows.shape[0] != count:
             raise RuntimeError(
-                f"steer: {self.point.path} handles {x.numel() // x.shape[-1]} tokens in a pass of {rows.shape[0]}; this layer "
+                f"steer: {self.point.path} handles {count} tokens in a pass of {rows.shape[0]}; this layer "
                 "reorders or splits its tokens, which per-token steering cannot follow"
             )
         rows, scale = rows.to(x.device), scale.to(x.device)
@@ -305,9 +303,12 @@ class Controller:
             handle.slots.append(tuple(range(first, first + width)))
             for site, layer, chain in () if plan is None else self._places(plan):
                 wanted.setdefault((site, layer), {}).update(enumerate(chain, first))
+        vars(self.model)[_ATTRIBUTE] = self
         try:
-            for place, edits in wanted.items():
-                self._dispatcher(place).put(edits)
+            for place in wanted:
+                self._dispatcher(place)
+            for place, dispatcher in self.dispatchers.items():  # the row table is shared: every bank must know every slot
+                dispatcher.put(wanted.get(place, {}), 1 + max(slot for slots in handle.slots for slot in slots))
             if self._decoder_hook is None:
                 self._decoder_hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
             self.handles.append(handle)
@@ -342,7 +343,7 @@ class Controller:
         if not self.prepared:
             if self._decoder_hook is not None:
                 self._decoder_hook.remove()
-            delattr(self.model, _ATTRIBUTE)
+            vars(self.model).pop(_ATTRIBUTE, None)
 
     def refresh(self) -> None:
         """Rebuild the table of the batch that is running: a handle came, went, or changed its strength."""
@@ -477,6 +478,7 @@ class Controller:
         self._device_counts = torch.zeros(slots + 1, dtype=torch.int64, device=self._device)
         self._decoder_hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.prepared = True
+        vars(self.model)[_ATTRIBUTE] = self
 
     def _traced(self, inputs: dict[str, Any]) -> Pass:
         """The pass as a part of the compiled graph: a gather from the table that `_publish` fills."""
@@ -528,14 +530,12 @@ class Controller:
 
 
 def _controller(model: nn.Module) -> Controller:
-    """The controller of a model, made at its first use."""
+    """The controller of a model; a new one is known to nobody until it attaches something."""
     inner = getattr(model, "_orig_mod", model)
     found = vars(inner).get(_ATTRIBUTE)
     if found is None:
         found = Controller(inner, find_layers(model, "steer"))
-        object.__setattr__(inner, _ATTRIBUTE, found)
     if model is not inner and not found.prepared:
-        delattr(inner, _ATTRIBUTE)
         raise RuntimeError("steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before torch.compile")
     return found
 

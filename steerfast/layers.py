@@ -16,16 +16,20 @@ Rules, in the order in which they are applied:
 4. **Anything else is refused**, not guessed: further children with weights (cross-attention, per-layer inputs), an
    unknown post-norm, an unknown scale, a norm on the stream itself. `resid_pre` and `resid_post` need none of this
    and always work.
+5. **Names cannot show everything.** `verify_sites` proves the sites of a given model with one short forward.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, SupportsIndex
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -42,7 +46,7 @@ _AMBIGUOUS = re.compile(
 )  # Llama: before the MLP; Gemma 2: after the attention
 _SCALE = re.compile(r"alpha|beta|scale|multiplier|factor")
 
-# A block attribute with this value means that a norm acts on the stream itself: no module's output is what was added to it.
+# A block attribute with this value: a norm acts on the stream itself, so no module's output is what was added to it.
 _STREAM_NORMS = {"do_layer_norm_before": False, "apply_residual_connection_post_layernorm": True}
 
 
@@ -154,7 +158,7 @@ class Layers:
         """Number of decoder blocks."""
         return len(self.blocks)
 
-    def resolve(self, layer: int, caller: str = "steer") -> int:
+    def resolve(self, layer: SupportsIndex, caller: str = "steer") -> int:
         """Return the 0-based index of `layer`, which may count from the end.
 
         Raises:
@@ -166,11 +170,12 @@ class Layers:
         index = layer.__index__()
         if not -self.count <= index < self.count:
             raise ValueError(
-                f"{caller}: layer {index} is out of range; this model ({self.name}) has {self.count} layers, 0 to {self.count - 1}"
+                f"{caller}: layer {index} is out of range; "
+                f"this model ({self.name}) has {self.count} layers, 0 to {self.count - 1}"
             )
         return index % self.count
 
-    def point(self, layer: int, site: str = "resid_post", caller: str = "steer") -> Point:
+    def point(self, layer: SupportsIndex, site: str = "resid_post", caller: str = "steer") -> Point:
         """Return where `site` of `layer` is read and written.
 
         Args:
@@ -195,8 +200,8 @@ class Layers:
             return _added_point(block, path, self.d, mlp=site == "mlp_out")
         except _Unresolved as reason:
             raise ValueError(
-                f"{caller}: cannot locate site {site!r} of layer {index} in a {type(block).__name__} ({self.name}): {reason}; "
-                f"use resid_pre or resid_post, which every block has"
+                f"{caller}: cannot locate site {site!r} of layer {index} in a {type(block).__name__} ({self.name}): "
+                f"{reason}; use resid_pre or resid_post, which every block has"
             ) from None
 
 
@@ -221,7 +226,8 @@ def find_layers(model: nn.Module, caller: str = "steer") -> Layers:
             f"{caller}: model must be a transformers model (a torch module with a config), got {type(model).__name__}"
         )
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    config = model.config.get_text_config(decoder=True)
+    config: Any = model.config
+    config = config.get_text_config(decoder=True)
     count, name = getattr(config, "decoder_layers", None) or config.num_hidden_layers, type(model).__name__
     for root in _decoder_roots(model):
         lists = _block_lists(root, count)
@@ -231,18 +237,84 @@ def find_layers(model: nn.Module, caller: str = "steer") -> Layers:
         if lists:
             paths = [path for path, module in model.named_modules() if any(module is found for found in lists)]
             raise ValueError(
-                f"{caller}: {name} has {len(lists)} lists of {count} blocks ({', '.join(paths)}); cannot tell which is the decoder"
+                f"{caller}: {name} has {len(lists)} lists of {count} blocks ({', '.join(paths)}); "
+                f"cannot tell which is the decoder"
             )
     raise ValueError(
         f"{caller}: {name} holds no list of {count} decoder blocks (its config's num_hidden_layers); is it a decoder?"
     )
 
 
+def verify_sites(
+    model: nn.Module, input_ids: Tensor, layers: Iterable[int] | None = None, caller: str = "check"
+) -> None:
+    """Run one forward and check that the sites are what they are said to be.
+
+        attn_out + mlp_out = resid_post − resid_pre
+
+    The rules read names and structure; what a block computes beyond them (a norm on the stream, as in the first GPT, or
+    a bias added in passing) only a forward shows. Call it once for a family that the tests do not list.
+
+    Args:
+        model: a `transformers` causal language model, not steered.
+        input_ids: int64 (batch, tokens); a handful of tokens will do.
+        layers: which layers, all by default.
+        caller: the public function that asks, for its messages.
+
+    Raises:
+        ValueError: a site cannot be located, or the sum differs by more than the rounding of its terms.
+
+    Example:
+        >>> verify_sites(model, tokenizer("A few words", return_tensors="pt").input_ids)
+    """
+    found = find_layers(model, caller)
+    sites = ("attn_out", "mlp_out", "resid_pre", "resid_post")
+    seen: dict[tuple[int, str], Tensor] = {}
+    handles = []
+    try:
+        for layer in range(len(found)) if layers is None else [found.resolve(layer, caller) for layer in layers]:
+            for site in sites:
+                keep = partial(_keep, seen, (layer, site))
+                handles.append(found.point(layer, site, caller).attach(keep))
+        with evaluating(model):
+            model(input_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in sorted({layer for layer, _ in seen}):
+        attn, mlp, pre, post = (seen[layer, site].reshape(seen[layer, "resid_post"].shape) for site in sites)
+        rounding = 16 * torch.finfo(post.dtype).eps * (attn.abs() + mlp.abs() + pre.abs() + post.abs()).float()
+        error = (attn.float() + mlp.float() - (post.float() - pre.float())).abs()
+        if not bool((error <= rounding).all()):
+            raise ValueError(
+                f"{caller}: attn_out + mlp_out differs from resid_post - resid_pre by {float(error.max()):.3g} in "
+                f"layer {layer}, a {type(found.blocks[layer]).__name__} ({found.name}); "
+                f"use resid_pre or resid_post in this model"
+            )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout; each module's own training flag comes back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _keep(seen: dict[tuple[int, str], Tensor], key: tuple[int, str], x: Tensor) -> None:
+    seen[key] = x.clone()
+
+
 class _Unresolved(Exception):
     """Why a block's structure does not show a site."""
 
 
-def _decoder_roots(model: nn.Module) -> Iterator[nn.Module]:
+def _decoder_roots(model: Any) -> Iterator[nn.Module]:
     """The modules to search, from the most specific to the whole."""
     if hasattr(model, "get_decoder"):
         decoder = model.get_decoder()
@@ -289,7 +361,8 @@ def _in_width(module: nn.Module) -> int | None:
         width = getattr(module, attribute, None)
         if isinstance(width, int):
             return width
-    return module.weight.shape[0] if hasattr(module, "nf") else None  # Conv1D keeps its weight as (in, out)
+    weight = getattr(module, "weight", None)  # Conv1D names no input width; it keeps its weight as (in, out)
+    return weight.shape[0] if isinstance(weight, Tensor) and hasattr(module, "nf") else None
 
 
 def _first_parameter(module: nn.Module) -> str:
@@ -298,7 +371,9 @@ def _first_parameter(module: nn.Module) -> str:
 
 def _parts(block: nn.Module) -> tuple[str, str | None, list[str]]:
     """Names of the attention, the MLP (None if there is none) and the norms among the block's children."""
-    norms, sublayers, linears = [], [], []
+    norms: list[str] = []
+    sublayers: list[str] = []
+    linears: list[str] = []
     for name, child in block.named_children():
         if _has_matrix(child):
             (linears if _out_width(child) is not None else sublayers).append(name)

@@ -119,6 +119,8 @@ def subspace(
 
 def edit(x: Tensor, slot: Slot, scale: Tensor | float = 1.0) -> Tensor:
     """One slot on every row of x (..., d); scale is strength and all: a number, or broadcast over (..., 1)."""
+    if slot.mode == ADD and not slot.keep_norm and isinstance(scale, float) and slot.lift.dtype == x.dtype:
+        return torch.add(x, slot.lift, alpha=scale)  # PyTorch adds in float32 and rounds once, like _edit
     return _edit(_wide(x), slot, scale).to(x.dtype)
 
 

@@ -7,7 +7,7 @@ that changes one must restore it. `CORE` names the families that every feature i
 
 from __future__ import annotations
 
-from functools import lru_cache, cache
+from functools import cache
 
 import torch
 import transformers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 from copy import deepcopy
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ METHODS = (difference, mean_difference, pca, logistic)
 TEXTS = ["w3 w4 w5 w6 w7 w8 w9", "w10", "w11 w12 w13", "w14 w15 w16 w17 w18", "w19 w20", "w21 w22 w23 w24"]
 
 
-def make_tokenizer(bos=False, **kwargs):
+def make_tokenizer(bos: Any = False, **kwargs: Any) -> Any:
     """One token per word; w3 … w100 are ids 3 … 100; no pad token unless asked for."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -37,26 +38,27 @@ def make_tokenizer(bos=False, **kwargs):
 TOKENIZER = make_tokenizer()
 
 
-def hidden_states(model, text, tokenizer=TOKENIZER):
+def hidden_states(model: Any, text: Any, tokenizer: Any = TOKENIZER) -> Any:
     """What the model shows for one text alone: entry L + 1 is resid_post of layer L, (tokens, d)."""
     with torch.no_grad():
         outputs = model(torch.tensor([tokenizer(text)["input_ids"]]), use_cache=False, output_hidden_states=True)
     return [h[0] for h in outputs.hidden_states]
 
 
-def close(actual, expected):
+def close(actual: Any, expected: Any) -> None:
     """A batch is multiplied in other tile shapes than a text alone: float32 rounding through two layers of width 48."""
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(params=CORE)
-def model(request):
+def model(request: Any) -> Any:
     return build(request.param)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_every_position_is_that_of_the_text_alone(model, batch_size):
+def test_every_position_is_that_of_the_text_alone(model: Any, batch_size: Any) -> None:
     alone = [hidden_states(model, text) for text in TEXTS]
+    position: Any
     for position, rows in {
         "last": lambda h: h[-1:],
         "mean": lambda h: h.mean(0, keepdim=True),
@@ -75,12 +77,12 @@ def test_every_position_is_that_of_the_text_alone(model, batch_size):
     assert acts.text_index.tolist() == list(range(len(TEXTS)))
 
 
-def test_text_index_counts_tokens_for_all():
+def test_text_index_counts_tokens_for_all() -> None:
     acts = collect(build("llama"), TOKENIZER, TEXTS[:3], [0], "all", progress=False)
     assert acts.text_index.tolist() == [0] * 7 + [1] + [2] * 3
 
 
-def test_the_tokenizers_padding_does_not_matter_and_is_left_alone(model):
+def test_the_tokenizers_padding_does_not_matter_and_is_left_alone(model: Any) -> None:
     reference = collect(model, TOKENIZER, TEXTS, [-1], progress=False)
     for tokenizer in (
         make_tokenizer(padding_side="left", pad_token="</s>"),
@@ -95,7 +97,7 @@ def test_the_tokenizers_padding_does_not_matter_and_is_left_alone(model):
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("family", ["llama", "falcon", "bloom", "opt", "granite"])
-def test_every_site_in_a_batch(family, site):
+def test_every_site_in_a_batch(family: Any, site: Any) -> None:
     """The hook runs on a padded batch; the reference is one hook on one text. Falcon edits its MLP's output later,
     OPT flattens it."""
     model = build(family)
@@ -113,7 +115,7 @@ def test_every_site_in_a_batch(family, site):
     close(acts[2], torch.cat(alone))
 
 
-def test_layers_negative_repeated_single_and_generator():
+def test_layers_negative_repeated_single_and_generator() -> None:
     model = build("llama")
     reference = collect(model, TOKENIZER, TEXTS, [0, 2], progress=False)
     for layers in ([2, 0], [-1, 0, 2, -3], (layer for layer in (0, 2))):
@@ -129,18 +131,19 @@ def test_layers_negative_repeated_single_and_generator():
     )
 
 
-def test_more_texts_than_a_window_in_their_own_order_and_read_lazily():
-    model, batch_size, read = build("llama"), 2, []
+def test_more_texts_than_a_window_in_their_own_order_and_read_lazily() -> None:
+    model, batch_size = build("llama"), 2
+    read: list[int] = []
     texts = [" ".join(f"w{3 + (7 * i + j) % 98}" for j in range(1 + i % 5)) for i in range(75)]
     shapes, ahead, given = [], [], 0
 
-    def stream():
+    def stream() -> Any:
         nonlocal given
         for text in texts:
             given += 1
             yield text
 
-    def before(module, args, kwargs):
+    def before(module: Any, args: Any, kwargs: Any) -> Any:
         shapes.append(kwargs["input_ids"].shape)
         ahead.append(given - sum(read))
         read.append(len(kwargs["input_ids"]))
@@ -160,7 +163,7 @@ def test_more_texts_than_a_window_in_their_own_order_and_read_lazily():
     )  # sorted by length: hardly any padding
 
 
-def test_the_forward_stops_after_the_deepest_layer():
+def test_the_forward_stops_after_the_deepest_layer() -> None:
     model, ran = build("llama"), []
     handles = [block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(model.model.layers)]
     handles.append(model.lm_head.register_forward_hook(lambda *_: ran.append("head")))
@@ -172,11 +175,11 @@ def test_the_forward_stops_after_the_deepest_layer():
     assert ran == [0, 1]
 
 
-def hooks_of(model):
+def hooks_of(model: Any) -> Any:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_nothing_is_left_behind():
+def test_nothing_is_left_behind() -> None:
     """Neither after success nor after an error inside the model; not even by a capture of hidden states that was
     interrupted."""
     model = build("llama")
@@ -189,7 +192,7 @@ def test_nothing_is_left_behind():
     training = [m.training for m in model.modules()]
     forwards = [m.forward for m in model.modules()]
 
-    def broken(*_):
+    def broken(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
     try:
@@ -208,7 +211,7 @@ def test_nothing_is_left_behind():
         assert torch.equal(model(ids).logits, before)
 
 
-def test_dropout_is_off_and_gradients_are_not_recorded():
+def test_dropout_is_off_and_gradients_are_not_recorded() -> None:
     model = build("gpt2")
     reference = collect(model, TOKENIZER, TEXTS, [2], progress=False)
     model.train()
@@ -219,7 +222,7 @@ def test_dropout_is_off_and_gradients_are_not_recorded():
         model.eval()
 
 
-def test_a_steered_model_gives_steered_activations():
+def test_a_steered_model_gives_steered_activations() -> None:
     model = build("llama")
     plain = collect(model, TOKENIZER, TEXTS, [1], progress=False)
     handle = model.model.layers[1].register_forward_hook(lambda m, a, out: out + 3.0, prepend=True)
@@ -230,7 +233,7 @@ def test_a_steered_model_gives_steered_activations():
     close(steered[1], plain[1] + 3.0)
 
 
-def test_half_precision_is_stored_as_float32():
+def test_half_precision_is_stored_as_float32() -> None:
     model = build("qwen3")
     reference = collect(model, TOKENIZER, TEXTS, [1], "mean", progress=False)
     acts = collect(deepcopy(model).to(torch.bfloat16), TOKENIZER, TEXTS, [1], "mean", progress=False)
@@ -238,7 +241,7 @@ def test_half_precision_is_stored_as_float32():
     torch.testing.assert_close(acts[1], reference[1], rtol=0.1, atol=0.1 * reference[1].abs().max().item())
 
 
-def test_chats_go_through_the_template():
+def test_chats_go_through_the_template() -> None:
     tokenizer = make_tokenizer(bos=True)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }} w99 {% endfor %}{% if add_generation_prompt %}w100{% endif %}"
@@ -250,7 +253,7 @@ def test_chats_go_through_the_template():
     close(acts[0], torch.cat([hidden_states(model, text)[1] for text in alone]))
 
 
-def test_progress_bar(capsys):
+def test_progress_bar(capsys: Any) -> None:
     collect(build("llama"), TOKENIZER, TEXTS, [0], progress=True)
     assert "6/6" in capsys.readouterr().err
     collect(build("llama"), TOKENIZER, TEXTS, [0], progress=False)
@@ -290,7 +293,7 @@ def test_progress_bar(capsys):
         ({"model": nn.Linear(2, 2)}, TypeError, "model must be a transformers model"),
     ],
 )
-def test_collect_errors(change, error, message):
+def test_collect_errors(change: Any, error: Any, message: Any) -> None:
     arguments = {
         "model": build("llama"),
         "tokenizer": TOKENIZER,
@@ -304,7 +307,7 @@ def test_collect_errors(change, error, message):
     assert hooks_of(arguments["model"]) == hooks
 
 
-def test_a_text_of_special_tokens_only_counts_only_if_it_was_written():
+def test_a_text_of_special_tokens_only_counts_only_if_it_was_written() -> None:
     tokenizer = make_tokenizer(bos=True)
     with pytest.raises(ValueError, match=r"text 0 \(''\) has no tokens"):
         collect(build("llama"), tokenizer, [""], [0], progress=False)
@@ -314,7 +317,7 @@ def test_a_text_of_special_tokens_only_counts_only_if_it_was_written():
 # Directions
 
 
-def sides(n=40, m=40, d=19, seed=0, strength=3.0):
+def sides(n: Any = 40, m: Any = 40, d: Any = 19, seed: Any = 0, strength: Any = 3.0) -> Any:
     """Two sides along a planted unit direction, on top of noise with unequal variances; (pos, neg, direction)."""
     rng = np.random.default_rng(seed)
     planted = rng.normal(size=d)
@@ -325,13 +328,13 @@ def sides(n=40, m=40, d=19, seed=0, strength=3.0):
     return torch.tensor(pos).float(), torch.tensor(neg).float(), planted
 
 
-def reference_pca(pos, neg):
+def reference_pca(pos: Any, neg: Any) -> Any:
     delta = pos - neg
     component = np.linalg.svd(delta)[2][0]
     return component * np.sign(delta.mean(0) @ component)
 
 
-def reference_logistic(pos, neg, C=1.0):
+def reference_logistic(pos: Any, neg: Any, C: Any = 1.0) -> Any:
     """Newton's method on the stated objective: Σ log(1 + exp(−t(w·z + b))) + ‖w‖²/2C, z = (x − mean)/s, v = w/s."""
     x = np.concatenate([pos, neg])
     x = x - x.mean(0)
@@ -356,7 +359,7 @@ REFERENCES = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(40, 19), (7, 19), (19, 7)])
-def test_methods_against_float64(method, shape):
+def test_methods_against_float64(method: Any, shape: Any) -> None:
     pos, neg, _ = sides(shape[0], shape[0], shape[1])
     expected = REFERENCES[method](pos.double().numpy(), neg.double().numpy())
     direction = method(pos, neg)
@@ -373,7 +376,7 @@ def test_methods_against_float64(method, shape):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_planted_direction_is_recovered_with_its_sign(method):
+def test_a_planted_direction_is_recovered_with_its_sign(method: Any) -> None:
     pos, neg, planted = sides(200, 200)
     for a, b, sign in ((pos, neg, 1), (neg, pos, -1)):
         vector = method(a, b, normalize=True).vector.numpy()
@@ -382,7 +385,7 @@ def test_a_planted_direction_is_recovered_with_its_sign(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_project_out_and_normalize(method):
+def test_project_out_and_normalize(method: Any) -> None:
     pos, neg, _ = sides()
     plain = method(pos, neg)
     remove = torch.randn(3, 19, generator=torch.Generator().manual_seed(2))
@@ -401,7 +404,7 @@ def test_project_out_and_normalize(method):
     assert torch.equal(method(pos, neg, project_out=Direction(remove[0], "given", 1.0, 1.0)).vector, one.vector)
 
 
-def test_unequal_counts():
+def test_unequal_counts() -> None:
     pos, neg, _ = sides(11, 30)
     for method in (mean_difference, logistic):
         expected = REFERENCES[method](pos.double().numpy(), neg.double().numpy())
@@ -416,28 +419,28 @@ def test_unequal_counts():
             method(pos, neg)
 
 
-def test_one_pair_is_activation_addition():
+def test_one_pair_is_activation_addition() -> None:
     pos, neg, _ = sides(1, 1)
     for a, b in ((pos, neg), (pos[0], neg[0])):
         assert torch.allclose(difference(a, b).vector, (pos - neg)[0], rtol=0, atol=1e-6)
         assert torch.allclose(pca(a, b).vector * (pos - neg).norm(), (pos - neg)[0], rtol=0, atol=1e-5)
 
 
-def test_pca_does_not_subtract_the_mean_difference():
+def test_pca_does_not_subtract_the_mean_difference() -> None:
     """Pairs that all differ by the same vector: a centred PCA would see nothing but noise."""
     base = torch.randn(20, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     shift = torch.arange(9.0, dtype=torch.float64)
     torch.testing.assert_close(pca(base + shift, base).vector.double(), shift / shift.norm(), rtol=0, atol=1e-6)
 
 
-def activations(rows, **kwargs):
+def activations(rows: Any, **kwargs: Any) -> Any:
     count = len(next(iter(rows.values())))
     return Activations(
         rows, **{"model": "M", "site": "resid_post", "position": "last", "text_index": torch.arange(count)} | kwargs
     )
 
 
-def test_activations_give_a_direction_per_layer_that_knows_its_origin():
+def test_activations_give_a_direction_per_layer_that_knows_its_origin() -> None:
     pos, neg, _ = sides()
     single = mean_difference(activations({14: pos}), activations({14: neg}))
     assert (single.layer, single.site, single.position, single.model, single.method) == (
@@ -496,26 +499,26 @@ def test_activations_give_a_direction_per_layer_that_knows_its_origin():
         ),
     ],
 )
-def test_direction_errors(method, pos, neg, message):
+def test_direction_errors(method: Any, pos: Any, neg: Any, message: Any) -> None:
     with pytest.raises(ValueError, match=f"^{method.__name__}: .*{message}"):
         method(pos, neg)
 
 
-def test_more_direction_errors(monkeypatch):
+def test_more_direction_errors(monkeypatch: Any) -> None:
     pos, neg, _ = sides()
-    with pytest.raises(ValueError, match="^pca: project_out has width 5, pos and neg 19"):
+    with pytest.raises(ValueError, match=r"^pca: project_out has width 5, pos and neg 19"):
         pca(pos, neg, project_out=torch.ones(5))
-    with pytest.raises(ValueError, match="^mean_difference: nothing is left after project_out"):
+    with pytest.raises(ValueError, match=r"^mean_difference: nothing is left after project_out"):
         mean_difference(pos, neg, project_out=torch.eye(19))
     opposite = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    with pytest.raises(ValueError, match="^difference: the differences of pos and neg cancel to zero; try pca"):
+    with pytest.raises(ValueError, match=r"^difference: the differences of pos and neg cancel to zero; try pca"):
         difference(opposite, opposite.flip(0))
     for C in (0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="^logistic: C must be positive and finite"):
+        with pytest.raises(ValueError, match=r"^logistic: C must be positive and finite"):
             logistic(pos, neg, C=C)
     ragged = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
     tokens = [activations({0: pos[:3] + i}, position="all", text_index=index) for i, index in enumerate(ragged)]
-    with pytest.raises(ValueError, match="^difference: needs pairs, but the texts of pos and neg differ in length"):
+    with pytest.raises(ValueError, match=r"^difference: needs pairs, but the texts of pos and neg differ in length"):
         difference(*tokens)
     assert mean_difference(*tokens).position == "all"
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
@@ -526,26 +529,19 @@ def test_more_direction_errors(monkeypatch):
 
 
 @pytest.mark.model
-def test_love_minus_hate_on_a_real_model(smollm):
+def test_love_minus_hate_on_a_real_model(smollm: Any) -> None:
     """One real vector: each way of extracting it tells love from hate on prompts that it was not made from."""
     model, tokenizer = smollm
-    made = [
-        ("I love you", "I hate you"),
-        ("I love this film", "I hate this film"),
-        ("She loves it", "She hates it"),
-        ("Love", "Hate"),
-    ]
-    unseen = [
-        ("We love the sea", "We hate the sea"),
-        ("They loved him", "They hated him"),
-        ("What a lovely day", "What a hateful day"),
-    ]
+    made = [("I love you", "I hate you"), ("I love this film", "I hate this film"), ("She loves it", "She hates it")]
+    unseen = [("They love the sea", "They hate the sea"), ("What a lovely day", "What a hateful day")]
     layer = 14
-    pos, neg = (collect(model, tokenizer, texts, [layer], "mean", progress=False) for texts in zip(*made, strict=True))
-    test_pos, test_neg = (
-        collect(model, tokenizer, texts, layer, "mean", progress=False) for texts in zip(*unseen, strict=True)
-    )
-    assert pos[layer].shape == (4, 576)
+
+    def read(texts: Any) -> Activations:
+        return collect(model, tokenizer, texts, layer, progress=False)
+
+    pos, neg = (read(texts) for texts in zip(*made, strict=True))
+    test_pos, test_neg = (read(texts) for texts in zip(*unseen, strict=True))
+    assert pos[layer].shape == (3, 576)
     for method in METHODS:
         direction = method(pos, neg)
         assert (direction.layer, direction.model) == (layer, type(model).__name__)
@@ -553,7 +549,7 @@ def test_love_minus_hate_on_a_real_model(smollm):
 
 
 @pytest.mark.model
-def test_the_docstrings_examples_run(smollm):
+def test_the_docstrings_examples_run(smollm: Any) -> None:
     model, tokenizer = smollm
     names = dict(
         sf=SimpleNamespace(collect=collect, extract=extract, Plan=dict, Add=lambda direction, strength: direction),

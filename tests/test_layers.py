@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import doctest
+import re
 from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, build, token_ids
 from torch import nn
 
-from steerfast.layers import SITES, find_layers
+from steerfast.layers import SITES, find_layers, verify_sites
 
 LAYER = 1
 
 
-def run(model, **kwargs):
+def run(model: Any, **kwargs: Any) -> Any:
     with torch.no_grad():
         return model(token_ids(), use_cache=False, **kwargs)
 
 
 @contextmanager
-def attached(points_and_functions):
+def attached(points_and_functions: Any) -> Any:
     handles = [point.attach(fn) for point, fn in points_and_functions]
     try:
         yield
@@ -29,13 +34,13 @@ def attached(points_and_functions):
             handle.remove()
 
 
-def sites_of(model, layer, write=None):
+def sites_of(model: Any, layer: Any, write: Any = None) -> Any:
     """Each site's tensor in one forward; `write` = (site, δ) adds δ there. Copied at once: Falcon adds to its MLP's
     output in place."""
     layers, seen = find_layers(model), {}
 
-    def recorder(site):
-        def record(x):
+    def recorder(site: Any) -> Any:
+        def record(x: Any) -> Any:
             seen[site] = x.clone().reshape(*token_ids().shape, x.shape[-1])
 
         return record
@@ -50,7 +55,7 @@ def sites_of(model, layer, write=None):
     return seen
 
 
-def close(actual, expected, *parts):
+def close(actual: Any, expected: Any, *parts: Any) -> None:
     """Equal up to the rounding of the few float32 additions that lead there: 8 units in the last place of the
     largest term."""
     largest = max(t.abs().max().item() for t in (actual, expected, *parts))
@@ -58,11 +63,11 @@ def close(actual, expected, *parts):
 
 
 @pytest.fixture(params=FAMILIES)
-def model(request):
+def model(request: Any) -> Any:
     return build(request.param)
 
 
-def test_blocks_and_sites(model):
+def test_blocks_and_sites(model: Any) -> None:
     layers = find_layers(model)
     assert len(layers) == layers.count == model.config.num_hidden_layers
     assert layers.d == model.config.hidden_size
@@ -80,7 +85,7 @@ def test_blocks_and_sites(model):
         assert sites["mlp_out"].abs().max() > 0.1
 
 
-def test_residual_sites_are_the_hidden_states(model):
+def test_residual_sites_are_the_hidden_states(model: Any) -> None:
     hidden = run(model, output_hidden_states=True).hidden_states
     count = find_layers(model).count
     sites = [sites_of(model, layer) for layer in range(count)]
@@ -92,7 +97,7 @@ def test_residual_sites_are_the_hidden_states(model):
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_writing_adds_exactly_the_difference(model, site):
+def test_writing_adds_exactly_the_difference(model: Any, site: Any) -> None:
     layers = find_layers(model)
     before = sites_of(model, LAYER)
     delta = 0.5 * torch.randn(before[site].shape, generator=torch.Generator().manual_seed(1))
@@ -117,52 +122,51 @@ def test_writing_adds_exactly_the_difference(model, site):
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_an_unedited_row_keeps_its_bits(model, site):
+def test_an_unedited_row_keeps_its_bits(model: Any, site: Any) -> None:
     reference = run(model).logits
     delta = torch.zeros(*token_ids().shape, find_layers(model).point(LAYER, site).width)
     assert torch.equal(sites_of(model, LAYER, write=(site, delta))["logits"], reference)
     if model.config.model_type in ("mixtral", "qwen2_moe", "gpt_oss"):
-        return  # a mixture of experts multiplies the tokens of each expert together: there the model itself lets rows meet
+        return  # an expert multiplies all its tokens together: there the model itself lets rows meet
     delta[1] = 1.0
     logits = sites_of(model, LAYER, write=(site, delta))["logits"]
     assert torch.equal(logits[0], reference[0])
     assert not torch.equal(logits[1], reference[1])
 
 
-def test_negative_layers_and_errors():
+def test_negative_layers_and_errors() -> None:
     layers = find_layers(build("llama"))
     assert layers.resolve(-1) == 2
     assert layers.resolve(-3) == 0
-    assert layers.resolve(torch.tensor(1)) == 1
+    assert layers.resolve(np.int64(1)) == 1
     assert layers.point(-1).module is layers.blocks[2]
     for layer in (3, 40, -4):
-        with pytest.raises(ValueError) as error:
+        text = f"steer: layer {layer} is out of range; this model (LlamaForCausalLM) has 3 layers, 0 to 2"
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
             layers.resolve(layer)
-        assert (
-            str(error.value)
-            == f"steer: layer {layer} is out of range; this model (LlamaForCausalLM) has 3 layers, 0 to 2"
-        )
-    with pytest.raises(ValueError, match="^collect: layer 3 is out of range"):
+    with pytest.raises(ValueError, match=r"^collect: layer 3 is out of range"):
         layers.resolve(3, "collect")
-    for layer in (1.0, "1", None, True):
+    wrong: Any
+    for wrong in (1.0, "1", None, True):
         with pytest.raises(TypeError, match="a layer is an integer, 0 to 2, got"):
-            layers.resolve(layer)
+            layers.resolve(wrong)
     with pytest.raises(ValueError, match="unknown site 'residual'; the sites are resid_pre, resid_post, attn_out"):
         layers.point(0, "residual")
-    with pytest.raises(TypeError, match="must be a transformers model .* got Linear"):
+    with pytest.raises(TypeError, match=r"must be a transformers model .* got Linear"):
         find_layers(nn.Linear(2, 2))
 
 
-def test_base_model_and_compiled_model_show_the_same_blocks():
+def test_base_model_and_compiled_model_show_the_same_blocks() -> None:
     model = build("llama")
     layers = find_layers(model)
+    other: Any
     for other, path in ((model.model, "layers"), (torch.compile(model), "model.layers")):
         found = find_layers(other)
         assert all(a is b for a, b in zip(found.blocks, layers.blocks, strict=True))
         assert found.path == path
 
 
-def test_a_list_of_experts_as_long_as_the_model_is_not_taken_for_the_blocks():
+def test_a_list_of_experts_as_long_as_the_model_is_not_taken_for_the_blocks() -> None:
     model = build("llama")
     block = model.model.layers[0]
     block.mlp.experts = nn.ModuleList(nn.Sequential(nn.Linear(48, 48)) for _ in range(3))
@@ -184,7 +188,7 @@ def test_a_list_of_experts_as_long_as_the_model_is_not_taken_for_the_blocks():
     ],
     ids=["cross-attention", "unknown child", "own tensor", "scale", "post-norm stream", "unknown post-norm"],
 )
-def test_what_the_rules_do_not_cover_is_refused(change):
+def test_what_the_rules_do_not_cover_is_refused(change: Any) -> None:
     model = build("llama").__class__(build("llama").config)
     change(model.model.layers[1])
     layers = find_layers(model)
@@ -198,7 +202,7 @@ def test_what_the_rules_do_not_cover_is_refused(change):
     layers.point(1, "resid_pre"), layers.point(1, "resid_post")
 
 
-def test_a_norm_on_the_stream_is_refused_where_a_real_config_asks_for_it():
+def test_a_norm_on_the_stream_is_refused_where_a_real_config_asks_for_it() -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     model = BloomForCausalLM(
@@ -211,7 +215,33 @@ def test_a_norm_on_the_stream_is_refused_where_a_real_config_asks_for_it():
     assert find_layers(model).point(0, "head_out").width == 48
 
 
-def test_the_text_decoder_of_a_multimodal_model_is_found():
+def test_verify_sites_accepts_every_family(model: Any) -> None:
+    model.train()
+    try:
+        verify_sites(model, token_ids())  # in evaluation: dropout would show as a difference
+        assert model.training
+    finally:
+        model.eval()
+
+
+def test_verify_sites_in_half_precision() -> None:
+    for name in ("bloom", "granite", "gemma3"):
+        verify_sites(deepcopy(build(name)).to(torch.bfloat16), token_ids())
+
+
+def test_verify_sites_finds_what_no_name_shows() -> None:
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=101, n_embd=48, n_layer=2, n_head=4, n_positions=32))
+    find_layers(model).point(0, "attn_out")  # looks like any other block, but its norms act on the stream
+    with pytest.raises(
+        ValueError, match=r"^check: attn_out \+ mlp_out differs .* in layer 0, a Block \(OpenAIGPTLMHeadM"
+    ):
+        verify_sites(model, token_ids())
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 0
+
+
+def test_the_text_decoder_of_a_multimodal_model_is_found() -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -223,3 +253,15 @@ def test_the_text_decoder_of_a_multimodal_model_is_found():
     layers = find_layers(LlavaForConditionalGeneration(config))
     assert layers.path == "model.language_model.layers"
     assert layers.count == 3
+
+
+@pytest.mark.model
+def test_the_docstrings_examples_run(smollm: Any) -> None:
+    model, tokenizer = smollm
+    runner = doctest.DocTestRunner()
+    for function in (find_layers, verify_sites):
+        names = {"find_layers": find_layers, "verify_sites": verify_sites, "model": model, "tokenizer": tokenizer}
+        for example in doctest.DocTestFinder().find(function, globs=names):
+            assert example.examples
+            runner.run(example)
+    assert runner.summarize().failed == 0

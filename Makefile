@@ -1,0 +1,90 @@
+# One command from nothing: `make demo` or `make test`. Needs Python 3.10 or newer and make; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+EXTRAS := demo,sae,bench,dev
+BIN := $(VENV)/bin
+INPUTS := setup.py pyproject.toml constraints-common.txt
+
+# Triton 3.10 flips the default of floating-point fusion; stated here, the tolerances of the tests do not move.
+export TRITON_DEFAULT_FP_FUSION = 1
+
+.PHONY: help setup demo test test-oldest lint types bench evidence dist clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo         steer a real language model (sets everything up first)"
+	@echo "make test         the test suite; kernels under Triton's interpreter"
+	@echo "make test-oldest  the same with the oldest supported transformers and triton"
+	@echo "make setup        environment in $(VENV) with the versions of constraints.txt"
+	@echo "make lint types   ruff; mypy"
+	@echo "make bench        benchmarks on this machine"
+	@echo "make evidence     tests and benchmarks on a GPU machine"
+	@echo "make dist         wheel and sdist in dist/"
+	@echo "make clean        remove environments, caches and build output"
+	@echo
+	@echo "PYTHON=python3.12     another interpreter"
+	@echo "PYTEST_ARGS='-k add'  more arguments for pytest"
+	@echo "PIP_ARGS=...          more arguments for pip. On Linux the registry's torch is the CUDA build, several GB; for"
+	@echo "                      the CPU build: make setup PIP_ARGS=--extra-index-url=https://download.pytorch.org/whl/cpu"
+
+# create(venv, constraints): torch first. A CUDA build of torch brings the one triton it works with, so ours is pinned
+# and installed only where torch came without.
+define create
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "steerfast needs Python 3.10 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "'$(PYTHON)' cannot create environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(1)
+	grep -hv -e '^triton' -e '^-c' $(2) constraints-common.txt > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(1)/constraints.txt -e ".[$(EXTRAS)]"
+	$(1)/bin/python -c 'import triton' 2> /dev/null || \
+	  $(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(2) -e ".[cpu-kernels]"
+	@touch $@
+endef
+
+$(VENV)/.installed: $(INPUTS) constraints.txt
+	$(call create,$(VENV),constraints.txt)
+
+$(VENV_OLDEST)/.installed: $(INPUTS) constraints-oldest.txt
+	$(call create,$(VENV_OLDEST),constraints-oldest.txt)
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/steerfast demo
+
+# Triton reads TRITON_INTERPRET when it is imported, so the interpreter's tests are a run of their own.
+define run_tests
+	$(1)/bin/python -m pytest -m "not interpreter and not gpu" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(1)/bin/python -m pytest -m interpreter $(PYTEST_ARGS)
+endef
+
+test: setup
+	$(call run_tests,$(VENV))
+
+test-oldest: $(VENV_OLDEST)/.installed
+	$(call run_tests,$(VENV_OLDEST))
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+evidence:
+	bash benchmarks/gpu.sh
+
+dist: setup
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf $(VENV) $(VENV_OLDEST) build dist *.egg-info .cache .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find kernels steerfast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

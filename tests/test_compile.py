@@ -1,0 +1,169 @@
+"""Steering under torch.compile: prepared once, then only buffers change. Compilations are counted, not assumed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import build, token_ids
+
+import steerfast as sf
+
+
+class Counter:
+    """A backend that counts what it compiles and otherwise runs the traced graph."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def vector(seed: int = 0) -> torch.Tensor:
+    return torch.randn(48, generator=torch.Generator().manual_seed(seed))
+
+
+def copy_of(name: str) -> torch.nn.Module:
+    """A model of its own: prepare is permanent."""
+    model = build(name)
+    twin = type(model)(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon"])
+def test_a_prepared_model_compiles_once_and_follows_every_plan(name):
+    eager, model, ids = build(name), copy_of(name), token_ids(2, 6, 0)
+    count = Counter()
+    sf.prepare(model, batch=4, length=32)
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    plans = [
+        {1: sf.Add(vector(), 2.0)},
+        {0: [sf.Ablate(vector(1)), sf.Add(vector(2), 3.0)], 2: sf.Amplify(torch.stack([vector(3), vector(4)]), 0.5)},
+        {2: sf.Calibrate(vector(5), 2.0)},
+    ]
+    with torch.no_grad():
+        clean = compiled(ids, use_cache=False).logits
+        torch.testing.assert_close(clean, eager(ids, use_cache=False).logits)
+        for plan in plans:
+            with sf.steer(model, plan) as handle:
+                for strength in (1.0, 0.25):
+                    handle.strength = strength
+                    with sf.steer(eager, plan, strength=strength):
+                        expected = eager(ids, use_cache=False).logits
+                    got = compiled(ids, use_cache=False).logits
+                    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+                    assert not torch.equal(got, clean)
+            assert handle.stats() == [24]
+            assert torch.equal(compiled(ids, use_cache=False).logits, clean)
+        with sf.steer(model, [sf.Plan({1: sf.Add(vector())}), None]):
+            assert torch.equal(compiled(ids, use_cache=False).logits[1], clean[1])
+    assert count.graphs == 1
+
+
+def test_left_padding_under_compile(name="llama"):
+    eager, model, ids = build(name), copy_of(name), token_ids(2, 6, 0)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    sf.prepare(model, batch=2, length=32)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        with sf.steer(eager, {1: sf.Add(vector(), 2.0)}):
+            expected = eager(ids, attention_mask=mask, use_cache=False).logits
+        with sf.steer(model, {1: sf.Add(vector(), 2.0)}) as handle:
+            got = compiled(ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(got, expected)
+    assert handle.stats() == [10]
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
+def test_generate_with_a_static_cache_and_its_own_compile(positions):
+    """generate compiles the decode step itself; positions mean the same as in eager mode, and nothing recompiles."""
+    eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
+    count = Counter()
+    sf.prepare(model, batch=4, length=32)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=count)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "cache_implementation": "static"}
+    graphs = []
+    for seed in (0, 1):
+        plan = sf.Plan({1: sf.Add(vector(seed), 3.0)}, positions=positions)
+        with sf.steer(eager, plan) as expected_handle:
+            expected = eager.generate(ids, **settings, output_logits=True, return_dict_in_generate=True)
+        with sf.steer(model, plan) as handle:
+            got = model.generate(ids, **settings, output_logits=True, return_dict_in_generate=True)
+        torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=2e-5, rtol=2e-5)
+        assert handle.stats() == expected_handle.stats()
+        graphs.append(count.graphs)
+    assert graphs[0] == graphs[1] <= 2  # one graph for the prompt, one for the decode step; the second plan adds none
+
+
+def test_the_default_compiler_gives_the_same():
+    eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
+    sf.prepare(model, layers=[1], batch=2, length=16)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad(), sf.steer(model, {1: sf.Add(vector(), 2.0)}), sf.steer(eager, {1: sf.Add(vector(), 2.0)}):
+        torch.testing.assert_close(
+            compiled(ids, use_cache=False).logits, eager(ids, use_cache=False).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_a_compiled_model_that_was_not_prepared_is_refused():
+    model = copy_of("llama")
+    with pytest.raises(RuntimeError, match="call prepare"):
+        sf.steer(torch.compile(model), {1: sf.Add(vector())})
+    model.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="call prepare"):
+        sf.steer(model, {1: sf.Add(vector())})
+    with pytest.raises(RuntimeError, match="call prepare before"):
+        sf.prepare(model)
+
+
+def test_what_was_not_prepared_is_refused():
+    model, ids = copy_of("llama"), token_ids(1, 6, 0)
+    sf.prepare(model, layers=[1], batch=2, length=8, slots=2, directions=3)
+    with pytest.raises(RuntimeError, match="layer 0 was not prepared"):
+        sf.steer(model, {0: sf.Add(vector())})
+    with pytest.raises(RuntimeError, match="neighbouring directions"):
+        sf.steer(model, {1: sf.Ablate(torch.stack([vector(i) for i in range(4)]))})
+    with pytest.raises(RuntimeError, match="neighbouring slots"):
+        sf.steer(model, {1: [sf.Add(vector(i)) for i in range(3)]})
+    with torch.no_grad():
+        clean = model(ids).logits
+        with sf.steer(model, {1: [sf.Add(vector()), sf.Add(vector(1))]}):  # all of it is free again
+            assert not torch.equal(model(ids).logits, clean)
+        assert torch.equal(model(ids).logits, clean)
+    with sf.steer(model, {1: sf.Add(vector())}) as handle, pytest.raises(ValueError, match="prepare made room"):
+        handle.plans and model.generate(token_ids(1, 20, 0), max_new_tokens=2, pad_token_id=0)
+
+
+@pytest.mark.parametrize("op", ["add", "ablate", "amplify", "calibrate", "flow", "subspace"])
+def test_ops_compile_without_a_graph_break(op):
+    x, v = torch.randn(3, 5, 48), torch.nn.functional.normalize(torch.randn(2, 48), dim=-1)
+    bank = sf.Bank(48, slots=3)
+    for edit in (sf.Add(v[0], 2.0), sf.Ablate(v[1]), sf.Amplify(v, 0.5)):
+        bank.register(edit)
+    rows, scale = torch.randint(-1, 3, (15, 2), dtype=torch.int32), torch.rand(15, 2)
+    calls = {
+        "add": lambda x: sf.ops.add(x, v, rows.clamp(max=1), scale),
+        "ablate": lambda x: sf.ops.ablate(x, v[0]),
+        "amplify": lambda x: sf.ops.amplify(x, v, 0.5),
+        "calibrate": lambda x: sf.ops.calibrate(x, v, 0.5),
+        "flow": lambda x: sf.ops.flow(x, v[:1], torch.zeros(1), torch.ones(1), angle=0.3),
+        "subspace": lambda x: sf.ops.subspace(x, *bank.tensors, rows, scale),
+    }
+    count = Counter()
+    compiled = torch.compile(lambda x: calls[op](x * 2) + 1, fullgraph=True, backend=count)
+    torch.testing.assert_close(compiled(x), calls[op](x * 2) + 1)
+    rows.copy_(rows.roll(1, 0))
+    scale.mul_(2)
+    bank.set_strength(0, 5.0)
+    torch.testing.assert_close(compiled(x), calls[op](x * 2) + 1)
+    assert count.graphs == 1
