@@ -340,7 +340,9 @@ class Controller:
         self._broadcasts.clear()
         if vars(self.model).get("generate") == self._generate:
             del self.model.generate
-        if not self.prepared:
+        if self.prepared:
+            self._static_rows.fill_(-1)
+        else:
             if self._decoder_hook is not None:
                 self._decoder_hook.remove()
             vars(self.model).pop(_ATTRIBUTE, None)

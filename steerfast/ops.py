@@ -364,21 +364,35 @@ def _by_formula(x: Tensor) -> bool:
 
 def _one_slot(x: Tensor, directions: Tensor, numbers: tuple[float, ...]) -> Tensor:
     vectors = directions.reshape(-1, directions.shape[-1])
-    coefficients, slots = _hinge_bank(vectors.shape[0], numbers, x.device)
+    tables = _make_hinge_tables if torch.compiler.is_compiling() else _hinge_tables
+    coefficients, slots = tables(vectors.shape[0], numbers, x.device)
     return subspace(x, vectors, coefficients, slots, modes=HINGE, max_rank=vectors.shape[0])
 
 
 def _one_slot_(x: Tensor, directions: Tensor, numbers: tuple[float, ...]) -> Tensor:
     vectors = directions.reshape(-1, directions.shape[-1])
-    coefficients, slots = _hinge_bank(vectors.shape[0], numbers, x.device)
+    tables = _make_hinge_tables if torch.compiler.is_compiling() else _hinge_tables
+    coefficients, slots = tables(vectors.shape[0], numbers, x.device)
     return subspace_(x, vectors, coefficients, slots, modes=HINGE, max_rank=vectors.shape[0])
 
 
-@functools.lru_cache(maxsize=256)
-def _hinge_bank(rank: int, numbers: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tables of one slot whose directions share their eight numbers; kept, so that a hot path allocates nothing."""
+def _make_hinge_tables(rank: int, numbers: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tables of one slot whose directions share their eight numbers."""
     coefficients = torch.tensor([_UNIT, *[numbers] * rank], dtype=torch.float32, device=device)
     return coefficients, torch.tensor([[HINGE, rank, 0, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
+
+
+def _make_flow_tables(
+    rank: int, path: tuple[float, float], steps: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The constants and the header of one flow."""
+    constants = torch.tensor([[*path, 1, 0, 0, 0, 0, 0]], dtype=torch.float32, device=device)
+    return constants, torch.tensor([[FLOW, rank, 0, 0, 0, steps, 0, 0]], dtype=torch.int32, device=device)
+
+
+# Kept, so that a hot path allocates no constants.
+_hinge_tables = functools.lru_cache(maxsize=256)(_make_hinge_tables)
+_flow_tables = functools.lru_cache(maxsize=256)(_make_flow_tables)
 
 
 def _calibration(features: Tensor, beta: float) -> tuple[float, ...]:
@@ -400,13 +414,9 @@ def _flow_bank(
             )
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"{op}: steps is {steps!r}; expected a whole number >= 1")
-    constants, slots = _flow_tables(rank, path, steps, x.device)
+    tables = _make_flow_tables if torch.compiler.is_compiling() else _flow_tables  # a graph keeps what it makes
+    constants, slots = tables(rank, path, steps, x.device)
     columns = torch.stack([eigenvalues, bias], dim=1).to(torch.promote_types(eigenvalues.dtype, torch.float32))
     coefficients = torch.nn.functional.pad(columns, (0, 6))
     return vectors, torch.cat([constants.to(coefficients.dtype), coefficients]), slots
 
-
-@functools.lru_cache(maxsize=256)
-def _flow_tables(rank: int, path: tuple[float, float], steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    constants = torch.tensor([[*path, 1, 0, 0, 0, 0, 0]], dtype=torch.float32, device=device)
-    return constants, torch.tensor([[FLOW, rank, 0, 0, 0, steps, 0, 0]], dtype=torch.int32, device=device)
