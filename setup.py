@@ -17,14 +17,14 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    # The folder `kernels` must never be importable under that name: transformers itself imports a package called `kernels`.
+    # The folder must never be importable as `kernels`: transformers itself imports a package of that name.
     packages=["steerfast", "steerfast_kernels"],
     package_dir={"steerfast": "steerfast", "steerfast_kernels": "kernels"},
     package_data={"steerfast": ["py.typed"], "steerfast_kernels": ["README.md"]},
     # A CUDA build of torch pins its own triton exactly, so triton is no requirement of ours.
     install_requires=["torch>=2.10", "transformers>=4.57", "safetensors>=0.6", "jaxtyping>=0.3", "tqdm>=4.66"],
     extras_require={
-        "demo": ["gguf>=0.17", "scikit-learn>=1.5"],
+        "demo": ["accelerate>=1.1", "gguf>=0.17", "scikit-learn>=1.5"],
         "gguf": ["gguf>=0.17"],
         "sae": ["scikit-learn>=1.5"],
         "bench": ["pytest>=9.0", "pytest-benchmark>=5.0"],
@@ -33,6 +33,7 @@ setup(
         "dev": [
             "build>=1.2",
             "hypothesis>=6.100",
+            "kernels>=0.12",  # the package that our folder of that name must not hide
             "mypy>=2.0",
             "pytest>=9.0",
             "pytest-benchmark>=5.0",

@@ -29,7 +29,7 @@ def _add_kernel(
     mask_d = offs_d < D
     original = tl.load(x_ptr + i_n * stride_x_n + offs_d, mask=mask_d, other=0.0)
     x = original.to(tl.float32)
-    edited = False
+    edited = tl.full((), 0, tl.int1)
     for p in tl.static_range(P):
         slot = tl.full((), 0, tl.int32)
         if rows_ptr is not None:
@@ -38,7 +38,8 @@ def _add_kernel(
         if scale_ptr is not None:
             weight = tl.load(scale_ptr + i_n * stride_scale_n + p * stride_scale_p)
         owned = slot >= 0
-        vector = tl.load(vectors_ptr + slot.to(tl.int64) * stride_v + offs_d, mask=mask_d & owned, other=0.0)
+        vector_ptr = vectors_ptr + tl.maximum(slot, 0).to(tl.int64) * stride_v
+        vector = tl.load(vector_ptr + offs_d, mask=mask_d, other=0.0)
         x = tl.where(owned, x + weight * vector.to(tl.float32), x)
         edited = edited | owned
     if IN_PLACE:

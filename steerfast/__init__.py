@@ -1,25 +1,30 @@
 """Fused kernels and a thin hook API for steering language models."""
 
-from . import ops
+from . import extract, ops
 from ._backends import use_backend
 from .bank import Bank
 from .barrier import Barrier, fit_barrier
+from .extract import Activations, Direction, collect
 from .hooks import Steering, prepare, steer
 from .interventions import Ablate, Add, Amplify, Calibrate, Flow, Intervention
 from .plan import ModelCard, Plan
 
 __all__ = [
     "Ablate",
+    "Activations",
     "Add",
     "Amplify",
     "Bank",
     "Barrier",
     "Calibrate",
+    "Direction",
     "Flow",
     "Intervention",
     "ModelCard",
     "Plan",
     "Steering",
+    "collect",
+    "extract",
     "fit_barrier",
     "ops",
     "prepare",

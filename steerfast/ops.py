@@ -240,6 +240,7 @@ def flow_(
     steps: int = 10,
 ) -> Tensor:
     """`flow`, written into x."""
+    _check_in_place("flow_", x)
     bank = _flow_bank("flow_", x, basis, eigenvalues, bias, path_length("flow_", T, angle), steps)
     return subspace_(x, *bank, modes=FLOW, max_rank=bank[0].shape[0])
 
@@ -383,10 +384,10 @@ def _make_hinge_tables(rank: int, numbers: tuple[float, ...], device: torch.devi
 
 
 def _make_flow_tables(
-    rank: int, path: tuple[float, float], steps: int, device: torch.device
+    rank: int, path: tuple[float, float], steps: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The constants and the header of one flow."""
-    constants = torch.tensor([[*path, 1, 0, 0, 0, 0, 0]], dtype=torch.float32, device=device)
+    constants = torch.tensor([[*path, 1, 0, 0, 0, 0, 0]], dtype=dtype, device=device)
     return constants, torch.tensor([[FLOW, rank, 0, 0, 0, steps, 0, 0]], dtype=torch.int32, device=device)
 
 
@@ -415,8 +416,8 @@ def _flow_bank(
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"{op}: steps is {steps!r}; expected a whole number >= 1")
     tables = _make_flow_tables if torch.compiler.is_compiling() else _flow_tables  # a graph keeps what it makes
-    constants, slots = tables(rank, path, steps, x.device)
-    columns = torch.stack([eigenvalues, bias], dim=1).to(torch.promote_types(eigenvalues.dtype, torch.float32))
-    coefficients = torch.nn.functional.pad(columns, (0, 6))
-    return vectors, torch.cat([constants.to(coefficients.dtype), coefficients]), slots
+    dtype = torch.promote_types(eigenvalues.dtype, torch.float32)
+    constants, slots = tables(rank, path, steps, dtype, x.device)
+    columns = torch.stack([eigenvalues, bias], dim=1).to(dtype)
+    return vectors, torch.cat([constants, torch.nn.functional.pad(columns, (0, 6))]), slots
 

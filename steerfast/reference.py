@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 ADD, HINGE, FLOW = 1, 2, 4
+SAE_BLOCK = 4096  # features, walked at a time
 
 
 class Slot(NamedTuple):
@@ -158,6 +159,44 @@ def integrate(y: Tensor, norm: Tensor, c: Tensor, length: Tensor, steps: int) ->
     return alpha, y
 
 
+def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Top-K of relu(x W_encᵀ + b_enc), walking blocks of features: the matrix (n, F) never exists.
+
+    Blocks are walked in the order of their features, so that an entry that only equals the k-th value so far has lost its
+    tie already; few entries of a block survive that comparison, and only these are sorted (stably).
+    """
+    flat = _wide(x.reshape(-1, x.shape[-1]))
+    flat = flat.to(torch.promote_types(flat.dtype, w_enc.dtype))
+    n, features = flat.shape[0], w_enc.shape[0]
+    values, indices = flat.new_zeros(n, k), torch.zeros(n, k, dtype=torch.int64, device=x.device)
+    start, width = 0, 256  # narrow at first: the k-th value rises fast
+    while start < features and n:
+        stop = min(start + width, features)
+        pre = flat @ w_enc[start:stop].to(flat.dtype).T
+        if b_enc is not None:
+            pre += b_enc[start:stop].to(flat.dtype)
+        values, indices = _merge(values, indices, pre, start)
+        start, width = stop, min(2 * width, SAE_BLOCK)
+    shape = (*x.shape[:-1], k)
+    return values.view(shape), indices.to(torch.int32).view(shape)
+
+
+def sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """Σⱼ values[j] · W_dec[indices[j]] + b_dec, a block of rows at a time."""
+    k, d = values.shape[-1], w_dec.shape[-1]
+    flat, places = values.reshape(-1, k), indices.reshape(-1, k)
+    dtype = torch.promote_types(torch.promote_types(values.dtype, w_dec.dtype), torch.float32)
+    rows = max(1, SAE_BLOCK * SAE_BLOCK // (k * d))  # at most 64 MB of gathered rows in float32
+    parts = [
+        torch.bmm(flat[i : i + rows, None].to(dtype), w_dec[places[i : i + rows]].to(dtype))[:, 0]
+        for i in range(0, flat.shape[0], rows)
+    ]
+    out = torch.cat(parts) if parts else flat.new_zeros(0, d, dtype=dtype)
+    if b_dec is not None:
+        out = out + b_dec.to(dtype)
+    return out.to(w_dec.dtype).view(*values.shape[:-1], d)
+
+
 def slot_of(vectors: Tensor, coefficients: Tensor, slots: Tensor, index: int) -> Slot:
     """Slot number `index` of a bank."""
     mode, rank, project, lift, start, steps, keep_norm, _ = slots[index].tolist()
@@ -193,6 +232,25 @@ def _restore_norm(out: Tensor, x: Tensor) -> Tensor:
     """out with the length of x; a row that became zero stays zero."""
     before, after = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, out))
     return torch.where(after > 0, out * (before / after), out)
+
+
+def _merge(values: Tensor, indices: Tensor, pre: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """The running best of each row, (n, k), with those entries of a block of pre-activations that beat its last one."""
+    n, k = values.shape
+    last = values[:, -1:]
+    beats = (pre <= last).logical_not_()  # NaN beats every number, as in torch.topk
+    if last.isnan().any():
+        beats &= ~last.isnan()
+    row, column = beats.nonzero(as_tuple=True)
+    counts = beats.sum(1)
+    width = int(counts.max())
+    if width == 0:
+        return values, indices
+    slot = torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
+    more = values.new_zeros(n, width).index_put((row, slot), pre[row, column])
+    where = indices.new_zeros(n, width).index_put((row, slot), column + start)
+    merged, order = torch.cat([values, more], 1).sort(dim=1, descending=True, stable=True)
+    return merged[:, :k], torch.cat([indices, where], 1).gather(1, order[:, :k])
 
 
 def _owners(column: Tensor) -> list[tuple[int, Tensor | None]]:

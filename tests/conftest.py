@@ -32,7 +32,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct in float32 and eval mode, with its tokenizer. One model for all tests: leave no hook behind."""
+    """SmolLM2-135M-Instruct in float32 and eval mode, with its tokenizer; shared by all tests: leave no hook behind."""
     from steerfast import demo_model
 
     return demo_model.load()

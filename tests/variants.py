@@ -1,0 +1,189 @@
+"""The default kernel variants: what the launchers really launch, caught on its way to the device and compiled ahead of time.
+
+A variant is one launch of a launcher at a typical size. The launch is recorded instead of run, its arguments are
+specialised as Triton does (a size of 1 becomes a constant; pointers and multiples of 16 are marked divisible by 16; None
+is a constant), and the kernel is compiled for a target that need not be present.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from steerfast_kernels import add, sae_decode, sae_encode, subspace
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+ADD, HINGE, FLOW = 1, 2, 4
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One launch and what its code may use and must hold."""
+
+    name: str
+    kernel: str
+    launch: Callable[[], object]
+    registers: int  # per thread on CUDA
+    shared: int  # bytes on CUDA
+    vector_loads: bool = False  # 16 bytes a thread and load, or an asynchronous copy of 16 bytes
+    tensor_cores: bool = False
+    wgmma: bool = False  # on sm_90: 64 rows or more
+    targets: tuple[str, ...] = tuple(TARGETS)
+
+
+@dataclass
+class Report:
+    """What one compilation came to."""
+
+    registers: int = -1
+    stack: int = 0  # bytes of local memory or scratch
+    spills: int = 0  # AMD: spilled vector and scalar registers
+    shared: int = 0
+    text: str = field(default="", repr=False)  # PTX or AMD assembly
+
+
+def _rows(d: int, dtype: torch.dtype, modes: int, rank: int) -> None:
+    x = torch.empty(64, d, dtype=dtype)
+    bank = torch.empty(4 * rank, d, dtype=dtype), torch.empty(64, 8), torch.empty(4, 8, dtype=torch.int32)
+    rows, scale = torch.zeros(64, 1, dtype=torch.int32), torch.empty(64, 1)
+    subspace.subspace(x, *bank, rows, scale, modes, rank, out=torch.empty_like(x))
+
+
+def _tiles(n: int, dtype: torch.dtype, modes: int, rank: int) -> None:
+    x = torch.empty(n, 4096, dtype=dtype)
+    bank = torch.empty(2 * rank, 4096, dtype=dtype), torch.empty(256, 8), torch.empty(4, 8, dtype=torch.int32)
+    rows, scale = torch.zeros(n, dtype=torch.int32), torch.empty(n)
+    subspace.subspace(x, *bank, rows, scale, modes, rank, out=torch.empty_like(x))
+
+
+def _add() -> None:
+    x = torch.empty(64, 4096, dtype=torch.bfloat16)
+    rows, scale = torch.zeros(64, 1, dtype=torch.int32), torch.empty(64, 1)
+    add.add(x, torch.empty(8, 4096, dtype=torch.bfloat16), rows, scale, out=torch.empty_like(x))
+
+
+def _encode(n: int, dtype: torch.dtype) -> None:
+    # 64 tiles of features: k' stays 4 and a repair is possible, as with the 512 tiles of a real dictionary
+    sae_encode.sae_encode(torch.zeros(n, 512, dtype=dtype), torch.zeros(8192, 512, dtype=dtype), torch.zeros(8192, dtype=dtype), 16)
+
+
+def _decode(n: int) -> None:
+    w = torch.empty(1024, 4096, dtype=torch.bfloat16)
+    sae_decode.sae_decode(torch.empty(n, 32), torch.empty(n, 32, dtype=torch.int32), w, torch.empty(4096, dtype=torch.bfloat16))
+
+
+bf16, fp32 = torch.bfloat16, torch.float32
+ALL = ADD | HINGE | FLOW
+VARIANTS = [
+    Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True),
+    Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL, 8), 128, 1024, vector_loads=True),
+    Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL, 8), 168, 1024, vector_loads=True),
+    Variant("tiles-k64-hinge", "_tiles_kernel", lambda: _tiles(4096, bf16, HINGE, 64), 255, 65536, tensor_cores=True, wgmma=True),
+    Variant("tiles-k64-flow", "_tiles_kernel", lambda: _tiles(4096, bf16, FLOW, 64), 255, 65536, tensor_cores=True, wgmma=True),
+    Variant("tiles-k16-few-rows", "_tiles_kernel", lambda: _tiles(16, bf16, ALL, 16), 168, 16384, tensor_cores=True),
+    Variant("encode-many-rows", "_encode_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True),
+    Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 232, 102400, tensor_cores=True, wgmma=True),
+    Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=("sm_90", "gfx942")),
+    Variant("encode-repair", "_repair_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True),
+    Variant("decode-few-rows", "_decode_kernel", lambda: _decode(16), 64, 8192, vector_loads=True, targets=("sm_90",)),
+]  # fmt: skip
+
+
+def record(variant: Variant) -> tuple[JITFunction, dict[str, Any]]:
+    """The kernel and the arguments of the variant's launch; nothing runs."""
+    launches: list[tuple[JITFunction, dict[str, Any]]] = []
+
+    def catch(kernel: JITFunction, *, grid: object, warmup: bool, **arguments: Any) -> None:
+        launches.append((kernel, arguments))
+
+    with mock.patch.object(JITFunction, "run", catch):
+        variant.launch()
+    return next((kernel, arguments) for kernel, arguments in launches if kernel.__name__ == variant.kernel)
+
+
+def specialise(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
+    """The source of one launch with the types and constants that Triton would give it."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{TYPES[value.dtype]}"
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_for(variant: Variant, target: str) -> Report:
+    """Compile a variant for a target; raises what the compiler raises."""
+    kernel, arguments = record(variant)
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
+    compiled = triton.compile(specialise(kernel, arguments), target=TARGETS[target], options=options)
+    report = Report(shared=compiled.metadata.shared)
+    if target.startswith("sm_"):
+        report.text = compiled.asm["ptx"]
+        report.registers, report.stack = _resources(compiled.asm["cubin"])
+    else:
+        report.text = compiled.asm["amdgcn"]
+        numbers = {
+            name: max(map(int, re.findall(rf"\.{name}:\s+(\d+)", report.text)), default=0)
+            for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        }
+        report.registers, report.stack = numbers["vgpr_count"], numbers["private_segment_fixed_size"]
+        report.spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+    return report
+
+
+@triton.jit
+def _careless_product_kernel(x_ptr, y_ptr):
+    offs = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    x = tl.load(x_ptr + offs)
+    tl.store(y_ptr + offs, tl.dot(x, x))
+
+
+def compile_careless_product(target: str) -> str:
+    """PTX of a float32 product that leaves its precision to the compiler."""
+    source = ASTSource(_careless_product_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {}, {})
+    return triton.compile(source, target=TARGETS[target]).asm["ptx"]
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers per thread, bytes of stack and local memory) as cuobjdump reads them out of a cubin."""
+    tool = next(Path(triton.__file__).parent.rglob("backends/nvidia/bin/cuobjdump"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True)
+    found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
