@@ -43,6 +43,12 @@ def _hinge(y, c_ptr, offs, mask):
 
 
 @triton.jit
+def _restore(before, after):
+    """The factor that gives a row its length back, from its squared lengths; 1 if the row has vanished (1e-5 of it left)."""
+    return tl.where(after > 1e-10 * before, tl.sqrt(before / after), 1.0)
+
+
+@triton.jit
 def _relu(y):
     return tl.where(y > 0, y, tl.where(y == y, 0.0, y))  # a NaN stays a NaN, as in PyTorch
 
@@ -176,8 +182,7 @@ def _rows_kernel(
                     delta = (tl.sum(alpha, axis=0) - 1.0) * x + lift
             moved = x + delta
             if keep_norm != 0:
-                after = tl.sum(moved * moved, axis=0)
-                moved *= tl.where(after > 0, tl.sqrt(tl.sum(x * x, axis=0) / after), 1.0)
+                moved *= _restore(tl.sum(x * x, axis=0), tl.sum(moved * moved, axis=0))
             x = moved
             edited = True
     if IN_PLACE:
@@ -277,7 +282,7 @@ def _tile_slot(
                 x_ptr, stride_x_n, c_ptr, stride_v, g, alpha, gain, offs_n, mask_n, offs_k, mask_k, offs_d, D
             )
             after += tl.sum(moved * moved, axis=1)
-        restore = tl.where(after > 0, tl.sqrt(square / after), 1.0)
+        restore = _restore(square, after)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         moved = _tile_moved(

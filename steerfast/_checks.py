@@ -62,7 +62,7 @@ def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> T
     rows = torch.as_tensor(value)
     if not rows.is_floating_point():
         raise TypeError(f"{owner}: {name} has dtype {rows.dtype}; expected a floating dtype")
-    rows = rows.detach().to("cpu", torch.float32)
+    rows = rows.detach().to("cpu", torch.float32, copy=True)  # the caller may go on changing its tensor
     if rows.dim() == 1:
         rows = rows[None]
     if rows.dim() != 2 or rows.shape[-1] == 0 or rows.shape[0] == 0 or (one and rows.shape[0] != 1):

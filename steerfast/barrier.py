@@ -46,7 +46,7 @@ class Barrier:
                 f"{tuple(self.bias.shape)} do not fit; expected (k, d), (k,) and (k,)"
             )
         for name in ("basis", "eigenvalues", "bias"):
-            value = getattr(self, name).detach().to("cpu", torch.float32).contiguous()
+            value = getattr(self, name).detach().to("cpu", torch.float32, copy=True).contiguous()
             if not value.isfinite().all():
                 raise ValueError(f"Barrier: {name} holds NaN or Inf")
             object.__setattr__(self, name, value)

@@ -34,6 +34,10 @@ ADD, HINGE, FLOW = 1, 2, 4
 SAE_BLOCK = 4096  # features, walked at a time
 
 
+VANISHED = 1e-5
+"""A row of which less than this share of its length is left has vanished: what remains is the rounding of float32."""
+
+
 class Slot(NamedTuple):
     """One row of a bank, as views of its tensors."""
 
@@ -229,9 +233,9 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
 
 
 def _restore_norm(out: Tensor, x: Tensor) -> Tensor:
-    """out with the length of x; a row that became zero stays zero."""
+    """out with the length of x; a row that an edit took away all but completely is not stretched from its rounding noise."""
     before, after = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, out))
-    return torch.where(after > 0, out * (before / after), out)
+    return torch.where(after > VANISHED * before, out * (before / after), out)
 
 
 def _merge(values: Tensor, indices: Tensor, pre: Tensor, start: int) -> tuple[Tensor, Tensor]:

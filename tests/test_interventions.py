@@ -1,0 +1,322 @@
+"""Interventions, plans, banks and barriers: what they accept, what they refuse, and that files give back what was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from places import assert_exact
+
+import steerfast as sf
+from steerfast import reference
+from steerfast.bank import Runs
+from steerfast.interventions import Intervention
+
+D = 12
+
+
+def rows(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(seed))
+
+
+def barrier() -> sf.Barrier:
+    return sf.Barrier(torch.linalg.qr(rows(2).T)[0].T, torch.tensor([0.5, -0.5]), torch.ones(2), 0.25, 7.0, 0.9)
+
+
+# One of each intervention, with its formula; a new one is tested by being listed.
+EXAMPLES = {
+    "Add": (sf.Add(rows(1)[0], 2.0), lambda x: x + 2 * rows(1)[0].double()),
+    "Ablate": (sf.Ablate(rows(3)), lambda x: x - x @ torch.linalg.pinv(rows(3).double()) @ rows(3).double()),
+    "Amplify": (sf.Amplify(rows(3), 0.5), lambda x: x + 0.5 * torch.relu(x @ rows(3).double().T) @ rows(3).double()),
+    "Calibrate": (
+        sf.Calibrate(rows(3), 1.5),
+        lambda x: x - torch.relu(x @ rows(3).double().T) @ rows(3).double() + 1.5 * rows(3).double().mean(0),
+    ),
+    "Flow": (
+        sf.Flow(barrier(), angle=0.3, steps=4),
+        lambda x: sf.ops.flow(x, *(t.double() for t in (barrier().basis, barrier().eigenvalues, barrier().bias)), angle=0.3, steps=4),
+    ),
+}
+
+
+def test_every_intervention_is_listed():
+    assert set(EXAMPLES) == set(Intervention.registry)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_intervention_in_a_bank_is_its_formula(name):
+    edit, formula = EXAMPLES[name]
+    bank = sf.Bank(D, slots=2)
+    slot = bank.register(edit)
+    x = torch.randn(5, D)
+    got = sf.ops.subspace(x, *bank.tensors, rows=torch.full((5,), slot, dtype=torch.int32))
+    true = formula(x.double())
+    assert_exact(got, true, (true + 1e-6 * true.abs().max()).float())  # float32 rows, summed in another order
+    assert edit.width == D
+    view = reference.edit(x, bank.view(slot), bank.strength(slot))
+    torch.testing.assert_close(view, got, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in EXAMPLES if n != "Flow"])
+def test_keep_norm(name):
+    edit, formula = EXAMPLES[name]
+    kept = type(edit)(**{**edit.tensors(), **edit.numbers(), "keep_norm": True})
+    bank = sf.Bank(D, slots=1)
+    bank.register(kept)
+    x = torch.cat([rows(4, seed=9), torch.zeros(1, D)])
+    got = sf.ops.subspace(x, *bank.tensors)
+    torch.testing.assert_close(got.norm(dim=1), x.norm(dim=1), atol=1e-5, rtol=1e-5)
+    plain = formula(x.double())[:4].float()
+    torch.testing.assert_close(got[:4], plain * (x[:4].norm(dim=1) / plain.norm(dim=1))[:, None], atol=1e-5, rtol=1e-5)
+
+
+def test_keep_norm_does_not_stretch_what_is_left_of_a_vanished_row():
+    bank = sf.Bank(D, slots=1)
+    bank.register(sf.Ablate(rows(1), keep_norm=True))
+    assert sf.ops.subspace(3 * rows(1), *bank.tensors).norm() < 1e-4
+
+
+def test_interventions_are_frozen_and_own_their_tensors():
+    v = rows(1)[0].clone()
+    edit = sf.Add(v, 2.0)
+    v.zero_()
+    assert edit.vector.abs().sum() > 0
+    with pytest.raises(AttributeError):
+        edit.strength = 3.0
+
+
+def test_ablate_takes_any_length_and_any_independent_rows():
+    v = rows(2)
+    basis = sf.Ablate(v).direction
+    torch.testing.assert_close(basis @ basis.T, torch.eye(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(sf.Ablate(-7 * v[0]).direction[0], -v[0] / v[0].norm())
+
+
+class WithVector:
+    vector = rows(1)[0]
+
+
+def test_anything_with_a_vector_is_a_direction():
+    assert torch.equal(sf.Add(WithVector()).vector, WithVector.vector)
+
+
+NAN = torch.tensor([1.0, float("nan")])
+BAD = [
+    (lambda: sf.Add(NAN), ValueError, "Add: vector holds NaN or Inf in row 0"),
+    (lambda: sf.Add(torch.tensor([1.0, float("inf")])), ValueError, "NaN or Inf"),
+    (lambda: sf.Add(torch.zeros(4)), ValueError, "Add: vector is all zero"),
+    (lambda: sf.Add(rows(2)), ValueError, r"Add: vector has shape \(2, 12\); expected \(d,\)"),
+    (lambda: sf.Add(torch.ones(3, dtype=torch.long)), TypeError, "dtype torch.int64"),
+    (lambda: sf.Add(rows(1)[0], float("nan")), ValueError, "Add: strength must be finite"),
+    (lambda: sf.Ablate(torch.randn(5, 3)), ValueError, "5 rows of width 3; at most 3"),
+    (lambda: sf.Ablate(torch.stack([rows(1)[0], 2 * rows(1)[0]])), ValueError, "row 1 of direction lies in the span"),
+    (lambda: sf.Amplify(torch.stack([rows(1)[0], torch.zeros(D)])), ValueError, "all zero in row 1"),
+    (lambda: sf.Amplify(rows(2), float("inf")), ValueError, "alpha must be finite"),
+    (lambda: sf.Calibrate(torch.ones(2, 2, 2)), ValueError, "shape"),
+    (lambda: sf.Calibrate(rows(2), None), TypeError, "beta must be a number"),
+    (lambda: sf.Flow(barrier()), ValueError, "give exactly one"),
+    (lambda: sf.Flow(barrier(), angle=0.1, T=1.0), ValueError, "give exactly one"),
+    (lambda: sf.Flow(barrier(), angle=-0.1), ValueError, "expected >= 0"),
+    (lambda: sf.Flow(barrier(), angle=0.1, steps=0), ValueError, "steps is 0"),
+    (lambda: sf.Flow(barrier(), angle=0.1, method="magic"), ValueError, "method is 'magic'"),
+    (lambda: sf.Flow(rows(1), angle=0.1), TypeError, "barrier must come from fit_barrier"),
+    (lambda: sf.Barrier(rows(2), torch.zeros(2), torch.ones(2)), ValueError, "not orthonormal"),
+    (lambda: sf.Barrier(rows(2), torch.zeros(3), torch.ones(2)), ValueError, "do not fit"),
+    (lambda: sf.Plan({}), ValueError, "edits is empty"),
+    (lambda: sf.Plan([sf.Add(rows(1)[0])]), TypeError, "must be a dict"),
+    (lambda: sf.Plan({"1": sf.Add(rows(1)[0])}), TypeError, "key '1'"),
+    (lambda: sf.Plan({("middle", 1): sf.Add(rows(1)[0])}), ValueError, "site is 'middle'"),
+    (lambda: sf.Plan({1: []}), TypeError, "non-empty list"),
+    (lambda: sf.Plan({1: rows(1)[0]}), TypeError, "expected an intervention"),
+    (lambda: sf.Plan({1: sf.Add(rows(1)[0])}, positions="first"), ValueError, "positions is 'first'"),
+    (lambda: sf.Plan({1: sf.Add(rows(1)[0])}, positions=[]), TypeError, "positions is"),
+    (lambda: sf.Plan({1: sf.Add(rows(1)[0])}, positions=torch.ones(3)), TypeError, "must be bool"),
+    (lambda: sf.Plan({1: sf.Add(rows(1)[0]), 2: sf.Add(torch.ones(4))}), ValueError, "different widths"),
+    (lambda: sf.Plan({1: sf.Add(rows(1)[0]), ("resid_post", 1): sf.Add(rows(1)[0])}), ValueError, "named twice"),
+    (lambda: sf.Bank(4).register(sf.Add(rows(1)[0])), ValueError, "width 12; this bank has 4"),
+    (lambda: sf.Bank(4).release(0), ValueError, "slot 0 is not registered"),
+]
+
+
+@pytest.mark.parametrize(("build", "error", "message"), BAD)
+def test_bad_input_is_named(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
+
+
+# --- plans on disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["all", "last", [0, -1], torch.tensor([True, False, True])])
+def test_a_plan_comes_back_as_it_was(tmp_path, positions):
+    plan = sf.Plan(
+        {3: [edit for edit, _ in EXAMPLES.values()], ("attn_out", -1): sf.Add(rows(1)[0], 3.5, keep_norm=True)},
+        positions=positions,
+        model=sf.ModelCard("Some:model", D, 5),
+    )
+    assert plan.save(tmp_path / "plan") == tmp_path / "plan"
+    again = sf.Plan.load(tmp_path / "plan")
+    assert list(again.edits) == list(plan.edits)
+    assert again.model == plan.model
+    assert torch.equal(torch.as_tensor(again.positions), torch.as_tensor(plan.positions)) if not isinstance(positions, str) else again.positions == positions
+    for place, chain in plan.edits.items():
+        for ours, theirs in zip(chain, again.edits[place], strict=True):
+            assert type(ours) is type(theirs)
+            assert ours.numbers() == theirs.numbers()
+            for name, tensor in ours.tensors().items():
+                assert torch.equal(tensor, theirs.tensors()[name])  # exact in float32
+    assert sorted(os.listdir(tmp_path / "plan")) == ["plan.json", "plan.safetensors"]
+
+
+def test_saving_again_replaces_and_a_failed_save_leaves_the_old_plan(tmp_path, monkeypatch):
+    first, second = sf.Plan({1: sf.Add(rows(1)[0])}), sf.Plan({2: sf.Add(rows(1)[0], 5.0)})
+    first.save(tmp_path)
+    second.save(tmp_path)
+    assert list(sf.Plan.load(tmp_path).edits) == [("resid_post", 2)]
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        first.save(tmp_path)
+    monkeypatch.undo()
+    assert list(sf.Plan.load(tmp_path).edits) == [("resid_post", 2)]
+    assert sorted(os.listdir(tmp_path)) == ["plan.json", "plan.safetensors"]
+
+
+def _edit_json(folder, **changes) -> None:
+    path = folder / "plan.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda f: (f / "plan.json").unlink(), FileNotFoundError, "plan.json does not exist"),
+        (lambda f: (f / "plan.safetensors").unlink(), FileNotFoundError, "plan.safetensors does not exist"),
+        (lambda f: (f / "plan.json").write_text("{"), ValueError, "is not JSON"),
+        (lambda f: (f / "plan.json").write_text("[]"), ValueError, "is not a plan"),
+        (lambda f: _edit_json(f, schema=99), ValueError, "schema 99"),
+        (lambda f: _edit_json(f, extra=1), ValueError, "has keys"),
+        (lambda f: (f / "plan.safetensors").write_bytes(b"\x80\x04."), ValueError, "is not the file"),
+        (lambda f: _edit_json(f, edits=[{"site": "resid_post", "layer": 1, "interventions": [{"type": "Exec"}]}]), ValueError, "unknown intervention 'Exec'"),
+        (lambda f: _edit_json(f, edits=[{"site": "resid_post"}]), ValueError, "does not describe a plan"),
+    ],
+)
+def test_a_damaged_plan_is_refused_by_name(tmp_path, damage, error, message):
+    sf.Plan({1: sf.Add(rows(1)[0])}).save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(error, match=message):
+        sf.Plan.load(tmp_path)
+
+
+# --- the bank ----------------------------------------------------------------------------------------------------------
+
+
+def test_addresses_never_change():
+    bank = sf.Bank(D, slots=4, directions=8)
+    before = [t.data_ptr() for t in bank.tensors]
+    slots = [bank.register(edit) for edit, _ in (EXAMPLES["Add"], EXAMPLES["Ablate"], EXAMPLES["Flow"])]
+    bank.set_strength(slots[0], 9.0)
+    bank.release(slots[1])
+    bank.register(EXAMPLES["Amplify"][0])
+    assert [t.data_ptr() for t in bank.tensors] == before
+    x = torch.randn(2, D)
+    got = sf.ops.subspace(x, *bank.tensors, rows=torch.zeros(2, dtype=torch.int32))
+    torch.testing.assert_close(got, x + 9 * rows(1)[0])
+
+
+def test_a_full_bank_refuses_and_is_unchanged():
+    bank = sf.Bank(D, slots=2, directions=4)
+    bank.register(sf.Add(rows(1)[0]))
+    copies = [t.clone() for t in bank.tensors]
+    with pytest.raises(RuntimeError, match="no 4 neighbouring directions are free"):
+        bank.register(sf.Ablate(rows(4)))
+    assert all(torch.equal(a, b) for a, b in zip(copies, bank.tensors, strict=True))
+    bank.register(sf.Ablate(rows(3)))
+    with pytest.raises(RuntimeError, match="all 2 slots are taken"):
+        bank.register(sf.Add(rows(1)[0]))
+
+
+def test_a_released_slot_edits_nothing_and_is_used_again():
+    bank = sf.Bank(D, slots=2)
+    slot = bank.register(sf.Add(rows(1)[0]))
+    x, owner = torch.randn(3, D), torch.full((3,), slot, dtype=torch.int32)
+    bank.release(slot)
+    assert torch.equal(sf.ops.subspace(x, *bank.tensors, owner), x)
+    assert bank.register(sf.Ablate(rows(1))) == slot
+    assert not torch.equal(sf.ops.subspace(x, *bank.tensors, owner), x)
+
+
+def test_no_row_is_lost_over_many_registrations():
+    bank, held = sf.Bank(D, slots=6, directions=12), {}
+    generator = torch.Generator().manual_seed(3)
+    for step in range(300):
+        if held and torch.rand(1, generator=generator) < 0.5:
+            slot = sorted(held)[int(torch.randint(len(held), (1,), generator=generator))]
+            bank.release(slot)
+            del held[slot]
+        else:
+            edit = sf.Amplify(rows(1 + step % 3, step), 0.5)
+            try:
+                held[bank.register(edit)] = edit
+            except RuntimeError:
+                continue
+        x = torch.randn(1, D)
+        for slot, edit in held.items():
+            got = sf.ops.subspace(x, *bank.tensors, torch.tensor([slot], dtype=torch.int32))
+            torch.testing.assert_close(got, sf.ops.amplify(x, edit.features, 0.5))
+    for slot in list(held):
+        bank.release(slot)
+    bank.register(sf.Ablate(rows(12)))  # everything is free again, in one piece
+
+
+def test_runs_merge_with_both_neighbours():
+    runs = Runs(6)
+    a, b, c = (runs.take(2, "things") for _ in range(3))
+    runs.give(a, 2)
+    runs.give(c, 2)
+    runs.give(b, 2)
+    assert runs.free == [(0, 6)]
+
+
+# --- barriers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_linear_barrier_is_logistic_regression_on_the_sphere():
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.nn.functional.normalize(torch.randn(D, generator=generator), dim=0)
+    pos = torch.randn(200, D, generator=generator) + 2 * direction
+    neg = torch.randn(200, D, generator=generator) - 2 * direction
+    h = sf.fit_barrier(pos * 5, neg * 5)
+    assert h.accuracy > 0.95
+    assert (h.basis[0] @ direction).item() > 0.9
+    assert h.typical_norm == pytest.approx(torch.cat([pos, neg]).norm(dim=1).mean().item() * 5, rel=1e-5)
+    x = torch.cat([pos, neg]).double()
+    unit = x / x.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(h(x), unit @ (h.basis[0] * h.bias).double() + h.offset)
+    gradient = torch.cat([1 - torch.sigmoid(h(x)[:200]), -torch.sigmoid(h(x)[200:])])
+    weight = (h.basis[0] * h.bias).double()
+    torch.testing.assert_close(unit.T @ gradient, weight, atol=2e-2, rtol=2e-2)  # the optimum of the penalised likelihood, C = 1
+    torch.testing.assert_close(h(x.float()), h(x).float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("pos", "neg", "message"),
+    [
+        (torch.zeros(0, 3), torch.ones(2, 3), r"pos has shape \(0, 3\)"),
+        (torch.ones(2, 3), torch.ones(2, 4), "width 3 and neg 4"),
+        (torch.ones(2, 3), torch.tensor([[1.0, 0, float("nan")]]), "row 0 of neg"),
+        (torch.tensor([[1.0, 0, 0], [0, 0, 0]]), torch.ones(1, 3), "row 1 of pos"),
+        (torch.ones(2, 3), torch.ones(2, 3), "identical"),
+    ],
+)
+def test_bad_activations_are_named(pos, neg, message):
+    with pytest.raises(ValueError, match=message):
+        sf.fit_barrier(pos, neg)
+
+
+def test_bad_barrier_arguments():
+    with pytest.raises(ValueError, match="kind is 'cubic'"):
+        sf.fit_barrier(torch.ones(1, 2), -torch.ones(1, 2), kind="cubic")
+    with pytest.raises(ValueError, match="C is 0"):
+        sf.fit_barrier(torch.ones(1, 2), -torch.ones(1, 2), C=0)
