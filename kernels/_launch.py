@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 import triton
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -35,6 +38,6 @@ def power_of_two(size: int, at_least: int = 1) -> int:
     return max(triton.next_power_of_2(size), at_least)
 
 
-def choose(table: list[tuple[int, int]], size: int) -> int:
+def choose(table: list[tuple[int, T]], size: int) -> T:
     """The value beside the first limit that is not below `size`; the last entry serves every larger size."""
     return next((value for limit, value in table if size <= limit), table[-1][1])

@@ -37,7 +37,7 @@ def _decode_kernel(
     for j in range(0, K, CHUNK):
         offs_k = j + tl.arange(0, CHUNK)
         mask_k = offs_k < K
-        value = tl.load(values_ptr + i_n * stride_values_n + offs_k, mask=mask_k, other=0.0)
+        value = tl.load(values_ptr + i_n * stride_values_n + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         index = tl.load(indices_ptr + i_n * stride_indices_n + offs_k, mask=mask_k, other=0)
         active = value != 0
         inside = (index >= 0) & (index < F)

@@ -41,7 +41,7 @@ def _place(N, TILES_F, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _tile_bits(
-    x_ptr, stride_x_n, w_ptr, stride_w_f, b_ptr, offs_n, mask_n, i_f, F, D,
+    x_ptr, stride_x_n, w_ptr, stride_w_f, stride_w_d, b_ptr, offs_n, mask_n, i_f, F, D,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """relu(xWᵀ + b) of one tile as the bits of float32, which order as int32 do; NaN, of either sign, lies on top."""
@@ -49,16 +49,17 @@ def _tile_bits(
     mask_f = offs_f < F
     offs_d = tl.arange(0, BLOCK_D)
     x_ptrs = x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :]
-    w_ptrs = w_ptr + offs_f[None, :].to(tl.int64) * stride_w_f + offs_d[:, None]
+    w_ptrs = w_ptr + offs_f[None, :].to(tl.int64) * stride_w_f + offs_d[:, None].to(tl.int64) * stride_w_d
     pre = tl.zeros((offs_n.shape[0], BLOCK_F), tl.float32)
     for d in range(0, D, BLOCK_D):
         mask_d = offs_d < D - d
         x = tl.load(x_ptrs + d, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
-        w = tl.load(w_ptrs + d, mask=mask_f[None, :] & mask_d[:, None], other=0.0)
+        w = tl.load(w_ptrs, mask=mask_f[None, :] & mask_d[:, None], other=0.0)
         if x.dtype != w.dtype:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
         pre = tl.dot(x, w, pre, input_precision="ieee")
+        w_ptrs += BLOCK_D * stride_w_d
     if b_ptr is not None:
         pre += tl.load(b_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
     bits = tl.where(pre > 0, pre.to(tl.int32, bitcast=True), 0)
@@ -78,7 +79,7 @@ def _best(bits, i_f, BLOCK_F: tl.constexpr):
 @triton.jit
 def _encode_kernel(
     x_ptr, stride_x_n,
-    w_ptr, stride_w_f,
+    w_ptr, stride_w_f, stride_w_d,
     b_ptr,
     keys_ptr,
     N, F, D, TILES_F,
@@ -87,7 +88,9 @@ def _encode_kernel(
     i_n, i_f = _place(N, TILES_F, BLOCK_N, GROUP)
     offs_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    bits = _tile_bits(x_ptr, stride_x_n, w_ptr, stride_w_f, b_ptr, offs_n, mask_n, i_f, F, D, BLOCK_F, BLOCK_D)
+    bits = _tile_bits(
+        x_ptr, stride_x_n, w_ptr, stride_w_f, stride_w_d, b_ptr, offs_n, mask_n, i_f, F, D, BLOCK_F, BLOCK_D
+    )
     places = tl.arange(0, BLOCK_F)[None, :]
     out_ptrs = keys_ptr + (offs_n * TILES_F + i_f) * PER_TILE
     for j in range(PER_TILE):
@@ -99,7 +102,7 @@ def _encode_kernel(
 @triton.jit
 def _repair_kernel(
     x_ptr, stride_x_n,
-    w_ptr, stride_w_f,
+    w_ptr, stride_w_f, stride_w_d,
     b_ptr,
     keys_ptr,
     found_ptr, stride_found_n,
@@ -114,7 +117,9 @@ def _repair_kernel(
     kept_ptrs = keys_ptr + (offs_n * TILES_F + i_f) * PER_TILE
     flagged = mask_n & (tl.load(kept_ptrs + PER_TILE - 1, mask=mask_n, other=0) > kth)
     if tl.max(flagged.to(tl.int32), axis=0) > 0:
-        bits = _tile_bits(x_ptr, stride_x_n, w_ptr, stride_w_f, b_ptr, offs_n, flagged, i_f, F, D, BLOCK_F, BLOCK_D)
+        bits = _tile_bits(
+            x_ptr, stride_x_n, w_ptr, stride_w_f, stride_w_d, b_ptr, offs_n, flagged, i_f, F, D, BLOCK_F, BLOCK_D
+        )
         places = tl.arange(0, BLOCK_F)[None, :]
         for j in range(PER_TILE):
             kept = tl.load(kept_ptrs + j, mask=flagged, other=0)
@@ -128,22 +133,29 @@ def _repair_kernel(
             bits = tl.where(places == place[:, None], 0, bits)
 
 
-def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """(values float32, indices int32), both (..., k); value 0 and index 0 where fewer than k features are active."""
-    flat, weights = flatten(x), flatten(w_enc)
-    bias = None if b_enc is None else b_enc.contiguous()
-    (n, d), features = flat.shape, weights.shape[0]
+def plan(features: int, k: int) -> tuple[int, int, int, int]:
+    """(tiles, keys that each keeps, winners that one can still hide, tiles per row that can hide any)."""
     tiles = triton.cdiv(features, BLOCK_F)
     per_tile = min(power_of_two(max(PER_TILE, triton.cdiv(HEADROOM * k, tiles))), BLOCK_F)
-    hidden = max(min(k, BLOCK_F) - per_tile, 0)  # winners that one tile can still hide
-    slots = (k - 1) // per_tile if hidden else 0
+    hidden = max(min(k, BLOCK_F) - per_tile, 0)
+    return tiles, per_tile, hidden, (k - 1) // per_tile if hidden else 0
+
+
+def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """(values float32, indices int32), both (..., k); value 0 and index 0 where fewer than k features are active."""
+    flat = flatten(x)
+    bias = None if b_enc is None else b_enc.contiguous()
+    (n, d), features = flat.shape, w_enc.shape[0]
+    tiles, per_tile, hidden, slots = plan(features, k)
     keys = torch.empty(n, tiles * per_tile, dtype=torch.int64, device=x.device)
     found = torch.zeros(n, k + slots * hidden, dtype=torch.int64, device=x.device)
     if n:
-        exact = flat.dtype == weights.dtype and flat.dtype != torch.float32
+        exact = flat.dtype == w_enc.dtype and flat.dtype != torch.float32
         block_n, warps = choose(TILES if exact else TILES_FLOAT32, n)
         arguments = dict(
-            x_ptr=flat, stride_x_n=flat.stride(0), w_ptr=weights, stride_w_f=weights.stride(0), b_ptr=bias, keys_ptr=keys,
+            x_ptr=flat, stride_x_n=flat.stride(0),
+            w_ptr=w_enc, stride_w_f=w_enc.stride(0), stride_w_d=w_enc.stride(1),
+            b_ptr=bias, keys_ptr=keys,
             N=n, F=features, D=d, TILES_F=tiles,
             PER_TILE=per_tile, BLOCK_N=block_n, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D if exact else BLOCK_D_FLOAT32, GROUP=GROUP,
             num_warps=warps, num_stages=STAGES if exact else STAGES_FLOAT32,

@@ -6,20 +6,37 @@ from .bank import Bank
 from .barrier import Barrier, fit_barrier
 from .extract import Activations, Direction, collect
 from .hooks import Steering, prepare, steer
-from .interventions import Ablate, Add, Amplify, Calibrate, Flow, Intervention
+from .interventions import (
+    Ablate,
+    Add,
+    AffineAblate,
+    Amplify,
+    Calibrate,
+    Clamp,
+    EditFeatures,
+    Features,
+    Flow,
+    Intervention,
+    LoReFT,
+)
 from .plan import ModelCard, Plan
 
 __all__ = [
     "Ablate",
     "Activations",
     "Add",
+    "AffineAblate",
     "Amplify",
     "Bank",
     "Barrier",
     "Calibrate",
+    "Clamp",
     "Direction",
+    "EditFeatures",
+    "Features",
     "Flow",
     "Intervention",
+    "LoReFT",
     "ModelCard",
     "Plan",
     "Steering",

@@ -56,6 +56,24 @@ def check_table(op: str, rows: Tensor | None, scale: Tensor | None, x: Tensor) -
         raise ValueError(f"{op}: scale has shape {tuple(scale.shape)}; without rows expected ({n},)")
 
 
+def check_dictionary(op: str, name: str, weights: Tensor, bias_name: str, bias: Tensor | None, bias_axis: int) -> None:
+    """weights is a floating (F, d) tensor, F and d ≥ 1; the bias, where given, has one entry per row (0) or column (1)."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor (F, d); got {type(weights).__name__}")
+    if weights.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} has dtype {weights.dtype}; expected a floating dtype")
+    if weights.dim() != 2 or 0 in weights.shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(weights.shape)}; expected (F, d), one row per feature")
+    if bias is None:
+        return
+    if bias.dtype not in FLOATS:
+        raise TypeError(f"{op}: {bias_name} has dtype {bias.dtype}; expected a floating dtype")
+    if bias.shape != (weights.shape[bias_axis],):
+        raise ValueError(f"{op}: {bias_name} has shape {tuple(bias.shape)}; expected ({weights.shape[bias_axis]},)")
+    if bias.device != weights.device:
+        raise ValueError(f"{op}: {bias_name} is on {bias.device} and {name} on {weights.device}; move one with .to(...)")
+
+
 def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> Tensor:
     """Directions as float32 CPU rows (m, d): finite, none of them zero. Takes a tensor or an object with `.vector`."""
     value = getattr(value, "vector", value)

@@ -88,6 +88,56 @@ def run_subspace_backward(
     )  # fmt: skip
 
 
+def run_sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """(values, indices) on the backend of x; float64 on the reference."""
+    if backend_of(x) == "torch" or torch.float64 in (x.dtype, w_enc.dtype):
+        return reference.sae_encode(x, w_enc, b_enc, k)
+    return kernels("sae_encode").sae_encode(x, w_enc, b_enc, k)
+
+
+def run_sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """The reconstruction, on the backend of w_dec; float64 on the reference."""
+    if backend_of(w_dec) == "torch" or torch.float64 in (values.dtype, w_dec.dtype):
+        return reference.sae_decode(values, indices, w_dec, b_dec)
+    return kernels("sae_decode").sae_decode(values, indices, w_dec, b_dec)
+
+
+def run_sae_encode_backward(
+    grad: Tensor, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, values: Tensor, indices: Tensor
+) -> list[Tensor]:
+    """Gradients of the values for x, w_enc and b_enc (empty where b_enc is None); the selection is held fixed."""
+    grad = torch.where(values > 0, grad, 0)
+    flat = x.reshape(-1, x.shape[-1])
+    d_x = run_sae_decode(grad, indices, w_enc, None).to(x.dtype).view(x.shape)
+    d_w = _scatter_rows(grad, indices, flat, w_enc.shape[0]).to(w_enc.dtype)
+    if b_enc is None:
+        return [d_x, d_w, grad.new_empty(0)]
+    d_b = grad.new_zeros(b_enc.shape).index_add_(0, indices.reshape(-1), grad.reshape(-1))
+    return [d_x, d_w, d_b.to(b_enc.dtype)]
+
+
+def run_sae_decode_backward(
+    grad: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None
+) -> list[Tensor]:
+    """Gradients of sae_decode for values, w_dec and b_dec (empty where b_dec is None)."""
+    flat, k = grad.reshape(-1, grad.shape[-1]).to(values.dtype), values.shape[-1]
+    places = indices.reshape(-1, k)
+    columns = [(flat * w_dec[places[:, j]]).sum(1) for j in range(k)]
+    d_w = _scatter_rows(values, indices, flat, w_dec.shape[0]).to(w_dec.dtype)
+    d_b = grad.new_empty(0) if b_dec is None else flat.sum(0).to(b_dec.dtype)
+    return [torch.stack(columns, 1).view(values.shape), d_w, d_b]
+
+
+def _scatter_rows(weights: Tensor, indices: Tensor, rows: Tensor, features: int) -> Tensor:
+    """Σ weights[n, j] · rows[n] into row indices[n, j] of (F, d), one column j at a time: (n, k, d) never exists."""
+    k = weights.shape[-1]
+    flat, places = weights.reshape(-1, k), indices.reshape(-1, k)
+    out = weights.new_zeros(features, rows.shape[-1])
+    for j in range(k):
+        out.index_add_(0, places[:, j], flat[:, j, None] * rows.to(weights.dtype))
+    return out
+
+
 def _vjp(grad: Tensor, formula: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]:
     with torch.enable_grad():
         leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
@@ -158,3 +208,56 @@ def _differentiable(name: str, tensors: int, gradients: tuple[int, ...]) -> None
 
 _differentiable("add", tensors=4, gradients=(0, 1, 3))
 _differentiable("subspace", tensors=6, gradients=(0, 1, 2, 5))
+
+
+def _fake_sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], k)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, w_enc.dtype), torch.float32)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int32)
+
+
+_define("sae_encode(Tensor x, Tensor w_enc, Tensor? b_enc, int k) -> (Tensor, Tensor)", run_sae_encode, _fake_sae_encode)
+_define(
+    "sae_encode_backward(Tensor grad, Tensor x, Tensor w_enc, Tensor? b_enc, Tensor values, Tensor indices) -> Tensor[]",
+    run_sae_encode_backward,
+    lambda grad, x, w_enc, b_enc, *_: _fake_gradients(grad, x, w_enc, b_enc),
+)
+_define(
+    "sae_decode(Tensor values, Tensor indices, Tensor w_dec, Tensor? b_dec) -> Tensor",
+    run_sae_decode,
+    lambda values, indices, w_dec, b_dec: w_dec.new_empty((*values.shape[:-1], w_dec.shape[-1])),
+)
+_define(
+    "sae_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor w_dec, Tensor? b_dec) -> Tensor[]",
+    run_sae_decode_backward,
+    lambda grad, values, indices, w_dec, b_dec: _fake_gradients(grad, values, w_dec, b_dec),
+)
+
+
+def _keep_sae_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w_enc, b_enc, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, w_enc, b_enc, *output)
+
+
+def _sae_encode_gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    found = torch.ops.steerfast.sae_encode_backward(grad, *ctx.saved_tensors)
+    return (*(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False)), None)
+
+
+def _keep_sae_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _sae_decode_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    d_values, d_w, d_b = torch.ops.steerfast.sae_decode_backward(grad, *ctx.saved_tensors)
+    found = (d_values, None, d_w, d_b)
+    return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
+
+
+torch.library.register_autograd(
+    "steerfast::sae_encode", _sae_encode_gradient, setup_context=_keep_sae_encode, lib=_library
+)
+torch.library.register_autograd(
+    "steerfast::sae_decode", _sae_decode_gradient, setup_context=_keep_sae_decode, lib=_library
+)

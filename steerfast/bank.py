@@ -20,7 +20,7 @@ class Bank:
     Args:
         width: d, the width of the stream.
         slots: How many interventions fit.
-        directions: How many rows of B and C fit in all; None: 4 per slot.
+        directions: How many rows of B and C fit in all; None: 4 per slot, at least 64.
         dtype: Storage dtype of the rows, usually that of the stream.
         device: Where the buffers live.
 
@@ -40,7 +40,7 @@ class Bank:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        directions = 4 * slots if directions is None else directions
+        directions = max(64, 4 * slots) if directions is None else directions
         self.vectors = torch.zeros(directions, width, dtype=dtype, device=device)
         self.coefficients = torch.zeros(directions + slots, 8, dtype=torch.float32, device=device)
         self.slots = torch.zeros(slots, 8, dtype=torch.int32, device=device)

@@ -3,7 +3,8 @@
 `steer` attaches and detaches; `prepare` installs inert dispatchers once, before torch.compile, after which only the
 contents of buffers change. Which token is steered is decided once per forward pass, by a hook on the decoder, and
 read by every dispatcher (see `steerfast.positions`). `generate` is shadowed on the model instance while a plan is
-active, because a hook alone sees neither the prompt's length nor, under a static cache, its padding.
+active, because a hook alone sees neither the prompt's length nor, under a static cache, its padding; so is the entry
+of continuous batching, where a plan that cannot be followed must be refused before a background thread runs it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +31,12 @@ from .plan import Plan, as_plan
 from .positions import IDLE, Layer, Pass, Prompt, Table
 
 _ATTRIBUTE = "_steerfast"
+_PAGED = {"read_index", "write_index", "cache"}
+"""Arguments by which a forward pass of transformers' continuous batching is known."""
+_GRAPHS = (
+    "steer: continuous batching records CUDA graphs, which would not follow a plan; pass "
+    "continuous_batching_config=ContinuousBatchingConfig(use_cuda_graph=False), and destroy a cached manager first"
+)
 
 
 def steer(
@@ -264,12 +272,14 @@ class Controller:
         self._prompt: Prompt | None = None
         self._table: Table | None = None
         self._generating = False
+        self._batching = False  # continuous batching has run under a plan
         self._host_counts: dict[int, int] = {}
         self._device_counts: Tensor | None = None
         self._broadcasts: dict[Pass, tuple[Tensor, Tensor]] = {}
         self._decoder = model.get_submodule(layers.path.rpartition(".")[0])
         self._names = list(inspect.signature(self._decoder.forward).parameters)
-        self._decoder_hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
+        self._mask: Any = None  # as the model around the decoder was given it, not yet prepared
         self._static_rows = self._static_scale = torch.empty(0)
 
     # --- plans come and go -------------------------------------------------------------------------------------------
@@ -309,15 +319,15 @@ class Controller:
                 self._dispatcher(place)
             for place, dispatcher in self.dispatchers.items():  # the row table is shared: every bank must know every slot
                 dispatcher.put(wanted.get(place, {}), 1 + max(slot for slots in handle.slots for slot in slots))
-            if self._decoder_hook is None:
-                self._decoder_hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+            self._watch()
             self.handles.append(handle)
             self.refresh()
         except BaseException:
             self.detach(handle)
             raise
-        if "generate" not in vars(self.model) and hasattr(self.model, "generate"):
-            self.model.generate = self._generate  # type: ignore[assignment]
+        for name, shadow in self._shadows.items():
+            if name not in vars(self.model) and hasattr(self.model, name):
+                setattr(self.model, name, shadow)
 
     def detach(self, handle: Steering) -> None:
         """Release the slots of a handle; with the last one go the hooks and the shadow of generate."""
@@ -338,13 +348,17 @@ class Controller:
             return
         self._prompt, self._table, self.now = None, None, IDLE
         self._broadcasts.clear()
-        if vars(self.model).get("generate") == self._generate:
-            del self.model.generate
+        for name, shadow in self._shadows.items():
+            if vars(self.model).get(name) == shadow:
+                delattr(self.model, name)
+        if self._batching and _cached_manager(self.model) is not None:  # its prefix cache is steered
+            self.model.destroy_cached_continuous_batching_manager()  # type: ignore[operator]
+        self._batching = False
         if self.prepared:
             self._static_rows.fill_(-1)
         else:
-            if self._decoder_hook is not None:
-                self._decoder_hook.remove()
+            while self._hooks:
+                self._hooks.pop().remove()
             vars(self.model).pop(_ATTRIBUTE, None)
 
     def refresh(self) -> None:
@@ -399,6 +413,25 @@ class Controller:
 
     # --- one forward pass --------------------------------------------------------------------------------------------
 
+    def _watch(self) -> None:
+        """Hook the decoder and, where it is nested, the model around it."""
+        if not self._hooks:
+            self._hooks.append(self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
+            if self.model is not self._decoder:
+                names = list(inspect.signature(self.model.forward).parameters)
+                note = partial(self._note_mask, names)
+                self._hooks.append(self.model.register_forward_pre_hook(note, with_kwargs=True))
+
+    def _note_mask(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the whole model runs: some (Gemma 3 with images) hand their decoder a prepared mask."""
+        self._mask = _named(names, args, kwargs).get("attention_mask")
+
+    def _given_mask(self, inputs: dict[str, Any]) -> Any:
+        """The mask of this pass in the form that shows padding, if any form of it does."""
+        given, self._mask = self._mask, None
+        mask = inputs.get("attention_mask")
+        return mask if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2) or given is mask else given
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the decoder runs: decide who owns which token of this pass."""
         if torch.compiler.is_compiling():
@@ -408,10 +441,15 @@ class Controller:
             self.now = IDLE
             return
         inputs = _named(self._names, args, kwargs)
+        mask = self._given_mask(inputs)
         tokens = _tokens(inputs)
         batch, count = tokens.shape[:2]
+        if _PAGED <= inputs.keys():
+            self.now = self._for_all_requests(tokens)
+            self._count(self.now, batch * count)
+            return
         start = _past_length(inputs)
-        table = self._table if self._generating else self._bare(batch, count, start, inputs.get("attention_mask"))
+        table = self._table if self._generating else self._bare(batch, count, start, mask)
         if table is None:
             raise RuntimeError("steer: the model runs inside generate, but no prompt was announced")
         self.now = table.at(start, count, batch) if isinstance(start, int) else table.gather(start, count, batch)
@@ -435,6 +473,30 @@ class Controller:
         if known and self._table is not None and self._prompt is not None and _same(self._prompt, valid, lengths):
             return self._table
         return self._build(Prompt(valid, lengths))
+
+    def _for_all_requests(self, tokens: Tensor) -> Pass:
+        """A pass of continuous batching: (1, tokens) of several requests, and nothing that tells them apart."""
+        self._check_paged()
+        if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(_GRAPHS)
+        pairs = [(slot, h.strength[0]) for h in self.handles for slot in h.slots[0] if h.strength[0] != 0.0]
+        if self.now.owners != tuple(pairs):
+            self.now = Pass(tuple(pairs))
+        return self.now
+
+    def _check_paged(self) -> None:
+        """Refuse what continuous batching cannot follow."""
+        for handle in self.handles:
+            if handle.per_row:
+                raise ValueError(
+                    "steer: continuous batching mixes requests in one row and does not say whose token is whose, so a plan per "
+                    "row cannot be followed; give one plan for all requests, or use generate"
+                )
+            if (positions := next(p.positions for p in handle.plans if p is not None)) != "all":
+                raise ValueError(
+                    f"steer: positions={positions!r} needs to know where each prompt ends, which continuous batching does not "
+                    "show; use positions='all', or generate"
+                )
 
     def _build(self, prompt: Prompt) -> Table:
         table = Table(prompt, [handle.layer(prompt.batch) for handle in self.handles], self._device)
@@ -464,6 +526,24 @@ class Controller:
             self._generating = False
             self._prompt, self._table, self.now = None, None, IDLE
 
+    def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Shadow of the entry of continuous batching: what its thread could not follow is refused here."""
+        self._check_paged()
+        if _cached_manager(self.model) is not None:
+            raise RuntimeError(
+                "steer: a cached manager of continuous batching keeps keys and values of requests that ran under another plan; "
+                "call model.destroy_cached_continuous_batching_manager() first"
+            )
+        self._batching = True
+        manager = type(self.model).init_continuous_batching(self.model, *args, **kwargs)
+        if self._device.type == "cuda" and _uses_graphs(manager):
+            raise RuntimeError(_GRAPHS)
+        return manager
+
+    @property
+    def _shadows(self) -> dict[str, Callable[..., Any]]:
+        return {"generate": self._generate, "init_continuous_batching": self._init_continuous_batching}
+
     # --- under torch.compile -----------------------------------------------------------------------------------------
 
     def prepare(self, points: list[tuple[str, int]], batch: int, length: int, slots: int, directions: int) -> None:
@@ -478,7 +558,7 @@ class Controller:
         self._static_rows = torch.full((batch, length + 1, MAX_SLOTS_PER_ROW), -1, dtype=torch.int32, device=self._device)
         self._static_scale = torch.ones(batch, MAX_SLOTS_PER_ROW, device=self._device)
         self._device_counts = torch.zeros(slots + 1, dtype=torch.int64, device=self._device)
-        self._decoder_hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._watch()
         self.prepared = True
         vars(self.model)[_ATTRIBUTE] = self
 
@@ -490,7 +570,7 @@ class Controller:
         batch, count = tokens.shape[:2]
         position = _past_length(inputs) + torch.arange(count, device=self._static_rows.device)
         rows = self._static_rows[:batch, position.clamp(max=self._static_rows.shape[1] - 1)]
-        mask = inputs.get("attention_mask")
+        mask = self._given_mask(inputs)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             rows = torch.where(mask[:, -count:, None] != 0, rows, -1)
         flat = rows.reshape(-1, MAX_SLOTS_PER_ROW)
@@ -574,7 +654,11 @@ def _tokens(inputs: dict[str, Any]) -> Tensor:
 
 def _past_length(inputs: dict[str, Any]) -> Any:
     """Tokens in the cache before this pass: a number, or a device tensor that must not be read on the host."""
-    cache = inputs.get("past_key_values")
+    from transformers.cache_utils import Cache
+
+    cache, position = inputs.get("past_key_values"), inputs.get("cache_position")
+    if position is not None and not isinstance(cache, Cache):  # hybrids of transformers 4: a cache that miscounts, or none
+        return position[0] if torch.compiler.is_compiling() else int(position[0])
     length = 0 if cache is None else cache.get_seq_length()
     if isinstance(length, Tensor) and not torch.compiler.is_compiling() and length.device.type == "cpu":
         return int(length)
@@ -618,6 +702,18 @@ def _padding_mask(model: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Tens
     pad, eos = (kwargs.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
     eos = set(eos) if isinstance(eos, (list, tuple)) else {eos}
     return None if pad is None or pad in eos else ids != pad
+
+
+def _cached_manager(model: nn.Module) -> Any:
+    """The manager that generate_batch(persistent_manager=True) has left on a model."""
+    return vars(model).get("_cached_continuous_batching_manager")
+
+
+def _uses_graphs(manager: Any) -> bool:
+    """Whether a manager of continuous batching may record CUDA graphs; one that has not decided yet may."""
+    config = getattr(manager, "continuous_batching_config", manager)
+    used = getattr(config, "use_cuda_graph", None)
+    return any(used) if isinstance(used, tuple) else used is not False
 
 
 def _copies(model: nn.Module, kwargs: dict[str, Any]) -> int:

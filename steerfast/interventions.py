@@ -7,6 +7,7 @@ a bank rounds them to the dtype of the stream.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._checks import direction_rows, finite_number, one_of
-from .barrier import Barrier
+from .barrier import ORTHONORMAL, Barrier
 from .reference import ADD, FLOW, HINGE, Slot
 
 DEPENDENT = 1e-4
@@ -202,6 +203,271 @@ class Calibrate(Intervention):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class AffineAblate(Intervention):
+    """Set the projection on a direction to a baseline plus c: x + (y₀ - v̂ᵀx + c)·v̂ (affine concept editing).
+
+    Args:
+        direction: v, (d,), of any length; v̂ = v/‖v‖.
+        baseline: y₀ in units of the stream, or a point (d,), such as the mean of the negative side: then y₀ = v̂ᵀpoint.
+        offset: c, added to the baseline.
+        keep_norm: Give every row its old length back afterwards.
+
+    Raises:
+        TypeError, ValueError: v is not one finite non-zero row, or a number is not finite.
+
+    Reference:
+        Marshall et al. 2024, Refusal in LLMs is an Affine Function (arXiv:2411.09003).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.AffineAblate(torch.tensor([2.0, 0.0]), baseline=1.5)
+        AffineAblate(direction: 2, baseline=1.5, offset=0.0, keep_norm=False)
+    """
+
+    direction: Directions
+    baseline: float | Tensor = 0.0
+    offset: float = 0.0
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        unit = _unit("AffineAblate", self.direction)
+        _set(self, "direction", unit)
+        baseline = self.baseline
+        if isinstance(baseline, Tensor) and baseline.dim() == 1:
+            if baseline.shape != unit.shape:
+                raise ValueError(f"AffineAblate: baseline has shape {tuple(baseline.shape)}; expected a number or ({unit.numel()},)")
+            baseline = float(unit.double() @ baseline.detach().cpu().double())
+        _set(self, "baseline", finite_number("AffineAblate", "baseline", baseline))
+        _set(self, "offset", finite_number("AffineAblate", "offset", self.offset))
+
+    def slot(self) -> Slot:
+        rows = _tensor(self.direction)[None]
+        table = _table(1, offset=float(self.baseline) + self.offset, slope=-1.0)
+        return Slot(HINGE, 0, self.keep_norm, rows, rows, _constants(), table)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Clamp(Intervention):
+    """Keep the projection on a direction within bounds: x + (clip(v̂ᵀx, low, high) - v̂ᵀx)·v̂.
+
+    Args:
+        direction: v, (d,), of any length; v̂ = v/‖v‖.
+        low: Lower bound in units of the stream; None: none.
+        high: Upper bound; None: none.
+        keep_norm: Give every row its old length back afterwards.
+
+    Raises:
+        TypeError, ValueError: v is not one finite non-zero row, neither bound is given, or low > high.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.Clamp(torch.tensor([1.0, 0.0]), low=-1.0, high=2.0)
+        Clamp(direction: 2, low=-1.0, high=2.0, keep_norm=False)
+    """
+
+    direction: Directions
+    low: float | None = None
+    high: float | None = None
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        _set(self, "direction", _unit("Clamp", self.direction))
+        for name in ("low", "high"):
+            if getattr(self, name) is not None:
+                _set(self, name, finite_number("Clamp", name, getattr(self, name)))
+        if self.low is None and self.high is None:
+            raise ValueError("Clamp: give low, high or both")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"Clamp: low is {self.low} and high {self.high}; expected low <= high")
+
+    def slot(self) -> Slot:
+        rows, table = _tensor(self.direction)[None], _table(1)
+        if self.low is not None:  # max(y, low) - y = low - y + relu(y - low)
+            table[0, :4] = torch.tensor([self.low, -1.0, 1.0, self.low])
+        if self.high is not None:
+            table[0, 4:6] = torch.tensor([-1.0, self.high])
+        return Slot(HINGE, 0, self.keep_norm, rows, rows, _constants(), table)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LoReFT(Intervention):
+    """Low-rank linear-subspace fine-tuning: x + Rᵀ(Wx + b - Rx).
+
+    Args:
+        R: Orthonormal rows (r, d).
+        W: (r, d).
+        b: (r,); None: zero.
+        keep_norm: Give every row its old length back afterwards.
+
+    Raises:
+        TypeError, ValueError: shapes do not fit, a value is not finite, or R is not orthonormal (the deviation is stated).
+
+    Reference:
+        Wu et al. 2024, ReFT: Representation Finetuning for Language Models (arXiv:2404.03592).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.LoReFT(torch.eye(4)[:2], torch.ones(2, 4))
+        LoReFT(R: 2×4, W: 2×4, b: 2, keep_norm=False)
+    """
+
+    R: Tensor
+    W: Tensor
+    b: Tensor | None = None
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        _set(self, "R", direction_rows("LoReFT", "R", self.R))
+        _set(self, "W", float_table("LoReFT", "W", self.W, tuple(self.R.shape)))
+        b = torch.zeros(self.R.shape[0]) if self.b is None else self.b
+        _set(self, "b", float_table("LoReFT", "b", b, (self.R.shape[0],)))
+        check_orthonormal("LoReFT", "R", self.R)
+
+    def slot(self) -> Slot:
+        table = _table(self.R.shape[0], slope=1.0)
+        table[:, 0] = self.b
+        return Slot(HINGE, 0, self.keep_norm, self.W - self.R, self.R, _constants(), table)
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Some features of an SAE, by their rows: f = h·[h > θ], h = W_enc·x + b (θ = 0: ReLU; else JumpReLU).
+
+    Attributes:
+        encoder: W_enc, (m, d); fold a subtracted decoder bias into `bias`.
+        decoder: W_dec, (m, d).
+        bias: b, (m,); None: zero.
+        threshold: θ ≥ 0, (m,); None: ReLU.
+
+    Raises:
+        TypeError, ValueError: shapes do not fit, a value is not finite, or a threshold is negative.
+    """
+
+    encoder: Tensor
+    decoder: Tensor
+    bias: Tensor | None = None
+    threshold: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _set(self, "encoder", direction_rows("Features", "encoder", self.encoder))
+        _set(self, "decoder", float_table("Features", "decoder", self.decoder, tuple(self.encoder.shape)))
+        for name in ("bias", "threshold"):
+            value = getattr(self, name)
+            value = torch.zeros(self.encoder.shape[0]) if value is None else value
+            _set(self, name, float_table("Features", name, value, (self.encoder.shape[0],)))
+        if (_tensor(self.threshold) < 0).any():
+            raise ValueError("Features: threshold is negative; a JumpReLU threshold is >= 0")
+
+    def rows(self, indices: list[int]) -> Features:
+        """The features with these numbers.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        outside = [index for index in indices if not 0 <= index < self.encoder.shape[0]]
+        if outside:
+            raise ValueError(f"EditFeatures: feature {outside[0]} is out of range; there are {self.encoder.shape[0]}, from 0")
+        tensors = (self.encoder, self.decoder, _tensor(self.bias), _tensor(self.threshold))
+        return Features(*(tensor[indices] for tensor in tensors))
+
+
+class HasFeatures(Protocol):
+    """Anything that can show the rows of some of its features, such as an SAE."""
+
+    def rows(self, indices: list[int]) -> Features:
+        """The features with these numbers."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EditFeatures(Intervention):
+    """Change a few features of an SAE and keep its reconstruction error: x + (t(f) - f)·W_dec, f = act(W_enc·x + b).
+
+    Only the rows of the named features are read: no full encode, no decode, and what the SAE does not explain stays.
+
+    Args:
+        sae: `Features`, or an SAE that has `rows`.
+        values: Feature number to the mode's number.
+        mode: "set" f to the number, "add" it, "scale" f by it, or bound f from above ("min") or from below ("max").
+        keep_norm: Give every row its old length back afterwards.
+
+    Raises:
+        TypeError, ValueError: no features, an unknown mode or feature, a non-finite number, a negative bound.
+
+    Reference:
+        Bricken et al. 2023, Towards Monosemanticity; Rajamanoharan et al. 2024, JumpReLU (arXiv:2407.14435).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.EditFeatures(sf.Features(torch.eye(4), torch.eye(4)), {2: 8.0}, mode="set")
+        EditFeatures(features [2], mode='set', keep_norm=False)
+    """
+
+    sae: HasFeatures
+    values: Mapping[int, float]
+    mode: str = "set"
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("EditFeatures", "mode", self.mode, ("set", "add", "scale", "min", "max"))
+        if not isinstance(self.values, Mapping) or not self.values:
+            raise TypeError(f"EditFeatures: values must be a non-empty dict of feature -> number; got {self.values!r}")
+        if not hasattr(self.sae, "rows"):
+            raise TypeError(f"EditFeatures: sae must be Features or an SAE; got {type(self.sae).__name__}")
+        _set(self, "values", {int(k): finite_number("EditFeatures", f"values[{k}]", v) for k, v in self.values.items()})
+        if self.mode in ("min", "max") and min(self.values.values()) < 0:
+            raise ValueError(f"EditFeatures: a bound of {min(self.values.values())}; a feature is never negative, so bounds are >= 0")
+        _set(self, "sae", self.sae.rows(list(self.values)))
+
+    def slot(self) -> Slot:
+        features: Features = self.sae  # type: ignore[assignment]  # __post_init__ has picked the rows
+        t = torch.tensor(list(self.values.values()))
+        table = _feature_table(self.mode, t, _tensor(features.bias), _tensor(features.threshold))
+        return Slot(HINGE, 0, self.keep_norm, features.encoder, features.decoder, _constants(), table)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self.sae, name) for name in ("encoder", "decoder", "bias", "threshold")}
+
+    def numbers(self) -> dict[str, Any]:
+        return {"features": list(self.values), "values": list(self.values.values()), "mode": self.mode, "keep_norm": self.keep_norm}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> EditFeatures:
+        """The inverse of `tensors` and `numbers`; everything is validated anew."""
+        features, rest = Features(**tensors), dict(numbers)
+        names, values = rest.pop("features"), rest.pop("values")
+        made = cls(features, dict(enumerate(values)), **rest)
+        _set(made, "values", dict(zip(names, values, strict=True)))
+        return made
+
+    def __repr__(self) -> str:
+        return f"EditFeatures(features {list(self.values)}, mode={self.mode!r}, keep_norm={self.keep_norm})"
+
+
+def _feature_table(mode: str, t: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
+    """t(f) - f as hinges in y = W_enc·x, where f = relu(y - κ) + θ·[y > κ], κ = θ - b."""
+    table = torch.zeros(t.shape[0], 8)
+    knot = threshold - bias
+    table[:, 3], table[:, 5], table[:, 7] = knot, t - bias, knot
+    if mode == "add":
+        table[:, 0] = t
+    elif mode == "scale":
+        table[:, 2], table[:, 6] = t - 1, (t - 1) * threshold
+    elif mode == "set":
+        table[:, 0], table[:, 2], table[:, 6] = t, -1.0, -threshold
+    elif mode == "min":  # a bound above θ bends at the bound; one below it cuts every active feature down to it
+        above = t >= threshold
+        table[:, 4] = torch.where(above, -1.0, 0.0)
+        table[:, 2], table[:, 6] = torch.where(above, 0.0, -1.0), torch.where(above, 0.0, t - threshold)
+    else:  # "max": a bound below θ lifts only inactive features
+        above = t >= threshold
+        table[:, 0] = t
+        table[:, 2], table[:, 4] = torch.where(above, -1.0, 0.0), torch.where(above, 1.0, 0.0)
+        table[:, 6] = torch.where(above, -threshold, -t)
+    return table
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Flow(Intervention):
     """Follow a barrier's gradient: da/dt = ∇h/‖∇h‖ over [0, T], in Euler steps taken on k + 1 numbers and lifted once.
 
@@ -292,6 +558,33 @@ def orthonormal(owner: str, name: str, rows: Tensor) -> Tensor:
             "of its length is outside); remove it"
         )
     return (basis * diagonal.sign()).T.float().contiguous()
+
+
+def check_orthonormal(owner: str, name: str, rows: Tensor) -> None:
+    """Refuse rows that are not orthonormal, and say by how much."""
+    deviation = (rows.double() @ rows.double().T - torch.eye(rows.shape[0])).abs().max().item()
+    if rows.shape[0] > rows.shape[1] or deviation > ORTHONORMAL:
+        raise ValueError(
+            f"{owner}: the rows of {name} are not orthonormal (their products deviate from the identity by {deviation:.1e}); "
+            "orthonormalise them first, for instance with torch.linalg.qr"
+        )
+
+
+def float_table(owner: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A finite float32 CPU tensor of one shape."""
+    table = torch.as_tensor(value)
+    if tuple(table.shape) != shape or not table.is_floating_point():
+        raise ValueError(f"{owner}: {name} has shape {tuple(table.shape)} and dtype {table.dtype}; expected {shape}, floating")
+    table = table.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if not table.isfinite().all():
+        raise ValueError(f"{owner}: {name} holds NaN or Inf")
+    return table
+
+
+def _unit(owner: str, direction: Directions) -> Tensor:
+    """One direction (d,), scaled to length 1."""
+    row = direction_rows(owner, "direction", direction, one=True)[0].double()
+    return (row / row.norm()).float()
 
 
 def _constants(T: float = 0.0, angle: float = 0.0, strength: float = 1.0) -> Tensor:

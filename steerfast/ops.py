@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _library, reference
 from ._backends import backend_of
-from ._checks import check_stream, check_table, check_width, finite_number
+from ._checks import check_dictionary, check_stream, check_table, check_width, finite_number
 from .interventions import path_length
 from .reference import FLOW, HINGE
 
@@ -31,6 +31,8 @@ __all__ = [
     "calibrate_",
     "flow",
     "flow_",
+    "sae_decode",
+    "sae_encode",
     "subspace",
     "subspace_",
 ]
@@ -304,6 +306,99 @@ def subspace_(
     run = torch.ops.steerfast.subspace_ if torch.compiler.is_compiling() else _library.run_subspace_
     run(x, vectors, coefficients, slots, rows, scale, modes, max_rank)
     return x
+
+
+def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The k most active features of each row: Top-K of relu(x W_encᵀ + b_enc), exactly, without the (n, F) matrix.
+
+    Exact: no feature that is left out has a larger pre-activation, up to the rounding of the product; equal values go
+    to the lower index.
+
+    Args:
+        x: Residual stream, (..., d), n rows in all.
+        w_enc: Encoder rows, (F, d). Two 16-bit tensors of one dtype run on tensor cores; other pairs in float32.
+        b_enc: Encoder bias, (F,), or None. An SAE that subtracts b_dec first: fold it, b_enc - W_enc b_dec.
+        k: Features per row, 1 to F.
+
+    Returns:
+        (values, indices), both (..., k): float32 and int32, sorted by value, largest first. Where fewer than k features
+        are active the rest is value 0 and index 0, which `sae_decode` skips. A row with a NaN gives NaN in that row only.
+        float64 stays float64 and runs on the reference on every backend.
+
+    Raises:
+        TypeError, ValueError: k, a dtype, a shape or a device does not fit; the message names it.
+
+    Reference:
+        Gao et al. 2024, Scaling and evaluating sparse autoencoders (arXiv:2406.04093).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.sae_encode(torch.tensor([[3.0, -1.0, 2.0]]), torch.eye(3), None, k=2)
+        (tensor([[3., 2.]]), tensor([[0, 2]], dtype=torch.int32))
+    """
+    check_stream("sae_encode", x)
+    check_dictionary("sae_encode", "w_enc", w_enc, "b_enc", b_enc, bias_axis=0)
+    check_width("sae_encode", "w_enc", w_enc, x)
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"sae_encode: k must be a whole number; got {k!r}")
+    if not 1 <= k <= w_enc.shape[0]:
+        raise ValueError(f"sae_encode: k is {k}; expected 1 to F = {w_enc.shape[0]}, the rows of w_enc")
+    if _needs_library(x, w_enc, b_enc):
+        return torch.ops.steerfast.sae_encode(x, w_enc, b_enc, k)
+    return _library.run_sae_encode(x, w_enc, b_enc, k)
+
+
+def sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """Rebuild rows from a few features each: Σⱼ values[j] · W_dec[indices[j]] + b_dec.
+
+    Args:
+        values: Feature activations, (..., k), k ≥ 1.
+        indices: int32 or int64 of the same shape: their features, each in [0, F). Outside: an error on the torch
+            backend, a NaN row on a GPU, where a check would stall the stream.
+        w_dec: Decoder rows, (F, d).
+        b_dec: Decoder bias, (d,), or None.
+
+    Returns:
+        (..., d) in the dtype of w_dec; sums are taken in float32 (float64 stays float64).
+
+    Raises:
+        TypeError, ValueError: a dtype, a shape or a device does not fit; the message names it.
+
+    Reference:
+        Gao et al. 2024, Scaling and evaluating sparse autoencoders (arXiv:2406.04093).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.sae_decode(torch.tensor([[3.0, 2.0]]), torch.tensor([[0, 2]]), torch.eye(3))
+        tensor([[3., 0., 2.]])
+    """
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"sae_decode: values must be a floating tensor (..., k); got {got}")
+    if values.dim() < 1 or values.shape[-1] < 1:
+        raise ValueError(f"sae_decode: values has shape {tuple(values.shape)}; expected (..., k) with k >= 1")
+    check_dictionary("sae_decode", "w_dec", w_dec, "b_dec", b_dec, bias_axis=1)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"sae_decode: indices has dtype {indices.dtype}; expected torch.int32 or torch.int64")
+    if indices.shape != values.shape:
+        raise ValueError(
+            f"sae_decode: indices has shape {tuple(indices.shape)} and values {tuple(values.shape)}; expected one shape"
+        )
+    for name, tensor in (("values", values), ("indices", indices)):
+        if tensor.device != w_dec.device:
+            raise ValueError(
+                f"sae_decode: {name} is on {tensor.device} and w_dec on {w_dec.device}; move one with .to(...)"
+            )
+    if _needs_library(values, w_dec, b_dec):
+        return torch.ops.steerfast.sae_decode(values, indices, w_dec, b_dec)
+    return _library.run_sae_decode(values, indices, w_dec, b_dec)
+
+
+def _needs_library(*tensors: Tensor | None) -> bool:
+    """Whether a sparse op must go through torch.library: while compiling, and for its sparse gradients on any backend."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _check(

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 ADD, HINGE, FLOW = 1, 2, 4
-SAE_BLOCK = 4096  # features, walked at a time
+SAE_BLOCK, SAE_GROUP = 4096, 32  # features walked at a time, and those that share a maximum
 
 
 VANISHED = 1e-5
@@ -70,20 +70,20 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
 
 def ablate(x: Tensor, basis: Tensor) -> Tensor:
     """x - VVᵀx, with orthonormal rows V = basis."""
-    flat, rows = _wide(x), _wide(basis.reshape(-1, basis.shape[-1]))
-    return (flat - (flat @ rows.T) @ rows).to(x.dtype)
+    flat, rows = _rows(x), _rows(basis)
+    return _lift(flat, -(flat @ rows.T), rows).to(x.dtype).view(x.shape)
 
 
 def amplify(x: Tensor, features: Tensor, alpha: float) -> Tensor:
     """x + α · relu(xS)Sᵀ, with S = features.T."""
-    flat, rows = _wide(x), _wide(features.reshape(-1, features.shape[-1]))
-    return (flat + (alpha * torch.relu(flat @ rows.T)) @ rows).to(x.dtype)
+    flat, rows = _rows(x), _rows(features)
+    return _lift(flat, alpha * torch.relu(flat @ rows.T), rows).to(x.dtype).view(x.shape)
 
 
 def calibrate(x: Tensor, features: Tensor, beta: float) -> Tensor:
     """x - relu(xS)Sᵀ + β · mean(S), with S = features.T."""
-    flat, rows = _wide(x), _wide(features.reshape(-1, features.shape[-1]))
-    return (flat + (beta / rows.shape[0] - torch.relu(flat @ rows.T)) @ rows).to(x.dtype)
+    flat, rows = _rows(x), _rows(features)
+    return _lift(flat, beta / rows.shape[0] - torch.relu(flat @ rows.T), rows).to(x.dtype).view(x.shape)
 
 
 def flow(x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, length: tuple[float, float], steps: int) -> Tensor:
@@ -123,10 +123,10 @@ def subspace(
 
 
 def edit(x: Tensor, slot: Slot, scale: Tensor | float = 1.0) -> Tensor:
-    """One slot on every row of x (..., d); scale is strength and all: a number, or broadcast over (..., 1)."""
+    """One slot on every row of x (..., d); scale is strength and all: a number, or one per row, (n, 1)."""
     if slot.mode == ADD and not slot.keep_norm and isinstance(scale, float) and slot.lift.dtype == x.dtype:
         return torch.add(x, slot.lift, alpha=scale)  # PyTorch adds in float32 and rounds once, like _edit
-    return _edit(_wide(x), slot, scale).to(x.dtype)
+    return _edit(_rows(x), slot, scale).to(x.dtype).view(x.shape)
 
 
 def hinge(y: Tensor, c: Tensor) -> Tensor:
@@ -176,13 +176,12 @@ def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[
     start, width = 0, 256  # narrow at first: the k-th value rises fast
     while start < features and n:
         stop = min(start + width, features)
-        pre = flat @ w_enc[start:stop].to(flat.dtype).T
-        if b_enc is not None:
-            pre += b_enc[start:stop].to(flat.dtype)
+        rows = w_enc[start:stop].to(flat.dtype)
+        pre = flat @ rows.T if b_enc is None else torch.addmm(b_enc[start:stop].to(flat.dtype), flat, rows.T)
         values, indices = _merge(values, indices, pre, start)
         start, width = stop, min(2 * width, SAE_BLOCK)
     shape = (*x.shape[:-1], k)
-    return values.view(shape), indices.to(torch.int32).view(shape)
+    return values.contiguous().view(shape), indices.to(torch.int32).view(shape)
 
 
 def sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -190,12 +189,11 @@ def sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | N
     k, d = values.shape[-1], w_dec.shape[-1]
     flat, places = values.reshape(-1, k), indices.reshape(-1, k)
     dtype = torch.promote_types(torch.promote_types(values.dtype, w_dec.dtype), torch.float32)
-    rows = max(1, SAE_BLOCK * SAE_BLOCK // (k * d))  # at most 64 MB of gathered rows in float32
-    parts = [
-        torch.bmm(flat[i : i + rows, None].to(dtype), w_dec[places[i : i + rows]].to(dtype))[:, 0]
-        for i in range(0, flat.shape[0], rows)
-    ]
-    out = torch.cat(parts) if parts else flat.new_zeros(0, d, dtype=dtype)
+    if w_dec.dtype == dtype:
+        out = torch.nn.functional.embedding_bag(places, w_dec, per_sample_weights=flat.to(dtype), mode="sum")
+    else:
+        blocks = zip(flat.split(SAE_BLOCK // k or 1), places.split(SAE_BLOCK // k or 1), strict=True)
+        out = torch.cat([torch.bmm(v[:, None].to(dtype), w_dec[i].to(dtype))[:, 0] for v, i in blocks])
     if b_dec is not None:
         out = out + b_dec.to(dtype)
     return out.to(w_dec.dtype).view(*values.shape[:-1], d)
@@ -221,15 +219,21 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
         out = torch.add(x, lift, alpha=scale) if isinstance(scale, float) else x + scale * lift
     elif slot.mode == HINGE:
         g = hinge(x @ slot.project.to(x.dtype).T, slot.coefficients.to(x.dtype))
-        out = x + scale * (g @ lift)
+        out = _lift(x, scale * g, lift)
     else:
         constants = slot.constants.to(x.dtype)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         start = x @ slot.project.to(x.dtype).T
         length = scale * (constants[0] + constants[1] * norm)
         alpha, y = integrate(start, norm, slot.coefficients.to(x.dtype), length, slot.steps)
-        out = x + ((alpha - 1) * x + (y - alpha * start) @ lift)
+        out = _lift(x, y - alpha * start, lift, (alpha - 1) * x)
     return _restore_norm(out, x) if slot.keep_norm else out
+
+
+def _lift(x: Tensor, g: Tensor, lift: Tensor, more: Tensor | None = None) -> Tensor:
+    """x + (g·C + more). The edit is summed before x is added: addmm would round every term to the precision of x."""
+    delta = g @ lift
+    return (delta if more is None else delta.add_(more)).add_(x)
 
 
 def _restore_norm(out: Tensor, x: Tensor) -> Tensor:
@@ -239,19 +243,22 @@ def _restore_norm(out: Tensor, x: Tensor) -> Tensor:
 
 
 def _merge(values: Tensor, indices: Tensor, pre: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """The running best of each row, (n, k), with those entries of a block of pre-activations that beat its last one."""
+    """The running best of each row, (n, k), with those entries of a block of pre-activations that beat its last one.
+
+    Maxima of 32 neighbours are compared first: one cheap pass leaves little to look at. NaN beats every number, as in
+    torch.topk.
+    """
     n, k = values.shape
-    last = values[:, -1:]
-    beats = (pre <= last).logical_not_()  # NaN beats every number, as in torch.topk
-    if last.isnan().any():
-        beats &= ~last.isnan()
-    row, column = beats.nonzero(as_tuple=True)
-    counts = beats.sum(1)
-    width = int(counts.max())
-    if width == 0:
-        return values, indices
-    slot = torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
-    more = values.new_zeros(n, width).index_put((row, slot), pre[row, column])
+    groups = torch.nn.functional.pad(pre, (0, -pre.shape[1] % SAE_GROUP)).view(n, -1, SAE_GROUP)
+    last = values[:, -1:].nan_to_num(nan=torch.inf)
+    row, group = (groups.amax(2) <= last).logical_not_().nonzero(as_tuple=True)
+    entries = groups[row, group]
+    which, place = (entries <= last[row]).logical_not_().nonzero(as_tuple=True)
+    entries, row, column = entries[which, place], row[which], group[which] * SAE_GROUP + place
+    count = torch.bincount(row, minlength=n)
+    slot = torch.arange(row.numel(), device=row.device) - (count.cumsum(0) - count)[row]
+    width = int(count.max())
+    more = values.new_zeros(n, width).index_put((row, slot), entries)
     where = indices.new_zeros(n, width).index_put((row, slot), column + start)
     merged, order = torch.cat([values, more], 1).sort(dim=1, descending=True, stable=True)
     return merged[:, :k], torch.cat([indices, where], 1).gather(1, order[:, :k])
@@ -267,6 +274,11 @@ def _owners(column: Tensor) -> list[tuple[int, Tensor | None]]:
 
 def _columns(table: Tensor) -> Tensor:
     return table if table.dim() == 2 else table[:, None]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as (n, d) in the dtype of the arithmetic."""
+    return _wide(x.reshape(-1, x.shape[-1]))
 
 
 def _wide(x: Tensor) -> Tensor:

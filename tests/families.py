@@ -1,7 +1,7 @@
 """Tiny models of real architectures with random weights: two or three layers, odd widths, norms that are not the
 identity.
 
-`build(name)` returns the model of `FAMILIES[name]`, in eval mode, float32, built once per process and shared: a test
+`build(name)` returns the model of `FAMILIES[name]`, or of `MULTIMODAL[name]`, in eval mode, float32, built once per process and shared: a test
 that changes one must restore it. `CORE` names the families that every feature is tested on; the rest is breadth.
 """
 
@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 VOCAB = 101
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
@@ -36,6 +36,7 @@ _GEMMA = {
     "query_pre_attn_scalar": 16,
     "sliding_window": 8,
 }  # 4 heads of 16 in a stream of 48: the head width differs
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 4}
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 # name -> (config class, its arguments)
@@ -99,7 +100,88 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
     "gpt_oss": ("GptOssConfig", _LLAMA | _MOE | {"head_dim": 16, "sliding_window": 8}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        _LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "head_dim": 16},
+    ),
+    "bamba": ("BambaConfig", _LLAMA | _MAMBA | {"attn_layer_indices": [1]}),
+    "granite_hybrid": (
+        "GraniteMoeHybridConfig",
+        _LLAMA
+        | _MAMBA
+        | {
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 40,
+            "residual_multiplier": 0.22,
+        },
+    ),
+    "lfm2": ("Lfm2Config", _LLAMA | {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8}),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        _LLAMA
+        | {
+            "lru_width": 48,
+            "head_dim": 12,
+            "num_key_value_heads": 1,
+            "attention_window_size": 16,
+            "block_types": ["recurrent", "recurrent", "attention"],
+        },
+    ),
 }
+
+# Vision-language models: name -> (config class, its arguments, text config class, the text config's arguments)
+IMAGE_TOKEN = 100
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+MULTIMODAL: dict[str, tuple[str, dict, str, dict]] = {
+    "llava": (
+        "LlavaConfig",
+        {"vision_config": {"model_type": "clip_vision_model", **_VISION}, "image_token_index": IMAGE_TOKEN},
+        "LlamaConfig",
+        _LLAMA,
+    ),
+    "gemma3_vl": (
+        "Gemma3Config",
+        {
+            "vision_config": {"model_type": "siglip_vision_model", **_VISION},
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE_TOKEN,
+            "boi_token_index": 99,
+            "eoi_token_index": 98,
+        },
+        "Gemma3TextConfig",
+        _LLAMA | _GEMMA,
+    ),
+    "qwen2_vl": (
+        "Qwen2VLConfig",
+        {
+            "vision_config": {
+                "depth": 2,
+                "embed_dim": 32,
+                "hidden_size": 48,
+                "num_heads": 2,
+                "mlp_ratio": 2,
+                "patch_size": 8,
+            },
+            "image_token_id": IMAGE_TOKEN,
+            "video_token_id": 99,
+            "vision_start_token_id": 98,
+            "vision_end_token_id": 97,
+        },
+        "Qwen2VLTextConfig",
+        _LLAMA | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}},
+    ),
+}
+
+# The experts of these multiply the tokens of all rows together, so a row's last bits depend on its batch-mates.
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 
 CORE = (
     "llama",
@@ -132,9 +214,15 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 @cache
 def build(name: str) -> PreTrainedModel:
     """The tiny model of one family; always the same object, always the same weights."""
-    config_class, arguments = FAMILIES[name]
-    config = getattr(transformers, config_class)(**_TOKENS | arguments)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if name in MULTIMODAL:
+        config_class, arguments, text_class, text = MULTIMODAL[name]
+        inner = getattr(transformers, text_class)(**_TOKENS | text).to_dict()
+        config = getattr(transformers, config_class)(**arguments, text_config=inner, tie_word_embeddings=False)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+    else:
+        config_class, arguments = FAMILIES[name]
+        config = getattr(transformers, config_class)(**_TOKENS | arguments)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     randomise(model)
     return model.float().eval()
 

@@ -38,7 +38,7 @@ def runs(place: str, dtype: torch.dtype) -> bool:
     return place != "interpreter" or dtype != torch.bfloat16
 
 
-def assert_exact(got: Tensor, true: Tensor, naive: Tensor) -> None:
+def assert_exact(got: Tensor, true: Tensor, naive: Tensor, what: str = "") -> None:
     """`got` may err at most twice what the same formula errs in PyTorch in the same dtype, plus one unit in the last place.
 
     true is float64. naive is the formula evaluated in got's dtype; both errors are largest absolute ones.
@@ -49,4 +49,4 @@ def assert_exact(got: Tensor, true: Tensor, naive: Tensor) -> None:
     unit = largest * torch.finfo(got.dtype).eps
     error = (got.double().cpu() - true).abs().max().item()
     allowed = 2 * (naive.double().cpu() - true).abs().max().item() + unit
-    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+    assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"

@@ -25,6 +25,30 @@ def barrier() -> sf.Barrier:
     return sf.Barrier(torch.linalg.qr(rows(2).T)[0].T, torch.tensor([0.5, -0.5]), torch.ones(2), 0.25, 7.0, 0.9)
 
 
+def unit() -> torch.Tensor:
+    return torch.nn.functional.normalize(rows(1)[0].double(), dim=0)
+
+
+def frame() -> torch.Tensor:
+    return torch.linalg.qr(rows(2, 4).T)[0].T.contiguous()
+
+
+def sae() -> sf.Features:
+    """Four features; two of them JumpReLU, two plain ReLU."""
+    return sf.Features(rows(4, 5), rows(4, 6), torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.0, 0.5, 0.9, 0.5]))
+
+
+def edited_by_sae(x, values, change) -> torch.Tensor:
+    """What an SAE library does: encode everything, change some features, decode, put the reconstruction error back."""
+    encoder, decoder, bias, threshold = (t.double() for t in (sae().encoder, sae().decoder, sae().bias, sae().threshold))
+    h = x @ encoder.T + bias
+    f = h * (h > threshold) * (h > 0)
+    error = x - f @ decoder
+    for feature, number in values.items():
+        f[:, feature] = change(f[:, feature], number)
+    return f @ decoder + error
+
+
 # One of each intervention, with its formula; a new one is tested by being listed.
 EXAMPLES = {
     "Add": (sf.Add(rows(1)[0], 2.0), lambda x: x + 2 * rows(1)[0].double()),
@@ -34,6 +58,13 @@ EXAMPLES = {
         sf.Calibrate(rows(3), 1.5),
         lambda x: x - torch.relu(x @ rows(3).double().T) @ rows(3).double() + 1.5 * rows(3).double().mean(0),
     ),
+    "AffineAblate": (sf.AffineAblate(rows(1)[0], 1.5, 0.25), lambda x: x + (1.75 - x @ unit())[:, None] * unit()),
+    "Clamp": (sf.Clamp(rows(1)[0], -0.5, 0.25), lambda x: x + ((x @ unit()).clamp(-0.5, 0.25) - x @ unit())[:, None] * unit()),
+    "LoReFT": (
+        sf.LoReFT(frame(), rows(2, 3), torch.tensor([0.5, -1.0])),
+        lambda x: x + (x @ rows(2, 3).double().T + torch.tensor([0.5, -1.0]).double() - x @ frame().double().T) @ frame().double(),
+    ),
+    "EditFeatures": (sf.EditFeatures(sae(), {3: 0.7, 0: 0.2}, "max"), lambda x: edited_by_sae(x, {3: 0.7, 0: 0.2}, lambda f, t: f.clamp(min=t))),
     "Flow": (
         sf.Flow(barrier(), angle=0.3, steps=4),
         lambda x: sf.ops.flow(x, *(t.double() for t in (barrier().basis, barrier().eigenvalues, barrier().bias)), angle=0.3, steps=4),
@@ -62,7 +93,7 @@ def test_an_intervention_in_a_bank_is_its_formula(name):
 @pytest.mark.parametrize("name", [n for n in EXAMPLES if n != "Flow"])
 def test_keep_norm(name):
     edit, formula = EXAMPLES[name]
-    kept = type(edit)(**{**edit.tensors(), **edit.numbers(), "keep_norm": True})
+    kept = edit.restore(edit.tensors(), {**edit.numbers(), "keep_norm": True})
     bank = sf.Bank(D, slots=1)
     bank.register(kept)
     x = torch.cat([rows(4, seed=9), torch.zeros(1, D)])
@@ -94,6 +125,39 @@ def test_ablate_takes_any_length_and_any_independent_rows():
     torch.testing.assert_close(sf.Ablate(-7 * v[0]).direction[0], -v[0] / v[0].norm())
 
 
+@pytest.mark.parametrize(
+    ("mode", "change"),
+    [
+        ("set", lambda f, t: torch.full_like(f, t)),
+        ("add", lambda f, t: f + t),
+        ("scale", lambda f, t: f * t),
+        ("min", lambda f, t: f.clamp(max=t)),
+        ("max", lambda f, t: f.clamp(min=t)),
+    ],
+)
+@pytest.mark.parametrize("number", [0.0, 0.3, 2.0])
+def test_feature_edits_equal_encode_edit_decode_with_the_error_term(mode, change, number):
+    values = {0: number, 2: number, 3: number}  # 0.3 lies below the thresholds of features 2 and 3, 2.0 above
+    bank = sf.Bank(D, slots=1)
+    bank.register(sf.EditFeatures(sae(), values, mode))
+    x = torch.randn(200, D) / 2
+    torch.testing.assert_close(
+        sf.ops.subspace(x, *bank.tensors), edited_by_sae(x.double(), values, change).float(), atol=2e-5, rtol=1e-5
+    )
+
+
+def test_clamp_leaves_what_is_within_bounds_alone():
+    bank = sf.Bank(D, slots=3)
+    for edit in (sf.Clamp(rows(1)[0], low=-1e3), sf.Clamp(rows(1)[0], high=1e3), sf.Clamp(rows(1)[0], -1e3, 1e3)):
+        owner = torch.full((9,), bank.register(edit), dtype=torch.int32)
+        x = torch.randn(9, D)
+        torch.testing.assert_close(sf.ops.subspace(x, *bank.tensors, owner), x, atol=1e-4, rtol=0)
+    edit = sf.Clamp(rows(1)[0], low=0.5)
+    bank = sf.Bank(D, slots=1)
+    bank.register(edit)
+    assert (sf.ops.subspace(x, *bank.tensors) @ edit.direction).min() > 0.5 - 1e-5
+
+
 class WithVector:
     vector = rows(1)[0]
 
@@ -116,6 +180,18 @@ BAD = [
     (lambda: sf.Amplify(rows(2), float("inf")), ValueError, "alpha must be finite"),
     (lambda: sf.Calibrate(torch.ones(2, 2, 2)), ValueError, "shape"),
     (lambda: sf.Calibrate(rows(2), None), TypeError, "beta must be a number"),
+    (lambda: sf.AffineAblate(rows(1)[0], torch.ones(3)), ValueError, r"baseline has shape \(3,\)"),
+    (lambda: sf.Clamp(rows(1)[0]), ValueError, "give low, high or both"),
+    (lambda: sf.Clamp(rows(1)[0], 2.0, 1.0), ValueError, "low is 2.0 and high 1.0"),
+    (lambda: sf.LoReFT(rows(2), rows(2)), ValueError, "not orthonormal .* deviate"),
+    (lambda: sf.LoReFT(frame(), rows(3)), ValueError, r"W has shape \(3, 12\)"),
+    (lambda: sf.LoReFT(frame(), rows(2), torch.ones(3)), ValueError, r"b has shape \(3,\)"),
+    (lambda: sf.EditFeatures(sae(), {9: 1.0}), ValueError, "feature 9 is out of range; there are 4"),
+    (lambda: sf.EditFeatures(sae(), {}), TypeError, "non-empty dict"),
+    (lambda: sf.EditFeatures(sae(), {0: 1.0}, "cap"), ValueError, "mode is 'cap'"),
+    (lambda: sf.EditFeatures(sae(), {0: -1.0}, "min"), ValueError, "never negative"),
+    (lambda: sf.EditFeatures(rows(1), {0: 1.0}), TypeError, "must be Features or an SAE"),
+    (lambda: sf.Features(rows(2), rows(2), threshold=torch.tensor([-1.0, 0])), ValueError, "threshold is negative"),
     (lambda: sf.Flow(barrier()), ValueError, "give exactly one"),
     (lambda: sf.Flow(barrier(), angle=0.1, T=1.0), ValueError, "give exactly one"),
     (lambda: sf.Flow(barrier(), angle=-0.1), ValueError, "expected >= 0"),

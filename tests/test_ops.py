@@ -97,7 +97,7 @@ def test_every_op_is_as_exact_as_its_formula(place):
             got = case.op(x, s)
             assert torch.equal(x, before), name  # out of place
             true = case.formula(x.double(), s.double()).cpu()
-            assert_exact(got, true, case.formula(x, s))
+            assert_exact(got, true, case.formula(x, s), f"{name} {dtype} {shape} rank {rank}")
             assert torch.equal(case.twin(before, s), got), (name, dtype, shape)
             assert before.data_ptr() != got.data_ptr()
 

@@ -1,0 +1,329 @@
+"""Sparse encode and decode: exact, with ties by index, on every backend. Small integers make exactness a matter of bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from places import DTYPES, PLACES, assert_exact, backend, runs
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import steerfast as sf
+
+F16, F32, F64 = torch.float16, torch.float32, torch.float64
+
+# (shape of x, F, k): F not a multiple of a tile, k above a tile's keys, k = F, one row, no row
+SMALL = [((5, 72), 1000, 7), ((2, 3, 40), 300, 40), ((1, 24), 130, 130), ((0, 16), 40, 3)]
+LARGE = [((256, 576), 8192, 32), ((70, 100), 1000, 512), ((3, 64), 16384, 64), ((130, 128), 4097, 1), ((2, 65, 72), 16500, 8)]
+
+
+def dictionary(features: int, d: int, device: str, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor]:
+    return (torch.randn(features, d) / d**0.5).to(device, dtype), (0.1 * torch.randn(features)).to(device, dtype)
+
+
+def expected(x: Tensor, w: Tensor, b: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The answer in float64, ties to the lower index, value 0 and index 0 where nothing is active."""
+    pre = torch.relu(x.double() @ w.double().T + (0 if b is None else b.double()))
+    values, indices = pre.sort(dim=-1, descending=True, stable=True)
+    values, indices = values[..., :k], indices[..., :k]
+    return values, torch.where(values > 0, indices, 0).int()
+
+
+def assert_top_k(got: tuple[Tensor, Tensor], x: Tensor, w: Tensor, b: Tensor, k: int) -> None:
+    """Exact as the ops define it: no feature left out is larger than the smallest selected one, up to rounding."""
+    values, indices = (part.cpu().reshape(-1, k) for part in got)
+    x, w, b = x.cpu().reshape(-1, x.shape[-1]), w.cpu(), b.cpu()
+    assert values.dtype == F32
+    assert indices.dtype == torch.int32
+    true = torch.relu(x.double() @ w.double().T + b.double())
+    naive = torch.relu(x.float() @ w.float().T + b.float())
+    tolerance = 2 * (naive - true).abs().max().item() + true.max().item() * torch.finfo(F32).eps
+    active = values > 0
+    chosen = true.gather(1, indices.long())
+    assert ((values - chosen).abs()[active] <= tolerance).all()
+    assert (indices[~active] == 0).all()
+    assert (values.diff(dim=1) <= 0).all()
+    rest = true.clone()
+    for i in range(len(rest)):
+        mine = indices[i, active[i]].long()
+        assert mine.unique().numel() == mine.numel()
+        rest[i, mine] = 0
+    assert (rest.amax(1) <= values[:, -1] + 2 * tolerance).all()
+
+
+def assert_same(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(got[0].cpu().double(), wanted[0].cpu())
+    assert torch.equal(got[1].cpu(), wanted[1].cpu())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_encode_against_float64(place):
+    sizes = SMALL if place == "interpreter" else SMALL + LARGE
+    cases = [(size, dtype) for size in sizes for dtype in DTYPES if runs(place, dtype)]
+    with backend(place) as device:
+        for (shape, features, k), dtype in cases:
+            if place == "interpreter" and dtype != F32 and shape != SMALL[0][0]:
+                continue
+            x = torch.randn(shape).to(device, dtype)
+            w, b = dictionary(features, shape[-1], device, dtype)
+            got = sf.ops.sae_encode(x, w, b, k)
+            assert got[0].shape == got[1].shape == (*shape[:-1], k)
+            if x.numel():
+                assert_top_k(got, x, w, b, k)
+
+
+def integers(kind: str, features: int, d: int) -> tuple[Tensor, Tensor]:
+    """(x, w) whose products are small whole numbers: exact in every dtype, and full of ties."""
+    x = torch.randint(1, 3, (5, d)).float()
+    w = torch.randint(-1, 2, (features, d)).float()
+    if kind == "one tile":
+        w[256:320] = torch.randint(1, 3, (64, d)).float()
+    elif kind == "ascending":
+        w = torch.zeros(features, d)
+        w[:, 0] = torch.arange(features) // 16 % 1024
+    elif kind == "descending":
+        w = torch.zeros(features, d)
+        w[:, 0] = (features - torch.arange(features)) // 16 % 1024
+    elif kind == "duplicates":
+        w = w[:7].repeat(features // 7 + 1, 1)[:features]
+    elif kind == "few":
+        w = -w.abs()
+        w[features // 2 : features // 2 + 3] = 1.0
+    elif kind == "all equal":
+        w = torch.ones(features, d)
+    x[3] = 0
+    return x, w
+
+
+KINDS = ["random", "one tile", "ascending", "descending", "duplicates", "few", "all equal"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_ties_and_clusters_to_the_bit(place, monkeypatch):
+    """Every way to crowd the winners, at sizes where a tile keeps too few at first and must be looked at again."""
+    if place != "cpu":
+        from steerfast_kernels import sae_encode
+
+        monkeypatch.setattr(sae_encode, "HEADROOM", 1)
+    sizes = [(650, 8, 20)] if place == "interpreter" else [(650, 8, 20), (1000, 24, 1), (5000, 24, 64), (16384, 16, 400)]
+    with backend(place) as device:
+        for kind in KINDS:
+            for features, d, k in sizes:
+                x, w = integers(kind, features, d)
+                wanted = expected(x, w, None, k)
+                for dtype in [F32] if place == "interpreter" else DTYPES:
+                    if dtype == torch.bfloat16 and w.max() > 256:
+                        continue
+                    assert_same(sf.ops.sae_encode(x.to(device, dtype), w.to(device, dtype), None, k), wanted)
+
+
+def test_a_tile_keeps_enough_or_is_repaired():
+    """tiles · k' never falls below k, and what a tile can hide always has room."""
+    sae_encode = pytest.importorskip("steerfast_kernels.sae_encode")
+    for features in (1, 100, 1000, 4096, 16384, 65536, 1 << 20):
+        for k in (1, 4, 5, 32, 64, 512):
+            if k <= features:
+                tiles, per_tile, hidden, slots = sae_encode.plan(features, k)
+                assert tiles * per_tile >= k
+                assert per_tile + hidden >= min(k, sae_encode.BLOCK_F)
+                assert hidden == 0 or slots >= (k - 1) // per_tile
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_nan_stays_in_its_row(place):
+    with backend(place) as device:
+        x = torch.randn(4, 40, device=device)
+        w, b = dictionary(200, 40, device)
+        clean = sf.ops.sae_encode(x, w, b, 6)
+        x[1, 3] = torch.nan
+        values, indices = sf.ops.sae_encode(x, w, b, 6)
+        assert values[1].isnan().all()
+        assert indices[1].tolist() == list(range(6))
+        others = torch.tensor([0, 2, 3], device=device)
+        assert torch.equal(values[others], clean[0][others])
+        assert torch.equal(indices[others], clean[1][others])
+        back = sf.ops.sae_decode(values, indices, w)
+        assert back[1].isnan().all()
+        assert back[others].isfinite().all()
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])  # a BLAS may sum one row in another order
+def test_a_row_does_not_depend_on_its_neighbours(place):
+    with backend(place) as device:
+        for dtype in [F32] if place == "interpreter" else DTYPES:
+            n, features, k = (3, 200, 5) if place == "interpreter" else (300, 16384, 64)
+            x = torch.randn(n, 72).to(device, dtype)
+            w, b = dictionary(features, 72, device, dtype)
+            values, indices = sf.ops.sae_encode(x, w, b, k)
+            rows = sf.ops.sae_decode(values, indices, w, b[:72].clone())
+            for i in range(0, n, 37 if n > 37 else 2):
+                alone = sf.ops.sae_encode(x[i : i + 1], w, b, k)
+                assert torch.equal(alone[0], values[i : i + 1])
+                assert torch.equal(alone[1], indices[i : i + 1])
+                assert torch.equal(sf.ops.sae_decode(*alone, w, b[:72].clone()), rows[i : i + 1])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_layouts_and_mixed_dtypes(place):
+    with backend(place) as device:
+        x, (w, b) = torch.randint(-2, 3, (4, 3, 24)).float().to(device), dictionary(150, 24, device)
+        w = (8 * w).round()
+        wanted = expected(x, w, None, 9)
+        views = {
+            "transposed x": (x.transpose(0, 1).contiguous().transpose(0, 1), w),
+            "strided x": (x.repeat_interleave(2, -1)[..., ::2], w),
+            "an SAELens encoder, (d, F)": (x, w.T.contiguous().T),
+            "float16 x": (x.half(), w),
+            "float16 w": (x, w.half()),
+        }
+        for name, (x_view, w_view) in views.items():
+            values, indices = sf.ops.sae_encode(x_view, w_view, None, 9)
+            assert torch.equal(values.double(), wanted[0].to(device)), name
+            assert torch.equal(indices, wanted[1].to(device)), name
+        wide = sf.ops.sae_decode(values, indices, w)
+        strided = sf.ops.sae_decode(values.repeat_interleave(2, -1)[..., ::2], indices.long(), w.T.contiguous().T)
+        assert torch.equal(wide, strided)
+        row = torch.randn(1, 24, device=device).expand(5, 24)
+        values, indices = sf.ops.sae_encode(row, w, b, 4)
+        assert torch.equal(values, values[:1].expand(5, 4))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_decode_against_float64(place):
+    sizes = [((5,), 1000, 72, 7), ((2, 3), 64, 33, 1), ((0,), 10, 8, 4)]
+    if place != "interpreter":
+        sizes += [((70,), 4096, 2304, 32), ((3,), 500, 576, 300)]
+    with backend(place) as device:
+        for shape, features, d, k in sizes:
+            values = torch.rand(*shape, k)
+            values[..., 1::3] = 0
+            indices = torch.randint(0, features, (*shape, k), dtype=torch.int32)
+            for dtype in (dtype for dtype in DTYPES if runs(place, dtype)):
+                w, b = torch.randn(features, d).to(dtype), torch.randn(d).to(dtype)
+                for bias in (b, None):
+                    got = sf.ops.sae_decode(*(t.to(device) for t in (values, indices, w)), None if bias is None else b.to(device))
+                    true = (values.double()[..., None] * w.double()[indices.long()]).sum(-2)
+                    true = true if bias is None else true + b.double()
+                    naive = sum(values[..., j, None] * w.float()[indices[..., j].long()] for j in range(k))
+                    naive = (naive if bias is None else naive + b.float()).to(dtype)
+                    assert got.shape == (*shape, d)
+                    if got.numel():
+                        assert_exact(got, true, naive, f"{shape} {dtype}")
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])
+def test_an_index_outside_the_dictionary_is_seen(place):
+    with backend(place) as device:
+        values, indices = torch.ones(3, 2, device=device), torch.zeros(3, 2, dtype=torch.int32, device=device)
+        indices[1, 1] = 5
+        indices[2, 1] = -1
+        values[2, 1] = 0  # nothing is read beside a zero
+        out = sf.ops.sae_decode(values, indices, torch.ones(5, 20, device=device))
+        assert out[0].eq(2).all()
+        assert out[1].isnan().all()
+        assert out[2].eq(1).all()
+
+
+def test_an_index_outside_the_dictionary_is_an_error_on_the_reference():
+    for dtype in DTYPES:
+        with pytest.raises((IndexError, RuntimeError)):
+            sf.ops.sae_decode(torch.ones(1, 1), torch.tensor([[5]]), torch.ones(5, 4, dtype=dtype))
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        own = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor) and t._base is None]
+        self.numel = max([self.numel, *(t.numel() for t in own)])
+        return out
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != PLACES[1]])
+def test_the_full_matrix_never_exists(place):
+    with backend(place) as device, Largest() as largest:
+        n, features = 256, 65536
+        x, w = torch.randn(n, 16, device=device), torch.randn(features, 16, device=device)
+        largest.numel = 0
+        sf.ops.sae_encode(x, w, None, 32)
+    assert largest.numel <= n * features / 8
+
+
+def test_float64_stays_float64():
+    x, (w, b) = torch.randn(6, 40, dtype=F64), dictionary(500, 40, "cpu", F64)
+    values, indices = sf.ops.sae_encode(x, w, b, 9)
+    wanted = expected(x, w, b, 9)
+    assert values.dtype == F64
+    torch.testing.assert_close(values, wanted[0], atol=1e-14, rtol=1e-14)
+    assert torch.equal(indices, wanted[1])
+    dense = torch.zeros(6, 500, dtype=F64).scatter_(1, indices.long(), values)
+    torch.testing.assert_close(sf.ops.sae_decode(values, indices, w), dense @ w, atol=1e-14, rtol=1e-14)
+
+
+def test_gradients():
+    x, (w, b) = torch.randn(3, 5, dtype=F64), dictionary(30, 5, "cpu", F64)
+    for leaf in (x, w, b):
+        leaf.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w, b: sf.ops.sae_encode(x, w, b, 4)[0], (x, w, b))
+    values, indices = (part.detach() for part in sf.ops.sae_encode(x, w, b, 4))
+    bias = torch.randn(5, dtype=F64, requires_grad=True)
+    values.requires_grad_()
+    assert torch.autograd.gradcheck(lambda v, w, b: sf.ops.sae_decode(v, indices, w, b), (values, w, bias))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_torch_library_contract(grad):
+    x, (w, b) = torch.randn(2, 3, 16), dictionary(90, 16, "cpu")
+    values, indices = sf.ops.sae_encode(x, w, b, 5)
+    for tensor in (x, w, values):
+        tensor.requires_grad_(grad)
+    torch.library.opcheck(torch.ops.steerfast.sae_encode.default, (x, w, b, 5))
+    torch.library.opcheck(torch.ops.steerfast.sae_encode.default, (x, w, None, 5))
+    torch.library.opcheck(torch.ops.steerfast.sae_decode.default, (values, indices, w, b[:16].clone()))
+    torch.library.opcheck(torch.ops.steerfast.sae_decode.default, (values, indices, w, None))
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != PLACES[1]])
+def test_compiled_without_a_graph_break(place):
+    with backend(place) as device:
+        x, (w, b) = torch.randn(2, 3, 16, device=device), dictionary(500, 16, device)
+
+        def round_trip(x: Tensor) -> Tensor:
+            values, indices = sf.ops.sae_encode(x * 2, w, b, 5)
+            return sf.ops.sae_decode(values, indices, w) + 1
+
+        torch._dynamo.reset()
+        compiled = torch.compile(round_trip, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), round_trip(x), atol=0, rtol=0)
+        leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+        compiled(leaves[0]).sum().backward()
+        round_trip(leaves[1]).sum().backward()
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
+X, W = torch.zeros(2, 4), torch.zeros(6, 4)
+V, I = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: sf.ops.sae_encode(X, W, None, 0), ValueError, "k is 0; expected 1 to F = 6"),
+        (lambda: sf.ops.sae_encode(X, W, None, 7), ValueError, "k is 7; expected 1 to F = 6"),
+        (lambda: sf.ops.sae_encode(X, W, None, 2.0), TypeError, "k must be a whole number; got 2.0"),
+        (lambda: sf.ops.sae_encode(X.int(), W, None, 2), TypeError, "x has dtype torch.int32"),
+        (lambda: sf.ops.sae_encode(X, W.T, None, 2), ValueError, r"w_enc has shape \(4, 6\)"),
+        (lambda: sf.ops.sae_encode(X, W[0], None, 2), ValueError, r"w_enc has shape \(4,\); expected \(F, d\)"),
+        (lambda: sf.ops.sae_encode(X, W, torch.zeros(4), 2), ValueError, r"b_enc has shape \(4,\); expected \(6,\)"),
+        (lambda: sf.ops.sae_decode(V, I.float(), W), TypeError, "indices has dtype torch.float32"),
+        (lambda: sf.ops.sae_decode(V, I[:1], W), ValueError, r"indices has shape \(1, 3\) and values \(2, 3\)"),
+        (lambda: sf.ops.sae_decode(V, I, W, torch.zeros(6)), ValueError, r"b_dec has shape \(6,\); expected \(4,\)"),
+        (lambda: sf.ops.sae_decode(V[:, :0], I[:, :0], W), ValueError, r"values has shape \(2, 0\)"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
