@@ -18,6 +18,9 @@ from ._launch import choose, columns, flatten, on_device, power_of_two, stride
 ADD = tl.constexpr(1)
 HINGE = tl.constexpr(2)
 FLOW = tl.constexpr(4)
+ROTATE = tl.constexpr(8)
+PUSH = tl.constexpr(16)
+COUPLED = tl.constexpr(28)  # FLOW | ROTATE | PUSH: these need all of y before they know any of g
 
 WARPS = [(1024, 4), (2048, 8), (16384, 16)]  # (largest d, warps): 8 at d = 4096 spill 8 bytes on sm_90 with Triton 3.6
 CHUNK = [(1024, 8), (4096, 4), (16384, 1)]  # (largest d, directions read together): one reduction serves them all
@@ -83,6 +86,45 @@ def _flow(y, norm, c_ptr, offs_k, mask_k, length, steps):
     for _ in range(steps):
         y, alpha = _flow_step(y, alpha, rest, lam, bias, step)
     return alpha, y - alpha[:, None] * start
+
+
+@triton.jit
+def _rotate(y, c3, c4, weight, offs_k):
+    """g that gives the two coordinates the angle weight·c₃ and leaves their length; c₄ = 1: only where y₁ > 0."""
+    angle = weight * c3
+    radius = tl.sqrt(tl.sum(y * y, axis=1))
+    axis = tl.where((offs_k == 0)[None, :], tl.cos(angle)[:, None], tl.sin(angle)[:, None])
+    turns = (c4 == 0) | (tl.sum(tl.where((offs_k == 0)[None, :], y, 0.0), axis=1) > 0)
+    return tl.where(turns[:, None] & (offs_k < 2)[None, :], radius[:, None] * axis - y, 0.0)
+
+
+@triton.jit
+def _push(y, c_ptr, c3, weight, offs_k, mask_k):
+    """g = weight·m·v/Σv with the deficit v = relu(m - relu(y + b)), m = c₃; nothing where no feature falls short."""
+    bias = tl.load(c_ptr + offs_k * 8, mask=mask_k, other=0.0)
+    short = tl.where(mask_k[None, :], _relu(c3 - _relu(y + bias[None, :])), 0.0)
+    total = tl.sum(short, axis=1)
+    return tl.where(total > 0, weight * c3 / total, 0.0)[:, None] * short
+
+
+@triton.jit
+def _couple(y, norm, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES: tl.constexpr):
+    """(s, g) of the modes that need all of y: (BLOCK_N,) and (BLOCK_N, BLOCK_K)."""
+    mode = tl.load(head_ptr)
+    c3, c4 = tl.load(constants_ptr + 3), tl.load(constants_ptr + 4)
+    alpha = tl.full(norm.shape, 1.0, tl.float32)
+    g = tl.zeros_like(y)
+    if FLOW & MODES:
+        if mode == FLOW:
+            length = weight * (tl.load(constants_ptr) + tl.load(constants_ptr + 1) * norm)
+            alpha, g = _flow(y, norm, constants_ptr + 8, offs_k, mask_k, length, tl.load(head_ptr + 5))
+    if ROTATE & MODES:
+        if mode == ROTATE:
+            g = _rotate(y, c3, c4, weight, offs_k)
+    if PUSH & MODES:
+        if mode == PUSH:
+            g = _push(y, constants_ptr + 8, c3, weight, offs_k, mask_k)
+    return alpha, g
 
 
 @triton.jit
@@ -172,14 +214,13 @@ def _rows_kernel(
             if HINGE & MODES:
                 if mode == HINGE:
                     delta = weight * _hinge_delta(x, b_ptr, c_ptr, constants_ptr + 8, rank, stride_v, offs_d, mask_d, CHUNK)
-            if FLOW & MODES:
-                if mode == FLOW:
+            if COUPLED & MODES:
+                if mode >= FLOW:
                     offs_k = tl.arange(0, BLOCK_K)
                     y = _project(x, b_ptr, rank, stride_v, offs_d, mask_d, BLOCK_K, CHUNK)
                     norm = tl.sqrt(tl.sum(x * x, axis=0)) + tl.zeros((1,), tl.float32)
-                    length = weight * (tl.load(constants_ptr) + tl.load(constants_ptr + 1) * norm)
-                    steps = tl.load(head_ptr + 5)
-                    alpha, g = _flow(y[None, :], norm, constants_ptr + 8, offs_k, offs_k < rank, length, steps)
+                    gain = weight + tl.zeros((1,), tl.float32)
+                    alpha, g = _couple(y[None, :], norm, gain, head_ptr, constants_ptr, offs_k, offs_k < rank, MODES)
                     lift = _lift(tl.sum(g, axis=0), c_ptr, rank, stride_v, offs_d, mask_d, BLOCK_K, CHUNK)
                     delta = (tl.sum(alpha, axis=0) - 1.0) * x + lift
             moved = x + delta
@@ -265,11 +306,9 @@ def _tile_slot(
     if HINGE & MODES:
         if mode == HINGE:
             g = _hinge(y, constants_ptr + 8, offs_k[None, :], mask_k[None, :])
-    if FLOW & MODES:
-        if mode == FLOW:
-            norm = tl.sqrt(square)
-            length = weight * (tl.load(constants_ptr) + tl.load(constants_ptr + 1) * norm)
-            alpha, g = _flow(y, norm, constants_ptr + 8, offs_k, mask_k, length, tl.load(head_ptr + 5))
+    if COUPLED & MODES:
+        if mode >= FLOW:
+            alpha, g = _couple(y, tl.sqrt(square), weight, head_ptr, constants_ptr, offs_k, mask_k, MODES)
             gain = tl.full(weight.shape, 1.0, tl.float32)
     largest = tl.max(tl.abs(g), axis=1)  # the 16-bit parts of g are taken in units of it: no overflow in float16
     unit = tl.where(largest > 0, largest, 1.0)

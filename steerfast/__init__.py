@@ -13,11 +13,13 @@ from .interventions import (
     Amplify,
     Calibrate,
     Clamp,
+    DeficitPush,
     EditFeatures,
     Features,
     Flow,
     Intervention,
     LoReFT,
+    Rotate,
 )
 from .plan import ModelCard, Plan
 
@@ -31,6 +33,7 @@ __all__ = [
     "Barrier",
     "Calibrate",
     "Clamp",
+    "DeficitPush",
     "Direction",
     "EditFeatures",
     "Features",
@@ -39,6 +42,7 @@ __all__ = [
     "LoReFT",
     "ModelCard",
     "Plan",
+    "Rotate",
     "Steering",
     "collect",
     "extract",

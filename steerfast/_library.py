@@ -14,8 +14,6 @@ from torch import Tensor
 from . import reference
 from ._backends import backend_of, kernels
 
-ALL_MODES = reference.ADD | reference.HINGE | reference.FLOW
-
 
 def run_add(x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None) -> Tensor:
     """Out of place, on the backend of x."""

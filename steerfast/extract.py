@@ -164,7 +164,7 @@ class Direction:
         return replace(self, vector=self.vector.double() / length, norm=length, method=f"unit({self.method})")
 
     def dose(self, strength: float = 1.0) -> float:
-        """Return the relative dose of adding c·v, ‖c·v‖ / ‖x‖, with the typical ‖x‖ of the activations it was made from.
+        """Return the relative dose of adding c·v, ‖c·v‖ / ‖x‖; ‖x‖ is typical of the activations it was made from.
 
         `steerfast.dose` measures it on texts of your own, for a whole plan, and says which doses are too large.
 
@@ -199,7 +199,8 @@ class Direction:
         parts = [self.model, f"layer {self.layer}" if self.layer is not None else None, self.site]
         where = f" of {', '.join(part for part in parts if part)}" if any(parts) else ""
         typical = "unknown" if self.activation_norm is None else f"{self.activation_norm:.4g}"
-        return f"Direction({self.method}{where}: d {self.vector.numel()}, norm {self.norm:.4g}, typical activation {typical})"
+        norms = f"norm {self.norm:.4g}, typical activation {typical}"
+        return f"Direction({self.method}{where}: d {self.vector.numel()}, {norms})"
 
 
 def _sum(a: Direction, b: Direction, sign: float) -> Direction:
@@ -234,7 +235,9 @@ def _fits(a: Direction, other: Direction | Tensor) -> bool:
     """Whether `other` has the width of `a`; if not, an error."""
     width = torch.as_tensor(getattr(other, "vector", other)).shape[-1:]
     if width != a.vector.shape:
-        raise ValueError(f"Direction: {a!r} has width {len(a.vector)}, the other {tuple(width)}; they must come from one model")
+        raise ValueError(
+            f"Direction: {a!r} has width {len(a.vector)}, the other {tuple(width)}; they must come from one model"
+        )
     return True
 
 

@@ -23,12 +23,12 @@ from torch.utils.hooks import RemovableHandle
 from . import ops, reference
 from ._backends import backend_of
 from ._checks import MAX_SLOTS_PER_ROW, finite_number
-from ._library import ALL_MODES
 from .bank import Bank, Runs, fitting
 from .interventions import Intervention
 from .layers import Layers, Point, find_layers
 from .plan import Plan, as_plan
 from .positions import IDLE, Layer, Pass, Prompt, Table
+from .reference import ALL_MODES
 
 _ATTRIBUTE = "_steerfast"
 _PAGED = {"read_index", "write_index", "cache"}

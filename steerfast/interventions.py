@@ -7,6 +7,7 @@ a bank rounds them to the dtype of the stream.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ._checks import direction_rows, finite_number, one_of
 from .barrier import ORTHONORMAL, Barrier
-from .reference import ADD, FLOW, HINGE, Slot
+from .reference import ADD, FLOW, HINGE, PUSH, ROTATE, Slot
 
 DEPENDENT = 1e-4
 """A row whose part outside the span of the earlier rows is shorter than this share of it counts as dependent."""
@@ -442,6 +443,86 @@ class EditFeatures(Intervention):
 
     def __repr__(self) -> str:
         return f"EditFeatures(features {list(self.values)}, mode={self.mode!r}, keep_norm={self.keep_norm})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rotate(Intervention):
+    """Set the angle of the stream within a plane: g = ‖y‖(cos t, sin t) - y, y = (b₁ᵀx, b₂ᵀx); the length in the plane stays.
+
+    Args:
+        plane: b₁ and b₂, orthonormal rows (2, d); b₁ is the direction of angle 0.
+        degrees: t. A strength given to `steer` multiplies it.
+        adaptive: Turn only rows whose y₁ is positive.
+
+    Raises:
+        TypeError, ValueError: not two finite orthonormal rows (the deviation is stated), or t is not finite.
+
+    Reference:
+        Vu & Nguyen 2025, Angular Steering (arXiv:2510.26243): the fixed angle, and the adaptive mask on the first axis.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.Rotate(torch.eye(3)[:2], degrees=90.0)
+        Rotate(plane: 2×3, degrees=90.0, adaptive=False)
+    """
+
+    plane: Tensor
+    degrees: float = 0.0
+    adaptive: bool = False
+
+    def __post_init__(self) -> None:
+        _set(self, "plane", direction_rows("Rotate", "plane", self.plane))
+        if self.plane.shape[0] != 2:
+            raise ValueError(f"Rotate: plane has {self.plane.shape[0]} rows; a plane is two orthonormal rows (2, d)")
+        check_orthonormal("Rotate", "plane", self.plane)
+        _set(self, "degrees", finite_number("Rotate", "degrees", self.degrees))
+
+    def slot(self) -> Slot:
+        constants = _constants()
+        constants[3], constants[4] = math.radians(self.degrees), float(self.adaptive)
+        return Slot(ROTATE, 0, False, self.plane, self.plane, constants, _table(2))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DeficitPush(Intervention):
+    """Push features that fall short of a target m, in proportion to what they lack, and restore the row's length.
+
+    v = relu(m - relu(Sᵀx + b)), x + m·S·v/Σv, scaled back to ‖x‖; where no feature falls short nothing happens.
+
+    Args:
+        features: S.T, one feature (d,) or several (k, d).
+        target: m > 0.
+        bias: b, (k,); None: zero.
+
+    Raises:
+        TypeError, ValueError: not finite, zero rows, a bias of another shape, or m ≤ 0.
+
+    Reference:
+        The released code of Wu et al. 2025, arXiv:2502.15576; the paper's own formulas are `Amplify` and `Calibrate`.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.DeficitPush(torch.eye(2), target=3.0)
+        DeficitPush(features: 2×2, bias: 2, target=3.0)
+    """
+
+    features: Directions
+    target: float
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        rows = direction_rows("DeficitPush", "features", self.features)
+        _set(self, "features", rows)
+        _set(self, "target", finite_number("DeficitPush", "target", self.target))
+        if self.target <= 0:
+            raise ValueError(f"DeficitPush: target is {self.target}; expected > 0")
+        bias = torch.zeros(rows.shape[0]) if self.bias is None else self.bias
+        _set(self, "bias", float_table("DeficitPush", "bias", bias, (rows.shape[0],)))
+
+    def slot(self) -> Slot:
+        rows, constants, table = _tensor(self.features), _constants(), _table(_tensor(self.features).shape[0])
+        constants[3], table[:, 0] = self.target, self.bias
+        return Slot(PUSH, 0, True, rows, rows, constants, table)
 
 
 def _feature_table(mode: str, t: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from . import _library, reference
 from ._backends import backend_of
 from ._checks import check_dictionary, check_stream, check_table, check_width, finite_number
 from .interventions import path_length
-from .reference import FLOW, HINGE
+from .reference import ALL_MODES, FLOW, HINGE
 
 __all__ = [
     "ablate",
@@ -254,7 +254,7 @@ def subspace(
     slots: Tensor,
     rows: Tensor | None = None,
     scale: Tensor | None = None,
-    modes: int = _library.ALL_MODES,
+    modes: int = ALL_MODES,
     max_rank: int | None = None,
 ) -> Tensor:
     """Project → act → lift with the slots of a bank: x' = s·x + C·g, (s, g) = act(Bᵀx, ‖x‖); the one op under the others.
@@ -297,7 +297,7 @@ def subspace_(
     slots: Tensor,
     rows: Tensor | None = None,
     scale: Tensor | None = None,
-    modes: int = _library.ALL_MODES,
+    modes: int = ALL_MODES,
     max_rank: int | None = None,
 ) -> Tensor:
     """`subspace`, written into x."""

@@ -11,7 +11,7 @@ that hold all slots of one place in the model, at addresses that never change:
     slots         (S, 8)  int32           per slot: mode, rank, project, lift, coefficients, steps, keep_norm, 0
 
 `project` and `lift` are the first row of B and C in `vectors`, `coefficients` is the row of the slot's constants
-(T, angle, strength, 0, 0, 0, 0, 0). Mode ADD projects nothing: its edit is the single row C. A slot of rank 0 is empty
+(T, angle, strength, c₃, c₄, 0, 0, 0). Mode ADD projects nothing: its edit is the single row C. A slot of rank 0 is empty
 and edits nothing. A row table says who edits which token:
 
     rows          (n,) or (n, P) int32    slots applied to that token, left to right; -1 = none
@@ -30,7 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ADD, HINGE, FLOW = 1, 2, 4
+ADD, HINGE, FLOW, ROTATE, PUSH = 1, 2, 4, 8, 16
+ALL_MODES = ADD | HINGE | FLOW | ROTATE | PUSH
 SAE_BLOCK, SAE_GROUP = 4096, 32  # features walked at a time, and those that share a maximum
 
 
@@ -120,6 +121,21 @@ def subspace(
                 out = out.index_copy(0, mine, _edit(out[mine], slot, weight))
     edited = ((table >= 0) & (slots[table.clamp(min=0).long(), 1] > 0)).any(1, keepdim=True)
     return torch.where(edited, out.to(x.dtype), flat).view(x.shape)
+
+
+def rotate(y: Tensor, c: Tensor, scale: Tensor | float) -> Tensor:
+    """g = ‖y‖(cos t, sin t) - y with t = scale·c₃: the two coordinates y (n, 2) get the angle t; c₄ = 1: only where y₁ > 0."""
+    angle = scale * c[3]
+    axis = torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1).reshape(-1, 2)
+    g = torch.linalg.vector_norm(y, dim=-1, keepdim=True) * axis - y
+    return torch.where((c[4] == 0) | (y[:, :1] > 0), g, 0)
+
+
+def push(y: Tensor, c: Tensor, bias: Tensor, scale: Tensor | float) -> Tensor:
+    """g = scale·m·v/Σv with the deficit v = relu(m - relu(y + b)), m = c₃; nothing where no feature falls short."""
+    short = torch.relu(c[3] - torch.relu(y + bias))
+    total = short.sum(-1, keepdim=True)
+    return torch.where(total > 0, scale * c[3] / total, 0) * short
 
 
 def edit(x: Tensor, slot: Slot, scale: Tensor | float = 1.0) -> Tensor:
@@ -220,13 +236,17 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
     elif slot.mode == HINGE:
         g = hinge(x @ slot.project.to(x.dtype).T, slot.coefficients.to(x.dtype))
         out = _lift(x, scale * g, lift)
-    else:
+    elif slot.mode == FLOW:
         constants = slot.constants.to(x.dtype)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         start = x @ slot.project.to(x.dtype).T
         length = scale * (constants[0] + constants[1] * norm)
         alpha, y = integrate(start, norm, slot.coefficients.to(x.dtype), length, slot.steps)
         out = _lift(x, y - alpha * start, lift, (alpha - 1) * x)
+    else:
+        constants, y = slot.constants.to(x.dtype), x @ slot.project.to(x.dtype).T
+        g = rotate(y, constants, scale) if slot.mode == ROTATE else push(y, constants, slot.coefficients[:, 0].to(x.dtype), scale)
+        out = _lift(x, g, lift)
     return _restore_norm(out, x) if slot.keep_norm else out
 
 

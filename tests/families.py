@@ -100,10 +100,6 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
     "gpt_oss": ("GptOssConfig", _LLAMA | _MOE | {"head_dim": 16, "sliding_window": 8}),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        _LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "head_dim": 16},
-    ),
     "bamba": ("BambaConfig", _LLAMA | _MAMBA | {"attn_layer_indices": [1]}),
     "granite_hybrid": (
         "GraniteMoeHybridConfig",
@@ -181,7 +177,7 @@ MULTIMODAL: dict[str, tuple[str, dict, str, dict]] = {
 }
 
 # The experts of these multiply the tokens of all rows together, so a row's last bits depend on its batch-mates.
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+MIXTURES = ("mixtral", "qwen2_moe", "gpt_oss")
 
 CORE = (
     "llama",

@@ -49,6 +49,20 @@ def edited_by_sae(x, values, change) -> torch.Tensor:
     return f @ decoder + error
 
 
+def rotated(x, degrees) -> torch.Tensor:
+    y = x @ frame().double().T
+    t = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    new = y.norm(dim=1, keepdim=True) * torch.stack([t.cos(), t.sin()])
+    return x + torch.where(y[:, :1] > 0, new - y, 0) @ frame().double()
+
+
+def pushed(x) -> torch.Tensor:
+    s, bias = rows(3, 7).double(), torch.tensor([0.1, 0.0, -0.1])
+    v = torch.relu(1.5 - torch.relu(x @ s.T + bias))
+    out = x + 1.5 * (v / v.sum(1, keepdim=True)).nan_to_num() @ s
+    return out * x.norm(dim=1, keepdim=True) / out.norm(dim=1, keepdim=True)
+
+
 # One of each intervention, with its formula; a new one is tested by being listed.
 EXAMPLES = {
     "Add": (sf.Add(rows(1)[0], 2.0), lambda x: x + 2 * rows(1)[0].double()),
@@ -65,6 +79,8 @@ EXAMPLES = {
         lambda x: x + (x @ rows(2, 3).double().T + torch.tensor([0.5, -1.0]).double() - x @ frame().double().T) @ frame().double(),
     ),
     "EditFeatures": (sf.EditFeatures(sae(), {3: 0.7, 0: 0.2}, "max"), lambda x: edited_by_sae(x, {3: 0.7, 0: 0.2}, lambda f, t: f.clamp(min=t))),
+    "Rotate": (sf.Rotate(frame(), 50.0, adaptive=True), lambda x: rotated(x, 50.0)),
+    "DeficitPush": (sf.DeficitPush(rows(3, 7), 1.5, torch.tensor([0.1, 0.0, -0.1])), lambda x: pushed(x)),
     "Flow": (
         sf.Flow(barrier(), angle=0.3, steps=4),
         lambda x: sf.ops.flow(x, *(t.double() for t in (barrier().basis, barrier().eigenvalues, barrier().bias)), angle=0.3, steps=4),
@@ -90,7 +106,7 @@ def test_an_intervention_in_a_bank_is_its_formula(name):
     torch.testing.assert_close(view, got, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in EXAMPLES if n != "Flow"])
+@pytest.mark.parametrize("name", [n for n in EXAMPLES if n not in ("Flow", "Rotate", "DeficitPush")])
 def test_keep_norm(name):
     edit, formula = EXAMPLES[name]
     kept = edit.restore(edit.tensors(), {**edit.numbers(), "keep_norm": True})
@@ -158,6 +174,27 @@ def test_clamp_leaves_what_is_within_bounds_alone():
     assert (sf.ops.subspace(x, *bank.tensors) @ edit.direction).min() > 0.5 - 1e-5
 
 
+def test_all_features_above_the_target_means_no_edit():
+    bank = sf.Bank(D, slots=1)
+    bank.register(sf.DeficitPush(torch.eye(D)[:2], target=1.0))
+    x = torch.full((1, D), 3.0)
+    torch.testing.assert_close(sf.ops.subspace(x, *bank.tensors), x)
+    below = torch.zeros(1, D).fill_(-1.0)
+    assert (sf.ops.subspace(below, *bank.tensors)[0, :2] > -1).all()
+
+
+def test_rotation_keeps_the_length_and_reaches_the_angle():
+    bank = sf.Bank(D, slots=1)
+    bank.register(sf.Rotate(frame(), degrees=120.0))
+    x = torch.randn(6, D)
+    out = sf.ops.subspace(x, *bank.tensors)
+    torch.testing.assert_close(out.norm(dim=1), x.norm(dim=1))
+    y = out @ frame().T
+    torch.testing.assert_close(torch.rad2deg(torch.atan2(y[:, 1], y[:, 0])), torch.full((6,), 120.0), atol=1e-3, rtol=0)
+    half = sf.ops.subspace(x, *bank.tensors, scale=torch.full((6,), 0.5)) @ frame().T  # a strength multiplies the angle
+    torch.testing.assert_close(torch.rad2deg(torch.atan2(half[:, 1], half[:, 0])), torch.full((6,), 60.0), atol=1e-3, rtol=0)
+
+
 class WithVector:
     vector = rows(1)[0]
 
@@ -192,6 +229,9 @@ BAD = [
     (lambda: sf.EditFeatures(sae(), {0: -1.0}, "min"), ValueError, "never negative"),
     (lambda: sf.EditFeatures(rows(1), {0: 1.0}), TypeError, "must be Features or an SAE"),
     (lambda: sf.Features(rows(2), rows(2), threshold=torch.tensor([-1.0, 0])), ValueError, "threshold is negative"),
+    (lambda: sf.Rotate(frame()[:1], 10.0), ValueError, "plane has 1 rows"),
+    (lambda: sf.Rotate(rows(2), 10.0), ValueError, "not orthonormal"),
+    (lambda: sf.DeficitPush(rows(2), 0.0), ValueError, "target is 0.0; expected > 0"),
     (lambda: sf.Flow(barrier()), ValueError, "give exactly one"),
     (lambda: sf.Flow(barrier(), angle=0.1, T=1.0), ValueError, "give exactly one"),
     (lambda: sf.Flow(barrier(), angle=-0.1), ValueError, "expected >= 0"),

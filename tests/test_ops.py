@@ -16,7 +16,7 @@ from torch import Tensor
 
 import steerfast as sf
 from steerfast import reference
-from steerfast.reference import ADD, FLOW, HINGE
+from steerfast.reference import ADD, FLOW, HINGE, PUSH, ROTATE
 
 ANGLE, STEPS = 0.4, 4
 
@@ -141,8 +141,8 @@ def test_nothing_in_nothing_out(place):
 
 
 def mixed_bank(d: int, device: str, dtype: torch.dtype = torch.float32) -> sf.Bank:
-    """Slots of every mode and of ranks for either kernel; slot 6 is left empty."""
-    bank = sf.Bank(d, slots=8, directions=64, dtype=dtype, device=device)
+    """Slots of every mode and of ranks for either kernel; slot 8 is left empty."""
+    bank = sf.Bank(d, slots=9, directions=64, dtype=dtype, device=device)
     rows = torch.randn(24, d)
     barrier = sf.Barrier(orthonormal(3, d).float(), torch.tensor([0.5, 0.0, -0.5]), torch.ones(3))
     for edit in (
@@ -152,6 +152,8 @@ def mixed_bank(d: int, device: str, dtype: torch.dtype = torch.float32) -> sf.Ba
         sf.Calibrate(rows[9:11] / 8, 1.5),
         sf.Flow(barrier, angle=0.3, steps=4),
         sf.Add(rows[11], -1.0, keep_norm=True),
+        sf.Rotate(orthonormal(2, d).float(), 70.0, adaptive=True),
+        sf.DeficitPush(rows[12:15] / 8, 2.0),
     ):
         bank.register(edit)
     return bank
@@ -166,13 +168,13 @@ def test_a_bank_of_all_methods_against_float64(place, columns):
             bank = mixed_bank(d, device, dtype)
             x = (2 * torch.randn(n, d)).to(dtype).to(device)
             shape = (n,) if columns is None else (n, columns)
-            rows = torch.randint(-1, 7, shape, dtype=torch.int32, device=device)
+            rows = torch.randint(-1, 9, shape, dtype=torch.int32, device=device)
             scale = torch.rand(shape, device=device) + 0.5
             got = sf.ops.subspace(x, *bank.tensors, rows, scale)
             true = reference.subspace(x.double(), bank.vectors.double(), bank.coefficients.double(), bank.slots, rows, scale.double()).cpu()
             naive = reference.subspace(x, *bank.tensors, rows, scale)
             assert_exact(got, true, naive)
-            idle = ((rows < 0) | (rows == 6)).reshape(n, -1).all(1)
+            idle = ((rows < 0) | (rows == 8)).reshape(n, -1).all(1)
             assert torch.equal(got[idle], x[idle])
             twin = x.clone()
             assert sf.ops.subspace_(twin, *bank.tensors, rows, scale) is twin
@@ -186,8 +188,8 @@ def test_an_unowned_row_keeps_its_bits(place):
         bank = mixed_bank(40, device)
         odd = torch.tensor([-0.0, 1e-42, float("inf"), float("-inf"), float("nan")], device=device).repeat(8)
         x = torch.stack([odd, torch.ones(40, device=device), odd])
-        rows = torch.tensor([[-1, -1], [0, 4], [6, -1]], dtype=torch.int32, device=device)
-        for out in (sf.ops.subspace(x, *bank.tensors, rows), sf.ops.add(x, bank.vectors[:7], rows.clamp(max=0) - (rows == 6).int())):
+        rows = torch.tensor([[-1, -1], [0, 4], [8, -1]], dtype=torch.int32, device=device)
+        for out in (sf.ops.subspace(x, *bank.tensors, rows), sf.ops.add(x, bank.vectors[:7], rows.clamp(max=0) - (rows == 8).int())):
             assert torch.equal(out.view(torch.int32)[[0, 2]], x.view(torch.int32)[[0, 2]])
             assert out[1].isfinite().all()
 
@@ -352,7 +354,7 @@ def test_in_place_twins_refuse_what_would_break_a_gradient(name):
 
 
 def test_modes_are_one_bit_each():
-    assert [ADD, HINGE, FLOW] == [1, 2, 4]
+    assert [ADD, HINGE, FLOW, ROTATE, PUSH] == [1, 2, 4, 8, 16]  # the kernel has its own copy of these numbers
 
 
 BAD = [

@@ -117,6 +117,19 @@ def test_ties_and_clusters_to_the_bit(place, monkeypatch):
                     assert_same(sf.ops.sae_encode(x.to(device, dtype), w.to(device, dtype), None, k), wanted)
 
 
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])
+def test_every_block_of_rows_meets_every_tile(place, monkeypatch):
+    """Groups of row blocks, the last of them smaller, cover the grid once."""
+    from steerfast_kernels import sae_encode
+
+    monkeypatch.setattr(sae_encode, "GROUP", 2)
+    with backend(place) as device:
+        x, w = torch.randint(-2, 3, (330, 8)).float(), torch.randint(-2, 3, (200, 8)).float()
+        x = x[:130] if place == "interpreter" else x
+        for dtype in [F32] if place == "interpreter" else DTYPES:
+            assert_same(sf.ops.sae_encode(x.to(device, dtype), w.to(device, dtype), None, 3), expected(x, w, None, 3))
+
+
 def test_a_tile_keeps_enough_or_is_repaired():
     """tiles · k' never falls below k, and what a tile can hide always has room."""
     sae_encode = pytest.importorskip("steerfast_kernels.sae_encode")

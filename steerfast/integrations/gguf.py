@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..extract import Direction
-from ..vectors import DirectionSet, family, replace_file
+from steerfast.extract import Direction
+from steerfast.vectors import DirectionSet, family, replace_file
 
 MAGIC = b"GGUF"
 ARCHITECTURES = {"controlvector": "llama.cpp control vector", "steeringvector": "Dialz steering vector"}
@@ -189,6 +189,12 @@ class _Reader:
         if len(widths := {width for width, _, _ in infos.values()}) > 1:
             raise ValueError(f"{self.path}: vectors have widths {sorted(widths)}; a control vector is for one model")
         start = -(-self.position // alignment) * alignment
+        needed = sum(width * dtype.itemsize for width, dtype, _ in infos.values())
+        if start + needed > len(self.content):
+            raise ValueError(
+                f"{self.path} is truncated or damaged: its {count} tensors have {needed} bytes, and the file has "
+                f"{len(self.content)} with its header of {start}"
+            )
         return {layer: self._data(layer, start, *info) for layer, info in infos.items()}
 
     def _layer(self, name: str) -> int:
@@ -261,9 +267,7 @@ class _Reader:
         return [self.string(key) for _ in range(count)]
 
 
-def foreign(
-    value: Any, kind: str, layer: int, site: str, model: str | None, path: str | os.PathLike[str]
-) -> Direction:
+def foreign(value: Any, kind: str, layer: int, site: str, model: str | None, path: str | os.PathLike[str]) -> Direction:
     """A direction that another library made; an error names the file."""
     try:
         vector = torch.as_tensor(value).detach().to("cpu", torch.float32)
