@@ -34,6 +34,15 @@ TILE_STAGES = 3
 
 
 @triton.jit
+def _mode(head_ptr, MODES: tl.constexpr):
+    """The mode of a slot; known at compile time where the bank holds only one, and then no branch remains."""
+    if MODES & (MODES - 1) == 0:
+        return MODES
+    else:
+        return tl.load(head_ptr)
+
+
+@triton.jit
 def _hinge(y, c_ptr, offs, mask):
     c0 = tl.load(c_ptr + offs * 8, mask=mask, other=0.0)
     c1 = tl.load(c_ptr + offs * 8 + 1, mask=mask, other=0.0)
@@ -89,29 +98,30 @@ def _flow(y, norm, c_ptr, offs_k, mask_k, length, steps):
 
 
 @triton.jit
-def _rotate(y, c3, c4, weight, offs_k):
+def _rotate(y, constants_ptr, weight, offs_k):
     """g that gives the two coordinates the angle weight·c₃ and leaves their length; c₄ = 1: only where y₁ > 0."""
-    angle = weight * c3
+    angle = weight * tl.load(constants_ptr + 3)
     radius = tl.sqrt(tl.sum(y * y, axis=1))
     axis = tl.where((offs_k == 0)[None, :], tl.cos(angle)[:, None], tl.sin(angle)[:, None])
-    turns = (c4 == 0) | (tl.sum(tl.where((offs_k == 0)[None, :], y, 0.0), axis=1) > 0)
+    first = tl.sum(tl.where((offs_k == 0)[None, :], y, 0.0), axis=1)
+    turns = tl.where(tl.load(constants_ptr + 4) == 0, 1.0, first) > 0
     return tl.where(turns[:, None] & (offs_k < 2)[None, :], radius[:, None] * axis - y, 0.0)
 
 
 @triton.jit
-def _push(y, c_ptr, c3, weight, offs_k, mask_k):
+def _push(y, constants_ptr, weight, offs_k, mask_k):
     """g = weight·m·v/Σv with the deficit v = relu(m - relu(y + b)), m = c₃; nothing where no feature falls short."""
-    bias = tl.load(c_ptr + offs_k * 8, mask=mask_k, other=0.0)
-    short = tl.where(mask_k[None, :], _relu(c3 - _relu(y + bias[None, :])), 0.0)
+    target = tl.load(constants_ptr + 3)
+    bias = tl.load(constants_ptr + 8 + offs_k * 8, mask=mask_k, other=0.0)
+    short = tl.where(mask_k[None, :], _relu(target - _relu(y + bias[None, :])), 0.0)
     total = tl.sum(short, axis=1)
-    return tl.where(total > 0, weight * c3 / total, 0.0)[:, None] * short
+    return tl.where(total > 0, weight * target / total, 0.0)[:, None] * short
 
 
 @triton.jit
 def _couple(y, norm, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES: tl.constexpr):
     """(s, g) of the modes that need all of y: (BLOCK_N,) and (BLOCK_N, BLOCK_K)."""
-    mode = tl.load(head_ptr)
-    c3, c4 = tl.load(constants_ptr + 3), tl.load(constants_ptr + 4)
+    mode = _mode(head_ptr, MODES)
     alpha = tl.full(norm.shape, 1.0, tl.float32)
     g = tl.zeros_like(y)
     if FLOW & MODES:
@@ -120,10 +130,10 @@ def _couple(y, norm, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES: tl.
             alpha, g = _flow(y, norm, constants_ptr + 8, offs_k, mask_k, length, tl.load(head_ptr + 5))
     if ROTATE & MODES:
         if mode == ROTATE:
-            g = _rotate(y, c3, c4, weight, offs_k)
+            g = _rotate(y, constants_ptr, weight, offs_k)
     if PUSH & MODES:
         if mode == PUSH:
-            g = _push(y, constants_ptr + 8, c3, weight, offs_k, mask_k)
+            g = _push(y, constants_ptr, weight, offs_k, mask_k)
     return alpha, g
 
 
@@ -199,7 +209,7 @@ def _rows_kernel(
         head_ptr = slots_ptr + slot * 8
         rank = tl.load(head_ptr + 1, mask=slot >= 0, other=0)
         if rank > 0:
-            mode = tl.load(head_ptr)
+            mode = _mode(head_ptr, MODES)
             b_ptr = vectors_ptr + tl.load(head_ptr + 2).to(tl.int64) * stride_v
             c_ptr = vectors_ptr + tl.load(head_ptr + 3).to(tl.int64) * stride_v
             constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
@@ -291,7 +301,7 @@ def _tile_slot(
     MODES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One slot on the rows of a tile that it owns: project (pass 1), act in registers, lift (pass 2, x from L2)."""
-    mode = tl.load(head_ptr)
+    mode = _mode(head_ptr, MODES)
     rank = tl.load(head_ptr + 1)
     b_ptr = vectors_ptr + tl.load(head_ptr + 2).to(tl.int64) * stride_v
     c_ptr = vectors_ptr + tl.load(head_ptr + 3).to(tl.int64) * stride_v

@@ -142,7 +142,8 @@ def _generate(subject: _Subject, tokens: int = 5) -> str:
         raise _Skipped("the model has no generate")
     layer = subject.layers.count // 2
     vector, _ = _vector(subject, layer)
-    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    options |= {"do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(subject.ids)
     counts = {}
     for positions, expected in (("generated", tokens - 1), ("all", subject.ids.shape[1] + tokens - 1)):

@@ -89,9 +89,13 @@ def _extract(args: argparse.Namespace) -> int:
     ]
     found = getattr(extract, args.method)(*sides, normalize=args.normalize)
     directions = found if isinstance(found, dict) else {found.layer: found}
-    edits = {(args.site, layer): Add(d, strength=args.strength) for layer, d in directions.items()}
+    edits: dict[int | tuple[str, int], Any] = {
+        (args.site, layer): Add(d, strength=args.strength) for layer, d in directions.items()
+    }
     saved = Plan(edits, positions=args.steer, model=model).save(args.out)
-    _say(f"{args.method} of {len(positive)} positive and {len(negative)} negative texts, {args.site}, position {position}")
+    _say(
+        f"{args.method}: {len(positive)} positive and {len(negative)} negative texts, {args.site}, position {position}"
+    )
     _say(f"\n{'layer':>7} {'norm':>10} {'typical activation':>20}")
     for layer, direction in directions.items():
         _say(f"{layer:>7} {direction.norm:>10.4g} {direction.activation_norm:>20.4g}")
@@ -133,8 +137,8 @@ def _check(args: argparse.Namespace) -> int:
 
     layers = find_layers(model, "check")
     first = next(model.parameters())
-    _say(f"{layers.name}: {layers.count} layers of width {layers.d} at {layers.path}; {_short(first.dtype)} on {first.device}")
-    _say(f"backend {backend_of(first)}\n")
+    _say(f"{layers.name}: {layers.count} layers of width {layers.d} at {layers.path}")
+    _say(f"{_short(first.dtype)} on {first.device}, backend {backend_of(first)}\n")
     failed = 0
     for finding in check(model, tokenizer, plan):
         failed += finding.outcome == "failed"
@@ -144,7 +148,7 @@ def _check(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-# --- the two texts of `generate` -----------------------------------------------------------------------------------------
+# --- the two texts of `generate` --------------------------------------------------------------------------------------
 
 
 class _Stream:
@@ -267,7 +271,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     return [line for part in text.split("\n") for line in (textwrap.wrap(part, width) or [""])]
 
 
-# --- arguments -----------------------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -276,7 +280,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype: Any = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.model == "demo":
         from . import demo_model
 
@@ -304,7 +308,7 @@ def _texts(option: str, values: Iterable[str]) -> list[str]:
         if value.startswith("@"):
             file = Path(value[1:]).expanduser()
             if not file.is_file():
-                raise FileNotFoundError(f"{option}: {file} does not exist; after @ comes a text file, one text per line")
+                raise FileNotFoundError(f"{option}: {file} does not exist; after @ comes a file of texts, one a line")
             texts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         else:
             texts.append(value)
@@ -391,7 +395,8 @@ def _demo_parser(commands: Any) -> None:
         'steerfast generate demo "My neighbour said" --plan steerfast-demo/plans/flow',
     )
     default = Path("steerfast-demo")
-    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="for the results (default: %(default)s)")
+    out = "directory of the results (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=out)
     parser.add_argument("--tokens", type=_positive, default=20, help="new tokens per text (default: %(default)s)")
 
 
@@ -400,8 +405,8 @@ def _extract_parser(commands: Any) -> None:
         commands,
         "extract",
         _extract,
-        "Make a steering vector from two sides of texts. Runs the model on both, takes a direction per layer, and saves "
-        "a plan that adds it there.",
+        "Make a steering vector from two sides of texts. Runs the model on both, takes a direction per layer, and "
+        "saves a plan that adds it there.",
         'steerfast extract demo --positive "I love you" --negative "I hate you" \\\n'
         "    --layers 8 --strength 2 --out love\n"
         "steerfast extract path/to/model --positive @kind.txt --negative @rude.txt \\\n"
@@ -429,16 +434,16 @@ def _generate_parser(commands: Any) -> None:
         commands,
         "generate",
         _generate,
-        "Stream a steered text beside the unsteered one. In two columns on a wide terminal, both from one batch of which "
-        "one row is steered; one after the other otherwise.",
+        "Stream a steered text beside the unsteered one. In two columns on a wide terminal, both from one batch of "
+        "which one row is steered; one after the other otherwise.",
         'steerfast generate demo "I hate you because" --plan love\n'
         'steerfast generate demo "Who are you?" --chat --plan love --strength 0.5 --temperature 0.8',
     )
     _model_arguments(parser)
     parser.add_argument("prompt", metavar="PROMPT", help="what the text begins with")
-    parser.add_argument("--plan", required=True, metavar="DIR", help="a plan that extract, demo or Plan.save has written")
+    parser.add_argument("--plan", required=True, metavar="DIR", help="what extract, demo or Plan.save has written")
     parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiplies every edit (default: 1)")
-    parser.add_argument("--tokens", type=_positive, default=60, help="at most this many new tokens (default: %(default)s)")
+    parser.add_argument("--tokens", type=_positive, default=60, help="new tokens at most (default: %(default)s)")
     parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
@@ -449,9 +454,9 @@ def _check_parser(commands: Any) -> None:
         commands,
         "check",
         _check,
-        "Prove on your own model that steering works. With ordinary hooks: a prompt's tokens and a cached new token move "
-        "by the vector, batch-mates and padding keep their bits, the sites add up, and removal restores the logits bit "
-        "for bit. Exit code 1 if something fails.",
+        "Prove on your own model that steering works. With ordinary hooks: a prompt's tokens and a cached new token "
+        "move by the vector, batch-mates and padding keep their bits, the sites add up, and removal restores the "
+        "logits bit for bit. Exit code 1 if something fails.",
         "steerfast check path/to/model --dtype bfloat16\nsteerfast check demo --plan love",
     )
     _model_arguments(parser)
@@ -472,7 +477,7 @@ def _temperature(text: str) -> float:
     return value
 
 
-# --- the console ---------------------------------------------------------------------------------------------------------
+# --- the console ------------------------------------------------------------------------------------------------------
 
 
 def _width() -> int:

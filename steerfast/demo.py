@@ -10,7 +10,7 @@ import json
 import platform
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from .plan import Plan
 Say = Callable[[str], None]
 
 LAYER_ADD, LAYER_FEATURES = 8, 10
+BARRIER_C = 100.0
 PROMPTS = ("I hate you because", "I think people are", "My boss is", "This movie was")
 LOVE, HATE = ("I love you",), ("I hate you",)
 KIND = (
@@ -93,6 +94,14 @@ class Demo:
         start = inputs["input_ids"].shape[1]
         return list(self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True))
 
+    def table(self, texts: Sequence[str]) -> None:
+        """Print one continuation per prompt."""
+        longest = max(map(len, PROMPTS))
+        for prompt, text in zip(PROMPTS, texts, strict=True):
+            indent = " " * (longest + 6)
+            shown = textwrap.wrap(" ".join(text.split()), max(20, self.width - len(indent))) or [""]
+            self.say(f"  {prompt:>{longest}} …".ljust(len(indent)) + f"\n{indent}".join(shown))
+
     def show(self, key: str, title: str, plan: Plan, notes: list[str], numbers: dict[str, Any]) -> None:
         """Generate under a plan, print it beside the unsteered texts, and save the plan."""
         self.progress(f"{key}: {self.tokens} tokens for each of {len(PROMPTS)} prompts")
@@ -100,15 +109,13 @@ class Demo:
         directory = plan.save(self.out / "plans" / key)
         self.say(f"\n{title}")
         for note in notes:
-            self.say(f"  {note}")
+            self.say(textwrap.fill(note, self.width, initial_indent="  ", subsequent_indent="  "))
+        self.say("")
         texts = [
             {"prompt": prompt, "unsteered": before, "steered": after}
             for prompt, before, after in zip(PROMPTS, self.plain, steered, strict=True)
         ]
-        for text in texts:
-            self.say(f"\n  {text['prompt']} …")
-            for label in ("unsteered", "steered"):
-                self.say(_labelled(label, text[label], self.width))
+        self.table(steered)
         self.results[key] = {"plan": directory.relative_to(self.out).as_posix(), "numbers": numbers, "texts": texts}
 
 
@@ -133,9 +140,13 @@ def run(out: Path, say: Say, progress: Say, tokens: int = 20, width: int = 88) -
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = demo_model.load(progress=progress)
     demo = Demo(model, tokenizer, out, say, progress, tokens, width)
-    say(f"SmolLM2-135M-Instruct: {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {model.dtype}")
+    shape = f"{model.config.num_hidden_layers} layers of width {model.config.hidden_size}"
+    say(
+        f"SmolLM2-135M-Instruct: {shape}, {str(model.dtype).removeprefix('torch.')}. Greedy continuations, unsteered:\n"
+    )
     progress(f"unsteered: {tokens} tokens for each of {len(PROMPTS)} prompts")
     demo.plain = demo.generate(None)
+    demo.table(demo.plain)
     love = _add(demo)
     _ablate(demo, love)
     _amplify_and_calibrate(demo)
@@ -158,9 +169,7 @@ def run(out: Path, say: Say, progress: Say, tokens: int = 20, width: int = 88) -
 
 def greedy(model: Any, inputs: Any, tokens: int, pad: int) -> Tensor:
     """Generate exactly `tokens` tokens greedily."""
-    return model.generate(
-        **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=pad
-    )
+    return model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=pad)
 
 
 def versions() -> dict[str, str]:
@@ -186,9 +195,7 @@ def _ablate(demo: Demo, love: Tensor) -> None:
     last = demo.model.config.num_hidden_layers - 1
     plan = Plan({layer: Ablate(love) for layer in range(last + 1)}, model=demo.model)
     unit = love / love.norm()
-    before, after = (
-        float((demo.activations(PROMPTS, last, p)[last] @ unit).abs().mean()) for p in (None, plan)
-    )
+    before, after = (float((demo.activations(PROMPTS, last, p)[last] @ unit).abs().mean()) for p in (None, plan))
     notes = [f"mean |v̂ᵀx| after layer {last}: {before:.3g} unsteered, {after:.1g} ablated"]
     title = "2  Ablate: x − v̂v̂ᵀx with v = love − hate, after every layer"
     demo.show("ablate", title, plan, notes, {"projection_before": before, "projection_after": after})
@@ -215,7 +222,7 @@ def _amplify_and_calibrate(demo: Demo) -> None:
 
 def _flow(demo: Demo) -> None:
     layer = LAYER_FEATURES
-    barrier = fit_barrier(demo.activations(KIND, layer), demo.activations(UNKIND, layer), kind="linear")
+    barrier = fit_barrier(demo.activations(KIND, layer), demo.activations(UNKIND, layer), kind="linear", C=BARRIER_C)
     plan = Plan({layer: Flow(barrier, angle=0.4, steps=10)}, model=demo.model)
     before, after = (float(barrier(demo.activations(PROMPTS, layer, p)[layer]).mean()) for p in (None, plan))
     notes = [
@@ -227,7 +234,7 @@ def _flow(demo: Demo) -> None:
     demo.show("flow", title, plan, notes, {"accuracy": barrier.accuracy, "h_before": before, "h_after": after})
 
 
-def _speed(demo: Demo, plan: Plan, rounds: int = 4, tokens: int = 16) -> dict[str, Any]:
+def _speed(demo: Demo, plan: Plan, rounds: int = 4, tokens: int = 12) -> dict[str, Any]:
     """Tokens per second of one prompt, the two modes in turns so that both see the same machine."""
     inputs = demo.tokenizer(PROMPTS[0], return_tensors="pt")
     seconds: dict[str, list[float]] = {"unsteered": [], "steered": []}
@@ -244,21 +251,9 @@ def _speed(demo: Demo, plan: Plan, rounds: int = 4, tokens: int = 16) -> dict[st
 def _summary(demo: Demo, report: dict[str, Any], file: Path) -> None:
     rates = report["speed"]["tokens_per_second"]
     demo.say(f"\nBackend     {report['backend']} on {report['model']['device']}")
-    demo.say(f"Speed       {rates['unsteered']:.1f} tokens/s unsteered, {rates['steered']:.1f} steered (one prompt, medians)")
+    demo.say(f"Speed       {rates['unsteered']:.1f} tokens/s unsteered, {rates['steered']:.1f} steered (medians)")
     demo.say(f"Time        {report['seconds']:.0f} s")
     demo.say(f"Results     {file}")
     for result in demo.results.values():
         demo.say(f"Plan        {demo.out / result['plan']}")
     demo.say(f'\nNext        steerfast generate demo "I hate you because" --plan {demo.out / "plans" / "add"}')
-
-
-def _labelled(label: str, text: str, width: int) -> str:
-    return "\n".join(_lines(label, " ".join(text.split()), width))
-
-
-def _lines(label: str, text: str, width: int) -> Iterator[str]:
-    """Wrapped text with a label before its first line."""
-    indent = f"    {label:<11}"
-    for line in textwrap.wrap(text, max(20, width - len(indent))) or [""]:
-        yield (indent + line).rstrip()
-        indent = " " * len(indent)

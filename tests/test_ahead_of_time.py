@@ -49,6 +49,7 @@ def test_variant(variant: Variant, target: str) -> None:
     limits = LIMITS[target]
     assert report.stack == 0, f"{report.stack} bytes of local memory, {report.registers} registers"
     assert report.spills == 0, f"{report.spills} registers spilled, {report.registers} in use"
+    assert report.scalar_spills <= 8, f"{report.scalar_spills} scalar registers moved to vector registers"
     assert report.registers <= limits.registers
     assert report.shared <= limits.shared
     if target.startswith("sm_"):

@@ -24,7 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-ADD, HINGE, FLOW = 1, 2, 4
+
+from steerfast.reference import ALL_MODES, FLOW, HINGE
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -62,7 +64,8 @@ class Report:
 
     registers: int = -1
     stack: int = 0  # bytes of local memory or scratch
-    spills: int = 0  # AMD: spilled vector and scalar registers
+    spills: int = 0  # AMD: vector registers that went to memory
+    scalar_spills: int = 0  # AMD: scalar registers kept in lanes of a vector register; to memory they would show in stack
     shared: int = 0
     text: str = field(default="", repr=False)  # PTX or AMD assembly
 
@@ -98,14 +101,13 @@ def _decode(n: int) -> None:
 
 
 bf16, fp32 = torch.bfloat16, torch.float32
-ALL = ADD | HINGE | FLOW
 VARIANTS = [
     Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True),
-    Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL, 8), 128, 1024, vector_loads=True),
-    Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL, 8), 168, 1024, vector_loads=True),
+    Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, vector_loads=True),
+    Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 168, 1024, vector_loads=True),
     Variant("tiles-k64-hinge", "_tiles_kernel", lambda: _tiles(4096, bf16, HINGE, 64), 255, 65536, tensor_cores=True, wgmma=True),
     Variant("tiles-k64-flow", "_tiles_kernel", lambda: _tiles(4096, bf16, FLOW, 64), 255, 65536, tensor_cores=True, wgmma=True),
-    Variant("tiles-k16-few-rows", "_tiles_kernel", lambda: _tiles(16, bf16, ALL, 16), 168, 16384, tensor_cores=True),
+    Variant("tiles-k16-few-rows", "_tiles_kernel", lambda: _tiles(16, bf16, ALL_MODES, 16), 168, 16384, tensor_cores=True),
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True),
     Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 232, 102400, tensor_cores=True, wgmma=True),
     Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=("sm_90", "gfx942")),
@@ -161,7 +163,7 @@ def compile_for(variant: Variant, target: str) -> Report:
             for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
         }
         report.registers, report.stack = numbers["vgpr_count"], numbers["private_segment_fixed_size"]
-        report.spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+        report.spills, report.scalar_spills = numbers["vgpr_spill_count"], numbers["sgpr_spill_count"]
     return report
 
 

@@ -45,6 +45,8 @@ def as_vector(value: Any, what: str, path: Path) -> Tensor:
 
 
 def _check_archive(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

@@ -1,0 +1,356 @@
+"""The command line, run in-process: what it prints, what it writes, and what it says about bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import VOCAB, build
+
+import steerfast as sf
+from steerfast import check as proofs
+from steerfast import cli, demo
+from steerfast.layers import find_layers
+
+SENTENCE = "the quick brown fox jumps over the lazy dog kind rude love hate you i because people are good bad"
+WORDS = list(dict.fromkeys(SENTENCE.split()))
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory):
+    """A function from a family's name to the directory of its tiny model with a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def save(name: str, tokenizer: bool = True) -> str:
+        folder = tmp_path_factory.getbasetemp() / f"{name}-{tokenizer}"
+        if folder.exists():
+            return str(folder)
+        build(name).save_pretrained(folder)
+        words = [*WORDS, *(f"w{i}" for i in range(VOCAB - 3 - len(WORDS)))]
+        vocabulary = {"<pad>": 0, "<unk>": 1, "</s>": 2, **{word: 3 + i for i, word in enumerate(words)}}
+        inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.Whitespace()
+        special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+        if tokenizer:
+            PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+def extract(model: str, out: Path, *more: str) -> list[str]:
+    sides = ["--positive", "i love you", "people are kind", "--negative", "i hate you", "people are rude"]
+    return ["extract", model, *sides, "--out", str(out), *more]
+
+
+def only_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of stderr after the progress."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("…")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["extract"], ["generate"], ["check"]])
+def test_help_teaches_with_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([*command, "--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"examples?:\n  steerfast " + "".join(command), shown)
+    assert max(map(len, shown.splitlines())) <= 110
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, torch\nbefore = set(sys.modules)\nfrom steerfast.cli import main\n"
+        "try: main(['extract', '--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'transformers', 'triton', 'sklearn', 'gguf'} & (set(sys.modules) - before)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_extract_saves_what_the_library_computes(saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved("llama")
+    assert cli.main(extract(folder, tmp_path / "plan", "--layers", "0,2", "--strength", "3")) == 0
+    shown = capsys.readouterr().out
+    assert str(tmp_path / "plan") in shown
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    sides = [["i love you", "people are kind"], ["i hate you", "people are rude"]]
+    pos, neg = (sf.collect(model, tokenizer, side, layers=[0, 2], progress=False) for side in sides)
+    directions = sf.extract.mean_difference(pos, neg)
+    by_hand = sf.Plan({layer: sf.Add(v, strength=3.0) for layer, v in directions.items()})
+    ids = tokenizer("the fox jumps over you", return_tensors="pt")["input_ids"]
+    logits = []
+    with torch.no_grad():
+        plain = model(ids).logits
+        for plan in (sf.Plan.load(tmp_path / "plan"), by_hand):
+            with sf.steer(model, plan):
+                logits.append(model(ids).logits)
+    assert torch.equal(*logits)
+    assert (logits[0] - plain).abs().max() > 1e-3
+    for layer, v in directions.items():
+        assert re.search(rf"^ *{layer} +{re.escape(f'{v.norm:.4g}')} ", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("options", "site", "length"),
+    [
+        (["--method", "pca", "--layer", "-1", "--site", "attn_out"], ("attn_out", 2), 1.0),
+        (["--method", "logistic", "--normalize", "--position", "mean"], ("resid_post", 1), 1.0),
+        (["--method", "difference", "--normalize", "--steer", "generated"], ("resid_post", 1), 1.0),
+    ],
+)
+def test_extract_options(saved, tmp_path: Path, options: list[str], site: tuple[str, int], length: float) -> None:
+    assert cli.main(extract(saved("llama"), tmp_path, *options)) == 0
+    plan = sf.Plan.load(tmp_path)
+    ((place, (edit,)),) = plan.edits.items()
+    assert place == site
+    assert edit.vector.norm() == pytest.approx(length, rel=1e-5)
+    assert plan.positions == ("generated" if "--steer" in options else "all")
+
+
+def test_texts_come_from_files(saved, tmp_path: Path) -> None:
+    (tmp_path / "kind.txt").write_text("i love you\n\npeople are kind\n", encoding="utf-8")
+    assert cli.main(extract(saved("llama"), tmp_path / "a")) == 0
+    argv = extract(saved("llama"), tmp_path / "b")
+    argv[3:5] = [f"@{tmp_path / 'kind.txt'}"]
+    assert cli.main(argv) == 0
+    a, b = (sf.Plan.load(tmp_path / name).edits["resid_post", 1][0].vector for name in "ab")
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [("8", [8]), ("-1", [-1]), ("6,8", [6, 8]), ("6-9", [6, 7, 8, 9]), ("middle", [5]), ("all", list(range(10)))],
+)
+def test_layers_are_read(spec: str, expected: list[int]) -> None:
+    assert cli._layers(spec, 10) == expected
+
+
+def test_generate_streams_both_texts(saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved("llama")
+    assert cli.main(extract(folder, tmp_path, "--strength", "20")) == 0
+    capsys.readouterr()
+    argv = ["generate", folder, "i hate you because", "--plan", str(tmp_path), "--tokens", "12"]
+    assert cli.main(argv) == 0
+    shown = capsys.readouterr().out
+    _, unsteered, steered = re.split(r"\[(?:un)?steered\]\n", shown)
+    texts = [part.rpartition("\n(")[0].strip() for part in (unsteered, steered)]
+    assert texts[0] != texts[1]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("i hate you because", return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    for expected, plan in zip(texts, (None, sf.Plan.load(tmp_path)), strict=True):
+        handle = sf.steer(model, plan) if plan else None
+        out = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        if handle:
+            handle.remove()
+        assert tokenizer.decode(out, skip_special_tokens=True) == expected
+    assert cli.main([*argv, "--strength", "0"]) == 0
+    _, unsteered, steered = re.split(r"\[(?:un)?steered\]\n", capsys.readouterr().out)
+    assert unsteered.rpartition("\n(")[0] == steered.rpartition("\n(")[0]
+
+
+def test_two_columns_show_one_batch(saved, tmp_path: Path, capsys, monkeypatch) -> None:
+    folder = saved("llama")
+    assert cli.main(extract(folder, tmp_path, "--strength", "20")) == 0
+    argv = ["generate", folder, "i hate you because", "--plan", str(tmp_path), "--tokens", "12"]
+    capsys.readouterr()
+    assert cli.main(argv) == 0
+    _, *parts = re.split(r"\[(?:un)?steered\]\n", capsys.readouterr().out)
+    expected = [" ".join(part.rpartition("\n(")[0].split()) for part in parts]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("LINES", "30")
+    assert cli.main(argv) == 0
+    screen = rendered(capsys.readouterr().out)
+    rows = [line.split(cli.GAP.rstrip()) for line in screen if cli.GAP.rstrip() in line]
+    assert [side.strip() for side in rows[0]] == ["unsteered", "steered"]
+    assert [" ".join(" ".join(row[i].split()) for row in rows[1:]).strip() for i in (0, 1)] == expected
+
+
+def rendered(output: str) -> list[str]:
+    """What a terminal shows after cursor-up, carriage return and clear-line."""
+    screen, row = [""], 0
+    for part in re.findall(r"\x1b\[\d*[AK]|\r|\n|[^\x1b\r\n]+", output):
+        if part.endswith("A") and part.startswith("\x1b"):
+            row -= int(part[2:-1])
+        elif part == "\x1b[K":
+            screen[row] = ""
+        elif part == "\n":
+            row += 1
+            screen += [""] * (row + 1 - len(screen))
+        elif part != "\r":
+            screen[row] += part
+    return screen
+
+
+def test_columns_redraw_only_what_changes() -> None:
+    written: list[str] = []
+    columns = cli._Columns(written.append, 45, 10)  # 20 characters a side
+    words = ("alpha beta gamma delta epsilon zeta eta theta iota kappa " * 6).split()
+    for i in range(1, len(words)):
+        columns.show([" ".join(words[:i]), " ".join(words[: i // 3])])
+    screen = rendered("".join(written))
+    assert all(len(line) <= 45 for line in screen)
+    left = [line.split(cli.GAP)[0].split() for line in screen if cli.GAP in line]
+    assert [word for line in left for word in line] == words[:-1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "gemma3"])
+def test_check_passes_on_real_architectures(saved, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", saved(name)]) == 0
+    shown = capsys.readouterr().out
+    assert "failed" not in shown
+    assert shown.count("\n  ok ") == 6
+    assert "Steering works on this model." in shown
+
+
+def test_check_in_bfloat16_with_a_plan(saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(extract(saved("llama"), tmp_path)) == 0
+    assert cli.main(["check", saved("llama"), "--dtype", "bfloat16", "--plan", str(tmp_path)]) == 0
+    assert "the plan fits and changes the logits" in capsys.readouterr().out
+
+
+def test_check_fails_where_steering_does(saved, capsys, monkeypatch) -> None:
+    """A hook that adds half the vector, steers padding, and stays behind must be found out, each by its own proof."""
+    real = proofs.steer
+
+    def half(model, plan, **options):
+        plan = plan if isinstance(plan, (dict, sf.Plan)) else plan[0]
+        return real(model, plan, strength=0.5, **options)
+
+    monkeypatch.setattr(proofs, "steer", half)
+    assert cli.main(["check", saved("llama")]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"failed +prefill", shown)
+    assert re.search(r"failed +cached decode", shown)
+    assert re.search(r"failed +batch-mates", shown)
+    assert re.search(r"ok +removal", shown)
+
+
+def test_check_finds_a_hook_left_behind(saved) -> None:
+    model = build("llama")
+    from transformers import AutoTokenizer
+
+    findings = proofs.check(model, AutoTokenizer.from_pretrained(saved("llama")))
+    outcomes = []
+    left = None
+    for finding in findings:
+        outcomes.append(finding.outcome)
+        if len(outcomes) == 5:
+            left = find_layers(model).blocks[0].register_forward_hook(lambda m, a, out: out * 1.01)
+    left.remove()
+    assert outcomes == ["ok"] * 5 + ["failed"]
+
+
+SIDES = ["--positive", "love", "--negative", "hate", "--out", "TMP/p"]
+BAD = [
+    (["generate", "MODEL", "hello", "--plan", "TMP/none"], "does not exist; a plan is a directory with plan.json"),
+    (["extract", "MODEL", *SIDES, "--positive", "@TMP/none.txt"], "none.txt does not exist"),
+    (["extract", "MODEL", *SIDES, "--layers", "40"], "layer 40 is out of range"),
+    (["extract", "MODEL", *SIDES, "--layers", "one"], "cannot read 'one'"),
+    (["extract", "MODEL", "--positive", "love", "--negative", "love", "--out", "TMP/p"], "do not differ"),
+    (["extract", "MODEL", *SIDES, "--position", "first"], "got 'first'"),
+    (["extract", "MODEL", *SIDES, "--positive", "kind", "--method", "pca"], "needs pairs"),
+    (["extract", "MODEL", *SIDES, "--positive", ""], "has no tokens"),
+    (["extract", "MODEL", *SIDES, "--strength", "nan"], "strength"),
+    (["check", "TMP/no-model"], "is not a directory"),
+    (["check", "MODEL", "--plan", "TMP/none"], "does not exist"),
+    (["generate", "MODEL", "love", "--chat", "--plan", "PLAN"], "no chat template"),
+    (["generate", "MODEL", "love", "--plan", "BROKEN"], "is not JSON"),
+    (["generate", "OTHER", "love", "--plan", "PLAN"], "width 48, 3 layers"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_one_line_and_exit_code_2(
+    saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert cli.main(extract(saved("llama"), tmp_path / "plan")) == 0
+    broken = sf.Plan.load(tmp_path / "plan").save(tmp_path / "broken")
+    (broken / "plan.json").write_text("{")
+    named = {"MODEL": saved("llama"), "OTHER": saved("gpt_neo"), "PLAN": str(tmp_path / "plan"), "BROKEN": str(broken)}
+    capsys.readouterr()
+    assert cli.main([named.get(word, word).replace("TMP", str(tmp_path)) for word in argv]) == 2
+    line = only_line(capsys)
+    assert line.startswith(f"steerfast {argv[0]}: ")
+    assert message in line
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_model_without_tokenizer_is_one_line(saved, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", saved("llama", tokenizer=False)]) == 2
+    assert only_line(capsys).startswith("steerfast check: ")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", str(tmp_path / "none"), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_python_dash_m_is_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "steerfast", "check", str(tmp_path / "none")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_demo_steers_a_real_model(smollm, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("steerfast.demo_model.load", lambda progress=None: smollm)
+    assert cli.main(["demo", "--out", str(tmp_path), "--tokens", "12"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    report = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    methods = report["methods"]
+    assert set(methods) == {"add", "ablate", "amplify", "calibrate", "flow"}
+    hate = methods["add"]["texts"][0]
+    assert hate["prompt"] == "I hate you because"
+    assert "love" not in hate["unsteered"]
+    assert "love" in hate["steered"]
+    for method in methods.values():
+        assert all(text["steered"] != text["unsteered"] for text in method["texts"])
+    assert methods["ablate"]["numbers"]["projection_before"] > 1
+    assert methods["ablate"]["numbers"]["projection_after"] < 1e-3
+    assert methods["flow"]["numbers"]["h_after"] > methods["flow"]["numbers"]["h_before"]
+    assert report["backend"] in shown
+    assert str(tmp_path / "results.json") in shown
+    model, tokenizer = smollm
+    inputs = tokenizer(list(demo.PROMPTS), return_tensors="pt", padding=True, padding_side="left")
+    with sf.steer(model, sf.Plan.load(tmp_path / methods["flow"]["plan"])):
+        out = demo.greedy(model, inputs, 12, tokenizer.pad_token_id)
+    again = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert again == [text["steered"] for text in methods["flow"]["texts"]]
+
+
+@pytest.mark.model
+def test_the_lines_of_the_readme_run(smollm, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setattr("steerfast.demo_model.load", lambda *args, **kwargs: smollm)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    exec(compile(code, "README.md", "exec"), {})
+    assert "love" in capsys.readouterr().out
+    assert sf.Plan.load(tmp_path / "love-plan").edits
+
+
+def test_the_readme_is_short_and_its_links_hold() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (README.parent / target).exists(), target
