@@ -216,6 +216,7 @@ def circumstances() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[1] if hasattr(os, "getloadavg") else None,
     }
 
 

@@ -1,54 +1,41 @@
-"""Fused kernels and a thin hook API for steering language models."""
+"""Fused kernels and a thin hook API for steering language models. Names only: each is imported at its first use."""
 
-from . import extract, ops
-from ._backends import use_backend
-from .bank import Bank
-from .barrier import Barrier, fit_barrier
-from .extract import Activations, Direction, collect
-from .hooks import Steering, prepare, steer
-from .interventions import (
-    Ablate,
-    Add,
-    AffineAblate,
-    Amplify,
-    Calibrate,
-    Clamp,
-    DeficitPush,
-    EditFeatures,
-    Features,
-    Flow,
-    Intervention,
-    LoReFT,
-    Rotate,
-)
-from .plan import ModelCard, Plan
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "Ablate",
-    "Activations",
-    "Add",
-    "AffineAblate",
-    "Amplify",
-    "Bank",
-    "Barrier",
-    "Calibrate",
-    "Clamp",
-    "DeficitPush",
-    "Direction",
-    "EditFeatures",
-    "Features",
-    "Flow",
-    "Intervention",
-    "LoReFT",
-    "ModelCard",
-    "Plan",
-    "Rotate",
-    "Steering",
-    "collect",
-    "extract",
-    "fit_barrier",
-    "ops",
-    "prepare",
-    "steer",
-    "use_backend",
-]
+_HOMES = {
+    "bake": ["bake"],
+    "bank": ["Bank"],
+    "barrier": ["Barrier", "fit_barrier"],
+    "extract": ["Activations", "Direction", "collect"],
+    "hooks": ["Steering", "prepare", "steer"],
+    "integrations": ["load_vectors"],
+    "interventions": [
+        "Ablate", "Add", "AffineAblate", "Amplify", "Calibrate", "Clamp", "DeficitPush", "EditFeatures", "Features",
+        "Flow", "Intervention", "LoReFT", "Rotate",
+    ],
+    "plan": ["ModelCard", "Plan"],
+    "sweep": ["sweep"],
+    "vectors": [
+        "DirectionInfo", "DirectionSet", "DoseTable", "dose", "list_directions", "load_directions", "save_directions",
+    ],
+    "_backends": ["use_backend"],
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = ("extract", "integrations", "ops")
+
+__all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605  the table above is the list
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -88,7 +88,8 @@ class Direction:
     __array_ufunc__ = None  # NumPy's scalars leave `numpy.float32(2) * direction` to this class
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "vector", direction_rows("Direction", "vector", self.vector, one=True)[0])
+        row = direction_rows("Direction", "vector", self.vector, one=True)[0]
+        object.__setattr__(self, "vector", row.clone())  # the caller may change the tensor it came from
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         array = self.vector.numpy()

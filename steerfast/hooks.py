@@ -67,7 +67,8 @@ def steer(
     """
     controller = _controller(model)
     many = isinstance(plan, Sequence)
-    plans = [None if p is None else as_plan("steer", p) for p in (plan if many else [plan])]
+    given: Sequence[Any] = plan if isinstance(plan, Sequence) else [plan]
+    plans = [None if one is None else as_plan("steer", one) for one in given]
     if not any(plans):
         raise ValueError("steer: no plan is given; pass a Plan, a dict, or a list with at least one plan")
     for one in plans:
@@ -383,7 +384,7 @@ class Controller:
     def broadcast(self, now: Pass) -> tuple[Tensor, Tensor]:
         """The owners of a pass that treats every token alike, as tables with one row."""
         if now not in self._broadcasts:
-            slots, scales = zip(*now.owners, strict=True)  # type: ignore[arg-type]
+            slots, scales = zip(*(now.owners or ()), strict=True)
             self._broadcasts[now] = (
                 torch.tensor([slots], dtype=torch.int32, device=self._device),
                 torch.tensor([scales], dtype=torch.float32, device=self._device),
@@ -512,7 +513,8 @@ class Controller:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """Shadow of the model's generate: announces the prompt, then runs the real one."""
-        generate: Callable[..., Any] = type(self.model).generate  # type: ignore[assignment]
+        kind: Any = type(self.model)
+        generate: Callable[..., Any] = kind.generate
         if self._generating:  # a model that is its own assistant generates inside generate
             return generate(self.model, *args, **kwargs)
         prompt = _announced(self.model, args, kwargs)

@@ -326,7 +326,7 @@ class LoReFT(Intervention):
 
     def slot(self) -> Slot:
         table = _table(self.R.shape[0], slope=1.0)
-        table[:, 0] = self.b
+        table[:, 0] = _tensor(self.b)
         return Slot(HINGE, 0, self.keep_norm, self.W - self.R, self.R, _constants(), table)
 
 
@@ -521,7 +521,7 @@ class DeficitPush(Intervention):
 
     def slot(self) -> Slot:
         rows, constants, table = _tensor(self.features), _constants(), _table(_tensor(self.features).shape[0])
-        constants[3], table[:, 0] = self.target, self.bias
+        constants[3], table[:, 0] = self.target, _tensor(self.bias)
         return Slot(PUSH, 0, True, rows, rows, constants, table)
 
 
@@ -606,7 +606,8 @@ class Flow(Intervention):
     def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> Flow:
         """The inverse of `tensors` and `numbers`; everything is validated anew."""
         rest = dict(numbers)
-        return cls(Barrier(**tensors, **rest.pop("barrier")), **rest)
+        parts: dict[str, Any] = {**tensors, **rest.pop("barrier")}
+        return cls(Barrier(**parts), **rest)
 
     def __repr__(self) -> str:
         rank = self.barrier.basis.shape[0]
@@ -677,9 +678,9 @@ def _table(rank: int, offset: float = 0.0, slope: float = 0.0, bend: float = 0.0
     return torch.tensor([[offset, slope, bend, knot, 0.0, 0.0, 0.0, 0.0]]).repeat(rank, 1)
 
 
-def _tensor(value: Directions) -> Tensor:
+def _tensor(value: Any) -> Tensor:
     """A field that __post_init__ has made a tensor."""
-    return value  # type: ignore[return-value]
+    return value
 
 
 def _set(target: object, name: str, value: Any) -> None:

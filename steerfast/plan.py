@@ -22,7 +22,8 @@ from .layers import SITES
 SCHEMA = 1
 POSITIONS = ("all", "prompt", "generated", "last")
 
-Edits = Mapping[int | tuple[str, int], Intervention | Sequence[Intervention]]
+Edits = Mapping[Any, Intervention | Sequence[Intervention]]
+"""Layer L or (site, L) to one intervention or several."""
 Positions = str | Sequence[int] | Tensor
 
 

@@ -125,6 +125,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
 }
+if transformers.__version__.startswith("4."):  # there its state lives in its modules, from one pass to the next
+    del FAMILIES["recurrent_gemma"]
 
 # Vision-language models: name -> (config class, its arguments, text config class, the text config's arguments)
 IMAGE_TOKEN = 100

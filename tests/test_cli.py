@@ -209,7 +209,7 @@ def test_columns_redraw_only_what_changes() -> None:
     assert [word for line in left for word in line] == words[:-1]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "gemma3", "mpt", "mixtral"])
 def test_check_passes_on_real_architectures(saved, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", saved(name)]) == 0
     shown = capsys.readouterr().out
@@ -354,3 +354,9 @@ def test_the_readme_is_short_and_its_links_hold() -> None:
     assert len(text.splitlines()) <= 150
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (README.parent / target).exists(), target
+
+
+def test_the_readme_names_every_intervention() -> None:
+    text = README.read_text(encoding="utf-8")
+    public = [name for name in sf.Intervention.registry if name in sf.__all__]
+    assert [name for name in public if f"| `sf.{name}` |" not in text] == []

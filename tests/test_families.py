@@ -21,8 +21,7 @@ import steerfast as sf
 from steerfast.layers import find_layers
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
-# transformers 4 keeps RecurrentGemma's state inside its modules, from one pass to the next.
-EVERY = tuple(name for name in (*FAMILIES, *MULTIMODAL) if V5 or name != "recurrent_gemma")
+EVERY = (*FAMILIES, *MULTIMODAL)
 COMPILED = tuple(name for name in EVERY if name not in ("llama", "gpt2", "gpt_neox", "falcon"))  # test_compile.py
 LAYER = 1
 SETTINGS = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}

@@ -133,12 +133,23 @@ def test_conflicts_are_refused(change: dict[str, Any]) -> None:
 
 def test_impossible_operands() -> None:
     a = direction(1)
-    for wrong in (lambda: a + 1, lambda: a * a, lambda: 1 / a, lambda: a + a.vector, lambda: a * a.vector, lambda: 1 + a):
+    for wrong in (
+        lambda: a + 1,
+        lambda: a * a,
+        lambda: 1 / a,
+        lambda: a + a.vector,
+        lambda: a * a.vector,
+        lambda: 1 + a,
+    ):
         with pytest.raises(TypeError):
             wrong()
     for zero in (lambda: a - a, lambda: 0 * a, lambda: a / 0, lambda: a * float("inf"), lambda: a * 1e300):
         with pytest.raises(ValueError, match=r"Direction|factor"):
             zero()
+    mine = torch.ones(3)
+    kept = Direction(mine, "given", 1.0, 1.0)
+    mine[0] = 5
+    assert kept.vector[0] == 1
     for vector in (torch.zeros(3), torch.tensor([1.0, float("nan")]), torch.ones(2, 3)):
         with pytest.raises(ValueError, match="Direction: vector"):
             Direction(vector, "given", 1.0, 1.0)
@@ -248,7 +259,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     path = save_directions(tmp_path, {"a": direction(1)})
     whole = (path / "directions.safetensors").read_bytes()
     (path / "directions.safetensors").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="directions.safetensors is not the file"):
+    with pytest.raises(ValueError, match=r"directions\.safetensors is not the file"):
         load_directions(path)
     (path / "directions.json").write_text('{"schema": 1,')
     with pytest.raises(ValueError, match=r"directions.json is not JSON"):
@@ -276,7 +287,18 @@ def test_listing_ten_thousand_sets_takes_less_than_a_second(tmp_path: Path) -> N
     listing = list_directions(tmp_path)
     assert time.process_time() - start <= 1
     assert len(listing) == 20_000
-    assert listing[1] == (str(first), "b", WIDTH, "m2", listing[1].norm, 50.0, 2, "resid_post", "last", "LlamaForCausalLM")
+    assert listing[1] == (
+        str(first),
+        "b",
+        WIDTH,
+        "m2",
+        listing[1].norm,
+        50.0,
+        2,
+        "resid_post",
+        "last",
+        "LlamaForCausalLM",
+    )
     assert "… and 19980 more" in repr(listing)
     assert list_directions(first) == listing[:2]
 
@@ -335,12 +357,19 @@ def test_plans_for_another_model() -> None:
     DirectionSet(direction(1, model="llama")).plan(model=model)  # the name that other libraries' files use
     with pytest.raises(ValueError, match="does not know its layer"):
         DirectionSet({"a": direction(1, layer=None)}).plan()
-    with pytest.raises(ValueError, match="names 'b'; the set has resid_post.1"):
+    with pytest.raises(ValueError, match=r"names 'b'; the set has resid_post\.1"):
         DirectionSet(direction(1)).plan({"b": 1.0})
 
 
 def test_family() -> None:
-    names = ["LlamaForCausalLM:path", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "gpt_neox", "gemma3_text", "Gemma3ForCausalLM"]
+    names = [
+        "LlamaForCausalLM:path",
+        "GPT2LMHeadModel",
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+    ]
     assert [family(name) for name in names] == ["llama", "gpt2", "gptneox", "gptneox", "gemma3", "gemma3"]
 
 
@@ -409,7 +438,9 @@ def test_dose_of_a_direction_is_that_of_its_activations() -> None:
 def test_dose_of_other_sites_and_refusals() -> None:
     model = build("llama")
     v = direction(1).vector
-    table = dose(model, tokenizer(), {("resid_pre", 1): sf.Add(v, 0.01), ("mlp_out", 0): sf.Add(v, 0.02)}, TEXTS, limit=9)
+    table = dose(
+        model, tokenizer(), {("resid_pre", 1): sf.Add(v, 0.01), ("mlp_out", 0): sf.Add(v, 0.02)}, TEXTS, limit=9
+    )
     assert [(row.site, row.layer) for row in table] == [("mlp_out", 0), ("resid_pre", 1)]
     assert table[1].accumulated != table[1].dose
     with pytest.raises(ValueError, match="texts is empty"):

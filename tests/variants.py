@@ -24,7 +24,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-
 from steerfast.reference import ALL_MODES, FLOW, HINGE
 
 TARGETS = {

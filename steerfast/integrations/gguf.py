@@ -2,7 +2,9 @@
 
 **Layer numbers.** llama.cpp adds `direction.<il>` to what decoder block `il` returns, blocks counted from 0: it is our
 `resid_post` of layer `il`, with the same number. Its table begins at 1, so layer 0 cannot be steered, and its loader
-refuses a file with `direction.0`; so does this one. repeng writes and reads the same files with the same meaning.
+refuses a file with `direction.0`; so does this one. (Measured on SmolLM2-135M with a Q4_1 GGUF: the change that
+llama.cpp b11549 makes to the logits correlates 0.99 with that of our plan at the same layer, at most 0.94 with that of
+its neighbours.) repeng writes and reads the same files with the same meaning.
 llama.cpp's own generator computes `direction.<il>` from the output of block il − 1: the file says where the vector is
 added, not where it was read.
 
@@ -270,7 +272,7 @@ class _Reader:
 def foreign(value: Any, kind: str, layer: int, site: str, model: str | None, path: str | os.PathLike[str]) -> Direction:
     """A direction that another library made; an error names the file."""
     try:
-        vector = torch.as_tensor(value).detach().to("cpu", torch.float32)
+        vector = (value.detach() if isinstance(value, Tensor) else torch.tensor(value)).to("cpu", torch.float32)
         return Direction(vector, kind, float(vector.double().norm()), None, layer, site, None, model)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)}: layer {layer}: {error}") from None

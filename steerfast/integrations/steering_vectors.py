@@ -75,7 +75,7 @@ def read(path: str | os.PathLike[str]) -> DirectionSet:
     content = read_torch_file(source, STAND_IN)
     if not recognises(content):
         raise ValueError(f"{source} holds a {type(content).__name__}; expected a SteeringVector or a dict of its two")
-    return from_content(content, source)
+    return from_content(content, source, depth=4)
 
 
 def write(path: str | os.PathLike[str], directions: Any) -> Path:
@@ -115,7 +115,7 @@ def from_object(vector: Any) -> DirectionSet:
     """
     if not hasattr(vector, "layer_activations") or not hasattr(vector, "layer_type"):
         raise TypeError(f"from_object: expected a SteeringVector; got {type(vector).__name__}")
-    return _directions(vector.layer_activations, vector.layer_type, None)
+    return _directions(vector.layer_activations, vector.layer_type, None, depth=3)
 
 
 def to_object(directions: Any) -> Any:
@@ -143,17 +143,17 @@ def recognises(content: Any) -> bool:
     return isinstance(content, _StandIn) or (isinstance(content, dict) and "layer_activations" in content)
 
 
-def from_content(content: Any, path: Path) -> DirectionSet:
-    """The directions of an object that `recognises` accepts."""
+def from_content(content: Any, path: Path, depth: int = 5) -> DirectionSet:
+    """The directions of an object that `recognises` accepts; a warning points `depth` calls up."""
     fields = vars(content) if isinstance(content, _StandIn) else content
     if unknown := sorted(map(repr, set(fields) - {"layer_activations", "layer_type"})):
         raise ValueError(f"{path}: unknown field {unknown[0]}; a SteeringVector has layer_activations and layer_type")
     if "layer_activations" not in fields:
         raise ValueError(f"{path}: the SteeringVector has no layer_activations")
-    return _directions(fields["layer_activations"], fields.get("layer_type", "decoder_block"), path)
+    return _directions(fields["layer_activations"], fields.get("layer_type", "decoder_block"), path, depth)
 
 
-def _directions(activations: Any, layer_type: Any, path: Path | None) -> DirectionSet:
+def _directions(activations: Any, layer_type: Any, path: Path | None, depth: int) -> DirectionSet:
     name = "SteeringVector" if path is None else str(path)
     if not isinstance(layer_type, str) or layer_type not in SITES:
         raise ValueError(f"{name}: layer_type is {layer_type!r}; expected one of {', '.join(SITES)}")
@@ -172,7 +172,7 @@ def _directions(activations: Any, layer_type: Any, path: Path | None) -> Directi
             f"{name}: layer_type {layer_type!r} is read as {SITES[layer_type]}, which is the same except where a norm "
             f"follows the module or the module is handed the residual (Gemma 2 and 3, OLMo 2, BLOOM, MPT)",
             UserWarning,
-            stacklevel=4,
+            stacklevel=depth,
         )
     return DirectionSet(sorted(found, key=lambda direction: direction.layer or 0))
 

@@ -59,7 +59,12 @@ def main() -> None:
     torch.save(SteeringVector(tensors, "decoder_block"), HERE / "steering_vectors.pt")
     torch.save(SteeringVector(tensors, "mlp"), HERE / "steering_vectors_mlp.pt")
     entries = {
-        f"layers.{layer}": {"steering_vector": tensors[layer], "steering_coefficient": 2.0, "action": "add", "bias": None}
+        f"layers.{layer}": {
+            "steering_vector": tensors[layer],
+            "steering_coefficient": 2.0,
+            "action": "add",
+            "bias": None,
+        }
         for layer in LAYERS
     }
     torch.save(entries, HERE / "lm_eval.pt")

@@ -1,0 +1,239 @@
+"""The sweep against one text at a time, its file under interruption, and what it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+from families import build
+
+import steerfast as sf
+from steerfast import extract
+from steerfast.sweep import NEUTRAL, Cell, Grid, Probe, Sweep, add_arguments, run, sweep
+
+module = sys.modules["steerfast.sweep"]
+SIDES = (["abc d", "bcd", "cc"], ["xyz", "zz y", "wxy"])
+PROBE = Probe(("hello", "some more"), (" abc", " d"), (" xyz", " w", " zzz"), ("plain text", "the rest"))
+GRID = Grid(layers=(0, -1), strengths=(-0.5, 0.0, 1.0))
+
+
+class Letters:
+    """A tokenizer: one token per letter, one special token in front."""
+
+    all_special_ids = (1,)
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [3 + ord(letter) % 90 for letter in text]}
+
+
+def swept(**changes: Any) -> Sweep:
+    settings: dict[str, Any] = {"sides": SIDES, "probe": PROBE, "grid": GRID, "progress": False}
+    return sweep(build("llama"), Letters(), **settings | changes)
+
+
+def one_by_one(plan: Any) -> tuple[float, float]:
+    """Effect and perplexity of one plan, each text alone and unpadded."""
+    model, tokenizer = build("llama"), Letters()
+
+    def score(head: list[int], tail: list[int]) -> float:
+        ids = torch.tensor([head + tail])
+        with torch.no_grad():
+            if plan is None:
+                logits = model(ids).logits
+            else:
+                with sf.steer(model, plan):
+                    logits = model(ids).logits
+        likelihoods = logits[0].double().log_softmax(-1)
+        return sum(float(likelihoods[len(head) - 1 + i, token]) for i, token in enumerate(tail))
+
+    def side(prompt: str, continuations: tuple[str, ...]) -> float:
+        head = tokenizer(prompt)["input_ids"]
+        return math.log(sum(math.exp(score(head, tokenizer(c, False)["input_ids"])) for c in continuations))
+
+    odds = [side(p, PROBE.wanted) - side(p, PROBE.unwanted) for p in PROBE.prompts]
+    texts = [tokenizer(text)["input_ids"] for text in PROBE.neutral]
+    loss = -sum(score(ids[:1], ids[1:]) for ids in texts) / sum(len(ids) - 1 for ids in texts)
+    return sum(odds) / len(odds), math.exp(loss)
+
+
+def test_cells_equal_one_text_at_a_time() -> None:
+    found = swept(batch_size=7)
+    model = build("llama")
+    pos, neg = (sf.collect(model, Letters(), side, [0, 2], progress=False) for side in SIDES)
+    assert [(c.method, c.layer, c.strength) for c in found] == [
+        ("mean_difference", layer, s) for layer in (0, 2) for s in (-0.5, 0.0, 1.0)
+    ]
+    assert found.baseline.effect == pytest.approx(one_by_one(None)[0], abs=1e-5)
+    for cell in found:
+        v = extract.mean_difference(pos[cell.layer], neg[cell.layer], normalize=True)
+        dose = cell.strength * v.activation_norm
+        plan = None if cell.strength == 0 else {cell.layer: sf.Add(v, dose)}
+        effect, perplexity = one_by_one(plan)
+        assert cell.effect == pytest.approx(effect, abs=1e-4)
+        assert cell.perplexity == pytest.approx(perplexity, rel=1e-4)
+        assert cell.norm == pytest.approx(abs(dose), rel=1e-5)
+    assert len({round(cell.effect, 4) for cell in found}) == 5  # the two zeros are one
+
+
+def test_the_batch_does_not_matter_and_the_vector_may_be_the_unit() -> None:
+    one, many = swept(batch_size=1), swept(batch_size=64)
+    for a, b in zip(one, many, strict=True):
+        assert a.effect == pytest.approx(b.effect, abs=1e-4)
+        assert a.perplexity == pytest.approx(b.perplexity, rel=1e-4)
+    vector = swept(grid=Grid(layers=(1,), strengths=(2.0,), unit="vector", methods=("difference", "pca")))
+    model = build("llama")
+    pos, neg = (sf.collect(model, Letters(), side, [1], progress=False) for side in SIDES)
+    for cell, method in zip(vector, ("difference", "pca"), strict=True):
+        v = getattr(extract, method)(pos, neg)
+        assert cell.norm == pytest.approx(2 * float(v.vector.norm()), rel=1e-5)
+        assert cell.effect == pytest.approx(one_by_one({1: sf.Add(v, 2.0)})[0], abs=1e-4)
+
+
+def test_an_interrupted_sweep_continues(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls, limit = module._measure, [], [4]  # the baseline and three cells
+
+    def measure(model: Any, sequences: Any, probe: Any, plans: Any, batch_size: int) -> Any:
+        if len(calls) == limit[0]:
+            raise KeyboardInterrupt
+        calls.append(plans)
+        return real(model, sequences, probe, plans, batch_size)
+
+    monkeypatch.setattr(module, "_measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        swept(out=tmp_path, batch_size=4)
+    text = json.loads((tmp_path / "sweep.json").read_text())
+    assert len(text["cells"]) == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["sweep.json"]
+    assert not build("llama")._forward_hooks
+    calls.clear()
+    limit[0] = 99
+    found = swept(out=tmp_path, batch_size=4)
+    assert len(calls) == 3
+    assert list(found) == list(swept(batch_size=4))
+    calls.clear()
+    assert list(swept(out=tmp_path)) == list(found)  # all on disk: nothing is measured
+    assert not calls
+    larger = Grid(layers=(0, -1), strengths=(-0.5, 0.0, 1.0, 2.0))
+    assert [c for c in swept(out=tmp_path, grid=larger, batch_size=64) if c.strength < 2] == list(found)
+    assert len(calls) == 1  # the two new cells share one batch
+
+
+def test_another_sweep_or_a_damaged_file_is_refused(tmp_path: Any) -> None:
+    swept(out=tmp_path)
+    before = (tmp_path / "sweep.json").read_bytes()
+    with pytest.raises(ValueError, match=r"sweep.json was measured with other sides; choose another directory"):
+        swept(out=tmp_path, sides=(["abc"], SIDES[1]))
+    with pytest.raises(ValueError, match=r"with other probe, unit"):
+        swept(out=tmp_path, probe=Probe(("other",), (" a",), (" b",)), grid=Grid((0,), (1.0,), unit="vector"))
+    assert (tmp_path / "sweep.json").read_bytes() == before
+    for content, message in ((b"{", "is not JSON"), (b'{"kind": "other"}', "is no sweep of schema 1")):
+        (tmp_path / "sweep.json").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            swept(out=tmp_path)
+    text = json.loads(before)
+    text["cells"][0].pop("effect")
+    (tmp_path / "sweep.json").write_text(json.dumps(text))
+    with pytest.raises(ValueError, match="is damaged"):
+        swept(out=tmp_path)
+
+
+def cells() -> Sweep:
+    grid = [("pca", 3, -1.0, 0.5, 21.0), ("pca", 3, 1.0, 2.5, 21.5), ("pca", 7, 1.0, 4.0, 80.0), ("logistic", 3, 1.0, 1.0, 20.5)]
+    return Sweep([Cell(m, layer, s, 5.0, e, p) for m, layer, s, e, p in grid], Cell("none", -1, 0, 0, 0.5, 20.0), "stream")
+
+
+def test_the_best_cell_is_the_strongest_that_is_bearable() -> None:
+    found = cells()
+    best = found.best()
+    assert best is not None
+    assert (best.layer, best.strength) == (3, 1.0)
+    assert found.best(5.0) == found[2]
+    assert found.best(1.0) is None
+
+
+def test_the_table_shows_every_cell() -> None:
+    shown = repr(cells()).splitlines()
+    assert shown[0] == "unsteered: effect +0.50 nats, perplexity 20.0"
+    assert shown[3].split() == ["layer", "-1", "1"]
+    assert shown[4].split() == ["3", "+0.00", "|", "21", "+2.00", "|", "21.5"]
+    assert shown[5].split() == ["7", "+3.50", "|", "80"]
+    assert shown[7].startswith("logistic")
+
+
+def test_the_heat_map_is_a_png_and_leaves_matplotlib_alone(tmp_path: Any) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    backend = matplotlib.get_backend(auto_select=False)
+    path = cells().heat_map(tmp_path / "map.png")
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
+    width, height = (int.from_bytes(path.read_bytes()[i : i + 4], "big") for i in (16, 20))
+    assert width > height > 300
+    assert list(tmp_path.iterdir()) == [path]
+    assert matplotlib.get_backend(auto_select=False) == backend
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"grid": Grid(layers=(7,))}, ValueError, r"sweep: layer 7 is out of range"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a positive integer, got 0"),
+        ({"sides": (["a"],)}, ValueError, r"got 1 items"),
+        ({"sides": ("abc", ["x"])}, TypeError, "sides must be several values, got 'abc'"),
+        ({"probe": Probe(("a",), (" b",), (" c",), ("d",)), "tokens": 0}, ValueError, "has one token"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    if "tokens" in change:
+        change = {"probe": change["probe"]}
+
+        class Bare(Letters):
+            def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+                return super().__call__(text, False)
+
+        with pytest.raises(error, match=message):
+            sweep(build("llama"), Bare(), SIDES, change["probe"], GRID, progress=False)
+        return
+    with pytest.raises(error, match=message):
+        swept(**change)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Grid(layers=()), ValueError, "Grid: layers is empty"),
+        (lambda: Grid((1, 1)), ValueError, "name each once"),
+        (lambda: Grid((1,), (math.nan,)), ValueError, "strengths must be finite"),
+        (lambda: Grid((1,), methods=("magic",)), ValueError, "methods is 'magic'; expected one of 'mean_difference'"),
+        (lambda: Grid((1,), unit="miles"), ValueError, "unit is 'miles'"),
+        (lambda: Probe((), (" a",), (" b",)), ValueError, "Probe: prompts is empty"),
+        (lambda: Probe("text", (" a",), (" b",)), TypeError, "prompts must be several values"),
+        (lambda: Probe(("text",), ("",), (" b",)), TypeError, "wanted holds ''"),
+    ],
+)
+def test_bad_questions(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.model
+def test_the_command_on_a_real_model(tmp_path: Any, capsys: pytest.CaptureFixture[str], smollm: Any) -> None:
+    """Love − hate makes kind words likelier at some layer and strength, and the command says where."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    texts = ["--positive", "I love you", "--negative", "I hate you", "--prompts", "I think people are", "My boss is"]
+    words = ["--wanted", " kind", " wonderful", "--unwanted", " cruel", " awful", "--neutral", *NEUTRAL[:2]]
+    grid = ["--layers", "8,14", "--strengths", "0.2", "0.5", "--damage", "3", "--out", str(tmp_path), "--batch-size", "32"]
+    assert run(parser.parse_args(["demo", *texts, *words, *grid])) == 0
+    shown = capsys.readouterr().out
+    assert "unsteered: effect" in shown
+    assert "Best" in shown
+    assert "--normalize --strength" in shown
+    text = json.loads((tmp_path / "sweep.json").read_text())
+    assert len(text["cells"]) == 4
+    gain = max(cell["effect"] for cell in text["cells"]) - text["baseline"]["effect"]
+    assert gain > 0.3
+    assert 5 < text["baseline"]["perplexity"] < 200
