@@ -11,9 +11,9 @@ layer 0 into the embeddings, a vector at `resid_post` into the bias of that laye
 is no product of weights, since the stream there also holds what earlier layers wrote; ablating each summand is
 (`everywhere`), and it never lets the direction arise.
 
-Nothing is assumed about names: one short forward proves, before any weight changes, that the projection found makes what
-is added to the stream. A norm in between (Gemma 2 and 3, OLMo 2), a mixture of experts or a norm behind the embedding
-(BLOOM) fails it and is refused.
+Nothing is assumed about names: one short forward proves, before any weight changes, that the projection found makes
+what is added to the stream. A norm in between (Gemma 2 and 3, OLMo 2), a mixture of experts or a norm behind the
+embedding (BLOOM) fails it and is refused.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def bake(model: nn.Module, plan: Plan | dict[Any, Any]) -> nn.Module:
     Args:
         model: A transformers causal language model whose blocks add linear maps to the stream: no norm after them, no
             mixture of experts, no quantised weights.
-        plan: `Ablate` at `attn_out` or `mlp_out` of any layer or at `resid_pre` of layer 0, `everywhere` for all of them;
-            `Add` at `attn_out`, `mlp_out` or `resid_post` where that projection has a bias. positions="all", no keep_norm.
+        plan: `Ablate` at `attn_out` or `mlp_out` of any layer or at `resid_pre` of layer 0, `everywhere` for all of
+            them; `Add` at `attn_out`, `mlp_out` or `resid_post` where that projection has a bias. positions="all", no
+            keep_norm.
 
     Returns:
         The same model.
@@ -60,7 +61,8 @@ def bake(model: nn.Module, plan: Plan | dict[Any, Any]) -> nn.Module:
         RuntimeError: the model is being steered.
 
     Reference:
-        Arditi et al. 2024, Refusal in Language Models Is Mediated by a Single Direction (arXiv:2406.11717), section 4.1.
+        Arditi et al. 2024, Refusal in Language Models Is Mediated by a Single Direction (arXiv:2406.11717),
+        section 4.1.
 
     Example:
         >>> sf.bake(model, sf.everywhere(model, sf.Ablate(r))).save_pretrained("ablated")  # doctest: +SKIP
@@ -94,7 +96,8 @@ def everywhere(model: nn.Module, edit: Intervention) -> Plan:
         The plan, made for this model.
 
     Raises:
-        TypeError, ValueError: not a model or not an intervention, another width, or blocks that do not show these sites.
+        TypeError, ValueError: not a model or not an intervention, another width, or blocks that do not show these
+            sites.
 
     Example:
         >>> with sf.steer(model, sf.everywhere(model, sf.Ablate(r))):  # doctest: +SKIP
@@ -106,7 +109,7 @@ def everywhere(model: nn.Module, edit: Intervention) -> Plan:
         for site in ("attn_out", "mlp_out"):
             layers.point(layer, site, "everywhere")
             places.append((site, layer))
-    return Plan({place: edit for place in places}, model=getattr(model, "_orig_mod", model))
+    return Plan(dict.fromkeys(places, edit), model=getattr(model, "_orig_mod", model))
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,8 +152,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _check_model(model: nn.Module, layers: Layers, plan: Plan) -> None:
     if "_steerfast" in vars(model):
         raise RuntimeError("bake: the model is being steered or was prepared; remove the handles, or load it anew")
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(f"bake: {layers.name} has quantised weights, which cannot be edited exactly; load it unquantised")
+    quantised = getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None)
+    if any(found is not None for found in quantised):
+        raise ValueError(f"bake: {layers.name} has quantised weights, which take no exact edit; load it unquantised")
     if plan.positions != "all":
         raise ValueError(f"bake: weights act at every position; this plan has positions={plan.positions!r}, use steer")
     if plan.model is not None and (plan.model.width, plan.model.layers) != (layers.d, layers.count):
@@ -183,15 +187,17 @@ def _by_writer(plan: Plan, layers: Layers) -> dict[tuple[str, int], list[Interve
 def _check_edit(edit: Intervention, site: str, layer: int) -> None:
     where = f"{type(edit).__name__} at {site} {layer}"
     if not isinstance(edit, (Ablate, Add)):
-        raise ValueError(f"bake: {where} is not linear in the stream, so no weights do it; bake takes Ablate and Add, use steer")
+        raise ValueError(
+            f"bake: {where} is not linear in the stream; bake takes Ablate and Add, for the rest use steer"
+        )
     if edit.keep_norm:
-        raise ValueError(f"bake: {where} has keep_norm=True, which depends on each token's norm; no weights do that, use steer")
+        raise ValueError(f"bake: {where} has keep_norm=True, which depends on each token's norm; use steer")
     if site == "head_out":
-        raise ValueError(f"bake: {where} acts before the attention's output projection; bake takes attn_out, mlp_out and resid_post")
+        raise ValueError(f"bake: {where} acts before the attention's output projection; use attn_out, or steer")
     if isinstance(edit, Ablate) and (site == "resid_post" or (site == "resid_pre" and layer > 0)):
         raise ValueError(
-            f"bake: {where} also removes what earlier layers wrote, which is no product of weights; ablate what is written "
-            "instead: everywhere(model, Ablate(...)), or use steer"
+            f"bake: {where} also removes what earlier layers wrote, which is no product of weights; ablate what is "
+            "written instead: everywhere(model, Ablate(...)), or use steer"
         )
     if isinstance(edit, Add) and (site, layer) == _EMBEDDING:
         raise ValueError(f"bake: {where} has no bias to go into; add at resid_post of a layer, or use steer")
@@ -200,7 +206,9 @@ def _check_edit(edit: Intervention, site: str, layer: int) -> None:
 # --- where it goes: measured, not guessed -----------------------------------------------------------------------------
 
 
-def _prove(model: nn.Module, layers: Layers, edits: dict[tuple[str, int], list[Intervention]]) -> dict[tuple[str, int], list[_Writer]]:
+def _prove(
+    model: nn.Module, layers: Layers, edits: dict[tuple[str, int], list[Intervention]]
+) -> dict[tuple[str, int], list[_Writer]]:
     """The writers of each place, proven by one short forward."""
     sites, calls = _observe(model, layers, [place for place in edits if place != _EMBEDDING])
     writers: dict[tuple[str, int], list[_Writer]] = {}
@@ -211,8 +219,8 @@ def _prove(model: nn.Module, layers: Layers, edits: dict[tuple[str, int], list[I
         writer = _projection(layers, place, sites[place], calls)
         if any(isinstance(edit, Add) for edit in chain) and getattr(writer.module, "bias", None) is None:
             raise ValueError(
-                f"bake: {writer.path} of this {layers.name} has no bias for Add at {place[0]} {place[1]}; a checkpoint has "
-                "room for a vector only where its config has an output bias (mlp_bias, attention_bias, ...), use steer"
+                f"bake: {writer.path} of this {layers.name} has no bias for Add at {place[0]} {place[1]}; a checkpoint "
+                "has room for a vector only where its config has an output bias (mlp_bias, attention_bias); use steer"
             )
         writers[place] = [writer]
     _check_shared(model, layers, [w for place, found in writers.items() for w in found], _EMBEDDING in edits)
@@ -229,7 +237,9 @@ class _Call:
     plain: bool  # the output is that of the weight and bias alone
 
 
-def _observe(model: nn.Module, layers: Layers, places: list[tuple[str, int]]) -> tuple[dict[tuple[str, int], Tensor], list[_Call]]:
+def _observe(
+    model: nn.Module, layers: Layers, places: list[tuple[str, int]]
+) -> tuple[dict[tuple[str, int], Tensor], list[_Call]]:
     """One forward: the tensors of the places and of resid_pre 0, and every map to the stream's width that ran."""
     sites: dict[tuple[str, int], Tensor] = {}
     calls: list[_Call] = []
@@ -252,7 +262,7 @@ def _observe(model: nn.Module, layers: Layers, places: list[tuple[str, int]]) ->
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) or (_is_map(module) and any(path.startswith(f"{p}.") for p in inside)):
             handles.append(module.register_forward_hook(watch(path)))
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = _config(model).get_text_config().vocab_size
     ids = torch.arange(3, 3 + _PROBE)[None] % vocabulary
     try:
         with evaluating(model):
@@ -264,7 +274,8 @@ def _observe(model: nn.Module, layers: Layers, places: list[tuple[str, int]]) ->
 
 
 def _is_map(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (hasattr(module, "nf") and isinstance(getattr(module, "weight", None), Tensor))
+    transposed = hasattr(module, "nf") and isinstance(getattr(module, "weight", None), Tensor)  # Conv1D
+    return isinstance(module, nn.Linear) or transposed
 
 
 def _is_plain(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> bool:
@@ -301,28 +312,31 @@ def _projection(layers: Layers, place: tuple[str, int], site: Tensor, calls: lis
         if matrices
         else f"a norm ({point.path}) stands between the projection and the stream"
     )
-    raise ValueError(f"bake: {place[0]} {place[1]} of {layers.name} cannot be written into weights: {reason}; use steer")
+    raise ValueError(f"bake: {place[0]} {place[1]} of {layers.name} cannot be baked: {reason}; use steer")
 
 
 def _embeddings(model: nn.Module, layers: Layers, site: Tensor, calls: list[_Call]) -> list[_Writer]:
     """The embeddings whose sum, up to one factor, is the stream that enters the first block."""
-    if model.config.get_text_config() is not model.config:
-        raise ValueError(f"bake: in {layers.name} images enter the stream beside the embeddings; use steer, or bake its text model")
-    found = [call for call in calls if isinstance(call.module, nn.Embedding) and not call.path.startswith(f"{layers.path}.")]
-    total = sum((call.output.expand_as(site) for call in found if site.shape[0] % call.output.shape[0] == 0), torch.zeros_like(site))
-    factor = float((total * site).sum() / total.square().sum()) if found and total.any() else 0.0
+    if _config(model).get_text_config() is not _config(model):
+        raise ValueError(f"bake: in {layers.name} images enter the stream beside the embeddings; use steer")
+    outside = [call for call in calls if not call.path.startswith(f"{layers.path}.")]
+    found = [call for call in outside if isinstance(call.module, nn.Embedding)]
+    total = torch.zeros_like(site)
+    for call in found:
+        total += call.output if call.output.shape == site.shape else torch.nan
+    factor = float((total * site).sum() / total.square().sum()) if total.any() and total.isfinite().all() else 0.0
     dtype = next(layers.blocks[0].parameters()).dtype
     if not factor or not all(call.plain for call in found) or not _same(total * factor, site, dtype, total):
         raise ValueError(
-            f"bake: what enters the first block of {layers.name} is not the sum of its embeddings (a norm or a projection follows "
-            "them), so no weights keep a direction out of it; use steer"
+            f"bake: what enters the first block of {layers.name} is not the sum of its embeddings (a norm or "
+            "projection follows them), so no weights keep a direction out of it; use steer"
         )
     return [_Writer(call.module, call.path, True, factor) for call in found]
 
 
 def _check_shared(model: nn.Module, layers: Layers, writers: list[_Writer], embedding: bool) -> None:
     """Refuse a weight that other modules use as well; the head is untied instead."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _head(model)
     mine = {id(writer.module): writer for writer in writers}
     owners: dict[int, nn.Module] = {id(writer.module.weight): writer.module for writer in writers}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -331,16 +345,25 @@ def _check_shared(model: nn.Module, layers: Layers, writers: list[_Writer], embe
             raise ValueError(f"bake: {mine[id(owner)].path} of {layers.name} shares its weights with {path}; use steer")
 
 
+def _head(model: Any) -> Any:
+    """The output embedding, None if the model has none."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _config(model: Any) -> Any:
+    return model.config
+
+
 def _untie(model: nn.Module, writers: list[_Writer]) -> None:
     """Give the head its own copy of the embedding's weights, and say so."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _head(model)
     if head is None or all(head.weight is not writer.module.weight for writer in writers):
         return
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    for config in (model.config, model.config.get_text_config()):
+    for config in (_config(model), _config(model).get_text_config()):
         config.tie_word_embeddings = False
     warnings.warn(
-        f"bake: the head shared the embedding's weights; it now has its own copy ({head.weight.nbytes / 2**20:.0f} MB more)",
+        f"bake: the head shared the embedding's weights; it now has its own copy, {head.weight.nbytes / 2**20:.0f} MB",
         UserWarning,
         stacklevel=3,
     )

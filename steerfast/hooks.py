@@ -490,13 +490,13 @@ class Controller:
         for handle in self.handles:
             if handle.per_row:
                 raise ValueError(
-                    "steer: continuous batching mixes requests in one row and does not say whose token is whose, so a plan per "
-                    "row cannot be followed; give one plan for all requests, or use generate"
+                    "steer: continuous batching mixes requests in one row and does not say whose token is whose, so a "
+                    "plan per row cannot be followed; give one plan for all requests, or use generate"
                 )
             if (positions := next(p.positions for p in handle.plans if p is not None)) != "all":
                 raise ValueError(
-                    f"steer: positions={positions!r} needs to know where each prompt ends, which continuous batching does not "
-                    "show; use positions='all', or generate"
+                    f"steer: positions={positions!r} needs to know where each prompt ends, which continuous batching does "
+                    "not show; use positions='all', or generate"
                 )
 
     def _build(self, prompt: Prompt) -> Table:
@@ -533,11 +533,12 @@ class Controller:
         self._check_paged()
         if _cached_manager(self.model) is not None:
             raise RuntimeError(
-                "steer: a cached manager of continuous batching keeps keys and values of requests that ran under another plan; "
-                "call model.destroy_cached_continuous_batching_manager() first"
+                "steer: a cached manager of continuous batching keeps keys and values of requests that ran under another "
+                "plan; call model.destroy_cached_continuous_batching_manager() first"
             )
         self._batching = True
-        manager = type(self.model).init_continuous_batching(self.model, *args, **kwargs)
+        kind: Any = type(self.model)
+        manager = kind.init_continuous_batching(self.model, *args, **kwargs)
         if self._device.type == "cuda" and _uses_graphs(manager):
             raise RuntimeError(_GRAPHS)
         return manager

@@ -80,8 +80,8 @@ class Grid:
         layers: 0-based, negative from the end.
         strengths: In the given unit; negative ones steer the other way, 0 is the unsteered model.
         methods: Functions of `steerfast.extract`: "mean_difference", "difference", "pca", "logistic".
-        unit: "stream": the added vector's length as a share of the stream's typical (median) norm at that layer, so that
-            layers compare; "vector": multiples of the vector as it was extracted.
+        unit: "stream": the added vector's length as a share of the stream's typical (median) norm at that layer, so
+            that layers compare; "vector": multiples of the vector as it was extracted.
         site: Where activations are read and the vector is added.
 
     Raises:
@@ -99,7 +99,11 @@ class Grid:
         one_of("Grid", "site", self.site, SITES)
         strengths = tuple(finite_number("Grid", "strengths", s) for s in _several("Grid", "strengths", self.strengths))
         methods = tuple(one_of("Grid", "methods", m, METHODS) for m in _several("Grid", "methods", self.methods))
-        for name, values in (("layers", _several("Grid", "layers", self.layers)), ("strengths", strengths), ("methods", methods)):
+        for name, values in (
+            ("layers", _several("Grid", "layers", self.layers)),
+            ("strengths", strengths),
+            ("methods", methods),
+        ):
             if len(set(values)) != len(values):
                 raise ValueError(f"Grid: {name} is {values}; name each once")
             object.__setattr__(self, name, values)
@@ -144,7 +148,7 @@ class Sweep(Sequence[Cell]):
         return len(self._cells)
 
     def best(self, damage: float = 1.1) -> Cell | None:
-        """The cell of largest effect whose perplexity is at most `damage` times the unsteered one; None: there is none."""
+        """The cell of largest effect whose perplexity is at most `damage` times the unsteered one, if there is one."""
         bearable = [c for c in self._cells if c.perplexity <= damage * self.baseline.perplexity]
         return max(bearable, key=lambda cell: cell.effect, default=None)
 
@@ -242,8 +246,8 @@ def sweep(
         sides: Texts with the property, and texts without it, as for `collect`.
         probe: What is measured.
         grid: What is tried.
-        out: Directory of `sweep.json`, to which every finished cell is added; a directory that holds an unfinished sweep
-            of the same texts is continued, also with a larger grid. None: nothing is written.
+        out: Directory of `sweep.json`, to which every finished cell is added; a directory that holds an unfinished
+            sweep of the same texts is continued, also with a larger grid. None: nothing is written.
         batch_size: Texts per forward; cells share a batch.
         progress: Show a progress bar on stderr.
 
@@ -255,7 +259,7 @@ def sweep(
 
     Example:
         >>> probe = sf.Probe(("I think people are",), (" kind", " good"), (" cruel", " bad"))
-        >>> found = sf.sweep(model, tokenizer, (love, hate), probe, sf.Grid(layers=(6, 8)), out="sweep")  # doctest: +SKIP
+        >>> found = sf.sweep(model, tokenizer, (love, hate), probe, sf.Grid((6, 8)), out="sweep")  # doctest: +SKIP
         >>> found.best()  # doctest: +SKIP
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -392,9 +396,9 @@ def _directions(
 def _addition(direction: Direction, strength: float, unit: str) -> Add | None:
     if strength == 0.0:
         return None
-    if unit == "stream":
+    if unit == "stream" and direction.activation_norm is not None:
         strength = strength * direction.activation_norm / float(direction.vector.norm())
-    return Add(direction, strength=strength)
+    return Add(direction.vector, strength=strength)
 
 
 def _length(add: Add) -> float:
@@ -444,11 +448,15 @@ class _Store:
             raise ValueError(f"sweep: {path} is no sweep of schema {SCHEMA}; choose another directory")
         if text.get("key") != self.key:
             old = text.get("question")
-            differs = [name for name, value in self.question.items() if not isinstance(old, dict) or old.get(name) != value]
-            raise ValueError(f"sweep: {path} was measured with other {', '.join(differs) or 'texts'}; choose another directory")
+            differs = [
+                name for name, value in self.question.items() if not isinstance(old, dict) or old.get(name) != value
+            ]
+            raise ValueError(
+                f"sweep: {path} was measured with other {', '.join(differs) or 'texts'}; choose another directory"
+            )
         try:
             self.baseline = None if text["baseline"] is None else _cell(text["baseline"])
-            self.cells = {astuple(cell)[:3]: cell for cell in map(_cell, text["cells"])}  # type: ignore[misc]
+            self.cells = {astuple(cell)[:3]: cell for cell in map(_cell, text["cells"])}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"sweep: {path} is damaged ({error!r}); delete it, or choose another directory") from None
 
@@ -459,7 +467,10 @@ def _numbers(cell: Cell) -> dict[str, Any]:
 
 
 def _cell(entry: dict[str, Any]) -> Cell:
-    numbers = {name: math.nan if entry[name] is None else float(entry[name]) for name in ("strength", "norm", "effect", "perplexity")}
+    numbers = {
+        name: math.nan if entry[name] is None else float(entry[name])
+        for name in ("strength", "norm", "effect", "perplexity")
+    }
     return Cell(method=str(entry["method"]), layer=int(entry["layer"]), **numbers)
 
 
@@ -490,7 +501,7 @@ def _texts(owner: str, name: str, values: Any) -> tuple[str, ...]:
 
 DESCRIPTION = (
     "Choose layer and strength by measurement. Extracts a vector per layer from two sides of texts, steers with each "
-    "strength, and shows how much likelier the wanted continuations became and what it cost in perplexity of neutral text. "
+    "strength, and shows how much likelier wanted continuations became and what it cost in perplexity of neutral text. "
     "Run it again to continue an interrupted sweep."
 )
 EXAMPLE = (
@@ -523,8 +534,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     unit = "of the strengths: share of the stream's norm, or multiple of the vector (default: %(default)s)"
     parser.add_argument("--unit", choices=UNITS, default="stream", help=unit)
     parser.add_argument("--site", choices=SITES, default="resid_post", help="where (default: %(default)s)")
-    parser.add_argument("--damage", type=float, default=1.1, help="perplexity that is bearable, in multiples of the unsteered")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts per forward (default: %(default)s)")
+    parser.add_argument(
+        "--damage", type=float, default=1.1, help="perplexity that is bearable, in multiples of the unsteered"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="texts per forward (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of sweep.json and sweep.png")
 
 
@@ -532,7 +547,9 @@ def run(args: argparse.Namespace) -> int:
     """Run `steerfast sweep`; returns the exit code."""
     from . import cli
 
-    read = {n: cli._texts(f"--{n}", getattr(args, n)) for n in ("positive", "negative", "prompts", "wanted", "unwanted")}
+    read = {
+        n: cli._texts(f"--{n}", getattr(args, n)) for n in ("positive", "negative", "prompts", "wanted", "unwanted")
+    }
     neutral = NEUTRAL if args.neutral is None else tuple(cli._texts("--neutral", args.neutral))
     probe = Probe(tuple(read["prompts"]), tuple(read["wanted"]), tuple(read["unwanted"]), neutral)
     model, tokenizer = cli._load(args)
@@ -546,9 +563,11 @@ def run(args: argparse.Namespace) -> int:
         cli._say(f"No cell keeps the perplexity below {args.damage:g} times the unsteered one; try smaller strengths.")
     else:
         gain, ratio = best.effect - found.baseline.effect, best.perplexity / found.baseline.perplexity
-        cli._say(f"Best        {best.method}, layer {best.layer}, strength {best.strength:g}: {gain:+.2f} nats, perplexity × {ratio:.2f}")
+        change = f"{gain:+.2f} nats, perplexity × {ratio:.2f}"
+        cli._say(f"Best        {best.method}, layer {best.layer}, strength {best.strength:g}: {change}")
         sign = "-" if best.strength < 0 else ""
-        flags = f"--layers {best.layer} --site {args.site} --method {best.method} --normalize --strength {sign}{best.norm:.4g}"
+        flags = f"--layers {best.layer} --site {args.site} --method {best.method} --normalize"
+        flags += f" --strength {sign}{best.norm:.4g}"
         cli._say(f"Next        steerfast extract {args.model} --positive ... --negative ... {flags} --out plan")
     cli._say(f"Cells       {args.out / 'sweep.json'}")
     try:

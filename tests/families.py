@@ -1,8 +1,9 @@
 """Tiny models of real architectures with random weights: two or three layers, odd widths, norms that are not the
 identity.
 
-`build(name)` returns the model of `FAMILIES[name]`, or of `MULTIMODAL[name]`, in eval mode, float32, built once per process and shared: a test
-that changes one must restore it. `CORE` names the families that every feature is tested on; the rest is breadth.
+`build(name)` returns the model of `FAMILIES[name]`, or of `MULTIMODAL[name]`, in eval mode, float32, built once per
+process and shared: a test that changes one must restore it. `CORE` names the families that every feature is tested on;
+the rest is breadth.
 """
 
 from __future__ import annotations
@@ -113,20 +114,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
     "lfm2": ("Lfm2Config", _LLAMA | {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8}),
-    "recurrent_gemma": (
-        "RecurrentGemmaConfig",
-        _LLAMA
-        | {
-            "lru_width": 48,
-            "head_dim": 12,
-            "num_key_value_heads": 1,
-            "attention_window_size": 16,
-            "block_types": ["recurrent", "recurrent", "attention"],
-        },
-    ),
 }
-if transformers.__version__.startswith("4."):  # there its state lives in its modules, from one pass to the next
-    del FAMILIES["recurrent_gemma"]
 
 # Vision-language models: name -> (config class, its arguments, text config class, the text config's arguments)
 IMAGE_TOKEN = 100

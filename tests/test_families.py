@@ -22,7 +22,11 @@ from steerfast.layers import find_layers
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 EVERY = (*FAMILIES, *MULTIMODAL)
-COMPILED = tuple(name for name in EVERY if name not in ("llama", "gpt2", "gpt_neox", "falcon"))  # test_compile.py
+# One of each build: a trace costs two seconds. test_compile.py has llama, gpt2, gpt_neox and falcon.
+COMPILED = (
+    *("gemma3", "opt", "bloom", "gptj", "mpt", "cohere", "phi3"),
+    *("mixtral", "qwen2_moe", "gpt_oss", "bamba", "lfm2", *MULTIMODAL),
+)
 LAYER = 1
 SETTINGS = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
 # There the model itself breaks the graph: experts looped over by what the tokens chose, caches of a scan.
@@ -199,8 +203,8 @@ def test_a_prepared_and_compiled_model_equals_the_eager_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_captured_hidden_states_show_the_steered_stream(name: str) -> None:
-    """`output_hidden_states` against ours: see docs/hooks.md. transformers 4 wraps the block's forward in some families,
-    inside every hook, and there shows the block's own output."""
+    """`output_hidden_states` against ours: see docs/hooks.md. transformers 4 wraps the block's forward in some
+    families, inside every hook, and there shows the block's own output."""
     model, ids = build(name), ids_for(1, 5, 5)
     layers = find_layers(model)
     v, decoder = vector(layers.d), model.get_submodule(layers.path.rpartition(".")[0])
@@ -242,7 +246,9 @@ def test_images_count_as_prompt(name: str) -> None:
     whole = torch.nn.functional.pad(mask, (0, 3), value=1)
     positions = {"position_ids": (whole.cumsum(1) - 1).clamp(min=0)}
     with torch.no_grad(), edited(model, LAYER, where[..., None] * 2 * v):
-        expected = model(sequence, attention_mask=whole, pixel_values=pixels, use_cache=False, **positions).logits[:, 8:]
+        expected = model(sequence, attention_mask=whole, pixel_values=pixels, use_cache=False, **positions).logits[
+            :, 8:
+        ]
     torch.testing.assert_close(torch.stack(out.logits, 1), expected, atol=5e-5, rtol=5e-5)
 
 
@@ -305,7 +311,10 @@ def test_continuous_batching_with_one_plan_for_all_requests(llama: Any) -> None:
 
 def test_continuous_batching_refuses_what_it_cannot_follow(llama: Any) -> None:
     add = sf.Add(vector(48))
-    with pytest.raises(ValueError, match="a plan per row cannot be followed"), sf.steer(llama, [{1: add}, None, {1: add}]):
+    with (
+        pytest.raises(ValueError, match="a plan per row cannot be followed"),
+        sf.steer(llama, [{1: add}, None, {1: add}]),
+    ):
         batched(llama, PROMPTS)
     for positions in ("prompt", "generated", "last", [0]):
         with (

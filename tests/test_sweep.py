@@ -143,8 +143,15 @@ def test_another_sweep_or_a_damaged_file_is_refused(tmp_path: Any) -> None:
 
 
 def cells() -> Sweep:
-    grid = [("pca", 3, -1.0, 0.5, 21.0), ("pca", 3, 1.0, 2.5, 21.5), ("pca", 7, 1.0, 4.0, 80.0), ("logistic", 3, 1.0, 1.0, 20.5)]
-    return Sweep([Cell(m, layer, s, 5.0, e, p) for m, layer, s, e, p in grid], Cell("none", -1, 0, 0, 0.5, 20.0), "stream")
+    grid = [
+        ("pca", 3, -1.0, 0.5, 21.0),
+        ("pca", 3, 1.0, 2.5, 21.5),
+        ("pca", 7, 1.0, 4.0, 80.0),
+        ("logistic", 3, 1.0, 1.0, 20.5),
+    ]
+    return Sweep(
+        [Cell(m, layer, s, 5.0, e, p) for m, layer, s, e, p in grid], Cell("none", -1, 0, 0, 0.5, 20.0), "stream"
+    )
 
 
 def test_the_best_cell_is_the_strongest_that_is_bearable() -> None:
@@ -226,7 +233,19 @@ def test_the_command_on_a_real_model(tmp_path: Any, capsys: pytest.CaptureFixtur
     add_arguments(parser)
     texts = ["--positive", "I love you", "--negative", "I hate you", "--prompts", "I think people are", "My boss is"]
     words = ["--wanted", " kind", " wonderful", "--unwanted", " cruel", " awful", "--neutral", *NEUTRAL[:2]]
-    grid = ["--layers", "8,14", "--strengths", "0.2", "0.5", "--damage", "3", "--out", str(tmp_path), "--batch-size", "32"]
+    grid = [
+        "--layers",
+        "8,14",
+        "--strengths",
+        "0.2",
+        "0.5",
+        "--damage",
+        "3",
+        "--out",
+        str(tmp_path),
+        "--batch-size",
+        "32",
+    ]
     assert run(parser.parse_args(["demo", *texts, *words, *grid])) == 0
     shown = capsys.readouterr().out
     assert "unsteered: effect" in shown

@@ -1,0 +1,120 @@
+"""`plan show | convert`: every number that is shown, every format there and back, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import doctest
+from typing import Any
+
+import pytest
+import torch
+
+import steerfast as sf
+from steerfast import plan_tools
+from steerfast.plan_tools import FORMATS, add_arguments, convert, run, show
+
+V = torch.tensor([3.0, 4.0, 0.0])
+U = torch.tensor([0.0, 1.0, 2.0])
+
+
+@pytest.fixture
+def plan(tmp_path: Any) -> Any:
+    return sf.Plan({1: sf.Add(V, 2.0), 2: sf.Add(U, -0.5)}, model=sf.ModelCard("LlamaForCausalLM:", 3, 4)).save(
+        tmp_path / "plan"
+    )
+
+
+def test_show_names_model_positions_and_norms(tmp_path: Any) -> None:
+    edits = {1: [sf.Add(V, 2.0, keep_norm=True), sf.Amplify(torch.stack([V, U]), 0.5)], ("attn_out", 3): sf.Ablate(V)}
+    flow = sf.Flow(sf.Barrier(torch.eye(3)[:1], torch.zeros(1), torch.ones(1)), angle=0.3)
+    saved = sf.Plan({**edits, 0: flow}, positions=[0, -1], model=sf.ModelCard("LlamaForCausalLM:", 3, 4)).save(
+        tmp_path / "p"
+    )
+    lines = show(saved).splitlines()
+    assert lines[0].split() == ["model", "LlamaForCausalLM:", "(width", "3,", "4", "layers)"]
+    assert lines[1] == "positions  (0, -1)"
+    rows = [line.split() for line in lines[4:]]
+    assert rows[0] == [
+        "resid_post",
+        "1",
+        "Add",
+        "1",
+        "×",
+        "3",
+        "5",
+        "strength=2,",
+        "keep_norm=True,",
+        "‖c·v‖",
+        "=",
+        "10",
+    ]
+    assert rows[1] == ["resid_post", "1", "Amplify", "features", "2", "×", "3", "2.236", "to", "5", "alpha=0.5"]
+    assert rows[2] == ["attn_out", "3", "Ablate", "direction", "1", "×", "3", "1"]
+    assert rows[3][:3] == ["resid_post", "0", "Flow"]
+    assert "angle=0.3" in lines[7]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_every_format_and_back_keeps_the_vectors(plan: Any, tmp_path: Any, to: str) -> None:
+    there = convert(plan, tmp_path / "there", to)
+    back = sf.Plan.load(convert(there, tmp_path / "back", "plan"))
+    added = {place: edit.tensors()["vector"] * edit.strength for place, (edit,) in back.edits.items()}
+    assert set(added) == {("resid_post", 1), ("resid_post", 2)}
+    assert torch.equal(added["resid_post", 1], 2 * V)
+    assert torch.equal(added["resid_post", 2], -0.5 * U)
+    assert "resid_post" in show(there)
+
+
+def test_strength_multiplies(plan: Any, tmp_path: Any) -> None:
+    scaled = sf.Plan.load(convert(plan, tmp_path / "p", "plan", strength=3.0))
+    assert [edit.strength for (edit,) in scaled.edits.values()] == [6.0, -1.5]
+    vectors = sf.load_vectors(convert(plan, tmp_path / "d", "directions", strength=3.0))
+    assert sorted(float(d.norm) for d in vectors.values()) == pytest.approx([1.5 * 5**0.5, 30.0])
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: sf.Plan({1: sf.Ablate(V)}), r"Ablate\(.*\) at resid_post 1 is no vector that is added"),
+        (lambda: sf.Plan({1: sf.Add(V, keep_norm=True)}), r"at resid_post 1 is no vector that is added"),
+        (lambda: sf.Plan({1: sf.Add(V)}, positions="last"), r"has positions='last', which vectors cannot say"),
+        (lambda: sf.Plan({-1: sf.Add(V)}), r"resid_post -1 counts from the end"),
+    ],
+)
+def test_what_a_vector_cannot_say_is_refused(made: Any, message: str, tmp_path: Any) -> None:
+    saved = made().save(tmp_path / "plan")
+    for to in FORMATS[1:]:
+        with pytest.raises(ValueError, match=message):
+            convert(saved, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+    assert repr(sf.Plan.load(convert(saved, tmp_path / "again", "plan"))) == repr(made())
+
+
+def test_bad_input(plan: Any, tmp_path: Any) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
+        show(tmp_path / "nothing")
+    with pytest.raises(FileExistsError, match="plan exists"):
+        convert(plan, plan, "gguf")
+    with pytest.raises(ValueError, match="to is 'zip'; expected one of plan, directions"):
+        convert(plan, tmp_path / "x", "zip")
+    ablate = sf.Plan({1: sf.Ablate(V)}).save(tmp_path / "ablate")
+    with pytest.raises(ValueError, match="Ablate at resid_post 1 has no strength to multiply"):
+        convert(ablate, tmp_path / "x", "plan", strength=2.0)
+    (plan / "plan.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        show(plan)
+
+
+def test_the_command(plan: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert run(parser.parse_args(["show", str(plan)])) == 0
+    assert "‖c·v‖ = 10" in capsys.readouterr().out
+    assert run(parser.parse_args(["convert", str(plan), str(tmp_path / "v.gguf"), "--to", "gguf"])) == 0
+    assert f"Written     {tmp_path / 'v.gguf'}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parser.parse_args([])
+
+
+def test_the_docstrings_examples_run() -> None:
+    assert doctest.testmod(plan_tools).failed == 0
