@@ -310,9 +310,12 @@ def _tile_slot(
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < rank
     y, square = _tile_project(x_ptr, stride_x_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k, D, BLOCK_D)
-    g = tl.where((offs_k == 0)[None, :], 1.0, tl.zeros_like(y))  # ADD: the first lift row as it is
+    g = tl.zeros_like(y)
     alpha = tl.full(weight.shape, 1.0, tl.float32)
     gain = weight
+    if ADD & MODES:
+        if mode == ADD:  # the lift row as it is
+            g = tl.where((offs_k == 0)[None, :], 1.0, g)
     if HINGE & MODES:
         if mode == HINGE:
             g = _hinge(y, constants_ptr + 8, offs_k[None, :], mask_k[None, :])

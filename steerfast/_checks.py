@@ -77,7 +77,10 @@ def check_dictionary(op: str, name: str, weights: Tensor, bias_name: str, bias: 
 def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> Tensor:
     """Directions as float32 CPU rows (m, d): finite, none of them zero. Takes a tensor or an object with `.vector`."""
     value = getattr(value, "vector", value)
-    rows = torch.as_tensor(value)
+    try:
+        rows = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{owner}: {name} must be a tensor, or carry one as .vector; got {type(value).__name__}") from None
     if not rows.is_floating_point():
         raise TypeError(f"{owner}: {name} has dtype {rows.dtype}; expected a floating dtype")
     rows = rows.detach().to("cpu", torch.float32, copy=True)  # the caller may go on changing its tensor

@@ -88,6 +88,13 @@ class Bank:
         if not 0 <= slot < self.slots.shape[0] or slot in self._held:
             raise ValueError(f"Bank.register: slot {slot} is taken or outside 0 to {self.slots.shape[0] - 1}")
         stored = [spec.lift] if spec.project is spec.lift else [spec.project, spec.lift]
+        stored = [part.to(self.vectors) for part in stored]
+        for part in stored:
+            if not part.isfinite().all() or (part == 0).all(1).any():
+                raise ValueError(
+                    f"Bank.register: {intervention!r} does not fit {self.vectors.dtype}: a row overflows or vanishes there; scale the "
+                    "vector towards length 1 and put its size into the strength"
+                )
         rank, rows = spec.lift.shape[0], sum(part.shape[0] for part in stored)
         project = self._vector_rows.take(rows, "directions")
         try:
@@ -95,7 +102,7 @@ class Bank:
         except RuntimeError:
             self._vector_rows.give(project, rows)
             raise
-        self.vectors[project : project + rows] = torch.cat(stored).to(self.vectors)
+        self.vectors[project : project + rows] = torch.cat(stored)
         self.coefficients[constants] = spec.constants.to(self.coefficients)
         self.coefficients[constants + 1 : constants + 1 + rank] = spec.coefficients.to(self.coefficients)
         lift = project + rows - rank

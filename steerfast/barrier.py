@@ -39,6 +39,9 @@ class Barrier:
     accuracy: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("basis", "eigenvalues", "bias"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise TypeError(f"Barrier: {name} must be a tensor; got {type(getattr(self, name)).__name__}")
         rank = self.basis.shape[0] if self.basis.dim() == 2 else 0
         if rank == 0 or self.eigenvalues.shape != (rank,) or self.bias.shape != (rank,):
             raise ValueError(

@@ -10,11 +10,13 @@ of continuous batching, where a plan that cannot be followed must be refused bef
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +26,11 @@ from . import ops, reference
 from ._backends import backend_of
 from ._checks import MAX_SLOTS_PER_ROW, finite_number
 from .bank import Bank, Runs, fitting
+from .generation import announced, valid_tokens
 from .interventions import Intervention
 from .layers import Layers, Point, find_layers
 from .plan import Plan, as_plan
-from .positions import IDLE, Layer, Pass, Prompt, Table
+from .positions import IDLE, Layer, Owners, Pass, Prompt, Table
 from .reference import ALL_MODES
 
 _ATTRIBUTE = "_steerfast"
@@ -74,7 +77,9 @@ def steer(
     for one in plans:
         if one is not None:
             controller.check(one)
-    return Steering(controller, plans, per_row=many, strength=strength, prompt_length=prompt_length)
+    lengths = _prompt_lengths(prompt_length)
+    controller.check_positions([one for one in plans if one is not None], lengths)
+    return Steering(controller, plans, per_row=many, strength=strength, prompt_length=lengths)
 
 
 def prepare(
@@ -108,9 +113,15 @@ def prepare(
     controller = _controller(model)
     if controller.handles:
         raise RuntimeError("prepare: the model is being steered; remove the handles first")
+    for name, value in (("batch", batch), ("length", length), ("slots", slots), ("directions", directions)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"prepare: {name} is {value!r}; expected a whole number >= 1")
+    if layers is not None and (not isinstance(layers, Sequence) or not layers):
+        raise TypeError(f"prepare: layers is {layers!r}; expected a non-empty list of layers, or None for all")
     chosen = range(controller.layers.count) if layers is None else layers
     points = [(site, controller.layers.resolve(layer, "prepare")) for layer in chosen]
-    controller.prepare(points, batch, length, slots, directions)
+    with torch.inference_mode(False):
+        controller.prepare(points, batch, length, slots, directions)
 
 
 class Steering:
@@ -122,7 +133,7 @@ class Steering:
         plans: list[Plan | None],
         per_row: bool,
         strength: float | Sequence[float],
-        prompt_length: int | Sequence[int] | None,
+        prompt_length: tuple[int, ...] | None,
     ) -> None:
         self._controller = controller
         self.plans = plans
@@ -141,6 +152,7 @@ class Steering:
 
     @strength.setter
     def strength(self, value: float | Sequence[float]) -> None:
+        self._check_active()
         self._strengths = _strengths(value, len(self.plans), self.per_row)
         self._controller.refresh()
 
@@ -153,23 +165,34 @@ class Steering:
 
     def remove(self) -> None:
         """Detach: no hook remains, unless the model was prepared, and `generate` is restored. Safe to call twice."""
-        if not self._active:
-            return
-        self._counts = self.stats()
-        self._active = False
-        self._controller.detach(self)
-        if not any(self._counts):
-            warnings.warn("steer: no token was edited; did the model run, and do the positions fit?", RuntimeWarning, stacklevel=3)
+        if self._detach() and not any(self._counts):
+            warnings.warn(
+                "steer: no token was edited; did the model run, and do the positions fit?", RuntimeWarning, stacklevel=2
+            )
 
     def __enter__(self) -> Steering:
+        self._check_active()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._counts = [count or 1 for count in self.stats()]  # the run was cut short: no warning on top of its error
-        self.remove()
+        if error is None:
+            self.remove()
+        else:
+            self._detach()  # the run was cut short: no warning on top of its error
+
+    def _detach(self) -> bool:
+        if not self._active:
+            return False
+        self._counts = self.stats()
+        self._active = False
+        self._controller.detach(self)
+        return True
+
+    def _check_active(self) -> None:
+        if not self._active:
+            raise RuntimeError("steer: this handle has been removed; call steer again")
 
     def layer(self, batch: int) -> Layer:
         """The handle's plans spread over the rows of a batch."""
@@ -202,7 +225,7 @@ class Dispatcher:
                 for slot, edit in edits.items():
                     self.bank.register(edit, slot)
                     done.append(slot)
-            except (RuntimeError, ValueError):
+            except BaseException:
                 for slot in done:
                     self.bank.release(slot)
                 raise
@@ -272,16 +295,23 @@ class Controller:
         self._runs = Runs(1 << 20)
         self._prompt: Prompt | None = None
         self._table: Table | None = None
-        self._generating = False
+        self._prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()  # by the cache that a bare pass filled
+        self._generating: int | None = None  # the thread that is inside generate
+        self._originals: dict[str, tuple[Any, bool]] = {}  # what a shadow hides, and whether the instance had its own
+        self._unplaced = False  # prepared, but the positions need a prompt that only generate would show
+        self._ones = torch.empty(0)
         self._batching = False  # continuous batching has run under a plan
         self._host_counts: dict[int, int] = {}
         self._device_counts: Tensor | None = None
-        self._broadcasts: dict[Pass, tuple[Tensor, Tensor]] = {}
+        self._broadcasts: dict[Owners, tuple[Tensor, Tensor]] = {}
         self._decoder = model.get_submodule(layers.path.rpartition(".")[0])
         self._names = list(inspect.signature(self._decoder.forward).parameters)
         self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
         self._mask: Any = None  # as the model around the decoder was given it, not yet prepared
         self._static_rows = self._static_scale = torch.empty(0)
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("steer: a model cannot be copied or pickled while it is steered or prepared; do that first")
 
     # --- plans come and go -------------------------------------------------------------------------------------------
 
@@ -305,17 +335,37 @@ class Controller:
         if not self.prepared and _is_compiled(self.model):
             raise RuntimeError("steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before compiling")
 
+    def check_positions(self, plans: list[Plan], lengths: tuple[int, ...] | None) -> None:
+        """Refuse positions that this model could never show, and two lengths of one prompt."""
+        others = {h.prompt_length for h in self.handles if h.prompt_length is not None}
+        if lengths is not None and others - {lengths}:
+            raise ValueError(f"steer: prompt_length {lengths} differs from {others.pop()} of a handle that is active; a prompt has one length")
+        named = [plan for plan in plans if not isinstance(plan.positions, str) or plan.positions != "all"]
+        if not named:
+            return
+        if "past_key_values" not in self._names:
+            raise ValueError(
+                f"steer: positions={named[0].positions!r} needs a cache of keys and values to count tokens; {self.layers.name} keeps "
+                'another state: use positions="all"'
+            )
+        if not hasattr(self.model, "generate") and lengths is None:
+            raise ValueError(
+                f"steer: positions={named[0].positions!r} on a bare decoder ({self.layers.name}) needs prompt_length=, because generate "
+                "runs on the model around it; steer that model instead"
+            )
+
+    @torch.inference_mode(False)
     def attach(self, handle: Steering) -> None:
         """Give each plan its slots, the same in every layer, and start steering."""
         chains = [0 if plan is None else max(len(chain) for _, _, chain in self._places(plan)) for plan in handle.plans]
         wanted: dict[tuple[str, int], dict[int, Intervention]] = {}
-        for plan, width in zip(handle.plans, chains, strict=True):
-            first = self._runs.take(width, "slots") if width else 0
-            handle.slots.append(tuple(range(first, first + width)))
-            for site, layer, chain in () if plan is None else self._places(plan):
-                wanted.setdefault((site, layer), {}).update(enumerate(chain, first))
         vars(self.model)[_ATTRIBUTE] = self
         try:
+            for plan, width in zip(handle.plans, chains, strict=True):
+                first = self._runs.take(width, "slots") if width else 0
+                handle.slots.append(tuple(range(first, first + width)))
+                for site, layer, chain in () if plan is None else self._places(plan):
+                    wanted.setdefault((site, layer), {}).update(enumerate(chain, first))
             for place in wanted:
                 self._dispatcher(place)
             for place, dispatcher in self.dispatchers.items():  # the row table is shared: every bank must know every slot
@@ -323,17 +373,18 @@ class Controller:
             self._watch()
             self.handles.append(handle)
             self.refresh()
+            self._shadow()
         except BaseException:
             self.detach(handle)
             raise
-        for name, shadow in self._shadows.items():
-            if name not in vars(self.model) and hasattr(self.model, name):
-                setattr(self.model, name, shadow)
 
+    @torch.inference_mode(False)
     def detach(self, handle: Steering) -> None:
         """Release the slots of a handle; with the last one go the hooks and the shadow of generate."""
         if handle in self.handles:
             self.handles.remove(handle)
+        if not self.handles:
+            self._unhook()
         for slots in handle.slots:
             if slots:
                 self._runs.give(slots[0], len(slots))
@@ -346,22 +397,39 @@ class Controller:
             self._forget(slots)
         if self.handles:
             self.refresh()
-            return
-        self._prompt, self._table, self.now = None, None, IDLE
+
+    def _unhook(self) -> None:
+        """Nothing is steered any more: whatever else happens, the model is itself again."""
+        self._prompt, self._table, self.now, self._unplaced = None, None, IDLE, False
         self._broadcasts.clear()
-        for name, shadow in self._shadows.items():
-            if vars(self.model).get(name) == shadow:
-                delattr(self.model, name)
+        self._prompts.clear()
+        for name, (original, own) in self._originals.items():
+            if own:
+                setattr(self.model, name, original)
+            else:
+                vars(self.model).pop(name, None)
+        self._originals.clear()
         if self._batching and _cached_manager(self.model) is not None:  # its prefix cache is steered
             self.model.destroy_cached_continuous_batching_manager()  # type: ignore[operator]
         self._batching = False
         if self.prepared:
             self._static_rows.fill_(-1)
-        else:
-            while self._hooks:
-                self._hooks.pop().remove()
-            vars(self.model).pop(_ATTRIBUTE, None)
+            return
+        for dispatcher in self.dispatchers.values():
+            dispatcher.hook.remove()
+        self.dispatchers.clear()
+        while self._hooks:
+            self._hooks.pop().remove()
+        vars(self.model).pop(_ATTRIBUTE, None)
 
+    def _shadow(self) -> None:
+        """Put our entries of generation in front of the model's, on the instance."""
+        for name, shadow in {"generate": self._generate, "init_continuous_batching": self._init_continuous_batching}.items():
+            if name not in self._originals and hasattr(self.model, name):
+                self._originals[name] = getattr(self.model, name), name in vars(self.model)
+                setattr(self.model, name, shadow)
+
+    @torch.inference_mode(False)
     def refresh(self) -> None:
         """Rebuild the table of the batch that is running: a handle came, went, or changed its strength."""
         self._broadcasts.clear()
@@ -383,13 +451,14 @@ class Controller:
 
     def broadcast(self, now: Pass) -> tuple[Tensor, Tensor]:
         """The owners of a pass that treats every token alike, as tables with one row."""
-        if now not in self._broadcasts:
-            slots, scales = zip(*(now.owners or ()), strict=True)
-            self._broadcasts[now] = (
+        owners = now.owners or ()
+        if owners not in self._broadcasts:
+            slots, scales = zip(*owners, strict=True)
+            self._broadcasts[owners] = (
                 torch.tensor([slots], dtype=torch.int32, device=self._device),
                 torch.tensor([scales], dtype=torch.float32, device=self._device),
             )
-        return self._broadcasts[now]
+        return self._broadcasts[owners]
 
     def _places(self, plan: Plan) -> list[tuple[str, int, tuple[Intervention, ...]]]:
         """(site, layer, chain) with layers counted from 0; two names of one layer are one chain."""
@@ -418,6 +487,7 @@ class Controller:
         """Hook the decoder and, where it is nested, the model around it."""
         if not self._hooks:
             self._hooks.append(self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._hooks.append(self._decoder.register_forward_hook(self._end, with_kwargs=True))
             if self.model is not self._decoder:
                 names = list(inspect.signature(self.model.forward).parameters)
                 note = partial(self._note_mask, names)
@@ -449,31 +519,45 @@ class Controller:
             self.now = self._for_all_requests(tokens)
             self._count(self.now, batch * count)
             return
+        if self._generating not in (None, threading.get_ident()):
+            raise RuntimeError("steer: the model runs in two threads at once, and only one of them can be inside generate")
         start = _past_length(inputs)
-        table = self._table if self._generating else self._bare(batch, count, start, mask)
+        table = self._table if self._generating else self._bare(batch, count, start, inputs.get("past_key_values"), mask)
         if table is None:
             raise RuntimeError("steer: the model runs inside generate, but no prompt was announced")
+        if "past_key_values" not in self._names and not bool(table.prompt.valid.all()):
+            raise ValueError(f"steer: {self.layers.name} keeps a state that hides which tokens are padding; run its prompts unpadded")
         self.now = table.at(start, count, batch) if isinstance(start, int) else table.gather(start, count, batch)
         self._count(self.now, batch * count)
 
-    def _bare(self, batch: int, count: int, start: int | Tensor, mask: Any) -> Table:
+    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After the decoder ran: a cache that it filled belongs to the prompt that it read."""
+        if torch.compiler.is_compiling() or self._generating or self._prompt is None:
+            return
+        cache = getattr(output, "past_key_values", None)
+        if hasattr(cache, "get_seq_length"):
+            self._prompts[cache] = self._prompt
+
+    @torch.inference_mode(False)
+    def _bare(self, batch: int, count: int, start: int | Tensor, cache: Any, mask: Any) -> Table:
         """The table of a forward pass outside generate."""
-        known = self._prompt is not None and self._prompt.batch == batch
-        if isinstance(start, Tensor) or start > 0:
-            if known and self._table is not None:
-                return self._table
-            if isinstance(start, Tensor):
-                raise ValueError("steer: a static cache that was filled unseen hides how long the prompt is; run the prompt under steer, or use generate")
-        valid = _valid(mask, batch, start + count)
-        starts = next((h.prompt_length for h in self.handles if h.prompt_length is not None), None)
-        if starts is None:
-            lengths = None if start > 0 else torch.where(valid, torch.arange(1, valid.shape[1] + 1), 0).amax(1)
+        known = self._prompts.get(cache) if hasattr(cache, "get_seq_length") else None
+        if isinstance(start, Tensor) and known is None:
+            start = int(start)  # once per prompt: a static cache that we have not seen may be empty or not
+        if known is not None and known.batch == batch and (isinstance(start, Tensor) or start > 0):
+            return self._table_for(known)
+        valid = valid_tokens(mask, batch, int(start) + count)
+        given = next((h.prompt_length for h in self.handles if h.prompt_length is not None), None)
+        if given is None:
+            lengths = None if int(start) > 0 else torch.where(valid, torch.arange(1, valid.shape[1] + 1), 0).amax(1)
         else:
-            lengths = torch.as_tensor(starts).expand(batch).clone()
+            lengths = _per_row(given, batch)
             valid = nn.functional.pad(valid, (0, max(0, int(lengths.max()) - valid.shape[1])), value=True)
-        if known and self._table is not None and self._prompt is not None and _same(self._prompt, valid, lengths):
-            return self._table
-        return self._build(Prompt(valid, lengths))
+        prompt = Prompt(valid, lengths)
+        return self._table_for(self._prompt if self._prompt is not None and _same(self._prompt, prompt) else prompt)
+
+    def _table_for(self, prompt: Prompt) -> Table:
+        return self._table if prompt is self._prompt and self._table is not None else self._build(prompt)
 
     def _for_all_requests(self, tokens: Tensor) -> Pass:
         """A pass of continuous batching: (1, tokens) of several requests, and nothing that tells them apart."""
@@ -504,29 +588,39 @@ class Controller:
         self._prompt, self._table = prompt, table
         return table
 
+    @torch.inference_mode(False)
     def _count(self, now: Pass, tokens: int) -> None:
         if now.owners is not None:
             for slot, _ in now.owners:
                 self._host_counts[slot] = self._host_counts.get(slot, 0) + tokens
         elif now.rows is not None and self._device_counts is not None:
-            self._device_counts.index_add_(0, now.rows.flatten().long() + 1, torch.ones_like(now.rows.flatten(), dtype=torch.int64))
+            owned = now.rows.flatten().long() + 1
+            if self._ones.shape[0] < owned.shape[0] or self._ones.device != owned.device:
+                self._ones = torch.ones(owned.shape[0], dtype=torch.int64, device=owned.device)
+            self._device_counts.index_add_(0, owned, self._ones[: owned.shape[0]])
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """Shadow of the model's generate: announces the prompt, then runs the real one."""
-        kind: Any = type(self.model)
-        generate: Callable[..., Any] = kind.generate
-        if self._generating:  # a model that is its own assistant generates inside generate
-            return generate(self.model, *args, **kwargs)
-        prompt = _announced(self.model, args, kwargs)
-        self._generating = True
+        generate = self._originals["generate"][0]
+        if self._generating == threading.get_ident():  # a model that is its own assistant generates inside generate
+            return generate(*args, **kwargs)
+        if self._generating is not None:
+            raise RuntimeError("steer: generate is running in another thread; a steered model generates one batch at a time")
+        prompt, copies = announced(self.model, args, kwargs)
+        self._generating = threading.get_ident()
         try:
-            table = self._build(prompt)
-            if self.prepared:
-                self._publish(table, _copies(self.model, kwargs))
-            return generate(self.model, *args, **kwargs)
+            with torch.inference_mode(False):
+                table = self._build(prompt)
+                if self.prepared:
+                    self._unplaced = False
+                    self._publish(table, copies)
+            return generate(*args, **kwargs)
         finally:
-            self._generating = False
+            self._generating = None
             self._prompt, self._table, self.now = None, None, IDLE
+            if self.prepared and self.handles:
+                with torch.inference_mode(False):
+                    self._publish_unprompted()
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Shadow of the entry of continuous batching: what its thread could not follow is refused here."""
@@ -543,20 +637,21 @@ class Controller:
             raise RuntimeError(_GRAPHS)
         return manager
 
-    @property
-    def _shadows(self) -> dict[str, Callable[..., Any]]:
-        return {"generate": self._generate, "init_continuous_batching": self._init_continuous_batching}
-
     # --- under torch.compile -----------------------------------------------------------------------------------------
 
     def prepare(self, points: list[tuple[str, int]], batch: int, length: int, slots: int, directions: int) -> None:
         """Install inert dispatchers with banks of fixed size and a row table at a fixed address."""
+        if self.prepared:
+            raise RuntimeError("prepare: the model is already prepared; a second time would change what a compiled graph has seen")
         if _is_compiled(self.model):
             raise RuntimeError("prepare: the model is already compiled; call prepare before torch.compile")
-        for place in points:
-            point = self.layers.point(place[1], place[0], "prepare")
-            bank = Bank(point.width, slots, directions, *_storage(self.layers.blocks[place[1]], self.model))
-            self.dispatchers[place] = Dispatcher(self, point, bank, fixed=True)
+        found = {place: self.layers.point(place[1], place[0], "prepare") for place in points}
+        banks = {
+            place: Bank(point.width, slots, directions, *_storage(self.layers.blocks[place[1]], self.model))
+            for place, point in found.items()
+        }
+        for place, point in found.items():
+            self.dispatchers[place] = Dispatcher(self, point, banks[place], fixed=True)
         self._runs = Runs(slots)
         self._static_rows = torch.full((batch, length + 1, MAX_SLOTS_PER_ROW), -1, dtype=torch.int32, device=self._device)
         self._static_scale = torch.ones(batch, MAX_SLOTS_PER_ROW, device=self._device)
@@ -569,8 +664,12 @@ class Controller:
         """The pass as a part of the compiled graph: a gather from the table that `_publish` fills."""
         if not self.prepared:
             raise RuntimeError("steer: the model is being compiled; call prepare(model) before torch.compile")
+        if self._unplaced:
+            raise RuntimeError("steer: a compiled pass outside generate does not show its prompt; pass prompt_length= to steer")
         tokens = _tokens(inputs)
         batch, count = tokens.shape[:2]
+        if batch > self._static_rows.shape[0]:
+            raise ValueError(f"steer: a batch of {batch}; prepare made room for {self._static_rows.shape[0]}")
         position = _past_length(inputs) + torch.arange(count, device=self._static_rows.device)
         rows = self._static_rows[:batch, position.clamp(max=self._static_rows.shape[1] - 1)]
         mask = self._given_mask(inputs)
@@ -601,33 +700,45 @@ class Controller:
     def _publish_unprompted(self) -> None:
         """Fill the buffers for bare compiled passes: what prompt_length, or positions="all", says without a prompt."""
         self._static_rows.fill_(-1)
+        given = next((h.prompt_length for h in self.handles if h.prompt_length is not None), None)
+        plans = [plan for handle in self.handles for plan in handle.plans if plan is not None]
+        self._unplaced = given is None and any(not isinstance(p.positions, str) or p.positions != "all" for p in plans)
+        if self._unplaced or not self.handles:
+            return
         rows = next((len(handle.plans) for handle in self.handles if handle.per_row), self._static_rows.shape[0])
-        starts = next((h.prompt_length for h in self.handles if h.prompt_length is not None), None)
-        lengths = None if starts is None else torch.as_tensor(starts).expand(rows).clone()
+        lengths = None if given is None else _per_row(given, rows)
         valid = torch.ones(rows, 0 if lengths is None else int(lengths.max()), dtype=torch.bool)
-        shown = [h for h in self.handles if lengths is not None or all(p is None or p.positions == "all" for p in h.plans)]
-        if shown:
-            self._publish(Table(Prompt(valid, lengths), [handle.layer(rows) for handle in shown], self._device), 1)
+        self._publish(Table(Prompt(valid, lengths), [handle.layer(rows) for handle in self.handles], self._device), 1)
 
     @property
     def _device(self) -> torch.device:
-        return next(self._decoder.parameters()).device
+        return _storage(self.layers.blocks[0], self.model)[1]
 
 
 def _controller(model: nn.Module) -> Controller:
     """The controller of a model; a new one is known to nobody until it attaches something."""
     inner = getattr(model, "_orig_mod", model)
-    found = vars(inner).get(_ATTRIBUTE)
+    found = vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
     if found is None:
-        found = Controller(inner, find_layers(model, "steer"))
+        layers = find_layers(model, "steer")
+        if getattr(inner.config, "is_encoder_decoder", False):
+            raise TypeError(f"steer: {layers.name} is an encoder-decoder; only decoders can be steered")
+        found = Controller(inner, layers)
     if model is not inner and not found.prepared:
         raise RuntimeError("steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before torch.compile")
     return found
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether model.compile() or generate's own compilation has happened."""
-    return getattr(model, "_compiled_call_impl", None) is not None or getattr(model, "_compiled_call", None) is not None
+    """Whether any part of the model, or generate's own copy of its forward, has been compiled."""
+    if getattr(model, "_compiled_call", None) is not None:
+        return True
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module, "_orig_mod")
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
 
 
 def _strengths(value: float | Sequence[float], count: int, per_row: bool) -> list[float]:
@@ -642,7 +753,12 @@ def _storage(block: nn.Module, model: nn.Module) -> tuple[torch.dtype, torch.dev
     """dtype and device of the stream at a block."""
     for parameter in block.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            return parameter.dtype, parameter.device
+            device = parameter.device
+            if device.type == "meta":  # accelerate keeps the weights elsewhere until the block runs
+                device = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
+                if device is None:
+                    raise ValueError(f"steer: {type(model).__name__} has weights on the meta device; load them first")
+            return parameter.dtype, torch.device(device)
     raise ValueError(f"steer: {type(block).__name__} of {type(model).__name__} holds no floating parameter that shows the stream's dtype")
 
 
@@ -651,8 +767,10 @@ def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 
 def _tokens(inputs: dict[str, Any]) -> Tensor:
-    ids = inputs.get("input_ids")
-    return inputs["inputs_embeds"] if ids is None else ids
+    found = next((inputs[name] for name in ("input_ids", "inputs_embeds", "hidden_states") if inputs.get(name) is not None), None)
+    if not isinstance(found, Tensor):
+        raise TypeError("steer: this forward pass shows neither input_ids nor inputs_embeds, so its tokens cannot be counted")
+    return found
 
 
 def _past_length(inputs: dict[str, Any]) -> Any:
@@ -668,43 +786,26 @@ def _past_length(inputs: dict[str, Any]) -> Any:
     return length
 
 
-def _valid(mask: Any, batch: int, length: int) -> Tensor:
-    if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool)
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise ValueError(
-            "steer: this forward pass comes with a prepared attention mask, which hides its padding; pass the 2-D mask (batch, tokens), "
-            "or use generate"
-        )
-    return mask.bool().cpu()
+def _same(one: Prompt, other: Prompt) -> bool:
+    if (one.starts is None) != (other.starts is None) or not torch.equal(one.valid, other.valid):
+        return False
+    return one.starts is None or other.starts is None or torch.equal(one.starts, other.starts)
 
 
-def _same(prompt: Prompt, valid: Tensor, starts: Tensor | None) -> bool:
-    equal_starts = prompt.starts is None if starts is None else prompt.starts is not None and torch.equal(prompt.starts, starts)
-    return equal_starts and torch.equal(prompt.valid, valid)
+def _prompt_lengths(value: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """prompt_length as given: one number for all rows, or one per row."""
+    if value is None:
+        return None
+    numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if not numbers or any(isinstance(number, bool) or not isinstance(number, int) or number < 1 for number in numbers):
+        raise ValueError(f"steer: prompt_length is {value!r}; expected a number of tokens >= 1, or one per batch row")
+    return numbers
 
 
-def _announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
-    """The prompt of a call of generate, padding included."""
-    given = next((kwargs[name] for name in ("inputs_embeds", "input_ids", "inputs") if kwargs.get(name) is not None), None)
-    given = args[0] if given is None and args else given
-    if given is None:
-        return Prompt.whole(1, 1)  # generate starts from the beginning-of-text token
-    batch, length = given.shape[:2]
-    if batch == 0 or length == 0:
-        raise ValueError("steer: the prompt has no tokens; give generate at least one")
-    mask = kwargs.get("attention_mask")
-    if mask is None and not given.is_floating_point():
-        mask = _padding_mask(model, given, kwargs)
-    return Prompt.whole(batch, length, None if mask is None else _valid(mask, batch, length))
-
-
-def _padding_mask(model: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """What generate itself assumes without a mask: the pad token is padding, unless it also ends a text."""
-    config = kwargs.get("generation_config") or model.generation_config
-    pad, eos = (kwargs.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
-    eos = set(eos) if isinstance(eos, (list, tuple)) else {eos}
-    return None if pad is None or pad in eos else ids != pad
+def _per_row(lengths: tuple[int, ...], batch: int) -> Tensor:
+    if len(lengths) not in (1, batch):
+        raise ValueError(f"steer: prompt_length names {len(lengths)} rows; this batch has {batch}")
+    return torch.tensor(lengths).expand(batch).clone()
 
 
 def _cached_manager(model: nn.Module) -> Any:
@@ -717,9 +818,3 @@ def _uses_graphs(manager: Any) -> bool:
     config = getattr(manager, "continuous_batching_config", manager)
     used = getattr(config, "use_cuda_graph", None)
     return any(used) if isinstance(used, tuple) else used is not False
-
-
-def _copies(model: nn.Module, kwargs: dict[str, Any]) -> int:
-    """How often generate repeats each prompt: its beams, or its samples."""
-    config = kwargs.get("generation_config") or model.generation_config
-    return max(int(kwargs.get(name) or getattr(config, name, None) or 1) for name in ("num_beams", "num_return_sequences"))

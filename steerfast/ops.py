@@ -242,7 +242,7 @@ def flow_(
     steps: int = 10,
 ) -> Tensor:
     """`flow`, written into x."""
-    _check_in_place("flow_", x)
+    _check_in_place("flow_", x, basis, eigenvalues, bias)
     bank = _flow_bank("flow_", x, basis, eigenvalues, bias, path_length("flow_", T, angle), steps)
     return subspace_(x, *bank, modes=FLOW, max_rank=bank[0].shape[0])
 
@@ -302,7 +302,7 @@ def subspace_(
 ) -> Tensor:
     """`subspace`, written into x."""
     max_rank = _check_bank("subspace_", x, vectors, coefficients, slots, rows, scale, max_rank)
-    _check_in_place("subspace_", x)
+    _check_in_place("subspace_", x, vectors, coefficients, scale)
     run = torch.ops.steerfast.subspace_ if torch.compiler.is_compiling() else _library.run_subspace_
     run(x, vectors, coefficients, slots, rows, scale, modes, max_rank)
     return x
@@ -415,12 +415,15 @@ def _check(
     check_width(op, name, directions, x)
     check_table(op, rows, scale, x)
     if in_place:
-        _check_in_place(op, x)
+        _check_in_place(op, x, directions, scale)
 
 
-def _check_in_place(op: str, x: Tensor) -> None:
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise RuntimeError(f"{op}: x needs a gradient, which an in-place edit would break; use {op.rstrip('_')} instead")
+def _check_in_place(op: str, x: Tensor, *others: Tensor | None) -> None:
+    for name, tensor in (("x", x), *(("an argument", other) for other in others)):
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+            raise RuntimeError(f"{op}: {name} needs a gradient, which an in-place edit would break; use {op.rstrip('_')} instead")
+    if any(step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(f"{op}: x is an expanded view, several of whose rows share memory; use {op.rstrip('_')}, or x.contiguous()")
 
 
 def _check_bank(
@@ -486,9 +489,9 @@ def _make_flow_tables(
     return constants, torch.tensor([[FLOW, rank, 0, 0, 0, steps, 0, 0]], dtype=torch.int32, device=device)
 
 
-# Kept, so that a hot path allocates no constants.
-_hinge_tables = functools.lru_cache(maxsize=256)(_make_hinge_tables)
-_flow_tables = functools.lru_cache(maxsize=256)(_make_flow_tables)
+# Kept, so that a hot path allocates no constants; made outside inference mode, so that a later gradient can use them.
+_hinge_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_make_hinge_tables))
+_flow_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_make_flow_tables))
 
 
 def _calibration(features: Tensor, beta: float) -> tuple[float, ...]:

@@ -81,7 +81,9 @@ def allowed(prompt: Prompt, row: int, positions: Positions) -> Tensor:
     start = int(prompt.starts[row])
     real = (valid & (here < start)).nonzero().flatten()
     if isinstance(positions, Tensor):
-        mask = positions if positions.dim() == 1 else positions[row] if row < positions.shape[0] else positions[:0, 0]
+        if positions.dim() == 2 and positions.shape[0] != prompt.batch:
+            raise ValueError(f"steer: the mask has {positions.shape[0]} rows for a batch of {prompt.batch} prompts")
+        mask = positions if positions.dim() == 1 else positions[row]
         if mask.shape[0] > length or mask.shape[0] < min(start, length):
             raise ValueError(f"steer: the mask covers {mask.shape[0]} positions; this prompt has {min(start, length)}, padding included")
         return _with_later(valid & torch.nn.functional.pad(mask, (0, length - mask.shape[0])), False)
@@ -128,6 +130,7 @@ class Table:
         self._runs, owners = _runs(rows, scale)
         self._passes = [None if found is None else Pass(found) for found in owners]
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._later: dict[tuple[int, int], Pass] = {}
 
     @property
     def span(self) -> int:
@@ -141,6 +144,11 @@ class Table:
         same = self._passes[run]
         if same is not None and last <= self._runs[run + 1]:
             return same
+        if start >= self.span - 1:  # generated positions share one column, so every decode step shares one pass
+            if (tokens, batch) not in self._later:
+                rows, scale = self._on_device(batch)
+                self._later[tokens, batch] = _flat(rows[:, -1:].expand(-1, tokens, -1), scale)
+            return self._later[tokens, batch]
         rows, scale = self._on_device(batch)
         if start + tokens <= self.span:
             part = rows[:, start : start + tokens]

@@ -14,7 +14,7 @@ that hold all slots of one place in the model, at addresses that never change:
 (T, angle, strength, c₃, c₄, 0, 0, 0). Mode ADD projects nothing: its edit is the single row C. A slot of rank 0 is empty
 and edits nothing. A row table says who edits which token:
 
-    rows          (n,) or (n, P) int32    slots applied to that token, left to right; -1 = none
+    rows          (n,) or (n, P) int32    slots applied to that token, left to right; -1 = none; ≥ S is undefined
     scale         like rows, float32      multiplies the edit δ (for a flow: T), on top of the slot's own strength
 
 One table serves every layer: a plan takes the same slot numbers in the bank of every layer, and where it has no edit
@@ -140,8 +140,8 @@ def push(y: Tensor, c: Tensor, bias: Tensor, scale: Tensor | float) -> Tensor:
 
 def edit(x: Tensor, slot: Slot, scale: Tensor | float = 1.0) -> Tensor:
     """One slot on every row of x (..., d); scale is strength and all: a number, or one per row, (n, 1)."""
-    if slot.mode == ADD and not slot.keep_norm and isinstance(scale, float) and slot.lift.dtype == x.dtype:
-        return torch.add(x, slot.lift, alpha=scale)  # PyTorch adds in float32 and rounds once, like _edit
+    if slot.mode == ADD and not slot.keep_norm and isinstance(scale, float) and x.dtype == slot.lift.dtype == torch.float32:
+        return torch.add(x, slot.lift, alpha=scale)  # not in 16 bits, where PyTorch rounds alpha too
     return _edit(_rows(x), slot, scale).to(x.dtype).view(x.shape)
 
 
@@ -232,7 +232,7 @@ def slot_of(vectors: Tensor, coefficients: Tensor, slots: Tensor, index: int) ->
 def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
     lift = slot.lift.to(x.dtype)
     if slot.mode == ADD:
-        out = torch.add(x, lift, alpha=scale) if isinstance(scale, float) else x + scale * lift
+        out = torch.add(x, lift, alpha=scale) if isinstance(scale, float) else x + scale * lift  # x is wide here
     elif slot.mode == HINGE:
         g = hinge(x @ slot.project.to(x.dtype).T, slot.coefficients.to(x.dtype))
         out = _lift(x, scale * g, lift)

@@ -305,7 +305,8 @@ def test_continuous_batching_with_one_plan_for_all_requests(llama: Any) -> None:
             assert batched(llama, PROMPTS) == expected["steered"]
         assert batched(llama, PROMPTS) == expected["plain"]
     assert threading.get_ident() not in threads  # it runs in a thread of its own
-    assert handle.stats() == [sum(map(len, PROMPTS)) + 3 * len(PROMPTS)]
+    runs = 3 if V5 else 4  # transformers 4 runs the last token as well
+    assert handle.stats() == [sum(map(len, PROMPTS)) + runs * len(PROMPTS)]
     assert "init_continuous_batching" not in vars(llama)
 
 
