@@ -28,7 +28,7 @@ if [ -z "$tiny" ] && "$python" -c 'import xdist' 2> /dev/null; then workers="-n 
 timeout 200 "$python" -m pytest -c "$links/pytest.ini" --rootdir "$root" --import-mode=importlib -p no:cacheprovider \
     -q -m $marker $workers $tests > "$out/tests.log" 2>&1
 tests_status=$?
-grep -E '^(FAILED|ERROR)|(passed|failed|error|no tests ran).* in ' "$out/tests.log" | tail -20
+grep -E '^(FAILED|ERROR)|(passed|failed|error|skipped|no tests ran).* in ' "$out/tests.log" | tail -20
 [ $tests_status = 124 ] && echo "the tests ran out of their 200 s; see tests.log for those that ran"
 
 echo "== memory checker"

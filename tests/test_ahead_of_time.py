@@ -47,7 +47,7 @@ def _floating_point_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_variant(variant: Variant, target: str) -> None:
     report = compile_for(variant, target)
     limits = LIMITS[target]
-    assert report.stack == 0, f"{report.stack} bytes of local memory, {report.registers} registers"
+    assert report.stack <= (variant.stack if target.startswith("sm_") else 0), f"{report.stack} bytes of local memory, {report.registers} registers"
     assert report.spills == 0, f"{report.spills} registers spilled, {report.registers} in use"
     assert report.scalar_spills <= 8, f"{report.scalar_spills} scalar registers moved to vector registers"
     assert report.registers <= limits.registers

@@ -51,6 +51,7 @@ class Variant:
     launch: Callable[[], object]
     registers: int  # per thread on CUDA
     shared: int  # bytes on CUDA
+    stack: int = 0  # bytes of local memory on CUDA; see SINE
     vector_loads: bool = False  # 16 bytes a thread and load, or an asynchronous copy of 16 bytes
     tensor_cores: bool = False
     wgmma: bool = False  # on sm_90: 64 rows or more
@@ -99,14 +100,15 @@ def _decode(n: int) -> None:
     sae_decode.sae_decode(torch.empty(n, 32), torch.empty(n, 32, dtype=torch.int32), w, torch.empty(4096, dtype=torch.bfloat16))
 
 
+SINE = 32  # sin and cos hold a table for angles above 1e5 radians, which they index at run time; no spill: 0 without ROTATE
 bf16, fp32 = torch.bfloat16, torch.float32
 VARIANTS = [
     Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True),
-    Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, vector_loads=True),
-    Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 168, 1024, vector_loads=True),
+    Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, SINE, vector_loads=True),
+    Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 168, 1024, SINE, vector_loads=True),
     Variant("tiles-k64-hinge", "_tiles_kernel", lambda: _tiles(4096, bf16, HINGE, 64), 255, 65536, tensor_cores=True, wgmma=True),
     Variant("tiles-k64-flow", "_tiles_kernel", lambda: _tiles(4096, bf16, FLOW, 64), 255, 65536, tensor_cores=True, wgmma=True),
-    Variant("tiles-k16-few-rows", "_tiles_kernel", lambda: _tiles(16, bf16, ALL_MODES, 16), 168, 16384, tensor_cores=True),
+    Variant("tiles-k16-few-rows", "_tiles_kernel", lambda: _tiles(16, bf16, ALL_MODES, 16), 168, 16384, SINE, tensor_cores=True),
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True),
     Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 232, 102400, tensor_cores=True, wgmma=True),
     Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=("sm_90", "gfx942")),
