@@ -269,13 +269,17 @@ def facts(device: str) -> Row:
 
     def ask(*command: str) -> str:
         try:
-            return subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+            return subprocess.run(
+                command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
 
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, interpreter",
-        "driver": ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device == "cuda" else "none",
+        "driver": ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if device == "cuda"
+        else "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
@@ -315,15 +319,20 @@ def table(rows: list[Row], missing: list[str], ceiling: tuple[float, float] | No
     lines = []
     if ceiling:
         lines.append(f"copy {ceiling[0] / 1e12:.2f} TB/s, matrix product {ceiling[1] / 1e12:.0f} TFLOP/s")
-    lines.append(f"{'case':22}{'n':>6}{'us':>10}{'floor':>9}{'x floor':>9}{'GB/s':>7}{'eager':>8}{'compile':>9}{'again':>7}")
+    lines.append(
+        f"{'case':22}{'n':>6}{'us':>10}{'floor':>9}{'x floor':>9}{'GB/s':>7}{'eager':>8}{'compile':>9}{'again':>7}"
+    )
     for row in rows:
         head = f"{row['case']:22}{row['n']:6}"
         if row["status"] != "ok":
-            lines.append(f"{head}  {row['status']}: error {row.get('error_share', math.nan):.3g} of what is allowed {row.get('error', '')}")
+            lines.append(
+                f"{head}  {row['status']}: error {row.get('error_share', math.nan):.3g} of what is allowed {row.get('error', '')}"
+            )
             continue
         ours = row["ours_s"]
         peers = "".join(
-            f"{row[key] / ours:{width}.2f}" if key in row else f"{'-':>{width}}" for key, width in (("eager_s", 8), ("compile_s", 9))
+            f"{row[key] / ours:{width}.2f}" if key in row else f"{'-':>{width}}"
+            for key, width in (("eager_s", 8), ("compile_s", 9))
         )
         lines.append(
             f"{head}{ours * 1e6:10.1f}{row['floor_s'] * 1e6:9.1f}{ours / row['floor_s']:9.2f}"
@@ -391,7 +400,12 @@ def main() -> int:
                 try:
                     row = measure(case, clock, ceiling, compile_too=spent < 0.75 * options.deadline)
                 except Exception as error:  # one case must not cost the others
-                    row = {"case": case.name, "n": case.n, "status": "FAILED", "error": f"{type(error).__name__}: {error}"[:300]}
+                    row = {
+                        "case": case.name,
+                        "n": case.n,
+                        "status": "FAILED",
+                        "error": f"{type(error).__name__}: {error}"[:300],
+                    }
                     missing.append(name)
                 rows.append(row)
                 file.write(json.dumps({**row, "copy": ceiling[0], "matmul": ceiling[1], **origin}) + "\n")

@@ -16,7 +16,7 @@ trap 'rm -rf "$links"' EXIT
 ln -s "$root/steerfast" "$links/steerfast"
 ln -s "$root/kernels" "$links/steerfast_kernels" # the folder must never be importable as `kernels`
 printf '[pytest]\nmarkers =\n%s\n' "$(sed -n '/^markers = \[/,/^\]/s/^ *"\(.*\)",$/    \1/p' pyproject.toml)" > "$links/pytest.ini"
-export PYTHONPATH=$links:$root/tests PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
+export PYTHONPATH=$links:$root/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
 unset STEERFAST_BACKEND
 if [ -n "$tiny" ]; then export TRITON_INTERPRET=1; else unset TRITON_INTERPRET; fi
 

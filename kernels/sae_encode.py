@@ -152,7 +152,7 @@ def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[
     if n:
         exact = flat.dtype == w_enc.dtype and flat.dtype != torch.float32
         block_n, warps = choose(TILES if exact else TILES_FLOAT32, n)
-        arguments = dict(
+        arguments = dict(  # noqa: C408  keywords read as the kernel's signature
             x_ptr=flat, stride_x_n=flat.stride(0),
             w_ptr=w_enc, stride_w_f=w_enc.stride(0), stride_w_d=w_enc.stride(1),
             b_ptr=bias, keys_ptr=keys,

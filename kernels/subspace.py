@@ -8,7 +8,6 @@ one pass. A row never depends on the rows beside it. Papers: see the table of me
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -223,7 +222,9 @@ def _rows_kernel(
                     delta = weight * tl.load(c_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
             if HINGE & MODES:
                 if mode == HINGE:
-                    delta = weight * _hinge_delta(x, b_ptr, c_ptr, constants_ptr + 8, rank, stride_v, offs_d, mask_d, CHUNK)
+                    delta = weight * _hinge_delta(
+                        x, b_ptr, c_ptr, constants_ptr + 8, rank, stride_v, offs_d, mask_d, CHUNK
+                    )
             if COUPLED & MODES:
                 if mode >= FLOW:
                     offs_k = tl.arange(0, BLOCK_K)
@@ -287,7 +288,9 @@ def _tile_moved(
 ):  # fmt: skip
     """x' of one tile: α·x + gain·(g·C), in float32."""
     mask_d = offs_d < D
-    x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask_n[:, None] & mask_d[None, :], other=0.0)
+    x = tl.load(
+        x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask_n[:, None] & mask_d[None, :], other=0.0
+    )
     mask_c = mask_k[:, None] & mask_d[None, :]
     c = tl.load(c_ptr + offs_k[:, None] * stride_v + offs_d[None, :], mask=mask_c, other=0.0)
     wide = x.to(tl.float32)

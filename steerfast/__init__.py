@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "bake": ["bake"],
+    "baking": ["bake", "everywhere"],
     "bank": ["Bank"],
     "barrier": ["Barrier", "fit_barrier"],
     "extract": ["Activations", "Direction", "collect"],
@@ -15,7 +15,7 @@ _HOMES = {
         "Flow", "Intervention", "LoReFT", "Rotate",
     ],
     "plan": ["ModelCard", "Plan"],
-    "sweep": ["sweep"],
+    "sweeping": ["Grid", "Probe", "Sweep", "sweep"],
     "vectors": [
         "DirectionInfo", "DirectionSet", "DoseTable", "dose", "list_directions", "load_directions", "save_directions",
     ],
@@ -24,7 +24,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("extract", "integrations", "ops")
 
-__all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605  the table above is the list
+__all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:

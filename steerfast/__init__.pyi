@@ -2,7 +2,8 @@ from . import extract as extract
 from . import integrations as integrations
 from . import ops as ops
 from ._backends import use_backend as use_backend
-from .bake import bake as bake
+from .baking import bake as bake
+from .baking import everywhere as everywhere
 from .bank import Bank as Bank
 from .barrier import Barrier as Barrier
 from .barrier import fit_barrier as fit_barrier
@@ -28,7 +29,10 @@ from .interventions import LoReFT as LoReFT
 from .interventions import Rotate as Rotate
 from .plan import ModelCard as ModelCard
 from .plan import Plan as Plan
-from .sweep import sweep as sweep
+from .sweeping import Grid as Grid
+from .sweeping import Probe as Probe
+from .sweeping import Sweep as Sweep
+from .sweeping import sweep as sweep
 from .vectors import DirectionInfo as DirectionInfo
 from .vectors import DirectionSet as DirectionSet
 from .vectors import DoseTable as DoseTable

@@ -48,9 +48,13 @@ def backend_of(x: Tensor) -> str:
             return "torch"
         return "triton"
     if not _has_triton():
-        raise RuntimeError('the "triton" backend was chosen, but Triton is not installed: pip install "steerfast[cpu-kernels]"')
+        raise RuntimeError(
+            'the "triton" backend was chosen, but Triton is not installed: pip install "steerfast[cpu-kernels]"'
+        )
     if x.dtype == torch.float64:
-        raise TypeError('the "triton" backend computes in float32 and takes no float64; choose the "torch" backend for float64')
+        raise TypeError(
+            'the "triton" backend computes in float32 and takes no float64; choose the "torch" backend for float64'
+        )
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             f'the "triton" backend was chosen, but the tensor is on {x.device}: move it to a GPU, choose the "torch" '

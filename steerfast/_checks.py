@@ -17,7 +17,9 @@ def check_stream(op: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a tensor (..., d); got {type(x).__name__}")
     if x.dtype not in FLOATS:
-        raise TypeError(f"{op}: x has dtype {x.dtype}; expected float16, bfloat16, float32 or float64: convert it with x.float()")
+        raise TypeError(
+            f"{op}: x has dtype {x.dtype}; expected float16, bfloat16, float32 or float64: convert it with x.float()"
+        )
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (..., d) with d >= 1")
 
@@ -25,7 +27,9 @@ def check_stream(op: str, x: Tensor) -> None:
 def check_width(op: str, name: str, directions: Tensor, x: Tensor) -> None:
     """The directions have the width, the device and a dtype that fit x."""
     if not isinstance(directions, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor of rows (m, d) or one row (d,); got {type(directions).__name__}")
+        raise TypeError(
+            f"{op}: {name} must be a tensor of rows (m, d) or one row (d,); got {type(directions).__name__}"
+        )
     if directions.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} has dtype {directions.dtype}; expected a floating dtype")
     if directions.dim() not in (1, 2) or directions.shape[-1] != x.shape[-1]:
@@ -45,13 +49,19 @@ def check_table(op: str, rows: Tensor | None, scale: Tensor | None, x: Tensor) -
         if table.dtype != dtype:
             raise TypeError(f"{op}: {name} has dtype {table.dtype}; expected {dtype}")
         if table.dim() not in (1, 2) or table.shape[0] != n:
-            raise ValueError(f"{op}: {name} has shape {tuple(table.shape)}; expected ({n},) or ({n}, P): one entry per row of x")
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(table.shape)}; expected ({n},) or ({n}, P): one entry per row of x"
+            )
         if table.dim() == 2 and not 1 <= table.shape[1] <= MAX_SLOTS_PER_ROW:
-            raise ValueError(f"{op}: {name} has P = {table.shape[1]} columns; expected 1 to {MAX_SLOTS_PER_ROW}: split the call")
+            raise ValueError(
+                f"{op}: {name} has P = {table.shape[1]} columns; expected 1 to {MAX_SLOTS_PER_ROW}: split the call"
+            )
         if table.device != x.device:
             raise ValueError(f"{op}: {name} is on {table.device} and x on {x.device}; move it with .to(...)")
     if rows is not None and scale is not None and rows.shape != scale.shape:
-        raise ValueError(f"{op}: scale has shape {tuple(scale.shape)} and rows {tuple(rows.shape)}; expected the same shape")
+        raise ValueError(
+            f"{op}: scale has shape {tuple(scale.shape)} and rows {tuple(rows.shape)}; expected the same shape"
+        )
     if rows is None and scale is not None and scale.numel() != n:
         raise ValueError(f"{op}: scale has shape {tuple(scale.shape)}; without rows expected ({n},)")
 
@@ -71,7 +81,9 @@ def check_dictionary(op: str, name: str, weights: Tensor, bias_name: str, bias: 
     if bias.shape != (weights.shape[bias_axis],):
         raise ValueError(f"{op}: {bias_name} has shape {tuple(bias.shape)}; expected ({weights.shape[bias_axis]},)")
     if bias.device != weights.device:
-        raise ValueError(f"{op}: {bias_name} is on {bias.device} and {name} on {weights.device}; move one with .to(...)")
+        raise ValueError(
+            f"{op}: {bias_name} is on {bias.device} and {name} on {weights.device}; move one with .to(...)"
+        )
 
 
 def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> Tensor:
@@ -80,7 +92,9 @@ def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> T
     try:
         rows = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{owner}: {name} must be a tensor, or carry one as .vector; got {type(value).__name__}") from None
+        raise TypeError(
+            f"{owner}: {name} must be a tensor, or carry one as .vector; got {type(value).__name__}"
+        ) from None
     if not rows.is_floating_point():
         raise TypeError(f"{owner}: {name} has dtype {rows.dtype}; expected a floating dtype")
     rows = rows.detach().to("cpu", torch.float32, copy=True)  # the caller may go on changing its tensor

@@ -64,7 +64,9 @@ def run_subspace_(
         kernels("subspace").subspace(x, vectors, coefficients, slots, rows, scale, modes, max_rank, out=x)
 
 
-def run_add_backward(grad: Tensor, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None) -> list[Tensor]:
+def run_add_backward(
+    grad: Tensor, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None
+) -> list[Tensor]:
     """Gradients of add for x, vectors and scale (empty where scale is None), by the reference."""
     return _vjp(grad, lambda x, vectors, scale: reference.add(x, vectors, rows, scale), x, vectors, scale)
 
@@ -214,7 +216,9 @@ def _fake_sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> 
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int32)
 
 
-_define("sae_encode(Tensor x, Tensor w_enc, Tensor? b_enc, int k) -> (Tensor, Tensor)", run_sae_encode, _fake_sae_encode)
+_define(
+    "sae_encode(Tensor x, Tensor w_enc, Tensor? b_enc, int k) -> (Tensor, Tensor)", run_sae_encode, _fake_sae_encode
+)
 _define(
     "sae_encode_backward(Tensor grad, Tensor x, Tensor w_enc, Tensor? b_enc, Tensor values, Tensor indices) -> Tensor[]",
     run_sae_encode_backward,

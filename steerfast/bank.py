@@ -80,7 +80,9 @@ class Bank:
         """
         spec = intervention.slot()
         if spec.lift.shape[-1] != self.width:
-            raise ValueError(f"Bank.register: {intervention!r} has width {spec.lift.shape[-1]}; this bank has {self.width}")
+            raise ValueError(
+                f"Bank.register: {intervention!r} has width {spec.lift.shape[-1]}; this bank has {self.width}"
+            )
         if slot is None:
             slot = next((i for i in range(self.slots.shape[0]) if i not in self._held), None)
             if slot is None:
@@ -92,8 +94,8 @@ class Bank:
         for part in stored:
             if not part.isfinite().all() or (part == 0).all(1).any():
                 raise ValueError(
-                    f"Bank.register: {intervention!r} does not fit {self.vectors.dtype}: a row overflows or vanishes there; scale the "
-                    "vector towards length 1 and put its size into the strength"
+                    f"Bank.register: {intervention!r} does not fit {self.vectors.dtype}: a row overflows or vanishes there; scale "
+                    "the vector towards length 1 and put its size into the strength"
                 )
         rank, rows = spec.lift.shape[0], sum(part.shape[0] for part in stored)
         project = self._vector_rows.take(rows, "directions")
@@ -143,7 +145,10 @@ class Bank:
 
 def fitting(interventions: dict[int, Intervention], like: Bank, slots: int) -> Bank:
     """A bank of `slots` slots that holds exactly these interventions, with the width, dtype and device of another."""
-    rows = sum(spec.lift.shape[0] * (1 if spec.project is spec.lift else 2) for spec in (i.slot() for i in interventions.values()))
+    rows = sum(
+        spec.lift.shape[0] * (1 if spec.project is spec.lift else 2)
+        for spec in (i.slot() for i in interventions.values())
+    )
     bank = Bank(like.width, max(slots, like.slots.shape[0]), rows, like.vectors.dtype, like.vectors.device)
     for slot, intervention in interventions.items():
         bank.register(intervention, slot)

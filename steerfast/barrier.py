@@ -93,7 +93,9 @@ def fit_barrier(pos: Any, neg: Any, kind: str = "linear", C: float = 1.0) -> Bar
         raise ValueError(f"fit_barrier: C is {C}; expected > 0")
     pos, neg = _activations("pos", pos), _activations("neg", neg)
     if pos.shape[1] != neg.shape[1]:
-        raise ValueError(f"fit_barrier: pos has width {pos.shape[1]} and neg {neg.shape[1]}; both must come from one layer")
+        raise ValueError(
+            f"fit_barrier: pos has width {pos.shape[1]} and neg {neg.shape[1]}; both must come from one layer"
+        )
     try:
         from sklearn.linear_model import LogisticRegression
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""The command `steerfast`: demo, extract, generate and check.
+"""The command `steerfast`: demo, extract, generate, check, sweep and plan.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a check failed, 2 the input does not work
 (one line says why; `--debug` shows the traceback), 130 interrupted. Anything heavy is imported by the command that
@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["generate", "no/such/model/here", "Hello", "--plan", "nowhere"])
         2
     """
-    args = _parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = _parser(argv).parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console without "α" prints "?" rather than nothing
@@ -345,7 +347,7 @@ def _position(value: str) -> str | int:
         raise ValueError(f"--position: got {value!r}; expected last, mean, all or a token's index") from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="steerfast",
         description="Steer language models by editing their residual stream while they run.",
@@ -362,7 +364,18 @@ def _parser() -> argparse.ArgumentParser:
     _extract_parser(commands)
     _generate_parser(commands)
     _check_parser(commands)
+    _later(commands, argv, "sweep", "sweeping", "try layers and strengths, effect against perplexity")
+    _later(commands, argv, "plan", "plan_tools", "look at a file of steering, or convert it")
     return parser
+
+
+def _later(commands: Any, argv: Sequence[str], name: str, module: str, text: str) -> None:
+    """A command whose module is heavy to import: it is imported when the command is called."""
+    if name not in argv:
+        commands.add_parser(name, help=text)
+        return
+    tool = import_module(f".{module}", __package__)
+    tool.add_arguments(_command(commands, name, tool.run, tool.DESCRIPTION, tool.EXAMPLE))
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str) -> Any:

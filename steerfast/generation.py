@@ -24,7 +24,9 @@ def announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if given is None:
         return Prompt.whole(1, 1), copies  # generate starts from the beginning-of-text token
     if not isinstance(given, Tensor) or given.dim() < 2:
-        raise TypeError(f"steer: generate was given {type(given).__name__} as its prompt; expected a tensor (batch, tokens)")
+        raise TypeError(
+            f"steer: generate was given {type(given).__name__} as its prompt; expected a tensor (batch, tokens)"
+        )
     batch, length = given.shape[:2]
     if batch == 0 or length == 0:
         raise ValueError("steer: the prompt has no tokens; give generate at least one")

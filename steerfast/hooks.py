@@ -197,7 +197,9 @@ class Steering:
     def layer(self, batch: int) -> Layer:
         """The handle's plans spread over the rows of a batch."""
         if self.per_row and len(self.plans) != batch:
-            raise ValueError(f"steer: {len(self.plans)} plans were given for a batch of {batch} prompts; give one per row, None for unsteered")
+            raise ValueError(
+                f"steer: {len(self.plans)} plans were given for a batch of {batch} prompts; give one per row, None for unsteered"
+            )
         index = range(batch) if self.per_row else [0] * batch
         positions = ["all" if (plan := self.plans[i]) is None else plan.positions for i in index]
         return Layer([self.slots[i] for i in index], [self._strengths[i] for i in index], positions)
@@ -242,6 +244,7 @@ class Dispatcher:
         self._seen = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
+        """The steered stream, or None where nothing of it is."""
         now = self.controller.now
         if now is not self._seen:
             self._look(now, x)
@@ -324,34 +327,44 @@ class Controller:
                 f"({layers.name}) has width {layers.d} and {layers.count} layers"
             )
         if card is not None and card.name.partition(":")[0] != layers.name:
-            warnings.warn(f"steer: the plan was made for {card.name}, this model is a {layers.name}", UserWarning, stacklevel=4)
+            warnings.warn(
+                f"steer: the plan was made for {card.name}, this model is a {layers.name}", UserWarning, stacklevel=4
+            )
         for site, layer, chain in self._places(plan):
             point = layers.point(layer, site, "steer")
             for edit in chain:
                 if edit.width != point.width:
-                    raise ValueError(f"steer: {edit!r} at {site} {layer} has width {edit.width}; this model's {site} has {point.width}")
+                    raise ValueError(
+                        f"steer: {edit!r} at {site} {layer} has width {edit.width}; this model's {site} has {point.width}"
+                    )
             if self.prepared and (site, layer) not in self.dispatchers:
-                raise RuntimeError(f"steer: {site} of layer {layer} was not prepared; name it in prepare before compiling")
+                raise RuntimeError(
+                    f"steer: {site} of layer {layer} was not prepared; name it in prepare before compiling"
+                )
         if not self.prepared and _is_compiled(self.model):
-            raise RuntimeError("steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before compiling")
+            raise RuntimeError(
+                "steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before compiling"
+            )
 
     def check_positions(self, plans: list[Plan], lengths: tuple[int, ...] | None) -> None:
         """Refuse positions that this model could never show, and two lengths of one prompt."""
         others = {h.prompt_length for h in self.handles if h.prompt_length is not None}
         if lengths is not None and others - {lengths}:
-            raise ValueError(f"steer: prompt_length {lengths} differs from {others.pop()} of a handle that is active; a prompt has one length")
+            raise ValueError(
+                f"steer: prompt_length {lengths} differs from {others.pop()} of a handle that is active; a prompt has one length"
+            )
         named = [plan for plan in plans if not isinstance(plan.positions, str) or plan.positions != "all"]
         if not named:
             return
         if "past_key_values" not in self._names:
             raise ValueError(
-                f"steer: positions={named[0].positions!r} needs a cache of keys and values to count tokens; {self.layers.name} keeps "
-                'another state: use positions="all"'
+                f"steer: positions={named[0].positions!r} needs a cache of keys and values to count tokens; {self.layers.name} "
+                'keeps another state: use positions="all"'
             )
         if not hasattr(self.model, "generate") and lengths is None:
             raise ValueError(
-                f"steer: positions={named[0].positions!r} on a bare decoder ({self.layers.name}) needs prompt_length=, because generate "
-                "runs on the model around it; steer that model instead"
+                f"steer: positions={named[0].positions!r} on a bare decoder ({self.layers.name}) needs prompt_length=, because "
+                "generate runs on the model around it; steer that model instead"
             )
 
     @torch.inference_mode(False)
@@ -368,7 +381,10 @@ class Controller:
                     wanted.setdefault((site, layer), {}).update(enumerate(chain, first))
             for place in wanted:
                 self._dispatcher(place)
-            for place, dispatcher in self.dispatchers.items():  # the row table is shared: every bank must know every slot
+            for (
+                place,
+                dispatcher,
+            ) in self.dispatchers.items():  # the row table is shared: every bank must know every slot
                 dispatcher.put(wanted.get(place, {}), 1 + max(slot for slots in handle.slots for slot in slots))
             self._watch()
             self.handles.append(handle)
@@ -424,7 +440,10 @@ class Controller:
 
     def _shadow(self) -> None:
         """Put our entries of generation in front of the model's, on the instance."""
-        for name, shadow in {"generate": self._generate, "init_continuous_batching": self._init_continuous_batching}.items():
+        for name, shadow in {
+            "generate": self._generate,
+            "init_continuous_batching": self._init_continuous_batching,
+        }.items():
             if name not in self._originals and hasattr(self.model, name):
                 self._originals[name] = getattr(self.model, name), name in vars(self.model)
                 setattr(self.model, name, shadow)
@@ -515,18 +534,24 @@ class Controller:
         mask = self._given_mask(inputs)
         tokens = _tokens(inputs)
         batch, count = tokens.shape[:2]
-        if _PAGED <= inputs.keys():
+        if inputs.keys() >= _PAGED:
             self.now = self._for_all_requests(tokens)
             self._count(self.now, batch * count)
             return
         if self._generating not in (None, threading.get_ident()):
-            raise RuntimeError("steer: the model runs in two threads at once, and only one of them can be inside generate")
+            raise RuntimeError(
+                "steer: the model runs in two threads at once, and only one of them can be inside generate"
+            )
         start = _past_length(inputs)
-        table = self._table if self._generating else self._bare(batch, count, start, inputs.get("past_key_values"), mask)
+        table = (
+            self._table if self._generating else self._bare(batch, count, start, inputs.get("past_key_values"), mask)
+        )
         if table is None:
             raise RuntimeError("steer: the model runs inside generate, but no prompt was announced")
         if "past_key_values" not in self._names and not bool(table.prompt.valid.all()):
-            raise ValueError(f"steer: {self.layers.name} keeps a state that hides which tokens are padding; run its prompts unpadded")
+            raise ValueError(
+                f"steer: {self.layers.name} keeps a state that hides which tokens are padding; run its prompts unpadded"
+            )
         self.now = table.at(start, count, batch) if isinstance(start, int) else table.gather(start, count, batch)
         self._count(self.now, batch * count)
 
@@ -605,7 +630,9 @@ class Controller:
         if self._generating == threading.get_ident():  # a model that is its own assistant generates inside generate
             return generate(*args, **kwargs)
         if self._generating is not None:
-            raise RuntimeError("steer: generate is running in another thread; a steered model generates one batch at a time")
+            raise RuntimeError(
+                "steer: generate is running in another thread; a steered model generates one batch at a time"
+            )
         prompt, copies = announced(self.model, args, kwargs)
         self._generating = threading.get_ident()
         try:
@@ -642,7 +669,9 @@ class Controller:
     def prepare(self, points: list[tuple[str, int]], batch: int, length: int, slots: int, directions: int) -> None:
         """Install inert dispatchers with banks of fixed size and a row table at a fixed address."""
         if self.prepared:
-            raise RuntimeError("prepare: the model is already prepared; a second time would change what a compiled graph has seen")
+            raise RuntimeError(
+                "prepare: the model is already prepared; a second time would change what a compiled graph has seen"
+            )
         if _is_compiled(self.model):
             raise RuntimeError("prepare: the model is already compiled; call prepare before torch.compile")
         found = {place: self.layers.point(place[1], place[0], "prepare") for place in points}
@@ -653,7 +682,9 @@ class Controller:
         for place, point in found.items():
             self.dispatchers[place] = Dispatcher(self, point, banks[place], fixed=True)
         self._runs = Runs(slots)
-        self._static_rows = torch.full((batch, length + 1, MAX_SLOTS_PER_ROW), -1, dtype=torch.int32, device=self._device)
+        self._static_rows = torch.full(
+            (batch, length + 1, MAX_SLOTS_PER_ROW), -1, dtype=torch.int32, device=self._device
+        )
         self._static_scale = torch.ones(batch, MAX_SLOTS_PER_ROW, device=self._device)
         self._device_counts = torch.zeros(slots + 1, dtype=torch.int64, device=self._device)
         self._watch()
@@ -665,7 +696,9 @@ class Controller:
         if not self.prepared:
             raise RuntimeError("steer: the model is being compiled; call prepare(model) before torch.compile")
         if self._unplaced:
-            raise RuntimeError("steer: a compiled pass outside generate does not show its prompt; pass prompt_length= to steer")
+            raise RuntimeError(
+                "steer: a compiled pass outside generate does not show its prompt; pass prompt_length= to steer"
+            )
         tokens = _tokens(inputs)
         batch, count = tokens.shape[:2]
         if batch > self._static_rows.shape[0]:
@@ -687,8 +720,8 @@ class Controller:
         room = self._static_rows.shape
         if batch * copies > room[0] or span > room[1] or columns > room[2]:
             raise ValueError(
-                f"steer: {batch * copies} rows, {span - 1} prompt tokens and {columns} interventions in a row; prepare made room for "
-                f"{room[0]}, {room[1] - 1} and {room[2]}"
+                f"steer: {batch * copies} rows, {span - 1} prompt tokens and {columns} interventions in a row; prepare "
+                f"made room for {room[0]}, {room[1] - 1} and {room[2]}"
             )
         self._static_rows.fill_(-1)
         self._static_scale.fill_(1.0)
@@ -725,7 +758,9 @@ def _controller(model: nn.Module) -> Controller:
             raise TypeError(f"steer: {layers.name} is an encoder-decoder; only decoders can be steered")
         found = Controller(inner, layers)
     if model is not inner and not found.prepared:
-        raise RuntimeError("steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before torch.compile")
+        raise RuntimeError(
+            "steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before torch.compile"
+        )
     return found
 
 
@@ -744,7 +779,9 @@ def _is_compiled(model: nn.Module) -> bool:
 def _strengths(value: float | Sequence[float], count: int, per_row: bool) -> list[float]:
     if isinstance(value, Sequence):
         if not per_row or len(value) != count:
-            raise ValueError(f"steer: {len(value)} strengths for {count} plan(s); give one number, or a list of plans with one strength each")
+            raise ValueError(
+                f"steer: {len(value)} strengths for {count} plan(s); give one number, or a list of plans with one strength each"
+            )
         return [finite_number("steer", "strength", v) for v in value]
     return [finite_number("steer", "strength", value)] * count
 
@@ -753,13 +790,15 @@ def _storage(block: nn.Module, model: nn.Module) -> tuple[torch.dtype, torch.dev
     """dtype and device of the stream at a block."""
     for parameter in block.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            device = parameter.device
+            device: Any = parameter.device
             if device.type == "meta":  # accelerate keeps the weights elsewhere until the block runs
                 device = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
                 if device is None:
                     raise ValueError(f"steer: {type(model).__name__} has weights on the meta device; load them first")
             return parameter.dtype, torch.device(device)
-    raise ValueError(f"steer: {type(block).__name__} of {type(model).__name__} holds no floating parameter that shows the stream's dtype")
+    raise ValueError(
+        f"steer: {type(block).__name__} of {type(model).__name__} holds no floating parameter that shows the stream's dtype"
+    )
 
 
 def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -767,9 +806,13 @@ def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 
 def _tokens(inputs: dict[str, Any]) -> Tensor:
-    found = next((inputs[name] for name in ("input_ids", "inputs_embeds", "hidden_states") if inputs.get(name) is not None), None)
+    found = next(
+        (inputs[name] for name in ("input_ids", "inputs_embeds", "hidden_states") if inputs.get(name) is not None), None
+    )
     if not isinstance(found, Tensor):
-        raise TypeError("steer: this forward pass shows neither input_ids nor inputs_embeds, so its tokens cannot be counted")
+        raise TypeError(
+            "steer: this forward pass shows neither input_ids nor inputs_embeds, so its tokens cannot be counted"
+        )
     return found
 
 
@@ -778,7 +821,9 @@ def _past_length(inputs: dict[str, Any]) -> Any:
     from transformers.cache_utils import Cache
 
     cache, position = inputs.get("past_key_values"), inputs.get("cache_position")
-    if position is not None and not isinstance(cache, Cache):  # hybrids of transformers 4: a cache that miscounts, or none
+    if position is not None and not isinstance(
+        cache, Cache
+    ):  # hybrids of transformers 4: a cache that miscounts, or none
         return position[0] if torch.compiler.is_compiling() else int(position[0])
     length = 0 if cache is None else cache.get_seq_length()
     if isinstance(length, Tensor) and not torch.compiler.is_compiling() and length.device.type == "cpu":

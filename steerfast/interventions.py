@@ -127,7 +127,9 @@ class Ablate(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
-        _set(self, "direction", orthonormal("Ablate", "direction", direction_rows("Ablate", "direction", self.direction)))
+        _set(
+            self, "direction", orthonormal("Ablate", "direction", direction_rows("Ablate", "direction", self.direction))
+        )
 
     def slot(self) -> Slot:
         rows = _tensor(self.direction)
@@ -236,7 +238,9 @@ class AffineAblate(Intervention):
         baseline = self.baseline
         if isinstance(baseline, Tensor) and baseline.dim() == 1:
             if baseline.shape != unit.shape:
-                raise ValueError(f"AffineAblate: baseline has shape {tuple(baseline.shape)}; expected a number or ({unit.numel()},)")
+                raise ValueError(
+                    f"AffineAblate: baseline has shape {tuple(baseline.shape)}; expected a number or ({unit.numel()},)"
+                )
             baseline = float(unit.double() @ baseline.detach().cpu().double())
         _set(self, "baseline", finite_number("AffineAblate", "baseline", baseline))
         _set(self, "offset", finite_number("AffineAblate", "offset", self.offset))
@@ -367,7 +371,9 @@ class Features:
         """
         outside = [index for index in indices if not 0 <= index < self.encoder.shape[0]]
         if outside:
-            raise ValueError(f"EditFeatures: feature {outside[0]} is out of range; there are {self.encoder.shape[0]}, from 0")
+            raise ValueError(
+                f"EditFeatures: feature {outside[0]} is out of range; there are {self.encoder.shape[0]}, from 0"
+            )
         tensors = (self.encoder, self.decoder, _tensor(self.bias), _tensor(self.threshold))
         return Features(*(tensor[indices] for tensor in tensors))
 
@@ -417,7 +423,9 @@ class EditFeatures(Intervention):
             raise TypeError(f"EditFeatures: sae must be Features or an SAE; got {type(self.sae).__name__}")
         _set(self, "values", {int(k): finite_number("EditFeatures", f"values[{k}]", v) for k, v in self.values.items()})
         if self.mode in ("min", "max") and min(self.values.values()) < 0:
-            raise ValueError(f"EditFeatures: a bound of {min(self.values.values())}; a feature is never negative, so bounds are >= 0")
+            raise ValueError(
+                f"EditFeatures: a bound of {min(self.values.values())}; a feature is never negative, so bounds are >= 0"
+            )
         _set(self, "sae", self.sae.rows(list(self.values)))
 
     def slot(self) -> Slot:
@@ -430,7 +438,12 @@ class EditFeatures(Intervention):
         return {name: getattr(self.sae, name) for name in ("encoder", "decoder", "bias", "threshold")}
 
     def numbers(self) -> dict[str, Any]:
-        return {"features": list(self.values), "values": list(self.values.values()), "mode": self.mode, "keep_norm": self.keep_norm}
+        return {
+            "features": list(self.values),
+            "values": list(self.values.values()),
+            "mode": self.mode,
+            "keep_norm": self.keep_norm,
+        }
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> EditFeatures:
@@ -621,7 +634,9 @@ def path_length(owner: str, T: float | None, angle: float | None) -> tuple[float
     name, value = ("T", T) if angle is None else ("angle", angle)
     value = finite_number(owner, name, value)
     if value < 0:
-        raise ValueError(f"{owner}: {name} is {value}; expected >= 0 (to steer the other way, swap the barrier's sides)")
+        raise ValueError(
+            f"{owner}: {name} is {value}; expected >= 0 (to steer the other way, swap the barrier's sides)"
+        )
     return (value, 0.0) if angle is None else (0.0, value)
 
 
@@ -656,7 +671,9 @@ def float_table(owner: str, name: str, value: Tensor, shape: tuple[int, ...]) ->
     """A finite float32 CPU tensor of one shape."""
     table = torch.as_tensor(value)
     if tuple(table.shape) != shape or not table.is_floating_point():
-        raise ValueError(f"{owner}: {name} has shape {tuple(table.shape)} and dtype {table.dtype}; expected {shape}, floating")
+        raise ValueError(
+            f"{owner}: {name} has shape {tuple(table.shape)} and dtype {table.dtype}; expected {shape}, floating"
+        )
     table = table.detach().to("cpu", torch.float32, copy=True).contiguous()
     if not table.isfinite().all():
         raise ValueError(f"{owner}: {name} holds NaN or Inf")

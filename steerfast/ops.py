@@ -421,9 +421,13 @@ def _check(
 def _check_in_place(op: str, x: Tensor, *others: Tensor | None) -> None:
     for name, tensor in (("x", x), *(("an argument", other) for other in others)):
         if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
-            raise RuntimeError(f"{op}: {name} needs a gradient, which an in-place edit would break; use {op.rstrip('_')} instead")
+            raise RuntimeError(
+                f"{op}: {name} needs a gradient, which an in-place edit would break; use {op.rstrip('_')} instead"
+            )
     if any(step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(f"{op}: x is an expanded view, several of whose rows share memory; use {op.rstrip('_')}, or x.contiguous()")
+        raise ValueError(
+            f"{op}: x is an expanded view, several of whose rows share memory; use {op.rstrip('_')}, or x.contiguous()"
+        )
 
 
 def _check_bank(
@@ -518,4 +522,3 @@ def _flow_bank(
     constants, slots = tables(rank, path, steps, dtype, x.device)
     columns = torch.stack([eigenvalues, bias], dim=1).to(dtype)
     return vectors, torch.cat([constants, torch.nn.functional.pad(columns, (0, 6))]), slots
-

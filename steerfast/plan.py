@@ -140,7 +140,9 @@ class Plan:
         text_path, blob_path = source / "plan.json", source / "plan.safetensors"
         for path in (text_path, blob_path):
             if not path.is_file():
-                raise FileNotFoundError(f"Plan.load: {path} does not exist; a plan is a directory with plan.json and plan.safetensors")
+                raise FileNotFoundError(
+                    f"Plan.load: {path} does not exist; a plan is a directory with plan.json and plan.safetensors"
+                )
         try:
             text = json.loads(text_path.read_bytes())
         except ValueError as error:
@@ -148,10 +150,15 @@ class Plan:
         blob = blob_path.read_bytes()
         _check_text(text_path, text)
         if hashlib.sha256(blob).hexdigest() != text["tensors_sha256"]:
-            raise ValueError(f"Plan.load: {blob_path} is not the file that {text_path} was written with; copy both again")
+            raise ValueError(
+                f"Plan.load: {blob_path} is not the file that {text_path} was written with; copy both again"
+            )
         tensors = load_tensors(blob)
         try:
-            edits = {(place["site"], place["layer"]): [_rebuild(item, tensors) for item in place["interventions"]] for place in text["edits"]}
+            edits = {
+                (place["site"], place["layer"]): [_rebuild(item, tensors) for item in place["interventions"]]
+                for place in text["edits"]
+            }
             positions = text["positions"]
             positions = tensors[positions["mask"]] if isinstance(positions, dict) else positions
             return cls(edits, positions, None if text["model"] is None else ModelCard(**text["model"]))
@@ -204,12 +211,15 @@ def _positions(positions: Any) -> str | tuple[int, ...] | Tensor:
     if isinstance(positions, Tensor):
         if positions.dtype != torch.bool or positions.dim() not in (1, 2):
             raise TypeError(
-                f"Plan: positions as a mask must be bool, (tokens,) or (batch, tokens); got {positions.dtype} {tuple(positions.shape)}"
+                "Plan: positions as a mask must be bool, (tokens,) or (batch, tokens); "
+                f"got {positions.dtype} {tuple(positions.shape)}"
             )
         return positions.detach().cpu().clone()
     if isinstance(positions, Sequence) and positions and all(type(p) is int for p in positions):
         return tuple(positions)
-    raise TypeError(f"Plan: positions is {positions!r}; expected one of {POSITIONS}, a list of integers, or a bool mask")
+    raise TypeError(
+        f"Plan: positions is {positions!r}; expected one of {POSITIONS}, a list of integers, or a bool mask"
+    )
 
 
 def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -224,7 +234,9 @@ def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
 def _rebuild(item: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
     kind = Intervention.registry.get(item["type"])
     if kind is None:
-        raise ValueError(f"Plan.load: unknown intervention {item['type']!r}; known are {', '.join(sorted(Intervention.registry))}")
+        raise ValueError(
+            f"Plan.load: unknown intervention {item['type']!r}; known are {', '.join(sorted(Intervention.registry))}"
+        )
     return kind.restore({name: tensors[key] for name, key in item["tensors"].items()}, item["numbers"])
 
 

@@ -85,13 +85,17 @@ def allowed(prompt: Prompt, row: int, positions: Positions) -> Tensor:
             raise ValueError(f"steer: the mask has {positions.shape[0]} rows for a batch of {prompt.batch} prompts")
         mask = positions if positions.dim() == 1 else positions[row]
         if mask.shape[0] > length or mask.shape[0] < min(start, length):
-            raise ValueError(f"steer: the mask covers {mask.shape[0]} positions; this prompt has {min(start, length)}, padding included")
+            raise ValueError(
+                f"steer: the mask covers {mask.shape[0]} positions; this prompt has {min(start, length)}, padding included"
+            )
         return _with_later(valid & torch.nn.functional.pad(mask, (0, length - mask.shape[0])), False)
     if isinstance(positions, tuple):
         count = real.shape[0]
         outside = [p for p in positions if not -count <= p < count]
         if outside:
-            raise ValueError(f"steer: position {outside[0]} is out of range; prompt {row} has {count} real tokens, 0 to {count - 1}")
+            raise ValueError(
+                f"steer: position {outside[0]} is out of range; prompt {row} has {count} real tokens, 0 to {count - 1}"
+            )
         chosen = torch.zeros(length, dtype=torch.bool)
         chosen[real[list(positions)]] = True
         return _with_later(chosen, False)
@@ -172,7 +176,8 @@ class Table:
         if batch not in self._moved:
             copies = batch // self.prompt.batch
             self._moved[batch] = tuple(  # type: ignore[assignment]
-                table.repeat_interleave(copies, 0).to(self._device, non_blocking=True) for table in (self.rows, self.scale)
+                table.repeat_interleave(copies, 0).to(self._device, non_blocking=True)
+                for table in (self.rows, self.scale)
             )
         return self._moved[batch]
 

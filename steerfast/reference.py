@@ -87,7 +87,9 @@ def calibrate(x: Tensor, features: Tensor, beta: float) -> Tensor:
     return _lift(flat, beta / rows.shape[0] - torch.relu(flat @ rows.T), rows).to(x.dtype).view(x.shape)
 
 
-def flow(x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, length: tuple[float, float], steps: int) -> Tensor:
+def flow(
+    x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, length: tuple[float, float], steps: int
+) -> Tensor:
     """Euler steps of da/dt = ∇h/‖∇h‖, h(a) = x̂ᵀQΛQᵀx̂ + b̃ᵀQᵀx̂, x̂ = a/‖a‖, Q = basis.T, over T = length[0] + length[1]·‖a‖."""
     coefficients = torch.zeros(basis.shape[0], 8, dtype=eigenvalues.dtype, device=x.device)
     coefficients[:, 0], coefficients[:, 1] = eigenvalues, bias
@@ -140,7 +142,12 @@ def push(y: Tensor, c: Tensor, bias: Tensor, scale: Tensor | float) -> Tensor:
 
 def edit(x: Tensor, slot: Slot, scale: Tensor | float = 1.0) -> Tensor:
     """One slot on every row of x (..., d); scale is strength and all: a number, or one per row, (n, 1)."""
-    if slot.mode == ADD and not slot.keep_norm and isinstance(scale, float) and x.dtype == slot.lift.dtype == torch.float32:
+    if (
+        slot.mode == ADD
+        and not slot.keep_norm
+        and isinstance(scale, float)
+        and x.dtype == slot.lift.dtype == torch.float32
+    ):
         return torch.add(x, slot.lift, alpha=scale)  # not in 16 bits, where PyTorch rounds alpha too
     return _edit(_rows(x), slot, scale).to(x.dtype).view(x.shape)
 
@@ -157,8 +164,9 @@ def hinge(y: Tensor, c: Tensor) -> Tensor:
 def integrate(y: Tensor, norm: Tensor, c: Tensor, length: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Euler steps of da/dt = ∇h/‖∇h‖ for h(a) = x̂ᵀQΛQᵀx̂ + b̃ᵀQᵀx̂, x̂ = a/‖a‖, on the coordinates (Qᵀa, α).
 
-    The trajectory stays in span(Q, a₀): a = α·a₀ + Q(y - α·y₀), so k + 1 numbers are all that moves 
-    (exact: h depends on a only through Qᵀa and ‖a‖). λ = c[:, 0], b̃ = c[:, 1]. y is (n, k), norm = ‖a₀‖ and length = T are (n, 1).
+    The trajectory stays in span(Q, a₀): a = α·a₀ + Q(y - α·y₀), so k + 1 numbers are all that moves
+    (exact: h depends on a only through Qᵀa and ‖a‖).
+    λ = c[:, 0], b̃ = c[:, 1]. y is (n, k); norm = ‖a₀‖ and length = T are (n, 1).
     Returns (α, y) after the last step; at a stationary point or a zero row nothing moves.
     """
     step = length / steps
@@ -245,7 +253,11 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
         out = _lift(x, y - alpha * start, lift, (alpha - 1) * x)
     else:
         constants, y = slot.constants.to(x.dtype), x @ slot.project.to(x.dtype).T
-        g = rotate(y, constants, scale) if slot.mode == ROTATE else push(y, constants, slot.coefficients[:, 0].to(x.dtype), scale)
+        g = (
+            rotate(y, constants, scale)
+            if slot.mode == ROTATE
+            else push(y, constants, slot.coefficients[:, 0].to(x.dtype), scale)
+        )
         out = _lift(x, g, lift)
     return _restore_norm(out, x) if slot.keep_norm else out
 

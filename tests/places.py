@@ -16,8 +16,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 PLACES = [
     "cpu",
-    pytest.param("interpreter", marks=[pytest.mark.interpreter, pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")]),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]),
+    pytest.param(
+        "interpreter",
+        marks=[pytest.mark.interpreter, pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")],
+    ),
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+    ),
 ]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -15,8 +15,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 import triton
-from steerfast_kernels._device import LIMITS
 from variants import TARGETS, VARIANTS, Variant, compile_for
+
+from steerfast_kernels._device import LIMITS
 
 pytestmark = pytest.mark.aot
 
@@ -47,7 +48,9 @@ def _floating_point_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_variant(variant: Variant, target: str) -> None:
     report = compile_for(variant, target)
     limits = LIMITS[target]
-    assert report.stack <= (variant.stack if target.startswith("sm_") else 0), f"{report.stack} bytes of local memory, {report.registers} registers"
+    assert report.stack <= (variant.stack if target.startswith("sm_") else 0), (
+        f"{report.stack} bytes of local memory, {report.registers} registers"
+    )
     assert report.spills == 0, f"{report.spills} registers spilled, {report.registers} in use"
     assert report.scalar_spills <= 8, f"{report.scalar_spills} scalar registers moved to vector registers"
     assert report.registers <= limits.registers

@@ -69,8 +69,8 @@ def test_a_prepared_model_compiles_once_and_follows_every_plan(name):
     assert count.graphs == 1
 
 
-def test_left_padding_under_compile(name="llama"):
-    eager, model, ids = build(name), copy_of(name), token_ids(2, 6, 0)
+def test_left_padding_under_compile():
+    eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     sf.prepare(model, batch=2, length=32)
@@ -91,7 +91,13 @@ def test_generate_with_a_static_cache_and_its_own_compile(positions):
     count = Counter()
     sf.prepare(model, batch=4, length=32)
     model.forward = torch.compile(model.forward, fullgraph=True, backend=count)
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "cache_implementation": "static"}
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "cache_implementation": "static",
+    }
     graphs = []
     for seed in (0, 1):
         plan = sf.Plan({1: sf.Add(vector(seed), 3.0)}, positions=positions)

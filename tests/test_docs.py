@@ -14,7 +14,9 @@ import torch
 import steerfast as sf
 
 MODULES = sorted(
-    info.name for info in pkgutil.walk_packages(sf.__path__, "steerfast.") if not info.name.endswith(("__main__", "vllm"))
+    info.name
+    for info in pkgutil.walk_packages(sf.__path__, "steerfast.")
+    if not info.name.endswith(("__main__", "vllm"))
 )
 
 TEXTS = {

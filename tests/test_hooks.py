@@ -29,7 +29,9 @@ def _nothing_left_behind():
         assert "_steerfast" not in vars(model), name
         for module in model.modules():
             assert not module._forward_pre_hooks, name
-            assert not [hook for hook in module._forward_hooks.values() if "steerfast" in getattr(hook, "__module__", "")]
+            assert not [
+                hook for hook in module._forward_hooks.values() if "steerfast" in getattr(hook, "__module__", "")
+            ]
 
 
 @pytest.fixture
@@ -115,7 +117,12 @@ def test_positions_under_a_growing_cache(name, positions):
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last", "indices", "mask"])
 @pytest.mark.parametrize(
     "options",
-    [{"cache_implementation": "static"}, {"prefill_chunk_size": 3}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}],
+    [
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 3},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 2},
+    ],
     ids=["static", "chunked-prefill", "no-cache", "assisted"],
 )
 def test_positions_under_every_cache(llama, positions, options):
@@ -145,7 +152,9 @@ def test_left_padding_is_never_steered(name):
     ids[1, :3] = 0
     where = expected_where("all", 2, 7, 7 + NEW) & torch.nn.functional.pad(mask, (0, NEW), value=1).bool()
     with sf.steer(model, {1: sf.Add(v, 2.0)}) as handle:
-        out = model.generate(input_ids=ids, attention_mask=mask, **PROMPT, output_logits=True, return_dict_in_generate=True)
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, **PROMPT, output_logits=True, return_dict_in_generate=True
+        )
     alone = {"input_ids": ids[1:, 3:]}
     with sf.steer(model, {1: sf.Add(v, 2.0)}):
         single = model.generate(**alone, **PROMPT, output_logits=True, return_dict_in_generate=True)
@@ -168,10 +177,16 @@ def test_right_padding_of_a_bare_forward_is_never_steered(llama):
             torch.testing.assert_close(logits, llama(ids, attention_mask=mask).logits)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}, {"num_beams": 4, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}, {"num_beams": 4, "num_return_sequences": 2}],
+)
 def test_a_plan_per_row_follows_its_prompt(llama, options):
     """Each row of a mixed batch must come out as it does in a batch where all rows have its plan."""
-    a, b = sf.Plan({1: sf.Add(vector(48), 3.0)}), sf.Plan({0: sf.Add(vector(48, 1), 3.0), 2: sf.Ablate(vector(48, 2))}, positions="last")
+    a, b = (
+        sf.Plan({1: sf.Add(vector(48), 3.0)}),
+        sf.Plan({0: sf.Add(vector(48, 1), 3.0), 2: sf.Ablate(vector(48, 2))}, positions="last"),
+    )
     ids = token_ids(3, 6, 4)
     sequences = {}
     for key, plan in (("mixed", [a, None, b]), ("a", [a, a, a]), ("b", [b, b, b]), ("none", None)):
@@ -251,8 +266,12 @@ def test_a_list_acts_in_order(llama):
 def _capture(model, layer, ids, plan) -> torch.Tensor:
     """The stream after a block as a hook of the user, registered before ours, sees it."""
     seen = []
-    hook = find_layers(model).blocks[layer].register_forward_hook(
-        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    hook = (
+        find_layers(model)
+        .blocks[layer]
+        .register_forward_hook(
+            lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
     )
     with hook, torch.no_grad(), sf.steer(model, plan):
         model(ids)
@@ -385,7 +404,10 @@ def test_what_cannot_be_known_is_an_error(llama):
     with torch.no_grad():
         cache = llama(ids[:, :5], use_cache=True).past_key_values
         for positions in ("prompt", "generated", "last", [0], torch.ones(5, dtype=torch.bool)):
-            with pytest.raises(ValueError, match="prompt's length"), sf.steer(llama, sf.Plan({1: sf.Add(v)}, positions=positions)):
+            with (
+                pytest.raises(ValueError, match="prompt's length"),
+                sf.steer(llama, sf.Plan({1: sf.Add(v)}, positions=positions)),
+            ):
                 llama(ids[:, 5:6], past_key_values=cache)
         with sf.steer(llama, {1: sf.Add(v)}) as handle:  # "all" needs no prompt
             llama(ids[:, 5:6], past_key_values=cache)
@@ -452,8 +474,15 @@ def test_a_plan_that_does_not_fit_is_refused_and_leaves_nothing(llama, plan, mes
 
 def test_positions_out_of_range_are_refused(llama):
     ids = token_ids(2, 5, 6)
-    for positions, message in (([7], "position 7 is out of range"), ([-6], "position -6"), (torch.ones(3, dtype=torch.bool), "mask covers 3")):
-        with pytest.raises(ValueError, match=message), sf.steer(llama, sf.Plan({1: sf.Add(vector(48))}, positions=positions)):
+    for positions, message in (
+        ([7], "position 7 is out of range"),
+        ([-6], "position -6"),
+        (torch.ones(3, dtype=torch.bool), "mask covers 3"),
+    ):
+        with (
+            pytest.raises(ValueError, match=message),
+            sf.steer(llama, sf.Plan({1: sf.Add(vector(48))}, positions=positions)),
+        ):
             llama.generate(input_ids=ids, **PROMPT)
 
 

@@ -40,7 +40,9 @@ def sae() -> sf.Features:
 
 def edited_by_sae(x, values, change) -> torch.Tensor:
     """What an SAE library does: encode everything, change some features, decode, put the reconstruction error back."""
-    encoder, decoder, bias, threshold = (t.double() for t in (sae().encoder, sae().decoder, sae().bias, sae().threshold))
+    encoder, decoder, bias, threshold = (
+        t.double() for t in (sae().encoder, sae().decoder, sae().bias, sae().threshold)
+    )
     h = x @ encoder.T + bias
     f = h * (h > threshold) * (h > 0)
     error = x - f @ decoder
@@ -73,17 +75,29 @@ EXAMPLES = {
         lambda x: x - torch.relu(x @ rows(3).double().T) @ rows(3).double() + 1.5 * rows(3).double().mean(0),
     ),
     "AffineAblate": (sf.AffineAblate(rows(1)[0], 1.5, 0.25), lambda x: x + (1.75 - x @ unit())[:, None] * unit()),
-    "Clamp": (sf.Clamp(rows(1)[0], -0.5, 0.25), lambda x: x + ((x @ unit()).clamp(-0.5, 0.25) - x @ unit())[:, None] * unit()),
+    "Clamp": (
+        sf.Clamp(rows(1)[0], -0.5, 0.25),
+        lambda x: x + ((x @ unit()).clamp(-0.5, 0.25) - x @ unit())[:, None] * unit(),
+    ),
     "LoReFT": (
         sf.LoReFT(frame(), rows(2, 3), torch.tensor([0.5, -1.0])),
-        lambda x: x + (x @ rows(2, 3).double().T + torch.tensor([0.5, -1.0]).double() - x @ frame().double().T) @ frame().double(),
+        lambda x: (
+            x
+            + (x @ rows(2, 3).double().T + torch.tensor([0.5, -1.0]).double() - x @ frame().double().T)
+            @ frame().double()
+        ),
     ),
-    "EditFeatures": (sf.EditFeatures(sae(), {3: 0.7, 0: 0.2}, "max"), lambda x: edited_by_sae(x, {3: 0.7, 0: 0.2}, lambda f, t: f.clamp(min=t))),
+    "EditFeatures": (
+        sf.EditFeatures(sae(), {3: 0.7, 0: 0.2}, "max"),
+        lambda x: edited_by_sae(x, {3: 0.7, 0: 0.2}, lambda f, t: f.clamp(min=t)),
+    ),
     "Rotate": (sf.Rotate(frame(), 50.0, adaptive=True), lambda x: rotated(x, 50.0)),
     "DeficitPush": (sf.DeficitPush(rows(3, 7), 1.5, torch.tensor([0.1, 0.0, -0.1])), lambda x: pushed(x)),
     "Flow": (
         sf.Flow(barrier(), angle=0.3, steps=4),
-        lambda x: sf.ops.flow(x, *(t.double() for t in (barrier().basis, barrier().eigenvalues, barrier().bias)), angle=0.3, steps=4),
+        lambda x: sf.ops.flow(
+            x, *(t.double() for t in (barrier().basis, barrier().eigenvalues, barrier().bias)), angle=0.3, steps=4
+        ),
     ),
 }
 
@@ -192,7 +206,9 @@ def test_rotation_keeps_the_length_and_reaches_the_angle():
     y = out @ frame().T
     torch.testing.assert_close(torch.rad2deg(torch.atan2(y[:, 1], y[:, 0])), torch.full((6,), 120.0), atol=1e-3, rtol=0)
     half = sf.ops.subspace(x, *bank.tensors, scale=torch.full((6,), 0.5)) @ frame().T  # a strength multiplies the angle
-    torch.testing.assert_close(torch.rad2deg(torch.atan2(half[:, 1], half[:, 0])), torch.full((6,), 60.0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        torch.rad2deg(torch.atan2(half[:, 1], half[:, 0])), torch.full((6,), 60.0), atol=1e-3, rtol=0
+    )
 
 
 class WithVector:
@@ -276,7 +292,11 @@ def test_a_plan_comes_back_as_it_was(tmp_path, positions):
     again = sf.Plan.load(tmp_path / "plan")
     assert list(again.edits) == list(plan.edits)
     assert again.model == plan.model
-    assert torch.equal(torch.as_tensor(again.positions), torch.as_tensor(plan.positions)) if not isinstance(positions, str) else again.positions == positions
+    assert (
+        torch.equal(torch.as_tensor(again.positions), torch.as_tensor(plan.positions))
+        if not isinstance(positions, str)
+        else again.positions == positions
+    )
     for place, chain in plan.edits.items():
         for ours, theirs in zip(chain, again.edits[place], strict=True):
             assert type(ours) is type(theirs)
@@ -314,7 +334,11 @@ def _edit_json(folder, **changes) -> None:
         (lambda f: _edit_json(f, schema=99), ValueError, "schema 99"),
         (lambda f: _edit_json(f, extra=1), ValueError, "has keys"),
         (lambda f: (f / "plan.safetensors").write_bytes(b"\x80\x04."), ValueError, "is not the file"),
-        (lambda f: _edit_json(f, edits=[{"site": "resid_post", "layer": 1, "interventions": [{"type": "Exec"}]}]), ValueError, "unknown intervention 'Exec'"),
+        (
+            lambda f: _edit_json(f, edits=[{"site": "resid_post", "layer": 1, "interventions": [{"type": "Exec"}]}]),
+            ValueError,
+            "unknown intervention 'Exec'",
+        ),
         (lambda f: _edit_json(f, edits=[{"site": "resid_post"}]), ValueError, "does not describe a plan"),
     ],
 )
@@ -412,7 +436,9 @@ def test_a_linear_barrier_is_logistic_regression_on_the_sphere():
     torch.testing.assert_close(h(x), unit @ (h.basis[0] * h.bias).double() + h.offset)
     gradient = torch.cat([1 - torch.sigmoid(h(x)[:200]), -torch.sigmoid(h(x)[200:])])
     weight = (h.basis[0] * h.bias).double()
-    torch.testing.assert_close(unit.T @ gradient, weight, atol=2e-2, rtol=2e-2)  # the optimum of the penalised likelihood, C = 1
+    torch.testing.assert_close(
+        unit.T @ gradient, weight, atol=2e-2, rtol=2e-2
+    )  # the optimum of the penalised likelihood, C = 1
     torch.testing.assert_close(h(x.float()), h(x).float(), atol=1e-4, rtol=1e-4)
 
 

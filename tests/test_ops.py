@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import os
 
 import pytest
 import torch
@@ -57,7 +56,9 @@ CASES = {
     "add": Case(lambda x, s: sf.ops.add(x, s[0]), lambda x, s: sf.ops.add_(x, s[0]), lambda x, s: x + s[0]),
     "ablate": Case(sf.ops.ablate, sf.ops.ablate_, lambda x, s: x - (x @ s.T) @ s),
     "amplify": Case(
-        lambda x, s: sf.ops.amplify(x, s, 0.75), lambda x, s: sf.ops.amplify_(x, s, 0.75), lambda x, s: x + 0.75 * relu_lift(x, s)
+        lambda x, s: sf.ops.amplify(x, s, 0.75),
+        lambda x, s: sf.ops.amplify_(x, s, 0.75),
+        lambda x, s: x + 0.75 * relu_lift(x, s),
     ),
     "calibrate": Case(
         lambda x, s: sf.ops.calibrate(x, s, 1.5),
@@ -79,11 +80,21 @@ def orthonormal(rank: int, d: int) -> Tensor:
 def sizes(place: str) -> list[tuple[tuple[int, ...], int]]:
     """(shape of x, rank): odd widths and counts, 1-D to 3-D, ranks for either kernel."""
     small = [((3, 40), 1), ((2, 3, 72), 5), ((17, 72), 16), ((40,), 2)]
-    return small if place == "interpreter" else [*small, ((5, 7, 576), 8), ((130, 576), 33), ((1, 4608), 64), ((65, 100), 100)]
+    return (
+        small
+        if place == "interpreter"
+        else [*small, ((5, 7, 576), 8), ((130, 576), 33), ((1, 4608), 64), ((65, 100), 100)]
+    )
 
 
 def cases(place: str):
-    return [(name, dtype, shape, rank) for name in CASES for dtype in DTYPES for shape, rank in sizes(place) if runs(place, dtype)]
+    return [
+        (name, dtype, shape, rank)
+        for name in CASES
+        for dtype in DTYPES
+        for shape, rank in sizes(place)
+        if runs(place, dtype)
+    ]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -171,7 +182,9 @@ def test_a_bank_of_all_methods_against_float64(place, columns):
             rows = torch.randint(-1, 9, shape, dtype=torch.int32, device=device)
             scale = torch.rand(shape, device=device) + 0.5
             got = sf.ops.subspace(x, *bank.tensors, rows, scale)
-            true = reference.subspace(x.double(), bank.vectors.double(), bank.coefficients.double(), bank.slots, rows, scale.double()).cpu()
+            true = reference.subspace(
+                x.double(), bank.vectors.double(), bank.coefficients.double(), bank.slots, rows, scale.double()
+            ).cpu()
             naive = reference.subspace(x, *bank.tensors, rows, scale)
             assert_exact(got, true, naive)
             idle = ((rows < 0) | (rows == 8)).reshape(n, -1).all(1)
@@ -189,7 +202,10 @@ def test_an_unowned_row_keeps_its_bits(place):
         odd = torch.tensor([-0.0, 1e-42, float("inf"), float("-inf"), float("nan")], device=device).repeat(8)
         x = torch.stack([odd, torch.ones(40, device=device), odd])
         rows = torch.tensor([[-1, -1], [0, 4], [8, -1]], dtype=torch.int32, device=device)
-        for out in (sf.ops.subspace(x, *bank.tensors, rows), sf.ops.add(x, bank.vectors[:7], rows.clamp(max=0) - (rows == 8).int())):
+        for out in (
+            sf.ops.subspace(x, *bank.tensors, rows),
+            sf.ops.add(x, bank.vectors[:7], rows.clamp(max=0) - (rows == 8).int()),
+        ):
             assert torch.equal(out.view(torch.int32)[[0, 2]], x.view(torch.int32)[[0, 2]])
             assert out[1].isfinite().all()
 
@@ -290,7 +306,9 @@ def test_h_grows_along_the_flow(place):
         x = torch.randn(8, 40, device=device)
         path = [x]
         for _ in range(10):
-            path.append(sf.ops.flow(path[-1], q, barrier.eigenvalues.to(device), barrier.bias.to(device), angle=0.02, steps=1))
+            path.append(
+                sf.ops.flow(path[-1], q, barrier.eigenvalues.to(device), barrier.bias.to(device), angle=0.02, steps=1)
+            )
         h = torch.stack([barrier(a) for a in path])
         assert (h[1:] > h[:-1]).all()
 
@@ -323,7 +341,10 @@ def test_gradients_of_the_kernel_are_the_references(place):
         rows = torch.tensor([0, 1, 2, 3, 4, 5, -1], dtype=torch.int32, device=device)
         grads = {}
         for kind in ("op", "reference"):
-            tensors = [torch.linspace(-1, 1, 280, device=device).reshape(7, 40).requires_grad_(), bank.vectors.clone().requires_grad_()]
+            tensors = [
+                torch.linspace(-1, 1, 280, device=device).reshape(7, 40).requires_grad_(),
+                bank.vectors.clone().requires_grad_(),
+            ]
             tensors += [bank.coefficients.clone().requires_grad_(), torch.ones(7, device=device, requires_grad=True)]
             x, vectors, coefficients, scale = tensors
             function = sf.ops.subspace if kind == "op" else reference.subspace
@@ -338,7 +359,9 @@ def test_torch_library_contract():
     x = torch.randn(5, 40)
     rows, scale = torch.tensor([0, 1, 4, -1, 5], dtype=torch.int32), torch.rand(5)
     grad = [t.clone().requires_grad_() for t in (x, bank.vectors, bank.coefficients, scale)]
-    torch.library.opcheck(torch.ops.steerfast.subspace.default, (grad[0], grad[1], grad[2], bank.slots, rows, grad[3], 7, 5))
+    torch.library.opcheck(
+        torch.ops.steerfast.subspace.default, (grad[0], grad[1], grad[2], bank.slots, rows, grad[3], 7, 5)
+    )
     torch.library.opcheck(torch.ops.steerfast.subspace_.default, (x.clone(), *bank.tensors, rows, scale, 7, 5))
     torch.library.opcheck(torch.ops.steerfast.add.default, (grad[0], bank.vectors, rows, scale))
     torch.library.opcheck(torch.ops.steerfast.add_.default, (x.clone(), bank.vectors, rows, scale))
@@ -360,13 +383,29 @@ def test_modes_are_one_bit_each():
 BAD = [
     (lambda x: sf.ops.add(x.long(), x[0]), TypeError, "add: x has dtype torch.int64"),
     (lambda x: sf.ops.add([1.0], x[0]), TypeError, "add: x must be a tensor"),
-    (lambda x: sf.ops.add(x, x[0, :3]), ValueError, r"vectors has shape \(3,\); expected \(d,\) or \(m, d\) with d = 4"),
+    (
+        lambda x: sf.ops.add(x, x[0, :3]),
+        ValueError,
+        r"vectors has shape \(3,\); expected \(d,\) or \(m, d\) with d = 4",
+    ),
     (lambda x: sf.ops.add(x, x[0].long()), TypeError, "vectors has dtype torch.int64"),
     (lambda x: sf.ops.add(x, x, rows=torch.zeros(3)), TypeError, "rows has dtype torch.float32; expected torch.int32"),
-    (lambda x: sf.ops.add(x, x, rows=torch.zeros(2, dtype=torch.int32)), ValueError, r"rows has shape \(2,\); expected \(3,\)"),
-    (lambda x: sf.ops.add(x, x, rows=torch.zeros(3, 5, dtype=torch.int32)), ValueError, "P = 5 columns; expected 1 to 4"),
+    (
+        lambda x: sf.ops.add(x, x, rows=torch.zeros(2, dtype=torch.int32)),
+        ValueError,
+        r"rows has shape \(2,\); expected \(3,\)",
+    ),
+    (
+        lambda x: sf.ops.add(x, x, rows=torch.zeros(3, 5, dtype=torch.int32)),
+        ValueError,
+        "P = 5 columns; expected 1 to 4",
+    ),
     (lambda x: sf.ops.add(x, x, scale=torch.ones(3, dtype=torch.float64)), TypeError, "scale has dtype torch.float64"),
-    (lambda x: sf.ops.add(x, x, torch.zeros(3, 2, dtype=torch.int32), torch.ones(3)), ValueError, "expected the same shape"),
+    (
+        lambda x: sf.ops.add(x, x, torch.zeros(3, 2, dtype=torch.int32), torch.ones(3)),
+        ValueError,
+        "expected the same shape",
+    ),
     (lambda x: sf.ops.add(x, x[0].to("meta")), ValueError, "vectors is on meta and x on cpu"),
     (lambda x: sf.ops.amplify(x, x, float("nan")), ValueError, "alpha must be finite"),
     (lambda x: sf.ops.calibrate(x, x, "much"), TypeError, "beta must be a number"),
@@ -374,7 +413,11 @@ BAD = [
     (lambda x: sf.ops.flow(x, x[:1], torch.ones(1), torch.ones(1)), ValueError, "give exactly one of them"),
     (lambda x: sf.ops.flow(x, x[:1], torch.ones(1), torch.ones(1), T=-1.0), ValueError, "T is -1.0; expected >= 0"),
     (lambda x: sf.ops.flow(x, x[:1], torch.ones(1), torch.ones(1), T=1.0, steps=0), ValueError, "steps is 0"),
-    (lambda x: sf.ops.subspace(x, x, torch.zeros(2, 7), torch.zeros(1, 8, dtype=torch.int32)), ValueError, "coefficients has shape"),
+    (
+        lambda x: sf.ops.subspace(x, x, torch.zeros(2, 7), torch.zeros(1, 8, dtype=torch.int32)),
+        ValueError,
+        "coefficients has shape",
+    ),
     (lambda x: sf.ops.subspace(x, x, torch.zeros(2, 8), torch.zeros(1, 8)), TypeError, "slots has dtype torch.float32"),
 ]
 

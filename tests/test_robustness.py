@@ -98,7 +98,15 @@ def test_every_way_of_compiling_is_seen(model, part):
 
 
 def test_prepare_checks_before_it_hooks_and_runs_once(model):
-    for arguments in ({"batch": -1}, {"length": 0}, {"slots": True}, {"layers": []}, {"layers": 5}, {"layers": [9]}, {"site": "middle"}):
+    for arguments in (
+        {"batch": -1},
+        {"length": 0},
+        {"slots": True},
+        {"layers": []},
+        {"layers": 5},
+        {"layers": [9]},
+        {"site": "middle"},
+    ):
         with pytest.raises((ValueError, TypeError)):
             sf.prepare(model, **arguments)
         assert untouched(model)
@@ -229,14 +237,25 @@ def test_each_cache_remembers_its_own_prompt(model):
 def test_a_cache_that_was_filled_before_steering_is_not_taken_for_the_last_prompt(model):
     with torch.no_grad():
         foreign = model(token_ids(1, 5, 0), use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="prompt's length"), sf.steer(model, sf.Plan({1: sf.Add(v())}, positions="last")):
+        with (
+            pytest.raises(ValueError, match="prompt's length"),
+            sf.steer(model, sf.Plan({1: sf.Add(v())}, positions="last")),
+        ):
             model(token_ids(1, 5, 1), use_cache=True)
             model(token_ids(1, 1, 0), past_key_values=foreign)
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 asks a hub for Mamba's kernels")
 def test_models_without_keys_and_values():
-    config = MambaConfig(vocab_size=101, hidden_size=48, num_hidden_layers=2, state_size=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = MambaConfig(
+        vocab_size=101,
+        hidden_size=48,
+        num_hidden_layers=2,
+        state_size=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     mamba = MambaForCausalLM(config).eval()
     with pytest.raises(ValueError, match="keeps another state"):
         sf.steer(mamba, sf.Plan({1: sf.Add(v())}, positions="generated"))
@@ -315,7 +334,11 @@ def test_a_bad_prompt_length_is_refused_at_once(model, length):
 
 
 def test_lengths_and_masks_of_another_batch(model):
-    with pytest.raises(ValueError, match="names 3 rows; this batch has 2"), torch.no_grad(), sf.steer(model, {1: sf.Add(v())}, prompt_length=[3, 4, 5]):
+    with (
+        pytest.raises(ValueError, match="names 3 rows; this batch has 2"),
+        torch.no_grad(),
+        sf.steer(model, {1: sf.Add(v())}, prompt_length=[3, 4, 5]),
+    ):
         model(token_ids(2, 6, 0))
     for rows in (1, 3):
         plan = sf.Plan({1: sf.Add(v())}, positions=torch.ones(rows, 6, dtype=torch.bool))

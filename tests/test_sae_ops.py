@@ -14,7 +14,13 @@ F16, F32, F64 = torch.float16, torch.float32, torch.float64
 
 # (shape of x, F, k): F not a multiple of a tile, k above a tile's keys, k = F, one row, no row
 SMALL = [((5, 72), 1000, 7), ((2, 3, 40), 300, 40), ((1, 24), 130, 130), ((0, 16), 40, 3)]
-LARGE = [((256, 576), 8192, 32), ((70, 100), 1000, 512), ((3, 64), 16384, 64), ((130, 128), 4097, 1), ((2, 65, 72), 16500, 8)]
+LARGE = [
+    ((256, 576), 8192, 32),
+    ((70, 100), 1000, 512),
+    ((3, 64), 16384, 64),
+    ((130, 128), 4097, 1),
+    ((2, 65, 72), 16500, 8),
+]
 
 
 def dictionary(features: int, d: int, device: str, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor]:
@@ -105,7 +111,9 @@ def test_ties_and_clusters_to_the_bit(place, monkeypatch):
         from steerfast_kernels import sae_encode
 
         monkeypatch.setattr(sae_encode, "HEADROOM", 1)
-    sizes = [(650, 8, 20)] if place == "interpreter" else [(650, 8, 20), (1000, 24, 1), (5000, 24, 64), (16384, 16, 400)]
+    sizes = (
+        [(650, 8, 20)] if place == "interpreter" else [(650, 8, 20), (1000, 24, 1), (5000, 24, 64), (16384, 16, 400)]
+    )
     with backend(place) as device:
         for kind in KINDS:
             for features, d, k in sizes:
@@ -160,7 +168,9 @@ def test_a_nan_stays_in_its_row(place):
         assert back[others].isfinite().all()
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])  # a BLAS may sum one row in another order
+@pytest.mark.parametrize(
+    "place", [place for place in PLACES if place != "cpu"]
+)  # a BLAS may sum one row in another order
 def test_a_row_does_not_depend_on_its_neighbours(place):
     with backend(place) as device:
         for dtype in [F32] if place == "interpreter" else DTYPES:
@@ -214,7 +224,9 @@ def test_decode_against_float64(place):
             for dtype in (dtype for dtype in DTYPES if runs(place, dtype)):
                 w, b = torch.randn(features, d).to(dtype), torch.randn(d).to(dtype)
                 for bias in (b, None):
-                    got = sf.ops.sae_decode(*(t.to(device) for t in (values, indices, w)), None if bias is None else b.to(device))
+                    got = sf.ops.sae_decode(
+                        *(t.to(device) for t in (values, indices, w)), None if bias is None else b.to(device)
+                    )
                     true = (values.double()[..., None] * w.double()[indices.long()]).sum(-2)
                     true = true if bias is None else true + b.double()
                     naive = sum(values[..., j, None] * w.float()[indices[..., j].long()] for j in range(k))
@@ -250,7 +262,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        own = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor) and t._base is None]
+        own = [
+            t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor) and t._base is None
+        ]
         self.numel = max([self.numel, *(t.numel() for t in own)])
         return out
 
@@ -318,7 +332,7 @@ def test_compiled_without_a_graph_break(place):
 
 
 X, W = torch.zeros(2, 4), torch.zeros(6, 4)
-V, I = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32)
+V, J = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -331,10 +345,10 @@ V, I = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32)
         (lambda: sf.ops.sae_encode(X, W.T, None, 2), ValueError, r"w_enc has shape \(4, 6\)"),
         (lambda: sf.ops.sae_encode(X, W[0], None, 2), ValueError, r"w_enc has shape \(4,\); expected \(F, d\)"),
         (lambda: sf.ops.sae_encode(X, W, torch.zeros(4), 2), ValueError, r"b_enc has shape \(4,\); expected \(6,\)"),
-        (lambda: sf.ops.sae_decode(V, I.float(), W), TypeError, "indices has dtype torch.float32"),
-        (lambda: sf.ops.sae_decode(V, I[:1], W), ValueError, r"indices has shape \(1, 3\) and values \(2, 3\)"),
-        (lambda: sf.ops.sae_decode(V, I, W, torch.zeros(6)), ValueError, r"b_dec has shape \(6,\); expected \(4,\)"),
-        (lambda: sf.ops.sae_decode(V[:, :0], I[:, :0], W), ValueError, r"values has shape \(2, 0\)"),
+        (lambda: sf.ops.sae_decode(V, J.float(), W), TypeError, "indices has dtype torch.float32"),
+        (lambda: sf.ops.sae_decode(V, J[:1], W), ValueError, r"indices has shape \(1, 3\) and values \(2, 3\)"),
+        (lambda: sf.ops.sae_decode(V, J, W, torch.zeros(6)), ValueError, r"b_dec has shape \(6,\); expected \(4,\)"),
+        (lambda: sf.ops.sae_decode(V[:, :0], J[:, :0], W), ValueError, r"values has shape \(2, 0\)"),
     ],
 )
 def test_bad_input_is_named(call, error, message):

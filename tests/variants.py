@@ -19,12 +19,12 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
-from steerfast_kernels import add, sae_decode, sae_encode, subspace
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from steerfast.reference import ALL_MODES, FLOW, HINGE
+from steerfast_kernels import add, sae_decode, sae_encode, subspace
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -65,7 +65,9 @@ class Report:
     registers: int = -1
     stack: int = 0  # bytes of local memory or scratch
     spills: int = 0  # AMD: vector registers that went to memory
-    scalar_spills: int = 0  # AMD: scalar registers kept in lanes of a vector register; to memory they would show in stack
+    scalar_spills: int = (
+        0  # AMD: scalar registers kept in lanes of a vector register; to memory they would show in stack
+    )
     shared: int = 0
     text: str = field(default="", repr=False)  # PTX or AMD assembly
 
@@ -92,12 +94,16 @@ def _add() -> None:
 
 def _encode(n: int, dtype: torch.dtype) -> None:
     # 64 tiles of features: k' stays 4 and a repair is possible, as with the 512 tiles of a real dictionary
-    sae_encode.sae_encode(torch.zeros(n, 512, dtype=dtype), torch.zeros(8192, 512, dtype=dtype), torch.zeros(8192, dtype=dtype), 16)
+    sae_encode.sae_encode(
+        torch.zeros(n, 512, dtype=dtype), torch.zeros(8192, 512, dtype=dtype), torch.zeros(8192, dtype=dtype), 16
+    )
 
 
 def _decode(n: int) -> None:
     w = torch.empty(1024, 4096, dtype=torch.bfloat16)
-    sae_decode.sae_decode(torch.empty(n, 32), torch.empty(n, 32, dtype=torch.int32), w, torch.empty(4096, dtype=torch.bfloat16))
+    sae_decode.sae_decode(
+        torch.empty(n, 32), torch.empty(n, 32, dtype=torch.int32), w, torch.empty(4096, dtype=torch.bfloat16)
+    )
 
 
 SINE = 32  # sin and cos hold a table for angles above 1e5 radians, which they index at run time; no spill: 0 without ROTATE
@@ -188,5 +194,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True)
-    found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
+    found = {
+        name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)
+    }
     return found["REG"], found["STACK"] + found["LOCAL"]

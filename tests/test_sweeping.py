@@ -14,9 +14,9 @@ from families import build
 
 import steerfast as sf
 from steerfast import extract
-from steerfast.sweep import NEUTRAL, Cell, Grid, Probe, Sweep, add_arguments, run, sweep
+from steerfast.sweeping import NEUTRAL, Cell, Grid, Probe, Sweep, add_arguments, run, sweep
 
-module = sys.modules["steerfast.sweep"]
+module = sys.modules["steerfast.sweeping"]
 SIDES = (["abc d", "bcd", "cc"], ["xyz", "zz y", "wxy"])
 PROBE = Probe(("hello", "some more"), (" abc", " d"), (" xyz", " w", " zzz"), ("plain text", "the rest"))
 GRID = Grid(layers=(0, -1), strengths=(-0.5, 0.0, 1.0))
