@@ -94,8 +94,8 @@ class Bank:
         for part in stored:
             if not part.isfinite().all() or (part == 0).all(1).any():
                 raise ValueError(
-                    f"Bank.register: {intervention!r} does not fit {self.vectors.dtype}: a row overflows or vanishes there; scale "
-                    "the vector towards length 1 and put its size into the strength"
+                    f"Bank.register: {intervention!r} does not fit {self.vectors.dtype}: a row overflows or vanishes there; "
+                    "scale the vector towards length 1 and put its size into the strength"
                 )
         rank, rows = spec.lift.shape[0], sum(part.shape[0] for part in stored)
         project = self._vector_rows.take(rows, "directions")
