@@ -16,6 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ._checks import one_of
+from ._files import replace_file
 from .interventions import Intervention
 from .layers import SITES
 
@@ -124,8 +125,8 @@ class Plan:
             "edits": places,
             "tensors_sha256": hashlib.sha256(blob).hexdigest(),
         }
-        _replace(target / "plan.safetensors", blob)
-        _replace(target / "plan.json", json.dumps(text, indent=2).encode())
+        replace_file(target / "plan.safetensors", blob)
+        replace_file(target / "plan.json", json.dumps(text, indent=2).encode())
         return target
 
     @classmethod
@@ -248,12 +249,3 @@ def _check_text(path: Path, text: Any) -> None:
         raise ValueError(f"Plan.load: {path} has schema {text.get('schema')!r}; this version reads schema {SCHEMA}")
     if set(text) != expected:
         raise ValueError(f"Plan.load: {path} has keys {sorted(text)}; expected {sorted(expected)}")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

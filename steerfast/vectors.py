@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import reference
 from ._checks import finite_number
+from ._files import replace_file
 from .extract import Direction, collect
 from .hooks import steer
 from .interventions import Add, Intervention
@@ -518,16 +519,6 @@ def family(model: str) -> str:
     """The family that a class name (LlamaForCausalLM) or a model type (llama) names, as one lower-case word."""
     word = re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|Model|_text)$", "", model.partition(":")[0])
     return re.sub(r"[^a-z0-9]", "", word.lower())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _named_directions(directions: Any) -> dict[str, Direction]:

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerfast._files import replace_file
 from steerfast.extract import Direction
-from steerfast.vectors import DirectionSet, family, replace_file
+from steerfast.vectors import DirectionSet, family
 
 MAGIC = b"GGUF"
 ARCHITECTURES = {"controlvector": "llama.cpp control vector", "steeringvector": "Dialz steering vector"}

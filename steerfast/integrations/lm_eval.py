@@ -31,10 +31,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from steerfast._checks import finite_number, one_of
+from steerfast._files import replace_file
 from steerfast.extract import Direction
 from steerfast.interventions import Add, Clamp, Intervention
 from steerfast.plan import Plan
-from steerfast.vectors import DirectionSet, replace_file
+from steerfast.vectors import DirectionSet
 
 from ._torch_file import as_vector, read_torch_file
 from .gguf import foreign

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerfast._files import replace_file
 from steerfast.extract import Direction
-from steerfast.vectors import DirectionSet, replace_file
+from steerfast.vectors import DirectionSet
 
 from ._torch_file import as_vector, read_torch_file
 from .gguf import foreign, single_site
