@@ -22,12 +22,12 @@ setup(
     package_dir={"steerfast": "steerfast", "steerfast_kernels": "kernels"},
     package_data={"steerfast": ["py.typed", "*.pyi"], "steerfast_kernels": ["README.md"]},
     # A CUDA build of torch pins its own triton exactly, so triton is no requirement of ours.
-    install_requires=["torch>=2.10", "transformers>=4.57", "safetensors>=0.6", "jaxtyping>=0.3", "tqdm>=4.66"],
+    install_requires=["torch>=2.10", "transformers>=4.57", "safetensors>=0.6", "tqdm>=4.66"],
     extras_require={
         "demo": ["accelerate>=1.1", "gguf>=0.17", "scikit-learn>=1.5"],
         "gguf": ["gguf>=0.17"],
         "sae": ["scikit-learn>=1.5"],
-        "bench": ["pytest>=9.0", "pytest-benchmark>=5.0"],
+        "bench": ["matplotlib>=3.9", "pytest>=9.0", "pytest-benchmark>=5.0"],
         # Beside a CPU build of torch: for the interpreter and for compiling ahead of time.
         "cpu-kernels": ["triton>=3.6,<3.10"],
         "dev": [

@@ -177,7 +177,7 @@ class Sweep(Sequence[Cell]):
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("heat_map: needs matplotlib; pip install matplotlib") from error
+            raise ImportError('heat_map: needs matplotlib; pip install "steerfast[bench]"') from error
         methods = list(dict.fromkeys(cell.method for cell in self._cells))
         layers, strengths, _ = self._axes(methods[0])
         size = (2 * max(4.0, 0.7 * len(strengths) + 2), len(methods) * max(3.0, 0.3 * len(layers) + 1.5))
