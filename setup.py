@@ -37,6 +37,7 @@ setup(
             "mypy>=2.0",
             "pytest>=9.0",
             "pytest-benchmark>=5.0",
+            "pytest-xdist>=3.6",
             "ruff>=0.14",
             "setuptools>=77",
         ],
