@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._inductor.config
 from families import build, token_ids
 
 import steerfast as sf
@@ -115,10 +116,15 @@ def test_the_default_compiler_gives_the_same():
     eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
     sf.prepare(model, layers=[1], batch=2, length=16)
     compiled = torch.compile(model, fullgraph=True)
-    with torch.no_grad(), sf.steer(model, {1: sf.Add(vector(), 2.0)}), sf.steer(eager, {1: sf.Add(vector(), 2.0)}):
-        torch.testing.assert_close(
-            compiled(ids, use_cache=False).logits, eager(ids, use_cache=False).logits, atol=1e-5, rtol=1e-5
-        )
+    alone = torch._inductor.config.patch(compile_threads=1, fx_graph_cache=False)  # nothing of another process
+    with (
+        alone,
+        torch.no_grad(),
+        sf.steer(model, {1: sf.Add(vector(), 2.0)}),
+        sf.steer(eager, {1: sf.Add(vector(), 2.0)}),
+    ):
+        got, expected = compiled(ids, use_cache=False).logits, eager(ids, use_cache=False).logits
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_compiled_model_that_was_not_prepared_is_refused():
