@@ -437,7 +437,9 @@ def test_dose_of_a_direction_is_that_of_its_activations() -> None:
 
 def test_dose_of_other_sites_and_refusals() -> None:
     model = build("llama")
-    before = [len(block._forward_hooks) for block in find_layers(model).blocks]  # transformers may have put its own there
+    before = [
+        len(block._forward_hooks) for block in find_layers(model).blocks
+    ]  # transformers may have put its own there
     v = direction(1).vector
     table = dose(
         model, tokenizer(), {("resid_pre", 1): sf.Add(v, 0.01), ("mlp_out", 0): sf.Add(v, 0.02)}, TEXTS, limit=9
