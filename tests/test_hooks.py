@@ -16,7 +16,7 @@ from steerfast.layers import find_layers
 
 NEW = 6
 EOS = VOCAB - 1
-PROMPT = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": None}
+PROMPT = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": 10_000}
 
 
 @pytest.fixture(autouse=True)
