@@ -1,7 +1,7 @@
-"""Add: x + scale · vectors[rows].
+"""Add: x + scale · vectors[rows]; and the same between a residual add and the RMSNorm after it.
 
-Bytes a token: reads |x|·d and one vector per owner (from L2), writes |x|·d. A token whose entries are all -1 is not
-written in place and copied bit for bit out of place. Turner et al. 2023 (ActAdd), Rimsky et al. 2024 (CAA).
+Bytes a token of `add`: reads |x|·d and one vector per owner (from L2), writes |x|·d. A token whose entries are all -1 is not
+written in place and copied bit for bit out of place. Of `add_rms_norm`: reads 2·|x|·d, writes 2·|x|·d. Turner et al. 2023 (ActAdd), Rimsky et al. 2024 (CAA).
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import columns, flatten, on_device, power_of_two, stride
+from ._launch import choose, columns, flatten, on_device, power_of_two, stride
 
 BLOCK_D = 1024  # columns per program: enough programs for a few rows, 16 bytes per thread and load in bf16
+NORM_WARPS = [(1024, 4), (4096, 8), (16384, 16)]  # (largest d, warps): a whole row in registers
 
 
 @triton.jit
@@ -69,3 +70,70 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None, o
             BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return out
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    hidden_ptr, stride_hidden_n,
+    residual_ptr, stride_residual_n,
+    normed_ptr, stream_ptr,
+    weight_ptr,
+    vectors_ptr, stride_v,
+    rows_ptr, stride_rows_n, stride_rows_p,
+    scale_ptr, stride_scale_n, stride_scale_p,
+    D, eps, OFFSET: tl.constexpr, P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i_n = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    x = tl.load(residual_ptr + i_n * stride_residual_n + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    x += tl.load(hidden_ptr + i_n * stride_hidden_n + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    for p in tl.static_range(P):
+        slot = tl.full((), 0, tl.int32)
+        if rows_ptr is not None:
+            slot = tl.load(rows_ptr + i_n * stride_rows_n + p * stride_rows_p)
+        gain = 1.0
+        if scale_ptr is not None:
+            gain = tl.load(scale_ptr + i_n * stride_scale_n + p * stride_scale_p)
+        vector_ptr = vectors_ptr + tl.maximum(slot, 0).to(tl.int64) * stride_v
+        vector = tl.load(vector_ptr + offs_d, mask=mask_d & (slot >= 0), other=0.0)
+        x = tl.where(slot >= 0, x + gain * vector.to(tl.float32), x)
+    stream = x.to(stream_ptr.dtype.element_ty)
+    tl.store(stream_ptr + i_n * D + offs_d, stream, mask=mask_d)
+    x = stream.to(tl.float32)  # the norm of what is stored
+    weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32) + OFFSET
+    normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * weight
+    tl.store(normed_ptr + i_n * D + offs_d, normed.to(normed_ptr.dtype.element_ty), mask=mask_d)
+
+
+def add_rms_norm(
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    vectors: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+    normed: Tensor,
+    stream: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write stream = hidden + residual + scale · vectors[rows] and its RMSNorm into two contiguous tensors."""
+    half, flat, bank = flatten(hidden), flatten(residual), flatten(vectors)
+    rows = None if rows is None else columns(rows)
+    scale = None if scale is None else columns(scale)
+    if flat.numel() == 0:
+        return normed, stream
+    n, d = flat.shape
+    with on_device(residual):
+        _add_rms_norm_kernel[(n,)](
+            hidden_ptr=half, stride_hidden_n=half.stride(0),
+            residual_ptr=flat, stride_residual_n=flat.stride(0),
+            normed_ptr=normed, stream_ptr=stream, weight_ptr=weight.contiguous(),
+            vectors_ptr=bank, stride_v=bank.stride(0),
+            rows_ptr=rows, stride_rows_n=stride(rows, 0), stride_rows_p=stride(rows, 1),
+            scale_ptr=scale, stride_scale_n=stride(scale, 0), stride_scale_p=stride(scale, 1),
+            D=d, eps=eps, OFFSET=1.0 if unit_offset else 0.0, P=1 if rows is None else rows.shape[1],
+            BLOCK_D=power_of_two(d), num_warps=choose(NORM_WARPS, d),
+        )  # fmt: skip
+    return normed, stream

@@ -7,6 +7,9 @@ from .baking import everywhere as everywhere
 from .bank import Bank as Bank
 from .barrier import Barrier as Barrier
 from .barrier import fit_barrier as fit_barrier
+from .conditions import Condition as Condition
+from .conditions import When as When
+from .conditions import WhenToken as WhenToken
 from .extract import Activations as Activations
 from .extract import Direction as Direction
 from .extract import collect as collect
@@ -16,6 +19,7 @@ from .hooks import steer as steer
 from .integrations import load_vectors as load_vectors
 from .interventions import Ablate as Ablate
 from .interventions import Add as Add
+from .interventions import Affine as Affine
 from .interventions import AffineAblate as AffineAblate
 from .interventions import Amplify as Amplify
 from .interventions import Calibrate as Calibrate
@@ -23,12 +27,15 @@ from .interventions import Clamp as Clamp
 from .interventions import DeficitPush as DeficitPush
 from .interventions import EditFeatures as EditFeatures
 from .interventions import Features as Features
-from .interventions import Flow as Flow
+from .flows import Flow as Flow
 from .interventions import Intervention as Intervention
 from .interventions import LoReFT as LoReFT
-from .interventions import Rotate as Rotate
 from .plan import ModelCard as ModelCard
 from .plan import Plan as Plan
+from .rotations import Householder as Householder
+from .rotations import Rotate as Rotate
+from .rotations import Spherical as Spherical
+from .sae.model import SAE as SAE
 from .sweeping import Grid as Grid
 from .sweeping import Probe as Probe
 from .sweeping import Sweep as Sweep

@@ -64,6 +64,85 @@ def run_subspace_(
         kernels("subspace").subspace(x, vectors, coefficients, slots, rows, scale, modes, max_rank, out=x)
 
 
+def run_subspace_probe(
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    modes: int,
+    max_rank: int,
+) -> tuple[Tensor, Tensor]:
+    """(x', y), on the backend of x."""
+    bank = vectors, coefficients, slots
+    if backend_of(x) == "torch":
+        return reference.subspace_probe(x, *bank, max_rank, rows, scale)
+    y = x.new_zeros(_probed_shape(x, rows, max_rank), dtype=torch.float32)
+    return kernels("subspace").subspace(x, *bank, rows, scale, modes, max_rank, out=_empty_like(x), probe=y), y
+
+
+def run_subspace_split_(
+    hidden: Tensor,
+    residual: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    modes: int,
+    max_rank: int,
+) -> None:
+    """In place on residual, on its backend."""
+    bank = vectors, coefficients, slots
+    if backend_of(residual) == "torch":
+        residual.copy_(reference.subspace_split(hidden, residual, *bank, rows, scale))
+        return
+    out = residual if _dense(residual) else residual.contiguous()
+    kernels("subspace").subspace(out, *bank, rows, scale, modes, max_rank, out=out, hidden=hidden)
+    if out is not residual:
+        residual.copy_(out)
+
+
+def run_add_rms_norm(
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    vectors: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+) -> tuple[Tensor, Tensor]:
+    """(normed, stream), on the backend of residual."""
+    if backend_of(residual) == "torch":
+        return reference.add_rms_norm(hidden, residual, weight, vectors, rows, scale, eps, unit_offset)
+    return kernels("add").add_rms_norm(
+        hidden, residual, weight, vectors, rows, scale, eps, unit_offset, _empty_like(residual), _empty_like(residual)
+    )
+
+
+def run_add_rms_norm_backward(
+    normed: Tensor,
+    stream: Tensor,
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    vectors: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+) -> list[Tensor]:
+    """Gradients of add_rms_norm for hidden, residual, weight, vectors and scale, by the reference."""
+
+    def formula(hidden: Tensor, residual: Tensor, weight: Tensor, vectors: Tensor, scale: Tensor | None) -> Tensor:
+        found = reference.add_rms_norm(hidden, residual, weight, vectors, rows, scale, eps, unit_offset)
+        return torch.stack(found)
+
+    return _vjp(torch.stack([normed, stream]), formula, hidden, residual, weight, vectors, scale)
+
+
 def run_add_backward(
     grad: Tensor, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None
 ) -> list[Tensor]:
@@ -95,11 +174,36 @@ def run_sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tu
     return kernels("sae_encode").sae_encode(x, w_enc, b_enc, k)
 
 
+def run_sae_encode_threshold(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, indices, counts) on the backend of x; float64 on the reference."""
+    if backend_of(x) == "torch" or torch.float64 in (x.dtype, w_enc.dtype):
+        return reference.sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
+    return kernels("sae_encode_threshold").sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
+
+
 def run_sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """The reconstruction, on the backend of w_dec; float64 on the reference."""
     if backend_of(w_dec) == "torch" or torch.float64 in (values.dtype, w_dec.dtype):
         return reference.sae_decode(values, indices, w_dec, b_dec)
     return kernels("sae_decode").sae_decode(values, indices, w_dec, b_dec)
+
+
+def run_sae_add(x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, scale: Tensor | None) -> Tensor:
+    """Out of place, on the backend of x; float64 on the reference."""
+    if backend_of(x) == "torch" or torch.float64 in (x.dtype, values.dtype, w_dec.dtype):
+        return reference.sae_add(x, values, indices, w_dec, scale)
+    return kernels("sae_decode").sae_add(x, values, indices, w_dec, scale)
+
+
+def run_sae_edit(
+    x: Tensor, values: Tensor, indices: Tensor, features: Tensor, table: Tensor, w_dec: Tensor, scale: Tensor | None
+) -> Tensor:
+    """Out of place, on the backend of x; float64 on the reference."""
+    if backend_of(x) == "torch" or torch.float64 in (x.dtype, values.dtype, w_dec.dtype):
+        return reference.sae_edit(x, values, indices, features, table, w_dec, scale)
+    return kernels("sae_edit").sae_edit(x, values, indices, features, table, w_dec, scale)
 
 
 def run_sae_encode_backward(
@@ -109,33 +213,79 @@ def run_sae_encode_backward(
     grad = torch.where(values > 0, grad, 0)
     flat = x.reshape(-1, x.shape[-1])
     d_x = run_sae_decode(grad, indices, w_enc, None).to(x.dtype).view(x.shape)
-    d_w = _scatter_rows(grad, indices, flat, w_enc.shape[0]).to(w_enc.dtype)
+    scatter = _by_feature(indices, w_enc.shape[0])
+    d_w = scatter(grad, flat).to(w_enc.dtype)
     if b_enc is None:
         return [d_x, d_w, grad.new_empty(0)]
-    d_b = grad.new_zeros(b_enc.shape).index_add_(0, indices.reshape(-1), grad.reshape(-1))
-    return [d_x, d_w, d_b.to(b_enc.dtype)]
+    return [d_x, d_w, scatter(grad, grad.new_ones(flat.shape[0], 1))[:, 0].to(b_enc.dtype)]
 
 
 def run_sae_decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None
 ) -> list[Tensor]:
     """Gradients of sae_decode for values, w_dec and b_dec (empty where b_dec is None)."""
-    flat, k = grad.reshape(-1, grad.shape[-1]).to(values.dtype), values.shape[-1]
-    places = indices.reshape(-1, k)
-    columns = [(flat * w_dec[places[:, j]]).sum(1) for j in range(k)]
-    d_w = _scatter_rows(values, indices, flat, w_dec.shape[0]).to(w_dec.dtype)
+    flat = grad.reshape(-1, grad.shape[-1]).to(values.dtype)
+    d_w = _by_feature(indices, w_dec.shape[0])(values, flat).to(w_dec.dtype)
     d_b = grad.new_empty(0) if b_dec is None else flat.sum(0).to(b_dec.dtype)
-    return [torch.stack(columns, 1).view(values.shape), d_w, d_b]
+    return [_along_rows(flat, indices, w_dec), d_w, d_b]
 
 
-def _scatter_rows(weights: Tensor, indices: Tensor, rows: Tensor, features: int) -> Tensor:
-    """Σ weights[n, j] · rows[n] into row indices[n, j] of (F, d), one column j at a time: (n, k, d) never exists."""
-    k = weights.shape[-1]
-    flat, places = weights.reshape(-1, k), indices.reshape(-1, k)
-    out = weights.new_zeros(features, rows.shape[-1])
-    for j in range(k):
-        out.index_add_(0, places[:, j], flat[:, j, None] * rows.to(weights.dtype))
-    return out
+def run_sae_add_backward(
+    grad: Tensor, x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, scale: Tensor | None
+) -> list[Tensor]:
+    """Gradients of sae_add for x, values, w_dec and scale (empty where scale is None)."""
+    flat = grad.reshape(-1, grad.shape[-1]).to(values.dtype)
+    along = _along_rows(flat, indices, w_dec)
+    weight = 1 if scale is None else scale.view(*values.shape[:-1], 1)
+    d_w = _by_feature(indices, w_dec.shape[0])(values * weight, flat).to(w_dec.dtype)
+    d_scale = grad.new_empty(0) if scale is None else (along * values).sum(-1).to(scale.dtype).view(scale.shape)
+    return [grad.clone(), weight * along, d_w, d_scale]
+
+
+def run_sae_edit_backward(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    features: Tensor,
+    table: Tensor,
+    w_dec: Tensor,
+    scale: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of sae_edit for x, values, w_dec and scale (empty where scale is None), by the reference."""
+    return _vjp(
+        grad,
+        lambda x, values, w_dec, scale: reference.sae_edit(x, values, indices, features, table, w_dec, scale),
+        x, values, w_dec, scale,
+    )  # fmt: skip
+
+
+def _along_rows(rows: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """rows[n] · weights[indices[n, j]] for every j, one at a time: (n, k, d) never exists."""
+    places = indices.reshape(rows.shape[0], -1)
+    columns = [(rows * weights[places[:, j]]).sum(1) for j in range(places.shape[1])]
+    return torch.stack(columns, 1).view(indices.shape)
+
+
+def _by_feature(indices: Tensor, features: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """(weights (n, k), rows (n, d)) -> Σ weights[n, j] · rows[n] in row indices[n, j] of (F, d).
+
+    One bag per feature, its tokens in order: the sum has one order on every run and every device, and neither an atomic
+    nor an (n, k, d) tensor is needed.
+    """
+    places = indices.reshape(-1).long()
+    order = places.argsort(stable=True)
+    counts = torch.zeros(features, dtype=torch.int64, device=places.device).scatter_add_(0, places, torch.ones_like(places))
+    starts = counts.cumsum(0) - counts
+    tokens = order // max(indices.shape[-1], 1)
+
+    def scatter(weights: Tensor, rows: Tensor) -> Tensor:
+        chosen = weights.reshape(-1)[order]
+        return torch.nn.functional.embedding_bag(
+            tokens, rows.to(weights.dtype), starts, per_sample_weights=chosen, mode="sum"
+        )
+
+    return scatter
 
 
 def _vjp(grad: Tensor, formula: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]:
@@ -145,6 +295,11 @@ def _vjp(grad: Tensor, formula: Callable[..., Tensor], *inputs: Tensor | None) -
         present = [leaf for leaf in leaves if leaf is not None]
         found = iter(torch.autograd.grad(out, present, grad, materialize_grads=True))
     return [grad.new_empty(0) if leaf is None else next(found) for leaf in leaves]
+
+
+def _probed_shape(x: Tensor, rows: Tensor | None, max_rank: int) -> tuple[int, int, int]:
+    columns = 1 if rows is None or rows.dim() == 1 else rows.shape[1]
+    return x.numel() // x.shape[-1], columns, max_rank
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -188,6 +343,34 @@ _define(
 )
 
 
+_define(
+    f"subspace_probe(Tensor x, {_BANK}, int modes, int max_rank) -> (Tensor, Tensor)",
+    run_subspace_probe,
+    lambda x, vectors, coefficients, slots, rows, scale, modes, max_rank: (
+        _empty_like(x),
+        x.new_empty(_probed_shape(x, rows, max_rank), dtype=torch.promote_types(x.dtype, torch.float32)),
+    ),
+)
+_define(
+    f"subspace_split_(Tensor hidden, Tensor(a!) residual, {_BANK}, int modes, int max_rank) -> ()",
+    run_subspace_split_,
+    lambda *_: None,
+)
+_NORM = "Tensor hidden, Tensor residual, Tensor weight, Tensor vectors, Tensor? rows, Tensor? scale"
+_define(
+    f"add_rms_norm({_NORM}, float eps, bool unit_offset) -> (Tensor, Tensor)",
+    run_add_rms_norm,
+    lambda hidden, residual, *_: (_empty_like(residual), _empty_like(residual)),
+)
+_define(
+    f"add_rms_norm_backward(Tensor normed, Tensor stream, {_NORM}, float eps, bool unit_offset) -> Tensor[]",
+    run_add_rms_norm_backward,
+    lambda normed, stream, hidden, residual, weight, vectors, rows, scale, *_: _fake_gradients(
+        normed, hidden, residual, weight, vectors, scale
+    ),
+)
+
+
 def _differentiable(name: str, tensors: int, gradients: tuple[int, ...]) -> None:
     """Give op `name` a gradient: its first `tensors` inputs are kept, `gradients` says which of them get one."""
 
@@ -210,6 +393,22 @@ _differentiable("add", tensors=4, gradients=(0, 1, 3))
 _differentiable("subspace", tensors=6, gradients=(0, 1, 2, 5))
 
 
+def _keep_add_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.numbers = inputs[6:]
+
+
+def _add_rms_norm_gradient(ctx: Any, normed: Tensor, stream: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.steerfast.add_rms_norm_backward(normed, stream, *ctx.saved_tensors, *ctx.numbers)
+    every = (*found[:4], None, found[4])
+    return (*(g if needed else None for g, needed in zip(every, ctx.needs_input_grad, strict=False)), None, None)
+
+
+torch.library.register_autograd(
+    "steerfast::add_rms_norm", _add_rms_norm_gradient, setup_context=_keep_add_rms_norm, lib=_library
+)
+
+
 def _fake_sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], k)
     dtype = torch.promote_types(torch.promote_types(x.dtype, w_enc.dtype), torch.float32)
@@ -218,6 +417,14 @@ def _fake_sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> 
 
 _define(
     "sae_encode(Tensor x, Tensor w_enc, Tensor? b_enc, int k) -> (Tensor, Tensor)", run_sae_encode, _fake_sae_encode
+)
+_define(
+    "sae_encode_threshold(Tensor x, Tensor w_enc, Tensor? b_enc, Tensor threshold, int capacity) -> (Tensor, Tensor, Tensor)",
+    run_sae_encode_threshold,
+    lambda x, w_enc, b_enc, threshold, capacity: (
+        *_fake_sae_encode(x, w_enc, b_enc, capacity),
+        x.new_empty(x.shape[:-1], dtype=torch.int32),
+    ),
 )
 _define(
     "sae_encode_backward(Tensor grad, Tensor x, Tensor w_enc, Tensor? b_enc, Tensor values, Tensor indices) -> Tensor[]",
@@ -236,15 +443,37 @@ _define(
 )
 
 
-def _keep_sae_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w_enc, b_enc, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, w_enc, b_enc, *output)
+_define(
+    "sae_add(Tensor x, Tensor values, Tensor indices, Tensor w_dec, Tensor? scale) -> Tensor",
+    run_sae_add,
+    lambda x, *_: _empty_like(x),
+)
+_define(
+    "sae_add_backward(Tensor grad, Tensor x, Tensor values, Tensor indices, Tensor w_dec, Tensor? scale) -> Tensor[]",
+    run_sae_add_backward,
+    lambda grad, x, values, indices, w_dec, scale: _fake_gradients(grad, x, values, w_dec, scale),
+)
+_EDIT = "Tensor x, Tensor values, Tensor indices, Tensor features, Tensor table, Tensor w_dec, Tensor? scale"
+_define(f"sae_edit({_EDIT}) -> Tensor", run_sae_edit, lambda x, *_: _empty_like(x))
+_define(
+    f"sae_edit_backward(Tensor grad, {_EDIT}) -> Tensor[]",
+    run_sae_edit_backward,
+    lambda grad, x, values, indices, features, table, w_dec, scale: _fake_gradients(grad, x, values, w_dec, scale),
+)
+_differentiable("sae_add", tensors=5, gradients=(0, 1, 3, 4))
+_differentiable("sae_edit", tensors=7, gradients=(0, 1, 5, 6))
 
 
-def _sae_encode_gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _keep_sae_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.others = len(inputs) - 3
+    ctx.save_for_backward(*inputs[:3], *output[:2])
+
+
+def _sae_encode_gradient(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     found = torch.ops.steerfast.sae_encode_backward(grad, *ctx.saved_tensors)
-    return (*(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False)), None)
+    wanted = (g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
+    return (*wanted, *[None] * ctx.others)
 
 
 def _keep_sae_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -257,9 +486,10 @@ def _sae_decode_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
 
 
-torch.library.register_autograd(
-    "steerfast::sae_encode", _sae_encode_gradient, setup_context=_keep_sae_encode, lib=_library
-)
+for _encoder in ("sae_encode", "sae_encode_threshold"):
+    torch.library.register_autograd(
+        f"steerfast::{_encoder}", _sae_encode_gradient, setup_context=_keep_sae_encode, lib=_library
+    )
 torch.library.register_autograd(
     "steerfast::sae_decode", _sae_decode_gradient, setup_context=_keep_sae_decode, lib=_library
 )

@@ -1,17 +1,23 @@
 """The bank: the slots of one place in the model, in buffers whose addresses never change.
 
-Layout and meaning of the three tensors are written down in `steerfast.reference`. Rows of `vectors` and `coefficients`
-are handed out first-fit; a slot is written completely before its header makes it visible, and a released slot is empty
-before its rows are handed out again.
+Layout and meaning of the three tensors are written down in `steerfast.reference`. They are views of one block of
+memory, which on a GPU has a twin on the host: registering, replacing and releasing write the twin, and the bytes that
+changed go over in one copy when the tensors are next asked for. The device therefore sees all of a change or nothing
+of it, between two steps, whatever a captured graph is doing. Rows are handed out first-fit.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .interventions import Intervention
-from .reference import Slot
+from .reference import KEEP_NORM, Slot
+
+ALIGNED = 16  # bytes: what a vectorised load wants
 
 
 class Bank:
@@ -21,6 +27,7 @@ class Bank:
         width: d, the width of the stream.
         slots: How many interventions fit.
         directions: How many rows of B and C fit in all; None: 4 per slot, at least 64.
+        coefficients: How many rows of eight numbers fit; None: one per slot and eight per direction.
         dtype: Storage dtype of the rows, usually that of the stream.
         device: Where the buffers live.
 
@@ -39,18 +46,27 @@ class Bank:
         directions: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        coefficients: int | None = None,
     ) -> None:
         directions = max(64, 4 * slots) if directions is None else directions
-        self.vectors = torch.zeros(directions, width, dtype=dtype, device=device)
-        self.coefficients = torch.zeros(directions + slots, 8, dtype=torch.float32, device=device)
-        self.slots = torch.zeros(slots, 8, dtype=torch.int32, device=device)
+        device = torch.device(device)
+        rows = slots + 8 * directions if coefficients is None else coefficients
+        self._device = _Buffers.of(width, slots, directions, rows, dtype, device, pinned=False)
+        pinned = device.type == "cuda"
+        twin = None if device.type == "cpu" else _Buffers.of(width, slots, directions, rows, dtype, "cpu", pinned)
+        self._host = self._device if twin is None else twin
+        self.vectors, self.coefficients, self.slots = self._device.views
         self._vector_rows = Runs(directions)
-        self._coefficient_rows = Runs(directions + slots)
+        self._coefficient_rows = Runs(rows)
         self._held: dict[int, _Held] = {}
+        self._dirty: tuple[int, int] | None = None  # the bytes of the twin that the device has not seen
+        self._copied: torch.cuda.Event | None = None  # set while the device may still be reading the twin
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(vectors, coefficients, slots), as `ops.subspace` takes them."""
+        """(vectors, coefficients, slots), as `ops.subspace` takes them, up to date."""
+        if not torch.compiler.is_compiling():
+            self.commit()
         return self.vectors, self.coefficients, self.slots
 
     @property
@@ -60,10 +76,10 @@ class Bank:
 
     @property
     def modes(self) -> int:
-        """The modes of the registered slots, or-ed."""
+        """The modes of the registered slots, or-ed, with KEEP_NORM where one of them restores a length."""
         modes = 0
         for held in self._held.values():
-            modes |= held.view.mode
+            modes |= held.view.mode | (KEEP_NORM if held.view.keep_norm else 0)
         return modes
 
     @property
@@ -72,64 +88,63 @@ class Bank:
         return max((held.view.lift.shape[0] for held in self._held.values()), default=0)
 
     def register(self, intervention: Intervention, slot: int | None = None) -> int:
-        """Put an intervention into a free slot (or into the named one) and return the slot's number.
+        """Put an intervention into a free slot (or into the named one), held once, and return the slot's number.
 
         Raises:
             ValueError: another width, the named slot is taken or out of range.
             RuntimeError: the bank is full; nothing has been changed.
         """
-        spec = intervention.slot()
-        if spec.lift.shape[-1] != self.width:
-            raise ValueError(
-                f"Bank.register: {intervention!r} has width {spec.lift.shape[-1]}; this bank has {self.width}"
-            )
+        spec = self._fits(intervention)
         if slot is None:
             slot = next((i for i in range(self.slots.shape[0]) if i not in self._held), None)
             if slot is None:
                 raise RuntimeError(f"Bank.register: all {self.slots.shape[0]} slots are taken; release one")
         if not 0 <= slot < self.slots.shape[0] or slot in self._held:
             raise ValueError(f"Bank.register: slot {slot} is taken or outside 0 to {self.slots.shape[0] - 1}")
-        stored = [spec.lift] if spec.project is spec.lift else [spec.project, spec.lift]
-        stored = [part.to(self.vectors) for part in stored]
-        for part in stored:
-            if not part.isfinite().all() or (part == 0).all(1).any():
-                raise ValueError(
-                    f"Bank.register: {intervention!r} does not fit {self.vectors.dtype}: a row overflows or vanishes there; "
-                    "scale the vector towards length 1 and put its size into the strength"
-                )
-        rank, rows = spec.lift.shape[0], sum(part.shape[0] for part in stored)
-        project = self._vector_rows.take(rows, "directions")
-        try:
-            constants = self._coefficient_rows.take(1 + rank, "coefficients")
-        except RuntimeError:
-            self._vector_rows.give(project, rows)
-            raise
-        self.vectors[project : project + rows] = torch.cat(stored)
-        self.coefficients[constants] = spec.constants.to(self.coefficients)
-        self.coefficients[constants + 1 : constants + 1 + rank] = spec.coefficients.to(self.coefficients)
-        lift = project + rows - rank
-        header = [spec.mode, rank, project, lift, constants, spec.steps, int(spec.keep_norm), 0]
-        self.slots[slot] = torch.tensor(header, dtype=torch.int32).to(self.slots)
-        view = spec._replace(
-            project=self.vectors[project : project + rank],
-            lift=self.vectors[lift : lift + rank],
-            constants=self.coefficients[constants],
-            coefficients=self.coefficients[constants + 1 : constants + 1 + rank],
-        )
-        self._held[slot] = _Held(view, float(spec.constants[2]), (project, rows), (constants, 1 + rank))
+        self._held[slot] = self._store(slot, spec, holders=1)
         return slot
 
+    def replace(self, slot: int, intervention: Intervention) -> None:
+        """Give a registered slot another content, of any method and rank; its holders keep it.
+
+        Raises:
+            ValueError: the slot is not registered, or the intervention has another width.
+            RuntimeError: the new rows do not fit; the slot is what it was.
+        """
+        spec, old = self._fits(intervention), self._registered("replace", slot)
+        self._give(old)
+        try:
+            self._held[slot] = self._store(slot, spec, old.holders)
+        except RuntimeError:
+            self._vector_rows.take_at(*old.vector_rows)
+            self._coefficient_rows.take_at(*old.coefficient_rows)
+            raise
+
+    def hold(self, slot: int) -> None:
+        """One more holder of a slot: it takes one more `release` to empty it.
+
+        Raises:
+            ValueError: the slot is not registered.
+        """
+        self._registered("hold", slot).holders += 1
+
     def release(self, slot: int) -> None:
-        """Empty a slot and hand its rows back; tokens that still name it are left alone."""
-        held = self._held.pop(slot, None)
-        if held is None:
-            raise ValueError(f"Bank.release: slot {slot} is not registered")
-        self.slots[slot] = 0
-        self._vector_rows.give(*held.vector_rows)
-        self._coefficient_rows.give(*held.coefficient_rows)
+        """One holder less; the last one empties the slot and hands its rows back. Tokens that still name it are left alone.
+
+        Raises:
+            ValueError: the slot is not registered.
+        """
+        held = self._registered("release", slot)
+        held.holders -= 1
+        if held.holders:
+            return
+        del self._held[slot]
+        self._write(self._host.slots, slot, 1, 0)
+        self._give(held)
 
     def view(self, slot: int) -> Slot:
         """A registered slot as views of the buffers."""
+        self.commit()
         return self._held[slot].view
 
     def strength(self, slot: int) -> float:
@@ -138,35 +153,149 @@ class Bank:
 
     def set_strength(self, slot: int, strength: float) -> None:
         """Change the strength of a slot: one float is written, no address changes."""
-        held = self._held[slot]
-        held.view.constants[2] = strength
+        held = self._registered("set_strength", slot)
+        row = held.coefficient_rows[0]
+        constants = self._host.coefficients[row].clone()
+        constants[2] = strength
+        self._write(self._host.coefficients, row, 1, constants)
         held.strength = strength
+
+    def commit(self) -> None:
+        """Send what has changed since the last commit to the device: one copy, none if nothing has. No-op on the CPU."""
+        if self._dirty is None:
+            return
+        first, last = self._dirty
+        self._dirty = None
+        if self._host is self._device:
+            return
+        self._device.block[first:last].copy_(self._host.block[first:last], non_blocking=True)
+        if self._host.block.is_pinned():
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(self._device.block.device))
+
+    def _registered(self, method: str, slot: int) -> _Held:
+        if slot not in self._held:
+            raise ValueError(f"Bank.{method}: slot {slot} is not registered")
+        return self._held[slot]
+
+    def _fits(self, intervention: Intervention) -> Slot:
+        """The slot of an intervention in this bank's dtype, or the reason why it has none here."""
+        spec = intervention.slot()
+        if spec.lift.shape[-1] != self.width:
+            raise ValueError(
+                f"Bank.register: {intervention!r} has width {spec.lift.shape[-1]}; this bank has {self.width}"
+            )
+        shared = spec.project is spec.lift
+        lift = spec.lift.to(self._host.vectors)
+        project = lift if shared else spec.project.to(lift)
+        for part, given in ((lift, spec.lift), (project, spec.project)):
+            vanished = (part == 0).all(1) & (given != 0).any(1)
+            if not part.isfinite().all() or vanished.any():
+                raise ValueError(
+                    f"Bank.register: {intervention!r} does not fit {self.vectors.dtype}: a row overflows or vanishes there; "
+                    "scale the vector towards length 1 and put its size into the strength"
+                )
+        return spec._replace(project=project, lift=lift)
+
+    def _store(self, slot: int, spec: Slot, holders: int) -> _Held:
+        """Write a slot whose number is free; a bank without room for it is left as it is."""
+        shared = spec.project is spec.lift
+        rank, extra = spec.lift.shape[0], 0 if spec.extra is None else spec.extra.shape[0]
+        rows, numbers = rank if shared else 2 * rank, 1 + rank + extra
+        project = self._vector_rows.take(rows, "directions")
+        try:
+            start = self._coefficient_rows.take(numbers, "coefficients")
+        except RuntimeError:
+            self._vector_rows.give(project, rows)
+            raise
+        lift = project + rows - rank
+        table = [spec.constants[None], spec.coefficients] + ([] if spec.extra is None else [spec.extra])
+        header = [spec.mode, rank, project, lift, start, spec.steps, int(spec.keep_norm), extra]
+        self._write(self._host.vectors, project, rows, spec.lift if shared else torch.cat([spec.project, spec.lift]))
+        self._write(self._host.coefficients, start, numbers, torch.cat(table))
+        self._write(self._host.slots, slot, 1, torch.tensor(header, dtype=torch.int32))
+        end = start + 1 + rank
+        view = spec._replace(
+            project=self.vectors[project : project + rank],
+            lift=self.vectors[lift : lift + rank],
+            constants=self.coefficients[start],
+            coefficients=self.coefficients[start + 1 : end],
+            extra=self.coefficients[end : end + extra] if extra else None,
+        )
+        return _Held(view, float(spec.constants[2]), (project, rows), (start, numbers), holders)
+
+    def _give(self, held: _Held) -> None:
+        self._vector_rows.give(*held.vector_rows)
+        self._coefficient_rows.give(*held.coefficient_rows)
+
+    def _write(self, table: Tensor, row: int, count: int, value: Tensor | int) -> None:
+        """Write rows of one of the twin's tables and remember which bytes that were."""
+        if self._copied is not None:  # the last commit may still be reading the twin
+            self._copied.synchronize()
+            self._copied = None
+        table[row : row + count] = value
+        size = table.element_size()
+        first = (table.storage_offset() + row * table.shape[1]) * size
+        last = first + count * table.shape[1] * size
+        self._dirty = (first, last) if self._dirty is None else (min(first, self._dirty[0]), max(last, self._dirty[1]))
+
+
+class _Buffers(NamedTuple):
+    """The three tables of a bank as views of one block of bytes."""
+
+    block: Tensor  # uint8
+    vectors: Tensor
+    coefficients: Tensor
+    slots: Tensor
+
+    @property
+    def views(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.vectors, self.coefficients, self.slots
+
+    @classmethod
+    def of(
+        cls,
+        width: int,
+        slots: int,
+        directions: int,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        pinned: bool,
+    ) -> _Buffers:
+        vectors = directions * width * dtype.itemsize
+        first = -(-vectors // ALIGNED) * ALIGNED  # coefficients and headers are rows of 32 bytes, aligned by themselves
+        second = first + rows * 32
+        block = torch.zeros(second + slots * 32, dtype=torch.uint8, device=device, pin_memory=pinned)
+        return cls(
+            block,
+            block[:vectors].view(dtype).view(directions, width),
+            block[first:second].view(torch.float32).view(rows, 8),
+            block[second:].view(torch.int32).view(slots, 8),
+        )
 
 
 def fitting(interventions: dict[int, Intervention], like: Bank, slots: int) -> Bank:
     """A bank of `slots` slots that holds exactly these interventions, with the width, dtype and device of another."""
-    rows = sum(
-        spec.lift.shape[0] * (1 if spec.project is spec.lift else 2)
-        for spec in (i.slot() for i in interventions.values())
-    )
-    bank = Bank(like.width, max(slots, like.slots.shape[0]), rows, like.vectors.dtype, like.vectors.device)
+    specs = [intervention.slot() for intervention in interventions.values()]
+    directions = sum(spec.lift.shape[0] * (1 if spec.project is spec.lift else 2) for spec in specs)
+    numbers = sum(1 + spec.lift.shape[0] + (0 if spec.extra is None else spec.extra.shape[0]) for spec in specs)
+    slots = max(slots, like.slots.shape[0])
+    bank = Bank(like.width, slots, directions, like.vectors.dtype, like.vectors.device, numbers)
     for slot, intervention in interventions.items():
         bank.register(intervention, slot)
     return bank
 
 
+@dataclass(slots=True)
 class _Held:
     """What the host remembers of a registered slot."""
 
-    __slots__ = ("coefficient_rows", "strength", "vector_rows", "view")
-
-    def __init__(
-        self, view: Slot, strength: float, vector_rows: tuple[int, int], coefficient_rows: tuple[int, int]
-    ) -> None:
-        self.view = view
-        self.strength = strength
-        self.vector_rows = vector_rows
-        self.coefficient_rows = coefficient_rows
+    view: Slot
+    strength: float
+    vector_rows: tuple[int, int]
+    coefficient_rows: tuple[int, int]
+    holders: int
 
 
 class Runs:
@@ -186,6 +315,16 @@ class Runs:
             f"steerfast: no {length} neighbouring {what} are free (capacity {self.size}); release something or ask for more "
             "when the bank is built"
         )
+
+    def take_at(self, start: int, length: int) -> None:
+        """Take a run that is known to be free."""
+        for i, (begin, room) in enumerate(self.free):
+            if begin <= start and start + length <= begin + room:
+                parts = [(begin, start - begin), (start + length, begin + room - start - length)]
+                self.free[i : i + 1] = [part for part in parts if part[1]]
+                return
+        if length:
+            raise RuntimeError(f"steerfast: {length} numbers from {start} on are not free")
 
     def give(self, start: int, length: int) -> None:
         """Hand a run back."""

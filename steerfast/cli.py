@@ -366,6 +366,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _check_parser(commands)
     _later(commands, argv, "sweep", "sweeping", "try layers and strengths, effect against perplexity")
     _later(commands, argv, "plan", "plan_tools", "look at a file of steering, or convert it")
+    _later(commands, argv, "bench", "bench", "time every op on this machine, against its own peak")
     return parser
 
 

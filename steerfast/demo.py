@@ -24,7 +24,8 @@ from ._backends import backend_of
 from .barrier import fit_barrier
 from .extract import Activations, collect
 from .hooks import steer
-from .interventions import Ablate, Add, Amplify, Calibrate, Flow
+from .flows import Flow
+from .interventions import Ablate, Add, Amplify, Calibrate
 from .plan import Plan
 
 Say = Callable[[str], None]

@@ -7,7 +7,6 @@ a bank rounds them to the dtype of the stream.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ._checks import direction_rows, finite_number, one_of
-from .barrier import ORTHONORMAL, Barrier
-from .reference import ADD, FLOW, HINGE, PUSH, ROTATE, Slot
+from .barrier import ORTHONORMAL
+from .reference import ADD, AFFINE, HINGE, PUSH, Slot
 
 DEPENDENT = 1e-4
 """A row whose part outside the span of the earlier rows is shorter than this share of it counts as dependent."""
@@ -95,12 +94,12 @@ class Add(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
-        _set(self, "vector", direction_rows("Add", "vector", self.vector, one=True)[0])
-        _set(self, "strength", finite_number("Add", "strength", self.strength))
+        set_field(self, "vector", direction_rows("Add", "vector", self.vector, one=True)[0])
+        set_field(self, "strength", finite_number("Add", "strength", self.strength))
 
     def slot(self) -> Slot:
-        rows = _tensor(self.vector)[None]
-        return Slot(ADD, 0, self.keep_norm, rows, rows, _constants(strength=self.strength), _table(1))
+        rows = as_tensor(self.vector)[None]
+        return Slot(ADD, 0, self.keep_norm, rows, rows, constants_row(strength=self.strength), hinge_rows(1))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -127,13 +126,13 @@ class Ablate(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
-        _set(
+        set_field(
             self, "direction", orthonormal("Ablate", "direction", direction_rows("Ablate", "direction", self.direction))
         )
 
     def slot(self) -> Slot:
-        rows = _tensor(self.direction)
-        return Slot(HINGE, 0, self.keep_norm, rows, rows, _constants(), _table(rows.shape[0], slope=-1.0))
+        rows = as_tensor(self.direction)
+        return Slot(HINGE, 0, self.keep_norm, rows, rows, constants_row(), hinge_rows(rows.shape[0], slope=-1.0))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -162,12 +161,12 @@ class Amplify(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
-        _set(self, "features", direction_rows("Amplify", "features", self.features))
-        _set(self, "alpha", finite_number("Amplify", "alpha", self.alpha))
+        set_field(self, "features", direction_rows("Amplify", "features", self.features))
+        set_field(self, "alpha", finite_number("Amplify", "alpha", self.alpha))
 
     def slot(self) -> Slot:
-        rows = _tensor(self.features)
-        return Slot(HINGE, 0, self.keep_norm, rows, rows, _constants(), _table(rows.shape[0], bend=self.alpha))
+        rows = as_tensor(self.features)
+        return Slot(HINGE, 0, self.keep_norm, rows, rows, constants_row(), hinge_rows(rows.shape[0], bend=self.alpha))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -196,13 +195,13 @@ class Calibrate(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
-        _set(self, "features", direction_rows("Calibrate", "features", self.features))
-        _set(self, "beta", finite_number("Calibrate", "beta", self.beta))
+        set_field(self, "features", direction_rows("Calibrate", "features", self.features))
+        set_field(self, "beta", finite_number("Calibrate", "beta", self.beta))
 
     def slot(self) -> Slot:
-        rows = _tensor(self.features)
-        table = _table(rows.shape[0], offset=self.beta / rows.shape[0], bend=-1.0)
-        return Slot(HINGE, 0, self.keep_norm, rows, rows, _constants(), table)
+        rows = as_tensor(self.features)
+        table = hinge_rows(rows.shape[0], offset=self.beta / rows.shape[0], bend=-1.0)
+        return Slot(HINGE, 0, self.keep_norm, rows, rows, constants_row(), table)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -233,8 +232,8 @@ class AffineAblate(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
-        unit = _unit("AffineAblate", self.direction)
-        _set(self, "direction", unit)
+        unit = unit_row("AffineAblate", self.direction)
+        set_field(self, "direction", unit)
         baseline = self.baseline
         if isinstance(baseline, Tensor) and baseline.dim() == 1:
             if baseline.shape != unit.shape:
@@ -242,13 +241,13 @@ class AffineAblate(Intervention):
                     f"AffineAblate: baseline has shape {tuple(baseline.shape)}; expected a number or ({unit.numel()},)"
                 )
             baseline = float(unit.double() @ baseline.detach().cpu().double())
-        _set(self, "baseline", finite_number("AffineAblate", "baseline", baseline))
-        _set(self, "offset", finite_number("AffineAblate", "offset", self.offset))
+        set_field(self, "baseline", finite_number("AffineAblate", "baseline", baseline))
+        set_field(self, "offset", finite_number("AffineAblate", "offset", self.offset))
 
     def slot(self) -> Slot:
-        rows = _tensor(self.direction)[None]
-        table = _table(1, offset=float(self.baseline) + self.offset, slope=-1.0)
-        return Slot(HINGE, 0, self.keep_norm, rows, rows, _constants(), table)
+        rows = as_tensor(self.direction)[None]
+        table = hinge_rows(1, offset=float(self.baseline) + self.offset, slope=-1.0)
+        return Slot(HINGE, 0, self.keep_norm, rows, rows, constants_row(), table)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -276,22 +275,65 @@ class Clamp(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
-        _set(self, "direction", _unit("Clamp", self.direction))
+        set_field(self, "direction", unit_row("Clamp", self.direction))
         for name in ("low", "high"):
             if getattr(self, name) is not None:
-                _set(self, name, finite_number("Clamp", name, getattr(self, name)))
+                set_field(self, name, finite_number("Clamp", name, getattr(self, name)))
         if self.low is None and self.high is None:
             raise ValueError("Clamp: give low, high or both")
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"Clamp: low is {self.low} and high {self.high}; expected low <= high")
 
     def slot(self) -> Slot:
-        rows, table = _tensor(self.direction)[None], _table(1)
+        rows, table = as_tensor(self.direction)[None], hinge_rows(1)
         if self.low is not None:  # max(y, low) - y = low - y + relu(y - low)
             table[0, :4] = torch.tensor([self.low, -1.0, 1.0, self.low])
         if self.high is not None:
             table[0, 4:6] = torch.tensor([-1.0, self.high])
-        return Slot(HINGE, 0, self.keep_norm, rows, rows, _constants(), table)
+        return Slot(HINGE, 0, self.keep_norm, rows, rows, constants_row(), table)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Affine(Intervention):
+    """An elementwise affine map: w ⊙ x + b. A strength given to `steer` multiplies what it changes.
+
+    Args:
+        weight: w, (d,), or a number for all of them.
+        bias: b, (d,); None: zero.
+        keep_norm: Give every row its old length back afterwards.
+
+    Raises:
+        TypeError, ValueError: shapes do not fit, a value is not finite, or the map is the identity.
+
+    Reference:
+        Rodriguez et al. 2025, Linear-AcT (arXiv:2410.23054); LinEAS (arXiv:2503.10679); SADI (arXiv:2410.12299).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.Affine(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 2.0]))
+        Affine(weight: 2, bias: 2, keep_norm=False)
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bias is None and not isinstance(self.weight, Tensor):
+            raise TypeError("Affine: weight is a number and there is no bias to tell the width; give weight as a tensor (d,)")
+        width = self.weight.shape if isinstance(self.weight, Tensor) else as_tensor(self.bias).shape
+        weight = self.weight if isinstance(self.weight, Tensor) else torch.full(width, float(self.weight))
+        bias = torch.zeros(width) if self.bias is None else self.bias
+        if len(width) != 1:
+            raise ValueError(f"Affine: weight has shape {tuple(width)}; expected (d,)")
+        set_field(self, "weight", float_table("Affine", "weight", weight, tuple(width)))
+        set_field(self, "bias", float_table("Affine", "bias", bias, tuple(width)))
+        if bool((as_tensor(self.weight) == 1).all()) and not bool(as_tensor(self.bias).any()):
+            raise ValueError("Affine: weight is one and bias zero everywhere, which changes nothing")
+
+    def slot(self) -> Slot:
+        rows = torch.stack([self.weight - 1, as_tensor(self.bias)])
+        return Slot(AFFINE, 0, self.keep_norm, rows, rows, constants_row(), hinge_rows(2))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -322,16 +364,16 @@ class LoReFT(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
-        _set(self, "R", direction_rows("LoReFT", "R", self.R))
-        _set(self, "W", float_table("LoReFT", "W", self.W, tuple(self.R.shape)))
+        set_field(self, "R", direction_rows("LoReFT", "R", self.R))
+        set_field(self, "W", float_table("LoReFT", "W", self.W, tuple(self.R.shape)))
         b = torch.zeros(self.R.shape[0]) if self.b is None else self.b
-        _set(self, "b", float_table("LoReFT", "b", b, (self.R.shape[0],)))
+        set_field(self, "b", float_table("LoReFT", "b", b, (self.R.shape[0],)))
         check_orthonormal("LoReFT", "R", self.R)
 
     def slot(self) -> Slot:
-        table = _table(self.R.shape[0], slope=1.0)
-        table[:, 0] = _tensor(self.b)
-        return Slot(HINGE, 0, self.keep_norm, self.W - self.R, self.R, _constants(), table)
+        table = hinge_rows(self.R.shape[0], slope=1.0)
+        table[:, 0] = as_tensor(self.b)
+        return Slot(HINGE, 0, self.keep_norm, self.W - self.R, self.R, constants_row(), table)
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,6 +385,7 @@ class Features:
         decoder: W_dec, (m, d).
         bias: b, (m,); None: zero.
         threshold: θ ≥ 0, (m,); None: ReLU.
+        place: (site, layer) that they read and write, if known: `sf.Plan([...])` puts them there.
 
     Raises:
         TypeError, ValueError: shapes do not fit, a value is not finite, or a threshold is negative.
@@ -352,15 +395,16 @@ class Features:
     decoder: Tensor
     bias: Tensor | None = None
     threshold: Tensor | None = None
+    place: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
-        _set(self, "encoder", direction_rows("Features", "encoder", self.encoder))
-        _set(self, "decoder", float_table("Features", "decoder", self.decoder, tuple(self.encoder.shape)))
+        set_field(self, "encoder", direction_rows("Features", "encoder", self.encoder))
+        set_field(self, "decoder", float_table("Features", "decoder", self.decoder, tuple(self.encoder.shape)))
         for name in ("bias", "threshold"):
             value = getattr(self, name)
             value = torch.zeros(self.encoder.shape[0]) if value is None else value
-            _set(self, name, float_table("Features", name, value, (self.encoder.shape[0],)))
-        if (_tensor(self.threshold) < 0).any():
+            set_field(self, name, float_table("Features", name, value, (self.encoder.shape[0],)))
+        if (as_tensor(self.threshold) < 0).any():
             raise ValueError("Features: threshold is negative; a JumpReLU threshold is >= 0")
 
     def rows(self, indices: list[int]) -> Features:
@@ -374,8 +418,8 @@ class Features:
             raise ValueError(
                 f"EditFeatures: feature {outside[0]} is out of range; there are {self.encoder.shape[0]}, from 0"
             )
-        tensors = (self.encoder, self.decoder, _tensor(self.bias), _tensor(self.threshold))
-        return Features(*(tensor[indices] for tensor in tensors))
+        tensors = (self.encoder, self.decoder, as_tensor(self.bias), as_tensor(self.threshold))
+        return Features(*(tensor[indices] for tensor in tensors), place=self.place)
 
 
 class HasFeatures(Protocol):
@@ -421,18 +465,18 @@ class EditFeatures(Intervention):
             raise TypeError(f"EditFeatures: values must be a non-empty dict of feature -> number; got {self.values!r}")
         if not hasattr(self.sae, "rows"):
             raise TypeError(f"EditFeatures: sae must be Features or an SAE; got {type(self.sae).__name__}")
-        _set(self, "values", {int(k): finite_number("EditFeatures", f"values[{k}]", v) for k, v in self.values.items()})
+        set_field(self, "values", {int(k): finite_number("EditFeatures", f"values[{k}]", v) for k, v in self.values.items()})
         if self.mode in ("min", "max") and min(self.values.values()) < 0:
             raise ValueError(
                 f"EditFeatures: a bound of {min(self.values.values())}; a feature is never negative, so bounds are >= 0"
             )
-        _set(self, "sae", self.sae.rows(list(self.values)))
+        set_field(self, "sae", self.sae.rows(list(self.values)))
 
     def slot(self) -> Slot:
         features: Features = self.sae  # type: ignore[assignment]  # __post_init__ has picked the rows
         t = torch.tensor(list(self.values.values()))
-        table = _feature_table(self.mode, t, _tensor(features.bias), _tensor(features.threshold))
-        return Slot(HINGE, 0, self.keep_norm, features.encoder, features.decoder, _constants(), table)
+        table = _feature_table(self.mode, t, as_tensor(features.bias), as_tensor(features.threshold))
+        return Slot(HINGE, 0, self.keep_norm, features.encoder, features.decoder, constants_row(), table)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self.sae, name) for name in ("encoder", "decoder", "bias", "threshold")}
@@ -451,49 +495,11 @@ class EditFeatures(Intervention):
         features, rest = Features(**tensors), dict(numbers)
         names, values = rest.pop("features"), rest.pop("values")
         made = cls(features, dict(enumerate(values)), **rest)
-        _set(made, "values", dict(zip(names, values, strict=True)))
+        set_field(made, "values", dict(zip(names, values, strict=True)))
         return made
 
     def __repr__(self) -> str:
         return f"EditFeatures(features {list(self.values)}, mode={self.mode!r}, keep_norm={self.keep_norm})"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Rotate(Intervention):
-    """Set the angle of the stream within a plane: g = ‖y‖(cos t, sin t) - y, y = (b₁ᵀx, b₂ᵀx); the length in the plane stays.
-
-    Args:
-        plane: b₁ and b₂, orthonormal rows (2, d); b₁ is the direction of angle 0.
-        degrees: t. A strength given to `steer` multiplies it.
-        adaptive: Turn only rows whose y₁ is positive.
-
-    Raises:
-        TypeError, ValueError: not two finite orthonormal rows (the deviation is stated), or t is not finite.
-
-    Reference:
-        Vu & Nguyen 2025, Angular Steering (arXiv:2510.26243): the fixed angle, and the adaptive mask on the first axis.
-
-    Example:
-        >>> import torch, steerfast as sf
-        >>> sf.Rotate(torch.eye(3)[:2], degrees=90.0)
-        Rotate(plane: 2×3, degrees=90.0, adaptive=False)
-    """
-
-    plane: Tensor
-    degrees: float = 0.0
-    adaptive: bool = False
-
-    def __post_init__(self) -> None:
-        _set(self, "plane", direction_rows("Rotate", "plane", self.plane))
-        if self.plane.shape[0] != 2:
-            raise ValueError(f"Rotate: plane has {self.plane.shape[0]} rows; a plane is two orthonormal rows (2, d)")
-        check_orthonormal("Rotate", "plane", self.plane)
-        _set(self, "degrees", finite_number("Rotate", "degrees", self.degrees))
-
-    def slot(self) -> Slot:
-        constants = _constants()
-        constants[3], constants[4] = math.radians(self.degrees), float(self.adaptive)
-        return Slot(ROTATE, 0, False, self.plane, self.plane, constants, _table(2))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -525,16 +531,16 @@ class DeficitPush(Intervention):
 
     def __post_init__(self) -> None:
         rows = direction_rows("DeficitPush", "features", self.features)
-        _set(self, "features", rows)
-        _set(self, "target", finite_number("DeficitPush", "target", self.target))
+        set_field(self, "features", rows)
+        set_field(self, "target", finite_number("DeficitPush", "target", self.target))
         if self.target <= 0:
             raise ValueError(f"DeficitPush: target is {self.target}; expected > 0")
         bias = torch.zeros(rows.shape[0]) if self.bias is None else self.bias
-        _set(self, "bias", float_table("DeficitPush", "bias", bias, (rows.shape[0],)))
+        set_field(self, "bias", float_table("DeficitPush", "bias", bias, (rows.shape[0],)))
 
     def slot(self) -> Slot:
-        rows, constants, table = _tensor(self.features), _constants(), _table(_tensor(self.features).shape[0])
-        constants[3], table[:, 0] = self.target, _tensor(self.bias)
+        rows, constants, table = as_tensor(self.features), constants_row(), hinge_rows(as_tensor(self.features).shape[0])
+        constants[3], table[:, 0] = self.target, as_tensor(self.bias)
         return Slot(PUSH, 0, True, rows, rows, constants, table)
 
 
@@ -561,83 +567,19 @@ def _feature_table(mode: str, t: Tensor, bias: Tensor, threshold: Tensor) -> Ten
     return table
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Flow(Intervention):
-    """Follow a barrier's gradient: da/dt = ∇h/‖∇h‖ over [0, T], in Euler steps taken on k + 1 numbers and lifted once.
-
-    Args:
-        barrier: h, from `fit_barrier`.
-        angle: T/‖a‖ of each row, in radians. Exactly one of angle and T.
-        T: Length of the path in units of the stream.
-        steps: Number of steps.
-        method: "euler".
+def intervention_type(owner: str, name: str) -> type[Intervention]:
+    """The class of an intervention by its name: one of ours, imported where it lives, or a subclass defined elsewhere.
 
     Raises:
-        TypeError, ValueError: not exactly one of angle and T, a negative or non-finite length, steps < 1.
-
-    Reference:
-        ODESteer, which sees activation steering as an ODE along a barrier function.
-
-    Example:
-        >>> import torch, steerfast as sf
-        >>> h = sf.Barrier(torch.tensor([[1.0, 0.0]]), torch.zeros(1), torch.ones(1))
-        >>> sf.Flow(h, angle=0.4)
-        Flow(rank 1, angle=0.4, T=None, steps=10, method='euler')
+        ValueError: there is none of this name.
     """
+    import steerfast
 
-    barrier: Barrier
-    angle: float | None = None
-    T: float | None = None
-    steps: int = 10
-    method: str = "euler"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.barrier, Barrier):
-            raise TypeError(f"Flow: barrier must come from fit_barrier; got {type(self.barrier).__name__}")
-        path_length("Flow", self.T, self.angle)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"Flow: steps is {self.steps!r}; expected a whole number >= 1")
-        one_of("Flow", "method", self.method, ("euler",))
-
-    def slot(self) -> Slot:
-        rows, barrier = self.barrier.basis, self.barrier
-        T, angle = path_length("Flow", self.T, self.angle)
-        table = torch.zeros(rows.shape[0], 8)
-        table[:, 0], table[:, 1] = barrier.eigenvalues, barrier.bias
-        return Slot(FLOW, self.steps, False, rows, rows, _constants(T, angle), table)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self.barrier, name) for name in ("basis", "eigenvalues", "bias")}
-
-    def numbers(self) -> dict[str, Any]:
-        return {
-            **{name: getattr(self, name) for name in ("angle", "T", "steps", "method")},
-            "barrier": {name: getattr(self.barrier, name) for name in ("offset", "typical_norm", "accuracy")},
-        }
-
-    @classmethod
-    def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> Flow:
-        """The inverse of `tensors` and `numbers`; everything is validated anew."""
-        rest = dict(numbers)
-        parts: dict[str, Any] = {**tensors, **rest.pop("barrier")}
-        return cls(Barrier(**parts), **rest)
-
-    def __repr__(self) -> str:
-        rank = self.barrier.basis.shape[0]
-        return f"Flow(rank {rank}, angle={self.angle}, T={self.T}, steps={self.steps}, method={self.method!r})"
-
-
-def path_length(owner: str, T: float | None, angle: float | None) -> tuple[float, float]:
-    """(absolute length, multiple of ‖a‖) of a path that is given in one of the two ways."""
-    if (T is None) == (angle is None):
-        raise ValueError(f"{owner}: got T={T} and angle={angle}; give exactly one of them")
-    name, value = ("T", T) if angle is None else ("angle", angle)
-    value = finite_number(owner, name, value)
-    if value < 0:
-        raise ValueError(
-            f"{owner}: {name} is {value}; expected >= 0 (to steer the other way, swap the barrier's sides)"
-        )
-    return (value, 0.0) if angle is None else (0.0, value)
+    if name not in Intervention.registry and name in steerfast.__all__:
+        getattr(steerfast, name)
+    if name not in Intervention.registry:
+        raise ValueError(f"{owner}: unknown intervention {name!r}; known are {', '.join(sorted(Intervention.registry))}")
+    return Intervention.registry[name]
 
 
 def orthonormal(owner: str, name: str, rows: Tensor) -> Tensor:
@@ -680,25 +622,25 @@ def float_table(owner: str, name: str, value: Tensor, shape: tuple[int, ...]) ->
     return table
 
 
-def _unit(owner: str, direction: Directions) -> Tensor:
+def unit_row(owner: str, direction: Directions, name: str = "direction") -> Tensor:
     """One direction (d,), scaled to length 1."""
-    row = direction_rows(owner, "direction", direction, one=True)[0].double()
+    row = direction_rows(owner, name, direction, one=True)[0].double()
     return (row / row.norm()).float()
 
 
-def _constants(T: float = 0.0, angle: float = 0.0, strength: float = 1.0) -> Tensor:
+def constants_row(T: float = 0.0, angle: float = 0.0, strength: float = 1.0) -> Tensor:
     return torch.tensor([T, angle, strength, 0.0, 0.0, 0.0, 0.0, 0.0])
 
 
-def _table(rank: int, offset: float = 0.0, slope: float = 0.0, bend: float = 0.0, knot: float = 0.0) -> Tensor:
+def hinge_rows(rank: int, offset: float = 0.0, slope: float = 0.0, bend: float = 0.0, knot: float = 0.0) -> Tensor:
     """The same hinge for every direction: g = offset + slope·y + bend·relu(y - knot)."""
     return torch.tensor([[offset, slope, bend, knot, 0.0, 0.0, 0.0, 0.0]]).repeat(rank, 1)
 
 
-def _tensor(value: Any) -> Tensor:
+def as_tensor(value: Any) -> Tensor:
     """A field that __post_init__ has made a tensor."""
     return value
 
 
-def _set(target: object, name: str, value: Any) -> None:
+def set_field(target: object, name: str, value: Any) -> None:
     object.__setattr__(target, name, value)

@@ -15,26 +15,35 @@ import torch
 from torch import Tensor
 
 from . import _library, reference
-from ._backends import backend_of
-from ._checks import check_dictionary, check_stream, check_table, check_width, finite_number
-from .interventions import path_length
-from .reference import ALL_MODES, FLOW, HINGE
+from ._backends import backend_of, kernels
+from ._checks import FLOATS, check_dictionary, check_stream, check_table, check_width, finite_number, one_of
+from .flows import path_length
+from .reference import AFFINE, ALL_MODES, FLOW, HINGE
 
 __all__ = [
     "ablate",
     "ablate_",
     "add",
     "add_",
+    "add_rms_norm",
+    "affine",
+    "affine_",
     "amplify",
     "amplify_",
     "calibrate",
     "calibrate_",
     "flow",
     "flow_",
+    "sae_add",
     "sae_decode",
+    "sae_edit",
     "sae_encode",
+    "sae_encode_threshold",
+    "similarity",
     "subspace",
     "subspace_",
+    "subspace_probe",
+    "subspace_split_",
 ]
 
 _UNIT = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # a slot's constants: strength 1
@@ -268,11 +277,14 @@ def subspace(
         rows: int32 (n,) or (n, P), P ≤ 4: slots applied to each row, left to right; -1 = none. A row whose entries are
             all -1 is returned bit for bit. None: slot 0 for every row.
         scale: float32 of the shape of rows, or (n,) without rows: multiplies the edit (for a flow its T). None: 1.
-        modes: The modes that may occur, or-ed; the kernel is compiled for these only.
+        modes: What may occur, or-ed: modes, and KEEP_NORM where a slot restores lengths; the kernel is compiled for
+            these only.
         max_rank: The largest rank that may occur. None: the number of rows of vectors.
 
     Returns:
-        A new tensor (..., d) of the dtype of x. A row's result never depends on the rows beside it.
+        A new tensor (..., d) of the dtype of x. A row's result never depends on the rows beside it; on a GPU and from
+        rank 16 on, its sums are ordered by the number of rows (up to 64, up to 1024, more), which may move last bits,
+        and several slots of one row round to the dtype of x in between.
 
     Raises:
         TypeError, ValueError: a dtype, width, device or table shape does not fit; the message names it.
@@ -308,6 +320,213 @@ def subspace_(
     return x
 
 
+def subspace_probe(
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    max_rank: int,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    modes: int = ALL_MODES,
+) -> tuple[Tensor, Tensor]:
+    """`subspace`, and what it projected: (x', y) with y = Bᵀx in the same pass, for monitoring.
+
+    Args:
+        x: Residual stream, (..., d), n rows in all.
+        vectors, coefficients, slots: A bank, as `subspace` takes it.
+        max_rank: K, the largest rank that may occur.
+        rows: int32 (n,) or (n, P), as in `subspace`. None: slot 0 for every row.
+        scale: As in `subspace`.
+        modes: The modes that may occur, or-ed.
+
+    Returns:
+        x' (..., d), and y (n, P, K), float32 (float64 for a float64 x): for each row and column of its table the
+        projections that the slot saw, zero beyond its rank, where no slot is named, and for `Add` and `Affine`.
+        Without gradients on the Triton backend.
+
+    Raises:
+        TypeError, ValueError: a dtype, width, device or table shape does not fit; the message names it.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> bank = sf.Bank(width=2, slots=1)
+        >>> slot = bank.register(sf.Ablate(torch.tensor([1.0, 0.0])))
+        >>> sf.ops.subspace_probe(torch.tensor([[3.0, 4.0]]), *bank.tensors, max_rank=1)
+        (tensor([[0., 4.]]), tensor([[[3.]]]))
+    """
+    _check_bank("subspace_probe", x, vectors, coefficients, slots, rows, scale, max_rank)
+    run = torch.ops.steerfast.subspace_probe if torch.compiler.is_compiling() else _library.run_subspace_probe
+    return run(x, vectors, coefficients, slots, rows, scale, modes, max_rank)
+
+
+def subspace_split_(
+    hidden: Tensor,
+    residual: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    modes_and_rank: tuple[int, int] | None = None,
+) -> Tensor:
+    """`subspace` on a stream carried as two tensors: residual += δ(hidden + residual), in place.
+
+    Norms, projections and gates are taken on the whole stream x = hidden + residual, summed in float32; only
+    `residual` is written. An engine that adds the two in its next norm then sees the steered stream.
+
+    Args:
+        hidden: What the layer adds, (..., d), n rows in all.
+        residual: The stream before it, of the same shape and dtype; written into.
+        vectors, coefficients, slots: A bank, as `subspace` takes it.
+        rows: As in `subspace`; a row whose entries are all -1 keeps its residual bit for bit.
+        scale: As in `subspace`.
+        modes_and_rank: (modes that may occur, largest rank that may occur); None: all modes, the rows of vectors.
+
+    Returns:
+        residual.
+
+    Raises:
+        TypeError, ValueError: a dtype, width, device or table shape does not fit; the message names it.
+        RuntimeError: a gradient is needed.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> bank = sf.Bank(width=2, slots=1)
+        >>> slot = bank.register(sf.Ablate(torch.tensor([1.0, 0.0])))
+        >>> sf.ops.subspace_split_(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]), *bank.tensors)
+        tensor([[-3.,  0.]])
+    """
+    op = "subspace_split_"
+    _check_pair(op, hidden, residual)
+    modes, rank = (ALL_MODES, None) if modes_and_rank is None else modes_and_rank
+    rank = _check_bank(op, residual, vectors, coefficients, slots, rows, scale, rank)
+    _check_in_place(op, residual, hidden, vectors, coefficients, scale)
+    run = torch.ops.steerfast.subspace_split_ if torch.compiler.is_compiling() else _library.run_subspace_split_
+    run(hidden, residual, vectors, coefficients, slots, rows, scale, modes, rank)
+    return residual
+
+
+def add_rms_norm(
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    vectors: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Residual add, steering and the next RMSNorm in one pass: two reads, two writes.
+
+    stream = hidden + residual + scale · vectors[rows]; normed = stream / √(mean(stream²) + eps) · weight, taken on the
+    stream as it is stored, so that normed is exactly the norm of the returned stream.
+
+    Args:
+        hidden: What the layer adds, (..., d), n rows in all.
+        residual: The stream before it, of the same shape and dtype.
+        weight: Gain of the norm, (d,).
+        vectors: One vector (d,) or a bank of S vectors (S, d).
+        rows: int32 (n,) or (n, P), P ≤ 4: vectors added to each row; -1 = none. None: vector 0 for every row.
+        scale: float32 of the shape of rows, or (n,) without rows; None: 1.
+        eps: Added to the mean square.
+        unit_offset: The gain is 1 + weight (Gemma).
+
+    Returns:
+        (normed, stream), both (..., d) in the dtype of residual.
+
+    Raises:
+        TypeError, ValueError: a dtype, width, device or table shape does not fit; the message names it.
+
+    Reference:
+        Zhang & Sennrich 2019, Root Mean Square Layer Normalization (arXiv:1910.07467).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> zero, one = torch.zeros(1, 2), torch.ones(1, 2)
+        >>> sf.ops.add_rms_norm(zero, one, torch.ones(2), torch.tensor([2.0, 2.0]), eps=0.0)
+        (tensor([[1., 1.]]), tensor([[3., 3.]]))
+    """
+    op = "add_rms_norm"
+    _check_pair(op, hidden, residual)
+    _check(op, residual, "vectors", vectors, rows, scale)
+    check_width(op, "weight", weight, residual)
+    if weight.dim() != 1:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; expected ({residual.shape[-1]},)")
+    if _registered(residual, hidden, weight, vectors, scale):
+        return torch.ops.steerfast.add_rms_norm(hidden, residual, weight, vectors, rows, scale, eps, unit_offset)
+    return _library.run_add_rms_norm(hidden, residual, weight, vectors, rows, scale, eps, unit_offset)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """An elementwise affine map: w ⊙ x + b.
+
+    Args:
+        x: Residual stream, (..., d).
+        weight: w, (d,).
+        bias: b, (d,).
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, width or device does not fit; the message names it.
+
+    Reference:
+        Rodriguez et al. 2025, Linear-AcT (arXiv:2410.23054).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.affine(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.5]), torch.tensor([0.0, 1.0]))
+        tensor([[3., 3.]])
+    """
+    _check_affine("affine", x, weight, bias)
+    if _by_formula(x):
+        return reference.affine(x, weight, bias)
+    return subspace(x, *_affine_bank(x, weight, bias), modes=AFFINE, max_rank=2)
+
+
+def affine_(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`affine`, written into x."""
+    _check_affine("affine_", x, weight, bias)
+    _check_in_place("affine_", x, weight, bias)
+    if _by_formula(x):
+        return x.copy_(reference.affine(x, weight, bias))
+    return subspace_(x, *_affine_bank(x, weight, bias), modes=AFFINE, max_rank=2)
+
+
+def similarity(x: Tensor, basis: Tensor, kind: str = "projection") -> Tensor:
+    """How much of a row lies in a subspace, as a cosine: the condition of conditional activation steering.
+
+    "projection": |cos(x, proj_W x)| = ‖Wx‖/‖x‖, the paper's. "tanh": cos(x, tanh(WᵀWx)), the released code's.
+
+    Args:
+        x: Residual stream, (..., d).
+        basis: W, one unit direction (d,) or m orthonormal rows (m, d).
+        kind: "projection" or "tanh".
+
+    Returns:
+        (...,) in float32 (float64 for a float64 x); 0 for a zero row.
+
+    Raises:
+        TypeError, ValueError: a dtype, width or device does not fit, or an unknown kind.
+
+    Reference:
+        Lee et al. 2024, Programming Refusal with Conditional Activation Steering (arXiv:2409.05907).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]))
+        tensor([0.6000])
+    """
+    _check("similarity", x, "basis", basis)
+    squash = one_of("similarity", "kind", kind, ("projection", "tanh")) == "tanh"
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or basis.requires_grad)
+    if torch.compiler.is_compiling() or needs_grad or backend_of(x) == "torch":
+        return reference.similarity(x, basis, squash)  # a compiler fuses it by itself
+    return kernels("similarity").similarity(x, basis, squash)
+
+
 def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """The k most active features of each row: Top-K of relu(x W_encᵀ + b_enc), exactly, without the (n, F) matrix.
 
@@ -336,16 +555,55 @@ def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[
         >>> sf.ops.sae_encode(torch.tensor([[3.0, -1.0, 2.0]]), torch.eye(3), None, k=2)
         (tensor([[3., 2.]]), tensor([[0, 2]], dtype=torch.int32))
     """
-    check_stream("sae_encode", x)
-    check_dictionary("sae_encode", "w_enc", w_enc, "b_enc", b_enc, bias_axis=0)
-    check_width("sae_encode", "w_enc", w_enc, x)
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"sae_encode: k must be a whole number; got {k!r}")
-    if not 1 <= k <= w_enc.shape[0]:
-        raise ValueError(f"sae_encode: k is {k}; expected 1 to F = {w_enc.shape[0]}, the rows of w_enc")
+    _check_encoder("sae_encode", x, w_enc, b_enc, "k", k)
     if _needs_library(x, w_enc, b_enc):
         return torch.ops.steerfast.sae_encode(x, w_enc, b_enc, k)
     return _library.run_sae_encode(x, w_enc, b_enc, k)
+
+
+def sae_encode_threshold(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The active features of each row of a JumpReLU SAE: f = h·[h > θ], h = x W_encᵀ + b_enc, as sorted lists.
+
+    Args:
+        x: Residual stream, (..., d), n rows in all.
+        w_enc: Encoder rows, (F, d). Two 16-bit tensors of one dtype run on tensor cores; other pairs in float32.
+        b_enc: Encoder bias, (F,), or None. An SAE that subtracts b_dec first: fold it, b_enc - W_enc b_dec.
+        threshold: θ ≥ 0, (F,) float32: JumpReLU; one number for all: BatchTopK at inference; zero: ReLU.
+        capacity: Room for each row, 1 to F.
+
+    Returns:
+        (values, indices, counts): float32 and int32, (..., capacity), sorted by value, largest first, ties to the lower
+        index, then value 0 and index 0; and int32 (...), how many features are active. Nothing is cut off in silence: a
+        row whose count is above the capacity has NaN in all its values; call again with `int(counts.max())`. float64
+        stays float64 and runs on the reference on every backend.
+
+    Raises:
+        TypeError, ValueError: capacity, a dtype, a shape or a device does not fit; the message names it.
+
+    Reference:
+        Rajamanoharan et al. 2024, JumpReLU (arXiv:2407.14435); Bussmann et al. 2024, BatchTopK (arXiv:2412.06410).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.sae_encode_threshold(torch.tensor([[3.0, 1.0, 2.0]]), torch.eye(3), None, torch.full((3,), 1.5), 2)
+        (tensor([[3., 2.]]), tensor([[0, 2]], dtype=torch.int32), tensor([2], dtype=torch.int32))
+    """
+    _check_encoder("sae_encode_threshold", x, w_enc, b_enc, "capacity", capacity)
+    if not isinstance(threshold, Tensor) or threshold.shape != (w_enc.shape[0],) or threshold.dtype not in FLOATS:
+        got = f"{threshold.dtype} {tuple(threshold.shape)}" if isinstance(threshold, Tensor) else repr(threshold)
+        raise TypeError(
+            f"sae_encode_threshold: threshold is {got}; expected a floating tensor ({w_enc.shape[0]},), one per feature: "
+            "torch.full((F,), θ) for a single one"
+        )
+    if threshold.device != x.device:
+        raise ValueError(
+            f"sae_encode_threshold: threshold is on {threshold.device} and x on {x.device}; move one with .to(...)"
+        )
+    if _needs_library(x, w_enc, b_enc):
+        return torch.ops.steerfast.sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
+    return _library.run_sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
 
 
 def sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -372,26 +630,135 @@ def sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | N
         >>> sf.ops.sae_decode(torch.tensor([[3.0, 2.0]]), torch.tensor([[0, 2]]), torch.eye(3))
         tensor([[3., 0., 2.]])
     """
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"sae_decode: values must be a floating tensor (..., k); got {got}")
-    if values.dim() < 1 or values.shape[-1] < 1:
-        raise ValueError(f"sae_decode: values has shape {tuple(values.shape)}; expected (..., k) with k >= 1")
-    check_dictionary("sae_decode", "w_dec", w_dec, "b_dec", b_dec, bias_axis=1)
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"sae_decode: indices has dtype {indices.dtype}; expected torch.int32 or torch.int64")
-    if indices.shape != values.shape:
-        raise ValueError(
-            f"sae_decode: indices has shape {tuple(indices.shape)} and values {tuple(values.shape)}; expected one shape"
-        )
-    for name, tensor in (("values", values), ("indices", indices)):
-        if tensor.device != w_dec.device:
-            raise ValueError(
-                f"sae_decode: {name} is on {tensor.device} and w_dec on {w_dec.device}; move one with .to(...)"
-            )
+    _check_sparse("sae_decode", values, indices, w_dec, b_dec)
     if _needs_library(values, w_dec, b_dec):
         return torch.ops.steerfast.sae_decode(values, indices, w_dec, b_dec)
     return _library.run_sae_decode(values, indices, w_dec, b_dec)
+
+
+def sae_add(x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Add a few features to rows of the stream: x + scale · Σⱼ values[j] · W_dec[indices[j]].
+
+    What lies outside the dictionary, the reconstruction error, stays as it is. With scale -1 and an SAE's own features what
+    is left is that error (and b_dec).
+
+    Args:
+        x: Residual stream, (..., d), n rows in all.
+        values: What is added of each feature, (..., k), k ≥ 1.
+        indices: int32 or int64 of the same shape: the features, each in [0, F), as in `sae_decode`.
+        w_dec: Decoder rows, (F, d).
+        scale: float32 (n,): multiplies the edit of each row; a row of scale 0 is returned bit for bit. None: 1.
+
+    Returns:
+        A new tensor (..., d) of the dtype of x; sums are taken in float32 and rounded once.
+
+    Raises:
+        TypeError, ValueError: a dtype, a shape or a device does not fit; the message names it.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.sae_add(torch.ones(1, 3), torch.tensor([[3.0]]), torch.tensor([[2]]), torch.eye(3))
+        tensor([[1., 1., 4.]])
+    """
+    check_stream("sae_add", x)
+    _check_sparse("sae_add", values, indices, w_dec, None)
+    _check_beside("sae_add", x, values, w_dec, scale)
+    if _needs_library(x, values, w_dec, scale):
+        return torch.ops.steerfast.sae_add(x, values, indices, w_dec, scale)
+    return _library.run_sae_add(x, values, indices, w_dec, scale)
+
+
+def sae_edit(
+    x: Tensor, values: Tensor, indices: Tensor, features: Tensor, table: Tensor, w_dec: Tensor, scale: Tensor | None = None
+) -> Tensor:
+    """Change a few features of an encoded row and keep the reconstruction error: x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m].
+
+    fₘ is what `sae_encode` or `sae_encode_threshold` found for feature m, 0 where it is not among the selected;
+    t(f) = clip(t₀f + t₁, t₂, t₃). One pass over x; no decode of the features that stay.
+
+    Args:
+        x: Residual stream, (..., d), n rows in all.
+        values: Feature activations, (..., k), as an encoder returned them.
+        indices: int32 or int64 of the same shape: their features.
+        features: int32 (m,): the numbers of the features that change, each once.
+        table: float32 (m, 4): t₀, t₁, t₂, t₃ of each.
+        w_dec: Their decoder rows, (m, d).
+        scale: float32 (n,): multiplies the edit of each row; a row of scale 0 is returned bit for bit. None: 1.
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, a shape or a device does not fit; the message names it.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> x, w = torch.tensor([[3.0, 1.0, 2.0]]), torch.eye(3)
+        >>> encoded = sf.ops.sae_encode(x, w, None, k=2)
+        >>> to_eight = torch.tensor([[0.0, 8.0, -torch.inf, torch.inf]])
+        >>> sf.ops.sae_edit(x, *encoded, torch.tensor([2], dtype=torch.int32), to_eight, w[2:])
+        tensor([[3., 1., 8.]])
+    """
+    check_stream("sae_edit", x)
+    check_dictionary("sae_edit", "w_dec", w_dec, "b_dec", None, bias_axis=1)
+    _check_codes("sae_edit", values, indices, w_dec)
+    _check_beside("sae_edit", x, values, w_dec, scale)
+    count = w_dec.shape[0]
+    for name, tensor, shape, dtype in (
+        ("features", features, (count,), torch.int32),
+        ("table", table, (count, 4), torch.float32),
+    ):
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"sae_edit: {name} is {got}; expected {dtype} {shape}, one per row of w_dec")
+        if tensor.device != x.device:
+            raise ValueError(f"sae_edit: {name} is on {tensor.device} and x on {x.device}; move one with .to(...)")
+    if _needs_library(x, values, w_dec, scale):
+        return torch.ops.steerfast.sae_edit(x, values, indices, features, table, w_dec, scale)
+    return _library.run_sae_edit(x, values, indices, features, table, w_dec, scale)
+
+
+def _check_encoder(op: str, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, name: str, count: int) -> None:
+    check_stream(op, x)
+    check_dictionary(op, "w_enc", w_enc, "b_enc", b_enc, bias_axis=0)
+    check_width(op, "w_enc", w_enc, x)
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{op}: {name} must be a whole number; got {count!r}")
+    if not 1 <= count <= w_enc.shape[0]:
+        raise ValueError(f"{op}: {name} is {count}; expected 1 to F = {w_enc.shape[0]}, the rows of w_enc")
+
+
+def _check_sparse(op: str, values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None) -> None:
+    check_dictionary(op, "w_dec", w_dec, "b_dec", b_dec, bias_axis=1)
+    _check_codes(op, values, indices, w_dec)
+
+
+def _check_codes(op: str, values: Tensor, indices: Tensor, w_dec: Tensor) -> None:
+    """Values and their features, (..., k) each, beside the weights."""
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"{op}: values must be a floating tensor (..., k); got {got}")
+    if values.dim() < 1 or values.shape[-1] < 1:
+        raise ValueError(f"{op}: values has shape {tuple(values.shape)}; expected (..., k) with k >= 1")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: indices has dtype {indices.dtype}; expected torch.int32 or torch.int64")
+    if indices.shape != values.shape:
+        raise ValueError(
+            f"{op}: indices has shape {tuple(indices.shape)} and values {tuple(values.shape)}; expected one shape"
+        )
+    for name, tensor in (("values", values), ("indices", indices)):
+        if tensor.device != w_dec.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} and w_dec on {w_dec.device}; move one with .to(...)")
+
+
+def _check_beside(op: str, x: Tensor, values: Tensor, w_dec: Tensor, scale: Tensor | None) -> None:
+    """x has the width of the decoder and the rows of the values; the scale has one number per row."""
+    if x.shape != (*values.shape[:-1], w_dec.shape[1]):
+        expected = (*values.shape[:-1], w_dec.shape[1])
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected {expected}, as values and w_dec have")
+    if x.device != w_dec.device:
+        raise ValueError(f"{op}: x is on {x.device} and w_dec on {w_dec.device}; move one with .to(...)")
+    check_table(op, None, scale, x)
 
 
 def _needs_library(*tensors: Tensor | None) -> bool:
@@ -416,6 +783,29 @@ def _check(
     check_table(op, rows, scale, x)
     if in_place:
         _check_in_place(op, x, directions, scale)
+
+
+def _check_pair(op: str, hidden: Tensor, residual: Tensor) -> None:
+    check_stream(op, residual)
+    check_stream(op, hidden)
+    if hidden.shape != residual.shape or hidden.dtype != residual.dtype or hidden.device != residual.device:
+        raise ValueError(
+            f"{op}: hidden is {tuple(hidden.shape)} {hidden.dtype} on {hidden.device} and residual {tuple(residual.shape)} "
+            f"{residual.dtype} on {residual.device}; expected two halves of one stream"
+        )
+
+
+def _check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    for name, vector in (("weight", weight), ("bias", bias)):
+        _check(op, x, name, vector)
+        if vector.dim() != 1:
+            raise ValueError(f"{op}: {name} has shape {tuple(vector.shape)}; expected ({x.shape[-1]},)")
+
+
+def _affine_bank(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tables = _make_affine_tables if torch.compiler.is_compiling() else _affine_tables
+    wide = torch.promote_types(weight.dtype, torch.float32)  # w - 1 in 16 bits would lose what w is close to 1
+    return torch.stack([weight.to(wide) - 1, bias.to(wide)]), *tables(x.device)
 
 
 def _check_in_place(op: str, x: Tensor, *others: Tensor | None) -> None:
@@ -493,8 +883,15 @@ def _make_flow_tables(
     return constants, torch.tensor([[FLOW, rank, 0, 0, 0, steps, 0, 0]], dtype=torch.int32, device=device)
 
 
+def _make_affine_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tables of one elementwise affine map."""
+    coefficients = torch.tensor([_UNIT] * 3, dtype=torch.float32, device=device)
+    return coefficients, torch.tensor([[AFFINE, 2, 0, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
+
+
 # Kept, so that a hot path allocates no constants; made outside inference mode, so that a later gradient can use them.
 _hinge_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_make_hinge_tables))
+_affine_tables = functools.lru_cache(maxsize=8)(torch.inference_mode(False)(_make_affine_tables))
 _flow_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_make_flow_tables))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._checks import one_of
 from ._files import replace_file
-from .interventions import Intervention
+from .interventions import Intervention, intervention_type
 from .layers import SITES
 
 SCHEMA = 1
@@ -233,11 +233,7 @@ def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _rebuild(item: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
-    kind = Intervention.registry.get(item["type"])
-    if kind is None:
-        raise ValueError(
-            f"Plan.load: unknown intervention {item['type']!r}; known are {', '.join(sorted(Intervention.registry))}"
-        )
+    kind = intervention_type("Plan.load", item["type"])
     return kind.restore({name: tensors[key] for name, key in item["tensors"].items()}, item["numbers"])
 
 

@@ -8,11 +8,12 @@ that hold all slots of one place in the model, at addresses that never change:
 
     vectors       (R, d)  storage dtype   the rows of every B and C, one after another; a slot with C = B stores them once
     coefficients  (M, 8)  float32         per slot one row of constants, then one row per direction
-    slots         (S, 8)  int32           per slot: mode, rank, project, lift, coefficients, steps, keep_norm, 0
+    slots         (S, 8)  int32           per slot: mode, rank, project, lift, coefficients, steps, keep_norm, extra
 
 `project` and `lift` are the first row of B and C in `vectors`, `coefficients` is the row of the slot's constants
-(T, angle, strength, c₃, c₄, 0, 0, 0). Mode ADD projects nothing: its edit is the single row C. A slot of rank 0 is empty
-and edits nothing. A row table says who edits which token:
+(T, angle, strength, c₃ … c₇). `extra` further rows of coefficients may follow those of the directions. Modes ADD and
+AFFINE project nothing: the edit of ADD is the single row C, that of AFFINE is C₀ ⊙ x + C₁. A slot of rank 0 is empty and
+edits nothing. A row table says who edits which token:
 
     rows          (n,) or (n, P) int32    slots applied to that token, left to right; -1 = none; ≥ S is undefined
     scale         like rows, float32      multiplies the edit δ (for a flow: T), on top of the slot's own strength
@@ -25,15 +26,22 @@ graphs and torch.compile need.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-ADD, HINGE, FLOW, ROTATE, PUSH = 1, 2, 4, 8, 16
-ALL_MODES = ADD | HINGE | FLOW | ROTATE | PUSH
-SAE_BLOCK, SAE_GROUP = 4096, 32  # features walked at a time, and those that share a maximum
+from .solvers import integrate
 
+ADD, HINGE, FLOW, ROTATE, PUSH, SLERP, REFLECT, AFFINE = 1, 2, 4, 8, 16, 32, 64, 128
+KEEP_NORM = 256  # not a mode, but announced with them: some slot restores the length of its rows
+ALL_MODES = ADD | HINGE | FLOW | ROTATE | PUSH | SLERP | REFLECT | AFFINE | KEEP_NORM
+SAE_BLOCK, SAE_GROUP = 4096, 32  # features walked at a time, and those that share a maximum
+TINY = 1e-30  # stands in for the length of a zero row
+
+SINE = 1e-4
+"""Below this sine two directions count as parallel: no plane is left to turn in."""
 
 VANISHED = 1e-5
 """A row of which less than this share of its length is left has vanished: what remains is the rounding of float32."""
@@ -49,6 +57,7 @@ class Slot(NamedTuple):
     lift: Tensor  # (k, d)
     constants: Tensor  # (8,)
     coefficients: Tensor  # (k, 8)
+    extra: Tensor | None = None  # (e, 8), what a mode needs beyond eight numbers per direction
 
 
 def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -121,8 +130,88 @@ def subspace(
             else:
                 weight = gain if weights is None else gain * weights[mine, column, None]
                 out = out.index_copy(0, mine, _edit(out[mine], slot, weight))
-    edited = ((table >= 0) & (slots[table.clamp(min=0).long(), 1] > 0)).any(1, keepdim=True)
-    return torch.where(edited, out.to(x.dtype), flat).view(x.shape)
+    return torch.where(_edited(table, slots), out.to(x.dtype), flat).view(x.shape)
+
+
+def subspace_probe(
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    max_rank: int,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(x', y): `subspace`, and what it projected, y = Bᵀx as (n, P, max_rank); zero beyond a slot's rank."""
+    flat = x.reshape(-1, x.shape[-1])
+    table = slots.new_zeros(flat.shape[0], 1) if rows is None else _columns(rows)
+    weights = None if scale is None else _columns(scale)
+    wide = _wide(flat)
+    y = wide.new_zeros(*table.shape, max_rank)
+    for column in range(table.shape[1]):
+        for owner, mine in _owners(table[:, column]):
+            slot = slot_of(vectors, coefficients, slots, owner)
+            if slot.mode not in (ADD, AFFINE) and slot.lift.shape[0]:
+                index = slice(None) if mine is None else mine
+                y[index, column, : slot.project.shape[0]] = wide[index] @ slot.project.to(wide.dtype).T
+        weight = None if weights is None else weights[:, column]
+        wide = subspace(wide, vectors, coefficients, slots, table[:, column], weight)
+    return torch.where(_edited(table, slots), wide.to(x.dtype), flat).view(x.shape), y
+
+
+def subspace_split(
+    hidden: Tensor,
+    residual: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """residual + δ(hidden + residual): `subspace` on a stream that is carried as two tensors."""
+    h, r = _rows(hidden), _rows(residual)
+    moved = subspace(h + r, vectors, coefficients, slots, rows, scale) - (h + r)
+    table = slots.new_zeros(1, 1).expand(r.shape[0], 1) if rows is None else _columns(rows)
+    flat = residual.reshape(r.shape)
+    return torch.where(_edited(table, slots), (r + moved).to(residual.dtype), flat).view(residual.shape)
+
+
+def add_rms_norm(
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    vectors: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(normed, stream): stream = hidden + residual + scale · vectors[rows], normed = stream / rms(stream) · weight."""
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) + residual
+    stream = add(wide, vectors, rows, scale).to(residual.dtype)
+    x = stream.to(wide.dtype)
+    gain = weight.to(wide.dtype) + (1.0 if unit_offset else 0.0)
+    normed = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * gain
+    return normed.to(residual.dtype), stream
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """w ⊙ x + b, elementwise."""
+    wide = _rows(x)
+    return (wide * weight.to(wide.dtype) + bias.to(wide.dtype)).to(x.dtype).view(x.shape)
+
+
+def similarity(x: Tensor, basis: Tensor, squash: bool) -> Tensor:
+    """‖Wx‖/‖x‖ = |cos(x, proj_W x)| for orthonormal rows W; squashed: cos(x, tanh(WᵀWx)). A zero row has similarity 0."""
+    wide, rows = _rows(x), _wide(basis.reshape(-1, basis.shape[-1]))
+    y = wide @ rows.to(wide.dtype).T
+    norm = torch.linalg.vector_norm(wide, dim=-1)
+    if squash:
+        image = torch.tanh(y @ rows.to(wide.dtype))
+        found = (wide * image).sum(-1) / (norm * torch.linalg.vector_norm(image, dim=-1))
+    else:
+        found = torch.linalg.vector_norm(y, dim=-1) / norm
+    return torch.where(found.isnan() & wide.isfinite().all(-1), 0, found).view(x.shape[:-1])
 
 
 def rotate(y: Tensor, c: Tensor, scale: Tensor | float) -> Tensor:
@@ -138,6 +227,42 @@ def push(y: Tensor, c: Tensor, bias: Tensor, scale: Tensor | float) -> Tensor:
     short = torch.relu(c[3] - torch.relu(y + bias))
     total = short.sum(-1, keepdim=True)
     return torch.where(total > 0, scale * c[3] / total, 0) * short
+
+
+def slerp(y: Tensor, norm: Tensor, c: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    """(s, g) that turn a row towards μ_T by the share t of the angle ω between them, its length kept.
+
+    y = (μ_Tᵀx, μ_Hᵀx), δ = tanh(κ(cos_H - cos_T)/2) = p_H - p_T, t = α(δ - β)/(1 - β) where δ > β and 0 elsewhere, with
+    α = scale·c₃, β = c₄, κ = c₅. x' = sin((1 - t)ω)/sin ω · x + ‖x‖ sin(tω)/sin ω · μ_T; a row that has no way to turn
+    (zero, or on the axis of μ_T) stays.
+    """
+    cos = (y / norm.clamp(min=TINY)).clamp(-1, 1)
+    doubt = torch.tanh(c[5] * (cos[:, 1:] - cos[:, :1]) / 2)
+    t = (scale * c[3] * (doubt - c[4]) / (1 - c[4])).clamp(max=1)
+    omega = torch.acos(cos[:, :1])
+    sine = torch.sin(omega)
+    turns = (doubt > c[4]) & (sine > SINE) & (norm > 0)
+    s = torch.where(turns, torch.sin((1 - t) * omega) / sine, 1)
+    g = torch.where(turns, norm * torch.sin(t * omega) / sine, 0)
+    return s, torch.cat([g, torch.zeros_like(g)], dim=1)
+
+
+def reflect(y: Tensor, norm: Tensor, c: Tensor, table: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    """(s, g) that turn a row on the negative side of v̂ towards its mirror image by the angle γ that a small net predicts.
+
+    y₀ = v̂ᵀx, γ = scale·π·σ(w₂ᵀrelu(y₁… + b₁) + b₂) with b₁ = table[:, 0], w₂ = table[:, 1], b₂ = c₃, φ the angle between
+    x and its image x - 2y₀v̂: x' = sin(φ - γ)/sin φ · x + sin γ/sin φ · image. Rows with y₀ + c₄ ≥ 0, and rows that their
+    own image leaves no plane to turn in, stay.
+    """
+    hidden = torch.relu(y[:, 1:] + table[1:, 0])
+    gamma = scale * math.pi * torch.sigmoid((hidden * table[1:, 1]).sum(-1, keepdim=True) + c[3])
+    lean = (y[:, :1] / norm.clamp(min=TINY)).clamp(-1, 1)  # -sin(φ/2)
+    phi = 2 * torch.asin(lean.abs())
+    sine = torch.sin(phi)
+    turns = (y[:, :1] + c[4] < 0) & (sine > SINE)
+    near, far = torch.sin(phi - gamma) / sine, torch.sin(gamma) / sine
+    g = torch.where(turns, -2 * y[:, :1] * far, 0)
+    return torch.where(turns, near + far, 1), torch.nn.functional.pad(g, (0, y.shape[1] - 1))
 
 
 def edit(x: Tensor, slot: Slot, scale: Tensor | float = 1.0) -> Tensor:
@@ -161,71 +286,59 @@ def hinge(y: Tensor, c: Tensor) -> Tensor:
     return c[:, 0] + c[:, 1] * y + bend + c[:, 6] * (y > c[:, 7])
 
 
-def integrate(y: Tensor, norm: Tensor, c: Tensor, length: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Euler steps of da/dt = ∇h/‖∇h‖ for h(a) = x̂ᵀQΛQᵀx̂ + b̃ᵀQᵀx̂, x̂ = a/‖a‖, on the coordinates (Qᵀa, α).
-
-    The trajectory stays in span(Q, a₀): a = α·a₀ + Q(y - α·y₀), so k + 1 numbers are all that moves
-    (exact: h depends on a only through Qᵀa and ‖a‖).
-    λ = c[:, 0], b̃ = c[:, 1]. y is (n, k); norm = ‖a₀‖ and length = T are (n, 1).
-    Returns (α, y) after the last step; at a stationary point or a zero row nothing moves.
-    """
-    step = length / steps
-    alpha = torch.ones_like(norm)
-    rest = (norm * norm - (y * y).sum(-1, keepdim=True)).clamp(min=0)  # what lies outside span(Q), never negative
-    for _ in range(steps):
-        outside = alpha * alpha * rest
-        square = (y * y).sum(-1, keepdim=True) + outside
-        inverse = torch.where(square > 0, torch.rsqrt(square), 0)
-        point = y * inverse
-        u = 2 * c[:, 0] * point + c[:, 1]
-        s = (point * u).sum(-1, keepdim=True)
-        tangent = u - s * point
-        speed = (tangent * tangent).sum(-1, keepdim=True) + s * s * outside * inverse * inverse
-        q = torch.where((speed > 0) & (square > 0), step * torch.rsqrt(speed), 0)
-        shrink = 1 - q * s * inverse
-        y, alpha = shrink * y + q * u, shrink * alpha
-    return alpha, y
-
-
 def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Top-K of relu(x W_encᵀ + b_enc), walking blocks of features: the matrix (n, F) never exists.
+    """Top-K of relu(x W_encᵀ + b_enc), walking blocks of features: the matrix (n, F) never exists."""
+    values, indices, _ = _walk(x, w_enc, b_enc, None, k)
+    return values, indices
 
-    Blocks are walked in the order of their features, so that an entry that only equals the k-th value so far has lost its
-    tie already; few entries of a block survive that comparison, and only these are sorted (stably).
+
+def sae_encode_threshold(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f = h·[h > θ], h = x W_encᵀ + b_enc, as sorted lists of what is not zero, and their lengths.
+
+    A row with more than `capacity` active features is NaN throughout: its count says what it needs.
     """
-    flat = _wide(x.reshape(-1, x.shape[-1]))
-    flat = flat.to(torch.promote_types(flat.dtype, w_enc.dtype))
-    n, features = flat.shape[0], w_enc.shape[0]
-    values, indices = flat.new_zeros(n, k), torch.zeros(n, k, dtype=torch.int64, device=x.device)
-    start, width = 0, 256  # narrow at first: the k-th value rises fast
-    while start < features and n:
-        stop = min(start + width, features)
-        rows = w_enc[start:stop].to(flat.dtype)
-        pre = flat @ rows.T if b_enc is None else torch.addmm(b_enc[start:stop].to(flat.dtype), flat, rows.T)
-        values, indices = _merge(values, indices, pre, start)
-        start, width = stop, min(2 * width, SAE_BLOCK)
-    shape = (*x.shape[:-1], k)
-    return values.contiguous().view(shape), indices.to(torch.int32).view(shape)
+    values, indices, counts = _walk(x, w_enc, b_enc, threshold, capacity)
+    over = (counts > capacity)[..., None]
+    return values.masked_fill(over, torch.nan), indices.masked_fill(over, 0), counts
 
 
 def sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """Σⱼ values[j] · W_dec[indices[j]] + b_dec, a block of rows at a time."""
-    k, d = values.shape[-1], w_dec.shape[-1]
-    flat, places = values.reshape(-1, k), indices.reshape(-1, k)
-    dtype = torch.promote_types(torch.promote_types(values.dtype, w_dec.dtype), torch.float32)
-    if w_dec.dtype == dtype:
-        out = torch.nn.functional.embedding_bag(places, w_dec, per_sample_weights=flat.to(dtype), mode="sum")
-    else:
-        blocks = zip(flat.split(SAE_BLOCK // k or 1), places.split(SAE_BLOCK // k or 1), strict=True)
-        out = torch.cat([torch.bmm(v[:, None].to(dtype), w_dec[i].to(dtype))[:, 0] for v, i in blocks])
+    out = _gather_sum(values, indices, w_dec)
     if b_dec is not None:
-        out = out + b_dec.to(dtype)
-    return out.to(w_dec.dtype).view(*values.shape[:-1], d)
+        out = out + b_dec.to(out.dtype)
+    return out.to(w_dec.dtype)
+
+
+def sae_add(x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x + scale · Σⱼ values[j] · W_dec[indices[j]], rounded once; a row of scale 0 is copied bit for bit."""
+    delta = _gather_sum(values, indices, w_dec)
+    if scale is None:
+        return (_wide(x) + delta).to(x.dtype)
+    weight = scale.view(*x.shape[:-1], 1)
+    return torch.where(weight == 0, x, (_wide(x) + weight * delta).to(x.dtype))
+
+
+def sae_edit(
+    x: Tensor, values: Tensor, indices: Tensor, features: Tensor, table: Tensor, w_dec: Tensor, scale: Tensor | None = None
+) -> Tensor:
+    """x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m], t(f) = clip(t₀f + t₁, t₂, t₃); fₘ is the value beside feature m, or 0."""
+    values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
+    f = torch.stack([(values * (indices == feature)).sum(1) for feature in features], 1)
+    g = torch.clamp(table[:, 0] * f + table[:, 1], table[:, 2], table[:, 3]) - f
+    delta = (g.to(_wide(w_dec).dtype) @ _wide(w_dec)).view(x.shape)
+    if scale is None:
+        return (_wide(x) + delta).to(x.dtype)
+    weight = scale.view(*x.shape[:-1], 1)
+    return torch.where(weight == 0, x, (_wide(x) + weight * delta).to(x.dtype))
 
 
 def slot_of(vectors: Tensor, coefficients: Tensor, slots: Tensor, index: int) -> Slot:
     """Slot number `index` of a bank."""
-    mode, rank, project, lift, start, steps, keep_norm, _ = slots[index].tolist()
+    mode, rank, project, lift, start, steps, keep_norm, extra = slots[index].tolist()
+    end = start + 1 + rank
     return Slot(
         mode=mode,
         steps=steps,
@@ -233,7 +346,8 @@ def slot_of(vectors: Tensor, coefficients: Tensor, slots: Tensor, index: int) ->
         project=vectors[project : project + rank],
         lift=vectors[lift : lift + rank],
         constants=coefficients[start],
-        coefficients=coefficients[start + 1 : start + 1 + rank],
+        coefficients=coefficients[start + 1 : end],
+        extra=coefficients[end : end + extra] if extra else None,
     )
 
 
@@ -241,25 +355,35 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
     lift = slot.lift.to(x.dtype)
     if slot.mode == ADD:
         out = torch.add(x, lift, alpha=scale) if isinstance(scale, float) else x + scale * lift  # x is wide here
-    elif slot.mode == HINGE:
-        g = hinge(x @ slot.project.to(x.dtype).T, slot.coefficients.to(x.dtype))
-        out = _lift(x, scale * g, lift)
-    elif slot.mode == FLOW:
-        constants = slot.constants.to(x.dtype)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        start = x @ slot.project.to(x.dtype).T
-        length = scale * (constants[0] + constants[1] * norm)
-        alpha, y = integrate(start, norm, slot.coefficients.to(x.dtype), length, slot.steps)
-        out = _lift(x, y - alpha * start, lift, (alpha - 1) * x)
+    elif slot.mode == AFFINE:
+        out = x + scale * (lift[0] * x + lift[1])
     else:
-        constants, y = slot.constants.to(x.dtype), x @ slot.project.to(x.dtype).T
-        g = (
-            rotate(y, constants, scale)
-            if slot.mode == ROTATE
-            else push(y, constants, slot.coefficients[:, 0].to(x.dtype), scale)
-        )
-        out = _lift(x, g, lift)
+        y, table = x @ slot.project.to(x.dtype).T, slot.coefficients.to(x.dtype)
+        if slot.mode == HINGE:
+            out = _lift(x, scale * hinge(y, table), lift)
+        else:
+            s, g = _couple(x, y, slot, table, scale)
+            out = _lift(x, g, lift, None if s is None else (s - 1) * x)
     return _restore_norm(out, x) if slot.keep_norm else out
+
+
+def _couple(
+    x: Tensor, y: Tensor, slot: Slot, table: Tensor, scale: Tensor | float
+) -> tuple[Tensor | None, Tensor]:
+    """(s, g) of the modes that need all of y; s None stands for 1."""
+    constants = slot.constants.to(x.dtype)
+    if slot.mode == ROTATE:
+        return None, rotate(y, constants, scale)
+    if slot.mode == PUSH:
+        return None, push(y, constants, table[:, 0], scale)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if slot.mode == SLERP:
+        return slerp(y, norm, constants, scale)
+    if slot.mode == REFLECT:
+        return reflect(y, norm, constants, table, scale)
+    length = scale * (constants[0] + constants[1] * norm)
+    alpha, moved = integrate(y, norm, table, length, slot.steps)
+    return alpha, moved - alpha * y
 
 
 def _lift(x: Tensor, g: Tensor, lift: Tensor, more: Tensor | None = None) -> Tensor:
@@ -272,6 +396,48 @@ def _restore_norm(out: Tensor, x: Tensor) -> Tensor:
     """out with the length of x; a row that an edit took away all but completely is not stretched from its rounding noise."""
     before, after = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, out))
     return torch.where(after > VANISHED * before, out * (before / after), out)
+
+
+def _walk(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest positive entries of each row above the threshold, (..., k) twice, and how many there are, (...).
+
+    Blocks are walked in the order of their features, so that an entry that only equals the k-th value so far has lost its
+    tie already; few entries of a block survive that comparison, and only these are sorted (stably).
+    """
+    flat = _wide(x.reshape(-1, x.shape[-1]))
+    flat = flat.to(torch.promote_types(flat.dtype, w_enc.dtype))
+    n, features = flat.shape[0], w_enc.shape[0]
+    values, indices = flat.new_zeros(n, k), torch.zeros(n, k, dtype=torch.int64, device=x.device)
+    counts = torch.zeros(n, dtype=torch.int64, device=x.device)
+    start, width = 0, 256  # narrow at first: the k-th value rises fast
+    while start < features and n:
+        stop = min(start + width, features)
+        rows = w_enc[start:stop].to(flat.dtype)
+        pre = flat @ rows.T if b_enc is None else torch.addmm(b_enc[start:stop].to(flat.dtype), flat, rows.T)
+        if threshold is not None:
+            silent = pre <= threshold[start:stop].to(flat.dtype)  # NaN is active
+            counts += (stop - start) - silent.sum(1)
+            pre = pre.masked_fill(silent, 0)
+        values, indices = _merge(values, indices, pre, start)
+        start, width = stop, min(2 * width, SAE_BLOCK)
+    shape = (*x.shape[:-1], k)
+    indices = indices.to(torch.int32).view(shape)
+    return values.contiguous().view(shape), indices, counts.to(torch.int32).view(x.shape[:-1])
+
+
+def _gather_sum(values: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:
+    """Σⱼ values[j] · W_dec[indices[j]] in the dtype of the arithmetic."""
+    k, d = values.shape[-1], w_dec.shape[-1]
+    flat, places = values.reshape(-1, k), indices.reshape(-1, k)
+    dtype = torch.promote_types(torch.promote_types(values.dtype, w_dec.dtype), torch.float32)
+    if w_dec.dtype == dtype:
+        out = torch.nn.functional.embedding_bag(places, w_dec, per_sample_weights=flat.to(dtype), mode="sum")
+    else:
+        blocks = zip(flat.split(SAE_BLOCK // k or 1), places.split(SAE_BLOCK // k or 1), strict=True)
+        out = torch.cat([torch.bmm(v[:, None].to(dtype), w_dec[i].to(dtype))[:, 0] for v, i in blocks])
+    return out.view(*values.shape[:-1], d)
 
 
 def _merge(values: Tensor, indices: Tensor, pre: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -302,6 +468,11 @@ def _owners(column: Tensor) -> list[tuple[int, Tensor | None]]:
         owners = column[:1].tolist()
         return [(owner, None) for owner in owners if owner >= 0]
     return [(owner, (column == owner).nonzero().flatten()) for owner in column.unique().tolist() if owner >= 0]
+
+
+def _edited(table: Tensor, slots: Tensor) -> Tensor:
+    """bool (n, 1): rows that some slot edits."""
+    return ((table >= 0) & (slots[table.clamp(min=0).long(), 1] > 0)).any(1, keepdim=True)
 
 
 def _columns(table: Tensor) -> Tensor:

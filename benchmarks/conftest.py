@@ -1,0 +1,249 @@
+"""The fixtures of the suites: `race` measures a case under pytest-benchmark and keeps its raw row.
+
+pytest-benchmark reads a clock of ours that advances by what a round measured, on the host or on the device: so its
+tables, its JSON and its comparisons show the same times as our rows.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the suites import the files beside them; the root stays off the path
+
+from setting import INTERPRETED, PLACE, TINY
+
+import steerfast as sf
+from steerfast import bench
+from steerfast.timing import (
+    OURS,
+    QUICK,
+    REHEARSAL,
+    THOROUGH,
+    Case,
+    Clock,
+    DeviceClock,
+    Effort,
+    HostClock,
+    NotHere,
+    Peaks,
+    Race,
+    Row,
+    append_row,
+    circumstances,
+    measure_peaks,
+    memory_rise,
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("steerfast")
+    group.addoption("--rows", type=Path, metavar="FOLDER", help="where raw rows go (default: benchmarks/results)")
+    group.addoption("--quick", action="store_true", help="few short rounds, nothing compiled")
+    group.addoption("--deadline", type=float, default=float("inf"), help="seconds after which no further case starts")
+
+
+class Ledger:
+    """What a run measured, and what it did not: rows are written as they are measured, so that an interrupt keeps them."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.effort: Effort = REHEARSAL if TINY else QUICK if config.getoption("--quick") else THOROUGH
+        self.clock: Clock = DeviceClock() if PLACE == "cuda" else HostClock()
+        self.origin = {**circumstances(PLACE), "quick": self.effort is not THOROUGH}
+        folder = config.getoption("--rows") or Path(__file__).parent / "results"
+        device = "-".join("".join(c if c.isalnum() else " " for c in self.origin["device"]).lower().split())
+        self.file = folder / f"{self.origin['date'][:10]}-{PLACE}-{device}.jsonl"
+        self.rows: list[Row] = []
+        self.unwritten: list[Row] = []
+        self.deadline = time.monotonic() + config.getoption("--deadline")
+        self.now = 0.0
+        self._peaks: dict[torch.dtype, Peaks] = {}
+        self.planned: list[str] = []
+
+    def peaks(self, dtype: torch.dtype) -> Peaks:
+        if dtype not in self._peaks:
+            self._peaks[dtype] = measure_peaks(self.clock, dtype, self.effort)
+        return self._peaks[dtype]
+
+    def keep(self, row: Row) -> None:
+        row = {**row, "run": self.origin}
+        self.rows.append(row)
+        self.unwritten.append(row)
+        while self.unwritten:
+            try:
+                append_row(self.file, self.unwritten[0])
+            except OSError:
+                return  # a full disk may have room again at the next row; the rest is printed at the end
+            del self.unwritten[0]
+
+    def later(self) -> float:
+        """The clock that pytest-benchmark reads."""
+        return self.now
+
+
+LEDGER = pytest.StashKey[Ledger]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LEDGER] = Ledger(config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what `timeout` sends ends a run like Ctrl-C: with its summary
+    if PLACE == "cpu":
+        torch.set_num_threads(1)  # the clock counts the CPU time of all threads
+    if PLACE == "cuda" or INTERPRETED:
+        sf.use_backend("triton")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ledger = config.stash[LEDGER]
+    for item in items:
+        group = item.path.stem.removeprefix("test_")
+        item.add_marker(pytest.mark.benchmark(timer=ledger.later, group=group, disable_gc=False, warmup=False))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[LEDGER].planned = [item.nodeid for item in session.items]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "teardown":
+        _finished.add(report.nodeid)
+
+
+_finished: set[str] = set()
+
+
+@pytest.fixture
+def ledger(pytestconfig: pytest.Config) -> Ledger:
+    return pytestconfig.stash[LEDGER]
+
+
+@pytest.fixture(autouse=True)
+def _in_time(ledger: Ledger) -> None:
+    torch.manual_seed(0)
+    if time.monotonic() > ledger.deadline:
+        pytest.skip("out of time: --deadline has passed")
+
+
+@pytest.fixture
+def race(benchmark: Any, ledger: Ledger) -> Iterator[Callable[..., Row]]:
+    """`race(build, peers=, yardsticks=, memory=)`: check, measure and keep one case; a wrong answer of ours fails and shows no time."""
+
+    def run(
+        build: Callable[[], Case],
+        peers: dict[str, Any] | None = None,
+        yardsticks: dict[str, Any] | None = None,
+        memory: tuple[str, ...] = (),
+    ) -> Row:
+        try:
+            case = build()
+        except NotHere as reason:
+            pytest.skip(str(reason))
+        more = {"peers": {**case.peers, **(peers or {})}, "yardsticks": {**case.yardsticks, **(yardsticks or {})}}
+        case = replace(case, **more)
+        contest: Race | None = None
+        begin = time.perf_counter()
+        row: Row = {"case": case.name, "status": "failed"}
+        try:
+            with torch.no_grad():
+                contest = Race(case, ledger.clock, ledger.peaks(case.dtype), ledger.effort)
+                row = contest.row
+                row["suite"] = benchmark.group
+                if contest.red:
+                    pytest.fail(f"{case.name}: {row['missing'][OURS]}", pytrace=False)
+                row["memory"] = _memory(case, memory, ledger.clock.device)
+                _time(benchmark, contest, ledger)
+        except KeyboardInterrupt:
+            row["status"] = "interrupted"
+            raise
+        except Exception as error:
+            row["status"], row["error"] = "failed", f"{type(error).__name__}: {error}"[:500]
+            raise
+        finally:
+            row["seconds"] = round(time.perf_counter() - begin, 2)
+            ledger.keep(row)
+            del contest
+            if PLACE == "cuda":
+                torch.cuda.empty_cache()
+        return row
+
+    yield run
+
+
+@pytest.fixture
+def sample(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
+    """`sample(name, once, rounds)`: keep what times itself; each call of `once` gives seconds by contender, ours among them."""
+
+    def run(name: str, once: Callable[[], dict[str, float]], rounds: int) -> Row:
+        row: Row = {"case": name, "suite": benchmark.group, "status": "ok", "clock": "wall time", "times": {}}
+
+        def one() -> None:
+            for contender, seconds in once().items():
+                row["times"].setdefault(contender, []).append(seconds)
+            ledger.now += row["times"][OURS][-1]
+
+        try:
+            benchmark.pedantic(one, rounds=min(rounds, ledger.effort.rounds), iterations=1)
+        except KeyboardInterrupt:
+            row["status"] = "interrupted"
+            raise
+        finally:
+            ledger.keep(row)
+        return row
+
+    return run
+
+
+def _memory(case: Case, names: tuple[str, ...], device: str) -> dict[str, int]:
+    """Bytes by which memory rises in a call of each of these contenders."""
+    inputs = (*case.fresh(), *case.fixed)
+    makers = {OURS: lambda: case.ours, **case.peers, **case.yardsticks}
+    found = {name: memory_rise(makers[name](), inputs, device) for name in names}
+    return {name: rise for name, rise in found.items() if rise is not None}
+
+
+def _time(benchmark: Any, contest: Race, ledger: Ledger) -> None:
+    """Rounds under pytest-benchmark, whose clock advances by what each of them measured of ours."""
+
+    def one_round() -> None:
+        ledger.now += contest.round()
+
+    benchmark.extra_info.update({key: contest.row[key] for key in ("bytes", "operations", "floor", "copy", "product")})
+    benchmark.pedantic(one_round, rounds=contest.rounds(), iterations=1, warmup_rounds=0)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    ledger, say = config.stash[LEDGER], terminalreporter.write_line
+    if not ledger.rows and not ledger.planned:
+        return
+    terminalreporter.section("steerfast")
+    say(f"{ledger.origin['device']}, torch {torch.__version__}, {ledger.clock.name}, place {PLACE}")
+    for dtype, peaks in ledger._peaks.items():
+        say(f"copy {peaks.copy / 1e9:.1f} GB/s, {bench.SHORT[dtype]} product {peaks.product / 1e12:.3f} TFLOP/s")
+    say(bench.HEAD)
+    for row in ledger.rows:
+        say(bench.line(row) if "floor" in row else f"{row['case']}: {row['status']} {row.get('error', '')}")
+    say(bench.LEGEND)
+    reasons: dict[str, list[str]] = {}
+    for row in ledger.rows:
+        for name, reason in row.get("missing", {}).items():
+            reasons.setdefault(f"{name}: {reason}", []).append(row["case"])
+    for reason, cases in reasons.items():
+        say(f"not measured: {reason} ({cases[0] if len(cases) == 1 else f'{len(cases)} cases'})")
+    for name in ledger.planned:
+        if name not in _finished:
+            say(f"not measured: {name}: the run ended before it")
+    if ledger.unwritten:
+        say(f"{ledger.file} could not be written; {len(ledger.unwritten)} raw rows follow")
+        for row in ledger.unwritten:
+            say(json.dumps(row, default=float))
+    elif ledger.rows:
+        say(f"raw rows: {ledger.file}")

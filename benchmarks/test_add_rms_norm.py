@@ -1,0 +1,15 @@
+"""`ops.add_rms_norm`: steering fused with the residual addition and the norm that follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from setting import AT, pick
+
+from steerfast import bench_cases
+
+
+@pytest.mark.parametrize("n", pick((1, 64, 8192), (1, 256), (1, 3)))
+def test_add_rms_norm(race: Any, n: int) -> None:
+    race(lambda: bench_cases.add_rms_norm(AT, n))

@@ -1,0 +1,16 @@
+"""`ops.sae_encode`: exact Top-K without the matrix of pre-activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peers
+import pytest
+from setting import AT, FEATURES, K, pick
+
+from steerfast import bench_cases
+
+
+@pytest.mark.parametrize("n", pick((1, 16, 256, 4096), (1, 256), (1, 2)))
+def test_sae_encode(race: Any, n: int) -> None:
+    race(lambda: bench_cases.sae_encode(AT, n, FEATURES, K), peers=peers.sae_encode(K), memory=("ours", "eager"))

@@ -1,0 +1,175 @@
+"""Project → act → lift, one program per token with the whole row in registers: any mix of slots, small ranks.
+
+Bytes a token: reads |x|·d (and |hidden|·d of a split stream) and its owners' B and C (from L2), writes |x|·d.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import choose, power_of_two, stride
+from .act import ADD, AFFINE, COUPLED, HINGE, KEEP_NORM, couple, hinge, mode_of, restore
+
+WARPS = [(1024, 4), (2048, 8), (16384, 16)]  # (largest d, warps): 8 at d = 4096 spill 8 bytes on sm_90 with Triton 3.6
+CHUNK = [(1024, 8), (4096, 4), (16384, 1)]  # (largest d, directions read together): one reduction serves them all
+
+
+@triton.jit
+def _project(x, b_ptr, rank, stride_v, offs_d, mask_d, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
+    """y = Bx of one row, all of it, as (BLOCK_K,)."""
+    offs_c = tl.arange(0, CHUNK)
+    offs_k = tl.arange(0, BLOCK_K)
+    y = tl.zeros((BLOCK_K,), tl.float32)
+    for j in range(0, rank, CHUNK):
+        offs_j = j + offs_c
+        mask = (offs_j < rank)[:, None] & mask_d[None, :]
+        b = tl.load(b_ptr + offs_j[:, None].to(tl.int64) * stride_v + offs_d[None, :], mask=mask, other=0.0)
+        part = tl.sum(b.to(tl.float32) * x[None, :], axis=1)  # (CHUNK,)
+        y += tl.sum(tl.where(offs_k[:, None] == offs_j[None, :], part[None, :], 0.0), axis=1)
+    return y
+
+
+@triton.jit
+def _lift(g, c_ptr, rank, stride_v, offs_d, mask_d, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
+    """C·g of one row, with all of g at hand as (BLOCK_K,)."""
+    offs_c = tl.arange(0, CHUNK)
+    offs_k = tl.arange(0, BLOCK_K)
+    delta = tl.zeros(offs_d.shape, tl.float32)
+    for j in range(0, rank, CHUNK):
+        offs_j = j + offs_c
+        mask = (offs_j < rank)[:, None] & mask_d[None, :]
+        c = tl.load(c_ptr + offs_j[:, None].to(tl.int64) * stride_v + offs_d[None, :], mask=mask, other=0.0)
+        part = tl.sum(tl.where(offs_k[:, None] == offs_j[None, :], g[:, None], 0.0), axis=0)  # (CHUNK,)
+        delta += tl.sum(c.to(tl.float32) * part[:, None], axis=0)
+    return delta
+
+
+@triton.jit
+def _hinge_delta(x, b_ptr, c_ptr, coef_ptr, probe_ptr, rank, stride_v, offs_d, mask_d, CHUNK: tl.constexpr):
+    """C·hinge(Bx) of one row: every direction is projected, bent and lifted while its rows are in registers."""
+    offs_c = tl.arange(0, CHUNK)
+    delta = tl.zeros(offs_d.shape, tl.float32)
+    for j in range(0, rank, CHUNK):
+        offs_j = j + offs_c
+        mask_j = offs_j < rank
+        mask = mask_j[:, None] & mask_d[None, :]
+        span = offs_j[:, None].to(tl.int64) * stride_v + offs_d[None, :]
+        b = tl.load(b_ptr + span, mask=mask, other=0.0)
+        y = tl.sum(b.to(tl.float32) * x[None, :], axis=1)  # (CHUNK,)
+        if probe_ptr is not None:
+            tl.store(probe_ptr + offs_j, y, mask=mask_j)
+        c = tl.load(c_ptr + span, mask=mask, other=0.0)
+        delta += tl.sum(c.to(tl.float32) * hinge(y, coef_ptr, offs_j, mask_j)[:, None], axis=0)
+    return delta
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr, stride_x_n,
+    hidden_ptr, stride_hidden_n,
+    out_ptr, stride_out_n,
+    probe_ptr, stride_probe_n, stride_probe_p,
+    vectors_ptr, stride_v,
+    coefficients_ptr,
+    slots_ptr,
+    rows_ptr, stride_rows_n, stride_rows_p,
+    scale_ptr, stride_scale_n, stride_scale_p,
+    D, P: tl.constexpr,
+    MODES: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    i_n = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    original = tl.load(x_ptr + i_n * stride_x_n + offs_d, mask=mask_d, other=0.0)
+    x = original.to(tl.float32)
+    if hidden_ptr is not None:
+        x += tl.load(hidden_ptr + i_n * stride_hidden_n + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    whole = x
+    edited = False
+    for p in tl.static_range(P):
+        slot = tl.full((), 0, tl.int32)
+        if rows_ptr is not None:
+            slot = tl.load(rows_ptr + i_n * stride_rows_n + p * stride_rows_p)
+        seen_ptr = probe_ptr
+        if probe_ptr is not None:
+            seen_ptr = probe_ptr + i_n * stride_probe_n + p * stride_probe_p
+        head_ptr = slots_ptr + slot * 8
+        rank = tl.load(head_ptr + 1, mask=slot >= 0, other=0)
+        if rank > 0:
+            mode = mode_of(head_ptr, MODES)
+            b_ptr = vectors_ptr + tl.load(head_ptr + 2).to(tl.int64) * stride_v
+            c_ptr = vectors_ptr + tl.load(head_ptr + 3).to(tl.int64) * stride_v
+            constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
+            weight = tl.load(constants_ptr + 2)
+            if scale_ptr is not None:
+                weight *= tl.load(scale_ptr + i_n * stride_scale_n + p * stride_scale_p)
+            delta = tl.zeros((BLOCK_D,), tl.float32)
+            if ADD & MODES:
+                if mode == ADD:
+                    delta = weight * tl.load(c_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            if AFFINE & MODES:
+                if mode == AFFINE:
+                    slope = tl.load(c_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+                    delta = weight * (slope * x + tl.load(c_ptr + stride_v + offs_d, mask=mask_d, other=0.0))
+            if HINGE & MODES:
+                if mode == HINGE:
+                    delta = weight * _hinge_delta(
+                        x, b_ptr, c_ptr, constants_ptr + 8, seen_ptr, rank, stride_v, offs_d, mask_d, CHUNK
+                    )
+            if COUPLED & MODES:
+                if (mode != ADD) & (mode != HINGE) & (mode != AFFINE):
+                    offs_k = tl.arange(0, BLOCK_K)
+                    y = _project(x, b_ptr, rank, stride_v, offs_d, mask_d, BLOCK_K, CHUNK)
+                    if probe_ptr is not None:
+                        tl.store(seen_ptr + offs_k, y, mask=offs_k < rank)
+                    norm = tl.sqrt(tl.sum(x * x, axis=0)) + tl.zeros((1,), tl.float32)
+                    gain = weight + tl.zeros((1,), tl.float32)
+                    alpha, g = couple(y[None, :], norm, gain, head_ptr, constants_ptr, offs_k, offs_k < rank, MODES)
+                    lift = _lift(tl.sum(g, axis=0), c_ptr, rank, stride_v, offs_d, mask_d, BLOCK_K, CHUNK)
+                    delta = (tl.sum(alpha, axis=0) - 1.0) * x + lift
+            moved = x + delta
+            if KEEP_NORM & MODES:
+                if tl.load(head_ptr + 6) != 0:
+                    moved *= restore(tl.sum(x * x, axis=0), tl.sum(moved * moved, axis=0))
+            x = moved
+            edited = True
+    if hidden_ptr is not None:
+        x = original.to(tl.float32) + (x - whole)
+    if IN_PLACE:
+        tl.store(out_ptr + i_n * stride_out_n + offs_d, x.to(original.dtype), mask=mask_d & edited)
+    else:
+        out = tl.where(edited, x.to(original.dtype), original)
+        tl.store(out_ptr + i_n * stride_out_n + offs_d, out, mask=mask_d)
+
+
+def launch_rows(
+    x: Tensor,
+    hidden: Tensor | None,
+    out: Tensor,
+    probe: Tensor | None,
+    bank: tuple[Tensor, Tensor, Tensor],
+    rows: Tensor | None,
+    scale: Tensor | None,
+    modes: int,
+    max_rank: int,
+) -> None:
+    """Every slot of every token in one launch."""
+    vectors, coefficients, slots = bank
+    n, d = x.shape
+    _rows_kernel[(n,)](
+        x_ptr=x, stride_x_n=x.stride(0),
+        hidden_ptr=hidden, stride_hidden_n=stride(hidden, 0),
+        out_ptr=out, stride_out_n=out.stride(0),
+        probe_ptr=probe, stride_probe_n=stride(probe, 0), stride_probe_p=stride(probe, 1),
+        vectors_ptr=vectors, stride_v=vectors.stride(0),
+        coefficients_ptr=coefficients, slots_ptr=slots,
+        rows_ptr=rows, stride_rows_n=stride(rows, 0), stride_rows_p=stride(rows, 1),
+        scale_ptr=scale, stride_scale_n=stride(scale, 0), stride_scale_p=stride(scale, 1),
+        D=d, P=1 if rows is None else rows.shape[1],
+        MODES=modes, IN_PLACE=x.data_ptr() == out.data_ptr(),
+        BLOCK_D=power_of_two(d), BLOCK_K=power_of_two(max_rank),
+        CHUNK=min(choose(CHUNK, d), power_of_two(max_rank)),
+        num_warps=choose(WARPS, d),
+    )  # fmt: skip

@@ -1,0 +1,212 @@
+"""Project → act → lift for a handful of tokens and a large rank: columns of d are split across programs.
+
+One program that reads all of B and C alone would take longer than the launch. First launch: partial sums of y and ‖x‖²
+per split of d. Second: each program adds the partial sums in one fixed order (so the result does not depend on timing),
+acts on all of y, and lifts its own columns. Third, only where a length may be restored: the rows that want it are scaled.
+
+Bytes: B and C once per tile of 16 tokens, the partial sums 4·k per token and split, x twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import power_of_two, stride
+from .act import KEEP_NORM, act, restore
+from .subspace_tiles import TILE_RANK, copy_rows, owners_of, store_probe, tile_moved, tile_project
+
+SPLIT_ROWS = 64  # up to this many tokens
+BLOCK_N = 16  # the smallest tile of a tensor-core product
+PROJECT_COLUMNS = 512  # of d per program of the first launch: 64 kB of B at k = 64
+LIFT_COLUMNS = 128  # of the second: many programs, each with 16 kB of C
+STEP = 64  # columns of d per product
+
+
+@triton.jit
+def _split_project_kernel(
+    x_ptr, stride_x_n,
+    hidden_ptr, stride_hidden_n,
+    y_ptr, stride_y_s, stride_y_n,
+    square_ptr, stride_square_s,
+    vectors_ptr, stride_v,
+    slots_ptr,
+    rows_ptr, stride_rows_n,
+    N, D,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    i_s = tl.program_id(1)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    offs_k = tl.arange(0, BLOCK_K)
+    owner, _ = owners_of(slots_ptr, rows_ptr, stride_rows_n, None, 0, offs_n, mask_n)
+    first, last = i_s * COLUMNS, tl.minimum((i_s + 1) * COLUMNS, D)
+    slot = tl.max(owner, axis=0)
+    while slot >= 0:
+        head_ptr = slots_ptr + slot * 8
+        mine = owner == slot
+        mask_k = offs_k < tl.load(head_ptr + 1)
+        b_ptr = vectors_ptr + tl.load(head_ptr + 2).to(tl.int64) * stride_v
+        y, square = tile_project(
+            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mine, offs_k, mask_k,
+            first, last, BLOCK_D,
+        )  # fmt: skip
+        place = i_s * stride_y_s + offs_n[:, None] * stride_y_n + offs_k[None, :]
+        tl.store(y_ptr + place, y, mask=mine[:, None])
+        tl.store(square_ptr + i_s * stride_square_s + offs_n, square, mask=mine)
+        owner = tl.where(mine, -1, owner)
+        slot = tl.max(owner, axis=0)
+
+
+@triton.jit
+def _split_lift_kernel(
+    x_ptr, stride_x_n,
+    hidden_ptr, stride_hidden_n,
+    out_ptr, stride_out_n,
+    probe_ptr, stride_probe_n,
+    y_ptr, stride_y_s, stride_y_n,
+    square_ptr, stride_square_s,
+    moved_ptr, stride_moved_n,
+    after_ptr, stride_after_s,
+    vectors_ptr, stride_v,
+    coefficients_ptr,
+    slots_ptr,
+    rows_ptr, stride_rows_n,
+    scale_ptr, stride_scale_n,
+    N, D, SPLITS,
+    MODES: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    i_c = tl.program_id(1)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_d = i_c * COLUMNS + tl.arange(0, COLUMNS)
+    mask_d = offs_d < D
+    owner, weight = owners_of(slots_ptr, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n)
+    if not IN_PLACE and tl.min(tl.where(mask_n, owner, 0), axis=0) < 0:
+        last = tl.minimum((i_c + 1) * COLUMNS, D)
+        copy_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, offs_n, mask_n & (owner < 0), i_c * COLUMNS, last, COLUMNS)
+    y = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    square = tl.zeros((BLOCK_N,), tl.float32)
+    for i_s in range(SPLITS):
+        place = i_s * stride_y_s + offs_n[:, None] * stride_y_n + offs_k[None, :]
+        y += tl.load(y_ptr + place, mask=(owner >= 0)[:, None], other=0.0)
+        square += tl.load(square_ptr + i_s * stride_square_s + offs_n, mask=owner >= 0, other=0.0)
+    slot = tl.max(owner, axis=0)
+    while slot >= 0:
+        head_ptr = slots_ptr + slot * 8
+        mine = owner == slot
+        mask_k = offs_k < tl.load(head_ptr + 1)
+        c_ptr = vectors_ptr + tl.load(head_ptr + 3).to(tl.int64) * stride_v
+        constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
+        if probe_ptr is not None:
+            if i_c == 0:
+                store_probe(probe_ptr, stride_probe_n, y, head_ptr, offs_n, mine, offs_k, mask_k)
+        strength = weight * tl.load(constants_ptr + 2)
+        alpha, unit, g = act(y, square, strength, head_ptr, constants_ptr, offs_k, mask_k, MODES)
+        moved, half = tile_moved(
+            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, head_ptr, c_ptr, stride_v, g, alpha, unit,
+            offs_n, mine, offs_k, mask_k, offs_d, D, MODES,
+        )  # fmt: skip
+        mask = mine[:, None] & mask_d[None, :]
+        written = mask
+        if KEEP_NORM & MODES:
+            keeps = mine & (tl.zeros_like(owner) + tl.load(head_ptr + 6) != 0)
+            kept = mask & keeps[:, None]
+            tl.store(moved_ptr + offs_n[:, None] * stride_moved_n + offs_d[None, :], moved, mask=kept)
+            after = tl.sum(tl.where(mask_d[None, :], moved * moved, 0.0), axis=1)
+            tl.store(after_ptr + i_c * stride_after_s + offs_n, after, mask=keeps)
+            written = mask & (keeps == 0)[:, None]
+        out = (moved - half).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], out, mask=written)
+        owner = tl.where(mine, -1, owner)
+        slot = tl.max(owner, axis=0)
+
+
+@triton.jit
+def _split_restore_kernel(
+    hidden_ptr, stride_hidden_n,
+    out_ptr, stride_out_n,
+    square_ptr, stride_square_s,
+    moved_ptr, stride_moved_n,
+    after_ptr, stride_after_s,
+    slots_ptr,
+    rows_ptr, stride_rows_n,
+    D, SPLITS, CHUNKS, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    i_n = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    slot = tl.full((), 0, tl.int32)
+    if rows_ptr is not None:
+        slot = tl.load(rows_ptr + i_n * stride_rows_n)
+    rank = tl.load(slots_ptr + slot * 8 + 1, mask=slot >= 0, other=0)
+    keeps = tl.load(slots_ptr + slot * 8 + 6, mask=slot >= 0, other=0)
+    if (rank > 0) & (keeps != 0):
+        before = 0.0
+        for i_s in range(SPLITS):
+            before += tl.load(square_ptr + i_s * stride_square_s + i_n)
+        after = 0.0
+        for i_c in range(CHUNKS):
+            after += tl.load(after_ptr + i_c * stride_after_s + i_n)
+        mask_d = offs_d < D
+        out = restore(before, after) * tl.load(moved_ptr + i_n * stride_moved_n + offs_d, mask=mask_d, other=0.0)
+        if hidden_ptr is not None:
+            out -= tl.load(hidden_ptr + i_n * stride_hidden_n + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        tl.store(out_ptr + i_n * stride_out_n + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
+
+
+def launch_split(
+    x: Tensor,
+    hidden: Tensor | None,
+    out: Tensor,
+    probe: Tensor | None,
+    bank: tuple[Tensor, Tensor, Tensor],
+    rows: Tensor | None,
+    scale: Tensor | None,
+    modes: int,
+    max_rank: int,
+) -> None:
+    """One slot per token; `rows`, `scale` and `probe` are one column of their tables."""
+    vectors, coefficients, slots = bank
+    n, d = x.shape
+    block_k = power_of_two(max_rank, TILE_RANK)
+    splits, chunks = triton.cdiv(d, PROJECT_COLUMNS), triton.cdiv(d, LIFT_COLUMNS)
+    tiles = triton.cdiv(n, BLOCK_N)
+    restores = bool(modes & KEEP_NORM.value)
+    y = torch.empty(splits, n, block_k, dtype=torch.float32, device=x.device)
+    square = torch.empty(splits, n, dtype=torch.float32, device=x.device)
+    moved = torch.empty(n if restores else 0, d, dtype=torch.float32, device=x.device)
+    after = torch.empty(chunks if restores else 0, n, dtype=torch.float32, device=x.device)
+    owners = {"slots_ptr": slots, "rows_ptr": rows, "stride_rows_n": stride(rows, 0)}
+    halves = {"hidden_ptr": hidden, "stride_hidden_n": stride(hidden, 0)}
+    sums = {"square_ptr": square, "stride_square_s": square.stride(0)}
+    _split_project_kernel[(tiles, splits)](
+        x_ptr=x, stride_x_n=x.stride(0), **halves,
+        y_ptr=y, stride_y_s=y.stride(0), stride_y_n=y.stride(1), **sums,
+        vectors_ptr=vectors, stride_v=vectors.stride(0), **owners,
+        N=n, D=d, BLOCK_N=BLOCK_N, BLOCK_D=STEP, BLOCK_K=block_k, COLUMNS=PROJECT_COLUMNS,
+        num_warps=4,
+    )  # fmt: skip
+    _split_lift_kernel[(tiles, chunks)](
+        x_ptr=x, stride_x_n=x.stride(0), **halves,
+        out_ptr=out, stride_out_n=out.stride(0),
+        probe_ptr=probe, stride_probe_n=stride(probe, 0),
+        y_ptr=y, stride_y_s=y.stride(0), stride_y_n=y.stride(1), **sums,
+        moved_ptr=moved, stride_moved_n=moved.stride(0),
+        after_ptr=after, stride_after_s=after.stride(0),
+        vectors_ptr=vectors, stride_v=vectors.stride(0),
+        coefficients_ptr=coefficients, **owners,
+        scale_ptr=scale, stride_scale_n=stride(scale, 0),
+        N=n, D=d, SPLITS=splits,
+        MODES=modes, IN_PLACE=x.data_ptr() == out.data_ptr(), BLOCK_N=BLOCK_N, BLOCK_K=block_k, COLUMNS=LIFT_COLUMNS,
+        num_warps=4,
+    )  # fmt: skip
+    if restores:
+        _split_restore_kernel[(n, chunks)](
+            **halves, out_ptr=out, stride_out_n=out.stride(0), **sums,
+            moved_ptr=moved, stride_moved_n=moved.stride(0),
+            after_ptr=after, stride_after_s=after.stride(0), **owners,
+            D=d, SPLITS=splits, CHUNKS=chunks, COLUMNS=LIFT_COLUMNS, num_warps=4,
+        )  # fmt: skip

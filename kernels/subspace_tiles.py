@@ -1,0 +1,221 @@
+"""Project → act → lift, one program per tile of tokens with tensor-core products: large ranks on long runs of tokens.
+
+Bytes a token: reads 2·|x|·d (the second time from L2; a third time where a length is restored), writes |x|·d; B and C once
+per tile and owner (from L2). The distinct owners of a tile are walked one after another, so one owner costs one pass.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import choose, power_of_two, stride
+from .act import AFFINE, KEEP_NORM, act, mode_of, restore
+
+TILE_RANK = 16  # from this rank on a product on tensor cores beats sums of vectors
+TILE_ROWS = [(1024, 16), (1 << 62, 64)]  # (largest n, rows per tile): few rows want many programs
+TILE_ROWS_BY_RANK = [(64, 64), (128, 32), (512, 16)]  # (largest k, rows per tile): y stays in registers
+# (largest k, (columns of d per step, warps)): at k = 64 a step of 64 columns spills 280 bytes on sm_80 with 4 warps and
+# 28 on gfx942 with 8
+TILE_STEP = [(32, (64, 4)), (512, (32, 8))]
+TILE_STAGES = 3
+
+
+@triton.jit
+def owners_of(slots_ptr, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n):
+    """Who owns the rows of a tile, -1 for nobody or an empty slot, and the scale of each row."""
+    if rows_ptr is None:
+        owner = tl.where(mask_n, 0, -1)
+    else:
+        owner = tl.load(rows_ptr + offs_n * stride_rows_n, mask=mask_n, other=-1)
+    rank = tl.load(slots_ptr + owner * 8 + 1, mask=owner >= 0, other=0)
+    owner = tl.where(rank > 0, owner, -1)
+    weight = tl.full(owner.shape, 1.0, tl.float32)
+    if scale_ptr is not None:
+        weight = tl.load(scale_ptr + offs_n * stride_scale_n, mask=mask_n, other=1.0)
+    return owner, weight
+
+
+@triton.jit
+def tile_project(
+    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k,
+    first, last, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(y, ‖x‖²) of a tile over columns first to last: (BLOCK_N, BLOCK_K) and (BLOCK_N,)."""
+    y = tl.zeros((offs_n.shape[0], offs_k.shape[0]), tl.float32)
+    square = tl.zeros(offs_n.shape, tl.float32)
+    for d in range(first, last, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < last
+        mask = mask_n[:, None] & mask_d[None, :]
+        x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0)
+        mask_b = mask_k[None, :] & mask_d[:, None]
+        b = tl.load(b_ptr + offs_k[None, :] * stride_v + offs_d[:, None], mask=mask_b, other=0.0)
+        y = tl.dot(x, b, y, input_precision="ieee")
+        wide = x.to(tl.float32)
+        if hidden_ptr is not None:  # the halves apart: their sum would be rounded to 16 bits before the product
+            half = tl.load(hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0)
+            y = tl.dot(half, b, y, input_precision="ieee")
+            wide += half.to(tl.float32)
+        square += tl.sum(wide * wide, axis=1)
+    return y, square
+
+
+@triton.jit
+def _split_dot(g, c):
+    """g·C with float32 g and 16-bit C: two products carry the leading 16 bits of g and what they leave out."""
+    if c.dtype == tl.float32:
+        return tl.dot(g, c, input_precision="ieee")
+    high = g.to(c.dtype)
+    low = (g - high.to(tl.float32)).to(c.dtype)
+    return tl.dot(low, c, tl.dot(high, c))
+
+
+@triton.jit
+def tile_moved(
+    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, head_ptr, c_ptr, stride_v, g, alpha, unit,
+    offs_n, mask_n, offs_k, mask_k, offs_d, D, MODES: tl.constexpr,
+):  # fmt: skip
+    """x' and hidden (zero for a stream in one tensor) of a tile, in float32: s·x + unit·(C·g)."""
+    mask_d = offs_d < D
+    mask = mask_n[:, None] & mask_d[None, :]
+    x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    half = tl.zeros_like(x)
+    if hidden_ptr is not None:
+        half = tl.load(hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+    x += half
+    mask_c = mask_k[:, None] & mask_d[None, :]
+    c = tl.load(c_ptr + offs_k[:, None] * stride_v + offs_d[None, :], mask=mask_c, other=0.0)
+    delta = (alpha - 1.0)[:, None] * x + unit[:, None] * _split_dot(g, c)
+    if AFFINE & MODES:
+        if mode_of(head_ptr, MODES) == AFFINE:
+            slope = tl.load(c_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            bias = tl.load(c_ptr + stride_v + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            delta = unit[:, None] * (slope[None, :] * x + bias[None, :])
+    return x + delta, half
+
+
+@triton.jit
+def copy_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, offs_n, mask_n, first, last, BLOCK_D: tl.constexpr):
+    """Rows that nobody edits, bit for bit."""
+    for d in range(first, last, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask = mask_n[:, None] & (offs_d < last)[None, :]
+        x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask)
+        tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], x, mask=mask)
+
+
+@triton.jit
+def _tile_slot(
+    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, probe_ptr, stride_probe_n,
+    vectors_ptr, stride_v, coefficients_ptr, head_ptr, offs_n, mask_n, weight, D,
+    MODES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One slot on the rows of a tile that it owns: project (pass 1), act in registers, lift (pass 2, x from L2)."""
+    rank = tl.load(head_ptr + 1)
+    b_ptr = vectors_ptr + tl.load(head_ptr + 2).to(tl.int64) * stride_v
+    c_ptr = vectors_ptr + tl.load(head_ptr + 3).to(tl.int64) * stride_v
+    constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
+    weight *= tl.load(constants_ptr + 2)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_k = offs_k < rank
+    y, square = tile_project(
+        x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k, 0, D, BLOCK_D
+    )
+    if probe_ptr is not None:
+        store_probe(probe_ptr, stride_probe_n, y, head_ptr, offs_n, mask_n, offs_k, mask_k)
+    alpha, unit, g = act(y, square, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES)
+    gain = tl.full(weight.shape, 1.0, tl.float32)
+    if KEEP_NORM & MODES:
+        if tl.load(head_ptr + 6) != 0:
+            after = tl.zeros(weight.shape, tl.float32)
+            for d in range(0, D, BLOCK_D):
+                moved, half = tile_moved(
+                    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, head_ptr, c_ptr, stride_v, g, alpha, unit,
+                    offs_n, mask_n, offs_k, mask_k, d + tl.arange(0, BLOCK_D), D, MODES,
+                )  # fmt: skip
+                after += tl.sum(moved * moved, axis=1)
+            gain = restore(square, after)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        moved, half = tile_moved(
+            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, head_ptr, c_ptr, stride_v, g, alpha, unit,
+            offs_n, mask_n, offs_k, mask_k, offs_d, D, MODES,
+        )  # fmt: skip
+        mask = mask_n[:, None] & (offs_d < D)[None, :]
+        out = (gain[:, None] * moved - half).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], out, mask=mask)
+
+
+@triton.jit
+def store_probe(probe_ptr, stride_probe_n, y, head_ptr, offs_n, mask_n, offs_k, mask_k):
+    """What a slot projected; nothing for ADD (1) and AFFINE (128), which project nothing."""
+    mode = tl.zeros_like(offs_k) + tl.load(head_ptr)
+    seen = mask_n[:, None] & (mask_k & (mode != 1) & (mode != 128))[None, :]
+    tl.store(probe_ptr + offs_n[:, None] * stride_probe_n + offs_k[None, :], y, mask=seen)
+
+
+@triton.jit
+def _tiles_kernel(
+    x_ptr, stride_x_n,
+    hidden_ptr, stride_hidden_n,
+    out_ptr, stride_out_n,
+    probe_ptr, stride_probe_n,
+    vectors_ptr, stride_v,
+    coefficients_ptr,
+    slots_ptr,
+    rows_ptr, stride_rows_n,
+    scale_ptr, stride_scale_n,
+    N, D,
+    MODES: tl.constexpr, IN_PLACE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    owner, weight = owners_of(slots_ptr, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n)
+    if not IN_PLACE and tl.min(tl.where(mask_n, owner, 0), axis=0) < 0:
+        copy_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, offs_n, mask_n & (owner < 0), 0, D, BLOCK_D)
+    slot = tl.max(owner, axis=0)
+    while slot >= 0:  # once per distinct owner of the tile
+        _tile_slot(
+            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, probe_ptr, stride_probe_n,
+            vectors_ptr, stride_v, coefficients_ptr, slots_ptr + slot * 8, offs_n, owner == slot, weight, D,
+            MODES, BLOCK_D, BLOCK_K,
+        )  # fmt: skip
+        owner = tl.where(owner == slot, -1, owner)
+        slot = tl.max(owner, axis=0)
+
+
+def launch_tiles(
+    x: Tensor,
+    hidden: Tensor | None,
+    out: Tensor,
+    probe: Tensor | None,
+    bank: tuple[Tensor, Tensor, Tensor],
+    rows: Tensor | None,
+    scale: Tensor | None,
+    modes: int,
+    max_rank: int,
+) -> None:
+    """One slot per token; `rows`, `scale` and `probe` are one column of their tables."""
+    vectors, coefficients, slots = bank
+    n, d = x.shape
+    block_n = min(choose(TILE_ROWS, n), choose(TILE_ROWS_BY_RANK, max_rank))
+    block_d, warps = choose(TILE_STEP, max_rank)
+    _tiles_kernel[(triton.cdiv(n, block_n),)](
+        x_ptr=x, stride_x_n=x.stride(0),
+        hidden_ptr=hidden, stride_hidden_n=stride(hidden, 0),
+        out_ptr=out, stride_out_n=out.stride(0),
+        probe_ptr=probe, stride_probe_n=stride(probe, 0),
+        vectors_ptr=vectors, stride_v=vectors.stride(0),
+        coefficients_ptr=coefficients, slots_ptr=slots,
+        rows_ptr=rows, stride_rows_n=stride(rows, 0),
+        scale_ptr=scale, stride_scale_n=stride(scale, 0),
+        N=n, D=d,
+        MODES=modes, IN_PLACE=x.data_ptr() == out.data_ptr(),
+        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_K=power_of_two(max_rank, TILE_RANK),
+        num_warps=warps, num_stages=TILE_STAGES,
+    )  # fmt: skip

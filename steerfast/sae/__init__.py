@@ -1,0 +1,1 @@
+"""Sparse autoencoders: the model, its formats, and steering with a whole dictionary."""

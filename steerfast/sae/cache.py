@@ -1,0 +1,277 @@
+"""Activations of one place in a model, collected once into a directory of safetensors shards.
+
+    cache.json              what it was made from, and which shards are there
+    00000.safetensors …     activations (rows, d), tokens (contexts, length) int32, positions (rows,) int32
+
+Texts are packed: joined with the end-of-text token, cut into contexts of equal length, each begun with the beginning-of-text
+token (where the tokenizer has one). `positions` says where in `tokens`, flattened, a row was read. Rows of special tokens and
+the first position of every context are left out: their norm is many times that of text, and they mean nothing.
+
+Every file is written whole or not at all, so that a killed collection goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .._files import replace_file
+from ..extract import _read_batch
+from ..layers import SITES, evaluating, find_layers
+
+SCHEMA = 1
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_TOKENIZED_AT_A_TIME = 512
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What a cache was made from: two collections with equal contents here have equal rows.
+
+    Attributes:
+        model: Class name of the model.
+        site, layer: The place that was read.
+        d: Width of a row.
+        dtype: Of the stored rows.
+        context: Tokens of a context, the beginning-of-text token included.
+        contexts: Their number.
+        shard: Contexts in a shard.
+        text: SHA-256 of all the tokens.
+    """
+
+    model: str
+    site: str
+    layer: int
+    d: int
+    dtype: str
+    context: int
+    contexts: int
+    shard: int
+    text: str
+
+
+@dataclass(frozen=True)
+class ActivationCache:
+    """A directory of activations, opened.
+
+    Attributes:
+        directory: Where the shards are.
+        info: What they were made from.
+        counts: Rows of each shard.
+    """
+
+    directory: Path
+    info: CacheInfo
+    counts: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> ActivationCache:
+        """Open a finished cache.
+
+        Raises:
+            FileNotFoundError: there is no cache.
+            ValueError: it is not finished, damaged, or of another schema.
+        """
+        path = Path(directory)
+        info, counts = _read_manifest(path)
+        missing = -(-info.contexts // info.shard) - len(counts)
+        if missing:
+            raise ValueError(
+                f"ActivationCache: {path} lacks {missing} of {-(-info.contexts // info.shard)} shards; "
+                "run the collection again, it goes on where it stopped"
+            )
+        for number in range(len(counts)):
+            if not _shard(path, number).is_file():
+                raise ValueError(f"ActivationCache: {_shard(path, number)} is gone; remove {path} and collect again")
+        return cls(path, info, tuple(counts))
+
+    def read(self, shard: int) -> Tensor:
+        """The activations of one shard, (rows, d), in their stored dtype."""
+        with _opened(_shard(self.directory, shard)) as file:
+            return file.get_tensor("activations")
+
+    def contexts(self, shard: int) -> tuple[Tensor, Tensor]:
+        """The tokens (contexts, length) of one shard, and where in them, flattened, each row was read."""
+        with _opened(_shard(self.directory, shard)) as file:
+            return file.get_tensor("tokens"), file.get_tensor("positions")
+
+
+def cache_activations(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[str],
+    place: tuple[str, int],
+    directory: str | os.PathLike[str],
+    *,
+    context: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: Callable[[str], None] | None = None,
+) -> ActivationCache:
+    """Collect a model's activations on packed texts into a directory; a collection that was interrupted goes on.
+
+    The forward stops after the layer that is read. See the module's docstring for what is left out.
+
+    Args:
+        model: A `transformers` causal language model.
+        tokenizer: Its tokenizer.
+        texts: Strings; the same ones, in the same order, when going on.
+        place: (site, layer) as in `sf.Plan`, such as ("resid_post", 8).
+        directory: Made if need be.
+        context: Tokens of a context, beginning-of-text included. A last context that is not full is dropped.
+        dtype: Of the stored rows: torch.bfloat16 or torch.float32.
+        progress: Called with a line of text after each shard.
+
+    Returns:
+        The cache, finished.
+
+    Raises:
+        ValueError: too few texts for one context; the directory holds a cache of something else; activations are NaN or Inf.
+        OSError: the disk is full; the shards written so far stay valid.
+
+    Example:
+        >>> cache = cache_activations(model, tokenizer, texts, ("resid_post", 8), "cache")
+        >>> len(cache), cache.read(0).shape
+        (5100, torch.Size([5100, 576]))
+    """
+    site, layer = place
+    found = find_layers(model, "cache_activations")
+    layer = found.resolve(layer, "cache_activations")
+    if site not in SITES:
+        raise ValueError(f"cache_activations: unknown site {site!r}; the sites are {', '.join(SITES)}")
+    point = found.point(layer, site, "cache_activations")
+    name = next((name for name, known in _DTYPES.items() if known == dtype), None)
+    if name is None:
+        raise ValueError(f"cache_activations: dtype is {dtype}; expected torch.bfloat16 or torch.float32")
+    tokens = pack(tokenizer, texts, context)
+    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    shard = max(1, 32768 // context)
+    info = CacheInfo(found.name, site, layer, point.width, name, context, len(tokens), shard, digest)
+    path = Path(directory)
+    counts = _resume(path, info)
+    model = getattr(model, "_orig_mod", model)
+    total = -(-info.contexts // info.shard)
+    with evaluating(model):
+        for number in range(len(counts), total):
+            part = tokens[number * shard : (number + 1) * shard]
+            rows = [_rows(model, layer, point, batch) for batch in part.split(max(1, 2048 // context))]
+            positions = real_tokens(tokenizer, part).flatten().nonzero().flatten().to(torch.int32)
+            kept = torch.cat(rows)[positions]
+            if not bool(kept.isfinite().all()):
+                where = int((~kept.isfinite()).any(1).nonzero()[0])
+                raise ValueError(
+                    f"cache_activations: row {where} of shard {number} is NaN or Inf; "
+                    f"check the model (dtype {next(model.parameters()).dtype}) or load it in float32"
+                )
+            content = {"activations": kept.to(dtype), "tokens": part.contiguous(), "positions": positions}
+            replace_file(_shard(path, number), save(content))
+            counts.append(len(kept))
+            _write_manifest(path, info, counts)
+            if progress is not None:
+                progress(f"collected shard {number + 1} of {total}, {sum(counts)} rows")
+    return ActivationCache(path, info, tuple(counts))
+
+
+def pack(tokenizer: Any, texts: Iterable[str], context: int) -> Tensor:
+    """Texts as contexts of equal length, int32 (contexts, context); see the module's docstring.
+
+    Raises:
+        TypeError: texts is one string.
+        ValueError: context is too short, or the texts do not fill one context.
+    """
+    if isinstance(texts, str):
+        raise TypeError("pack: texts must be several texts, got one string; put it into a list")
+    if not isinstance(context, int) or context < 8:
+        raise ValueError(f"pack: context is {context!r}; expected a whole number >= 8")
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    room = context - len(first)
+    stream: list[int] = []
+    for window in _windows(texts, _TOKENIZED_AT_A_TIME):
+        for ids in tokenizer(window, add_special_tokens=False, verbose=False)["input_ids"]:
+            stream += [*ids, *last]
+    count = len(stream) // room
+    if not count:
+        raise ValueError(f"pack: the texts have {len(stream)} tokens; expected {room} at least, one context: give more")
+    packed = torch.tensor(stream[: count * room], dtype=torch.int32).view(count, room)
+    return torch.cat([packed.new_tensor(first).expand(count, len(first)), packed], dim=1).contiguous()
+
+
+def real_tokens(tokenizer: Any, contexts: Tensor) -> Tensor:
+    """Which tokens of packed contexts count: neither the first of a context nor special; bool like contexts."""
+    keep = ~torch.isin(contexts, torch.tensor(sorted(tokenizer.all_special_ids), dtype=contexts.dtype))
+    keep[:, 0] = False
+    return keep
+
+
+def _rows(model: Any, layer: int, point: Any, batch: Tensor) -> Tensor:
+    read: list[Tensor] = _read_batch(model, {layer: point}, batch.tolist(), "all")[layer]
+    return torch.cat(read)
+
+
+def _windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    window: list[str] = []
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"pack: a text is {type(text).__name__}; expected strings")
+        window.append(text)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _shard(path: Path, number: int) -> Path:
+    return path / f"{number:05d}.safetensors"
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except Exception as error:
+        raise ValueError(f"ActivationCache: {file} is damaged ({error}); remove the cache and collect again") from error
+
+
+def _resume(path: Path, info: CacheInfo) -> list[int]:
+    """The row counts of the shards that are there already; a new directory gets its manifest."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / "cache.json").exists():
+        _write_manifest(path, info, [])
+        return []
+    there, counts = _read_manifest(path)
+    if there != info:
+        old, new = asdict(there), asdict(info)
+        differs = ", ".join(f"{key} {old[key]!r} there, {new[key]!r} here" for key in old if old[key] != new[key])
+        raise ValueError(f"cache_activations: {path} holds another cache ({differs}); choose another directory")
+    return counts
+
+
+def _read_manifest(path: Path) -> tuple[CacheInfo, list[int]]:
+    file = path / "cache.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"ActivationCache: {file} does not exist; make it with cache_activations")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
+        return CacheInfo(**content["info"]), [int(count) for count in content["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"ActivationCache: {file} cannot be read ({error}); remove it and collect again") from error
+
+
+def _write_manifest(path: Path, info: CacheInfo, counts: list[int]) -> None:
+    content = {"schema": SCHEMA, "info": asdict(info), "rows": counts}
+    replace_file(path / "cache.json", (json.dumps(content, indent=2) + "\n").encode())

@@ -1,0 +1,118 @@
+"""SAE files of every family: one small reader each, told apart by the names of their files.
+
+A reader gets the parsed configuration, the tensors and the path, and returns an `SAE`; what it cannot hold exactly it
+refuses with the reason. Nothing in a file is ever executed: `.pt` files are read as tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import dictionary_learning, gemma_scope, llama_scope, openai, own, saelens, sparsify
+from ._parts import read_json, read_tensors
+from .own import save as save
+from .saelens import save_saelens as save_saelens
+
+if TYPE_CHECKING:
+    from ..model import SAE
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of files.
+
+    Attributes:
+        name: As it is called in messages and in `Origin.source`.
+        weights: Name of the file with the tensors, relative to the directory of the configuration.
+        config: Name of the JSON beside it; None: the family has none.
+        read: (configuration, tensors, path of the weights) -> SAE.
+    """
+
+    name: str
+    weights: str
+    config: str | None
+    read: Callable[[dict[str, Any], dict[str, Tensor], Path], SAE]
+
+
+FAMILIES = (
+    Family("steerfast", "sae.safetensors", "sae.json", own.read),
+    Family("SAELens", "sae_weights.safetensors", "cfg.json", saelens.read),
+    Family("sparsify", "sae.safetensors", "cfg.json", sparsify.read),
+    Family("Gemma Scope", "params.npz", None, gemma_scope.read_first),
+    Family("Gemma Scope 2", "params.safetensors", "config.json", gemma_scope.read_second),
+    Family("Llama Scope", "final.safetensors", "hyperparams.json", llama_scope.read),
+    Family("Llama Scope", "checkpoints/final.safetensors", "hyperparams.json", llama_scope.read),
+    Family("dictionary_learning", "ae.pt", "config.json", dictionary_learning.read),
+)
+
+
+def load(path: Path) -> SAE:
+    """Read an SAE from a directory, or from the file with its weights; see `SAE.load`."""
+    if not path.exists():
+        raise FileNotFoundError(f"SAE.load: {path} does not exist; give a directory, or the file with the weights")
+    found = _families_of_file(path) if path.is_file() else _families_of_directory(path)
+    if len(found) > 1:
+        names = " and ".join(f"{family.name} ({weights.name})" for family, weights, _ in found)
+        raise ValueError(f"SAE.load: {path} is ambiguous, it holds {names}; give the file with the weights")
+    family, weights, config = found[0]
+    return family.read({} if config is None else read_json(config), read_tensors(weights), weights)
+
+
+Found = tuple[Family, Path, Path | None]
+
+
+def _families_of_directory(directory: Path) -> list[Found]:
+    whole: list[Found] = []
+    partial = []
+    for family in FAMILIES:
+        weights, config = directory / family.weights, _config_path(family, directory)
+        if weights.is_file() and (config is None or config.is_file()):
+            whole.append((family, weights, config))
+        elif weights.is_file() or (config is not None and config.is_file()):
+            missing = family.config if weights.is_file() else family.weights
+            partial.append(f"{missing} of {family.name}")
+    if not any(weights.name == "ae.pt" for _, weights, _ in whole):
+        others = [file for file in sorted(directory.glob("*.pt")) if file.name != "ae.pt"]
+        if len(others) > 1 and not whole:
+            raise ValueError(f"SAE.load: {directory} is ambiguous, it holds {len(others)} .pt files; give one of them")
+        whole += [(_OPENAI, file, None) for file in others[:1]]
+    if not whole and partial:
+        raise FileNotFoundError(f"SAE.load: {directory} is incomplete: there is no {', nor '.join(partial)}")
+    if not whole:
+        known = ", ".join(dict.fromkeys(family.name for family in (*FAMILIES, _OPENAI)))
+        raise ValueError(f"SAE.load: {directory} holds no SAE of a known family ({known})")
+    return whole
+
+
+def _families_of_file(file: Path) -> list[Found]:
+    named = [(family, file, _config_path(family, file.parent)) for family in FAMILIES if family.weights == file.name]
+    whole = [found for found in named if found[2] is None or found[2].is_file()]
+    if file.name == "final.safetensors" and not whole:
+        named = [(_LLAMA_CHECKPOINT, file, file.parent.parent / "hyperparams.json")]
+        whole = [found for found in named if (file.parent.parent / "hyperparams.json").is_file()]
+    if whole:
+        return whole
+    if named:
+        configs = " or ".join(dict.fromkeys(f"{found[2]} ({found[0].name})" for found in named))
+        raise FileNotFoundError(f"SAE.load: {file} needs its configuration beside it: {configs}")
+    if file.suffix == ".npz":
+        return [(next(family for family in FAMILIES if family.name == "Gemma Scope"), file, None)]
+    if file.suffix in (".pt", ".pth"):
+        return [(_OPENAI, file, None)]
+    raise ValueError(
+        f"SAE.load: {file} is no weights file of a known family; expected one of "
+        f"{', '.join(dict.fromkeys(family.weights for family in FAMILIES))}, or an OpenAI .pt file"
+    )
+
+
+def _config_path(family: Family, directory: Path) -> Path | None:
+    return None if family.config is None else directory / family.config
+
+
+_OPENAI = Family("OpenAI", "*.pt", None, openai.read)
+_LLAMA_CHECKPOINT = FAMILIES[6]

@@ -1,0 +1,167 @@
+"""What every reader needs: safe reading of files, settings and tensors by name with clear errors, exact folding."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...integrations._torch_file import read_torch_file
+
+if TYPE_CHECKING:
+    from ..model import SAE, Origin
+
+HOOKS = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_post": "resid_post",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_out": "mlp_out",
+    "attn.hook_z": "head_out",
+}
+"""TransformerLens's names of the sites; its hook_z, all heads side by side, is what the output projection reads."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"SAE.load: {path} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"SAE.load: {path} holds a {type(found).__name__}; expected an object with the SAE's settings")
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """The tensors of a .safetensors, .npz or .pt file by name, on the CPU; a .pt may hold settings, too."""
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    found = read_torch_file(path)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"SAE.load: {path} holds a {type(found).__name__}; expected tensors by name")
+    return dict(found)
+
+
+def tensor(tensors: Mapping[str, Any], name: str, path: Path) -> Tensor:
+    """A floating tensor of a file by its name."""
+    value = tensors.get(name)
+    if value is None:
+        raise ValueError(f"SAE.load: {path} has no tensor {name!r}; it has {', '.join(sorted(map(str, tensors)))}")
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+        raise ValueError(f"SAE.load: {path}: {name!r} is not a dense floating tensor")
+    return value.detach()
+
+
+def dictionary(tensors: Mapping[str, Any], name: str, width: int, path: Path, *, transposed: bool = False) -> Tensor:
+    """A weight matrix as rows (F, d), checked against the width d of the stream; transposed: the family keeps (d, F)."""
+    matrix = tensor(tensors, name, path)
+    if matrix.dim() != 2:
+        raise ValueError(f"SAE.load: {path}: {name!r} has shape {tuple(matrix.shape)}; expected a matrix")
+    if matrix.shape[0] == matrix.shape[1]:
+        raise ValueError(
+            f"SAE.load: {path}: {name!r} is {matrix.shape[0]}×{matrix.shape[1]}, so its shape does not show whether features "
+            "are rows or columns; build sf.SAE(w_enc, w_dec, …) from its tensors yourself"
+        )
+    rows = matrix.T if transposed else matrix
+    if rows.shape[1] != width:
+        expected = f"({width}, F)" if transposed else f"(F, {width})"
+        raise ValueError(f"SAE.load: {path}: {name!r} has shape {tuple(matrix.shape)}; this family keeps {expected}")
+    return rows.contiguous()
+
+
+def vector(tensors: Mapping[str, Any], name: str, size: int, path: Path) -> Tensor:
+    """A vector (size,)."""
+    found = tensor(tensors, name, path)
+    if tuple(found.shape) != (size,):
+        raise ValueError(f"SAE.load: {path}: {name!r} has shape {tuple(found.shape)}; expected ({size},)")
+    return found
+
+
+def width_of(tensors: Mapping[str, Any], name: str, path: Path) -> int:
+    """d, from a bias of the stream."""
+    found = tensor(tensors, name, path)
+    if found.dim() != 1:
+        raise ValueError(f"SAE.load: {path}: {name!r} has shape {tuple(found.shape)}; expected (d,)")
+    return found.shape[0]
+
+
+def whole(value: Any, name: str, path: Path) -> int:
+    """A whole number of a configuration."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ValueError(f"SAE.load: {path}: {name} is {value!r}; expected a whole number")
+    return int(value)
+
+
+def refuse(path: Path, what: str) -> ValueError:
+    """The error for something that an SAE of ours cannot hold exactly."""
+    return ValueError(f"SAE.load: {path}: {what}")
+
+
+def fold(
+    w_enc: Tensor,
+    w_dec: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    subtract: bool,
+    origin: Origin,
+    k: int | None = None,
+    threshold: Tensor | None = None,
+    normalisation: str = "none",
+) -> SAE:
+    """The SAE with the subtracted decoder bias folded in, h = W(x - b_dec) + b; biases in float32 at least.
+
+    A negative threshold is a gate that the ReLU behind it closes at zero.
+    """
+    from ..model import SAE
+
+    b_enc, b_dec = wide(b_enc), wide(b_dec)
+    if subtract:
+        b_enc = (b_enc.double() - product(w_enc, b_dec.double())).to(b_enc.dtype)
+    threshold = None if threshold is None else wide(threshold).clamp(min=0)
+    return SAE(w_enc, w_dec, b_enc, b_dec, k, threshold, normalisation, origin)
+
+
+def product(rows: Tensor, vector: Tensor) -> Tensor:
+    """rows @ vector in float64, a block of rows at a time."""
+    return torch.cat([block.double() @ vector for block in rows.split(4096)])
+
+
+def wide(values: Tensor) -> Tensor:
+    """At least float32: what is scaled or folded is not rounded to 16 bits again."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def place_of_hook(name: str) -> tuple[str, int] | None:
+    """(site, layer) of a TransformerLens name such as blocks.5.hook_resid_pre; None if no site of ours is that place."""
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    site = None if found is None else HOOKS.get(found[2])
+    return None if found is None or site is None else (site, int(found[1]))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"SAE.load: {path} is truncated or damaged ({error})") from None
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except Exception as error:  # whatever a damaged archive provokes in the reader is one thing to the user
+        raise ValueError(f"SAE.load: {path} is truncated, damaged or no archive of arrays ({error})") from None

@@ -1,0 +1,308 @@
+"""A sparse autoencoder of any family in one form: f = select(W_enc·norm(x) + b_enc), x ≈ W_decᵀf + b_dec.
+
+The families differ in what surrounds these two products. What can be folded into the weights exactly is folded when a file
+is read: a subtracted decoder bias, the scale of a data set, the centring of the stream, the two biases of a gated SAE.
+What remains is one of two selections (the k largest, or those above a threshold per feature) and, in a few families, a
+normalisation of each row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .._checks import check_dictionary, check_stream, one_of
+from ..interventions import Features
+from ..layers import SITES
+from .steering import SelectedFeatures, normalised
+
+NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
+BLOCK_F = 4096  # features of a dense encode computed at a time
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an SAE reads and writes the stream, and where it comes from.
+
+    Attributes:
+        place: (site, layer) as `sf.Plan` names them; None if unknown, or if no site of steerfast carries it.
+        hook_name: The place as its own library writes it.
+        model: The model that it was trained on.
+        source: The family of the file that it was read from.
+    """
+
+    place: tuple[str, int] | None = None
+    hook_name: str = ""
+    model: str = ""
+    source: str = "steerfast"
+
+    def __post_init__(self) -> None:
+        if self.place is not None:
+            site, layer = self.place
+            one_of("SAE", "site", site, SITES)
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(f"SAE: layer is {layer!r}; expected a whole number >= 0")
+            object.__setattr__(self, "place", (str(site), layer))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SAE:
+    """A sparse autoencoder: f = select(W_enc·norm(x) + b_enc), x ≈ W_decᵀf + b_dec.
+
+    With k the k largest positive pre-activations h are kept (Top-K); without, f = h·[h > θ] for a threshold θ ≥ 0 per
+    feature (JumpReLU, gated, BatchTopK at inference; θ = 0: ReLU).
+
+    Args:
+        w_enc: Encoder rows, (F, d).
+        w_dec: Decoder rows, (F, d).
+        b_enc: (F,), a subtracted decoder bias folded in: b_enc - W_enc·b_dec; None: zero.
+        b_dec: (d,); None: zero.
+        k: Features per row of a Top-K SAE, 1 to F; None: a threshold selects.
+        threshold: θ ≥ 0, (F,); None: zero. Not together with k.
+        normalisation: What is done to each row first: "none"; "constant_norm_rescale", x·√d/‖x‖; "layer_norm",
+            (x - mean)/(deviation + 1e-5), both undone on the reconstruction.
+        origin: Where it reads the stream, and where it comes from.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit, k or θ is out of range, a weight is NaN or Inf.
+
+    Reference:
+        Cunningham et al. 2023 (arXiv:2309.08600); Gao et al. 2024 (arXiv:2406.04093); JumpReLU arXiv:2407.14435.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.SAE(torch.eye(3), torch.eye(3), k=1).encode(torch.tensor([[3.0, -1.0, 2.0]]))
+        tensor([[3., 0., 0.]])
+    """
+
+    w_enc: Tensor
+    w_dec: Tensor
+    b_enc: Tensor | None = None
+    b_dec: Tensor | None = None
+    k: int | None = None
+    threshold: Tensor | None = None
+    normalisation: str = "none"
+    origin: Origin = field(default_factory=Origin)
+
+    def __post_init__(self) -> None:
+        check_dictionary("SAE", "w_enc", self.w_enc, "b_enc", self.b_enc, bias_axis=0)
+        check_dictionary("SAE", "w_dec", self.w_dec, "b_dec", self.b_dec, bias_axis=1)
+        features, d = self.w_enc.shape
+        if self.w_dec.shape != self.w_enc.shape:
+            raise ValueError(
+                f"SAE: w_dec has shape {tuple(self.w_dec.shape)} and w_enc {tuple(self.w_enc.shape)}; expected (F, d) "
+                "for both: transpose the one that is (d, F)"
+            )
+        for name, tensor in self.tensors().items():
+            if tensor.device != self.w_enc.device:
+                raise ValueError(f"SAE: {name} is on {tensor.device} and w_enc on {self.w_enc.device}; move one")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"SAE: {name} holds NaN or Inf; the file is damaged or the training diverged")
+        one_of("SAE", "normalisation", self.normalisation, NORMALISATIONS)
+        if self.k is not None:
+            if isinstance(self.k, bool) or not isinstance(self.k, int):
+                raise TypeError(f"SAE: k must be a whole number; got {self.k!r}")
+            if not 1 <= self.k <= features:
+                raise ValueError(f"SAE: k is {self.k}; expected 1 to F = {features}, the rows of w_enc")
+            if self.threshold is not None:
+                raise ValueError("SAE: k and threshold are both given; a Top-K SAE has no threshold")
+        for name, size in (("b_enc", features), ("b_dec", d), ("threshold", features)):
+            value = getattr(self, name)
+            if value is None and not (name == "threshold" and self.k is not None):
+                object.__setattr__(self, name, self.w_enc.new_zeros(size))
+            elif value is not None and tuple(value.shape) != (size,):
+                raise ValueError(f"SAE: {name} has shape {tuple(value.shape)}; expected ({size},)")
+        if self.threshold is not None and bool((self.threshold < 0).any()):
+            raise ValueError("SAE: threshold is negative; expected >= 0 (a negative one acts as 0: clamp it)")
+
+    @property
+    def d(self) -> int:
+        """Width of the stream."""
+        return self.w_enc.shape[1]
+
+    @property
+    def features(self) -> int:
+        """F, the number of features."""
+        return self.w_enc.shape[0]
+
+    @property
+    def activation(self) -> str:
+        """The selection by name: "topk", "jumprelu", or "relu" where every threshold is 0."""
+        if self.threshold is None:
+            return "topk"
+        return "jumprelu" if bool((self.threshold > 0).any()) else "relu"
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """(site, layer) that the SAE reads and writes, if that is known."""
+        return self.origin.place
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        names = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
+        """The same SAE on another device or in another floating dtype."""
+        moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors().items()}
+        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """All features of each row, dense: (..., d) -> (..., F), float32 (float64 stays float64)."""
+        inner = self._normalise("SAE.encode", x)[0]
+        if self.k is not None:
+            values, indices = ops.sae_encode(inner, self.w_enc, self.b_enc, self.k)
+            dense = values.new_zeros(*x.shape[:-1], self.features)
+            return dense.scatter_add(-1, indices.long(), values)  # the unused places are value 0 at index 0
+        flat = _wide(inner.reshape(-1, self.d), self.w_enc)
+        dense = flat.new_empty(flat.shape[0], self.features)
+        for start in range(0, self.features, BLOCK_F):
+            part = slice(start, start + BLOCK_F)
+            w, b, threshold = (t[part].to(flat.dtype) for t in (self.w_enc, self.b_enc, self.threshold))  # type: ignore[index]
+            h = torch.addmm(b, flat, w.T)
+            dense[:, part] = torch.where(h <= threshold, 0, h)  # NaN stays
+        return dense.view(*x.shape[:-1], self.features)
+
+    def topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The active features of each row without the dense matrix: (values, indices), largest first.
+
+        Args:
+            x: Rows of the stream, (..., d).
+
+        Returns:
+            values float32 and indices int32, (..., k); with a threshold the width is the largest number of active features
+            of any row (one host sync; `ops.sae_encode_threshold` has none). Unused places are value 0 at index 0.
+        """
+        inner = self._normalise("SAE.topk", x)[0]
+        if self.k is not None:
+            return ops.sae_encode(inner, self.w_enc, self.b_enc, self.k)
+        capacity = min(64, self.features)
+        while True:
+            values, indices, counts = ops.sae_encode_threshold(
+                inner, self.w_enc, self.b_enc, self.threshold, capacity
+            )
+            most = max(int(counts.max()), 1) if counts.numel() else 1
+            if most <= capacity:
+                return values[..., :most], indices[..., :most]
+            capacity = most
+
+    def decode(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
+        """The reconstruction from a few features: Σⱼ values[j]·W_dec[indices[j]] + b_dec, (..., k) -> (..., d).
+
+        Args:
+            values: Feature activations, (..., k).
+            indices: Their features, int32 or int64, (..., k).
+            x: The rows that were encoded; needed, and used, only where the SAE normalises each row.
+
+        Raises:
+            ValueError: the SAE normalises each row, and x is not given.
+        """
+        return self._denormalise("SAE.decode", ops.sae_decode(values, indices, self.w_dec, self.b_dec), x)
+
+    def decode_dense(self, features: Tensor, x: Tensor | None = None) -> Tensor:
+        """The reconstruction from all features: features·W_dec + b_dec, (..., F) -> (..., d); x as in `decode`."""
+        if features.shape[-1:] != (self.features,):
+            raise ValueError(
+                f"SAE.decode_dense: features has shape {tuple(features.shape)}; expected (..., F) with F = {self.features}"
+            )
+        w, b = self.w_dec.to(features.dtype), self.b_dec.to(features.dtype)  # type: ignore[union-attr]
+        return self._denormalise("SAE.decode_dense", features @ w + b, x)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """decode(encode(x)) by the sparse road, in the dtype of w_dec."""
+        return self.decode(*self.topk(x), x)
+
+    def rows(self, indices: list[int]) -> Features | SelectedFeatures:
+        """Some features as `sf.EditFeatures` takes them.
+
+        A threshold looks at one feature at a time, so their rows are enough (`Features`). Top-K compares all features, and
+        a normalised row has a scale of its own: then the whole encoder comes along (`SelectedFeatures`), and an edit costs
+        one fused encode per token; `approximate` avoids that.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        outside = [index for index in indices if not 0 <= index < self.features]
+        if outside:
+            raise ValueError(f"SAE: feature {outside[0]} is out of range; there are {self.features}, from 0")
+        w_enc, w_dec, b_enc, threshold = self.w_enc, self.w_dec[indices], self.b_enc, self.threshold
+        assert b_enc is not None  # __post_init__ has filled it
+        if threshold is None:
+            numbers = torch.tensor(indices, dtype=torch.int32)
+            return SelectedFeatures(w_enc, b_enc, w_dec, numbers, None, self.k or 0, self.normalisation, self.place)
+        w_enc, b_enc, threshold = w_enc[indices], b_enc[indices], threshold[indices]
+        if self.normalisation == "none":
+            return Features(w_enc, w_dec, b_enc, threshold, self.place)
+        numbers = torch.arange(len(indices), dtype=torch.int32)
+        return SelectedFeatures(w_enc, b_enc, w_dec, numbers, threshold, 0, self.normalisation, self.place)
+
+    def approximate(self, threshold: float = 0.0) -> SAE:
+        """A Top-K SAE as one with a threshold, so that an edit reads only the rows of the features that it names.
+
+        Args:
+            threshold: θ, the same for all features: a feature counts as active where h > θ. A good one is the mean k-th
+                value on a few hundred tokens, `sae.topk(x)[0][:, -1].mean()`; 0 counts every positive feature.
+
+        Raises:
+            ValueError: the SAE is no Top-K SAE, or θ is negative.
+        """
+        if self.k is None:
+            raise ValueError("SAE.approximate: this SAE has a threshold already and is edited exactly by its rows")
+        return dataclasses.replace(self, k=None, threshold=self.w_enc.new_full((self.features,), float(threshold)))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SAE:
+        """Read an SAE of any family: steerfast, SAELens, sparsify, Gemma Scope 1 and 2, Llama Scope, OpenAI, dictionary_learning.
+
+        Args:
+            path: The directory, or the file with the weights. The family is told by the names and contents of the files.
+
+        Returns:
+            The SAE on the CPU, in the dtype of the file.
+
+        Raises:
+            FileNotFoundError: nothing is there, or a file of the family is missing.
+            ValueError: damaged, ambiguous, of an unknown family, or something this form cannot hold; the reason is given.
+        """
+        from .formats import load
+
+        return load(Path(path))
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write sae.json and sae.safetensors into a directory, each whole or not at all.
+
+        Returns:
+            The directory.
+        """
+        from .formats import save
+
+        return save(self, Path(directory))
+
+    def __repr__(self) -> str:
+        select = f"k={self.k}" if self.k is not None else self.activation
+        return f"SAE(F={self.features}, d={self.d}, {select}, place={self.place}, {self.w_enc.dtype})"
+
+    def _normalise(self, owner: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows as the encoder takes them, and what their reconstruction is multiplied with, (..., 1)."""
+        check_stream(owner, x)
+        if x.shape[-1] != self.d:
+            raise ValueError(f"{owner}: x has shape {tuple(x.shape)}; expected (..., d) with d = {self.d}")
+        return normalised(x, self.normalisation)
+
+    def _denormalise(self, owner: str, out: Tensor, x: Tensor | None) -> Tensor:
+        if self.normalisation == "none":
+            return out
+        if x is None:
+            raise ValueError(f"{owner}: this SAE normalises each row ({self.normalisation}); pass the rows as x=")
+        out = out * self._normalise(owner, x)[1]
+        return out + x.mean(dim=-1, keepdim=True) if self.normalisation == "layer_norm" else out
+
+
+def _wide(x: Tensor, weights: Tensor) -> Tensor:
+    return x.to(torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32))

@@ -1,0 +1,481 @@
+"""How a benchmark measures: contenders take turns in random order, ratios are paired by round, outputs are checked first.
+
+A turn is many calls of one contender, timed as a whole: CPU time of the process on the host, CUDA graphs between events
+on a GPU. A round is one turn of each. What disturbs a machine disturbs all turns of a round, so the ratio within a round
+is steadier than any time in it. One contender, "again", is ours a second time: what its ratio differs from 1 is the noise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import errno
+import gc
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = tuple[Any, ...]
+Function = Callable[..., Any]
+Row = dict[str, Any]
+Turn = Callable[[], tuple[float, float]]  # (seconds per call on the clock of the place, wall seconds per call)
+
+OURS, AGAIN = "ours", "again"
+MOST_SETS = 32
+LEAST_ROTATION = 256 << 20  # bytes of rotating inputs on a GPU: more than any L2 of today
+RESAMPLES = 2000
+PACKAGES = (
+    "steerfast", "torch", "triton", "transformers", "vllm", "sae-lens", "eai-sparsify", "steering-vectors", "repeng",
+    "torchdiffeq", "hotwire-vllm",
+)  # fmt: skip
+
+
+class NotHere(Exception):
+    """Raised by the maker of a peer that cannot run here; its text is the reason that is reported."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size: what it must move and compute, how to call it, and how an answer is judged.
+
+    Attributes:
+        name: The op and its sizes, such as "amplify k=8 n=256 d=576 fp32"; results are found by it.
+        bytes: Bytes that any implementation must read and write once per call.
+        operations: Floating-point operations that it must do per call.
+        fresh: Makes one set of inputs. Sets rotate, so that inputs larger than the cache are read from memory.
+        ours: What is measured, called with a set.
+        fixed: What every call shares, such as weights; a set is what `fresh` makes, followed by these.
+        judge: For a set, a function from an answer to its error as a share of what is allowed.
+        peers: Other ways to the same answer, by name: what makes a function like `ours`. Checked before they are timed.
+        yardsticks: Other work that the same inputs are compared with, such as the matrix products alone; not checked.
+        dtype: Of the arithmetic that the peak is measured in.
+        slack: How much more than ours a peer may err, who may round more often than we do.
+        captured: Whether a GPU runs the call inside a CUDA graph; otherwise the time of the host counts, too.
+    """
+
+    name: str
+    bytes: float
+    operations: float
+    fresh: Callable[[], Inputs]
+    ours: Function
+    judge: Callable[[Inputs], Callable[[Any], float]]
+    fixed: Inputs = ()
+    peers: Mapping[str, Callable[[], Function]] = field(default_factory=dict)
+    yardsticks: Mapping[str, Callable[[], Function]] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    slack: float = 8.0
+    captured: bool = True
+
+
+@dataclass(frozen=True)
+class Within:
+    """A contender inside a context, such as a hook: entered before each turn and left after it, outside the time taken."""
+
+    function: Function
+    around: Callable[[], AbstractContextManager[object]]
+
+    def __call__(self, *inputs: Any) -> Any:
+        """One call in a context of its own."""
+        with self.around():
+            return self.function(*inputs)
+
+
+def _taken_apart(function: Function) -> tuple[Function, Callable[[], AbstractContextManager[object]]]:
+    return (function.function, function.around) if isinstance(function, Within) else (function, nullcontext)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: seconds per turn at least, rounds at most, seconds of rounds per case; whether to compile peers."""
+
+    turn: float = 0.02
+    rounds: int = 25
+    seconds: float = 12.0
+    compile: bool = True
+
+
+THOROUGH, QUICK, REHEARSAL = Effort(), Effort(0.004, 5, 3.0, False), Effort(0.0, 1, 0.0, False)
+
+
+class HostClock:
+    """CPU time of the process per call; wall time beside it."""
+
+    name = "CPU time of the process"
+    device = "cpu"
+
+    def prepare(self, function: Function, sets: Sequence[Inputs], effort: Effort, captured: bool = True) -> Turn:
+        """Warm a contender up, choose its number of calls, and return its turn."""
+        rotation = itertools.cycle(sets)
+        call, around = _taken_apart(function)
+        with around():
+            for inputs in sets[:2]:
+                call(*inputs)
+            begin = time.perf_counter()
+            call(*next(rotation))
+        calls = max(1, round(effort.turn / max(time.perf_counter() - begin, 1e-9)))
+
+        def turn() -> tuple[float, float]:
+            with around():
+                wall, own = time.perf_counter(), time.process_time()
+                for inputs in itertools.islice(rotation, calls):
+                    call(*inputs)
+                return (time.process_time() - own) / calls, (time.perf_counter() - wall) / calls
+
+        return turn
+
+
+class DeviceClock:
+    """Time on the device per call: CUDA graphs over rotating inputs, between CUDA events."""
+
+    name = "CUDA events"
+    device = "cuda"
+    most_calls = 20
+
+    def prepare(self, function: Function, sets: Sequence[Inputs], effort: Effort, captured: bool = True) -> Turn:
+        """Warm a contender up on a stream of its own, capture its calls, and return its turn.
+
+        What cannot be captured runs as launches from the host: between events where it should have been captured, by
+        the clock on the wall where the case says that the host counts.
+        """
+        call, around = _taken_apart(function)
+        stream = torch.cuda.Stream() if captured else torch.cuda.current_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with around(), torch.cuda.stream(stream):
+            for inputs in sets[:3]:
+                call(*inputs)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call(*sets[0])
+            torch.cuda.synchronize()
+        calls = max(1, min(self.most_calls, int(2 * effort.turn / (time.perf_counter() - start))))
+        rotation = itertools.cycle(sets)
+
+        def launch() -> None:
+            for inputs in itertools.islice(rotation, calls):
+                call(*inputs)
+
+        run = launch
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with around(), torch.cuda.graph(graph, stream=stream):
+                    launch()
+                run = graph.replay
+                run()
+            except RuntimeError:
+                torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+        def turn() -> tuple[float, float]:
+            with around():
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                begin.record()
+                run()
+                end.record()
+                end.synchronize()
+                wall = (time.perf_counter() - start) / calls
+            return (begin.elapsed_time(end) / 1e3 / calls if captured else wall), wall
+
+        return turn
+
+
+Clock = HostClock | DeviceClock
+
+
+def clock_here() -> Clock:
+    """The clock of this machine: its GPU's, or the host's."""
+    return DeviceClock() if torch.cuda.is_available() else HostClock()
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What this machine was seen to do: bytes per second of a copy (read plus write), operations per second of a product."""
+
+    copy: float
+    product: float
+
+    def floor(self, case: Case) -> float:
+        """The least seconds that a case can take: the larger of moving its bytes and doing its operations."""
+        return max(case.bytes / self.copy, case.operations / self.product)
+
+
+def measure_peaks(clock: Clock, dtype: torch.dtype, effort: Effort) -> Peaks:
+    """Time a copy larger than the caches and a large matrix product; the best of several turns each."""
+    rehearsal = effort.seconds == 0
+    size, side = (1 << 30, 8192) if clock.device == "cuda" else (1 << 28, 1024)
+    if rehearsal:
+        size, side = 1 << 14, 32
+    source = torch.ones(size, dtype=torch.uint8, device=clock.device)
+    a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
+    copy = clock.prepare(torch.empty_like(source).copy_, [(source,)], effort)
+    product = clock.prepare(torch.mm, [(a, b)], effort)
+    turns = range(1 if rehearsal else 9)
+    return Peaks(2 * size / min(copy()[0] for _ in turns), 2 * side**3 / min(product()[0] for _ in turns))
+
+
+class Race:
+    """One case under measurement: contenders are checked, then take turns; `row` is what is known so far.
+
+    Args:
+        case: What is measured.
+        clock: On which clock.
+        peaks: Of the machine, measured in the same run.
+        effort: How long.
+    """
+
+    def __init__(self, case: Case, clock: Clock, peaks: Peaks, effort: Effort) -> None:
+        self.row: Row = {
+            "case": case.name, "status": "red", "clock": clock.name, "bytes": case.bytes, "operations": case.operations,
+            "floor": peaks.floor(case), "copy": peaks.copy, "product": peaks.product,
+            "times": {}, "walls": {}, "errors": {}, "missing": {},
+        }  # fmt: skip
+        self.effort = effort
+        self._turns: dict[str, Turn] = {}
+        sets = _sets(case, clock, effort)
+        judge = case.judge(sets[0])
+        if self._allow(OURS, case.ours, sets[0], judge, 1.0):
+            self.row["status"] = "ok"
+            makers = {OURS: lambda: case.ours, AGAIN: lambda: case.ours, **case.peers, **case.yardsticks}
+            for name, maker in makers.items():
+                self._admit(name, maker, sets, judge if name in case.peers else None, clock, case)
+
+    def _admit(
+        self,
+        name: str,
+        maker: Callable[[], Function],
+        sets: Sequence[Inputs],
+        judge: Callable[[Any], float] | None,
+        clock: Clock,
+        case: Case,
+    ) -> None:
+        """Check a contender and warm it up. A peer that cannot is named with the reason; ours must."""
+        try:
+            if isinstance(maker, Compiled) and not self.effort.compile:
+                raise NotHere("a quick run compiles nothing")
+            function = maker()
+            if judge is None or self._allow(name, function, sets[0], judge, case.slack):
+                self._turns[name] = clock.prepare(function, sets, self.effort, case.captured)
+                self.row["times"][name], self.row["walls"][name] = [], []
+        except NotHere as reason:
+            self.row["missing"][name] = str(reason)
+        except ModuleNotFoundError as error:
+            self.row["missing"][name] = f"{error.name} is not installed"
+        except Exception as error:
+            if name in (OURS, AGAIN):
+                raise
+            self.row["missing"][name] = f"failed: {type(error).__name__}: {error}"[:300]
+
+    def _allow(
+        self, name: str, function: Function, inputs: Inputs, judge: Callable[[Any], float], allowed: float
+    ) -> bool:
+        share = judge(function(*inputs))
+        self.row["errors"][name] = share
+        if share <= allowed:  # false for NaN
+            return True
+        self.row["missing"][name] = f"red: its error is {share:.3g} of what is allowed, at most {allowed:g}"
+        return False
+
+    @property
+    def red(self) -> bool:
+        """Whether our own answer is wrong, so that nothing may be timed."""
+        return self.row["status"] == "red"
+
+    def round(self) -> float:
+        """One turn of every contender, in random order; seconds per call of ours."""
+        gc.collect()
+        gc.disable()
+        try:
+            for name in random.sample(list(self._turns), len(self._turns)):
+                own, wall = self._turns[name]()
+                self.row["times"][name].append(own)
+                self.row["walls"][name].append(wall)
+        finally:
+            gc.enable()
+            shortest = min(map(len, self.row["times"].values()), default=0)
+            for kind in ("times", "walls"):  # an interrupt in the middle of a round leaves no half of one
+                for taken in self.row[kind].values():
+                    del taken[shortest:]
+        return float(self.row["times"][OURS][-1])
+
+    def rounds(self) -> int:
+        """How many rounds the effort allows, judged by one that is thrown away: the first finds caches and clocks cold."""
+        begin = time.perf_counter()
+        self.round()
+        for kind in ("times", "walls"):
+            for taken in self.row[kind].values():
+                taken.clear()
+        return max(1, min(self.effort.rounds, int(self.effort.seconds / (time.perf_counter() - begin))))
+
+
+def _sets(case: Case, clock: Clock, effort: Effort) -> list[Inputs]:
+    """Sets of inputs that together exceed the last cache twice over, at most 32; small ones stay in it, as in a model."""
+    first = case.fresh()
+    size = sum(value.numel() * value.element_size() for value in first if isinstance(value, Tensor))
+    rotation = LEAST_ROTATION if clock.device == "cuda" else 2 * last_cache()
+    count = 1 if effort.seconds == 0 else min(MOST_SETS, max(2, -(-rotation // max(size, 1))))
+    return [(*inputs, *case.fixed) for inputs in (first, *(case.fresh() for _ in range(count - 1)))]
+
+
+def error_share(got: Tensor, true: Tensor, naive: Tensor) -> float:
+    """The largest error over what is allowed: twice the formula's own in this dtype, plus one unit in the last place."""
+    unit = true.abs().max() * torch.finfo(got.dtype).eps
+    allowed = 2 * (naive.double() - true).abs().max() + unit
+    if got.shape != true.shape:
+        return float("inf")
+    return float(((got.double() - true).abs().max() / allowed).item())
+
+
+def same_as(formula: Function) -> Callable[[Inputs], Callable[[Any], float]]:
+    """Judge by a formula in plain PyTorch: its value in float64 is the truth, its error in the dtype of x the measure."""
+
+    def judge(inputs: Inputs) -> Callable[[Any], float]:
+        true = formula(*(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs))
+        naive = formula(*inputs)
+        return lambda got: error_share(got, true, naive)
+
+    return judge
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The maker of a peer: `torch.compile` of a function, for one shape, in one graph. A quick run leaves it out."""
+
+    function: Function
+
+    def __call__(self) -> Function:
+        """Compile; the first call of what is returned takes seconds."""
+        torch.compiler.reset()
+        return torch.compile(self.function, fullgraph=True, dynamic=False)
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """The median and its bootstrap interval; always the same for the same values."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    tail = (1 - confidence) / 2
+    return statistics.median(values), medians[int(tail * RESAMPLES)], medians[int((1 - tail) * RESAMPLES) - 1]
+
+
+def paired(row: Row, name: str, base: str, kind: str = "times") -> list[float]:
+    """Round by round, the time of one contender over that of another."""
+    return [a / b for a, b in zip(row[kind][name], row[kind][base], strict=True)]
+
+
+def memory_rise(function: Function, inputs: Inputs, device: str) -> int | None:
+    """By how many bytes memory rises during a call, at its peak: PyTorch's on a GPU, the process's on Linux, else None."""
+    function(*inputs)
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function(*inputs)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide a rise
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    except (OSError, AttributeError, TypeError):
+        return None
+    before = _status("VmRSS")
+    function(*inputs)
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def last_cache() -> int:
+    """Bytes of the host's last cache; 32 MB where it is not told."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = [
+        int(file.read_text().strip().removesuffix("K")) << 10 for file in sizes if file.read_text().strip()[-1] == "K"
+    ]
+    return max(found, default=32 << 20)
+
+
+def circumstances(place: str) -> dict[str, Any]:
+    """What numbers depend on: device, driver, versions, commit, date; nothing that names the machine."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = getattr(sys.modules.get(package), "__version__", None)
+    root = Path(__file__).resolve().parent
+    ours = _ask(
+        "git", "ls-files", "--error-unmatch", "timing.py", cwd=root
+    )  # an installed package may lie in another's
+    status = _ask("git", "status", "--porcelain", "--untracked-files=no", "--", ".", "../kernels", cwd=root)
+    gpu = torch.cuda.is_available() and place == "cuda"
+    return {
+        "place": place,
+        "device": torch.cuda.get_device_name() if gpu else _processor(),
+        "driver": _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", cwd=root) if gpu else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: version for name, version in versions.items() if version},
+        "commit": _ask("git", "rev-parse", "HEAD", cwd=root) if ours else None,
+        "changed": status != "" if ours else None,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _ask(*command: str, cwd: Path) -> str | None:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def append_row(file: Path, row: Row) -> None:
+    """Append a row to a file of one JSON object a line; where the disk is full the file stays as it was.
+
+    Raises:
+        OSError: the row could not be written whole.
+    """
+    text = (json.dumps(row, separators=(",", ":"), default=_number) + "\n").encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab", buffering=0) as out:
+        before = out.tell()
+        written = 0
+        try:
+            written = out.write(text)
+            os.fsync(out.fileno())
+        finally:
+            if 0 < written < len(text):
+                os.ftruncate(out.fileno(), before)
+    if written < len(text):
+        raise OSError(errno.ENOSPC, "the disk is full", str(file))
+
+
+def _number(value: Any) -> float:
+    return float(value)
