@@ -18,7 +18,7 @@ setup(
     ],
     python_requires=">=3.10",
     # The folder must never be importable as `kernels`: transformers itself imports a package of that name.
-    packages=["steerfast", "steerfast.integrations", "steerfast_kernels"],
+    packages=["steerfast", "steerfast.integrations", "steerfast.integrations.vllm", "steerfast_kernels"],
     package_dir={"steerfast": "steerfast", "steerfast_kernels": "kernels"},
     package_data={"steerfast": ["py.typed", "*.pyi"], "steerfast_kernels": ["README.md"]},
     # A CUDA build of torch pins its own triton exactly, so triton is no requirement of ours.
@@ -42,5 +42,8 @@ setup(
             "setuptools>=77",
         ],
     },
-    entry_points={"console_scripts": ["steerfast=steerfast.cli:main"]},
+    entry_points={
+        "console_scripts": ["steerfast=steerfast.cli:main"],
+        "vllm.general_plugins": ["steerfast=steerfast.integrations.vllm:register"],
+    },
 )

@@ -142,7 +142,8 @@ def couple(y, norm, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES: tl.c
     if FLOW & MODES:
         if mode == FLOW:
             length = weight * (tl.load(constants_ptr) + tl.load(constants_ptr + 1) * norm)
-            alpha, g = integrate(y, norm, constants_ptr + 8, offs_k, mask_k, length, tl.load(head_ptr + 5))
+            rank, steps, extra = tl.load(head_ptr + 1), tl.load(head_ptr + 5), tl.load(head_ptr + 7)
+            alpha, g = integrate(y, norm, constants_ptr + 8, rank, offs_k, mask_k, length, steps, extra)
     if ROTATE & MODES:
         if mode == ROTATE:
             g = _rotate(y, constants_ptr, weight, offs_k)

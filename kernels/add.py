@@ -1,7 +1,8 @@
 """Add: x + scale · vectors[rows]; and the same between a residual add and the RMSNorm after it.
 
-Bytes a token of `add`: reads |x|·d and one vector per owner (from L2), writes |x|·d. A token whose entries are all -1 is not
-written in place and copied bit for bit out of place. Of `add_rms_norm`: reads 2·|x|·d, writes 2·|x|·d. Turner et al. 2023 (ActAdd), Rimsky et al. 2024 (CAA).
+Bytes a token: `add` reads |x|·d and one vector per owner (from L2) and writes |x|·d; `add_rms_norm` reads and writes
+2·|x|·d. A token whose entries are all -1 is not written in place and copied bit for bit out of place. Turner et al. 2023
+(ActAdd), Rimsky et al. 2024 (CAA), Zhang & Sennrich 2019 (RMSNorm).
 """
 
 from __future__ import annotations

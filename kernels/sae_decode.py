@@ -1,9 +1,9 @@
-"""Sparse decode: Σⱼ values[j] · W_dec[indices[j]] + b_dec.
+"""Sparse decode, Σⱼ values[j] · W_dec[indices[j]] + b_dec, and the same sum added to the stream, x + scale · Σⱼ.
 
-Bytes a token: reads |w|·k·d gathered rows and 8·k of values and indices, writes |w|·d. One program per token and block
-of d, so that a single token still fills many programs; a row of W_dec beside a zero value is not read. A row whose
-index lies outside [0, F) beside a value becomes NaN: no stray read, no wait for the host. Gao et al. 2024
-(arXiv:2406.04093).
+Bytes a token: reads |w|·k·d gathered rows and 8·k of values and indices (and |x|·d where it is added), writes |w|·d.
+One program per token and block of d, so that a single token still fills many programs; a row of W_dec beside a zero value
+is not read. A row whose index lies outside [0, F) beside a value becomes NaN: no stray read, no wait for the host. A row
+of scale 0 keeps its bits. Gao et al. 2024 (arXiv:2406.04093).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def _decode_kernel(
     indices_ptr, stride_indices_n,
     w_ptr, stride_w_f,
     b_ptr,
+    x_ptr, stride_x_n,
+    scale_ptr,
     out_ptr, stride_out_n,
     F, D, K,
     BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
@@ -48,15 +50,39 @@ def _decode_kernel(
     out = tl.sum(parts, axis=0)
     if b_ptr is not None:
         out += tl.load(b_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    if x_ptr is not None:
+        x = tl.load(x_ptr + i_n * stride_x_n + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + i_n)
+            out = tl.where(scale == 0, x, x + scale * out)
+        else:
+            out += x
     tl.store(out_ptr + i_n * stride_out_n + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
 def sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """The reconstruction (..., d) in the dtype of w_dec."""
-    flat, places, weights = flatten(values), flatten(indices), flatten(w_dec)
-    bias = None if b_dec is None else b_dec.contiguous()
+    out = torch.empty(*values.shape[:-1], w_dec.shape[1], dtype=w_dec.dtype, device=w_dec.device)
+    return _launch(values, indices, w_dec, None if b_dec is None else b_dec.contiguous(), None, None, out)
+
+
+def sae_add(x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, scale: Tensor | None) -> Tensor:
+    """x + scale · reconstruction, (..., d) in the dtype of x; scale (n,) or (n, 1)."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _launch(values, indices, w_dec, None, flatten(x), None if scale is None else scale.reshape(-1), out)
+
+
+def _launch(
+    values: Tensor,
+    indices: Tensor,
+    w_dec: Tensor,
+    bias: Tensor | None,
+    x: Tensor | None,
+    scale: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    flat, places, weights, rows = flatten(values), flatten(indices), flatten(w_dec), out.view(-1, out.shape[-1])
     (n, k), (features, d) = flat.shape, weights.shape
-    out = torch.empty(n, d, dtype=weights.dtype, device=weights.device)
     if n:
         block_d = min(choose(WIDTH, n), power_of_two(d))
         with on_device(weights):
@@ -65,8 +91,10 @@ def sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | N
                 indices_ptr=places, stride_indices_n=places.stride(0),
                 w_ptr=weights, stride_w_f=weights.stride(0),
                 b_ptr=bias,
-                out_ptr=out, stride_out_n=out.stride(0),
+                x_ptr=x, stride_x_n=0 if x is None else x.stride(0),
+                scale_ptr=scale,
+                out_ptr=rows, stride_out_n=rows.stride(0),
                 F=features, D=d, K=k,
                 BLOCK_D=block_d, CHUNK=min(CHUNK, power_of_two(k)), num_warps=WARPS,
             )  # fmt: skip
-    return out.view(*values.shape[:-1], d)
+    return out

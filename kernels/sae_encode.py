@@ -10,6 +10,8 @@ on its batch-mates: blocks of 64 and 128 rows sum over d in the same order. Gao 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -141,26 +143,33 @@ def plan(features: int, k: int) -> tuple[int, int, int, int]:
     return tiles, per_tile, hidden, (k - 1) // per_tile if hidden else 0
 
 
+def product_arguments(x: Tensor, w_enc: Tensor, b_enc: Tensor | None) -> tuple[dict[str, Any], tuple[int]]:
+    """What a kernel over tiles of the product is launched with, and its grid."""
+    flat = flatten(x)
+    (n, d), features = flat.shape, w_enc.shape[0]
+    exact = flat.dtype == w_enc.dtype and flat.dtype != torch.float32
+    block_n, warps = choose(TILES if exact else TILES_FLOAT32, n)
+    tiles = triton.cdiv(features, BLOCK_F)
+    arguments = dict(  # noqa: C408  keywords read as the kernel's signature
+        x_ptr=flat, stride_x_n=flat.stride(0),
+        w_ptr=w_enc, stride_w_f=w_enc.stride(0), stride_w_d=w_enc.stride(1),
+        b_ptr=None if b_enc is None else b_enc.contiguous(),
+        N=n, F=features, D=d, TILES_F=tiles,
+        BLOCK_N=block_n, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D if exact else BLOCK_D_FLOAT32, GROUP=GROUP,
+        num_warps=warps, num_stages=STAGES if exact else STAGES_FLOAT32,
+    )  # fmt: skip
+    return arguments, (triton.cdiv(n, block_n) * tiles,)
+
+
 def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """(values float32, indices int32), both (..., k); value 0 and index 0 where fewer than k features are active."""
-    flat = flatten(x)
-    bias = None if b_enc is None else b_enc.contiguous()
-    (n, d), features = flat.shape, w_enc.shape[0]
-    tiles, per_tile, hidden, slots = plan(features, k)
+    arguments, grid = product_arguments(x, w_enc, b_enc)
+    n = arguments["N"]
+    tiles, per_tile, hidden, slots = plan(w_enc.shape[0], k)
     keys = torch.empty(n, tiles * per_tile, dtype=torch.int64, device=x.device)
     found = torch.zeros(n, k + slots * hidden, dtype=torch.int64, device=x.device)
     if n:
-        exact = flat.dtype == w_enc.dtype and flat.dtype != torch.float32
-        block_n, warps = choose(TILES if exact else TILES_FLOAT32, n)
-        arguments = dict(  # noqa: C408  keywords read as the kernel's signature
-            x_ptr=flat, stride_x_n=flat.stride(0),
-            w_ptr=w_enc, stride_w_f=w_enc.stride(0), stride_w_d=w_enc.stride(1),
-            b_ptr=bias, keys_ptr=keys,
-            N=n, F=features, D=d, TILES_F=tiles,
-            PER_TILE=per_tile, BLOCK_N=block_n, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D if exact else BLOCK_D_FLOAT32, GROUP=GROUP,
-            num_warps=warps, num_stages=STAGES if exact else STAGES_FLOAT32,
-        )  # fmt: skip
-        grid = (triton.cdiv(n, block_n) * tiles,)
+        arguments |= {"keys_ptr": keys, "PER_TILE": per_tile}
         with on_device(x):
             _encode_kernel[grid](**arguments)
             found[:, :k] = torch.topk(keys, k, dim=1).values

@@ -6,10 +6,11 @@ from typing import Any
 _HOMES = {
     "baking": ["bake", "everywhere"],
     "bank": ["Bank"],
-    "barrier": ["Barrier", "fit_barrier"],
+    "barrier": ["Barrier", "BarrierInfo"],
     "conditions": ["Condition", "When", "WhenToken"],
     "extract": ["Activations", "Direction", "collect"],
-    "flows": ["Flow"],
+    "fitting": ["fit_barrier"],
+    "flows": ["Flow", "flow"],
     "hooks": ["Steering", "prepare", "steer"],
     "integrations": ["load_vectors"],
     "interventions": [
@@ -18,7 +19,12 @@ _HOMES = {
     ],
     "plan": ["ModelCard", "Plan"],
     "rotations": ["Householder", "Rotate", "Spherical"],
+    "sae.cache": ["ActivationCache", "cache_activations"],
+    "sae.distributed": ["SplitData", "SplitFeatures"],
+    "sae.evaluate": ["Evaluation", "evaluate_sae"],
+    "sae.explain": ["Explanations", "explain"],
     "sae.model": ["SAE"],
+    "sae.training": ["TrainConfig", "train_sae"],
     "sweeping": ["Grid", "Probe", "Sweep", "sweep"],
     "vectors": [
         "DirectionInfo", "DirectionSet", "DoseTable", "dose", "list_directions", "load_directions", "save_directions",

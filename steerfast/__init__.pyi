@@ -6,7 +6,7 @@ from .baking import bake as bake
 from .baking import everywhere as everywhere
 from .bank import Bank as Bank
 from .barrier import Barrier as Barrier
-from .barrier import fit_barrier as fit_barrier
+from .barrier import BarrierInfo as BarrierInfo
 from .conditions import Condition as Condition
 from .conditions import When as When
 from .conditions import WhenToken as WhenToken
@@ -27,7 +27,9 @@ from .interventions import Clamp as Clamp
 from .interventions import DeficitPush as DeficitPush
 from .interventions import EditFeatures as EditFeatures
 from .interventions import Features as Features
+from .fitting import fit_barrier as fit_barrier
 from .flows import Flow as Flow
+from .flows import flow as flow
 from .interventions import Intervention as Intervention
 from .interventions import LoReFT as LoReFT
 from .plan import ModelCard as ModelCard
@@ -35,7 +37,17 @@ from .plan import Plan as Plan
 from .rotations import Householder as Householder
 from .rotations import Rotate as Rotate
 from .rotations import Spherical as Spherical
+from .sae.cache import ActivationCache as ActivationCache
+from .sae.cache import cache_activations as cache_activations
+from .sae.distributed import SplitData as SplitData
+from .sae.distributed import SplitFeatures as SplitFeatures
+from .sae.evaluate import Evaluation as Evaluation
+from .sae.evaluate import evaluate_sae as evaluate_sae
+from .sae.explain import Explanations as Explanations
+from .sae.explain import explain as explain
 from .sae.model import SAE as SAE
+from .sae.training import TrainConfig as TrainConfig
+from .sae.training import train_sae as train_sae
 from .sweeping import Grid as Grid
 from .sweeping import Probe as Probe
 from .sweeping import Sweep as Sweep

@@ -237,7 +237,8 @@ class Bank:
         size = table.element_size()
         first = (table.storage_offset() + row * table.shape[1]) * size
         last = first + count * table.shape[1] * size
-        self._dirty = (first, last) if self._dirty is None else (min(first, self._dirty[0]), max(last, self._dirty[1]))
+        low, high = (first, last) if self._dirty is None else self._dirty
+        self._dirty = min(int(first), low), max(int(last), high)
 
 
 class _Buffers(NamedTuple):

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from . import demo_model, extract
 from ._backends import backend_of
-from .barrier import fit_barrier
 from .extract import Activations, collect
-from .hooks import steer
+from .fitting import fit_barrier
 from .flows import Flow
+from .hooks import steer
 from .interventions import Ablate, Add, Amplify, Calibrate
 from .plan import Plan
 
@@ -228,11 +228,11 @@ def _flow(demo: Demo) -> None:
     before, after = (float(barrier(demo.activations(PROMPTS, layer, p)[layer]).mean()) for p in (None, plan))
     notes = [
         f"h = log p(kind)/p(unkind): linear barrier on the sphere, {len(KIND)} + {len(UNKIND)} prompts, "
-        f"training accuracy {barrier.accuracy:.0%}",
+        f"held-out accuracy {barrier.info.accuracy:.0%}",
         f"mean h on the prompts: {before:+.2f} unsteered, {after:+.2f} steered",
     ]
     title = f"5  Flow: ten Euler steps of da/dt = ∇h/‖∇h‖ over 0.4 rad after layer {layer}"
-    demo.show("flow", title, plan, notes, {"accuracy": barrier.accuracy, "h_before": before, "h_after": after})
+    demo.show("flow", title, plan, notes, {"accuracy": barrier.info.accuracy, "h_before": before, "h_after": after})
 
 
 def _speed(demo: Demo, plan: Plan, rounds: int = 4, tokens: int = 12) -> dict[str, Any]:

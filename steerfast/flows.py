@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import finite_number, one_of
+from ._checks import check_stream, finite_number, one_of
 from .barrier import Barrier
 from .interventions import Intervention, constants_row
 from .reference import FLOW, Slot
+from .solvers import SOLVERS, Field, Program, pack, program
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Flow(Intervention):
-    """Follow a barrier's gradient: da/dt = ∇h/‖∇h‖ over [0, T], in Euler steps taken on k + 1 numbers and lifted once.
+    """Follow a barrier's gradient: da/dt = ∇h/‖∇h‖ over [0, T], in steps taken on k + 1 numbers and lifted once.
 
     Args:
-        barrier: h, from `fit_barrier`.
-        angle: T/‖a‖ of each row, in radians. Exactly one of angle and T.
-        T: Length of the path in units of the stream.
-        steps: Number of steps.
-        method: "euler".
+        barrier: h, from `fit_barrier` or made by hand.
+        angle: T/‖a‖ of each row: an angle in radians on the sphere, a share of the row's length for a raw barrier. Exactly
+            one of angle and T.
+        T: Length of the path in units of the stream. A strength given to `steer` multiplies T or the angle.
+        steps: Number of steps; of "adaptive" the number of attempts.
+        method: A name of `steerfast.solvers.SOLVERS`: "euler", "one-step", "geodesic" (exponential Euler), "midpoint",
+            "heun", "ralston", "rk4" or "adaptive" (Bogacki-Shampine 3(2)).
+        level: Stop where h reaches it; a step that would pass it is shortened. None: go all the way.
+        tolerance: Of "adaptive": local error of a step, as a share of ‖a‖.
+        keep_norm: Give every row its old length back afterwards.
 
     Raises:
-        TypeError, ValueError: not exactly one of angle and T, a negative or non-finite length, steps < 1.
+        TypeError, ValueError: not exactly one of angle and T, a negative or non-finite length, steps < 1, an unknown method,
+            "geodesic" with a raw barrier, a tolerance that is not positive.
 
     Reference:
-        ODESteer, which sees activation steering as an ODE along a barrier function.
+        Zhao et al. 2026, ODESteer (arXiv:2602.17560); stopping at a level is the barrier function's own use in control.
 
     Example:
         >>> import torch, steerfast as sf
@@ -43,41 +51,140 @@ class Flow(Intervention):
     T: float | None = None
     steps: int = 10
     method: str = "euler"
+    level: float | None = None
+    tolerance: float = 1e-4
+    keep_norm: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.barrier, Barrier):
             raise TypeError(f"Flow: barrier must come from fit_barrier; got {type(self.barrier).__name__}")
         path_length("Flow", self.T, self.angle)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"Flow: steps is {self.steps!r}; expected a whole number >= 1")
-        one_of("Flow", "method", self.method, ("euler",))
+        check_steps("Flow", self.steps)
+        one_of("Flow", "method", self.method, tuple(SOLVERS))
+        if SOLVERS[self.method].geodesic and self.barrier.raw:
+            raise ValueError(f"Flow: method {self.method!r} follows great circles, but the barrier is raw; use 'euler'")
+        if self.level is not None:
+            object.__setattr__(self, "level", finite_number("Flow", "level", self.level))
+        if finite_number("Flow", "tolerance", self.tolerance) <= 0:
+            raise ValueError(f"Flow: tolerance is {self.tolerance}; expected > 0")
+
+    @classmethod
+    def odesteer(cls, barrier: Barrier, T: float) -> Flow:
+        """The published preset: ten Euler steps of T/10, with the sketch barrier, at `positions="last"` of a plan.
+
+        Args:
+            barrier: From `fit_barrier(pos, neg, kind="sketch")`.
+            T: Length of the path in units of the stream; a multiple of `barrier.info.typical_norm` carries over models.
+
+        Raises:
+            ValueError: the barrier is of another kind.
+
+        Reference:
+            Zhao et al. 2026, ODESteer (arXiv:2602.17560).
+        """
+        if isinstance(barrier, Barrier) and barrier.sketch is None:
+            kind = barrier.info.kind or "hand-made"
+            raise ValueError(f"Flow.odesteer: the barrier is {kind}; the published one is fit_barrier(…, kind='sketch')")
+        return cls(barrier, T=T, steps=10, method="euler")
+
+    @property
+    def width(self) -> int:
+        """d, the width of the stream that it edits."""
+        return self.barrier.width
+
+    @property
+    def program(self) -> Program:
+        """The solver's stages and where it stops."""
+        return program(self.method, float(self.tolerance), math.inf if self.level is None else self.level)
 
     def slot(self) -> Slot:
         rows, barrier = self.barrier.basis, self.barrier
         T, angle = path_length("Flow", self.T, self.angle)
         table = torch.zeros(rows.shape[0], 8)
         table[:, 0], table[:, 1] = barrier.eigenvalues, barrier.bias
-        return Slot(FLOW, self.steps, False, rows, rows, constants_row(T, angle), table)
+        how = self.program
+        constants, extra = constants_row(T, angle), pack(field_of(barrier), how)
+        return Slot(FLOW, how.count(self.steps), self.keep_norm, rows, rows, constants, table, extra)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self.barrier, name) for name in ("basis", "eigenvalues", "bias")}
+        return self.barrier.tensors()
 
     def numbers(self) -> dict[str, Any]:
-        return {
-            **{name: getattr(self, name) for name in ("angle", "T", "steps", "method")},
-            "barrier": {name: getattr(self.barrier, name) for name in ("offset", "typical_norm", "accuracy")},
-        }
+        names = ("angle", "T", "steps", "method", "level", "tolerance", "keep_norm")
+        return {**{name: getattr(self, name) for name in names}, "barrier": self.barrier.numbers()}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> Flow:
         """The inverse of `tensors` and `numbers`; everything is validated anew."""
         rest = dict(numbers)
-        parts: dict[str, Any] = {**tensors, **rest.pop("barrier")}
-        return cls(Barrier(**parts), **rest)
+        return cls(Barrier.restore(tensors, rest.pop("barrier")), **rest)
 
     def __repr__(self) -> str:
-        rank = self.barrier.basis.shape[0]
-        return f"Flow(rank {rank}, angle={self.angle}, T={self.T}, steps={self.steps}, method={self.method!r})"
+        level = "" if self.level is None else f", level={self.level}"
+        kept = ", keep_norm=True" if self.keep_norm else ""
+        path = f"angle={self.angle}, T={self.T}, steps={self.steps}"
+        return f"Flow(rank {self.barrier.rank}, {path}, method={self.method!r}{level}{kept})"
+
+
+def flow(
+    x: Tensor,
+    barrier: Barrier,
+    T: float | None = None,
+    angle: float | None = None,
+    steps: int = 10,
+    method: str = "euler",
+    level: float | None = None,
+    tolerance: float = 1e-4,
+) -> Tensor:
+    """Follow a barrier's gradient from every row of x: da/dt = ∇h/‖∇h‖ over [0, T].
+
+    Args:
+        x: Residual stream, (..., d).
+        barrier: h, of width d.
+        T, angle, steps, method, level, tolerance: As in `Flow`.
+
+    Returns:
+        A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move.
+
+    Raises:
+        TypeError, ValueError: the barrier has another width, or an argument does not fit; the message names it.
+
+    Reference:
+        Zhao et al. 2026, ODESteer (arXiv:2602.17560).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> h = sf.Barrier.linear(torch.tensor([1.0, 0.0]), raw=True)
+        >>> sf.flow(torch.tensor([[3.0, 4.0]]), h, T=0.5)
+        tensor([[3.5000, 4.0000]])
+    """
+    from . import ops
+
+    check_stream("flow", x)
+    edit = Flow(barrier, angle, T, steps, method, level, tolerance)
+    if barrier.width != x.shape[-1]:
+        raise ValueError(f"flow: the barrier has width {barrier.width} and x {x.shape[-1]}; fit it at this layer of this model")
+    slot = edit.slot()
+    rows = [slot.constants[None], slot.coefficients] + ([] if slot.extra is None else [slot.extra])
+    header = [FLOW, barrier.rank, 0, 0, 0, slot.steps, 0, 0 if slot.extra is None else len(slot.extra)]
+    table = torch.cat(rows).to(x.device, torch.promote_types(x.dtype, torch.float32))
+    basis = slot.project.to(x.device, table.dtype)
+    slots = torch.tensor([header], dtype=torch.int32, device=x.device)
+    return ops.subspace(x, basis, table, slots, modes=FLOW, max_rank=barrier.rank)
+
+
+def field_of(barrier: Barrier) -> Field:
+    """The barrier in the coordinates of its basis."""
+    ridge = barrier.ridge
+    terms = (None, None, None) if ridge is None else (ridge.directions, ridge.phases, ridge.weights)
+    cosine = ridge is None or ridge.activation == "cos"
+    return Field(barrier.eigenvalues, barrier.bias, barrier.offset, barrier.raw, *terms, cosine=cosine)
+
+
+def check_steps(owner: str, steps: Any) -> None:
+    """steps is a whole number >= 1."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{owner}: steps is {steps!r}; expected a whole number >= 1")
 
 
 def path_length(owner: str, T: float | None, angle: float | None) -> tuple[float, float]:

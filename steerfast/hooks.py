@@ -12,7 +12,8 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -26,8 +27,10 @@ from . import ops, reference
 from ._backends import backend_of
 from ._checks import MAX_SLOTS_PER_ROW, finite_number
 from .bank import Bank, Runs, fitting
+from .conditions import When
+from .gates import Gates, Place
 from .generation import announced, valid_tokens
-from .interventions import Intervention
+from .interventions import Intervention, Program
 from .layers import Layers, Point, find_layers
 from .plan import Plan, as_plan
 from .positions import IDLE, Layer, Owners, Pass, Prompt, Table
@@ -141,7 +144,10 @@ class Steering:
         self._strengths = _strengths(strength, len(plans), per_row)
         self.prompt_length = prompt_length
         self.slots: list[tuple[int, ...]] = []
+        self.latched: set[int] = set()  # slots behind a condition that is decided once per request
+        self.gated: set[int] = set()  # slots behind a condition of either kind
         self._counts = [0] * len(plans)
+        self._decisions: list[list[Tensor | None]] = []
         self._active = True
         controller.attach(self)
 
@@ -157,11 +163,29 @@ class Steering:
         self._controller.refresh()
 
     def stats(self) -> list[int]:
-        """How many tokens each plan has been applied to so far (counted once, not per layer)."""
+        """How many tokens each plan has been applied to so far, counted once, not per layer.
+
+        A condition that held tokens back is not looked at: see `decisions`.
+        """
         return [
             count + self._controller.counted(slots[0]) if self._active and slots else count
             for count, slots in zip(self._counts, self.slots, strict=True)
         ]
+
+    def decisions(self) -> list[list[Tensor | None]]:
+        """What the `When` conditions of each plan decided for the last batch: bool (rows,) each, None before a decision."""
+        if not self._active:
+            return self._decisions
+        found: list[list[Tensor | None]] = []
+        for index, slots in enumerate(self.slots):
+            latches = [self._controller.gates.decision(slot) for slot in slots if slot in self.latched]
+            found.append([one if one is None or not self.per_row else self._own(one, index) for one in latches])
+        return found
+
+    def _own(self, latch: Tensor, index: int) -> Tensor:
+        """The part of a decision (batch,) that belongs to plan `index` of a list: its row, repeated by generate."""
+        copies = latch.shape[0] // len(self.plans)
+        return latch[index * copies : (index + 1) * copies]
 
     def remove(self) -> None:
         """Detach: no hook remains, unless the model was prepared, and `generate` is restored. Safe to call twice."""
@@ -185,7 +209,7 @@ class Steering:
     def _detach(self) -> bool:
         if not self._active:
             return False
-        self._counts = self.stats()
+        self._counts, self._decisions = self.stats(), self.decisions()
         self._active = False
         self._controller.detach(self)
         return True
@@ -202,25 +226,38 @@ class Steering:
             )
         index = range(batch) if self.per_row else [0] * batch
         positions = ["all" if (plan := self.plans[i]) is None else plan.positions for i in index]
-        return Layer([self.slots[i] for i in index], [self._strengths[i] for i in index], positions)
+        return Layer(
+            [self.slots[i] for i in index],
+            [self._strengths[i] for i in index],
+            positions,
+            frozenset(self.latched),
+            frozenset(self.gated),
+        )
 
 
 class Dispatcher:
     """The one hook of a layer and site: applies the slots of its bank that own the tokens of this pass."""
 
-    def __init__(self, controller: Controller, point: Point, bank: Bank, fixed: bool) -> None:
+    def __init__(self, controller: Controller, place: Place, point: Point, bank: Bank, fixed: bool) -> None:
         self.controller = controller
+        self.place = place
         self.point = point
         self.bank = bank
         self.fixed = fixed
         self.edits: dict[int, Intervention] = {}
         self._seen: Pass | None = None
-        self._direct: list[tuple[reference.Slot, float]] = []
+        self._programs: dict[int, Program] = {}  # of the edits that fit no slot
+        self._direct: list[tuple[reference.Slot | Program, float]] = []
         self._table: tuple[Tensor, Tensor] | None = None
+        self.judges = False  # whether a condition is read here
         self.hook: RemovableHandle = point.attach(self, prepend=point.kind == "post")
 
     def put(self, edits: dict[int, Intervention], slots: int) -> None:
         """Register interventions under their slot numbers, all or none; the bank has room for `slots` numbers."""
+        device = self.bank.vectors.device
+        programs = {slot: run for slot, edit in edits.items() if (run := edit.program(device)) is not None}
+        if self.fixed and programs:
+            raise ValueError(f"steer: {edits[min(programs)]!r} fits no slot, so a prepared model cannot take it up")
         if self.fixed:
             done: list[int] = []
             try:
@@ -232,14 +269,17 @@ class Dispatcher:
                     self.bank.release(slot)
                 raise
         else:
-            self.bank = fitting({**self.edits, **edits}, self.bank, slots)
+            others = {**self._programs, **programs}
+            slotted = {slot: edit for slot, edit in {**self.edits, **edits}.items() if slot not in others}
+            self.bank = fitting(slotted, self.bank, slots)
+        self._programs.update(programs)
         self.edits.update(edits)
         self._seen = None
 
     def take(self, slots: Sequence[int]) -> None:
         """Release the slots that are here."""
         for slot in slots:
-            if self.edits.pop(slot, None) is not None:
+            if self.edits.pop(slot, None) is not None and self._programs.pop(slot, None) is None:
                 self.bank.release(slot)
         self._seen = None
 
@@ -248,10 +288,12 @@ class Dispatcher:
         now = self.controller.now
         if now is not self._seen:
             self._look(now, x)
+        if self.judges and now.owners != ():
+            self.controller.gates.judge(self.place, x)
         if self._table is not None:
             return self._by_table(x, *self._table)
-        for slot, gain in self._direct:
-            x = reference.edit(x, slot, gain)
+        for edit, gain in self._direct:
+            x = edit(x, gain) if callable(edit) else reference.edit(x, edit, gain)
         return x if self._direct else None
 
     def _look(self, now: Pass, x: Tensor) -> None:
@@ -263,7 +305,12 @@ class Dispatcher:
             return
         here = [(slot, weight) for slot, weight in now.owners or () if slot in self.edits]
         if here and backend_of(x) == "torch":
-            self._direct = [(self.bank.view(slot), self.bank.strength(slot) * weight) for slot, weight in here]
+            self._direct = [
+                (self._programs[slot], weight)
+                if slot in self._programs
+                else (self.bank.view(slot), self.bank.strength(slot) * weight)
+                for slot, weight in here
+            ]
         elif here:
             self._table = self.controller.broadcast(now)
 
@@ -277,7 +324,19 @@ class Dispatcher:
                 "reorders or splits its tokens, which per-token steering cannot follow"
             )
         rows, scale = rows.to(x.device), scale.to(x.device)
+        if self.controller.gates:
+            rows = self.controller.gates.close(rows, self.edits)
+        first = 0
+        for column, slot in sorted(self.controller.columns(self._programs)):
+            x = self._by_slots(x, rows[:, first:column], scale[:, first:column])
+            x = self._programs[slot](x, torch.where(rows[:, column] == slot, scale[:, column], 0))
+            first = column  # a slot for other rows may stand here; a program's own is empty
+        return self._by_slots(x, rows[:, first:], scale[:, first:])
+
+    def _by_slots(self, x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
         modes = ALL_MODES if self.fixed else self.bank.modes
+        if not modes:  # programs alone
+            return x
         rank = self.bank.vectors.shape[0] if self.fixed else self.bank.max_rank
         for first in range(0, rows.shape[1], MAX_SLOTS_PER_ROW):
             part = slice(first, first + MAX_SLOTS_PER_ROW)
@@ -292,8 +351,9 @@ class Controller:
         self.model = model
         self.layers = layers
         self.handles: list[Steering] = []
-        self.dispatchers: dict[tuple[str, int], Dispatcher] = {}
+        self.dispatchers: dict[Place, Dispatcher] = {}
         self.now: Pass = IDLE
+        self.gates = Gates()
         self.prepared = False
         self._runs = Runs(1 << 20)
         self._prompt: Prompt | None = None
@@ -330,9 +390,11 @@ class Controller:
             warnings.warn(
                 f"steer: the plan was made for {card.name}, this model is a {layers.name}", UserWarning, stacklevel=4
             )
-        for site, layer, chain in self._places(plan):
+        for (site, layer), chain in self._places(plan).items():
             point = layers.point(layer, site, "steer")
             for edit in chain:
+                if isinstance(edit, When):
+                    self._read_at(edit, (site, layer))
                 if edit.width != point.width:
                     raise ValueError(
                         f"steer: {edit!r} at {site} {layer} has width {edit.width}; this model's {site} has {point.width}"
@@ -370,15 +432,20 @@ class Controller:
     @torch.inference_mode(False)
     def attach(self, handle: Steering) -> None:
         """Give each plan its slots, the same in every layer, and start steering."""
-        chains = [0 if plan is None else max(len(chain) for _, _, chain in self._places(plan)) for plan in handle.plans]
-        wanted: dict[tuple[str, int], dict[int, Intervention]] = {}
+        layouts = [_Layout([], {}) if plan is None else self._layout(plan) for plan in handle.plans]
+        wanted: dict[Place, dict[int, Intervention]] = {}
         vars(self.model)[_ATTRIBUTE] = self
         try:
-            for plan, width in zip(handle.plans, chains, strict=True):
+            for layout in layouts:
+                width = len(layout.columns)
                 first = self._runs.take(width, "slots") if width else 0
                 handle.slots.append(tuple(range(first, first + width)))
-                for site, layer, chain in () if plan is None else self._places(plan):
-                    wanted.setdefault((site, layer), {}).update(enumerate(chain, first))
+                for place, edits in layout.edits.items():
+                    wanted.setdefault(place, {}).update({first + column: edit for column, edit in edits.items()})
+                for slot, gate in enumerate(layout.columns, first):
+                    if gate is not None:
+                        self._install(handle, slot, *gate)
+                        wanted.setdefault(gate[1], {})
             for place in wanted:
                 self._dispatcher(place)
             for (
@@ -386,6 +453,7 @@ class Controller:
                 dispatcher,
             ) in self.dispatchers.items():  # the row table is shared: every bank must know every slot
                 dispatcher.put(wanted.get(place, {}), 1 + max(slot for slots in handle.slots for slot in slots))
+                dispatcher.judges = self.gates.at(place)
             self._watch()
             self.handles.append(handle)
             self.refresh()
@@ -404,9 +472,11 @@ class Controller:
         for slots in handle.slots:
             if slots:
                 self._runs.give(slots[0], len(slots))
+        self.gates.drop([slot for slots in handle.slots for slot in slots])
         for place, dispatcher in list(self.dispatchers.items()):
             dispatcher.take([slot for slots in handle.slots for slot in slots])
-            if not dispatcher.edits and not self.prepared:
+            dispatcher.judges = self.gates.at(place)
+            if not dispatcher.edits and not dispatcher.judges and not self.prepared:
                 dispatcher.hook.remove()
                 del self.dispatchers[place]
         for slots in handle.slots:
@@ -468,6 +538,17 @@ class Controller:
         on_device = 0 if self._device_counts is None else int(self._device_counts[slot + 1])
         return self._host_counts.get(slot, 0) + on_device
 
+    def columns(self, slots: Container[int]) -> list[tuple[int, int]]:
+        """(column, slot) of those slots that the row table of this pass names."""
+        if self.now.owners is not None:
+            return [(column, slot) for column, (slot, _) in enumerate(self.now.owners) if slot in slots]
+        found, before = [], 0
+        for handle in self.handles:
+            places = {slot: before + i for chain in handle.slots for i, slot in enumerate(chain)}
+            found += [(column, slot) for slot, column in places.items() if slot in slots]
+            before += max(len(chain) for chain in handle.slots)
+        return found
+
     def broadcast(self, now: Pass) -> tuple[Tensor, Tensor]:
         """The owners of a pass that treats every token alike, as tables with one row."""
         owners = now.owners or ()
@@ -479,19 +560,56 @@ class Controller:
             )
         return self._broadcasts[owners]
 
-    def _places(self, plan: Plan) -> list[tuple[str, int, tuple[Intervention, ...]]]:
-        """(site, layer, chain) with layers counted from 0; two names of one layer are one chain."""
-        merged: dict[tuple[str, int], tuple[Intervention, ...]] = {}
+    def _places(self, plan: Plan) -> dict[Place, tuple[Intervention, ...]]:
+        """(site, layer) to chain, layers counted from 0; two names of one layer are one chain."""
+        merged: dict[Place, tuple[Intervention, ...]] = {}
         for (site, layer), chain in plan.edits.items():
             place = site, self.layers.resolve(layer, "steer")
             merged[place] = merged.get(place, ()) + chain
-        return [(site, layer, chain) for (site, layer), chain in merged.items()]
+        return merged
 
-    def _dispatcher(self, place: tuple[str, int]) -> Dispatcher:
+    def _layout(self, plan: Plan) -> _Layout:
+        """The columns that a plan needs in a row table, shared by all its places as far as their conditions agree."""
+        layout = _Layout([], {})
+        for place, chain in self._places(plan).items():
+            free = 0
+            for edit in chain:
+                gate = (edit, self._read_at(edit, place)) if isinstance(edit, When) else None
+                column = layout.find(gate, free)
+                layout.edits.setdefault(place, {})[column] = edit
+                free = column + 1
+        return layout
+
+    def _read_at(self, when: When, place: Place) -> Place:
+        """Where a condition of an intervention at `place` is read."""
+        if self.prepared:
+            raise ValueError(
+                f"steer: {when!r} on a prepared model; conditions are read by hooks that a compiled graph does not hold: "
+                "steer a model that has not been prepared"
+            )
+        if when.layer is None:
+            return place
+        read = "resid_post", self.layers.resolve(when.layer, "steer")
+        if read[1] > place[1] or (read[1] == place[1] and place[0] != read[0]):
+            raise ValueError(
+                f"steer: {when!r} stands at {place[0]} {place[1]}, before layer {read[1]} where its condition is read; name "
+                "that layer or an earlier one"
+            )
+        if self.layers.point(read[1], read[0], "steer").width != when.width:
+            raise ValueError(f"steer: the condition of {when!r} does not have the width of {read[0]} {read[1]}")
+        return read
+
+    def _install(self, handle: Steering, slot: int, when: When, place: Place) -> None:
+        self.gates.add(slot, when, place)
+        handle.gated.add(slot)
+        if not when.per_token:
+            handle.latched.add(slot)
+
+    def _dispatcher(self, place: Place) -> Dispatcher:
         if place not in self.dispatchers:
             point = self.layers.point(place[1], place[0], "steer")
             empty = Bank(point.width, 1, 0, *_storage(self.layers.blocks[place[1]], self.model))
-            self.dispatchers[place] = Dispatcher(self, point, empty, fixed=False)
+            self.dispatchers[place] = Dispatcher(self, place, point, empty, fixed=False)
         return self.dispatchers[place]
 
     def _forget(self, slots: tuple[int, ...]) -> None:
@@ -553,6 +671,8 @@ class Controller:
                 f"steer: {self.layers.name} keeps a state that hides which tokens are padding; run its prompts unpadded"
             )
         self.now = table.at(start, count, batch) if isinstance(start, int) else table.gather(start, count, batch)
+        if self.gates:
+            self.gates.begin(table, start, count, batch)
         self._count(self.now, batch * count)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -607,6 +727,11 @@ class Controller:
                     f"steer: positions={positions!r} needs to know where each prompt ends, which continuous batching does "
                     "not show; use positions='all', or generate"
                 )
+        if self.gates:
+            raise ValueError(
+                "steer: a condition needs to know which request a token belongs to, which continuous batching does not "
+                "show; use generate"
+            )
 
     def _build(self, prompt: Prompt) -> Table:
         table = Table(prompt, [handle.layer(prompt.batch) for handle in self.handles], self._device)
@@ -666,7 +791,7 @@ class Controller:
 
     # --- under torch.compile -----------------------------------------------------------------------------------------
 
-    def prepare(self, points: list[tuple[str, int]], batch: int, length: int, slots: int, directions: int) -> None:
+    def prepare(self, points: list[Place], batch: int, length: int, slots: int, directions: int) -> None:
         """Install inert dispatchers with banks of fixed size and a row table at a fixed address."""
         if self.prepared:
             raise RuntimeError(
@@ -680,7 +805,7 @@ class Controller:
             for place, point in found.items()
         }
         for place, point in found.items():
-            self.dispatchers[place] = Dispatcher(self, point, banks[place], fixed=True)
+            self.dispatchers[place] = Dispatcher(self, place, point, banks[place], fixed=True)
         self._runs = Runs(slots)
         self._static_rows = torch.full(
             (batch, length + 1, MAX_SLOTS_PER_ROW), -1, dtype=torch.int32, device=self._device
@@ -746,6 +871,28 @@ class Controller:
     @property
     def _device(self) -> torch.device:
         return _storage(self.layers.blocks[0], self.model)[1]
+
+
+@dataclass
+class _Layout:
+    """Columns of a row table, each with the condition (and the place it is read at) that all its slots share, or None."""
+
+    columns: list[tuple[When, Place] | None]
+    edits: dict[Place, dict[int, Intervention]]
+
+    def find(self, gate: tuple[When, Place] | None, first: int) -> int:
+        """The first column from `first` on with this condition; a new one at the end if there is none."""
+        for column in range(first, len(self.columns)):
+            if _same_gate(self.columns[column], gate):
+                return column
+        self.columns.append(gate)
+        return len(self.columns) - 1
+
+
+def _same_gate(one: tuple[When, Place] | None, other: tuple[When, Place] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one[1] == other[1] and type(one[0]) is type(other[0]) and one[0].condition is other[0].condition
 
 
 def _controller(model: nn.Module) -> Controller:

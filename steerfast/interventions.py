@@ -7,9 +7,9 @@ a bank rounds them to the dtype of the stream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ from torch import Tensor
 from ._checks import direction_rows, finite_number, one_of
 from .barrier import ORTHONORMAL
 from .reference import ADD, AFFINE, HINGE, PUSH, Slot
+
+if TYPE_CHECKING:
+    from .sae.steering import SelectedFeatures
+
+ROUNDED = 1e-6
+"""Deviation from orthonormal rows that rounding to float32 explains."""
 
 DEPENDENT = 1e-4
 """A row whose part outside the span of the earlier rows is shorter than this share of it counts as dependent."""
@@ -29,6 +35,10 @@ class HasVector(Protocol):
 
 
 Directions = Tensor | HasVector
+
+
+Program = Callable[[Tensor, Tensor | float], Tensor]
+"""(x (..., d), scale: a number or one per row, (n,)) -> x'; a row of scale 0 is returned bit for bit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +56,18 @@ class Intervention:
         """d, the width of the stream that it edits."""
         return self.slot().lift.shape[-1]
 
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """(site, layer) where it belongs, if it knows."""
+        return None
+
     def slot(self) -> Slot:
         """The intervention as float32 CPU tensors; B and C are the same object where C = B."""
         raise TypeError(f"{type(self).__name__} does not say how it edits the stream")
+
+    def program(self, device: torch.device) -> Program | None:
+        """What runs an edit that fits no slot, its tensors on that device; None: its slot says all."""
+        return None
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are tensors, by name."""
@@ -418,14 +437,14 @@ class Features:
             raise ValueError(
                 f"EditFeatures: feature {outside[0]} is out of range; there are {self.encoder.shape[0]}, from 0"
             )
-        tensors = (self.encoder, self.decoder, as_tensor(self.bias), as_tensor(self.threshold))
-        return Features(*(tensor[indices] for tensor in tensors), place=self.place)
+        bias, threshold = as_tensor(self.bias)[indices], as_tensor(self.threshold)[indices]
+        return Features(self.encoder[indices], self.decoder[indices], bias, threshold, self.place)
 
 
 class HasFeatures(Protocol):
     """Anything that can show the rows of some of its features, such as an SAE."""
 
-    def rows(self, indices: list[int]) -> Features:
+    def rows(self, indices: list[int]) -> Features | SelectedFeatures:
         """The features with these numbers."""
         ...
 
@@ -434,10 +453,12 @@ class HasFeatures(Protocol):
 class EditFeatures(Intervention):
     """Change a few features of an SAE and keep its reconstruction error: x + (t(f) - f)·W_dec, f = act(W_enc·x + b).
 
-    Only the rows of the named features are read: no full encode, no decode, and what the SAE does not explain stays.
+    Only the rows of the named features are read: no full encode, no decode, and what the SAE does not explain stays. Whether
+    a Top-K SAE selects a feature depends on all others: its edit is exact and takes one fused encode per token (no room in a
+    slot, so not in a compiled model); `sae.approximate(threshold)` is the cheap form.
 
     Args:
-        sae: `Features`, or an SAE that has `rows`.
+        sae: `Features`, or an SAE that has `rows`; an `SAE` also knows where it belongs, see `Plan`.
         values: Feature number to the mode's number.
         mode: "set" f to the number, "add" it, "scale" f by it, or bound f from above ("min") or from below ("max").
         keep_norm: Give every row its old length back afterwards.
@@ -472,28 +493,61 @@ class EditFeatures(Intervention):
             )
         set_field(self, "sae", self.sae.rows(list(self.values)))
 
+    @property
+    def width(self) -> int:
+        """d, the width of the stream that it edits."""
+        return self._rows.decoder.shape[-1]
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """(site, layer) that the SAE reads and writes, if that is known."""
+        return self._rows.place
+
+    @property
+    def _rows(self) -> Features | SelectedFeatures:
+        return self.sae  # type: ignore[return-value]  # __post_init__ has picked the rows
+
     def slot(self) -> Slot:
-        features: Features = self.sae  # type: ignore[assignment]  # __post_init__ has picked the rows
+        features = self._rows
+        if not isinstance(features, Features):
+            raise TypeError(
+                "EditFeatures: a Top-K or row-normalised SAE is edited exactly by a full encode, which fits no slot; use "
+                "sae.approximate(threshold) for a slot (Top-K without normalisation)"
+            )
         t = torch.tensor(list(self.values.values()))
         table = _feature_table(self.mode, t, as_tensor(features.bias), as_tensor(features.threshold))
         return Slot(HINGE, 0, self.keep_norm, features.encoder, features.decoder, constants_row(), table)
 
+    def program(self, device: torch.device) -> Program | None:
+        if isinstance(self._rows, Features):
+            return None
+        return self._rows.program(self.mode, list(self.values.values()), self.keep_norm, device)
+
     def tensors(self) -> dict[str, Tensor]:
+        if not isinstance(self._rows, Features):
+            return self._rows.tensors()
         return {name: getattr(self.sae, name) for name in ("encoder", "decoder", "bias", "threshold")}
 
     def numbers(self) -> dict[str, Any]:
-        return {
+        numbers = {
             "features": list(self.values),
             "values": list(self.values.values()),
             "mode": self.mode,
             "keep_norm": self.keep_norm,
         }
+        return numbers if isinstance(self._rows, Features) else {**numbers, "selection": self._rows.numbers()}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> EditFeatures:
         """The inverse of `tensors` and `numbers`; everything is validated anew."""
-        features, rest = Features(**tensors), dict(numbers)
-        names, values = rest.pop("features"), rest.pop("values")
+        rest = dict(numbers)
+        names, values, selection = rest.pop("features"), rest.pop("values"), rest.pop("selection", None)
+        if selection is None:
+            features: HasFeatures = Features(**tensors)  # type: ignore[arg-type]  # no place among the tensors
+        else:
+            from .sae.steering import SelectedFeatures
+
+            features = SelectedFeatures.restore(tensors, selection)
         made = cls(features, dict(enumerate(values)), **rest)
         set_field(made, "values", dict(zip(names, values, strict=True)))
         return made
@@ -588,6 +642,8 @@ def orthonormal(owner: str, name: str, rows: Tensor) -> Tensor:
     if count > width:
         raise ValueError(f"{owner}: {name} has {count} rows of width {width}; at most {width} can be independent")
     wide = rows.double()
+    if (wide @ wide.T - torch.eye(count)).abs().max() <= ROUNDED:  # already a basis: what was saved comes back as it was
+        return rows
     basis, triangle = torch.linalg.qr((wide / wide.norm(dim=1, keepdim=True)).T)
     diagonal = triangle.diagonal()
     weakest = int(diagonal.abs().argmin())
@@ -629,6 +685,7 @@ def unit_row(owner: str, direction: Directions, name: str = "direction") -> Tens
 
 
 def constants_row(T: float = 0.0, angle: float = 0.0, strength: float = 1.0) -> Tensor:
+    """A slot's row of constants; c₃ … c₇ are the mode's own."""
     return torch.tensor([T, angle, strength, 0.0, 0.0, 0.0, 0.0, 0.0])
 
 
@@ -643,4 +700,5 @@ def as_tensor(value: Any) -> Tensor:
 
 
 def set_field(target: object, name: str, value: Any) -> None:
+    """Set a field of a frozen object, from its __post_init__."""
     object.__setattr__(target, name, value)

@@ -17,8 +17,9 @@ from torch import Tensor
 from . import _library, reference
 from ._backends import backend_of, kernels
 from ._checks import FLOATS, check_dictionary, check_stream, check_table, check_width, finite_number, one_of
-from .flows import path_length
+from .flows import check_steps, path_length
 from .reference import AFFINE, ALL_MODES, FLOW, HINGE
+from .solvers import SOLVERS, Field, Program, pack, program
 
 __all__ = [
     "ablate",
@@ -34,6 +35,7 @@ __all__ = [
     "calibrate_",
     "flow",
     "flow_",
+    "loreft",
     "sae_add",
     "sae_decode",
     "sae_edit",
@@ -207,20 +209,22 @@ def flow(
     T: float | None = None,
     angle: float | None = None,
     steps: int = 10,
+    method: str = "euler",
 ) -> Tensor:
-    """Follow the gradient of a low-rank barrier: Euler steps of da/dt = ∇h/‖∇h‖ over [0, T].
+    """Follow the gradient of a quadratic barrier: steps of da/dt = ∇h/‖∇h‖ over [0, T].
 
     h(a) = x̂ᵀQΛQᵀx̂ + b̃ᵀQᵀx̂ with x̂ = a/‖a‖ and Q = basis.T. The trajectory stays in span(Q, a), so all steps are
     taken on k + 1 numbers and lifted once: exact, not an approximation of the d-dimensional flow.
 
     Args:
         x: Residual stream, (..., d).
-        basis: Orthonormal rows (k, d) whose span holds the barrier.
+        basis: Orthonormal rows (k, d) whose span holds the barrier. k = d: two matrix products around the steps.
         eigenvalues: Λ's diagonal, (k,).
         bias: b̃, the linear term in the coordinates of the basis, (k,).
         T: Length of the path in units of x. Exactly one of T and angle.
         angle: T/‖a‖ of each row, in radians.
-        steps: Number of Euler steps, ≥ 1.
+        steps: Number of steps, ≥ 1.
+        method: The solver, a name of `steerfast.solvers.SOLVERS`, such as "euler", "geodesic" or "rk4".
 
     Returns:
         A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move.
@@ -229,7 +233,7 @@ def flow(
         TypeError, ValueError: a dtype, width, device or number does not fit; the message names it.
 
     Reference:
-        ODESteer (barrier functions and the ODE view of activation steering); the reduction is described in DESIGN.
+        Zhao et al. 2026, ODESteer (arXiv:2602.17560); docs/flow.md derives the k + 1 numbers.
 
     Example:
         >>> import torch, steerfast as sf
@@ -237,7 +241,10 @@ def flow(
         >>> sf.ops.flow(x, torch.tensor([[1.0, 0.0]]), torch.zeros(1), torch.ones(1), T=0.5, steps=1)
         tensor([[3.4000, 3.7000]])
     """
-    bank = _flow_bank("flow", x, basis, eigenvalues, bias, path_length("flow", T, angle), steps)
+    path, how = path_length("flow", T, angle), _check_flow("flow", x, basis, eigenvalues, bias, steps, method)
+    if _by_formula(x) and not torch.compiler.is_compiling():
+        return reference.flow(x, basis, eigenvalues, bias, path, how.count(steps), how)
+    bank = _flow_bank(x, basis, eigenvalues, bias, path, steps, method)
     return subspace(x, *bank, modes=FLOW, max_rank=bank[0].shape[0])
 
 
@@ -249,11 +256,52 @@ def flow_(
     T: float | None = None,
     angle: float | None = None,
     steps: int = 10,
+    method: str = "euler",
 ) -> Tensor:
     """`flow`, written into x."""
+    path, how = path_length("flow_", T, angle), _check_flow("flow_", x, basis, eigenvalues, bias, steps, method)
     _check_in_place("flow_", x, basis, eigenvalues, bias)
-    bank = _flow_bank("flow_", x, basis, eigenvalues, bias, path_length("flow_", T, angle), steps)
+    if _by_formula(x) and not torch.compiler.is_compiling():
+        return x.copy_(reference.flow(x, basis, eigenvalues, bias, path, how.count(steps), how))
+    bank = _flow_bank(x, basis, eigenvalues, bias, path, steps, method)
     return subspace_(x, *bank, modes=FLOW, max_rank=bank[0].shape[0])
+
+
+def loreft(x: Tensor, R: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """Low-rank linear-subspace fine-tuning: x + Rᵀ(Wx + b - Rx), differentiable in all four.
+
+    Args:
+        x: Residual stream, (..., d).
+        R: Rows (r, d), orthonormal by the caller's care (torch.nn.utils.parametrizations.orthogonal keeps them so).
+        W: (r, d).
+        b: (r,).
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device does not fit; the message names it.
+
+    Reference:
+        Wu et al. 2024, ReFT: Representation Finetuning for Language Models (arXiv:2404.03592).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.loreft(torch.tensor([[3.0, 4.0]]), torch.eye(2)[:1], torch.zeros(1, 2), torch.tensor([1.0]))
+        tensor([[1., 4.]])
+    """
+    _check("loreft", x, "R", R)
+    if R.dim() != 2 or W.shape != R.shape or b.shape != R.shape[:1]:
+        raise ValueError(
+            f"loreft: R has shape {tuple(R.shape)}, W {tuple(W.shape)} and b {tuple(b.shape)}; expected (r, d), (r, d) and (r,)"
+        )
+    rank = R.shape[0]
+    wide = torch.promote_types(R.dtype, torch.float32)
+    vectors = torch.cat([W.to(wide) - R.to(wide), R.to(wide)])
+    tables = _make_loreft_tables if torch.compiler.is_compiling() else _loreft_tables
+    head, slots = tables(rank, wide, x.device)
+    columns = torch.nn.functional.pad(torch.stack([b.to(wide), torch.ones_like(b, dtype=wide)], dim=1), (0, 6))
+    return subspace(x, vectors, torch.cat([head, columns]), slots, modes=HINGE, max_rank=rank)
 
 
 def subspace(
@@ -378,7 +426,9 @@ def subspace_split_(
     Args:
         hidden: What the layer adds, (..., d), n rows in all.
         residual: The stream before it, of the same shape and dtype; written into.
-        vectors, coefficients, slots: A bank, as `subspace` takes it.
+        vectors: The rows of the bank, as in `subspace`.
+        coefficients: Its numbers.
+        slots: Its headers.
         rows: As in `subspace`; a row whose entries are all -1 keeps its residual bit for bit.
         scale: As in `subspace`.
         modes_and_rank: (modes that may occur, largest rank that may occur); None: all modes, the rows of vectors.
@@ -876,11 +926,15 @@ def _make_hinge_tables(rank: int, numbers: tuple[float, ...], device: torch.devi
 
 
 def _make_flow_tables(
-    rank: int, path: tuple[float, float], steps: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The constants and the header of one flow."""
+    rank: int, path: tuple[float, float], steps: int, method: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The constants, the further rows and the header of one flow."""
+    how = program(method)
     constants = torch.tensor([[*path, 1, 0, 0, 0, 0, 0]], dtype=dtype, device=device)
-    return constants, torch.tensor([[FLOW, rank, 0, 0, 0, steps, 0, 0]], dtype=torch.int32, device=device)
+    extra = pack(Field(constants, constants), how)
+    more = constants[:0] if extra is None else extra.to(constants)
+    header = [FLOW, rank, 0, 0, 0, how.count(steps), 0, more.shape[0]]
+    return constants, more, torch.tensor([header], dtype=torch.int32, device=device)
 
 
 def _make_affine_tables(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -889,9 +943,18 @@ def _make_affine_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return coefficients, torch.tensor([[AFFINE, 2, 0, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
 
 
+def _make_loreft_tables(rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The constants and the header of one LoReFT: B in the first rows of vectors, C in the next."""
+    return (
+        torch.tensor([_UNIT], dtype=dtype, device=device),
+        torch.tensor([[HINGE, rank, 0, rank, 0, 0, 0, 0]], dtype=torch.int32, device=device),
+    )
+
+
 # Kept, so that a hot path allocates no constants; made outside inference mode, so that a later gradient can use them.
 _hinge_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_make_hinge_tables))
 _affine_tables = functools.lru_cache(maxsize=8)(torch.inference_mode(False)(_make_affine_tables))
+_loreft_tables = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(_make_loreft_tables))
 _flow_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_make_flow_tables))
 
 
@@ -900,22 +963,28 @@ def _calibration(features: Tensor, beta: float) -> tuple[float, ...]:
     return (beta / count, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-def _flow_bank(
-    op: str, x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, path: tuple[float, float], steps: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _check_flow(
+    op: str, x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, steps: int, method: str
+) -> Program:
     _check(op, x, "basis", basis)
-    vectors = basis.reshape(-1, basis.shape[-1])
-    rank = vectors.shape[0]
+    rank = basis.numel() // basis.shape[-1]
     for name, numbers in (("eigenvalues", eigenvalues), ("bias", bias)):
         if numbers.shape != (rank,) or numbers.device != x.device:
             raise ValueError(
                 f"{op}: {name} has shape {tuple(numbers.shape)} on {numbers.device}; expected ({rank},) on {x.device}, "
                 "one number per row of basis"
             )
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{op}: steps is {steps!r}; expected a whole number >= 1")
+    check_steps(op, steps)
+    one_of(op, "method", method, tuple(SOLVERS))
+    return program(method)
+
+
+def _flow_bank(
+    x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, path: tuple[float, float], steps: int, method: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    vectors = basis.reshape(-1, basis.shape[-1])
     tables = _make_flow_tables if torch.compiler.is_compiling() else _flow_tables  # a graph keeps what it makes
     dtype = torch.promote_types(eigenvalues.dtype, torch.float32)
-    constants, slots = tables(rank, path, steps, dtype, x.device)
+    constants, more, slots = tables(vectors.shape[0], path, steps, method, dtype, x.device)
     columns = torch.stack([eigenvalues, bias], dim=1).to(dtype)
-    return vectors, torch.cat([constants, torch.nn.functional.pad(columns, (0, 6))]), slots
+    return vectors, torch.cat([constants, torch.nn.functional.pad(columns, (0, 6)), more]), slots

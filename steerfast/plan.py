@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ class Plan:
 
     Args:
         edits: Layer L, or (site, L), to one intervention or to a list that is applied in order. Layers are 0-based and
-            may count from the end; the default site is "resid_post", the block's output.
+            may count from the end; the default site is "resid_post", the block's output. Or a list of interventions
+            that know their place, such as `EditFeatures` of an SAE.
         positions: "all"; "prompt" (positions < P, the prompt's length in tokens); "generated" (≥ P); "last" (≥ P - 1,
             the last prompt token and every generated one); a list of positions in the prompt, counted over its real
             tokens, negative from the end; or a bool mask (tokens,) or (batch, tokens) over the prompt as it is passed.
@@ -65,9 +67,12 @@ class Plan:
         Plan(resid_post 1: Ablate, Add; attn_out 0: Add; positions='last')
     """
 
-    def __init__(self, edits: Edits, positions: Positions = "all", model: Any = None) -> None:
-        self._edits = {_place(key): _chain(key, value) for key, value in _mapping(edits).items()}
-        if len(self._edits) != len(edits):
+    def __init__(self, edits: Edits | Sequence[Intervention], positions: Positions = "all", model: Any = None) -> None:
+        given = _mapping(edits)
+        self._edits = {_place(key): _chain(key, value) for key, value in given.items()}
+        for place, chain in self._edits.items():
+            _warn_misplaced(place, chain)
+        if len(self._edits) != len(given):
             raise ValueError("Plan: a place is named twice; put its interventions into one list")
         self._positions = _positions(positions)
         self._model = model if model is None or isinstance(model, ModelCard) else card(model)
@@ -185,11 +190,41 @@ def as_plan(caller: str, value: Any) -> Plan:
 
 
 def _mapping(edits: Any) -> Edits:
+    if isinstance(edits, Sequence) and not isinstance(edits, str):
+        return _by_place(edits)
     if not isinstance(edits, Mapping):
         raise TypeError(f"Plan: edits must be a dict of layer -> intervention(s); got {type(edits).__name__}")
     if not edits:
         raise ValueError("Plan: edits is empty; name at least one layer")
     return edits
+
+
+def _by_place(chain: Sequence[Any]) -> Edits:
+    """A list of interventions, each at the place that it knows."""
+    edits: dict[tuple[str, int], list[Intervention]] = {}
+    for edit in chain:
+        if not isinstance(edit, Intervention):
+            raise TypeError(f"Plan: a list must hold interventions; got {edit!r}")
+        if edit.place is None:
+            raise ValueError(f"Plan: {edit!r} does not know its layer and site; pass a dict of layer -> intervention(s)")
+        edits.setdefault(edit.place, []).append(edit)
+    if not edits:
+        raise ValueError("Plan: edits is empty; name at least one layer")
+    return edits
+
+
+def _warn_misplaced(place: tuple[str, int], chain: Sequence[Intervention]) -> None:
+    """An SAE reads one place; the output of a block is the input of the next."""
+    for edit in chain:
+        home = edit.place
+        same = {place, ("resid_pre", place[1] + 1) if place[0] == "resid_post" else place}
+        same |= {("resid_post", place[1] - 1)} if place[0] == "resid_pre" else set()
+        if home is not None and home not in same and place[1] >= 0:
+            warnings.warn(
+                f"Plan: {edit!r} reads {home[0]} {home[1]} and is put at {place[0]} {place[1]}; sf.Plan([...]) finds its place",
+                UserWarning,
+                stacklevel=4,
+            )
 
 
 def _place(key: Any) -> tuple[str, int]:

@@ -49,6 +49,8 @@ class Layer:
     slots: list[tuple[int, ...]]  # per batch row, () for an unsteered one
     scales: list[float]  # per batch row
     positions: list[Positions]  # per batch row
+    latched: frozenset[int] = frozenset()  # slots that a condition holds back before the last prompt token
+    gated: frozenset[int] = frozenset()  # slots with a condition of either kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,19 +129,35 @@ class Table:
                 where = allowed(prompt, row, layer.positions[row])
                 rows[row, where, column : column + len(slots)] = torch.tensor(slots, dtype=torch.int32)
                 scale[row, column : column + width] = layer.scales[row]
+                held = [column + i for i, slot in enumerate(slots) if slot in layer.latched]
+                if held:  # nothing is decided before the last prompt token
+                    rows[row, ~allowed(prompt, row, "last"), held[0] : held[-1] + 1] = -1
             column += width
         self.prompt = prompt
         self.rows, self.scale = rows, scale
         self._device = device
-        self._runs, owners = _runs(rows, scale)
+        gated = frozenset().union(*(layer.gated for layer in layers))
+        self._runs, owners = _runs(rows, scale, gated)
         self._passes = [None if found is None else Pass(found) for found in owners]
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}
         self._later: dict[tuple[int, int], Pass] = {}
+        self._ends: Tensor | None = None
 
     @property
     def span(self) -> int:
         """P + 1."""
         return self.rows.shape[1]
+
+    @property
+    def ends(self) -> Tensor:
+        """int64 (batch,): the position of each prompt's last real token."""
+        if self._ends is None:
+            starts = self.prompt.starts
+            if starts is None:
+                raise ValueError("steer: a condition needs the prompt's length; pass prompt_length= to steer, or use generate")
+            here = torch.arange(self.prompt.valid.shape[1])
+            self._ends = torch.where(self.prompt.valid & (here < starts[:, None]), here, -1).amax(1)
+        return self._ends
 
     def at(self, start: int, tokens: int, batch: int) -> Pass:
         """The pass over positions [start, start + tokens) of every row; rows may have been repeated by generate."""
@@ -192,8 +210,11 @@ def _flat(part: Tensor, scale: Tensor) -> Pass:
     return Pass(None, part.reshape(-1, columns), weights.reshape(-1, columns))
 
 
-def _runs(rows: Tensor, scale: Tensor) -> tuple[list[int], list[Owners | None]]:
-    """Runs of positions with equal columns: their first positions (and the end), and the owners where all rows agree."""
+def _runs(rows: Tensor, scale: Tensor, gated: frozenset[int]) -> tuple[list[int], list[Owners | None]]:
+    """Runs of positions with equal columns: their first positions (and the end), and the owners where all rows agree.
+
+    A slot with a condition may be shut for one row and open for the next, so its runs have no common owners.
+    """
     span = rows.shape[1]
     changes = (rows[:, 1:] != rows[:, :-1]).any(2).any(0).nonzero().flatten() + 1
     starts = [0, *changes.tolist()]
@@ -204,7 +225,7 @@ def _runs(rows: Tensor, scale: Tensor) -> tuple[list[int], list[Owners | None]]:
         idle = bool((rows[:, start] < 0).all())
         if idle:
             owners.append(())
-        elif agree[start] and same_scale:
+        elif agree[start] and same_scale and gated.isdisjoint(rows[0, start].tolist()):
             pairs = zip(rows[0, start].tolist(), scale[0].tolist(), strict=True)
             owners.append(tuple((slot, weight) for slot, weight in pairs if slot >= 0))
         else:

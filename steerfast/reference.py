@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .solvers import integrate
+from .solvers import EULER, Field, Program, integrate, unpack
 
 ADD, HINGE, FLOW, ROTATE, PUSH, SLERP, REFLECT, AFFINE = 1, 2, 4, 8, 16, 32, 64, 128
 KEEP_NORM = 256  # not a mode, but announced with them: some slot restores the length of its rows
@@ -97,13 +97,22 @@ def calibrate(x: Tensor, features: Tensor, beta: float) -> Tensor:
 
 
 def flow(
-    x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, length: tuple[float, float], steps: int
+    x: Tensor,
+    basis: Tensor,
+    eigenvalues: Tensor,
+    bias: Tensor,
+    length: tuple[float, float],
+    steps: int,
+    how: Program = EULER,
 ) -> Tensor:
-    """Euler steps of da/dt = ∇h/‖∇h‖, h(a) = x̂ᵀQΛQᵀx̂ + b̃ᵀQᵀx̂, x̂ = a/‖a‖, Q = basis.T, over T = length[0] + length[1]·‖a‖."""
-    coefficients = torch.zeros(basis.shape[0], 8, dtype=eigenvalues.dtype, device=x.device)
-    coefficients[:, 0], coefficients[:, 1] = eigenvalues, bias
-    constants = coefficients.new_tensor([*length, 0, 0, 0, 0, 0, 0])
-    return edit(x, Slot(FLOW, steps, False, basis, basis, constants, coefficients))
+    """Steps of da/dt = ∇h/‖∇h‖, h(a) = x̂ᵀQΛQᵀx̂ + b̃ᵀQᵀx̂, x̂ = a/‖a‖, Q = basis.T, over T = length[0] + length[1]·‖a‖."""
+    flat = _rows(x)
+    rows = basis.reshape(-1, basis.shape[-1]).to(flat.dtype)
+    norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
+    field = Field(eigenvalues.to(flat.dtype), bias.to(flat.dtype))
+    s, g = _follow(flat @ rows.T, norm, flat.shape[1], field, length[0] + length[1] * norm, steps, how)
+    out = _lift(flat, g, rows, None if s is None else (s - 1) * flat)
+    return torch.where(out == flat, flat, out).to(x.dtype).view(x.shape)  # without a length even -0 stays
 
 
 def subspace(
@@ -364,7 +373,9 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
         else:
             s, g = _couple(x, y, slot, table, scale)
             out = _lift(x, g, lift, None if s is None else (s - 1) * x)
-    return _restore_norm(out, x) if slot.keep_norm else out
+            if slot.mode == FLOW:
+                out = torch.where(out == x, x, out)  # a path of no length keeps even the sign of a zero
+    return restore_norm(out, x) if slot.keep_norm else out
 
 
 def _couple(
@@ -381,8 +392,18 @@ def _couple(
         return slerp(y, norm, constants, scale)
     if slot.mode == REFLECT:
         return reflect(y, norm, constants, table, scale)
+    field, how = unpack(table, None if slot.extra is None else slot.extra.to(x.dtype))
     length = scale * (constants[0] + constants[1] * norm)
-    alpha, moved = integrate(y, norm, table, length, slot.steps)
+    return _follow(y, norm, x.shape[1], field, length, slot.steps, how)
+
+
+def _follow(
+    y: Tensor, norm: Tensor, width: int, field: Field, length: Tensor, steps: int, how: Program
+) -> tuple[Tensor | None, Tensor]:
+    """(s, g) of a flow that starts at coordinates y."""
+    if y.shape[1] == width:  # full rank: nothing lies outside the span, not even rounding
+        return None, integrate(y, torch.linalg.vector_norm(y, dim=-1, keepdim=True), field, length, steps, how)[1] - y
+    alpha, moved = integrate(y, norm, field, length, steps, how)
     return alpha, moved - alpha * y
 
 
@@ -392,7 +413,7 @@ def _lift(x: Tensor, g: Tensor, lift: Tensor, more: Tensor | None = None) -> Ten
     return (delta if more is None else delta.add_(more)).add_(x)
 
 
-def _restore_norm(out: Tensor, x: Tensor) -> Tensor:
+def restore_norm(out: Tensor, x: Tensor) -> Tensor:
     """out with the length of x; a row that an edit took away all but completely is not stretched from its rounding noise."""
     before, after = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, out))
     return torch.where(after > VANISHED * before, out * (before / after), out)

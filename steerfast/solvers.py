@@ -1,32 +1,336 @@
-"""The flow of a barrier of low rank, on the k + 1 numbers that move: the specification of `steerfast_kernels.flow`."""
+"""The flow of a barrier on the k + 1 numbers that move, by any solver: the specification of `steerfast_kernels.flow`.
+
+h(a) depends on a only through z = Qᵀa and ‖a‖, so ∇h lies in span(Q, a) and the whole trajectory in span(Q, a₀):
+
+    a = α·a₀ + Q(y - α·y₀),   ‖a‖² = ‖y‖² + α²(‖a₀‖² - ‖y₀‖²)
+
+The state (y, α) is closed, and any Runge-Kutta scheme that runs on it is that scheme in all d dimensions, exactly.
+Every function here takes PyTorch tensors or, for a handful of rows on a CPU, NumPy arrays: an operation of NumPy costs a
+third of one of PyTorch where the numbers are few, and the formulas are the same.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
+SMALL = 1 << 13
+"""Up to this many coordinates a flow on the CPU runs in NumPy."""
 
-def integrate(y: Tensor, norm: Tensor, c: Tensor, length: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Euler steps of da/dt = ∇h/‖∇h‖ for h(a) = x̂ᵀQΛQᵀx̂ + b̃ᵀQᵀx̂, x̂ = a/‖a‖, on the coordinates (Qᵀa, α).
 
-    The trajectory stays in span(Q, a₀): a = α·a₀ + Q(y - α·y₀), so k + 1 numbers are all that moves
-    (exact: h depends on a only through Qᵀa and ‖a‖).
-    λ = c[:, 0], b̃ = c[:, 1]. y is (n, k); norm = ‖a₀‖ and length = T are (n, 1).
-    Returns (α, y) after the last step; at a stationary point or a zero row nothing moves.
+@dataclass(frozen=True)
+class Tableau:
+    """The coefficients of an explicit Runge-Kutta scheme, checked: lower triangular, and of the order that it claims.
+
+    Attributes:
+        a: Row i holds the weights of the slopes before stage i, so stage 0 has none.
+        b: Weights of the slopes in the step, Σb = 1.
+        order: Of the step, 1 to 4.
+        error: Weights of the slopes in the local error, b - b̂ of an embedded scheme; () if there is none.
+
+    Raises:
+        ValueError: shapes do not fit, the order conditions do not hold, or a stage cannot be reached as below.
+
+    A stage must be reached from the slope before it and from the step so far, y + ε(pᵢ·kᵢ₋₁ + mᵢ·Σⱼ bⱼkⱼ): then one slope
+    and one sum are all that is kept, however many stages there are, and k = 64 coordinates stay in registers.
     """
-    step = length / steps
-    alpha = torch.ones_like(norm)
-    rest = (norm * norm - (y * y).sum(-1, keepdim=True)).clamp(min=0)  # what lies outside span(Q), never negative
-    for _ in range(steps):
-        outside = alpha * alpha * rest
-        square = (y * y).sum(-1, keepdim=True) + outside
-        inverse = torch.where(square > 0, torch.rsqrt(square), 0)
-        point = y * inverse
-        u = 2 * c[:, 0] * point + c[:, 1]
-        s = (point * u).sum(-1, keepdim=True)
-        tangent = u - s * point
-        speed = (tangent * tangent).sum(-1, keepdim=True) + s * s * outside * inverse * inverse
-        q = torch.where((speed > 0) & (square > 0), step * torch.rsqrt(speed), 0)
-        shrink = 1 - q * s * inverse
-        y, alpha = shrink * y + q * u, shrink * alpha
+
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    order: int
+    error: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        stages = len(self.b)
+        if [len(row) for row in self.a] != list(range(stages)) or len(self.error) not in (0, stages):
+            raise ValueError(
+                f"Tableau: rows of lengths {[len(r) for r in self.a]} for {stages} stages; expected 0, 1, 2, …"
+            )
+        if bad := [name for name, value in self.conditions().items() if abs(value) > 1e-14]:
+            raise ValueError(f"Tableau: order {self.order} is claimed, but {bad[0]} does not hold")
+        if abs(sum(self.error)) > 1e-14:
+            raise ValueError(f"Tableau: the error's weights sum to {sum(self.error)}; expected 0")
+        self.paths()
+
+    def conditions(self) -> dict[str, float]:
+        """The order conditions up to the claimed order, each as left side minus right side."""
+        a, b = np.zeros((len(self.b), len(self.b))), np.array(self.b)
+        for i, row in enumerate(self.a):
+            a[i, :i] = row
+        c = a.sum(1)
+        every = [
+            (1, "Σb = 1", b.sum() - 1),
+            (2, "b·c = 1/2", b @ c - 1 / 2),
+            (3, "b·c² = 1/3", b @ c**2 - 1 / 3),
+            (3, "b·Ac = 1/6", b @ a @ c - 1 / 6),
+            (4, "b·c³ = 1/4", b @ c**3 - 1 / 4),
+            (4, "b·(c ∘ Ac) = 1/8", b @ (c * (a @ c)) - 1 / 8),
+            (4, "b·Ac² = 1/12", b @ a @ c**2 - 1 / 12),
+            (4, "b·AAc = 1/24", b @ a @ a @ c - 1 / 24),
+        ]
+        return {name: float(value) for order, name, value in every if order <= self.order}
+
+    def paths(self) -> list[tuple[float, float]]:
+        """(p, m) of every stage: its weight of the slope before it, and of the step so far."""
+        found = [(0.0, 0.0)]
+        for i in range(1, len(self.b)):
+            before, b = self.a[i][:-1], self.b[:i]
+            ratios = [x / w if w else (0.0 if x == 0 else math.nan) for x, w in zip(before, b, strict=False)]
+            m = next((r for r, w in zip(ratios, b, strict=False) if w), 0.0)
+            if any(math.isnan(r) or (w and abs(r - m) > 1e-14) for r, w in zip(ratios, b, strict=False)):
+                raise ValueError(f"Tableau: stage {i} needs slopes older than the one before it")
+            found.append((self.a[i][-1] - m * self.b[i - 1], m))
+        return found
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A way to follow a flow.
+
+    Attributes:
+        tableau: The scheme.
+        geodesic: Its slope is followed along the great circle that it points to: exact norm, exact angle.
+        adaptive: Steps are as long as the local error allows; `steps` is then the number of attempts.
+        single: Always one step, whatever `steps` says.
+    """
+
+    tableau: Tableau
+    geodesic: bool = False
+    adaptive: bool = False
+    single: bool = False
+
+
+_EULER = Tableau(a=((),), b=(1.0,), order=1)
+_BOGACKI_SHAMPINE = Tableau(
+    a=((), (1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
+    b=(2 / 9, 1 / 3, 4 / 9, 0.0),
+    order=3,
+    error=(2 / 9 - 7 / 24, 1 / 3 - 1 / 4, 4 / 9 - 1 / 3, -1 / 8),
+)
+SOLVERS = {
+    "euler": Solver(_EULER),
+    "one-step": Solver(_EULER, single=True),
+    "geodesic": Solver(_EULER, geodesic=True),  # exponential Euler on the sphere
+    "midpoint": Solver(Tableau(a=((), (1 / 2,)), b=(0.0, 1.0), order=2)),
+    "heun": Solver(Tableau(a=((), (1.0,)), b=(1 / 2, 1 / 2), order=2)),
+    "ralston": Solver(Tableau(a=((), (2 / 3,)), b=(1 / 4, 3 / 4), order=2)),
+    "rk4": Solver(
+        Tableau(a=((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), b=(1 / 6, 1 / 3, 1 / 3, 1 / 6), order=4),
+    ),
+    "adaptive": Solver(_BOGACKI_SHAMPINE, adaptive=True),
+}
+"""Every way to follow a flow, by the name that `Flow(method=)` takes."""
+
+
+class Field(NamedTuple):
+    """A barrier in the coordinates of its basis: h(z) = zᵀΛz + b̃ᵀz + Σⱼ wⱼ·φ(ωⱼᵀz + βⱼ) + c."""
+
+    eigenvalues: Any  # (k,)
+    bias: Any  # (k,)
+    offset: float = 0.0
+    raw: bool = False
+    directions: Any = None  # (m, k); None: no ridge terms
+    phases: Any = None  # (m,)
+    weights: Any = None  # (m,)
+    cosine: bool = True  # φ = cos; else tanh
+
+
+class Program(NamedTuple):
+    """How a flow is followed: a solver by its stages, and where to stop.
+
+    stages holds (p, m, b, e) of every stage: how it is reached (`Tableau`), its weight in the step and in the local error.
+    """
+
+    stages: tuple[tuple[float, float, float, float], ...] = ((0.0, 0.0, 1.0, 0.0),)
+    geodesic: bool = False
+    order: int = 0  # of the step-size control; 0: fixed steps
+    tolerance: float = 0.0  # of the local error, as a share of ‖a₀‖
+    level: float = math.inf  # the flow stops where h reaches it
+    single: bool = False  # one step, whatever is asked for
+
+    def count(self, steps: int) -> int:
+        """How many steps are taken where `steps` are asked for."""
+        return 1 if self.single else steps
+
+
+EULER = Program()
+
+
+@functools.cache
+def program(method: str, tolerance: float = 1e-4, level: float = math.inf) -> Program:
+    """The program of a method of `SOLVERS`."""
+    solver = SOLVERS[method]
+    tableau = solver.tableau
+    errors = tableau.error if solver.adaptive else (0.0,) * len(tableau.b)
+    stages = tuple((p, m, b, e) for (p, m), b, e in zip(tableau.paths(), tableau.b, errors, strict=True))
+    order = tableau.order if solver.adaptive else 0
+    return Program(stages, solver.geodesic, order, tolerance if order else 0.0, level, solver.single)
+
+
+def pack(field: Field, how: Program) -> Tensor | None:
+    """The rows of a slot that say what its numbers per direction do not: (e, 8); None for Euler on a quadratic barrier.
+
+    Row 0: number of stages, geodesic, order, tolerance, level, raw, offset, 0. Row 1: number of ridge terms, cosine.
+    Then a row p, m, b, e of every stage, and ⌈(k + 2)/8⌉ rows w, β, ω₁ … ω_k of every ridge term.
+    """
+    units = 0 if field.directions is None else field.directions.shape[0]
+    if how._replace(single=False) == EULER and not units and not field.raw:
+        return None
+    rows = torch.zeros(2 + len(how.stages), 8)
+    rows[0, :7] = torch.tensor(
+        [len(how.stages), how.geodesic, how.order, how.tolerance, how.level, field.raw, field.offset]
+    )
+    rows[1, :2] = torch.tensor([float(units), float(field.cosine)])
+    rows[2:, :4] = torch.tensor(how.stages)
+    if not units:
+        return rows
+    terms = torch.cat([field.weights[:, None], field.phases[:, None], field.directions], 1)
+    return torch.cat([rows, torch.nn.functional.pad(terms, (0, -terms.shape[1] % 8)).reshape(-1, 8)])
+
+
+def unpack(table: Tensor, extra: Tensor | None) -> tuple[Field, Program]:
+    """The inverse of `pack`, with λ and b̃ from the slot's numbers per direction (k, 8)."""
+    if extra is None:
+        return Field(table[:, 0], table[:, 1]), EULER
+    (count, geodesic, order, tolerance, level, raw, offset, _), (units, cosine, *_) = extra[:2].tolist()
+    stages = int(count)
+    how = Program(
+        tuple((p, m, b, e) for p, m, b, e, *_ in extra[2 : 2 + stages].tolist()),
+        bool(geodesic),
+        int(order),
+        tolerance,
+        level,
+    )
+    terms: tuple[Any, ...] = (None, None, None)
+    if units:
+        k = table.shape[0]
+        rows = extra[2 + stages :].reshape(int(units), -1)
+        terms = rows[:, 2 : 2 + k], rows[:, 1], rows[:, 0]
+    return Field(table[:, 0], table[:, 1], offset, bool(raw), *terms, cosine=bool(cosine)), how
+
+
+def integrate(
+    y: Tensor, norm: Tensor, field: Field, length: Tensor, steps: int, how: Program = EULER
+) -> tuple[Tensor, Tensor]:
+    """Follow da/dt = ∇h/‖∇h‖ over a path of the given length, in coordinates.
+
+    Args:
+        y: y₀ = Qᵀa₀, (n, k).
+        norm: ‖a₀‖, (n, 1).
+        field: The barrier.
+        length: T, (n, 1).
+        steps: Number of steps; of an adaptive solver the number of attempts.
+        how: The solver, and the level at which it stops.
+
+    Returns:
+        (α, y) at the end, (n, 1) and (n, k). At a stationary point, and from a zero row, nothing moves.
+    """
+    parts = (y, norm, field.eigenvalues, field.bias, length)
+    if y.numel() > SMALL or y.is_cuda or _needs_grad(*parts) or torch.compiler.is_compiling():
+        return _integrate(torch, y, norm, field, length, steps, how)
+    arrays = Field(*(v.detach().numpy() if isinstance(v, Tensor) else v for v in field))
+    start, size, path = (v.detach().numpy() for v in (y, norm, length.expand(norm.shape)))
+    alpha, moved = _integrate(np, start, size, arrays, path, steps, how)
+    return torch.from_numpy(alpha), torch.from_numpy(moved)
+
+
+def _integrate(xp: Any, y: Any, norm: Any, field: Field, length: Any, steps: int, how: Program) -> tuple[Any, Any]:
+    rest = norm * norm - _dot(y, y)  # what lies outside span(Q), never negative
+    rest = xp.where(rest > 0, rest, 0 * rest)
+    alpha = xp.ones_like(norm)
+    even = length / steps
+    if how.order:
+        left, size, unit = length, even, how.tolerance * norm
+    for i in range(steps):
+        dy, dalpha, inverse, speed = _slope(xp, y, alpha, rest, field)
+        step = even
+        if how.order:
+            floor = left / (steps - i)  # at least this much now, so that the last attempt arrives
+            step = xp.minimum(xp.maximum(size, floor), left)
+        if how.level < math.inf:
+            room = (how.level - _height(xp, y * inverse, field)) / xp.where(speed > 0, speed * inverse, math.inf)
+            step = xp.minimum(step, xp.where(room > 0, room, 0 * room))
+        if how.geodesic:
+            angle = xp.where(speed > 0, step * inverse, 0 * step)
+            turn, reach = xp.cos(angle), xp.sin(angle) / xp.where(inverse > 0, inverse, 1 + 0 * inverse)
+            y, alpha = turn * y + reach * dy, turn * alpha + reach * dalpha
+            continue
+        if len(how.stages) == 1:
+            y, alpha = y + step * dy, alpha + step * dalpha
+            continue
+        _, _, b, e = how.stages[0]
+        sum_y, sum_alpha, off_y, off_alpha = b * dy, b * dalpha, e * dy, e * dalpha
+        for p, m, b, e in how.stages[1:]:
+            there = y + step * (p * dy + m * sum_y), alpha + step * (p * dalpha + m * sum_alpha)
+            dy, dalpha, _, _ = _slope(xp, *there, rest, field)
+            sum_y, sum_alpha = sum_y + b * dy, sum_alpha + b * dalpha
+            if how.order:
+                off_y, off_alpha = off_y + e * dy, off_alpha + e * dalpha
+        new_y, new_alpha = y + step * sum_y, alpha + step * sum_alpha
+        if how.order:
+            error = step * xp.sqrt(_dot(off_y, off_y) + off_alpha * off_alpha * rest)
+            fits = (error <= unit) | (step <= floor)
+            growth = 0.9 * (unit / xp.where(error > 0, error, unit * 1e-3 + 1e-30)) ** (1 / how.order)
+            size = step * xp.where(growth < 0.2, 0.2 + 0 * growth, xp.where(growth > 5, 5 + 0 * growth, growth))
+            new_y, new_alpha = xp.where(fits, new_y, y), xp.where(fits, new_alpha, alpha)
+            left = xp.where(fits, left - step, left)
+        y, alpha = new_y, new_alpha
     return alpha, y
+
+
+def _slope(xp: Any, y: Any, alpha: Any, rest: Any, field: Field) -> tuple[Any, Any, Any, Any]:
+    """(dy/dt, dα/dt, 1/‖a‖, ‖a‖·‖∇h‖) of the flow at a point; zero slopes where h is stationary. Raw: 1 for ‖a‖."""
+    if field.raw:
+        inverse, z = 1.0 + 0 * alpha, y
+        u = _gradient(xp, z, field)
+        square = _dot(u, u)
+        unit = 1 / xp.sqrt(xp.where(square > 0, square, math.inf))
+        return unit * u, 0 * alpha, inverse, xp.sqrt(square)
+    outside = alpha * alpha * rest
+    square = _dot(y, y) + outside
+    inverse = 1 / xp.sqrt(xp.where(square > 0, square, math.inf))
+    z = y * inverse
+    u = _gradient(xp, z, field)
+    s = _dot(z, u)
+    tangent = u - s * z
+    turn = s * inverse
+    square = _dot(tangent, tangent) + turn * turn * outside
+    unit = 1 / xp.sqrt(xp.where((square > 0) & (inverse > 0), square, math.inf))
+    return unit * tangent, -unit * turn * alpha, inverse, xp.sqrt(square)
+
+
+def _gradient(xp: Any, z: Any, field: Field) -> Any:
+    """∂h/∂z."""
+    u = 2 * field.eigenvalues * z + field.bias
+    if field.directions is None:
+        return u
+    inside = z @ field.directions.T + field.phases
+    if field.cosine:
+        return u - (field.weights * xp.sin(inside)) @ field.directions
+    bent = xp.tanh(inside)
+    return u + (field.weights * (1 - bent * bent)) @ field.directions
+
+
+def _height(xp: Any, z: Any, field: Field) -> Any:
+    """h, (n, 1)."""
+    h = _dot(z, field.eigenvalues * z + field.bias) + field.offset
+    if field.directions is None:
+        return h
+    inside = z @ field.directions.T + field.phases
+    bent = xp.cos(inside) if field.cosine else xp.tanh(inside)
+    return h + (bent @ field.weights)[:, None]
+
+
+def _dot(u: Any, v: Any) -> Any:
+    """Σ u·v over the coordinates, (n, 1)."""
+    return (u * v).sum(-1, keepdims=True)
+
+
+def _needs_grad(*parts: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(part.requires_grad for part in parts)

@@ -11,7 +11,6 @@ from places import assert_exact
 
 import steerfast as sf
 from steerfast import reference
-from steerfast.bank import Runs
 from steerfast.interventions import Intervention
 
 D = 12
@@ -22,7 +21,7 @@ def rows(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def barrier() -> sf.Barrier:
-    return sf.Barrier(torch.linalg.qr(rows(2).T)[0].T, torch.tensor([0.5, -0.5]), torch.ones(2), 0.25, 7.0, 0.9)
+    return sf.Barrier(torch.linalg.qr(rows(2).T)[0].T, torch.tensor([0.5, -0.5]), torch.ones(2), 0.25)
 
 
 def unit() -> torch.Tensor:
@@ -58,6 +57,36 @@ def rotated(x, degrees) -> torch.Tensor:
     return x + torch.where(y[:, :1] > 0, new - y, 0) @ frame().double()
 
 
+def slerped(x) -> torch.Tensor:
+    """Spherical steering row by row, with the softmax of the paper written out."""
+    target, avoid = unit(), torch.nn.functional.normalize(rows(1, 8)[0].double(), dim=0)
+    out = []
+    for row in x:
+        hat = row / row.norm()
+        p = torch.softmax(6.0 * torch.stack([hat @ target, hat @ avoid]), 0)
+        lead = (p[1] - p[0]).item()
+        if lead > -0.3:
+            t, omega = 0.7 * (lead + 0.3) / 1.3, torch.acos(hat @ target)
+            hat = (torch.sin((1 - t) * omega) * hat + torch.sin(t * omega) * target) / torch.sin(omega)
+        out.append(row.norm() * hat)
+    return torch.stack(out)
+
+
+def mirrored(x) -> torch.Tensor:
+    """Householder pseudo-rotation row by row: the angle between a row and its image is measured, not derived."""
+    out = []
+    for row in x:
+        if row @ unit() + 0.2 >= 0:
+            out.append(row)
+            continue
+        score = rows(1, 11)[0, :3].double() @ torch.relu(rows(3, 10).double() @ row + 0.1) - 0.5
+        gamma = torch.pi * torch.sigmoid(score)
+        image = row - 2 * (row @ unit()) * unit()
+        phi = torch.acos(row @ image / row.norm() ** 2)
+        out.append((torch.sin(phi - gamma) * row + torch.sin(gamma) * image) / torch.sin(phi))
+    return torch.stack(out)
+
+
 def pushed(x) -> torch.Tensor:
     s, bias = rows(3, 7).double(), torch.tensor([0.1, 0.0, -0.1])
     v = torch.relu(1.5 - torch.relu(x @ s.T + bias))
@@ -91,6 +120,23 @@ EXAMPLES = {
         sf.EditFeatures(sae(), {3: 0.7, 0: 0.2}, "max"),
         lambda x: edited_by_sae(x, {3: 0.7, 0: 0.2}, lambda f, t: f.clamp(min=t)),
     ),
+    "Affine": (
+        sf.Affine(1 + rows(1, 12)[0] / 4, rows(1, 13)[0]),
+        lambda x: x * (1 + rows(1, 12)[0] / 4).double() + rows(1, 13)[0].double(),
+    ),
+    "Spherical": (sf.Spherical(rows(1)[0], rows(1, 8)[0], alpha=0.7, beta=-0.3, kappa=6.0), slerped),
+    "Householder": (
+        sf.Householder(rows(1)[0], rows(3, 10), torch.full((3,), 0.1), rows(1, 11)[0, :3], -0.5, offset=0.2),
+        mirrored,
+    ),
+    "When": (
+        sf.When(sf.Condition(rows(1, 2)[0], 0.1), sf.Add(rows(1)[0], 2.0), layer=1),
+        lambda x: x + 2 * rows(1)[0].double(),
+    ),
+    "WhenToken": (
+        sf.WhenToken(sf.Condition(rows(2, 2), -0.1, above=False, similarity="tanh"), sf.Ablate(rows(1))),
+        lambda x: x - (x @ unit())[:, None] * unit(),
+    ),
     "Rotate": (sf.Rotate(frame(), 50.0, adaptive=True), lambda x: rotated(x, 50.0)),
     "DeficitPush": (sf.DeficitPush(rows(3, 7), 1.5, torch.tensor([0.1, 0.0, -0.1])), lambda x: pushed(x)),
     "Flow": (
@@ -120,7 +166,7 @@ def test_an_intervention_in_a_bank_is_its_formula(name):
     torch.testing.assert_close(view, got, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in EXAMPLES if n not in ("Flow", "Rotate", "DeficitPush")])
+@pytest.mark.parametrize("name", [n for n, (edit, _) in EXAMPLES.items() if "keep_norm" in edit.numbers()])
 def test_keep_norm(name):
     edit, formula = EXAMPLES[name]
     kept = edit.restore(edit.tensors(), {**edit.numbers(), "keep_norm": True})
@@ -219,8 +265,50 @@ def test_anything_with_a_vector_is_a_direction():
     assert torch.equal(sf.Add(WithVector()).vector, WithVector.vector)
 
 
+@pytest.mark.parametrize("name", ["Rotate", "Spherical", "Householder"])
+def test_rotations_keep_the_length_of_every_row(name):
+    bank = sf.Bank(D, slots=1)
+    bank.register(EXAMPLES[name][0])
+    pole = unit().float()[None]
+    x = torch.cat([3 * torch.randn(8, D), torch.zeros(1, D), pole, -pole, torch.full((1, D), 1e15)])
+    out = sf.ops.subspace(x, *bank.tensors)
+    torch.testing.assert_close(out.norm(dim=1), x.norm(dim=1), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(out, x)
+
+
+def test_spherical_reaches_its_target_and_leaves_what_leans_there():
+    bank = sf.Bank(D, slots=1)
+    bank.register(sf.Spherical(unit(), kappa=100.0))
+    away = torch.randn(4, D).double()
+    away = (away - 3 * away.norm(dim=1, keepdim=True) * unit()).float()
+    out = sf.ops.subspace(away, *bank.tensors)
+    torch.testing.assert_close(out, away.norm(dim=1, keepdim=True) * unit().float(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(sf.ops.subspace(out, *bank.tensors), out)
+
+
 NAN = torch.tensor([1.0, float("nan")])
 BAD = [
+    (lambda: sf.Affine(2.0), TypeError, "give weight as a tensor"),
+    (lambda: sf.Affine(torch.ones(3)), ValueError, "changes nothing"),
+    (lambda: sf.Affine(torch.ones(3), torch.ones(4)), ValueError, r"bias has shape \(4,\)"),
+    (lambda: sf.Affine(torch.ones(2, 3)), ValueError, r"weight has shape \(2, 3\)"),
+    (lambda: sf.Spherical(torch.zeros(4)), ValueError, "target is all zero"),
+    (lambda: sf.Spherical(rows(1)[0], torch.ones(3)), ValueError, "avoid has width 3 and target 12"),
+    (lambda: sf.Spherical(rows(1)[0], 2 * rows(1)[0]), ValueError, "point the same way"),
+    (lambda: sf.Spherical(rows(1)[0], beta=1.0), ValueError, "beta is 1.0"),
+    (lambda: sf.Spherical(rows(1)[0], kappa=0.0), ValueError, "kappa is 0.0"),
+    (lambda: sf.Householder(rows(1)[0], torch.ones(2, 3), torch.ones(2), torch.ones(2)), ValueError, "W1 has width 3"),
+    (lambda: sf.Householder(rows(1)[0], rows(2), torch.ones(3), torch.ones(2)), ValueError, r"b1 has shape \(3,\)"),
+    (lambda: sf.Condition(rows(1)[0], 1.5), ValueError, "threshold is 1.5; .* between 0 and 1"),
+    (lambda: sf.Condition(rows(1)[0], -0.5), ValueError, "between 0 and 1"),
+    (lambda: sf.Condition(rows(1)[0], -1.5, similarity="tanh"), ValueError, "between -1 and 1"),
+    (lambda: sf.Condition(rows(1)[0], 0.5, similarity="dot"), ValueError, "similarity is 'dot'"),
+    (lambda: sf.Condition(torch.zeros(4), 0.5), ValueError, "all zero"),
+    (lambda: sf.When(rows(1)[0], sf.Add(rows(1)[0])), TypeError, "condition must be a Condition; got Tensor"),
+    (lambda: sf.When(sf.Condition(rows(1)[0], 0.5), rows(1)[0]), TypeError, "then must be an intervention"),
+    (lambda: sf.When(sf.Condition(torch.ones(3), 0.5), sf.Add(rows(1)[0])), ValueError, "width 3 and the intervention 12"),
+    (lambda: sf.When(EXAMPLES["When"][0].condition, EXAMPLES["When"][0]), ValueError, "a condition inside a condition"),
+    (lambda: sf.When(sf.Condition(rows(1)[0], 0.5), sf.Add(rows(1)[0]), layer="1"), TypeError, "layer is '1'"),
     (lambda: sf.Add(NAN), ValueError, "Add: vector holds NaN or Inf in row 0"),
     (lambda: sf.Add(torch.tensor([1.0, float("inf")])), ValueError, "NaN or Inf"),
     (lambda: sf.Add(torch.zeros(4)), ValueError, "Add: vector is all zero"),
@@ -347,118 +435,3 @@ def test_a_damaged_plan_is_refused_by_name(tmp_path, damage, error, message):
     damage(tmp_path)
     with pytest.raises(error, match=message):
         sf.Plan.load(tmp_path)
-
-
-# --- the bank ----------------------------------------------------------------------------------------------------------
-
-
-def test_addresses_never_change():
-    bank = sf.Bank(D, slots=4, directions=8)
-    before = [t.data_ptr() for t in bank.tensors]
-    slots = [bank.register(edit) for edit, _ in (EXAMPLES["Add"], EXAMPLES["Ablate"], EXAMPLES["Flow"])]
-    bank.set_strength(slots[0], 9.0)
-    bank.release(slots[1])
-    bank.register(EXAMPLES["Amplify"][0])
-    assert [t.data_ptr() for t in bank.tensors] == before
-    x = torch.randn(2, D)
-    got = sf.ops.subspace(x, *bank.tensors, rows=torch.zeros(2, dtype=torch.int32))
-    torch.testing.assert_close(got, x + 9 * rows(1)[0])
-
-
-def test_a_full_bank_refuses_and_is_unchanged():
-    bank = sf.Bank(D, slots=2, directions=4)
-    bank.register(sf.Add(rows(1)[0]))
-    copies = [t.clone() for t in bank.tensors]
-    with pytest.raises(RuntimeError, match="no 4 neighbouring directions are free"):
-        bank.register(sf.Ablate(rows(4)))
-    assert all(torch.equal(a, b) for a, b in zip(copies, bank.tensors, strict=True))
-    bank.register(sf.Ablate(rows(3)))
-    with pytest.raises(RuntimeError, match="all 2 slots are taken"):
-        bank.register(sf.Add(rows(1)[0]))
-
-
-def test_a_released_slot_edits_nothing_and_is_used_again():
-    bank = sf.Bank(D, slots=2)
-    slot = bank.register(sf.Add(rows(1)[0]))
-    x, owner = torch.randn(3, D), torch.full((3,), slot, dtype=torch.int32)
-    bank.release(slot)
-    assert torch.equal(sf.ops.subspace(x, *bank.tensors, owner), x)
-    assert bank.register(sf.Ablate(rows(1))) == slot
-    assert not torch.equal(sf.ops.subspace(x, *bank.tensors, owner), x)
-
-
-def test_no_row_is_lost_over_many_registrations():
-    bank, held = sf.Bank(D, slots=6, directions=12), {}
-    generator = torch.Generator().manual_seed(3)
-    for step in range(300):
-        if held and torch.rand(1, generator=generator) < 0.5:
-            slot = sorted(held)[int(torch.randint(len(held), (1,), generator=generator))]
-            bank.release(slot)
-            del held[slot]
-        else:
-            edit = sf.Amplify(rows(1 + step % 3, step), 0.5)
-            try:
-                held[bank.register(edit)] = edit
-            except RuntimeError:
-                continue
-        x = torch.randn(1, D)
-        for slot, edit in held.items():
-            got = sf.ops.subspace(x, *bank.tensors, torch.tensor([slot], dtype=torch.int32))
-            torch.testing.assert_close(got, sf.ops.amplify(x, edit.features, 0.5))
-    for slot in list(held):
-        bank.release(slot)
-    bank.register(sf.Ablate(rows(12)))  # everything is free again, in one piece
-
-
-def test_runs_merge_with_both_neighbours():
-    runs = Runs(6)
-    a, b, c = (runs.take(2, "things") for _ in range(3))
-    runs.give(a, 2)
-    runs.give(c, 2)
-    runs.give(b, 2)
-    assert runs.free == [(0, 6)]
-
-
-# --- barriers ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_linear_barrier_is_logistic_regression_on_the_sphere():
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.nn.functional.normalize(torch.randn(D, generator=generator), dim=0)
-    pos = torch.randn(200, D, generator=generator) + 2 * direction
-    neg = torch.randn(200, D, generator=generator) - 2 * direction
-    h = sf.fit_barrier(pos * 5, neg * 5)
-    assert h.accuracy > 0.95
-    assert (h.basis[0] @ direction).item() > 0.9
-    assert h.typical_norm == pytest.approx(torch.cat([pos, neg]).norm(dim=1).mean().item() * 5, rel=1e-5)
-    x = torch.cat([pos, neg]).double()
-    unit = x / x.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(h(x), unit @ (h.basis[0] * h.bias).double() + h.offset)
-    gradient = torch.cat([1 - torch.sigmoid(h(x)[:200]), -torch.sigmoid(h(x)[200:])])
-    weight = (h.basis[0] * h.bias).double()
-    torch.testing.assert_close(
-        unit.T @ gradient, weight, atol=2e-2, rtol=2e-2
-    )  # the optimum of the penalised likelihood, C = 1
-    torch.testing.assert_close(h(x.float()), h(x).float(), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("pos", "neg", "message"),
-    [
-        (torch.zeros(0, 3), torch.ones(2, 3), r"pos has shape \(0, 3\)"),
-        (torch.ones(2, 3), torch.ones(2, 4), "width 3 and neg 4"),
-        (torch.ones(2, 3), torch.tensor([[1.0, 0, float("nan")]]), "row 0 of neg"),
-        (torch.tensor([[1.0, 0, 0], [0, 0, 0]]), torch.ones(1, 3), "row 1 of pos"),
-        (torch.ones(2, 3), torch.ones(2, 3), "identical"),
-    ],
-)
-def test_bad_activations_are_named(pos, neg, message):
-    with pytest.raises(ValueError, match=message):
-        sf.fit_barrier(pos, neg)
-
-
-def test_bad_barrier_arguments():
-    with pytest.raises(ValueError, match="kind is 'cubic'"):
-        sf.fit_barrier(torch.ones(1, 2), -torch.ones(1, 2), kind="cubic")
-    with pytest.raises(ValueError, match="C is 0"):
-        sf.fit_barrier(torch.ones(1, 2), -torch.ones(1, 2), C=0)

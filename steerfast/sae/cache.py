@@ -25,12 +25,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .._files import replace_file
-from ..extract import _read_batch
-from ..layers import SITES, evaluating, find_layers
+from steerfast._files import replace_file
+from steerfast.extract import _read_batch
+from steerfast.layers import SITES, evaluating, find_layers
 
 SCHEMA = 1
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SHARD_TOKENS = 32768
 _TOKENIZED_AT_A_TIME = 512
 
 
@@ -157,7 +158,7 @@ def cache_activations(
         raise ValueError(f"cache_activations: dtype is {dtype}; expected torch.bfloat16 or torch.float32")
     tokens = pack(tokenizer, texts, context)
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    shard = max(1, 32768 // context)
+    shard = max(1, SHARD_TOKENS // context)
     info = CacheInfo(found.name, site, layer, point.width, name, context, len(tokens), shard, digest)
     path = Path(directory)
     counts = _resume(path, info)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from ..demo_model import Progress, _cache_dir, _pip_download
+from steerfast.demo_model import Progress, _cache_dir, _pip_download
 
 _SHUFFLE_SEED = 0
 

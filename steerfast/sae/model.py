@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import ops
-from .._checks import check_dictionary, check_stream, one_of
-from ..interventions import Features
-from ..layers import SITES
+from steerfast import ops
+from steerfast._checks import check_dictionary, check_stream, one_of
+from steerfast.interventions import Features, as_tensor
+from steerfast.layers import SITES
+
 from .steering import SelectedFeatures, normalised
 
 NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
@@ -112,10 +113,11 @@ class SAE:
                 raise ValueError(f"SAE: k is {self.k}; expected 1 to F = {features}, the rows of w_enc")
             if self.threshold is not None:
                 raise ValueError("SAE: k and threshold are both given; a Top-K SAE has no threshold")
+        small = torch.promote_types(self.w_enc.dtype, torch.float32)
         for name, size in (("b_enc", features), ("b_dec", d), ("threshold", features)):
             value = getattr(self, name)
             if value is None and not (name == "threshold" and self.k is not None):
-                object.__setattr__(self, name, self.w_enc.new_zeros(size))
+                object.__setattr__(self, name, torch.zeros(size, dtype=small, device=self.w_enc.device))
             elif value is not None and tuple(value.shape) != (size,):
                 raise ValueError(f"SAE: {name} has shape {tuple(value.shape)}; expected ({size},)")
         if self.threshold is not None and bool((self.threshold < 0).any()):
@@ -149,9 +151,14 @@ class SAE:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
-        """The same SAE on another device or in another floating dtype."""
-        moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors().items()}
-        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
+        """The same SAE on another device, or with its two matrices in another floating dtype.
+
+        Biases and thresholds stay float32 at least: they are small, and a folded bias would suffer from rounding.
+        """
+        matrices = {name: getattr(self, name).to(device=device, dtype=dtype) for name in ("w_enc", "w_dec")}
+        small = None if dtype is None else torch.promote_types(dtype, torch.float32)
+        vectors = {n: t.to(device=device, dtype=small) for n, t in self.tensors().items() if n not in matrices}
+        return dataclasses.replace(self, **matrices, **vectors)  # type: ignore[arg-type]
 
     def encode(self, x: Tensor) -> Tensor:
         """All features of each row, dense: (..., d) -> (..., F), float32 (float64 stays float64)."""
@@ -164,7 +171,7 @@ class SAE:
         dense = flat.new_empty(flat.shape[0], self.features)
         for start in range(0, self.features, BLOCK_F):
             part = slice(start, start + BLOCK_F)
-            w, b, threshold = (t[part].to(flat.dtype) for t in (self.w_enc, self.b_enc, self.threshold))  # type: ignore[index]
+            w, b, threshold = (as_tensor(t)[part].to(flat.dtype) for t in (self.w_enc, self.b_enc, self.threshold))
             h = torch.addmm(b, flat, w.T)
             dense[:, part] = torch.where(h <= threshold, 0, h)  # NaN stays
         return dense.view(*x.shape[:-1], self.features)
@@ -185,7 +192,7 @@ class SAE:
         capacity = min(64, self.features)
         while True:
             values, indices, counts = ops.sae_encode_threshold(
-                inner, self.w_enc, self.b_enc, self.threshold, capacity
+                inner, self.w_enc, self.b_enc, as_tensor(self.threshold), capacity
             )
             most = max(int(counts.max()), 1) if counts.numel() else 1
             if most <= capacity:
@@ -211,7 +218,7 @@ class SAE:
             raise ValueError(
                 f"SAE.decode_dense: features has shape {tuple(features.shape)}; expected (..., F) with F = {self.features}"
             )
-        w, b = self.w_dec.to(features.dtype), self.b_dec.to(features.dtype)  # type: ignore[union-attr]
+        w, b = self.w_dec.to(features.dtype), as_tensor(self.b_dec).to(features.dtype)
         return self._denormalise("SAE.decode_dense", features @ w + b, x)
 
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -231,8 +238,7 @@ class SAE:
         outside = [index for index in indices if not 0 <= index < self.features]
         if outside:
             raise ValueError(f"SAE: feature {outside[0]} is out of range; there are {self.features}, from 0")
-        w_enc, w_dec, b_enc, threshold = self.w_enc, self.w_dec[indices], self.b_enc, self.threshold
-        assert b_enc is not None  # __post_init__ has filled it
+        w_enc, w_dec, b_enc, threshold = self.w_enc, self.w_dec[indices], as_tensor(self.b_enc), self.threshold
         if threshold is None:
             numbers = torch.tensor(indices, dtype=torch.int32)
             return SelectedFeatures(w_enc, b_enc, w_dec, numbers, None, self.k or 0, self.normalisation, self.place)
@@ -254,7 +260,7 @@ class SAE:
         """
         if self.k is None:
             raise ValueError("SAE.approximate: this SAE has a threshold already and is edited exactly by its rows")
-        return dataclasses.replace(self, k=None, threshold=self.w_enc.new_full((self.features,), float(threshold)))
+        return dataclasses.replace(self, k=None, threshold=torch.full_like(as_tensor(self.b_enc), float(threshold)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SAE:
@@ -300,7 +306,7 @@ class SAE:
             return out
         if x is None:
             raise ValueError(f"{owner}: this SAE normalises each row ({self.normalisation}); pass the rows as x=")
-        out = out * self._normalise(owner, x)[1]
+        out = out * as_tensor(self._normalise(owner, x)[1])
         return out + x.mean(dim=-1, keepdim=True) if self.normalisation == "layer_norm" else out
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from steerfast import ops
+from steerfast.interventions import Program
+from steerfast.reference import restore_norm
 
 LAYER_NORM_EPSILON = 1e-5  # of OpenAI and SAELens, added to the deviation, not to the variance
 
@@ -25,6 +29,19 @@ def normalised(x: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
         return wide / length, length
     deviation = wide.std(dim=-1, keepdim=True)
     return (wide - wide.mean(dim=-1, keepdim=True)) / (deviation + LAYER_NORM_EPSILON), deviation
+
+
+def edit_row(mode: str, value: float) -> list[float]:
+    """t₀, t₁, t₂, t₃ of t(f) = clip(t₀f + t₁, t₂, t₃) for a mode of `sf.EditFeatures`."""
+    least, most = -math.inf, math.inf
+    rows = {
+        "set": [0.0, value, least, most],
+        "add": [1.0, value, least, most],
+        "scale": [value, 0.0, least, most],
+        "min": [1.0, 0.0, least, value],
+        "max": [1.0, 0.0, value, most],
+    }
+    return rows[mode]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,33 +68,59 @@ class SelectedFeatures:
     normalisation: str = "none"
     place: tuple[str, int] | None = None
 
+    def __post_init__(self) -> None:
+        count, width = self.decoder.shape
+        rows = self.encoder.shape[0]
+        fits = self.encoder.shape == (rows, width) and self.bias.shape == (rows,) and self.features.shape == (count,)
+        if not fits or (self.threshold is None) == (self.k == 0) or not 0 <= self.k <= rows:
+            raise ValueError(
+                f"SelectedFeatures: {self.numbers()} and the shapes of {sorted(self.tensors())} do not fit"
+            )
+        if self.threshold is not None and self.threshold.shape != (rows,):
+            raise ValueError(f"SelectedFeatures: threshold has shape {tuple(self.threshold.shape)}; expected ({rows},)")
+        if count and not 0 <= int(self.features.min()) <= int(self.features.max()) < rows:
+            raise ValueError(f"SelectedFeatures: a feature is out of range; there are {rows}, from 0")
+
     def rows(self, indices: list[int]) -> SelectedFeatures:
         """Itself, so that an edit can be rebuilt from its own features."""
         return self
 
-    def to(self, device: torch.device) -> SelectedFeatures:
-        """The same features on another device."""
-        tensors = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return SelectedFeatures(**tensors, **self.numbers(), place=self.place)
+    def program(self, mode: str, values: list[float], keep_norm: bool, device: torch.device) -> Program:
+        """The edit of these features to or by `values` as a function of the stream, with its tensors on a device."""
+        here = self.restore({name: tensor.to(device) for name, tensor in self.tensors().items()}, self.numbers())
+        table = torch.tensor([edit_row(mode, value) for value in values], dtype=torch.float32, device=device)
+
+        def run(x: Tensor, scale: Tensor | float) -> Tensor:
+            if not isinstance(scale, Tensor):
+                scale = torch.full((x.numel() // x.shape[-1],), scale, device=device)
+            out = here.edit(x, table, scale)
+            if not keep_norm:
+                return out
+            restored = restore_norm(out.float(), x.float()).to(x.dtype)
+            return torch.where(scale.view(*x.shape[:-1], 1) == 0, x, restored)
+
+        return run
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> SelectedFeatures:
+        """The inverse of `tensors` and `numbers`; the place is not among them."""
+        arguments: dict[str, Any] = {**tensors, **numbers}
+        return cls(**arguments)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
         names = ("encoder", "bias", "decoder", "features", "threshold")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def numbers(self) -> dict[str, object]:
+    def numbers(self) -> dict[str, Any]:
         """What is no tensor, by name."""
         return {"k": self.k, "normalisation": self.normalisation}
 
-    def edit(self, x: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
-        """x + scale·(t(f) - f)·W_dec, t(f) = clip(t₀f + t₁, t₂, t₃) with table (m, 4); scale (n,) or None.
-
-        A row of scale 0 is returned bit for bit.
-        """
-        inner, deviation = normalised(x, self.normalisation)
-        if deviation is not None:
-            deviation = deviation.float().flatten()
-            scale = deviation if scale is None else deviation * scale
+    def edit(self, x: Tensor, table: Tensor, scale: Tensor) -> Tensor:
+        """x + scale·(t(f) - f)·W_dec, t(f) = clip(t₀f + t₁, t₂, t₃), table (m, 4), scale (n,); scale 0: x, bit for bit."""
+        inner, length = normalised(x, self.normalisation)
+        if length is not None:  # what a feature is worth in the stream, a row at a time
+            scale = scale * length.float().flatten()
         values, indices = self._encode(inner)
         return ops.sae_edit(x, values, indices, self.features, table, self.decoder, scale)
 

@@ -19,7 +19,7 @@ from .own import save as save
 from .saelens import save_saelens as save_saelens
 
 if TYPE_CHECKING:
-    from ..model import SAE
+    from steerfast.sae.model import SAE
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...integrations._torch_file import read_torch_file
+from steerfast.integrations._torch_file import read_torch_file
 
 if TYPE_CHECKING:
-    from ..model import SAE, Origin
+    from steerfast.sae.model import SAE, Origin
 
 HOOKS = {
     "hook_resid_pre": "resid_pre",
@@ -121,7 +121,7 @@ def fold(
 
     A negative threshold is a gate that the ReLU behind it closes at zero.
     """
-    from ..model import SAE
+    from steerfast.sae.model import SAE
 
     b_enc, b_dec = wide(b_enc), wide(b_dec)
     if subtract:

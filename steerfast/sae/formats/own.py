@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..._files import replace_file
+from steerfast._files import replace_file
+
 from ._parts import refuse
 
 if TYPE_CHECKING:
-    from ..model import SAE
+    from steerfast.sae.model import SAE
 
 SCHEMA = 1
 KEYS = {"kind", "schema", "features", "width", "k", "normalisation", "origin", "tensors_sha256"}
@@ -27,7 +28,11 @@ def save(sae: SAE, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tied = sae.w_dec.data_ptr() == sae.w_enc.data_ptr()
     blob = save_tensors(
-        {name: value.detach().cpu().contiguous() for name, value in sae.tensors().items() if not (tied and name == "w_dec")}
+        {
+            name: value.detach().cpu().contiguous()
+            for name, value in sae.tensors().items()
+            if not (tied and name == "w_dec")
+        }
     )
     text = {
         "kind": "steerfast.sae",
@@ -46,7 +51,7 @@ def save(sae: SAE, directory: Path) -> Path:
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     """An SAE that `save` wrote; a file without w_dec is tied."""
-    from ..model import SAE, Origin
+    from steerfast.sae.model import SAE, Origin
 
     if config.get("kind") != "steerfast.sae":
         raise refuse(path, '"kind" in sae.json is not "steerfast.sae"')
@@ -68,5 +73,7 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     except (TypeError, ValueError) as error:
         raise refuse(path, f"does not describe an SAE: {error}") from None
     if (made.features, made.d) != (config["features"], config["width"]):
-        raise refuse(path, f"holds {made.features}×{made.d} weights; sae.json says {config['features']}×{config['width']}")
+        raise refuse(
+            path, f"holds {made.features}×{made.d} weights; sae.json says {config['features']}×{config['width']}"
+        )
     return made

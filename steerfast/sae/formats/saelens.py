@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from ..._files import replace_file
+from steerfast._files import replace_file
+
 from ._parts import HOOKS, dictionary, fold, place_of_hook, read_json, refuse, vector, whole, wide, width_of
 
 if TYPE_CHECKING:
-    from ..model import SAE
+    from steerfast.sae.model import SAE, Origin
 
 CENTRED = re.compile(r"gpt2|pythia|gpt-neo|gpt-j", re.IGNORECASE)
 """Models with LayerNorm, whose writing weights TransformerLens centres when it is told to."""
@@ -25,8 +26,6 @@ OUR_SITES = {site: name for name, site in HOOKS.items()}
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     """An SAE of SAELens, with the scale of its data set, its decoder bias and its gates folded in."""
-    from ..model import Origin
-
     config = _flat(config)
     kind = _architecture(config, path)
     if config.get("finetuning_scaling_factor"):
@@ -37,7 +36,9 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     b_dec, count = vector(tensors, "b_dec", d, path), w_enc.shape[0]
     for name, size in (("d_in", d), ("d_sae", count)):
         if name in config and whole(config[name], name, path) != size:
-            raise refuse(path, f"{name} is {config[name]} in cfg.json and {size} in the weights; they do not belong together")
+            raise refuse(
+                path, f"{name} is {config[name]} in cfg.json and {size} in the weights; they do not belong together"
+            )
     k, threshold = None, None
     if kind == "gated":  # relu(e^r·y + b_mag)·[y + b_gate > 0], y = Wx: a threshold on h = e^r·y + b_mag
         gain = wide(vector(tensors, "r_mag", count, path)).exp()
@@ -52,21 +53,134 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
         if config.get("rescale_acts_by_decoder_norm"):
             norm = wide(w_dec).norm(dim=1)
             w_enc, b_enc, w_dec = norm[:, None] * wide(w_enc), norm * wide(b_enc), wide(w_dec) / norm[:, None]
-    # b_dec is subtracted from the row that the encoder sees: after the scale, and on the centred stream
     scale, normalisation = _normalisation(config, path)
     sae = fold(
         w_enc, w_dec, b_enc, b_dec,
         subtract=bool(config.get("apply_b_dec_to_input", True)),
         origin=_origin(config, path), k=k, threshold=threshold, normalisation=normalisation,
     )  # fmt: skip
-    if scale is None and not _is_centred(config, path):
-        return sae
-    from dataclasses import replace
-
-    w_enc, w_dec = sae.w_enc, sae.w_dec
-    if scale is not None:
-        w_enc, w_dec = wide(w_enc) * scale, wide(w_dec) / scale
-        sae = replace(sae, b_dec=wide(sae.b_dec) / scale)  # type: ignore[arg-type]
+    if scale != 1.0:  # the encoder sees scale·x, so b_dec was subtracted from that
+        w_enc, w_dec, b_dec = wide(sae.w_enc) * scale, wide(sae.w_dec) / scale, wide(b_dec) / scale
+        sae = replace(sae, w_enc=w_enc, w_dec=w_dec, b_dec=b_dec)
     if _is_centred(config, path):
-        w_enc = wide(w_enc) - wide(w_enc).mean(dim=1, keepdim=True)
-    return replace(sae, w_enc=w_enc, w_dec=w_dec, origin=Origin(**vars(sae.origin)))
+        if normalisation == "constant_norm_rescale":
+            raise refuse(path, "the length of a centred row (center_writing_weights) cannot be had from the row itself")
+        w_enc = wide(sae.w_enc)
+        sae = replace(sae, w_enc=w_enc - w_enc.mean(dim=1, keepdim=True))
+    return sae
+
+
+def save_saelens(sae: SAE, directory: Path) -> Path:
+    """Write an SAE as SAELens 6 reads it; returns the directory.
+
+    Raises:
+        ValueError: SAELens has no name for the SAE's place, or could not tell its decoder's orientation.
+    """
+    from safetensors.torch import save as save_tensors
+
+    architecture = {"topk": "topk", "relu": "standard", "jumprelu": "jumprelu"}[sae.activation]
+    tensors = {"W_enc": sae.w_enc.T, "W_dec": sae.w_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
+    if architecture == "jumprelu":
+        tensors["threshold"] = sae.threshold
+    config = {
+        "architecture": architecture,
+        "d_in": sae.d,
+        "d_sae": sae.features,
+        "dtype": str(sae.w_enc.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": False,  # folded into b_enc
+        "normalize_activations": sae.normalisation,
+        "reshape_activations": "hook_z" if sae.place is not None and sae.place[0] == "head_out" else "none",
+        "metadata": {
+            "sae_lens_version": "6.0.0",
+            "model_name": sae.origin.model or None,
+            "hook_name": sae.origin.hook_name or _hook_name(sae.place),
+            "hook_head_index": None,
+            "model_from_pretrained_kwargs": {"center_writing_weights": False},
+        },
+    }
+    if sae.k is not None:
+        config["k"] = sae.k
+    directory.mkdir(parents=True, exist_ok=True)
+    blob = save_tensors(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items() if value is not None}
+    )
+    replace_file(directory / "sae_weights.safetensors", blob)
+    replace_file(directory / "cfg.json", json.dumps(config, indent=2).encode())
+    return directory
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of any version under the names of version 6, its metadata among them."""
+    renamed = {
+        "hook_point": "hook_name",
+        "hook_point_head_index": "hook_head_index",
+        "activation_fn_str": "activation_fn",
+    }
+    metadata = config.get("metadata")
+    flat = {**(metadata if isinstance(metadata, dict) else {}), **config}
+    flat = {renamed.get(name, name): value for name, value in flat.items()}
+    arguments = flat.get("activation_fn_kwargs")
+    if flat.get("k") is None and isinstance(arguments, dict):
+        flat["k"] = arguments.get("k")
+    return flat
+
+
+def _architecture(config: dict[str, Any], path: Path) -> str:
+    """One of relu, topk, jumprelu and gated."""
+    kind = str(config.get("architecture", "standard"))
+    function = config.get("activation_fn") or "relu"
+    if kind == "standard":
+        kind = {"relu": "relu", "topk": "topk"}.get(str(function), f"standard with {function}")
+    if kind not in ("relu", "topk", "jumprelu", "gated"):
+        raise refuse(path, f"architecture {kind!r}; expected standard (ReLU or Top-K), topk, jumprelu or gated")
+    return kind
+
+
+def _normalisation(config: dict[str, Any], path: Path) -> tuple[float, str]:
+    """(scale of the data set, what is done to each row)."""
+    name = config.get("normalize_activations") or "none"
+    if name is True or name == "expected_average_only_in":
+        scaler = path.parent / "activation_scaler.json"
+        factor = read_json(scaler).get("scaling_factor") if scaler.is_file() else None
+        return (1.0 if factor is None else float(factor)), "none"  # without a scale the weights have it folded in
+    if name not in ("none", "constant_norm_rescale", "layer_norm"):
+        raise refuse(path, f"normalize_activations is {name!r}, which is not known")
+    return 1.0, str(name)
+
+
+def _is_centred(config: dict[str, Any], path: Path) -> bool:
+    """Whether the SAE saw a stream whose mean over d TransformerLens had removed."""
+    arguments = config.get("model_from_pretrained_kwargs") or {}
+    hook, model = str(config.get("hook_name")), str(config.get("model_name"))
+    if hook.endswith("hook_z"):
+        changed = [name for name in ("fold_value_biases", "refactor_factored_attn_matrices") if arguments.get(name)]
+        if changed:
+            raise refuse(
+                path, f"it was trained on a model with {changed[0]}, which changes hook_z; it cannot be applied exactly"
+            )
+        return False
+    if "center_writing_weights" not in arguments:
+        if "hook_point" in config:
+            raise refuse(path, "version 2 does not say whether the writing weights were centred")
+        return False
+    if not arguments["center_writing_weights"] or NOT_CENTRED.search(model):
+        return False
+    if not CENTRED.search(model):
+        raise refuse(
+            path, f"center_writing_weights is set, and whether that changed the stream of {model!r} is not known"
+        )
+    return True
+
+
+def _origin(config: dict[str, Any], path: Path) -> Origin:
+    from steerfast.sae.model import Origin
+
+    hook, head = str(config.get("hook_name") or ""), config.get("hook_head_index")
+    place = place_of_hook(hook) if head is None else None  # one head alone is no site of ours
+    name = hook if head is None else f"{hook} of head {head}"
+    return Origin(place, name, str(config.get("model_name") or ""), "SAELens")
+
+
+def _hook_name(place: tuple[str, int] | None) -> str | None:
+    return None if place is None else f"blocks.{place[1]}.{OUR_SITES[place[0]]}"

@@ -1,0 +1,26 @@
+"""Steering inside vLLM, as a plugin that vLLM itself loads: compile, CUDA graphs and continuous batching stay on.
+
+    STEERFAST_PLANS=plans vllm serve MODEL
+
+serves every plan of the folder `plans` (each a folder written by `plan.save`) to requests that name it:
+
+    SamplingParams(extra_args={"steer": ["polite"], "steer_strength": [1.5], "steer_positions": "generated"})
+    {"vllm_xargs": {"steer": ["polite", "terse"], "steer_strength": [1.5, 0.5]}, ...}
+
+Each request of a batch has its own plans, strengths and positions. What cannot be followed is refused with the reason:
+HTTP 400, or a ValueError. `docs/vllm.md` says the rest. Importing this module imports nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Put steering into this process's vLLM; vLLM calls it in each of its processes (entry point vllm.general_plugins).
+
+    Raises:
+        RuntimeError: a vLLM version that was not tested, or one that lacks what steering builds on.
+    """
+    from . import counters, seams
+
+    counters.share()
+    seams.patch()

@@ -1,0 +1,411 @@
+"""Where steering enters vLLM: five seams, each checked before it is touched.
+
+| seam | what is added |
+|---|---|
+| front end: `InputProcessor.__init__`, `process_inputs` | reads and refuses, salts the prefix cache |
+| API server: `to_sampling_params`, `to_beam_search_params` of the requests | HTTP 400 before a stream begins |
+| engine core: `Scheduler.__init__`, `_handle_blocked_waiting_request`, `_free_request` | requests wait until slots are free |
+| worker: `WorkerWrapperBase.init_device` | refuses what splits or reorders tokens; follows the runner it has built |
+| worker: that runner's own methods, on the instance | hooks the model, writes the row table of each step |
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from . import counters
+from .edits import CONTEXT, find_places_with
+from .plans import Chains, Library, load
+from .runner import Steered
+from .slots import Admission
+from .wire import Part, read, salt, steer_fields
+
+TESTED = ("0.32.0",)
+ENVIRONMENT = {
+    "STEERFAST_PLANS": "directory with a folder per plan",
+    "STEERFAST_DEFAULT": "JSON of the fields of a request that says nothing about steering",
+    "STEERFAST_SLOTS": "interventions that can be loaded at once; default: those of all plans",
+    "STEERFAST_UNTESTED_VLLM": "1: run beside a vLLM version that was not tested",
+}
+_LEAST_SLOTS = 4  # what one request may ask for
+
+_SEAMS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
+    ("vllm.v1.engine.input_processor", "InputProcessor"): {
+        "__init__": ("vllm_config",),
+        "process_inputs": ("request_id", "prompt", "params", "resumable"),
+    },
+    ("vllm.v1.core.sched.scheduler", "Scheduler"): {
+        "__init__": ("vllm_config",),
+        "_handle_blocked_waiting_request": ("request",),
+        "_free_request": ("request",),
+    },
+    ("vllm.v1.worker.worker_base", "WorkerWrapperBase"): {"init_device": ()},
+}
+_REQUESTS = {
+    "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
+    "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
+    "vllm.entrypoints.openai.responses.protocol": "ResponsesRequest",
+    "vllm.entrypoints.speech_to_text.transcription.protocol": "TranscriptionRequest",
+    "vllm.entrypoints.speech_to_text.translation.protocol": "TranslationRequest",
+}
+_RUNNERS: tuple[
+    dict[str, tuple[str, ...]], ...
+] = (  # methods by which a generation of model runners is known, with the arguments that we read
+    {"load_model": (), "_update_states": ("scheduler_output",), "_prepare_inputs": ("scheduler_output",)},
+    {
+        "load_model": (),
+        "finish_requests": ("scheduler_output",),
+        "add_requests": ("scheduler_output",),
+        "prepare_inputs": ("scheduler_output",),
+    },
+)
+
+
+def check_version() -> None:
+    """Stop beside a vLLM that was not tested.
+
+    Raises:
+        RuntimeError: another version, and STEERFAST_UNTESTED_VLLM is not 1.
+    """
+    from vllm import __version__
+
+    if __version__.partition("+")[0] not in TESTED and os.environ.get("STEERFAST_UNTESTED_VLLM") != "1":
+        raise RuntimeError(
+            f"steerfast: vLLM {__version__} was not tested, {', '.join(TESTED)} was; install that, set "
+            "STEERFAST_UNTESTED_VLLM=1 to try, or leave steerfast out with VLLM_PLUGINS"
+        )
+
+
+def check_seam(owner: Any, methods: dict[str, tuple[str, ...]]) -> None:
+    """Stop where vLLM has not what we build on.
+
+    Raises:
+        RuntimeError: a method or an argument is missing; the message names it.
+    """
+    name = owner.__name__ if inspect.isclass(owner) else type(owner).__name__
+    for method, arguments in methods.items():
+        function = getattr(owner, method, None)
+        if function is None:
+            raise RuntimeError(f"steerfast: this vLLM has no {name}.{method}, which steering needs; {_ADVICE}")
+        missing = set(arguments) - set(inspect.signature(function).parameters)
+        if missing:
+            raise RuntimeError(
+                f"steerfast: {name}.{method} of this vLLM takes no {', '.join(sorted(missing))}, which steering needs; {_ADVICE}"
+            )
+
+
+_ADVICE = f"install vLLM {TESTED[-1]}, or leave steerfast out with VLLM_PLUGINS"
+
+
+def check_parallelism(config: Any) -> None:
+    """Stop where tokens are split or reordered, which a table with one row per token cannot follow.
+
+    Raises:
+        ValueError: sequence parallelism, dual-batch overlap or context parallelism is on; the message names it.
+    """
+    parallel, passes = config.parallel_config, config.compilation_config.pass_config
+    on = {
+        "sequence parallelism (compilation_config.pass_config.enable_sp)": bool(getattr(passes, "enable_sp", False)),
+        "dual-batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
+        "prefill context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
+        "decode context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,
+        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
+    }
+    for name, used in on.items():
+        if used:
+            raise ValueError(
+                f"steerfast: {name} cannot be combined with steering; turn it off, or start without steerfast"
+            )
+
+
+def patch() -> None:
+    """Put steering in front of vLLM's own methods. Called in every process that vLLM starts; a second time does nothing."""
+    check_version()
+    classes = {name: _resolve(*name) for name in _SEAMS}
+    for name, owner in classes.items():
+        check_seam(owner, _SEAMS[name])
+    from vllm.forward_context import get_forward_context
+
+    find_places_with(lambda: get_forward_context().no_compile_layers)
+    processor, scheduler, wrapper = classes.values()
+    _wrap(processor, "__init__", _read_library)
+    _wrap(processor, "process_inputs", _process_inputs)
+    _wrap(scheduler, "__init__", _count_slots)
+    _wrap(scheduler, "_handle_blocked_waiting_request", _admit)
+    _wrap(scheduler, "_free_request", _free)
+    _wrap(wrapper, "init_device", _init_device)
+    for request in _request_classes():
+        _wrap(request, "to_sampling_params", _to_sampling_params)
+        if hasattr(request, "to_beam_search_params"):
+            _wrap(request, "to_beam_search_params", _to_beam_search_params)
+
+
+# --- front end ---------------------------------------------------------------------------------------------------------
+
+
+class Served:
+    """What the processes of one engine know: its plans, its default, its counters."""
+
+    def __init__(self, config: Any) -> None:
+        model, directory = config.model_config, os.environ.get("STEERFAST_PLANS")
+        self.layers = model.get_total_num_hidden_layers()
+        self.library = Library()
+        self.chains: dict[str, Chains] = {}
+        if directory:
+            self.library, self.chains = load(directory, model.get_hidden_size(), self.layers)
+        self.counters = counters.Counters(sorted([*self.library.plans, *self.library.refused]))
+        text = os.environ.get("STEERFAST_DEFAULT")
+        self.default: tuple[Part, ...] = ()
+        if text:
+            try:
+                self.default = read(json.loads(text), self.library)
+            except ValueError as error:
+                raise ValueError(f"STEERFAST_DEFAULT: {text!r} is no JSON of a request's fields: {error}") from None
+
+    @property
+    def slots(self) -> int:
+        """How many slots every bank has."""
+        given = os.environ.get("STEERFAST_SLOTS")
+        if given is None:
+            return max(self.library.slots, _LEAST_SLOTS)
+        if not given.isdecimal() or int(given) < _LEAST_SLOTS:
+            raise ValueError(f"STEERFAST_SLOTS is {given!r}; expected a whole number of at least {_LEAST_SLOTS}")
+        return int(given)
+
+    def parts(self, sampling_params: Any) -> tuple[Part, ...]:
+        """What a request that the front end has accepted asks for."""
+        return () if sampling_params is None else read(sampling_params.extra_args, self.library, self.default)
+
+    def accept(self, given: Any) -> tuple[Part, ...]:
+        """What a request asks for.
+
+        Raises:
+            VLLMValidationError: it cannot be followed; also a ValueError.
+        """
+        try:
+            return read(given, self.library, self.default)
+        except ValueError as error:
+            raise self.refusal(str(error), given) from None
+
+    def refusal(self, text: str, given: Any) -> Exception:
+        """The exception that becomes HTTP 400 in the server and is a ValueError in Python."""
+        named = steer_fields(given).get("steer")
+        first = named if isinstance(named, str) else named[0] if isinstance(named, (list, tuple)) and named else ""
+        self.counters.add("refused", first if isinstance(first, str) else "")
+        return _refused_type()(text, parameter="steer")
+
+
+@functools.cache
+def _refused_type() -> Any:
+    from vllm.exceptions import VLLMValidationError
+
+    return type("Refused", (VLLMValidationError, ValueError), {"__doc__": "A request that steering cannot follow."})
+
+
+_served: Served | None = None  # of the engine that this process has built last
+
+
+def _read_library(original: Callable[..., None], processor: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    global _served
+    original(processor, vllm_config, *args, **kwargs)
+    _served = processor.steerfast = Served(vllm_config)
+    _served.chains = {}  # the workers have their own
+    counters.publish(_served.counters)
+    for name, reason in _served.library.refused.items():
+        _logger().warning("steerfast: the plan %r is refused: %s", name, reason)
+
+
+def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
+    served: Served = processor.steerfast
+    call = inspect.signature(original).bind(processor, *args, **kwargs).arguments
+    given = getattr(call["params"], "extra_args", None)
+    parts = served.accept(given)
+    if parts and call.get("resumable"):
+        raise served.refusal("steer: a request whose prompt is still to grow cannot be steered; send it whole", given)
+    request = original(processor, *args, **kwargs)
+    if request.sampling_params is not None and parts:
+        request.cache_salt = salt(request.cache_salt, parts)
+        for name in {part.served.name for part in parts}:
+            served.counters.add("requests", name)
+    return request
+
+
+def _check_request(request: Any) -> None:
+    """Refuse before a stream begins what `process_inputs` would refuse later."""
+    if _served is None:
+        return
+    stray = steer_fields(getattr(request, "model_extra", None))
+    if stray:
+        raise _served.refusal(f"steer: {next(iter(stray))[:80]} stands beside vllm_xargs; put it inside", None)
+    _served.accept(request.vllm_xargs)
+
+
+def _to_sampling_params(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    _check_request(request)
+    return original(request, *args, **kwargs)
+
+
+def _to_beam_search_params(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    _check_request(request)
+    if _served is not None and steer_fields(request.vllm_xargs):
+        raise _served.refusal(
+            "steer: beam search drops the fields of a request; sample instead, or use STEERFAST_DEFAULT",
+            request.vllm_xargs,
+        )
+    return original(request, *args, **kwargs)
+
+
+def _request_classes() -> Iterator[Any]:
+    for module, name in _REQUESTS.items():
+        try:
+            yield getattr(importlib.import_module(module), name)
+        except ImportError:  # what transcribes needs packages for sound
+            continue
+
+
+# --- engine core -------------------------------------------------------------------------------------------------------
+
+
+def _count_slots(original: Callable[..., None], scheduler: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    original(scheduler, vllm_config, *args, **kwargs)
+    scheduler.steerfast = Served(vllm_config)
+    scheduler.steerfast.chains = {}
+    scheduler.steerfast_slots = Admission(scheduler.steerfast.slots)
+
+
+def _admit(original: Callable[..., bool], scheduler: Any, request: Any) -> bool:
+    if not original(scheduler, request):
+        return False
+    parts = scheduler.steerfast.parts(request.sampling_params)
+    if not parts:
+        return True
+    admission: Admission = scheduler.steerfast_slots
+    waiting = admission.waiting
+    admitted = admission.admit(request.request_id, [part.served for part in parts])
+    if admission.waiting != waiting:
+        scheduler.steerfast.counters.add("waiting", parts[0].served.name, admission.waiting - waiting)
+    return admitted
+
+
+def _free(original: Callable[..., Any], scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    parts = scheduler.steerfast.parts(request.sampling_params)
+    if parts:
+        admission: Admission = scheduler.steerfast_slots
+        waiting = admission.waiting
+        admission.release(request.request_id)
+        count = scheduler.steerfast.counters.add
+        if admission.waiting != waiting:
+            count("waiting", parts[0].served.name, admission.waiting - waiting)
+        for part in parts:
+            first, stop = part.span(request.num_prompt_tokens)
+            tokens = min(stop, request.num_computed_tokens) - first
+            if part.strength != 0.0 and tokens > 0:
+                count("tokens", part.served.name, tokens)
+    return original(scheduler, request, *args, **kwargs)
+
+
+# --- worker ------------------------------------------------------------------------------------------------------------
+
+
+def _init_device(original: Callable[..., Any], wrapper: Any) -> Any:
+    config = wrapper.vllm_config
+    served = Served(config)
+    if not served.chains:
+        return original(wrapper)
+    check_parallelism(config)
+    result = original(wrapper)
+    _follow(wrapper.worker.model_runner, config, served)
+    return result
+
+
+def _follow(runner: Any, config: Any, served: Served) -> None:
+    """Wrap the methods of one runner: V1 keeps its batch's order in `input_batch`, V2 returns it from `prepare_inputs`."""
+    kinds = [kind for kind in _RUNNERS if hasattr(runner, [*kind][-1])]
+    if len(kinds) != 1:
+        raise RuntimeError(f"steerfast: {type(runner).__name__} is no model runner that steering knows; {_ADVICE}")
+    check_seam(runner, kinds[0])
+    if not isinstance(config.additional_config, dict):
+        raise RuntimeError(
+            "steerfast: additional_config is no dict, so the compile cache cannot be keyed; leave it out"
+        )
+    config.additional_config["steerfast"] = sorted({f"{s}.{i}" for chains in served.chains.values() for s, i in chains})
+    steered: list[Steered] = []  # one, once the model is loaded
+
+    def load_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        tokens = max(runner.max_num_tokens, config.compilation_config.max_cudagraph_capture_size or 0)
+        now = Steered(runner.model, served.layers, served.library, served.chains, served.slots, tokens)
+        steered[:] = [now]
+        runner.steerfast = now
+        config.compilation_config.static_forward_context[CONTEXT] = now.places
+        return result
+
+    def begin(scheduler_output: Any) -> None:
+        for new in scheduler_output.scheduled_new_reqs:
+            steered[0].start(new.req_id, new.prompt_len, served.parts(new.sampling_params))
+
+    def update_states(original: Callable[..., Any], scheduler_output: Any) -> Any:
+        steered[0].end(scheduler_output.finished_req_ids)
+        begin(scheduler_output)
+        return original(scheduler_output)
+
+    def prepare_v1(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(scheduler_output, *args, **kwargs)
+        tokens, starts = scheduler_output.total_num_scheduled_tokens, runner.query_start_loc.gpu
+        steered[0].step(runner.input_batch.req_ids, starts, runner.positions, tokens)
+        return result
+
+    def finish_requests(original: Callable[..., Any], scheduler_output: Any) -> Any:
+        steered[0].end(scheduler_output.finished_req_ids)
+        steered[0].end(scheduler_output.preempted_req_ids or ())
+        return original(scheduler_output)
+
+    def add_requests(original: Callable[..., Any], scheduler_output: Any) -> Any:
+        begin(scheduler_output)
+        return original(scheduler_output)
+
+    def prepare_v2(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        batch = original(*args, **kwargs)
+        steered[0].step(batch.req_ids, batch.query_start_loc, batch.positions, batch.num_tokens)
+        return batch
+
+    added: dict[str, Callable[..., Any]] = {"load_model": load_model}
+    if kinds[0] is _RUNNERS[0]:
+        added |= {"_update_states": update_states, "_prepare_inputs": prepare_v1}
+    else:
+        added |= {"finish_requests": finish_requests, "add_requests": add_requests, "prepare_inputs": prepare_v2}
+    for name, addition in added.items():
+        setattr(runner, name, functools.partial(addition, getattr(runner, name)))
+
+
+def _wrap(owner: Any, name: str, addition: Callable[..., Any]) -> None:
+    """Let `addition(original, self, ...)` stand for a method; once."""
+    original = getattr(owner, name)
+    if getattr(original, "steerfast", False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return addition(original, self, *args, **kwargs)
+
+    wrapped.steerfast = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
+def _resolve(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise RuntimeError(f"steerfast: this vLLM has no {module}.{name}, which steering needs; {_ADVICE}") from None
+
+
+def _logger() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.steerfast")

@@ -1,0 +1,108 @@
+"""Who holds which slot: one count in the scheduler, which admits requests, and one beside every bank, which fills slots.
+
+Both see the same requests come and go in the same order and hold at most as many slots, so what the scheduler admits
+always fits. A strength is no part of a plan and takes no slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .plans import ServedPlan
+
+
+class Admission:
+    """The scheduler's side: which requests may run with the slots there are. First come, first served.
+
+    Args:
+        slots: How many slots every bank has.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.free = slots
+        self._holders: dict[str, int] = {}  # plan -> requests that hold it
+        self._requests: dict[str, tuple[ServedPlan, ...]] = {}
+        self._waiting: dict[str, None] = {}  # in order of arrival
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have been held back and still are."""
+        return len(self._waiting)
+
+    @property
+    def requests(self) -> int:
+        """Requests that hold slots."""
+        return len(self._requests)
+
+    def admit(self, request: str, plans: Iterable[ServedPlan]) -> bool:
+        """Whether the request may run; then it holds its plans until `release`. Asking again changes nothing."""
+        if request in self._requests:
+            return True
+        wanted = {served.name: served for served in plans}
+        need = sum(served.slots for name, served in wanted.items() if name not in self._holders)
+        first = next(iter(self._waiting), request)
+        if need > self.free or (need and first != request):
+            self._waiting.setdefault(request)
+            return False
+        self._waiting.pop(request, None)
+        self.free -= need
+        for name in wanted:
+            self._holders[name] = self._holders.get(name, 0) + 1
+        self._requests[request] = tuple(wanted.values())
+        return True
+
+    def release(self, request: str) -> None:
+        """The request has ended, or was aborted while it waited."""
+        self._waiting.pop(request, None)
+        for served in self._requests.pop(request, ()):
+            self._holders[served.name] -= 1
+            if not self._holders[served.name]:
+                del self._holders[served.name]
+                self.free += served.slots
+
+
+class Residents:
+    """The bank's side: slot numbers of the plans that are loaded; one that nobody holds makes room when needed.
+
+    Args:
+        slots: How many slots every bank has.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._free = list(range(slots))
+        self._numbers: dict[str, tuple[int, ...]] = {}  # the longest unused first
+        self._holders: dict[str, int] = {}
+
+    def hold(self, served: ServedPlan) -> tuple[tuple[int, ...], tuple[str, ...], bool]:
+        """(slot numbers, plans to unload for them, whether the plan must be loaded into them)."""
+        self._holders[served.name] = self._holders.get(served.name, 0) + 1
+        if served.name in self._numbers:
+            numbers = self._numbers.pop(served.name)
+            self._numbers[served.name] = numbers
+            return numbers, (), False
+        evicted: list[str] = []
+        for name in [name for name in self._numbers if name not in self._holders]:
+            if len(self._free) >= served.slots:
+                break
+            self._free += self._numbers.pop(name)
+            evicted.append(name)
+        if len(self._free) < served.slots:
+            raise RuntimeError(
+                f"steerfast: no slot is free for the plan {served.name!r}; the scheduler admitted too much"
+            )
+        self._free.sort()
+        numbers = tuple(self._free[: served.slots])
+        del self._free[: served.slots]
+        self._numbers[served.name] = numbers
+        return numbers, tuple(evicted), True
+
+    def release(self, served: ServedPlan) -> None:
+        """One holder less; the plan stays loaded until its slots are needed."""
+        self._holders[served.name] -= 1
+        if not self._holders[served.name]:
+            del self._holders[served.name]
+
+    @property
+    def held(self) -> int:
+        """Plans that a request holds."""
+        return len(self._holders)

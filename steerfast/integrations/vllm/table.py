@@ -1,0 +1,122 @@
+"""The row table of an engine step: which slots edit which token of the batch, in buffers that never move.
+
+What a request wants is one row of 16 numbers, written when it arrives: four slots, the first position that each acts on,
+the position where it stops, and its strength. A step gathers these rows by request, compares them with the positions
+that the engine itself has computed on its device, and writes the table: nothing is read back, and no count that is only
+a guess under speculation is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steerfast._checks import MAX_SLOTS_PER_ROW
+
+WIDTH = MAX_SLOTS_PER_ROW
+
+
+class Owner(NamedTuple):
+    """One slot of a request: it edits positions [first, stop), multiplied by strength."""
+
+    slot: int
+    strength: float
+    first: int
+    stop: int
+
+
+class RowTable:
+    """Who edits which token of the running batch.
+
+    Args:
+        tokens: How many tokens a batch can have, padding included.
+        device: Where the model runs.
+    """
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.rows = torch.full((tokens, WIDTH), -1, dtype=torch.int32, device=device)
+        self.scale = torch.ones(tokens, WIDTH, dtype=torch.float32, device=device)
+        self.tokens = 0  # of the running batch
+        self.step = 0  # changes with every batch that somebody is steered in
+        self._wanted = torch.zeros(
+            1, 4 * WIDTH, dtype=torch.int32, device=device
+        )  # one line per request; no graph sees it
+        self._wanted[0, :WIDTH] = -1  # whoever is not steered
+        self._free: list[int] = []
+        self._line: dict[str, int] = {}
+        self._new: dict[int, np.ndarray] = {}
+        self._count = torch.arange(tokens, device=device)
+
+    def put(self, request: str, owners: Sequence[Owner]) -> None:
+        """A request arrives; without owners it is not steered."""
+        self.drop(request)
+        if not owners:
+            return
+        if not self._free:
+            self._grow()
+        line = self._line[request] = self._free.pop()
+        wanted = np.zeros((4, WIDTH), dtype=np.int32)
+        wanted[0] = -1
+        for column, owner in enumerate(owners):
+            wanted[:, column] = owner.slot, owner.first, owner.stop, 0
+            wanted[3:, column] = np.array([owner.strength], dtype=np.float32).view(np.int32)
+        self._new[line] = wanted.reshape(-1)
+
+    def drop(self, request: str) -> None:
+        """A request has left; nothing happens if it was not steered."""
+        line = self._line.pop(request, None)
+        if line is not None:
+            self._free.append(line)
+
+    def __contains__(self, request: str) -> bool:
+        return request in self._line
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def fill(self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int) -> None:
+        """Write the table of a batch.
+
+        Args:
+            requests: Its requests, in order.
+            starts: First token of each in the batch, and one past the last: integer (requests + 1,), on the device.
+            positions: Position of every token in its request, at least `tokens` of them, on the device.
+            tokens: Tokens of the batch; what the engine pads it with stays unsteered.
+        """
+        before = self.tokens
+        lines = [self._line.get(request, 0) for request in requests] if self._line else []
+        if not any(lines):
+            if before:
+                self.rows[:before].fill_(-1)
+                self.tokens = 0
+            return
+        if self._new:
+            self._wanted.index_copy_(0, self._send([*self._new]), self._send([*self._new.values()], np.int32))
+            self._new.clear()
+        index = self._send(lines)
+        if tokens != len(lines):
+            owner = torch.searchsorted(starts[1 : len(lines) + 1], self._count[:tokens].to(starts.dtype), right=True)
+            index = index[owner.clamp_(max=len(lines) - 1)]
+        slots, first, stop, strength = self._wanted[index].view(-1, 4, WIDTH).unbind(1)  # (tokens, WIDTH) each
+        here = positions[:tokens, None]
+        self.rows[:tokens] = torch.where((here >= first) & (here < stop), slots, -1)
+        self.scale[:tokens] = strength.view(torch.float32)
+        if before > tokens:
+            self.rows[tokens:before].fill_(-1)
+        self.tokens = tokens
+        self.step += 1
+
+    def _grow(self) -> None:
+        count = self._wanted.shape[0]
+        self._wanted = torch.cat([self._wanted, self._wanted.new_zeros(max(count, 64), 4 * WIDTH)])
+        self._free = list(range(self._wanted.shape[0] - 1, count - 1, -1))
+
+    def _send(self, values: Sequence[object], dtype: type = np.int64) -> Tensor:
+        host = torch.from_numpy(np.asarray(values, dtype=dtype))
+        if self.rows.device.type == "cpu":
+            return host
+        return host.pin_memory().to(self.rows.device, non_blocking=True)

@@ -1,0 +1,144 @@
+"""What a client may say: flat fields in `SamplingParams.extra_args`, or `vllm_xargs` over HTTP, and nothing else.
+
+| field | meaning |
+|---|---|
+| `steer` | a plan's name, or a list of them, applied left to right; `[]`: this request is not steered |
+| `steer_strength` | a number, or one per plan, multiplying every edit of that plan (for a flow its T); default 1 |
+| `steer_positions` | "all", "prompt", "generated" or "last" for all of them; default: what each plan says |
+
+Names are looked up among the plans that the server has loaded: no path and nothing executable crosses the wire.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from steerfast._checks import MAX_SLOTS_PER_ROW
+from steerfast.plan import POSITIONS
+
+from .plans import Library, ServedPlan
+
+FIELDS = ("steer", "steer_strength", "steer_positions")
+LARGEST_STRENGTH = 65504.0  # the largest float16: beyond it some engine dtype overflows
+EVER = 2**31 - 1  # beyond the last position of any request
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One plan of a request, with its strength and positions."""
+
+    served: ServedPlan
+    strength: float
+    positions: str
+
+    def span(self, prompt: int) -> tuple[int, int]:
+        """[first, stop) of the positions it acts on, given the prompt's length in tokens."""
+        return {
+            "all": (0, EVER),
+            "prompt": (0, prompt),
+            "generated": (prompt, EVER),
+            "last": (max(prompt - 1, 0), EVER),
+        }[self.positions]
+
+
+def steer_fields(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields that speak of steering, known or not."""
+    return {key: value for key, value in (given or {}).items() if str(key).startswith("steer")}
+
+
+def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part, ...] = ()) -> tuple[Part, ...]:
+    """The plans that a request asks for; `default` where it does not speak of steering.
+
+    Raises:
+        ValueError: an unknown field or plan, a malformed value; the message says what was expected.
+    """
+    fields = steer_fields(given)
+    if not fields:
+        return default
+    unknown = sorted(set(fields) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"steer: unknown field {_short(unknown[0])}; the fields are {', '.join(FIELDS)}")
+    if "steer" not in fields:
+        raise ValueError(f"steer: {next(iter(fields))} is given without steer; name the plans it is about")
+    names = _names(fields["steer"])
+    strengths = _strengths(fields.get("steer_strength", 1.0), len(names))
+    positions = fields.get("steer_positions")
+    if positions is not None and positions not in POSITIONS:
+        raise ValueError(f"steer: steer_positions is {_short(positions)}; expected one of {', '.join(POSITIONS)}")
+    parts = tuple(
+        Part(served := _served(name, library), strength, _positions(served, positions))
+        for name, strength in zip(names, strengths, strict=True)
+    )
+    slots = sum(part.served.slots for part in parts)
+    if slots > MAX_SLOTS_PER_ROW:
+        raise ValueError(
+            f"steer: these plans apply {slots} interventions to a token; at most {MAX_SLOTS_PER_ROW} are possible: name fewer"
+        )
+    return parts
+
+
+def salt(given: str | None, parts: tuple[Part, ...]) -> str:
+    """The key under which the engine may share this request's keys and values: its own salt and all that steers it."""
+    steering = [(part.served.fingerprint, part.strength, part.positions) for part in parts]
+    return "steerfast:" + hashlib.sha256(json.dumps([given, steering]).encode()).hexdigest()
+
+
+def _names(value: Any) -> list[str]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)):
+        raise ValueError(f"steer: steer is {_short(value)}; expected a plan's name or a list of names")
+    if len(names) > MAX_SLOTS_PER_ROW:
+        raise ValueError(f"steer: steer names {len(names)} plans; at most {MAX_SLOTS_PER_ROW} can act on a token")
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"steer: a plan's name is {_short(name)}; expected text")
+    return list(names)
+
+
+def _strengths(value: Any, count: int) -> list[float]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"steer: steer_strength has {len(values)} numbers for {count} plans; give one per plan")
+    return [_strength(number) for number in values]
+
+
+def _strength(value: Any) -> float:
+    # The bound is compared before the conversion, which a whole number of 400 digits would not survive.
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"steer: steer_strength is {_short(value)}; expected a number")
+    if (isinstance(value, float) and not math.isfinite(value)) or not -LARGEST_STRENGTH <= value <= LARGEST_STRENGTH:
+        raise ValueError(
+            f"steer: steer_strength is {_short(value)}; expected a finite number, at most {LARGEST_STRENGTH:g} in size"
+        )
+    return float(value)
+
+
+def _served(name: str, library: Library) -> ServedPlan:
+    if name in library.refused:
+        raise ValueError(f"steer: the plan {_short(name)} cannot be used: {library.refused[name]}")
+    if name not in library.plans:
+        raise ValueError(f"steer: there is no plan {_short(name)}; this engine has {len(library.plans)} plans")
+    return library.plans[name]
+
+
+def _positions(served: ServedPlan, positions: str | None) -> str:
+    chosen = served.positions if positions is None else positions
+    if chosen is None:
+        raise ValueError(
+            f"steer: the plan {_short(served.name)} names single positions, which a server does not follow; give steer_positions"
+        )
+    return chosen
+
+
+def _short(value: Any) -> str:
+    """A client's value in a message: never longer than a line, whatever was sent."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python prints
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,71 @@
+"""Llama Scope: hyperparams.json and final.safetensors, with the mean length of its data set on both sides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._parts import dictionary, fold, place_of_hook, refuse, vector, whole, wide, width_of
+
+if TYPE_CHECKING:
+    from steerfast.sae.model import SAE
+
+
+def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
+    """An SAE of Llama Scope: h = W·x·√d/‖x‖_mean + b, gated by h·‖W_dec‖ > θ; the scales are folded into the weights."""
+    from steerfast.sae.model import Origin
+
+    d = width_of(tensors, "decoder.bias", path)
+    w_enc = dictionary(tensors, "encoder.weight", d, path)
+    w_dec = dictionary(tensors, "decoder.weight", d, path, transposed=True)
+    count = w_enc.shape[0]
+    b_enc, b_dec = vector(tensors, "encoder.bias", count, path), vector(tensors, "decoder.bias", d, path)
+    if "d_model" in config and whole(config["d_model"], "d_model", path) != d:
+        raise refuse(path, f"d_model is {config['d_model']} in hyperparams.json and {d} in the weights")
+    hook, out = str(config.get("hook_point_in") or ""), config.get("hook_point_out")
+    if out not in (None, hook):
+        raise refuse(path, f"a transcoder from {hook} to {out}; only SAEs are read")
+    unknown = [name for name in ("apply_decoder_bias_to_pre_encoder", "use_glu_encoder") if config.get(name)]
+    if unknown:
+        raise refuse(path, f"{unknown[0]} is set, which this reader does not know")
+    function, norms = str(config.get("act_fn", "jumprelu")).lower(), None
+    if config.get("sparsity_include_decoder_norm", False):
+        norms = wide(w_dec).norm(dim=1)
+    k: int | None = None
+    threshold: Tensor | None = None  # ReLU
+    if function == "jumprelu":
+        threshold = torch.full((count,), float(_setting(config, "jump_relu_threshold", path)))
+        threshold = threshold if norms is None else threshold / norms
+    elif function == "topk":
+        if norms is not None:
+            raise refuse(path, "Top-K of h·‖W_dec‖ that returns h itself; convert it to JumpReLU, as the release was")
+        k = whole(_setting(config, "top_k", path), "top_k", path)
+    elif function != "relu":
+        raise refuse(path, f"act_fn {function!r}; expected jumprelu, topk or relu")
+    before, after = _scales(config, d, path)
+    if (before, after) != (1.0, 1.0):
+        w_enc, w_dec, b_dec = wide(w_enc) * before, wide(w_dec) / after, wide(b_dec) / after
+    origin = Origin(place_of_hook(hook), hook, str(config.get("model_name") or ""), "Llama Scope")
+    return fold(w_enc, w_dec, b_enc, b_dec, subtract=False, origin=origin, k=k, threshold=threshold)
+
+
+def _scales(config: dict[str, Any], d: int, path: Path) -> tuple[float, float]:
+    """√d over the mean length of what goes in, and of what comes out."""
+    kind = config.get("norm_activation", "dataset-wise")
+    if kind in ("inference", "none"):
+        return 1.0, 1.0
+    if kind != "dataset-wise":
+        raise refuse(path, f"norm_activation is {kind!r}; expected dataset-wise, inference or none")
+    lengths = _setting(config, "dataset_average_activation_norm", path)
+    if not isinstance(lengths, dict) or not {"in", "out"} <= set(lengths) or min(lengths["in"], lengths["out"]) <= 0:
+        raise refuse(path, f"dataset_average_activation_norm is {lengths!r}; expected lengths > 0 under in and out")
+    return d**0.5 / float(lengths["in"]), d**0.5 / float(lengths["out"])
+
+
+def _setting(config: dict[str, Any], name: str, path: Path) -> Any:
+    if config.get(name) is None:
+        raise refuse(path, f"hyperparams.json has no {name}")
+    return config[name]

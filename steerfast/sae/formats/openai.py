@@ -1,0 +1,37 @@
+"""OpenAI's sparse autoencoders: one .pt file with tensors and the activation's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._parts import dictionary, fold, refuse, vector, whole, width_of
+
+if TYPE_CHECKING:
+    from steerfast.sae.model import SAE
+
+
+def read(config: dict[str, Any], tensors: dict[str, Any], path: Path) -> SAE:
+    """An SAE of OpenAI: pre_bias is subtracted first; with Top-K each row is normalised, and the reconstruction scaled back."""
+    from steerfast.sae.model import Origin
+
+    if "pre_bias" not in tensors:
+        hint = " (an ae.pt of dictionary_learning needs its config.json beside it)" if "b_dec" in tensors else ""
+        raise refuse(
+            path, f"no tensor 'pre_bias', so it is no file of OpenAI{hint}; it has {', '.join(sorted(tensors))}"
+        )
+    d = width_of(tensors, "pre_bias", path)
+    w_enc = dictionary(tensors, "encoder.weight", d, path)
+    w_dec = dictionary(tensors, "decoder.weight", d, path, transposed=True)
+    b_enc, b_dec = vector(tensors, "latent_bias", w_enc.shape[0], path), vector(tensors, "pre_bias", d, path)
+    origin, name = Origin(hook_name="", source="OpenAI"), tensors.get("activation", "ReLU")
+    if name == "ReLU":
+        return fold(w_enc, w_dec, b_enc, b_dec, subtract=True, origin=origin)
+    if name != "TopK":
+        raise refuse(path, f"activation {name!r}; expected ReLU or TopK")
+    state = tensors.get("activation_state_dict", tensors)
+    if not isinstance(state, Mapping) or state.get("postact_fn", "ReLU") != "ReLU":
+        raise refuse(path, f"activation_state_dict is {state!r}; expected k, with a ReLU behind it")
+    k = whole(state.get("k"), "k", path)
+    return fold(w_enc, w_dec, b_enc, b_dec, subtract=True, origin=origin, k=k, normalisation="layer_norm")

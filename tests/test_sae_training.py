@@ -1,0 +1,478 @@
+"""Training of SAEs: the step against autograd, the stream of rows, the cache, checkpoints, several processes, a real model."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import steerfast as sf
+from steerfast.sae import cache as cache_module
+from steerfast.sae import training
+from steerfast.sae.cache import ActivationCache, cache_activations, pack, real_tokens
+from steerfast.sae.distributed import Alone
+from steerfast.sae.evaluate import evaluate_sae
+from steerfast.sae.model import SAE, Origin
+from steerfast.sae.training import TrainConfig, Trainer, train_sae
+
+D, F, K = 40, 96, 5
+
+
+def rows(n: int, d: int = D, sparse: int = 3, seed: int = 0) -> Tensor:
+    """Rows that a dictionary of 48 directions explains, `sparse` at a time, and an offset."""
+    dice = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(48, d, generator=torch.Generator().manual_seed(9)), dim=1)
+    which = torch.rand(n, 48, generator=dice).topk(sparse, dim=1).indices
+    weights = torch.zeros(n, 48).scatter_(1, which, 1 + 2 * torch.rand(n, sparse, generator=dice))
+    return weights @ directions + 0.02 * torch.randn(n, d, generator=dice) + 4
+
+
+CONFIG = TrainConfig(features=F, k=K, tokens=6000, batch=200, lr=5e-3, dead_after=1500, aux_k=8)
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [96, 97])  # with and without the groups of _top
+def test_top_is_exact(features: int) -> None:
+    x, w, b = torch.randn(31, D), torch.randn(features, D), torch.randn(features)
+    values, indices = training._top(x, w, b, K)
+    expected = torch.addmm(b, x, w.T).topk(K)
+    assert torch.equal(values.sort(1, descending=True).values, expected.values.clamp(min=0))
+    assert torch.equal(indices.sort(1).values, expected.indices.sort(1).values)
+
+
+def dense_loss(weights: dict[str, Tensor], x: Tensor, k: int, dead: Tensor, aux_k: int, aux_weight: float) -> Tensor:
+    """The loss of the module's docstring, written down with dense matrices."""
+    centred = x - weights["b_dec"]
+    pre = centred @ weights["w_enc"].T + weights["b_enc"]
+    best = pre.topk(k, dim=1)
+    latents = torch.zeros_like(pre).scatter(1, best.indices, best.values.relu())
+    rest = latents @ weights["w_dec"] - centred
+    # the error that the dead latents work on is a constant to them, and so is the input of their encoder to b_dec
+    outside = pre[:, dead].topk(min(aux_k, int(dead.sum())), dim=1)
+    constant = (x - weights["b_dec"]).detach() @ weights["w_enc"][dead].T + weights["b_enc"][dead]
+    chosen = torch.zeros_like(constant).scatter(1, outside.indices, constant.gather(1, outside.indices).relu())
+    second = chosen @ weights["w_dec"][dead] + rest.detach()
+    return (rest.square().sum() + aux_weight * second.square().sum()) / len(x)
+
+
+def test_the_gradient_is_that_of_autograd_in_float64() -> None:
+    trainer = Trainer(CONFIG, training._Whole(rows(500)), Alone())
+    weights = {name: torch.randn_like(value).double() for name, value in trainer.weights.items()}
+    dead = torch.zeros(F, dtype=torch.bool)
+    dead[::7] = True
+    leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    x = rows(64, seed=3).double()
+    expected = torch.autograd.grad(
+        dense_loss(leaves, x, K, dead, CONFIG.aux_k, CONFIG.aux_weight), list(leaves.values())
+    )
+
+    centred = x - weights["b_dec"]
+    found = training._top(centred, weights["w_enc"], weights["b_enc"], K)
+    gradients, error = training.sparse_gradients(centred, *found, weights["w_enc"], weights["w_dec"], Alone(), len(x))
+    trainer.weights, trainer.silent = weights, torch.where(dead, 10**9, 0)
+    trainer._revive(gradients, centred, error, dead.nonzero().flatten(), len(x))
+    for name, want in zip(leaves, expected, strict=True):
+        assert torch.allclose(gradients[name], want, rtol=1e-10, atol=1e-12), name
+
+
+def test_decoder_rows_keep_length_one_and_the_scale_folds_away() -> None:
+    x = rows(3000) * 50
+    trainer = Trainer(CONFIG, training._Whole(x), Alone())
+    for step in range(5):
+        trainer.train_on(x[200 * step : 200 * (step + 1)])
+    assert torch.allclose(trainer.weights["w_dec"].norm(dim=1), torch.ones(F), atol=1e-6)
+    sae = trainer.sae(Origin())
+    centred = x[:50].double() / trainer.scale - trainer.weights["b_dec"].double()
+    pre = centred @ trainer.weights["w_enc"].double().T + trainer.weights["b_enc"].double()
+    best = pre.topk(K, dim=1)
+    latents = torch.zeros_like(pre).scatter(1, best.indices, best.values.relu())
+    expected = (latents @ trainer.weights["w_dec"].double() + trainer.weights["b_dec"].double()) * trainer.scale
+    assert (sae.reconstruct(x[:50]) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_schedules() -> None:
+    config = TrainConfig(features=64, k=4, k_start=20, tokens=1000, batch=10, lr=1.0, warmup=0.1, decay=0.5)
+    assert config.steps == 100
+    assert [config.lr_at(step) for step in (0, 9, 40, 75, 99)] == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.02])
+    assert [config.k_at(step) for step in (0, 5, 10, 99)] == [20, 12, 4, 4]
+
+
+def test_training_finds_the_dictionary() -> None:
+    reports: list[training.TrainReport] = []
+    config = TrainConfig(features=F, k=3, tokens=120_000, batch=400, lr=5e-3, dead_after=5000, k_start=8, aux_k=16)
+    sae = train_sae(rows(20_000), config, progress=reports.append, checkpoint_every=100)
+    held_out = rows(2000, seed=1)
+    error = (sae.reconstruct(held_out) - held_out).square().sum() / (held_out - held_out.mean(0)).square().sum()
+    assert error < 0.05, f"FVU {error:.3f}"
+    truth = torch.nn.functional.normalize(torch.randn(48, D, generator=torch.Generator().manual_seed(9)), dim=1)
+    best = (truth @ sae.w_dec.T).amax(1)
+    assert (best > 0.95).float().mean() > 0.9
+    assert reports[-1].step == config.steps == 300
+    assert reports[0].fvu > 1.5 * reports[-1].fvu
+    assert "tokens/s" in str(reports[-1])
+
+
+def test_dead_latents_come_back() -> None:
+    """A latent whose bias keeps it out of every top-k stays dead without AuxK and lives with it."""
+    x, dead = rows(4000), {}
+    for aux_k in (0, 16):
+        config = TrainConfig(features=F, k=3, tokens=80_000, batch=400, lr=5e-3, dead_after=2000, aux_k=aux_k)
+        trainer = Trainer(config, training._Whole(x), Alone())
+        trainer.weights["b_enc"][::2] = -2.0
+        batches = training.stream(training._Whole(x), 400, 0, 0)
+        for _ in range(200):
+            trainer.train_on(next(batches))
+        dead[aux_k] = trainer.report(1.0).dead
+    assert dead[0] > 0.4
+    assert dead[16] < 0.2
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    sae = train_sae(rows(2000), TrainConfig(features=F, k=K, tokens=4000, batch=200, tied=True))
+    assert torch.equal(sae.w_enc, sae.w_dec)
+    sae.save(tmp_path)
+    assert torch.equal(SAE.load(tmp_path).w_enc, sae.w_enc)
+
+
+# --- the order of the rows --------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """Rows 0, 1, 2, … in shards of unequal length, which count how often they are read."""
+
+    counts = (7, 3, 11, 5, 9, 4, 8, 6, 10, 2, 12)
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def read(self, shard: int) -> Tensor:
+        self.reads += 1
+        start = sum(self.counts[:shard])
+        return torch.arange(start, start + self.counts[shard], dtype=torch.float32)[:, None]
+
+
+def test_every_epoch_has_every_row_once_in_another_order() -> None:
+    data = Shards()
+    total = sum(data.counts)
+    batches = training.stream(data, 7, seed=5, step=0)
+    seen = torch.cat([next(batches) for _ in range(2 * total)]).flatten()
+    epochs = seen[: 14 * total].view(14, total)
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, torch.arange(total, dtype=torch.float32))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("step", [1, 9, 10, 11, 12, 25])
+def test_the_stream_goes_on_anywhere(step: int) -> None:
+    whole = training.stream(Shards(), 7, seed=5, step=0)
+    expected = [next(whole) for _ in range(step + 4)][step:]
+    data = Shards()
+    found = training.stream(data, 7, seed=5, step=step)
+    assert all(torch.equal(next(found), batch) for batch in expected)
+    assert data.reads <= 3 * len(data.counts)  # the groups before it are not read
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def equal(a: SAE, b: SAE) -> bool:
+    return all(torch.equal(value, b.tensors()[name]) for name, value in a.tensors().items())
+
+
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path) -> None:
+    x = rows(1500)
+    straight = train_sae(x, CONFIG)
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(report: training.TrainReport) -> None:
+        if report.step == 14:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_sae(x, CONFIG, tmp_path, checkpoint_every=7, progress=stop)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-00000014-0of1.safetensors"]
+    assert equal(train_sae(x, CONFIG, tmp_path, checkpoint_every=11), straight)
+    assert equal(train_sae(x, CONFIG, tmp_path), straight)  # a finished run comes back from its last checkpoint
+
+
+KILLED = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+import test_sae_training as here
+here.train_sae(here.rows(1500), here.changed(tokens=10**9), {folder!r}, checkpoint_every=1)
+"""
+
+
+def changed(**changes: int) -> TrainConfig:
+    return dataclasses.replace(CONFIG, **changes)
+
+
+def test_a_run_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
+    """SIGKILL, wherever it strikes: one whole checkpoint is there, and its state is that of an undisturbed run."""
+    program = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    last = -1
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", program])
+        try:
+            deadline = time.monotonic() + 60
+            while _last_step(tmp_path) <= last + 3:
+                assert process.poll() is None, "the run ended by itself"
+                assert time.monotonic() < deadline, "no checkpoint in a minute"
+                time.sleep(0.01)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        last = _last_step(tmp_path)
+
+    x, config = rows(1500), changed(tokens=10**9)
+    resumed = Trainer(config, training._Whole(x), Alone())
+    training.Checkpoints(tmp_path, training._fingerprint(config, training._Whole(x)), Alone()).load(resumed)
+    assert resumed.step == last
+    straight = Trainer(config, training._Whole(x), Alone())
+    batches = training.stream(training._Whole(x), config.batch, config.seed, 0)
+    while straight.step < last:
+        straight.train_on(next(batches))
+    straight.sums.zero_()
+    for name, value in resumed.state().items():
+        assert torch.equal(value, straight.state()[name]), name
+
+
+def _last_step(folder: Path) -> int:
+    return max((int(file.name.split("-")[1]) for file in folder.glob("checkpoint-*.safetensors")), default=-1)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows(1500)
+    write = Path.write_bytes
+    budget = [200_000]  # two checkpoints of about 80 kB fit, the third stops in the middle
+
+    def write_some(self: Path, content: bytes) -> int:
+        written = write(self, content[: budget[0]])
+        budget[0] -= written
+        if written < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return written
+
+    monkeypatch.setattr(Path, "write_bytes", write_some)
+    with pytest.raises(OSError, match="No space left"):
+        train_sae(x, CONFIG, tmp_path, checkpoint_every=5)
+    monkeypatch.undo()
+    (left,) = tmp_path.iterdir()
+    assert left.name == "checkpoint-00000010-0of1.safetensors"
+    assert load_file(left)["w_dec"].isfinite().all()
+    assert equal(train_sae(x, CONFIG, tmp_path), train_sae(x, CONFIG))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    train_sae(rows(1500), CONFIG, tmp_path)
+    with pytest.raises(ValueError, match="another run"):
+        train_sae(rows(1500), changed(seed=1), tmp_path)
+    with pytest.raises(ValueError, match="another run"):
+        train_sae(rows(1400), CONFIG, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        train_sae(rows(1500), CONFIG, tmp_path)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite(bad: float) -> None:
+    x = rows(1500)
+    x[1234, 5] = bad
+    with pytest.raises(ValueError, match="row 1234 of shard 0 holds NaN or Inf"):
+        train_sae(x, CONFIG)
+
+
+def test_divergence_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="diverged"):
+        train_sae(rows(1500), TrainConfig(features=F, k=K, tokens=6000, batch=200, lr=1e30), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 97}, "k is 97; expected 1 to features = 96"),
+        ({"k": 0}, "k is 0"),
+        ({"k_start": 3}, "k_start is 3"),
+        ({"k_start": 200}, "k_start is 200"),
+        ({"tokens": 10}, "at least one batch"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"warmup": 0.9, "decay": 0.9}, "warmup"),
+    ],
+)
+def test_a_bad_configuration(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{"features": F, "k": K, "tokens": 6000, "batch": 200, **change})  # type: ignore[arg-type]
+
+
+def test_a_configuration_of_the_wrong_type() -> None:
+    with pytest.raises(TypeError, match="features must be a whole number"):
+        TrainConfig(features=8192.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected floating"):
+        train_sae(torch.zeros(4, 4, 4), CONFIG)
+    with pytest.raises(ValueError, match="all rows of the first shard are equal"):
+        train_sae(torch.ones(500, 4), CONFIG)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+TOGETHER = """
+import os, sys, torch
+import torch.distributed as dist
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+import test_sae_training as here
+from steerfast.sae.distributed import SplitData, SplitFeatures
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{folder}/rendezvous", rank=rank, world_size=2)
+for name, split in (("data", SplitData()), ("features", SplitFeatures())):
+    config = here.changed(dead_after=400)
+    half = here.train_sae(here.rows(1500), here.changed(dead_after=400), None, split=split)
+    half.save("{folder}/" + name + str(rank))
+
+    class Stop(Exception): pass
+    def stop(report):
+        if report.step == 20: raise Stop
+    place = "{folder}/checkpoints-" + name
+    try: here.train_sae(here.rows(1500), config, place, split=split, checkpoint_every=10, progress=stop)
+    except Stop: pass
+    again = here.train_sae(here.rows(1500), config, place, split=split, checkpoint_every=10)
+    assert here.equal(again, half), name
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """Split data and split features, each with AuxK at work, each resumed from checkpoints in two files."""
+    program = TOGETHER.format(tests=str(Path(__file__).parent), folder=tmp_path)
+    both = [subprocess.Popen([sys.executable, "-c", program, str(rank)]) for rank in range(2)]
+    try:
+        assert [process.wait(timeout=120) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
+    alone = train_sae(rows(1500), changed(dead_after=400))
+    x = rows(300, seed=2)
+    for name in ("data", "features"):
+        saes = [SAE.load(tmp_path / f"{name}{rank}") for rank in range(2)]
+        assert equal(*saes)
+        for key, value in alone.tensors().items():
+            assert torch.allclose(saes[0].tensors()[key], value, rtol=1e-3, atol=2e-4), (name, key)
+        assert torch.equal(saes[0].topk(x)[1].sort(1).values, alone.topk(x)[1].sort(1).values), name
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "The old lighthouse stood at the end of the pier, and nobody had climbed its stairs since the storm of 1953.",
+    "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there.",
+    "She opened the letter slowly, read it twice, and put it back into the drawer without a word.",
+    "A prime number has exactly two divisors; there are infinitely many of them, as Euclid proved.",
+] * 5
+
+
+@pytest.mark.model
+def test_the_cache_holds_what_the_model_computes(smollm, tmp_path: Path) -> None:
+    model, tokenizer = smollm
+    cache = cache_activations(model, tokenizer, TEXTS, ("resid_post", 3), tmp_path, context=32, dtype=torch.float32)
+    tokens, positions = cache.contexts(0)
+    assert tokens[:, 0].tolist() == [tokenizer.bos_token_id] * len(tokens)
+    assert torch.equal(tokens, pack(tokenizer, TEXTS, 32))
+    ids = tokens.flatten()[positions.long()]
+    assert not set(ids.tolist()) & set(tokenizer.all_special_ids)
+    assert len(ids) == int(real_tokens(tokenizer, tokens).sum()) == len(cache)
+    with torch.no_grad():
+        states = model(tokens.long(), output_hidden_states=True).hidden_states[4]
+    assert torch.allclose(cache.read(0), states.reshape(-1, 576)[positions.long()], rtol=1e-4, atol=1e-3)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.model
+def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = smollm
+    monkeypatch.setattr(cache_module, "SHARD_TOKENS", 64)
+    arguments = (model, tokenizer, TEXTS, ("resid_post", 1))
+    whole = cache_activations(*arguments, tmp_path / "whole", context=32)
+    assert len(whole.counts) > 3
+
+    class Interrupted(Exception):
+        pass
+
+    said: list[str] = []
+
+    def stop(line: str) -> None:
+        said.append(line)
+        if len(said) == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        cache_activations(*arguments, tmp_path / "part", context=32, progress=stop)
+    with pytest.raises(ValueError, match=f"lacks {len(whole.counts) - 2} of {len(whole.counts)} shards"):
+        ActivationCache.open(tmp_path / "part")
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "part").glob("*.safetensors")}
+    part = cache_activations(*arguments, tmp_path / "part", context=32)
+    assert {name: (tmp_path / "part" / name).stat().st_mtime_ns for name in before} == before
+    assert part.counts == whole.counts == ActivationCache.open(tmp_path / "part").counts
+    for shard in range(len(whole.counts)):
+        assert torch.equal(part.read(shard), whole.read(shard))
+    with pytest.raises(ValueError, match="layer 1 there, 2 here"):
+        cache_activations(model, tokenizer, TEXTS, ("resid_post", 2), tmp_path / "part", context=32)
+    (tmp_path / "part" / "00001.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(ValueError, match="damaged"):
+        ActivationCache.open(tmp_path / "part").read(1)
+
+
+@pytest.mark.model
+def test_train_and_evaluate_on_a_real_model(smollm, tmp_path: Path) -> None:
+    model, tokenizer = smollm
+    cache = cache_activations(model, tokenizer, TEXTS, ("resid_post", 2), tmp_path, context=32)
+    sae = sf.train_sae(cache, TrainConfig(features=256, k=16, tokens=40_000, batch=256, lr=3e-3))
+    assert sae.place == ("resid_post", 2)
+    found = evaluate_sae(sae, model, tokenizer, TEXTS, context=32, loss_tokens=100)
+    assert found.variance_explained > 0.8
+    assert found.active <= 16
+    assert found.loss < found.loss_reconstructed < found.loss_zeroed
+    assert found.loss_recovered > 0.6
+    identity = SAE(
+        torch.eye(576).repeat(2, 1) * _signs(), torch.eye(576).repeat(2, 1) * _signs(), k=576, origin=sae.origin
+    )
+    perfect = evaluate_sae(identity, model, tokenizer, TEXTS, context=32, loss_tokens=100)
+    assert perfect.variance_explained == pytest.approx(1, abs=1e-6)
+    assert perfect.loss_recovered == pytest.approx(1, abs=1e-3)
+    assert perfect.loss_zeroed == pytest.approx(found.loss_zeroed)
+    with pytest.raises(ValueError, match="does not know its place"):
+        evaluate_sae(SAE(torch.eye(576), torch.eye(576), k=1), model, tokenizer, TEXTS)
+
+
+def _signs() -> Tensor:
+    return torch.cat([torch.ones(576, 1), -torch.ones(576, 1)])
+
+
+@pytest.mark.model
+def test_texts_that_do_not_work(smollm) -> None:
+    tokenizer = smollm[1]
+    with pytest.raises(ValueError, match="expected 31 at least"):
+        pack(tokenizer, ["Hello."], 32)
+    with pytest.raises(TypeError, match="put it into a list"):
+        pack(tokenizer, "Hello.", 32)
+    with pytest.raises(ValueError, match="context is 4"):
+        pack(tokenizer, TEXTS, 4)
