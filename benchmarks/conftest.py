@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from steerfast.timing import (
     Row,
     append_row,
     circumstances,
+    interval,
     measure_peaks,
     memory_rise,
 )
@@ -95,7 +96,9 @@ LEDGER = pytest.StashKey[Ledger]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEDGER] = Ledger(config)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what `timeout` sends ends a run like Ctrl-C: with its summary
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # what `timeout` sends ends a run like Ctrl-C: with its summary
     if PLACE == "cpu":
         torch.set_num_threads(1)  # the clock counts the CPU time of all threads
     if PLACE == "cuda" or INTERPRETED:
@@ -113,12 +116,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[LEDGER].planned = [item.nodeid for item in session.items]
 
 
+OUT_OF_TIME = "out of time: --deadline has passed"
+_finished: set[str] = set()
+_skipped: dict[str, list[str]] = {}  # reason -> cases
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _skipped.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
     if report.when == "teardown":
         _finished.add(report.nodeid)
-
-
-_finished: set[str] = set()
 
 
 @pytest.fixture
@@ -130,18 +138,19 @@ def ledger(pytestconfig: pytest.Config) -> Ledger:
 def _in_time(ledger: Ledger) -> None:
     torch.manual_seed(0)
     if time.monotonic() > ledger.deadline:
-        pytest.skip("out of time: --deadline has passed")
+        pytest.skip(OUT_OF_TIME)
 
 
 @pytest.fixture
-def race(benchmark: Any, ledger: Ledger) -> Iterator[Callable[..., Row]]:
-    """`race(build, peers=, yardsticks=, memory=)`: check, measure and keep one case; a wrong answer of ours fails and shows no time."""
+def race(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
+    """`race(build, peers=, yardsticks=, memory=, sizes=)`: check, measure and keep a case. A wrong answer of ours shows no time."""
 
     def run(
         build: Callable[[], Case],
         peers: dict[str, Any] | None = None,
         yardsticks: dict[str, Any] | None = None,
         memory: tuple[str, ...] = (),
+        sizes: dict[str, int] | None = None,
     ) -> Row:
         try:
             case = build()
@@ -159,7 +168,7 @@ def race(benchmark: Any, ledger: Ledger) -> Iterator[Callable[..., Row]]:
                 row["suite"] = benchmark.group
                 if contest.red:
                     pytest.fail(f"{case.name}: {row['missing'][OURS]}", pytrace=False)
-                row["memory"] = _memory(case, memory, ledger.clock.device)
+                row["memory"] = {**_memory(case, memory, ledger.clock.device), **(sizes or {})}
                 _time(benchmark, contest, ledger)
         except KeyboardInterrupt:
             row["status"] = "interrupted"
@@ -175,14 +184,16 @@ def race(benchmark: Any, ledger: Ledger) -> Iterator[Callable[..., Row]]:
                 torch.cuda.empty_cache()
         return row
 
-    yield run
+    return run
 
 
 @pytest.fixture
 def sample(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
-    """`sample(name, once, rounds)`: keep what times itself; each call of `once` gives seconds by contender, ours among them."""
+    """`sample(name, once, rounds, values=)`: keep what times itself; `once` gives seconds by contender, ours among them."""
 
-    def run(name: str, once: Callable[[], dict[str, float]], rounds: int) -> Row:
+    def run(
+        name: str, once: Callable[[], dict[str, float]], rounds: int, values: Callable[[], dict[str, float]] = dict
+    ) -> Row:
         row: Row = {"case": name, "suite": benchmark.group, "status": "ok", "clock": "wall time", "times": {}}
 
         def one() -> None:
@@ -192,6 +203,7 @@ def sample(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
 
         try:
             benchmark.pedantic(one, rounds=min(rounds, ledger.effort.rounds), iterations=1)
+            row["values"] = values()
         except KeyboardInterrupt:
             row["status"] = "interrupted"
             raise
@@ -220,6 +232,13 @@ def _time(benchmark: Any, contest: Race, ledger: Ledger) -> None:
     benchmark.pedantic(one_round, rounds=contest.rounds(), iterations=1, warmup_rounds=0)
 
 
+def _short(row: Row) -> str:
+    """A row without bytes, operations and a floor."""
+    if row["status"] != "ok":
+        return f"{row['case']:44}{row['status']}: {row.get('error', '')}"
+    return f"{row['case']:44}{1e3 * interval(row['times'][OURS])[0]:10.4f}"
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     ledger, say = config.stash[LEDGER], terminalreporter.write_line
     if not ledger.rows and not ledger.planned:
@@ -230,7 +249,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         say(f"copy {peaks.copy / 1e9:.1f} GB/s, {bench.SHORT[dtype]} product {peaks.product / 1e12:.3f} TFLOP/s")
     say(bench.HEAD)
     for row in ledger.rows:
-        say(bench.line(row) if "floor" in row else f"{row['case']}: {row['status']} {row.get('error', '')}")
+        say(bench.line(row) if "floor" in row else _short(row))
     say(bench.LEGEND)
     reasons: dict[str, list[str]] = {}
     for row in ledger.rows:
@@ -238,6 +257,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             reasons.setdefault(f"{name}: {reason}", []).append(row["case"])
     for reason, cases in reasons.items():
         say(f"not measured: {reason} ({cases[0] if len(cases) == 1 else f'{len(cases)} cases'})")
+    for reason, names in _skipped.items():
+        say(f"not measured: {', '.join(names)}: {reason}")
     for name in ledger.planned:
         if name not in _finished:
             say(f"not measured: {name}: the run ended before it")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack, contextmanager
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ def bare_hooks(model: Any, vectors: dict[int, Tensor]) -> Callable[[], Any]:
 
 def generation(model: Any, rows: int, prompt: int, tokens: int, **options: Any) -> Callable[[], Tensor]:
     """A call that generates greedily and returns the logits of every step, (tokens, rows, vocabulary)."""
-    ids = torch.randint(5, model.config.vocab_size, (rows, prompt), device=next(model.parameters()).device)
+    same = torch.Generator().manual_seed(0)  # every contender gets the same prompt
+    ids = torch.randint(5, model.config.vocab_size, (rows, prompt), generator=same).to(next(model.parameters()).device)
     settings: dict[str, Any] = {
         "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0,
         "return_dict_in_generate": True, "output_logits": True, **options,

@@ -10,6 +10,6 @@ from setting import AT, pick
 from steerfast import bench_cases
 
 
-@pytest.mark.parametrize("n", pick((1, 64, 8192), (1, 256), (1, 3)))
+@pytest.mark.parametrize("n", pick((1, 64, 8192), (1, 256), (3,)))
 def test_add_rms_norm(race: Any, n: int) -> None:
     race(lambda: bench_cases.add_rms_norm(AT, n))

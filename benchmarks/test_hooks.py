@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import models
-import pytest
 import torch
 from setting import PLACE, pick
 from torch import nn
@@ -30,7 +31,8 @@ IMPORT = (
 def dispatched(module: nn.Module) -> nn.Module:
     """Put the library's dispatcher with one `Add` on a module, as `steer` does."""
     controller: Any = SimpleNamespace(now=Pass(owners=((0, 1.0),)))
-    dispatcher = Dispatcher(controller, Point(module, "post", "module", WIDTH), sf.Bank(WIDTH, 1, 1), fixed=False)
+    point, bank = Point(module, "post", "module", WIDTH), sf.Bank(WIDTH, 1, 1)
+    dispatcher = Dispatcher(controller, ("resid_post", 0), point, bank, fixed=False)
     dispatcher.put({0: sf.Add(torch.ones(WIDTH))}, 1)
     return module
 
@@ -46,6 +48,8 @@ def test_host_time(race: Any) -> None:
     vector = torch.ones(WIDTH)
 
     def build() -> Case:
+        if PLACE != "cpu":
+            raise NotHere("the hook's host time is measured on the PyTorch backend")
         at = Stream("cpu", torch.float32, WIDTH)
         return Case(
             "hook host time", bytes=3 * 4 * WIDTH, operations=WIDTH, fresh=lambda: (at.rows(1)[None],), captured=False,
@@ -62,10 +66,9 @@ def test_decode(race: Any) -> None:
     """Every layer steered, one token at a time."""
 
     def build() -> Case:
-        if PLACE == "tiny":
-            model = models.shaped()
-        else:
-            model = models.real()
+        if PLACE == "cuda":
+            raise NotHere("test_engines measures a model on a GPU")
+        model = pick(None, models.real, models.shaped)()
         layers = list(range(model.config.num_hidden_layers))
         vectors = models.vectors(model, layers)
         call = models.generation(model, rows=1, prompt=5, tokens=pick(32, 8, 2))
@@ -83,8 +86,7 @@ def test_decode(race: Any) -> None:
             own = models.twin(model)
             control = ControlModel(own, layers)
             control.set_control(ControlVector("llama", {i: v.numpy() for i, v in vectors.items()}))
-            call = models.generation(own, rows=1, prompt=5, tokens=pick(32, 8, 2))
-            return call
+            return models.generation(own, rows=1, prompt=5, tokens=pick(32, 8, 2))
 
         return Case(
             f"decode layers={len(layers)}", bytes=4 * sum(p.numel() for p in model.parameters()), operations=0,
@@ -106,3 +108,22 @@ def test_import(sample: Any) -> None:
         return {"ours": float(done.stdout)}
 
     sample("import steerfast", once, rounds=9)
+
+
+def test_listing(sample: Any, tmp_path: Path) -> None:
+    """A folder of 10 000 sets of vectors, of which only the descriptions are read; copies of one set."""
+    count = pick(10_000, 10_000, 10)
+    first = Path(sf.save_directions(tmp_path / "0", sf.Direction(torch.ones(8), "pca", 1.0, 1.0, layer=1)))
+    for i in range(1, count):
+        (tmp_path / str(i)).mkdir()
+        for file in first.iterdir():
+            (tmp_path / str(i) / file.name).hardlink_to(file)
+
+    def once() -> dict[str, float]:
+        begin = time.perf_counter()
+        found = sf.list_directions(tmp_path)
+        taken = time.perf_counter() - begin
+        assert len(found) == count
+        return {"ours": taken}
+
+    sample(f"list {count} vectors", once, rounds=5)

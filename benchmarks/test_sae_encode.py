@@ -5,12 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import peers
+import products
 import pytest
 from setting import AT, FEATURES, K, pick
 
 from steerfast import bench_cases
 
 
-@pytest.mark.parametrize("n", pick((1, 16, 256, 4096), (1, 256), (1, 2)))
+@pytest.mark.parametrize("n", pick((1, 16, 256, 4096), (1, 256), (2,)))
 def test_sae_encode(race: Any, n: int) -> None:
-    race(lambda: bench_cases.sae_encode(AT, n, FEATURES, K), peers=peers.sae_encode(K), memory=("ours", "eager"))
+    matrix = n * FEATURES * AT.dtype.itemsize
+    race(
+        lambda: bench_cases.sae_encode(AT, n, FEATURES, K),
+        peers=peers.sae_encode(K),
+        yardsticks=products.tiles(),
+        memory=("ours", "eager"),
+        sizes={"matrix": matrix},
+    )
+
+
+@pytest.mark.parametrize("n", pick((16, 4096), (256,), (2,)))
+def test_sae_encode_threshold(race: Any, n: int) -> None:
+    race(lambda: bench_cases.sae_encode_threshold(AT, n, FEATURES, pick(64, 64, 16)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .flow import integrate
+from .flow import euler, integrate
 
 ADD = tl.constexpr(1)
 HINGE = tl.constexpr(2)
@@ -19,8 +19,9 @@ SLERP = tl.constexpr(32)
 REFLECT = tl.constexpr(64)
 AFFINE = tl.constexpr(128)
 KEEP_NORM = tl.constexpr(256)  # not a mode: some slot restores the length of its rows
-COUPLED = tl.constexpr(124)  # FLOW | ROTATE | PUSH | SLERP | REFLECT: these need all of y before they know any of g
-MODE = tl.constexpr(255)
+SOLVE = tl.constexpr(512)
+COUPLED = tl.constexpr(636)  # FLOW | ROTATE | PUSH | SLERP | REFLECT | SOLVE: these need all of y before they know any of g
+MODE = tl.constexpr(767)
 SINE = tl.constexpr(1e-4)  # below this sine two directions count as parallel
 PI = tl.constexpr(3.141592653589793)
 
@@ -73,6 +74,17 @@ def _asin(x):
 
 
 @triton.jit
+def _sin(x):
+    """Sine to 1e-7 for angles up to some thousand: the library's keeps a table in local memory for angles above 1e5."""
+    k = tl.floor(x * (1.0 / PI) + 0.5)
+    r = ((x - k * 3.140625) - k * 9.67502593994140625e-4) - k * 1.509957990978376e-7  # x - kπ, π in three parts
+    z = r * r
+    poly = (((-2.3889859e-8 * z + 2.7525562e-6) * z - 1.9840874e-4) * z + 8.333331e-3) * z - 0.16666667
+    sine = r + r * z * poly
+    return tl.where(k - 2.0 * tl.floor(0.5 * k) == 0, sine, -sine)
+
+
+@triton.jit
 def _pick(y, offs_k, j):
     """Column j of a tile of coordinates: (BLOCK_N,)."""
     return tl.sum(tl.where((offs_k == j)[None, :], y, 0.0), axis=1)
@@ -83,7 +95,7 @@ def _rotate(y, constants_ptr, weight, offs_k):
     """g that gives the two coordinates the angle weight·c₃ and leaves their length; c₄ = 1: only where y₁ > 0."""
     angle = weight * tl.load(constants_ptr + 3)
     radius = tl.sqrt(tl.sum(y * y, axis=1))
-    axis = tl.where((offs_k == 0)[None, :], tl.cos(angle)[:, None], tl.sin(angle)[:, None])
+    axis = tl.where((offs_k == 0)[None, :], _sin(angle + 0.5 * PI)[:, None], _sin(angle)[:, None])
     turns = tl.where(tl.load(constants_ptr + 4) == 0, 1.0, _pick(y, offs_k, 0)) > 0
     return tl.where(turns[:, None] & (offs_k < 2)[None, :], radius[:, None] * axis - y, 0.0)
 
@@ -109,10 +121,10 @@ def _slerp(y, norm, constants_ptr, weight, offs_k):
     t = tl.minimum(weight * tl.load(constants_ptr + 3) * (doubt - beta) / (1.0 - beta), 1.0)
     small = _asin(tl.abs(cos))
     omega = 0.5 * PI - tl.where(cos < 0, -small, small)
-    sine = tl.sin(omega)
+    sine = _sin(omega)
     turns = (doubt > beta) & (sine > SINE) & (norm > 0)
-    s = tl.where(turns, tl.sin((1.0 - t) * omega) / sine, 1.0)
-    g = tl.where(turns, norm * tl.sin(t * omega) / sine, 0.0)
+    s = tl.where(turns, _sin((1.0 - t) * omega) / sine, 1.0)
+    g = tl.where(turns, norm * _sin(t * omega) / sine, 0.0)
     return s, tl.where((offs_k == 0)[None, :], g[:, None], 0.0)
 
 
@@ -126,10 +138,10 @@ def _reflect(y, norm, constants_ptr, weight, offs_k, mask_k):
     gamma = weight * PI * tl.sigmoid(score)
     lean = tl.minimum(tl.abs(first) * tl.where(norm > 0, 1.0 / norm, 0.0), 1.0)
     phi = 2.0 * _asin(lean)
-    sine = tl.sin(phi)
+    sine = _sin(phi)
     turns = (first + tl.load(constants_ptr + 4) < 0) & (sine > SINE)
-    far = tl.where(turns, tl.sin(gamma) / sine, 0.0)
-    s = tl.where(turns, tl.sin(phi - gamma) / sine + far, 1.0)
+    far = tl.where(turns, _sin(gamma) / sine, 0.0)
+    s = tl.where(turns, _sin(phi - gamma) / sine + far, 1.0)
     return s, tl.where((offs_k == 0)[None, :], (-2.0 * first * far)[:, None], 0.0)
 
 
@@ -142,8 +154,12 @@ def couple(y, norm, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES: tl.c
     if FLOW & MODES:
         if mode == FLOW:
             length = weight * (tl.load(constants_ptr) + tl.load(constants_ptr + 1) * norm)
-            rank, steps, extra = tl.load(head_ptr + 1), tl.load(head_ptr + 5), tl.load(head_ptr + 7)
-            alpha, g = integrate(y, norm, constants_ptr + 8, rank, offs_k, mask_k, length, steps, extra)
+            alpha, g = euler(y, norm, constants_ptr + 8, offs_k, mask_k, length, tl.load(head_ptr + 5))
+    if SOLVE & MODES:
+        if mode == SOLVE:
+            length = weight * (tl.load(constants_ptr) + tl.load(constants_ptr + 1) * norm)
+            rank, steps = tl.load(head_ptr + 1), tl.load(head_ptr + 5)
+            alpha, g = integrate(y, norm, constants_ptr + 8, rank, offs_k, mask_k, length, steps)
     if ROTATE & MODES:
         if mode == ROTATE:
             g = _rotate(y, constants_ptr, weight, offs_k)

@@ -97,7 +97,7 @@ def _add_rms_norm_kernel(
         if scale_ptr is not None:
             gain = tl.load(scale_ptr + i_n * stride_scale_n + p * stride_scale_p)
         vector_ptr = vectors_ptr + tl.maximum(slot, 0).to(tl.int64) * stride_v
-        vector = tl.load(vector_ptr + offs_d, mask=mask_d & (slot >= 0), other=0.0)
+        vector = tl.load(vector_ptr + offs_d, mask=mask_d, other=0.0)
         x = tl.where(slot >= 0, x + gain * vector.to(tl.float32), x)
     stream = x.to(stream_ptr.dtype.element_ty)
     tl.store(stream_ptr + i_n * D + offs_d, stream, mask=mask_d)

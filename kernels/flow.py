@@ -1,8 +1,8 @@
 """The flow of a barrier, da/dt = ∇h/‖∇h‖, on the k + 1 numbers that move: every step of every solver in registers.
 
-`integrate` is a device function of the subspace kernels: it reads and writes no row of the stream. `flow` serves
-full-rank barriers, k = d: z = Qx by a matrix product, all steps on z in one kernel (reads 4d and writes |x|d bytes a
-token), and x + Qᵀ(z_T - z₀) by another. The specification is `steerfast.solvers.integrate`.
+`euler` and `integrate` are device functions of the subspace kernels: they read and write no row of the stream. `flow`
+serves full-rank barriers, k = d: z = Qx by a matrix product, all steps on z in one kernel (reads 4d and writes |x|d bytes
+a token), x + Qᵀ(z_T - z₀) by another product. The specification is `steerfast.solvers.integrate`.
 Paper: ODESteer, arXiv:2602.17560.
 """
 
@@ -13,10 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import choose, flatten, on_device, power_of_two
+from ._launch import choose, power_of_two, stride
 
 WARPS = [(1024, 4), (2048, 8), (1 << 62, 16)]  # (largest d, warps) of the full-rank kernel: one program per row
 INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _sin(x):
+    """Sine to 1e-7 for |x| < 1e4: the series on [-π/2, π/2]. The built-in one carries a table for huge angles, and spills."""
+    n = tl.floor(x * 0.3183098861837907 + 0.5)
+    r = x - n * 3.140625 - n * 9.67653589793e-4  # π in two parts, the first exact in a product
+    z = r * r
+    poly = (((-2.5052108e-8 * z + 2.7557319e-6) * z - 1.9841270e-4) * z + 8.3333333e-3) * z - 1.6666667e-1
+    odd = n - 2.0 * tl.floor(0.5 * n)
+    return (1.0 - 2.0 * odd) * (r + r * z * poly)
+
+
+@triton.jit
+def _cos(x):
+    return _sin(x + 1.5707963267948966)
 
 
 @triton.jit
@@ -34,7 +50,7 @@ def _gradient(z, lam, bias, ridge_ptr, units, stride, cosine, offs_k, mask_k):
     for j in range(units):
         w, omega, inside = _ridge(z, ridge_ptr + j * stride, offs_k, mask_k)
         bent = tl.sigmoid(2 * inside)
-        bent = tl.where(cosine > 0, -tl.sin(inside), 4 * bent * (1 - bent))  # tanh' by the logistic function
+        bent = tl.where(cosine > 0, -_sin(inside), 4 * bent * (1 - bent))  # tanh' by the logistic function
         u += (w * bent)[:, None] * omega[None, :]
     return u
 
@@ -45,7 +61,7 @@ def _height(z, lam, bias, offset, ridge_ptr, units, stride, cosine, offs_k, mask
     h = tl.sum(z * (lam[None, :] * z + bias[None, :]), axis=1) + offset
     for j in range(units):
         w, _, inside = _ridge(z, ridge_ptr + j * stride, offs_k, mask_k)
-        h += w * tl.where(cosine > 0, tl.cos(inside), 2 * tl.sigmoid(2 * inside) - 1)
+        h += w * tl.where(cosine > 0, _cos(inside), 2 * tl.sigmoid(2 * inside) - 1)
     return h
 
 
@@ -66,24 +82,34 @@ def _slope(y, alpha, rest, raw, lam, bias, ridge_ptr, units, stride, cosine, off
 
 
 @triton.jit
-def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps, extra):
-    """All steps: returns α (BLOCK_N,) and the lift's numbers g = y_N - α·y₀ (BLOCK_N, BLOCK_K).
+def euler(y, norm, c_ptr, offs_k, mask_k, length, steps):
+    """All steps of Euler on a quadratic barrier: α (BLOCK_N,) and the lift's numbers g = y_N - α·y₀ (BLOCK_N, BLOCK_K)."""
+    lam = tl.load(c_ptr + offs_k * 8, mask=mask_k, other=0.0)
+    bias = tl.load(c_ptr + offs_k * 8 + 1, mask=mask_k, other=0.0)
+    start = y
+    alpha = tl.full(norm.shape, 1.0, tl.float32)
+    rest = tl.maximum(norm * norm - tl.sum(y * y, axis=1), 0.0)
+    step = length / steps
+    for _ in range(steps):
+        dy, dalpha, _, _ = _slope(y, alpha, rest, 0.0, lam, bias, c_ptr, 0, 0, 0.0, offs_k, mask_k)
+        y += step[:, None] * dy
+        alpha += step * dalpha
+    return alpha, y - alpha[:, None] * start
 
-    c_ptr are the slot's numbers per direction, `extra` the rows that follow them (`steerfast.solvers.pack`); none: Euler.
+
+@triton.jit
+def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
+    """All steps of any solver on any barrier, as `euler` returns them.
+
+    c_ptr are the slot's numbers per direction; the rows of `steerfast.solvers.pack` follow them.
     """
     lam = tl.load(c_ptr + offs_k * 8, mask=mask_k, other=0.0)
     bias = tl.load(c_ptr + offs_k * 8 + 1, mask=mask_k, other=0.0)
     e_ptr = c_ptr + rank * 8
-    more = extra > 0
-    stages = tl.load(e_ptr, mask=more, other=1.0).to(tl.int32)
-    geodesic = tl.load(e_ptr + 1, mask=more, other=0.0)
-    order = tl.load(e_ptr + 2, mask=more, other=0.0)
-    tolerance = tl.load(e_ptr + 3, mask=more, other=0.0)
-    level = tl.load(e_ptr + 4, mask=more, other=INF)
-    raw = tl.load(e_ptr + 5, mask=more, other=0.0)
-    offset = tl.load(e_ptr + 6, mask=more, other=0.0)
-    units = tl.load(e_ptr + 8, mask=more, other=0.0).to(tl.int32)
-    cosine = tl.load(e_ptr + 9, mask=more, other=0.0)
+    stages = tl.load(e_ptr).to(tl.int32)
+    geodesic, order, tolerance = tl.load(e_ptr + 1), tl.load(e_ptr + 2), tl.load(e_ptr + 3)
+    level, raw, offset = tl.load(e_ptr + 4), tl.load(e_ptr + 5), tl.load(e_ptr + 6)
+    units, cosine, factor = tl.load(e_ptr + 8).to(tl.int32), tl.load(e_ptr + 9), tl.load(e_ptr + 10)
     ridge_ptr = e_ptr + (2 + stages) * 8
     stride = (rank + 9) // 8 * 8
 
@@ -102,35 +128,30 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps, extra):
         if order > 0:
             step = tl.minimum(tl.maximum(size, floor), left)
         if level < INF:
-            h = _height(
-                y * inverse[:, None], lam, bias, offset, ridge_ptr, units, stride, cosine, offs_k, mask_k
-            )
+            h = _height(y * inverse[:, None], lam, bias, offset, ridge_ptr, units, stride, cosine, offs_k, mask_k)
             slant = speed * inverse
             room = tl.where(slant > 0, tl.maximum(level - h, 0.0) / slant, 0.0)
             step = tl.minimum(step, room)
-        b = tl.load(e_ptr + 18, mask=more, other=1.0)
-        e = tl.load(e_ptr + 19, mask=more, other=0.0)
+        b = tl.load(e_ptr + 18)
         sum_y, sum_alpha = b * dy, b * dalpha
-        off_y, off_alpha = e * dy, e * dalpha
         for j in range(1, stages):
             s_ptr = e_ptr + (2 + j) * 8
-            p, m = tl.load(s_ptr), tl.load(s_ptr + 1)
-            b, e = tl.load(s_ptr + 2), tl.load(s_ptr + 3)
+            p, m, b = tl.load(s_ptr), tl.load(s_ptr + 1), tl.load(s_ptr + 2)
             there = y + step[:, None] * (p * dy + m * sum_y)
             dy, dalpha, _, _ = _slope(
                 there, alpha + step * (p * dalpha + m * sum_alpha), rest,
                 raw, lam, bias, ridge_ptr, units, stride, cosine, offs_k, mask_k,
             )  # fmt: skip
             sum_y, sum_alpha = sum_y + b * dy, sum_alpha + b * dalpha
-            off_y, off_alpha = off_y + e * dy, off_alpha + e * dalpha
         keep = tl.full(norm.shape, 1.0, tl.float32)
         reach = step
         if geodesic > 0:
             angle = tl.where(speed > 0, step * inverse, 0.0)
-            keep = tl.cos(angle)
-            reach = tl.where(inverse > 0, tl.sin(angle) / tl.where(inverse > 0, inverse, 1.0), 0.0)
+            keep = _cos(angle)
+            reach = tl.where(inverse > 0, _sin(angle) / tl.where(inverse > 0, inverse, 1.0), 0.0)
         if order > 0:
-            error = step * tl.sqrt(tl.sum(off_y * off_y, axis=1) + off_alpha * off_alpha * rest)
+            off_y, off_alpha = dy - sum_y, dalpha - sum_alpha
+            error = factor * step * tl.sqrt(tl.sum(off_y * off_y, axis=1) + off_alpha * off_alpha * rest)
             allowed = tolerance * norm
             fits = (error <= allowed) | (step <= floor)
             ratio = allowed / tl.where(error > 0, error, allowed * 1e-3 + 1e-30)
@@ -147,48 +168,78 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps, extra):
 def _flow_kernel(
     z_ptr, stride_z_n,
     norm_ptr,
-    scale_ptr,
-    g_ptr, stride_g_n,
     coefficients_ptr,
-    D, STEPS, EXTRA,
-    BLOCK_D: tl.constexpr,
+    slots_ptr,
+    rows_ptr, stride_rows_n, stride_rows_p,
+    scale_ptr, stride_scale_n, stride_scale_p,
+    g_ptr, stride_g_n,
+    owned_ptr,
+    D, P: tl.constexpr, SOLVES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    z = tl.load(z_ptr + i_n * stride_z_n + offs_d, mask=mask_d, other=0.0)[None, :]
+    start = tl.load(z_ptr + i_n * stride_z_n + offs_d, mask=mask_d, other=0.0)[None, :]
     norm = tl.load(norm_ptr + i_n) + tl.zeros((1,), tl.float32)
-    weight = tl.load(coefficients_ptr + 2)
-    if scale_ptr is not None:
-        weight *= tl.load(scale_ptr + i_n)
-    length = weight * (tl.load(coefficients_ptr) + tl.load(coefficients_ptr + 1) * norm)
-    inside = tl.sqrt(tl.sum(z * z, axis=1))  # nothing lies outside the span, not even rounding
-    alpha, g = integrate(z, inside, coefficients_ptr + 8, D, offs_d, mask_d, length, STEPS, EXTRA)
-    g += (alpha - 1.0)[:, None] * z
-    tl.store(g_ptr + i_n * stride_g_n + offs_d, tl.sum(g, axis=0).to(g_ptr.dtype.element_ty), mask=mask_d)
+    z = start
+    owned = 0
+    for p in tl.static_range(P):
+        slot = tl.full((), 0, tl.int32)
+        if rows_ptr is not None:
+            slot = tl.load(rows_ptr + i_n * stride_rows_n + p * stride_rows_p)
+        head_ptr = slots_ptr + slot * 8
+        if tl.load(head_ptr + 1, mask=slot >= 0, other=0) > 0:
+            c_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
+            weight = tl.load(c_ptr + 2)
+            if scale_ptr is not None:
+                weight *= tl.load(scale_ptr + i_n * stride_scale_n + p * stride_scale_p)
+            inside = tl.sqrt(tl.sum(z * z, axis=1))  # nothing lies outside the span, not even rounding
+            length = weight * (tl.load(c_ptr) + tl.load(c_ptr + 1) * tl.where(owned == 0, norm, inside))
+            if SOLVES:
+                if tl.load(head_ptr + 7) > 0:
+                    alpha, g = integrate(z, inside, c_ptr + 8, D, offs_d, mask_d, length, tl.load(head_ptr + 5))
+                else:
+                    alpha, g = euler(z, inside, c_ptr + 8, offs_d, mask_d, length, tl.load(head_ptr + 5))
+            else:
+                alpha, g = euler(z, inside, c_ptr + 8, offs_d, mask_d, length, tl.load(head_ptr + 5))
+            z = g + alpha[:, None] * z
+            owned = 1
+    tl.store(owned_ptr + i_n, owned)
+    g = tl.sum(z - start, axis=0).to(g_ptr.dtype.element_ty)
+    tl.store(g_ptr + i_n * stride_g_n + offs_d, g, mask=mask_d)
 
 
 def flow(
-    x: Tensor, basis: Tensor, coefficients: Tensor, steps: int, extra: int, scale: Tensor | None, out: Tensor
+    x: Tensor,
+    basis: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    solves: bool,
 ) -> Tensor:
-    """Write the moved x into `out`; coefficients are one slot's rows: constants, λ and b̃ per direction, `extra` more."""
-    flat = flatten(x)
-    if flat.numel() == 0:
-        return out
-    d = flat.shape[1]
-    wide = flat.dtype == torch.float32 or not flat.is_cuda
-    z = flat.float() @ basis.float().T if wide else torch.mm(flat, basis.T, out_dtype=torch.float32)
-    norm = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32)
-    g = torch.empty_like(flat, memory_format=torch.contiguous_format)
-    with on_device(x):
-        _flow_kernel[(flat.shape[0],)](
-            z_ptr=z, stride_z_n=z.stride(0),
-            norm_ptr=norm, scale_ptr=scale,
-            g_ptr=g, stride_g_n=g.stride(0),
-            coefficients_ptr=coefficients,
-            D=d, STEPS=steps, EXTRA=extra,
-            BLOCK_D=power_of_two(d), num_warps=choose(WARPS, d),
-        )  # fmt: skip
-    moved = torch.addmm(flat.float(), g.float(), basis.float()).to(flat.dtype) if wide else torch.addmm(flat, g, basis)
-    out.view(-1, d).copy_(moved)
-    return out
+    """The moved rows of x (n, d), where one slot of a bank has all its d vectors; `solves`: not Euler alone."""
+    n, d = x.shape
+    if x.is_cuda and x.dtype != torch.float32:
+        z = torch.mm(x, basis.T, out_dtype=torch.float32)
+    else:
+        z = x.float() @ basis.float().T
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+    g = torch.empty(n, d, dtype=x.dtype, device=x.device)
+    owned = torch.empty(n, dtype=torch.int32, device=x.device)
+    _flow_kernel[(n,)](
+        z_ptr=z, stride_z_n=z.stride(0),
+        norm_ptr=norm,
+        coefficients_ptr=coefficients, slots_ptr=slots,
+        rows_ptr=rows, stride_rows_n=stride(rows, 0), stride_rows_p=stride(rows, 1),
+        scale_ptr=scale, stride_scale_n=stride(scale, 0), stride_scale_p=stride(scale, 1),
+        g_ptr=g, stride_g_n=g.stride(0),
+        owned_ptr=owned,
+        D=d, P=1 if rows is None else rows.shape[1], SOLVES=solves, BLOCK_D=power_of_two(d),
+        num_warps=choose(WARPS, d),
+    )  # fmt: skip
+    if x.is_cuda:  # one product that adds in float32 and rounds once
+        moved = torch.addmm(x, g, basis)
+    else:
+        moved = (x.float() + g.float() @ basis.float()).to(x.dtype)
+    return torch.where((owned == 0)[:, None] | (moved == x), x, moved)

@@ -39,14 +39,15 @@ def _edit_kernel(
     value = tl.load(values_ptr + i_n * stride_values_n + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
     index = tl.load(indices_ptr + i_n * stride_indices_n + offs_k, mask=offs_k < K, other=-1)
     delta = tl.zeros((BLOCK_D,), tl.float32)
+    w_ptrs = w_ptr + offs_d
     for m in range(M):
         found = (index == tl.load(features_ptr + m)).to(tl.float32)
         f = tl.sum(value * found, axis=0)  # a product: NaN, the mark of an overflow, reaches the row
         t = tl.load(table_ptr + 4 * m) * f + tl.load(table_ptr + 4 * m + 1)
         t = tl.maximum(t, tl.load(table_ptr + 4 * m + 2), propagate_nan=tl.PropagateNan.ALL)
         t = tl.minimum(t, tl.load(table_ptr + 4 * m + 3), propagate_nan=tl.PropagateNan.ALL)
-        w = tl.load(w_ptr + m.to(tl.int64) * stride_w_m + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        delta += (t - f) * w
+        delta += (t - f) * tl.load(w_ptrs, mask=mask_d, other=0.0).to(tl.float32)
+        w_ptrs += stride_w_m
     x = tl.load(x_ptr + i_n * stride_x_n + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + i_n)

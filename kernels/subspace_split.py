@@ -1,6 +1,6 @@
-"""Project → act → lift for a handful of tokens and a large rank: columns of d are split across programs.
+"""Project → act → lift for few tokens and a large rank: columns of d are split across programs.
 
-One program that reads all of B and C alone would take longer than the launch. First launch: partial sums of y and ‖x‖²
+Few tiles of tokens leave most of a GPU idle, and one program that reads all of B and C alone takes longer than a launch. First launch: partial sums of y and ‖x‖²
 per split of d. Second: each program adds the partial sums in one fixed order (so the result does not depend on timing),
 acts on all of y, and lifts its own columns. Third, only where a length may be restored: the rows that want it are scaled.
 
@@ -18,7 +18,7 @@ from ._launch import power_of_two, stride
 from .act import KEEP_NORM, act, restore
 from .subspace_tiles import TILE_RANK, copy_rows, owners_of, store_probe, tile_moved, tile_project
 
-SPLIT_ROWS = 64  # up to this many tokens
+SPLIT_ROWS = 1024  # up to this many tokens: 16 tiles of 64 would occupy an eighth of an H200
 BLOCK_N = 16  # the smallest tile of a tensor-core product
 PROJECT_COLUMNS = 512  # of d per program of the first launch: 64 kB of B at k = 64
 LIFT_COLUMNS = 128  # of the second: many programs, each with 16 kB of C

@@ -14,8 +14,7 @@ from ._launch import choose, power_of_two, stride
 from .act import AFFINE, KEEP_NORM, act, mode_of, restore
 
 TILE_RANK = 16  # from this rank on a product on tensor cores beats sums of vectors
-TILE_ROWS = [(1024, 16), (1 << 62, 64)]  # (largest n, rows per tile): few rows want many programs
-TILE_ROWS_BY_RANK = [(64, 64), (128, 32), (512, 16)]  # (largest k, rows per tile): y stays in registers
+TILE_ROWS = [(64, 64), (128, 32), (512, 16)]  # (largest k, rows per tile): y stays in registers
 # (largest k, (columns of d per step, warps)): at k = 64 a step of 64 columns spills 280 bytes on sm_80 with 4 warps and
 # 28 on gfx942 with 8
 TILE_STEP = [(32, (64, 4)), (512, (32, 8))]
@@ -203,7 +202,7 @@ def launch_tiles(
     """One slot per token; `rows`, `scale` and `probe` are one column of their tables."""
     vectors, coefficients, slots = bank
     n, d = x.shape
-    block_n = min(choose(TILE_ROWS, n), choose(TILE_ROWS_BY_RANK, max_rank))
+    block_n = choose(TILE_ROWS, max_rank)
     block_d, warps = choose(TILE_STEP, max_rank)
     _tiles_kernel[(triton.cdiv(n, block_n),)](
         x_ptr=x, stride_x_n=x.stride(0),

@@ -260,7 +260,28 @@ def subspace(at: Stream, n: int, method: str, k: int, slots: int = 1) -> Case:
         judge=same_as(owned(chain)),
         peers={"eager": lambda: owned(best), "naive chain": lambda: owned(chain)}
         | ({} if rows is not None else {"torch.compile": Compiled(chain)}),
-        yardsticks={"its two products": lambda: lambda x, b, c: (x @ b.T) @ c},
+        yardsticks={
+            "its two products": lambda: lambda x, b, c: (x @ b.T) @ c,
+            "one slot": lambda: lambda x, b, c: ops.subspace(x, *bank.tensors, modes=modes, max_rank=rank),
+        },
+        dtype=at.dtype,
+    )
+
+
+def affine(at: Stream, n: int) -> Case:
+    """w⊙x + b, elementwise."""
+    w, b = at.rows(2)
+    chain = lambda x, w, b: w * x + b  # noqa: E731
+    best = lambda x, w, b: torch.addcmul(b, w, x)  # noqa: E731
+    return Case(
+        f"affine n={n} {at.tag}",
+        bytes=2 * n * at.d * at.dtype.itemsize,
+        operations=2 * n * at.d,
+        fresh=lambda: (at.rows(n),),
+        fixed=(w, b),
+        ours=ops.affine,
+        judge=same_as(chain),
+        peers={"eager": lambda: best, "naive chain": lambda: chain, "torch.compile": Compiled(chain)},
         dtype=at.dtype,
     )
 
@@ -325,6 +346,7 @@ def flow(at: Stream, n: int, k: int, steps: int = 10, method: str = "euler") -> 
         judge=same_as(direct),
         peers={"all dimensions": lambda: direct},
         yardsticks={
+            "its two products": lambda: lambda x, q, lam, bias: (x @ q.T) @ q,
             "amplify": lambda: lambda x, q, lam, bias: ops.amplify(x, q, 0.5),
             "amplify, eager": lambda: lambda x, q, lam, bias: lift(x, q, q),
             "euler, 10 steps": lambda: ten,
@@ -379,6 +401,46 @@ def sae_encode(at: Stream, n: int, features: int, k: int) -> Case:
             "product alone": lambda: lambda x, w, b: x @ w.T,
             "eager, rounded": lambda: lambda x, w, b: torch.addmm(b, x, w.T).relu_().topk(k),
         },
+        dtype=at.dtype,
+    )
+
+
+def sae_encode_threshold(at: Stream, n: int, features: int, capacity: int) -> Case:
+    """What lies above a threshold of 3.5 deviations, compacted and sorted, beside the full matrix and torch.topk."""
+    w, b = at.dictionary(features), torch.zeros(features, device=at.device, dtype=at.dtype)
+    level = 3.5 if features > 1000 else 2.0
+    threshold = torch.full((features,), level, device=at.device)
+
+    def best(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pre = _product(x, w) + b
+        pre = torch.where(pre > threshold, pre, 0)
+        return (*pre.topk(capacity), (pre > 0).sum(1))
+
+    def judge(inputs: Inputs) -> Callable[[Any], float]:
+        """Every selected value is right, and the counts are those of float64 but for what lies at the threshold."""
+        x, w, b = inputs[0][:16], inputs[1], inputs[2]
+        true = x.double() @ w.double().T + b.double()
+        tolerance = 2 * (x.float() @ w.float().T - true).abs().max() + true.max() * torch.finfo(torch.float32).eps
+        least, most = ((true > level + sign * tolerance).sum(1) for sign in (1, -1))
+
+        def share(got: tuple[Tensor, Tensor, Tensor]) -> float:
+            values, indices, counts = got[0][:16], got[1][:16].long(), got[2][:16]
+            error = torch.where(values > 0, values - true.gather(1, indices), 0).abs().max()
+            wrong = ((counts < least) | (counts > most)).any() or not ((values > 0).sum(1) == counts).all()
+            return math.inf if wrong else float(error / tolerance)
+
+        return share
+
+    return Case(
+        f"sae_encode_threshold F={features} n={n} {at.tag}",
+        bytes=(w.numel() + n * at.d) * at.dtype.itemsize,
+        operations=2 * n * w.numel(),
+        fresh=lambda: (at.rows(n),),
+        fixed=(w, b),
+        ours=lambda x, w, b: ops.sae_encode_threshold(x, w, b, threshold, capacity),
+        judge=judge,
+        peers={"eager": lambda: best},
+        yardsticks={"product alone": lambda: lambda x, w, b: x @ w.T},
         dtype=at.dtype,
     )
 

@@ -1,4 +1,4 @@
-"""The command `steerfast`: demo, extract, generate, check, sweep and plan.
+"""The command `steerfast`: demo, extract, generate, check, sweep, plan and sae.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a check failed, 2 the input does not work
 (one line says why; `--debug` shows the traceback), 130 interrupted. Anything heavy is imported by the command that
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .check import Finding
     from .plan import Plan
 
 METHODS = ("mean_difference", "difference", "pca", "logistic")
@@ -133,6 +134,10 @@ def _check(args: argparse.Namespace) -> int:
     from .plan import Plan
 
     plan = None if args.plan is None else Plan.load(args.plan)
+    if args.engine == "vllm":
+        from .integrations.vllm.proof import prove
+
+        return _report(prove(_folder(args.model), plan, args.dtype), "this engine")
     model, tokenizer = _load(args)
     from ._backends import backend_of
     from .check import check
@@ -142,12 +147,16 @@ def _check(args: argparse.Namespace) -> int:
     first = next(model.parameters())
     _say(f"{layers.name}: {layers.count} layers of width {layers.d} at {layers.path}")
     _say(f"{_short(first.dtype)} on {first.device}, backend {backend_of(first)}\n")
+    return _report(check(model, tokenizer, plan), "this model")
+
+
+def _report(findings: Iterable[Finding], where: str) -> int:
     failed = 0
-    for finding in check(model, tokenizer, plan):
+    for finding in findings:
         failed += finding.outcome == "failed"
         _say(f"  {finding.outcome:<8} {finding.name}")
         _say(textwrap.fill(finding.detail, _width(), initial_indent=" " * 11, subsequent_indent=" " * 11))
-    _say(f"\n{failed} failed" if failed else "\nSteering works on this model.")
+    _say(f"\n{failed} failed" if failed else f"\nSteering works on {where}.")
     return 1 if failed else 0
 
 
@@ -304,6 +313,15 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     return model.eval().to(args.device), AutoTokenizer.from_pretrained(name)
 
 
+def _folder(model: str) -> str:
+    """What an engine that loads models itself can open."""
+    if model != "demo":
+        return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+    from . import demo_model
+
+    return str(demo_model.path(progress=_progress))
+
+
 def _texts(option: str, values: Iterable[str]) -> list[str]:
     """Texts as given; @file stands for the lines of a file that are not empty."""
     texts: list[str] = []
@@ -366,6 +384,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _check_parser(commands)
     _later(commands, argv, "sweep", "sweeping", "try layers and strengths, effect against perplexity")
     _later(commands, argv, "plan", "plan_tools", "look at a file of steering, or convert it")
+    _later(commands, argv, "sae", "sae.cli", "train, measure, explain and use a sparse autoencoder")
     _later(commands, argv, "bench", "bench", "time every op on this machine, against its own peak")
     return parser
 
@@ -476,6 +495,9 @@ def _check_parser(commands: Any) -> None:
     )
     _model_arguments(parser)
     parser.add_argument("--plan", metavar="DIR", help="a plan that must fit the model and change its logits")
+    parser.add_argument(
+        "--engine", choices=["transformers", "vllm"], default="transformers", help="what is to run the model"
+    )
 
 
 def _positive(text: str) -> int:

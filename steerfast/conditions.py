@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ._checks import direction_rows, finite_number, one_of
-from .interventions import Directions, Intervention, as_tensor, intervention_type, orthonormal, set_field
+from .interventions import Directions, Intervention, Program, as_tensor, intervention_type, orthonormal, set_field
 from .ops import similarity
 from .reference import Slot
 
@@ -114,6 +115,9 @@ class When(Intervention):
 
     def slot(self) -> Slot:
         return self.then.slot()
+
+    def program(self, device: torch.device) -> Program | None:
+        return self.then.program(device)
 
     def tensors(self) -> dict[str, Tensor]:
         inner = {f"then.{name}": value for name, value in self.then.tensors().items()}

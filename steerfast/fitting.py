@@ -100,7 +100,9 @@ def fit_barrier(
     data = _Data.of(pos, neg, groups, seed)
     one_of("fit_barrier", "kind", kind, KINDS)
     if C is not None and finite_number("fit_barrier", "C", C) <= 0:
-        raise ValueError(f"fit_barrier: C is {C}; expected > 0, and finite: separable sides have no optimum without a penalty")
+        raise ValueError(
+            f"fit_barrier: C is {C}; expected > 0, and finite: separable sides have no optimum without a penalty"
+        )
     if kernel is not None and kind not in ("quadratic", "sketch"):
         raise ValueError(f"fit_barrier: kernel={kernel} is for quadratic and sketch; leave it away for {kind!r}")
     if kernel is not None and (len(kernel) != 2 or finite_number("fit_barrier", "γ", kernel[0]) <= 0 or kernel[1] < 0):
@@ -136,7 +138,9 @@ class _Data:
             )
         for name in ("layer", "site", "model"):
             if None not in (a := [origin.get(name) for origin in origins]) and a[0] != a[1]:
-                raise ValueError(f"fit_barrier: pos comes from {name} {a[0]!r} and neg from {a[1]!r}; expected one {name}")
+                raise ValueError(
+                    f"fit_barrier: pos comes from {name} {a[0]!r} and neg from {a[1]!r}; expected one {name}"
+                )
         few = next(((name, len(side)) for name, side in zip(("pos", "neg"), sides, strict=True) if len(side) < 2), None)
         if few is not None:
             raise ValueError(f"fit_barrier: {few[0]} has {few[1]} row(s); expected at least 2 on each side")
@@ -158,7 +162,10 @@ class _Data:
             torch.arange(len(x)) < len(sides[0]),
             torch.tensor([codes[name] for name in names]),
             float(norms.double().mean()),
-            {name: next((o[name] for o in origins if o.get(name) is not None), None) for name in ("layer", "site", "model")},
+            {
+                name: next((o[name] for o in origins if o.get(name) is not None), None)
+                for name in ("layer", "site", "model")
+            },
             seed,
         )
 
@@ -176,7 +183,9 @@ class _Data:
         """At most `SEARCHED` rows, whole groups as far as they fit, in random order of the groups."""
         if len(self.x) <= SEARCHED:
             return self
-        order = torch.randperm(int(self.groups.max()) + 1, generator=_generator(self.seed))[self.groups].argsort(stable=True)
+        order = torch.randperm(int(self.groups.max()) + 1, generator=_generator(self.seed))[self.groups].argsort(
+            stable=True
+        )
         return self.take(order[:SEARCHED])
 
     def folds(self) -> list[tuple[Tensor, Tensor]]:
@@ -186,7 +195,9 @@ class _Data:
         count = min(FOLDS, *(len(self.groups[self.labels == side].unique()) for side in (True, False)))
         if count < 2:
             return []
-        parts = StratifiedGroupKFold(count, shuffle=True, random_state=self.seed).split(self.x, self.labels, self.groups)
+        parts = StratifiedGroupKFold(count, shuffle=True, random_state=self.seed).split(
+            self.x, self.labels, self.groups
+        )
         found = [(torch.from_numpy(fitted), torch.from_numpy(held)) for fitted, held in parts]
         return [(f, h) for f, h in found if 0 < int(self.labels[f].sum()) < len(f) and len(h)]
 
@@ -507,7 +518,9 @@ def _cut(A: Tensor, b: Tensor, sample: Tensor, rank: int | str) -> tuple[Tensor,
         if error <= DISPLACEMENT:
             return found
     warnings.warn(
-        f"fit_barrier: at rank {full} the flow still misses its displacement by {float(error):.1%} of it", UserWarning, stacklevel=5
+        f"fit_barrier: at rank {full} the flow still misses its displacement by {float(error):.1%} of it",
+        UserWarning,
+        stacklevel=5,
     )
     return found
 
@@ -593,5 +606,3 @@ def _scikit_learn() -> Any:
     except ModuleNotFoundError:
         raise ModuleNotFoundError('fit_barrier needs scikit-learn: pip install "steerfast[demo]"') from None
     return LogisticRegression
-
-

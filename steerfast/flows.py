@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
+from ._backends import backend_of
 from ._checks import check_stream, finite_number, one_of
 from .barrier import Barrier
 from .interventions import Intervention, constants_row
-from .reference import FLOW, Slot
-from .solvers import SOLVERS, Field, Program, pack, program
+from .reference import FLOW, SOLVE, Slot
+from .solvers import SOLVERS, Field, Scheme, pack, scheme
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,7 +29,7 @@ class Flow(Intervention):
         T: Length of the path in units of the stream. A strength given to `steer` multiplies T or the angle.
         steps: Number of steps; of "adaptive" the number of attempts.
         method: A name of `steerfast.solvers.SOLVERS`: "euler", "one-step", "geodesic" (exponential Euler), "midpoint",
-            "heun", "ralston", "rk4" or "adaptive" (Bogacki-Shampine 3(2)).
+            "heun", "ralston", "ssp3", "rk4" or "adaptive" (ssp3 with Heun inside as the measure of its error).
         level: Stop where h reaches it; a step that would pass it is shortened. None: go all the way.
         tolerance: Of "adaptive": local error of a step, as a share of ‖a‖.
         keep_norm: Give every row its old length back afterwards.
@@ -84,7 +86,9 @@ class Flow(Intervention):
         """
         if isinstance(barrier, Barrier) and barrier.sketch is None:
             kind = barrier.info.kind or "hand-made"
-            raise ValueError(f"Flow.odesteer: the barrier is {kind}; the published one is fit_barrier(…, kind='sketch')")
+            raise ValueError(
+                f"Flow.odesteer: the barrier is {kind}; the published one is fit_barrier(…, kind='sketch')"
+            )
         return cls(barrier, T=T, steps=10, method="euler")
 
     @property
@@ -93,18 +97,19 @@ class Flow(Intervention):
         return self.barrier.width
 
     @property
-    def program(self) -> Program:
+    def solver(self) -> Scheme:
         """The solver's stages and where it stops."""
-        return program(self.method, float(self.tolerance), math.inf if self.level is None else self.level)
+        return scheme(self.method, float(self.tolerance), math.inf if self.level is None else self.level)
 
     def slot(self) -> Slot:
         rows, barrier = self.barrier.basis, self.barrier
         T, angle = path_length("Flow", self.T, self.angle)
         table = torch.zeros(rows.shape[0], 8)
         table[:, 0], table[:, 1] = barrier.eigenvalues, barrier.bias
-        how = self.program
+        how = self.solver
         constants, extra = constants_row(T, angle), pack(field_of(barrier), how)
-        return Slot(FLOW, how.count(self.steps), self.keep_norm, rows, rows, constants, table, extra)
+        mode = FLOW if extra is None else SOLVE
+        return Slot(mode, how.count(self.steps), self.keep_norm, rows, rows, constants, table, extra)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.barrier.tensors()
@@ -163,14 +168,19 @@ def flow(
     check_stream("flow", x)
     edit = Flow(barrier, angle, T, steps, method, level, tolerance)
     if barrier.width != x.shape[-1]:
-        raise ValueError(f"flow: the barrier has width {barrier.width} and x {x.shape[-1]}; fit it at this layer of this model")
+        raise ValueError(
+            f"flow: the barrier has width {barrier.width} and x {x.shape[-1]}; fit it at this layer of this model"
+        )
+    if backend_of(x) == "torch" and not torch.compiler.is_compiling():
+        how, field = edit.solver, Field(*(v.to(x.device) if isinstance(v, Tensor) else v for v in field_of(barrier)))
+        return reference.flow(x, barrier.basis.to(x.device), field, path_length("flow", T, angle), how.count(steps), how)
     slot = edit.slot()
     rows = [slot.constants[None], slot.coefficients] + ([] if slot.extra is None else [slot.extra])
-    header = [FLOW, barrier.rank, 0, 0, 0, slot.steps, 0, 0 if slot.extra is None else len(slot.extra)]
+    header = [slot.mode, barrier.rank, 0, 0, 0, slot.steps, 0, 0 if slot.extra is None else len(slot.extra)]
     table = torch.cat(rows).to(x.device, torch.promote_types(x.dtype, torch.float32))
     basis = slot.project.to(x.device, table.dtype)
     slots = torch.tensor([header], dtype=torch.int32, device=x.device)
-    return ops.subspace(x, basis, table, slots, modes=FLOW, max_rank=barrier.rank)
+    return ops.subspace(x, basis, table, slots, modes=slot.mode, max_rank=barrier.rank)
 
 
 def field_of(barrier: Barrier) -> Field:

@@ -274,6 +274,7 @@ class Dispatcher:
             self.bank = fitting(slotted, self.bank, slots)
         self._programs.update(programs)
         self.edits.update(edits)
+        self.bank.commit()  # a compiled graph reads the buffers and asks nobody
         self._seen = None
 
     def take(self, slots: Sequence[int]) -> None:
@@ -281,6 +282,7 @@ class Dispatcher:
         for slot in slots:
             if self.edits.pop(slot, None) is not None and self._programs.pop(slot, None) is None:
                 self.bank.release(slot)
+        self.bank.commit()
         self._seen = None
 
     def __call__(self, x: Tensor) -> Tensor | None:

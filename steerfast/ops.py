@@ -18,8 +18,8 @@ from . import _library, reference
 from ._backends import backend_of, kernels
 from ._checks import FLOATS, check_dictionary, check_stream, check_table, check_width, finite_number, one_of
 from .flows import check_steps, path_length
-from .reference import AFFINE, ALL_MODES, FLOW, HINGE
-from .solvers import SOLVERS, Field, Program, pack, program
+from .reference import AFFINE, ALL_MODES, FLOW, HINGE, SOLVE
+from .solvers import EULER, SOLVERS, Field, Scheme, pack, scheme
 
 __all__ = [
     "ablate",
@@ -243,9 +243,9 @@ def flow(
     """
     path, how = path_length("flow", T, angle), _check_flow("flow", x, basis, eigenvalues, bias, steps, method)
     if _by_formula(x) and not torch.compiler.is_compiling():
-        return reference.flow(x, basis, eigenvalues, bias, path, how.count(steps), how)
+        return reference.flow(x, basis, Field(eigenvalues, bias), path, how.count(steps), how)
     bank = _flow_bank(x, basis, eigenvalues, bias, path, steps, method)
-    return subspace(x, *bank, modes=FLOW, max_rank=bank[0].shape[0])
+    return subspace(x, *bank, modes=_flow_mode(how), max_rank=bank[0].shape[0])
 
 
 def flow_(
@@ -262,9 +262,9 @@ def flow_(
     path, how = path_length("flow_", T, angle), _check_flow("flow_", x, basis, eigenvalues, bias, steps, method)
     _check_in_place("flow_", x, basis, eigenvalues, bias)
     if _by_formula(x) and not torch.compiler.is_compiling():
-        return x.copy_(reference.flow(x, basis, eigenvalues, bias, path, how.count(steps), how))
+        return x.copy_(reference.flow(x, basis, Field(eigenvalues, bias), path, how.count(steps), how))
     bank = _flow_bank(x, basis, eigenvalues, bias, path, steps, method)
-    return subspace_(x, *bank, modes=FLOW, max_rank=bank[0].shape[0])
+    return subspace_(x, *bank, modes=_flow_mode(how), max_rank=bank[0].shape[0])
 
 
 def loreft(x: Tensor, R: Tensor, W: Tensor, b: Tensor) -> Tensor:
@@ -331,8 +331,8 @@ def subspace(
 
     Returns:
         A new tensor (..., d) of the dtype of x. A row's result never depends on the rows beside it; on a GPU and from
-        rank 16 on, its sums are ordered by the number of rows (up to 64, up to 1024, more), which may move last bits,
-        and several slots of one row round to the dtype of x in between.
+        rank 16 on, its sums are taken in another order above 1024 rows, which may move last bits, and several slots of
+        one row round to the dtype of x in between.
 
     Raises:
         TypeError, ValueError: a dtype, width, device or table shape does not fit; the message names it.
@@ -929,11 +929,11 @@ def _make_flow_tables(
     rank: int, path: tuple[float, float], steps: int, method: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The constants, the further rows and the header of one flow."""
-    how = program(method)
+    how = scheme(method)
     constants = torch.tensor([[*path, 1, 0, 0, 0, 0, 0]], dtype=dtype, device=device)
     extra = pack(Field(constants, constants), how)
     more = constants[:0] if extra is None else extra.to(constants)
-    header = [FLOW, rank, 0, 0, 0, how.count(steps), 0, more.shape[0]]
+    header = [FLOW if extra is None else SOLVE, rank, 0, 0, 0, how.count(steps), 0, more.shape[0]]
     return constants, more, torch.tensor([header], dtype=torch.int32, device=device)
 
 
@@ -965,7 +965,7 @@ def _calibration(features: Tensor, beta: float) -> tuple[float, ...]:
 
 def _check_flow(
     op: str, x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, steps: int, method: str
-) -> Program:
+) -> Scheme:
     _check(op, x, "basis", basis)
     rank = basis.numel() // basis.shape[-1]
     for name, numbers in (("eigenvalues", eigenvalues), ("bias", bias)):
@@ -976,7 +976,11 @@ def _check_flow(
             )
     check_steps(op, steps)
     one_of(op, "method", method, tuple(SOLVERS))
-    return program(method)
+    return scheme(method)
+
+
+def _flow_mode(how: Scheme) -> int:
+    return FLOW if how._replace(single=False) == EULER else SOLVE
 
 
 def _flow_bank(

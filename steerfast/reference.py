@@ -32,11 +32,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .solvers import EULER, Field, Program, integrate, unpack
+from .solvers import EULER, Field, Scheme, integrate, unpack
 
 ADD, HINGE, FLOW, ROTATE, PUSH, SLERP, REFLECT, AFFINE = 1, 2, 4, 8, 16, 32, 64, 128
 KEEP_NORM = 256  # not a mode, but announced with them: some slot restores the length of its rows
-ALL_MODES = ADD | HINGE | FLOW | ROTATE | PUSH | SLERP | REFLECT | AFFINE | KEEP_NORM
+SOLVE = 512  # a flow with further rows: another solver than Euler, a level, ridge terms, a raw barrier
+ALL_MODES = ADD | HINGE | FLOW | ROTATE | PUSH | SLERP | REFLECT | AFFINE | KEEP_NORM | SOLVE
 SAE_BLOCK, SAE_GROUP = 4096, 32  # features walked at a time, and those that share a maximum
 TINY = 1e-30  # stands in for the length of a zero row
 
@@ -97,22 +98,16 @@ def calibrate(x: Tensor, features: Tensor, beta: float) -> Tensor:
 
 
 def flow(
-    x: Tensor,
-    basis: Tensor,
-    eigenvalues: Tensor,
-    bias: Tensor,
-    length: tuple[float, float],
-    steps: int,
-    how: Program = EULER,
+    x: Tensor, basis: Tensor, field: Field, length: tuple[float, float], steps: int, how: Scheme = EULER
 ) -> Tensor:
-    """Steps of da/dt = ∇h/‖∇h‖, h(a) = x̂ᵀQΛQᵀx̂ + b̃ᵀQᵀx̂, x̂ = a/‖a‖, Q = basis.T, over T = length[0] + length[1]·‖a‖."""
+    """Steps of da/dt = ∇h/‖∇h‖ over T = length[0] + length[1]·‖a‖, for h(a) = field(Qᵀx̂), x̂ = a/‖a‖, Q = basis.T."""
     flat = _rows(x)
     rows = basis.reshape(-1, basis.shape[-1]).to(flat.dtype)
     norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
-    field = Field(eigenvalues.to(flat.dtype), bias.to(flat.dtype))
+    field = Field(*(v.to(flat.dtype) if isinstance(v, Tensor) else v for v in field))
     s, g = _follow(flat @ rows.T, norm, flat.shape[1], field, length[0] + length[1] * norm, steps, how)
     out = _lift(flat, g, rows, None if s is None else (s - 1) * flat)
-    return torch.where(out == flat, flat, out).to(x.dtype).view(x.shape)  # without a length even -0 stays
+    return torch.where(out == flat, flat, out).to(x.dtype).view(x.shape)  # a path of no length keeps even the sign of a zero
 
 
 def subspace(
@@ -373,7 +368,7 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
         else:
             s, g = _couple(x, y, slot, table, scale)
             out = _lift(x, g, lift, None if s is None else (s - 1) * x)
-            if slot.mode == FLOW:
+            if slot.mode in (FLOW, SOLVE):
                 out = torch.where(out == x, x, out)  # a path of no length keeps even the sign of a zero
     return restore_norm(out, x) if slot.keep_norm else out
 
@@ -398,7 +393,7 @@ def _couple(
 
 
 def _follow(
-    y: Tensor, norm: Tensor, width: int, field: Field, length: Tensor, steps: int, how: Program
+    y: Tensor, norm: Tensor, width: int, field: Field, length: Tensor, steps: int, how: Scheme
 ) -> tuple[Tensor | None, Tensor]:
     """(s, g) of a flow that starts at coordinates y."""
     if y.shape[1] == width:  # full rank: nothing lies outside the span, not even rounding

@@ -214,7 +214,7 @@ def test_an_unowned_row_keeps_its_bits(place):
 def test_a_row_does_not_depend_on_its_neighbours(place):
     """Batch invariance, bit for bit, and a NaN row stays alone."""
     with backend(place) as device:
-        n = 6 if place == "interpreter" else 70
+        n = 6 if place == "interpreter" else 70  # one kernel each for ranks 3 and 20, below 1024 rows
         for d, rank in ((40, 3), (72, 20)):
             s = (orthonormal(rank, d) / 2).float().to(device)
             x = torch.randn(n, d, device=device)

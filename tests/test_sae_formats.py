@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import steerfast as sf
@@ -369,6 +369,36 @@ def test_one_attention_head_alone_has_no_place(tmp_path):
     assert sae.place is None
     with pytest.raises(ValueError, match="does not know its layer and site"):
         sf.Plan([sf.EditFeatures(sae, {1: 2.0})])
+
+
+PEERS = sorted(path.parent for path in (Path(__file__).parent / "data" / "saes").rglob("expected.safetensors"))
+
+
+@pytest.mark.parametrize("path", PEERS, ids=lambda path: str(path.relative_to(PEERS[0].parent)))
+def test_a_file_that_the_library_wrote_computes_what_the_library_computed(path):
+    """Made by tests/data/write_saes_with_peers.py; the features and the reconstruction are the library's own."""
+    expected = load_file(path / "expected.safetensors")
+    sae = sf.SAE.load(path)
+    assert (expected["features"] > 0).any()
+    torch.testing.assert_close(sae.encode(expected["x"]), expected["features"], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(sae.reconstruct(expected["x"]), expected["reconstruction"], atol=2e-5, rtol=2e-5)
+    assert sae.place is not None
+    assert sae.place[0] == "resid_post"
+
+
+def test_every_library_that_can_be_had_is_there():
+    assert len(PEERS) == 13
+
+
+@pytest.mark.parametrize("name", ["SAELens topk", "SAELens standard", "Gemma Scope 2", "SAELens constant norm"])
+def test_saelens_itself_reads_what_we_write(name, tmp_path):
+    sae_lens = pytest.importorskip("sae_lens")
+    sae = sf.SAE.load(MAKERS[name](tmp_path / "sae").path).to(dtype=torch.float64)
+    save_saelens(sae, tmp_path / "out")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "out")
+    x = draw(5, D)
+    torch.testing.assert_close(theirs.encode(x).detach(), sae.encode(x), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(theirs(x).detach(), sae.reconstruct(x), atol=1e-10, rtol=1e-10)
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from steerfast.reference import ALL_MODES, FLOW, HINGE
-from steerfast_kernels import add, sae_decode, sae_encode, subspace
+from steerfast_kernels import add, sae_decode, sae_edit, sae_encode, sae_encode_threshold, subspace
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -99,6 +99,17 @@ def _encode(n: int, dtype: torch.dtype) -> None:
     )
 
 
+def _encode_threshold(n: int) -> None:
+    x, w, b = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((n, 512), (8192, 512), (8192,)))
+    sae_encode_threshold.sae_encode_threshold(x, w, b, torch.zeros(8192), 256)
+
+
+def _edit(n: int) -> None:
+    x, w = torch.zeros(n, 4096, dtype=torch.bfloat16), torch.zeros(8, 4096, dtype=torch.bfloat16)
+    values, indices = torch.zeros(n, 32), torch.zeros(n, 32, dtype=torch.int32)
+    sae_edit.sae_edit(x, values, indices, torch.zeros(8, dtype=torch.int32), torch.zeros(8, 4), w, torch.zeros(n))
+
+
 def _decode(n: int) -> None:
     w = torch.empty(1024, 4096, dtype=torch.bfloat16)
     sae_decode.sae_decode(
@@ -114,11 +125,13 @@ VARIANTS = [
     Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 168, 1024, SINE, vector_loads=True),
     Variant("tiles-k64-hinge", "_tiles_kernel", lambda: _tiles(4096, bf16, HINGE, 64), 255, 65536, tensor_cores=True, wgmma=True),
     Variant("tiles-k64-flow", "_tiles_kernel", lambda: _tiles(4096, bf16, FLOW, 64), 255, 65536, tensor_cores=True, wgmma=True),
-    Variant("tiles-k16-few-rows", "_tiles_kernel", lambda: _tiles(16, bf16, ALL_MODES, 16), 168, 16384, SINE, tensor_cores=True),
+    Variant("split-k64-project", "_split_project_kernel", lambda: _tiles(16, bf16, ALL_MODES, 64), 168, 65536, tensor_cores=True, targets=("sm_90", "gfx942")),
+    Variant("split-k64-all-modes", "_split_lift_kernel", lambda: _tiles(16, bf16, ALL_MODES, 64), 255, 65536, tensor_cores=True, targets=("sm_90", "gfx942")),
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True),
     Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 232, 102400, tensor_cores=True, wgmma=True),
     Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=("sm_90", "gfx942")),
-    Variant("encode-repair", "_repair_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True),
+    Variant("encode-repair", "_repair_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True, targets=("sm_90", "gfx942")),
+    Variant("encode-threshold", "_threshold_kernel", lambda: _encode_threshold(128), 200, 102400, tensor_cores=True, wgmma=True, targets=("sm_90", "gfx942")),
     Variant("decode-few-rows", "_decode_kernel", lambda: _decode(16), 64, 8192, vector_loads=True, targets=("sm_90",)),
 ]  # fmt: skip
 

@@ -143,9 +143,9 @@ def cache_activations(
         OSError: the disk is full; the shards written so far stay valid.
 
     Example:
-        >>> cache = cache_activations(model, tokenizer, texts, ("resid_post", 8), "cache")
-        >>> len(cache), cache.read(0).shape
-        (5100, torch.Size([5100, 576]))
+        >>> cache = sf.cache_activations(model, tokenizer, true_statements, ("resid_post", 0), "cache", context=8)
+        >>> cache.read(0).shape == (len(cache), 576)
+        True
     """
     site, layer = place
     found = find_layers(model, "cache_activations")

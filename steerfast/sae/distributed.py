@@ -78,7 +78,7 @@ class SplitData(_Together):
         RuntimeError: torch.distributed is not initialised.
 
     Example:
-        >>> SplitData()  # in a process started by torchrun, after init_process_group("gloo")
+        >>> sf.train_sae(cache, config, split=sf.SplitData())  # doctest: +SKIP (in each process of torchrun)
     """
 
     def share(self, batch: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class SplitFeatures(_Together):
         RuntimeError: torch.distributed is not initialised.
 
     Example:
-        >>> SplitFeatures()  # in a process started by torchrun, after init_process_group("gloo")
+        >>> sf.train_sae(cache, config, split=sf.SplitFeatures())  # doctest: +SKIP (in each process of torchrun)
     """
 
     def features(self, count: int) -> tuple[int, int]:

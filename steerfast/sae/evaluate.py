@@ -106,8 +106,12 @@ def evaluate_sae(
         ValueError: the SAE has no place or another width than the model; too few texts.
 
     Example:
-        >>> print(evaluate_sae(sae, model, tokenizer, [text]))
-        variance explained   0.8…
+        >>> from steerfast.sae.model import Origin
+        >>> both = torch.cat([torch.eye(576), -torch.eye(576)])  # every number of the stream as one of two features
+        >>> sae = sf.SAE(both, both, k=576, origin=Origin(("resid_post", 0)))
+        >>> found = sf.evaluate_sae(sae, model, tokenizer, true_statements, context=8, loss_tokens=8)
+        >>> round(found.variance_explained, 4), round(found.loss_recovered, 2)
+        (1.0, 1.0)
     """
     found = find_layers(model, "evaluate_sae")
     if sae.place is None:

@@ -189,7 +189,7 @@ def explain(
         sae: The features are its decoder rows.
         model: The `transformers` model that it belongs to; its final norm and output embedding are used.
         tokenizer: Its tokenizer.
-        vocabulary: Words; None: every token of the tokenizer that is a whole word (`vocabulary_of`).
+        vocabulary: Words; None: the 10,000 commonest tokens that are whole words (`vocabulary_of`).
         words: Words per feature.
         ranking: "information"; or "released", p(w|c)·log p(c|w), which is never above 0 and tends to 0 for words that the feature
             has nothing to do with: it puts irrelevant words first, and is here to be compared with.
@@ -204,9 +204,11 @@ def explain(
         Wu et al. 2025 (arXiv:2502.15576).
 
     Example:
-        >>> found = sf.explain(sae, model, tokenizer, ["love", "war", "music"], words=2)
-        >>> found.find("music")[:1]
-        [1234]
+        >>> words = ["music", "war", "water"]
+        >>> tokens = [tokenizer(f" {word}")["input_ids"][0] for word in words]
+        >>> rows = model.get_output_embeddings().weight[tokens].detach()  # features that point at one word each
+        >>> sf.explain(sf.SAE(rows, rows, k=1), model, tokenizer, words, words=1).words
+        (('music',), ('war',), ('water',))
     """
     one_of("explain", "ranking", ranking, RANKINGS)
     names = vocabulary_of(tokenizer) if vocabulary is None else list(dict.fromkeys(word.strip() for word in vocabulary))
@@ -224,17 +226,30 @@ def explain(
     return Explanations(chosen, scores.cpu(), ranking, len(names), about)
 
 
-def vocabulary_of(tokenizer: Any) -> list[str]:
-    """Return the tokens that are whole words: letters after a space, three or more, each spelling once, capitals apart."""
+def vocabulary_of(tokenizer: Any, limit: int = 10_000) -> list[str]:
+    """Return tokens that are whole words: three letters or more after a space, in the order of their numbers.
+
+    A byte-pair tokenizer numbers its tokens by how early they were merged, so the first ones are the commonest; rarer ones
+    are often pieces of words.
+
+    Args:
+        tokenizer: Of any family whose tokens carry the space before them.
+        limit: Words at most.
+
+    Raises:
+        ValueError: no token begins with a space.
+    """
     words: dict[str, None] = {}
     for token in range(len(tokenizer)):
         text = tokenizer.decode([token])
         word = text.strip()
         if text.startswith(" ") and len(word) >= 3 and word.isalpha() and unicodedata.is_normalized("NFC", word):
             words.setdefault(word)
-    if words:
-        return list(words)
-    raise ValueError("explain: this tokenizer has no tokens that begin with a space; give a vocabulary of words")
+        if len(words) == limit:
+            break
+    if not words:
+        raise ValueError("explain: this tokenizer has no tokens that begin with a space; give a vocabulary of words")
+    return list(words)
 
 
 def observe(sae: SAE, cache: Any, tokenizer: Any, contexts: int = 5, bins: int = 24) -> Usage:
@@ -251,9 +266,10 @@ def observe(sae: SAE, cache: Any, tokenizer: Any, contexts: int = 5, bins: int =
         ValueError: the cache has another width than the SAE.
 
     Example:
-        >>> usage = observe(sae, cache, tokenizer)
-        >>> float(usage.density.mean()) * sae.features
-        32.0
+        >>> cache = sf.cache_activations(model, tokenizer, true_statements, ("resid_post", 0), "cache", context=8)
+        >>> usage = observe(sf.SAE(torch.eye(576), torch.eye(576), k=4), cache, tokenizer)
+        >>> usage.tokens == len(cache), round(float(usage.density.sum()), 3)  # k features per row
+        (True, 4.0)
     """
     if cache.info.d != sae.d:
         raise ValueError(
@@ -320,16 +336,20 @@ def _head(model: Any) -> tuple[Tensor, nn.Module]:
     embedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if embedding is None or getattr(embedding, "weight", None) is None:
         raise ValueError(f"explain: {found.name} has no output embedding; give the causal language model, not its base")
-    decoder = model.get_submodule(found.path.rpartition(".")[0])
+    parent, _, blocks = found.path.rpartition(".")
+    children = list(model.get_submodule(parent).named_children())
     norms = [
-        module
-        for name, module in decoder.named_children()
+        (number, module)
+        for number, (name, module) in enumerate(children)
         if _NORM.search(name) and getattr(getattr(module, "weight", None), "shape", None) == (found.d,)
     ]
-    late = [module for module in norms if "embed" not in type(module).__name__.lower()]
-    if len(late) != 1:
-        raise ValueError(f"explain: {found.name} shows {len(late)} final norms beside its blocks; expected one")
-    return embedding.weight.detach(), late[0]
+    place = [name for name, _ in children].index(blocks)
+    behind = [module for number, module in norms if number > place] or [
+        module for _, module in norms
+    ]  # BLOOM has one before
+    if len(behind) != 1:
+        raise ValueError(f"explain: {found.name} shows {len(behind)} final norms beside its blocks; expected one")
+    return embedding.weight.detach(), behind[0]
 
 
 def _keep_best(best: Tensor, where: Tensor, value: Tensor, feature: Tensor, row: Tensor, shard: int) -> None:

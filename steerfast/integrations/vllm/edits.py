@@ -2,8 +2,8 @@
 
 One opaque op per place, `steerfast::engine_edit_`, knows its place by a name, finds the rest in the engine's forward
 context, and so survives torch.compile and CUDA graphs: everything that changes between steps is in buffers. On a GPU it
-is one kernel. On a CPU the owners of a step are sorted once and shared by all places: additions of any number of
-different vectors and strengths are then one gather and one sum.
+is one kernel. On a CPU the owners are sorted, and what is added to each token is gathered, only when the table has
+changed: while a batch decodes, additions of any number of different vectors and strengths are one sum.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NONE, _SUM, _OTHER = 0, 1, 2  # what a slot is at a place: empty, a plain addit
 class Owned(NamedTuple):
     """The tokens of one column of the row table that have an owner at a place; None stands for all tokens."""
 
-    summed: tuple[Tensor | None, Tensor, Tensor] | None  # tokens, rows of the bank's vectors, weights (m, 1)
+    summed: tuple[Tensor | None, Tensor] | None  # tokens, and what is added to each (m, d)
     others: list[tuple[int, Tensor | None, Tensor]]  # slot, tokens, weights (m, 1)
 
 
@@ -63,8 +63,8 @@ class Place:
         self._kind = np.zeros(slots + 1, dtype=np.int8)  # the last entry stands for -1, nobody
         self._row = np.zeros(slots + 1, dtype=np.int64)
         self._strength = np.zeros(slots + 1, dtype=np.float32)
-        self.likeness: tuple[bytes, ...] = ()
-        self._describe()
+        self._owned: list[Owned] = []
+        self._step = -1  # of the table that `_owned` belongs to
 
     def load(self, slot: int, edit: Intervention) -> None:
         """Put an intervention into a free slot. What is loaded moves together where free rows lie scattered."""
@@ -82,21 +82,23 @@ class Place:
             self._kind[held] = _SUM if plain else _OTHER
             self._row[held] = view.lift.storage_offset() // view.lift.shape[1]
             self._strength[held] = self.bank.strength(held)
-        self._describe()
+        self._step = -1
 
     def unload(self, slot: int) -> None:
         """Empty a slot; nothing happens if nothing stands there."""
         if self._loaded.pop(slot, None) is not None:
             self.bank.release(slot)
             self._kind[slot] = _NONE
-            self._describe()
+            self._step = -1
 
-    def _describe(self) -> None:
-        """Places of equal likeness share the sorting of a step."""
-        self.likeness = self._kind.tobytes(), self._row.tobytes(), self._strength.tobytes()
+    def owned(self, table: RowTable) -> list[Owned]:
+        """The owners of a batch at this place, column by column of its table."""
+        if self._step != table.step:
+            self._step = table.step
+            self._owned = self._sort(table.rows[: table.tokens].numpy(), table.scale[: table.tokens].numpy())
+        return self._owned
 
-    def sort(self, rows: np.ndarray, scale: np.ndarray) -> list[Owned]:
-        """The owners of a batch at this place, column by column of its table (tokens, 4)."""
+    def _sort(self, rows: np.ndarray, scale: np.ndarray) -> list[Owned]:
         found = []
         kinds = self._kind[rows]
         for column in range(rows.shape[1]):
@@ -107,11 +109,8 @@ class Place:
             summed, others = None, []
             if (kind == _SUM).any():
                 tokens = (kind == _SUM).nonzero()[0]
-                summed = (
-                    _tokens(tokens, len(rows)),
-                    torch.from_numpy(self._row[slots[tokens]]),
-                    torch.from_numpy(weights[tokens, None]),
-                )
+                vectors = self.bank.vectors.index_select(0, torch.from_numpy(self._row[slots[tokens]]))
+                summed = _tokens(tokens, len(rows)), vectors.float().mul_(torch.from_numpy(weights[tokens, None]))
             for slot in np.unique(slots[kind == _OTHER]):
                 tokens = (slots == slot).nonzero()[0]
                 others.append((int(slot), _tokens(tokens, len(rows)), torch.from_numpy(weights[tokens, None])))
@@ -125,8 +124,6 @@ class Places:
     def __init__(self, places: dict[str, Place], table: RowTable) -> None:
         self.places = places
         self.table = table
-        self._sorted: dict[tuple[bytes, ...], list[Owned]] = {}
-        self._step = -1
 
     def edit_(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
         """Edit stream (n, d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
@@ -145,25 +142,22 @@ class Places:
             ops.subspace_split_(hidden, stream, *bank, rows, scale, (here.modes, here.rank))
 
     def _edit_on_host(self, stream: Tensor, hidden: Tensor | None, place: Place) -> None:
-        columns = self._owners(place)
+        columns, count = place.owned(self.table), self.table.tokens
         if not columns:
             return
-        count, vectors = self.table.tokens, place.bank.vectors
         stream, hidden = stream[:count], None if hidden is None else hidden[:count]
         if len(columns) == 1 and columns[0].summed is not None and not columns[0].others:
-            tokens, lifts, weights = columns[0].summed
-            delta = vectors.index_select(0, lifts).float().mul_(weights)
+            tokens, delta = columns[0].summed
             if tokens is None:
-                stream.add_(delta)  # summed in float32, rounded once
+                stream.copy_(stream.float().add_(delta))  # summed in float32, rounded once
             else:
-                stream.index_copy_(0, tokens, (stream.index_select(0, tokens) + delta).to(stream.dtype))
+                stream.index_copy_(0, tokens, stream.index_select(0, tokens).float().add_(delta).to(stream.dtype))
             return
         wide = stream.float()
         owned = torch.zeros(count, dtype=torch.bool)
         for summed, others in columns:
             if summed is not None:
-                tokens, lifts, weights = summed
-                delta = vectors.index_select(0, lifts).float().mul_(weights)
+                tokens, delta = summed
                 if tokens is None:
                     wide = wide + delta
                 else:
@@ -180,17 +174,6 @@ class Places:
             stream.copy_(wide)
         else:
             stream[owned] = wide[owned].to(stream.dtype)
-
-    def _owners(self, place: Place) -> list[Owned]:
-        if self._step != self.table.step:
-            self._sorted.clear()
-            self._step = self.table.step
-        found = self._sorted.get(place.likeness)
-        if found is None:
-            count = self.table.tokens
-            found = place.sort(self.table.rows[:count].numpy(), self.table.scale[:count].numpy())
-            self._sorted[place.likeness] = found
-        return found
 
 
 def _tokens(tokens: np.ndarray, count: int) -> Tensor | None:

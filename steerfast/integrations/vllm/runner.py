@@ -53,6 +53,7 @@ class Steered:
         self._chains = chains
         self._requests: dict[str, tuple[Part, ...]] = {}
         self._names: dict[int, str] = {}  # slot -> plan
+        self._loaded = False  # since the last step
         wanted: dict[tuple[str, int], list[Any]] = {}
         for plan in chains.values():
             for place, chain in plan.items():
@@ -98,8 +99,10 @@ class Steered:
 
     def step(self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int) -> None:
         """Before a batch runs: send what has changed to the device and write its row table."""
-        for place in self.places.places.values():
-            place.bank.commit()
+        if self._loaded:
+            for place in self.places.places.values():
+                place.bank.commit()
+            self._loaded = False
         self.table.fill(requests, starts, positions, tokens)
         if TRACE in os.environ:
             self._trace(requests, starts, positions)
@@ -119,6 +122,7 @@ class Steered:
             for slot, edit in zip(numbers, chain, strict=False):
                 self.places.places[f"{site}.{layer}"].load(slot, edit)
         self._names |= dict.fromkeys(numbers, name)
+        self._loaded = True
 
     def _unload(self, name: str) -> None:
         for slot in [slot for slot, owner in self._names.items() if owner == name]:

@@ -22,10 +22,10 @@ from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast.plan import POSITIONS
 
 from .plans import Library, ServedPlan
+from .table import EVER
 
 FIELDS = ("steer", "steer_strength", "steer_positions")
 LARGEST_STRENGTH = 65504.0  # the largest float16: beyond it some engine dtype overflows
-EVER = 2**31 - 1  # beyond the last position of any request
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -70,11 +71,21 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     return sae
 
 
-def save_saelens(sae: SAE, directory: Path) -> Path:
-    """Write an SAE as SAELens 6 reads it; returns the directory.
+def save_saelens(sae: SAE, directory: str | os.PathLike[str]) -> Path:
+    """Write an SAE as SAELens 6 reads it, cfg.json and sae_weights.safetensors; what was folded stays folded.
 
-    Raises:
-        ValueError: SAELens has no name for the SAE's place, or could not tell its decoder's orientation.
+    Args:
+        sae: The SAE.
+        directory: Where to; it is made, and each file is written whole or not at all.
+
+    Returns:
+        The directory.
+
+    Example:
+        >>> import tempfile, torch, steerfast as sf
+        >>> from steerfast.sae.formats import save_saelens
+        >>> sf.SAE.load(save_saelens(sf.SAE(torch.ones(3, 2), torch.ones(3, 2), k=1), tempfile.mkdtemp()))
+        SAE(F=3, d=2, k=1, place=None, torch.float32)
     """
     from safetensors.torch import save as save_tensors
 
@@ -94,20 +105,20 @@ def save_saelens(sae: SAE, directory: Path) -> Path:
         "metadata": {
             "sae_lens_version": "6.0.0",
             "model_name": sae.origin.model or None,
-            "hook_name": sae.origin.hook_name or _hook_name(sae.place),
+            "hook_name": _hook_name(sae.place) or sae.origin.hook_name or None,
             "hook_head_index": None,
-            "model_from_pretrained_kwargs": {"center_writing_weights": False},
         },
     }
     if sae.k is not None:
         config["k"] = sae.k
-    directory.mkdir(parents=True, exist_ok=True)
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
     blob = save_tensors(
         {name: value.detach().cpu().contiguous() for name, value in tensors.items() if value is not None}
     )
-    replace_file(directory / "sae_weights.safetensors", blob)
-    replace_file(directory / "cfg.json", json.dumps(config, indent=2).encode())
-    return directory
+    replace_file(target / "sae_weights.safetensors", blob)
+    replace_file(target / "cfg.json", json.dumps(config, indent=2).encode())
+    return target
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""`make bars`: every number that the project set itself, what was measured, on what, met or not.
+
+    python benchmarks/bars.py [ROWS …] [--markdown]
+
+The bars are rows of bars.csv: issue, place (cuda, cpu), case (its exact name), what is compared, limit, and the words of the
+bar. What is compared is one of
+
+    time: A           seconds per call of contender A
+    over: A | B       time of A over time of B, paired by round
+    above: A | B      time of A minus time of B, in seconds, paired by round
+    floor             ours over the floor of the case: its bytes and operations at the measured copy and product
+    copy              bytes of the case per second, over the measured copy
+    memory: A | B     memory that a call of A takes over that of B, or over a size that the case states
+    value: KEY        a figure that the case names
+
+A bar without a row is "not measured yet". Exit code 1 where a measured bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from results import FOLDER, Row, newest, read
+
+from steerfast.timing import interval, paired
+
+TABLE = Path(__file__).with_name("bars.csv")
+
+
+class Bar(NamedTuple):
+    """One number wanted, and where it is measured."""
+
+    issue: str
+    place: str
+    case: str
+    measure: str
+    limit: str  # "<= 1.15" or ">= 50"
+    words: str
+
+
+class Verdict(NamedTuple):
+    """What a bar came to: met, missed or not measured yet."""
+
+    bar: Bar
+    outcome: str
+    value: tuple[float, float, float] | None = None  # the median and its 95 % interval
+    device: str = ""
+    date: str = ""
+
+
+def bars() -> list[Bar]:
+    """The table of bars."""
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return [Bar(**row) for row in csv.DictReader(file)]
+
+
+def samples(row: Row, measure: str) -> list[float]:
+    """What a row says about a measure, round by round; KeyError where it says nothing."""
+    kind, _, rest = measure.partition(":")
+    names = [name.strip() for name in rest.split("|")]
+    times = row.get("times", {})
+    if kind == "time":
+        return list(times[names[0]])
+    if kind == "over":
+        return paired(row, names[0], names[1])
+    if kind == "above":
+        return [a - b for a, b in zip(times[names[0]], times[names[1]], strict=True)]
+    if kind == "floor":
+        return [t / row["floor"] for t in times["ours"]]
+    if kind == "copy":
+        return [row["bytes"] / t / row["copy"] for t in times["ours"]]
+    if kind == "memory":
+        return [row["memory"][names[0]] / row["memory"][names[1]]]
+    if kind == "value":
+        return [float(row["values"][names[0]])]
+    raise ValueError(f"bars: unknown measure {measure!r}; see the head of this file")
+
+
+def judge(bar: Bar, rows: dict[tuple[str, str], Row]) -> Verdict:
+    """Compare the newest row of a bar's case with its limit."""
+    row = rows.get((bar.case, bar.place))
+    try:
+        values = samples(row, bar.measure) if row else []
+    except KeyError:
+        values = []
+    if row is None or not values:
+        return Verdict(bar, "not measured yet")
+    value, (sign, limit) = interval(values), bar.limit.split()
+    met = value[0] <= float(limit) if sign == "<=" else value[0] >= float(limit)
+    return Verdict(bar, "met" if met else "MISSED", value, row["run"]["device"], row["run"]["date"][:10])
+
+
+def number(value: float) -> str:
+    """Three figures, without an exponent between a thousandth and a million."""
+    if abs(value) >= 1e3:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
+
+
+def cells(verdict: Verdict) -> list[str]:
+    """A row of the printed table."""
+    bar, value = verdict.bar, verdict.value
+    shown = "" if value is None else f"{number(value[0])} ({number(value[1])} … {number(value[2])})"
+    return [
+        bar.issue,
+        bar.words,
+        bar.limit.replace("<=", "≤").replace(">=", "≥"),
+        shown,
+        verdict.device or bar.place,
+        verdict.outcome,
+    ]
+
+
+HEAD = ["issue", "wanted", "limit", "measured (95 % interval)", "on", "outcome"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("rows", type=Path, nargs="*", default=[FOLDER], help="files or folders of rows")
+    parser.add_argument("--markdown", action="store_true", help="a table for a document")
+    options = parser.parse_args(argv)
+    found = newest(read(options.rows))
+    verdicts = [judge(bar, found) for bar in bars()]
+    table = [HEAD, *map(cells, verdicts)]
+    if options.markdown:
+        table.insert(1, ["---"] * len(HEAD))
+        print("\n".join("| " + " | ".join(row) + " |" for row in table))
+    else:
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    counts: dict[str, Any] = {
+        name: sum(v.outcome == name for v in verdicts) for name in ("met", "MISSED", "not measured yet")
+    }
+    print(f"\n{len(verdicts)} bars: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    return int(counts["MISSED"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Compare two results: has anything become slower, beyond noise?
+
+    python benchmarks/compare.py OLD NEW            files or folders of rows; exit code 1 on a regression
+    python benchmarks/compare.py --repeat A B       two runs of the same code: how far did the peer ratios move?
+
+Two runs see two machines, if only because one was busy. So a case is not compared by its seconds but by its ratio to a peer
+that took turns with it: q = (ours / peer in NEW) / (ours / peer in OLD), where the peer is the same code both times. q gets a
+99 % bootstrap interval over the rounds of both runs. It is a regression where the whole interval lies above 1 by more than
+the noise: what ours measured a second time differed from ours, in either run, at the far end of its own interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from results import Row, newest, read
+
+from steerfast.timing import AGAIN, OURS, append_row, interval, paired
+
+PEERS = ("eager", "naive chain", "all dimensions", "bare hooks", "hook that adds", "unsteered", "dense")
+RESAMPLES = 2000
+CONFIDENCE = 0.99
+
+
+class Change(NamedTuple):
+    """What became of one case."""
+
+    case: str
+    place: str
+    peer: str
+    ratio: float
+    low: float
+    high: float
+    noise: float
+
+    @property
+    def outcome(self) -> str:
+        if self.low > 1 + self.noise:
+            return "SLOWER"
+        return "faster" if self.high < 1 / (1 + self.noise) else "same"
+
+
+def anchor(old: Row, new: Row) -> str | None:
+    """The first peer that was timed in both."""
+    return next((p for p in PEERS if p in old.get("times", {}) and p in new.get("times", {})), None)
+
+
+def noise(row: Row) -> float:
+    """By how much the same function, timed twice in a round, was seen to differ from itself."""
+    if len(row["times"].get(AGAIN, [])) < 2:
+        return math.inf  # nothing tells noise from change
+    _, low, high = interval(paired(row, AGAIN, OURS), CONFIDENCE)
+    return max(high - 1, 1 / low - 1, 0.0)
+
+
+def change(old: Row, new: Row, peer: str) -> Change:
+    """The change of a case, as its ratio to a peer, with its interval."""
+    before, after = paired(old, OURS, peer), paired(new, OURS, peer)
+    draw = random.Random(0)
+    medians = sorted(
+        statistics.median(draw.choices(after, k=len(after))) / statistics.median(draw.choices(before, k=len(before)))
+        for _ in range(RESAMPLES)
+    )
+    tail = int((1 - CONFIDENCE) / 2 * RESAMPLES)
+    return Change(
+        new["case"], new["run"]["place"], peer, statistics.median(after) / statistics.median(before),
+        medians[tail], medians[-1 - tail], max(noise(old), noise(new)),
+    )  # fmt: skip
+
+
+def compare(old: dict[tuple[str, str], Row], new: dict[tuple[str, str], Row]) -> tuple[list[Change], list[str]]:
+    """Changes of the cases of both, on one kind of device; and what could not be compared, with the reason."""
+    changes, without = [], []
+    for key, row in new.items():
+        before = old.get(key)
+        if before is None:
+            without.append(f"{row['case']}: not in the old result")
+        elif before["run"]["device"] != row["run"]["device"]:
+            without.append(f"{row['case']}: {before['run']['device']} then, {row['run']['device']} now")
+        elif (peer := anchor(before, row)) is None:
+            without.append(f"{row['case']}: no peer was timed in both")
+        else:
+            changes.append(change(before, row, peer))
+    without += [f"{case}: not in the new result" for case, place in old.keys() - new.keys()]
+    return changes, without
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--repeat", action="store_true", help="the same code twice: report the largest move of a ratio")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="with --repeat: keep the largest move as a row")
+    options = parser.parse_args(argv)
+    old, new = newest(read([options.old])), newest(read([options.new]))
+    changes, without = compare(old, new)
+    print(f"{'case':52}{'peer':>16}{'new/old':>9}{'99 % interval':>17}{'noise':>8}")
+    for c in sorted(changes, key=lambda c: -c.ratio):
+        print(f"{c.case:52}{c.peer:>16}{c.ratio:9.3f}{c.low:9.3f} … {c.high:5.3f}{c.noise:8.1%}  {c.outcome}")
+    for reason in without:
+        print(f"not compared: {reason}")
+    if not changes:
+        print("compare: no case is in both results; measure the same suites twice", file=sys.stderr)
+        return 2
+    if options.repeat:
+        worst = max(changes, key=lambda c: abs(math.log(c.ratio)))
+        move = math.exp(abs(math.log(worst.ratio))) - 1
+        print(f"the ratios of {len(changes)} pairs moved by at most {move:.1%} ({worst.case}, to {worst.peer})")
+        if options.out is not None:
+            run = next(iter(new.values()))["run"]
+            append_row(
+                options.out,
+                {"case": "repeat", "status": "ok", "values": {"largest_move": move, "pairs": len(changes)}, "run": run},
+            )
+        return 0
+    slower = [c for c in changes if c.outcome == "SLOWER"]
+    print(f"{len(changes)} compared, {len(slower)} slower beyond noise")
+    return int(bool(slower))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Every op once at odd sizes, checked and not timed: what a memory checker runs.
+
+compute-sanitizer python benchmarks/once.py
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from setting import INTERPRETED, PLACE, pick
+
+import steerfast as sf
+from steerfast import bench_cases
+from steerfast.bench_cases import Stream
+from steerfast.timing import Case, NotHere
+
+AT = Stream(pick("cuda", "cpu", "cpu"), pick(torch.bfloat16, torch.float32, torch.float16), pick(1000, 1000, 40))
+
+
+def cases() -> Iterator[Callable[[], Case]]:
+    """One case of every op and method."""
+    n, features = pick(70, 70, 3), pick(5000, 5000, 300)
+    yield partial(bench_cases.add, AT, n)
+    yield partial(bench_cases.add_rms_norm, AT, n)
+    yield partial(bench_cases.affine, AT, n)
+    for method in bench_cases.METHODS:
+        yield partial(bench_cases.subspace, AT, n, method, 2)
+    for k in (8, 33):
+        yield partial(bench_cases.subspace, AT, n, "amplify", k)
+    yield partial(bench_cases.subspace, AT, n, "amplify", 8, slots=n)
+    for k in (17, AT.d):
+        yield partial(bench_cases.flow, AT, n, k, 3)
+    yield partial(bench_cases.edit_features, AT, n, features)
+    yield partial(bench_cases.sae_encode, AT, n, features, 5)
+    yield partial(bench_cases.sae_encode_threshold, AT, n, features, 64)
+    yield partial(bench_cases.sae_decode, AT, n, features, 5)
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    if PLACE == "cuda" or INTERPRETED:
+        sf.use_backend("triton")
+    red = 0
+    for build in cases():
+        try:
+            case = build()
+        except NotHere as reason:
+            print(f"not here: {reason}")
+            continue
+        inputs = (*case.fresh(), *case.fixed)
+        judge = case.judge(inputs)
+        share = judge(case.ours(*inputs))
+        red += not share <= 1
+        print(f"{case.name}: error {share:.3g} of what is allowed{'' if share <= 1 else '  RED'}", flush=True)
+    print(f"{red} red")
+    return int(red > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Reading raw rows: one JSON object a line, the newest of each case and place."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+FOLDER = Path(__file__).parent / "results"
+
+
+def read(paths: Iterable[Path]) -> list[Row]:
+    """All rows of files and folders, oldest run first. A line that a crash cut short is named and skipped."""
+    rows = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; give a file of rows or a folder of them")
+        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+            for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+                try:
+                    row = json.loads(text)
+                    row["case"], row["run"]["place"], row["run"]["date"]
+                except (ValueError, KeyError, TypeError):
+                    print(f"{file.name}, line {number}: no row; skipped", file=sys.stderr)
+                else:
+                    rows.append(row)
+    return sorted(rows, key=lambda row: row["run"]["date"])
+
+
+def measured(row: Row) -> bool:
+    """Whether a row holds at least one whole round, or a value."""
+    return row.get("status") in ("ok", "interrupted") and bool(row.get("times", {}).get("ours") or row.get("values"))
+
+
+def newest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
+    """(case, place) -> its newest measured row. A thorough run counts before a quick one, whatever its date."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in filter(measured, rows):
+        key = row["case"], row["run"]["place"]
+        if not (row["run"].get("quick") and key in found and not found[key]["run"].get("quick")):
+            found[key] = row
+    return found

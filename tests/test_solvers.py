@@ -1,0 +1,162 @@
+"""Solvers: every tableau is what it claims, and every flow on k + 1 numbers is the same scheme in all d dimensions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from flowing import KINDS, barrier, great_circles, runge_kutta, unit_gradient
+
+import steerfast as sf
+from steerfast import solvers
+from steerfast.flows import field_of
+from steerfast.solvers import SOLVERS, Field, Tableau, integrate, pack, scheme, unpack
+
+FIXED = [name for name, solver in SOLVERS.items() if not solver.adaptive and not solver.single]
+
+
+def points(n: int = 6, d: int = 12) -> torch.Tensor:
+    return 4 * torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_small_space_is_exact(name, kind):
+    """Against autograd of the barrier in float64, step by step in all d dimensions."""
+    solver, h, a = SOLVERS[name], barrier(kind, 12), points()
+    if solver.adaptive or (solver.geodesic and kind == "raw"):
+        return
+    length = 0.3 * a.norm(dim=1, keepdim=True)
+    steps = 1 if solver.single else 4
+    true = great_circles(h, a, length, steps) if solver.geodesic else runge_kutta(h, a, length, steps, solver.tableau)
+    got = sf.flow(a, h, angle=0.3, steps=4, method=name)
+    torch.testing.assert_close(got, true, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_measured_order_of_convergence(name):
+    """Halving the step divides the error by 2 to the order of the scheme."""
+    h, a = barrier("quadratic", 12), points()
+    true = sf.flow(a, h, angle=0.5, steps=400, method="rk4")
+    errors = [(sf.flow(a, h, angle=0.5, steps=n, method=name) - true).norm().item() for n in (16, 32, 64)]
+    measured = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+    assert all(abs(found - SOLVERS[name].tableau.order) < 0.3 for found in measured), measured
+
+
+@pytest.mark.parametrize("name", ["euler", "midpoint"])
+def test_fixed_steps_are_those_of_torchdiffeq(name):
+    odeint = pytest.importorskip("torchdiffeq").odeint
+    h, a = barrier("mlp", 12), points()
+    length, span = 0.4 * a.norm(dim=1, keepdim=True), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    path = odeint(lambda _, y: length * unit_gradient(h, y), a, span, method=name, options={"step_size": 1 / 10})
+    torch.testing.assert_close(sf.flow(a, h, angle=0.4, steps=10, method=name), path[-1], atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_solvers_tend_to_the_flow_of_torchdiffeq(kind):
+    odeint = pytest.importorskip("torchdiffeq").odeint
+    h, a = barrier(kind, 12), points()
+    length, span = 0.4 * a.norm(dim=1, keepdim=True), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    true = odeint(lambda _, y: length * unit_gradient(h, y), a, span, method="dopri5", rtol=1e-10, atol=1e-10)[-1]
+    moved = (true - a).norm()
+    assert (sf.flow(a, h, angle=0.4, steps=64, method="rk4") - true).norm() < 1e-6 * moved
+    assert (sf.flow(a, h, angle=0.4, steps=40, method="adaptive", tolerance=1e-6) - true).norm() < 1e-4 * moved
+    assert (sf.flow(a, h, angle=0.4, steps=400) - true).norm() < 5e-3 * moved
+
+
+def test_adaptive_steps_keep_the_tolerance_and_arrive():
+    """The error falls with the tolerance; with too few attempts the path still has its length."""
+    h, a = barrier("quadratic", 12), points()
+    true = sf.flow(a, h, angle=0.5, steps=800, method="rk4")
+    errors = [
+        (sf.flow(a, h, angle=0.5, steps=200, method="adaptive", tolerance=t) - true).norm().item() / true.norm().item()
+        for t in (1e-2, 1e-4, 1e-6, 1e-8)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-6
+    straight = barrier("raw", 12)
+    for steps in (1, 2, 7):
+        got = sf.flow(a, straight, T=2.0, steps=steps, method="adaptive", tolerance=1e-9)
+        torch.testing.assert_close((got - a).norm(dim=1), torch.full((6,), 2.0, dtype=torch.float64))
+
+
+def test_the_geodesic_keeps_the_norm_and_the_others_lose_it_by_their_order():
+    h, a = barrier("rff", 12), points()
+    r = a.norm(dim=1)
+    assert (sf.flow(a, h, angle=0.8, steps=5, method="geodesic").norm(dim=1) / r - 1).abs().max() < 1e-14
+    grown = sf.flow(a, h, angle=0.8, steps=5).norm(dim=1) ** 2 / r**2
+    torch.testing.assert_close(grown, torch.full_like(grown, 1 + 0.8**2 / 5))  # Euler adds ε² a step
+    assert (sf.flow(a, h, angle=0.8, steps=5, method="rk4").norm(dim=1) / r - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numpy_and_torch_run_the_same_formulas(kind, monkeypatch):
+    h, a = barrier(kind, 12), points().float()
+    for name in SOLVERS:
+        if SOLVERS[name].geodesic and kind == "raw":
+            continue
+        small = sf.flow(a, h, angle=0.5, steps=5, method=name, level=1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(solvers, "SMALL", 0)
+            torch.testing.assert_close(sf.flow(a, h, angle=0.5, steps=5, method=name, level=1.0), small)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_scheme_survives_its_rows(name, kind):
+    field, how = field_of(barrier(kind, 12)), scheme(name, 1e-3, 0.75)
+    table = torch.zeros(field.eigenvalues.shape[0], 8)
+    table[:, 0], table[:, 1] = field.eigenvalues, field.bias
+    rows = pack(field, how)
+    back, again = unpack(table, rows)
+    for got, expected in zip(back, field, strict=True):
+        assert torch.equal(got, expected) if isinstance(expected, torch.Tensor) else got == expected
+    flat = [n for stage in how.stages for n in stage]
+    assert [n for stage in again.stages for n in stage] == pytest.approx(flat, rel=1e-6)
+    assert (again.geodesic, again.order, again.level) == (how.geodesic, how.order, 0.75)
+
+
+def test_plain_euler_needs_no_rows():
+    assert pack(field_of(barrier("quadratic", 12)), scheme("euler")) is None
+    assert pack(field_of(barrier("quadratic", 12)), scheme("one-step")) is None
+    assert pack(field_of(barrier("rff", 12)), scheme("euler")) is not None
+
+
+def test_gradients_through_every_solver():
+    q = torch.linalg.qr(torch.randn(7, 2, dtype=torch.float64))[0].T
+    y = (points(3, 7) @ q.T).requires_grad_()
+    norm = points(3, 7).norm(dim=1, keepdim=True)
+    numbers = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    for name in ("euler", "geodesic", "rk4"):
+        assert torch.autograd.gradcheck(
+            lambda y, n, how=scheme(name): integrate(y, norm, Field(n[0], n[1]), 0.3 * norm, 3, how), (y, numbers)
+        )
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "order", "error", "message"),
+    [
+        (((), (0.5,)), (0.0, 1.0), 3, (), "order 3 is claimed, but b·c² = 1/3 does not hold"),
+        (((),), (0.9,), 1, (), "Σb = 1"),
+        (((), (0.5, 0.5)), (0.0, 1.0), 2, (), "expected 0, 1, 2"),
+        (((), (0.5,)), (0.0, 1.0), 2, (0.5,), "expected 0, 1, 2"),
+        (((), (1 / 2,), (-1.0, 2.0)), (1 / 6, 2 / 3, 1 / 6), 3, (), ""),
+        (((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8), 4, (), "needs slopes older"),
+        (((), (1.0,)), (0.5, 0.5), 2, (0.1, 0.2), "no multiple of the last slope"),
+    ],
+)
+def test_a_tableau_that_does_not_hold_is_refused(a, b, order, error, message):
+    if not message:  # Kutta's third-order scheme: p = 2 + 6·(2/3), m = -6 reach its last stage
+        assert Tableau(a, b, order, error).paths()[2] == pytest.approx((6.0, -6.0))
+        return
+    with pytest.raises(ValueError, match=message):
+        Tableau(a, b, order, error)
+
+
+def test_the_embedded_scheme_is_one():
+    """b - error is a scheme of its own, one order lower."""
+    tableau = SOLVERS["adaptive"].tableau
+    lower = np.array(tableau.b) - np.array(tableau.error)
+    Tableau(tableau.a, tuple(lower.tolist()), tableau.order - 1)

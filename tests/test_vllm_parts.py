@@ -1,0 +1,436 @@
+"""The parts of the vLLM plugin that need no vLLM: what a client may say, the plans, the slots, the row table, the edits."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_interventions import EXAMPLES, D
+
+import steerfast as sf
+from steerfast import reference
+from steerfast.integrations.vllm import counters, plans, wire
+from steerfast.integrations.vllm.edits import Place, Places
+from steerfast.integrations.vllm.plans import Library, ServedPlan
+from steerfast.integrations.vllm.slots import Admission, Residents
+from steerfast.integrations.vllm.table import Owner, RowTable
+
+
+def unit(seed: int, d: int = D) -> torch.Tensor:
+    v = torch.randn(d, generator=torch.Generator().manual_seed(seed))
+    return v / v.norm()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    sf.Plan({1: sf.Add(unit(0))}).save(tmp_path / "one")
+    sf.Plan({-1: [sf.Ablate(unit(1)), sf.Add(unit(2))], ("resid_pre", 3): sf.Add(unit(3))}, "last").save(
+        tmp_path / "two"
+    )
+    sf.Plan({0: sf.Add(unit(4))}, positions=[0, 1]).save(tmp_path / "single")
+    return tmp_path
+
+
+@pytest.fixture
+def library(folder: Path) -> Library:
+    return plans.load(folder, D, 4)[0]
+
+
+# --- the directory -----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_told_apart_by_its_content_and_takes_the_slots_of_its_longest_chain(folder: Path) -> None:
+    first, chains = plans.load(folder, D, 4)
+    assert {name: served.slots for name, served in first.plans.items()} == {"one": 1, "single": 1, "two": 2}
+    assert first.plans["two"].positions == "last"
+    assert first.plans["single"].positions is None
+    # what enters layer 3 is what left layer 2; -1 is layer 3 of 4
+    assert {place: len(chain) for place, chain in chains["two"].items()} == {("resid_post", 3): 2, ("resid_post", 2): 1}
+    before = first.plans["one"].fingerprint
+    sf.Plan({1: sf.Add(unit(0))}).save(folder / "same content")
+    sf.Plan({1: sf.Add(unit(9))}).save(folder / "one")
+    again = plans.load(folder, D, 4)[0].plans
+    assert again["same content"].fingerprint == before != again["one"].fingerprint
+
+
+def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
+    a, b, c = sf.Add(unit(0)), sf.Ablate(unit(1)), sf.Add(unit(2))
+    sf.Plan({("resid_pre", 2): c, 1: a, -3: b}).save(tmp_path / "p")
+    (chain,) = plans.load(tmp_path, D, 4)[1]["p"].values()
+    assert [type(edit) for edit in chain] == [sf.Add, sf.Ablate, sf.Add]
+    assert torch.equal(chain[0].vector, a.vector)
+    assert torch.equal(chain[2].vector, c.vector)
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (lambda: sf.Plan({4: sf.Add(unit(0))}), "layer 4 is out of range; this model has 4 layers, 0 to 3"),
+        (lambda: sf.Plan({0: sf.Add(unit(0, 5))}), "has width 5; this model has 12"),
+        (lambda: sf.Plan({("head_out", 0): sf.Add(unit(0))}), "site 'head_out' cannot be steered inside vLLM"),
+        (lambda: sf.Plan({0: [sf.Add(unit(i)) for i in range(5)]}), "5 interventions act in one place"),
+        (lambda: sf.Plan({0: sf.Add(unit(0))}, model=sf.ModelCard("M", D, 30)), "made for width 12 and 30 layers"),
+        (
+            lambda: sf.Plan({0: sf.When(sf.Condition(unit(0), 0.1), sf.Add(unit(1)))}),
+            "a condition .When. is not decided inside vLLM",
+        ),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_by_name_and_the_others_are_served(folder: Path, plan, reason: str) -> None:
+    plan().save(folder / "misfit")
+    library, chains = plans.load(folder, D, 4)
+    assert set(library.plans) == {"one", "two", "single"} == set(chains)
+    with pytest.raises(ValueError, match=f"the plan 'misfit' cannot be used: .*{reason}"):
+        wire.read({"steer": "misfit"}, library)
+
+
+def test_a_damaged_plan_is_refused_by_name(folder: Path) -> None:
+    blob = folder / "one" / "plan.safetensors"
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    library, _ = plans.load(folder, D, 4)
+    with pytest.raises(ValueError, match="the plan 'one' cannot be used"):
+        wire.read({"steer": "one"}, library)
+    assert wire.read({"steer": "two"}, library)
+
+
+def test_a_directory_without_plans_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a directory"):
+        plans.load(tmp_path / "nowhere", D, 4)
+    with pytest.raises(ValueError, match="holds no plan; save one"):
+        plans.load(tmp_path, D, 4)
+
+
+# --- what a client may say ---------------------------------------------------------------------------------------------
+
+
+def test_a_request_names_plans_strengths_and_positions(library: Library) -> None:
+    parts = wire.read({"steer": ["two", "one"], "steer_strength": [2, -0.5], "other": object()}, library)
+    assert [(p.served.name, p.strength, p.positions) for p in parts] == [("two", 2.0, "last"), ("one", -0.5, "all")]
+    (part,) = wire.read({"steer": "single", "steer_positions": "prompt"}, library)
+    assert (part.strength, part.positions) == (1.0, "prompt")
+    assert [p.strength for p in wire.read({"steer": ["one", "two"], "steer_strength": 3}, library)] == [3.0, 3.0]
+
+
+def test_a_request_that_says_nothing_takes_the_default_and_can_decline_it(library: Library) -> None:
+    default = wire.read({"steer": "one"}, library)
+    assert wire.read(None, library, default) == wire.read({"seed": 1}, library, default) == default
+    assert wire.read({"steer": []}, library, default) == ()
+    assert wire.read(None, library) == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"steer": "nobody"}, "there is no plan 'nobody'; this engine has 3 plans"),
+        ({"steer": "../one"}, "there is no plan '../one'"),
+        ({"steer": "one/../one"}, "there is no plan"),
+        ({"steer": ["one"] * 10_000}, "steer names 10000 plans; at most 4"),
+        ({"steer": "x" * 100_000}, r"there is no plan 'x+\.\.\.;"),
+        ({"steer": ["two", "two", "one"]}, "apply 5 interventions to a token; at most 4"),
+        ({"steer": 7}, "steer is 7; expected a plan's name or a list of names"),
+        ({"steer": [["one"]]}, "a plan's name is"),
+        ({"steer": None}, "steer is None; expected"),
+        ({"steer": "one", "steer_strength": math.nan}, "expected a finite number"),
+        ({"steer": "one", "steer_strength": math.inf}, "expected a finite number"),
+        ({"steer": "one", "steer_strength": 1e30}, "at most 65504"),
+        ({"steer": "one", "steer_strength": 10**5000}, "at most 65504"),
+        ({"steer": "one", "steer_strength": "2"}, "steer_strength is '2'; expected a number"),
+        ({"steer": "one", "steer_strength": True}, "steer_strength is True; expected a number"),
+        ({"steer": "one", "steer_strength": None}, "steer_strength is None; expected a number"),
+        ({"steer": "one", "steer_strength": [1, 2]}, "has 2 numbers for 1 plans"),
+        ({"steer": ["one", "two"], "steer_strength": [1]}, "has 1 numbers for 2 plans"),
+        ({"steer": "one", "steer_positions": "everywhere"}, "expected one of all, prompt, generated, last"),
+        ({"steer": "one", "steer_positions": ["all"]}, "expected one of"),
+        ({"steer": "single"}, "names single positions, which a server does not follow; give steer_positions"),
+        ({"steering": "one"}, "unknown field 'steering'; the fields are steer, steer_strength, steer_positions"),
+        ({"steer": "one", "steer_scale": 2}, "unknown field 'steer_scale'"),
+        ({"steer_strength": 2}, "steer_strength is given without steer"),
+    ],
+)
+def test_whatever_cannot_be_followed_is_refused_with_the_reason_in_a_line(library: Library, given, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"steer: .*{reason}") as refused:
+        wire.read(given, library)
+    assert len(str(refused.value)) < 300
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["steer", "steer_strength", "steer_positions", "steerable"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["a", "last"]),
+            lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(), inner, max_size=2),
+        ),
+    )
+)
+def test_no_request_does_anything_but_be_read_or_refused(fields) -> None:
+    library = Library({"a": ServedPlan("a", "f", 1, "all")})
+    try:
+        parts = wire.read(fields, library)
+    except ValueError:
+        assert fields
+        return
+    assert not fields or set("".join(fields["steer"])) <= {"a"}
+    assert len(parts) <= 4
+    assert all(math.isfinite(part.strength) for part in parts)
+
+
+def test_the_salt_differs_by_all_that_steers_and_by_the_users_own(library: Library) -> None:
+    requests = [
+        {"steer": "one"},
+        {"steer": "two"},
+        {"steer": ["one", "two"]},
+        {"steer": ["two", "one"]},
+        {"steer": "one", "steer_strength": 1.5},
+        {"steer": "one", "steer_positions": "last"},
+    ]
+    salts = {wire.salt(own, wire.read(request, library)) for request in requests for own in (None, "", "user")}
+    assert len(salts) == 3 * len(requests)
+    assert wire.salt(None, wire.read({"steer": ["one"], "steer_strength": [1]}, library)) in salts
+
+
+# --- slots -------------------------------------------------------------------------------------------------------------
+
+
+def test_requests_wait_in_order_and_strengths_take_no_slot() -> None:
+    a, b, c = (ServedPlan(name, name, slots, "all") for name, slots in (("a", 1), ("b", 2), ("c", 1)))
+    desk = Admission(2)
+    assert all(desk.admit(f"a{i}", [a]) for i in range(1000))  # strengths and repetitions are free
+    assert not desk.admit("b0", [b])
+    assert not desk.admit("c0", [c]), "c would fit, but b came first"
+    assert desk.admit("a-late", [a]), "who needs no slot does not wait"
+    assert desk.waiting == 2
+    for i in range(1000):
+        desk.release(f"a{i}")
+    assert not desk.admit("b0", [b])
+    desk.release("a-late")
+    assert desk.admit("b0", [b])
+    assert not desk.admit("c0", [c])
+    desk.release("b0")
+    assert desk.admit("c0", [c])
+    desk.release("c0")
+    desk.release("never came")
+    assert (desk.free, desk.waiting, desk.requests) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_the_scheduler_admits_fits_beside_the_banks(seed: int) -> None:
+    """Random traffic with aborts: the two counts agree, nobody is lost, nothing leaks."""
+    rng = random.Random(seed)
+    offered = [ServedPlan(f"p{i}", "", rng.choice([1, 1, 1, 2, 3, 4]), "all") for i in range(12)]
+    desk, bank = Admission(6), Residents(6)
+    waiting, running, done, owners = [], {}, 0, {}
+    for i in range(300):
+        chosen = rng.sample(offered, rng.choice([1, 1, 2]))
+        while sum(served.slots for served in chosen) > 4:
+            chosen.pop()
+        waiting.append((f"r{i}", chosen or [offered[0]]))
+    while waiting or running:
+        for request, chosen in list(waiting):
+            if rng.random() < 0.02:
+                desk.release(request)
+                waiting.remove((request, chosen))
+                done += 1
+            elif len(running) < 5 and desk.admit(request, chosen):
+                waiting.remove((request, chosen))
+                running[request] = chosen
+                for served in chosen:
+                    numbers, evicted, missing = bank.hold(served)
+                    for name in evicted:
+                        del owners[name]
+                    if missing:
+                        assert not set(numbers) & {n for held in owners.values() for n in held}
+                        owners[served.name] = numbers
+                    assert owners[served.name] == numbers
+                    assert len(numbers) == served.slots
+        for request in rng.sample(sorted(running), rng.randint(0, len(running))):
+            desk.release(request)
+            for served in running.pop(request):
+                bank.release(served)
+            done += 1
+    assert (done, desk.free, desk.waiting, bank.held) == (300, 6, 0, 0)
+
+
+# --- the row table -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where_it_runs", ["host", "device"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_table_says_what_each_request_asked_for_at_each_position(seed: int, where_it_runs: str) -> None:
+    """Chunked prefill beside decoding, in changing order, against the definition of the positions."""
+    rng = random.Random(seed)
+    table = RowTable(tokens=64, device=torch.device("cpu"))
+    table._write = table._on_host if where_it_runs == "host" else table._on_device
+    library = Library({f"p{i}": ServedPlan(f"p{i}", "", 1, "all") for i in range(9)})
+    asked = {}
+    for i in range(70):  # more than the table first has lines for
+        names = rng.sample(sorted(library.plans), rng.randint(0, 4))
+        where = rng.choice(["all", "prompt", "generated", "last"])
+        prompt = rng.randint(1, 9)
+        parts = wire.read(
+            {"steer": names, "steer_positions": where, "steer_strength": [rng.random() for _ in names]}, library
+        )
+        owners = [Owner(int(p.served.name[1:]), p.strength, *p.span(prompt)) for p in parts]
+        asked[f"r{i}"] = (owners, where, prompt)
+        table.put(f"r{i}", owners)
+        if rng.random() < 0.3:
+            table.drop(f"r{i}")
+            asked[f"r{i}"] = ([], where, prompt)
+    for _ in range(20):
+        batch = rng.sample(sorted(asked), rng.randint(1, 12))
+        counts = [rng.choice([1, 1, 1, 5]) for _ in batch]
+        begins = [rng.randint(0, 12) for _ in batch]
+        starts = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
+        positions = torch.cat([torch.arange(b, b + c) for b, c in zip(begins, counts, strict=True)])
+        total = int(starts[-1])
+        table.fill(batch, torch.cat([starts, starts[-1:]]), torch.cat([positions, torch.zeros(3).long()]), total)
+        for i, name in enumerate(batch):
+            owners, where, prompt = asked[name]
+            for token in range(int(starts[i]), int(starts[i + 1])):
+                p = int(positions[token])
+                acts = {"all": True, "prompt": p < prompt, "generated": p >= prompt, "last": p >= prompt - 1}[where]
+                found = [s for s in table.rows[token].tolist() if s >= 0]
+                assert found == ([owner.slot for owner in owners] if acts else [])
+                if acts:
+                    weights = table.scale[token, : len(owners)]
+                    assert torch.equal(weights, torch.tensor([owner.strength for owner in owners]))
+        assert (table.rows[total:] == -1).all(), "what a graph is padded with is steered"
+
+
+# --- the edits ---------------------------------------------------------------------------------------------------------
+
+
+def engine(edits: list[sf.Intervention], slots: int, dtype: torch.dtype = torch.float32) -> tuple[Places, Place]:
+    place = Place(edits, slots, D, dtype, torch.device("cpu"))
+    return Places({"resid_post.0": place}, RowTable(40, torch.device("cpu"))), place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("crowd", ["one column", "stacked", "everybody"])
+def test_a_step_edits_what_the_specification_says(dtype: torch.dtype, split: bool, crowd: str) -> None:
+    """Every listed intervention among additions, per token, against the reference on the same bank and table in float64."""
+    edits = [sf.Add(unit(i), 1 + i) for i in range(6)]
+    edits += [edit for edit, _ in EXAMPLES.values()]
+    places, place = engine(edits, len(edits), dtype)
+    for slot, edit in enumerate(edits):
+        place.load(slot, edit)
+    n, rng = 33, random.Random(1)
+    for i in range(n):
+        count = {"one column": rng.choice([0, 1]), "stacked": rng.randint(0, 4), "everybody": 1}[crowd]
+        pool = range(6) if crowd == "everybody" else range(len(edits))
+        chosen = rng.sample(pool, count)
+        places.table.put(f"r{i}", [Owner(slot, rng.uniform(0.2, 1.5), 0, 9) for slot in chosen])
+    places.table.fill([f"r{i}" for i in range(n)], torch.arange(n + 1), torch.zeros(n, dtype=torch.long), n)
+    stream, hidden = torch.randn(40, D).to(dtype), torch.randn(40, D).to(dtype)
+    rows, scale = places.table.rows[:n], places.table.scale[:n]
+    bank = [tensor.double() if tensor.is_floating_point() else tensor for tensor in place.bank.tensors]
+    spec = (
+        reference.subspace_split(hidden[:n].double(), stream[:n].double(), *bank, rows, scale.double())
+        if split
+        else reference.subspace(stream[:n].double(), *bank, rows, scale.double())
+    )
+    mine = (
+        reference.subspace_split(hidden[:n], stream[:n], *place.bank.tensors, rows, scale)
+        if split
+        else reference.subspace(stream[:n], *place.bank.tensors, rows, scale)
+    )
+    got = stream.clone()
+    places.edit_(got, hidden if split else None, "resid_post.0")
+    allowed = 2 * (mine.double() - spec).abs().amax(1) + torch.finfo(dtype).eps * spec.abs().amax(1)
+    assert ((got[:n].double() - spec).abs().amax(1) <= allowed).all()
+    untouched = torch.cat([(rows < 0).all(1), torch.ones(7, dtype=torch.bool)])
+    assert torch.equal(got[untouched], stream[untouched])
+    assert not torch.equal(got, stream)
+
+
+def test_each_place_has_its_own_bank_under_one_table() -> None:
+    table = RowTable(8, torch.device("cpu"))
+    alike = [Place([sf.Add(unit(i))], 4, D, torch.float32, torch.device("cpu")) for i in range(2)]
+    other = Place([sf.Ablate(unit(2))], 4, D, torch.float32, torch.device("cpu"))
+    places = Places({"a": alike[0], "b": alike[1], "c": other}, table)
+    for i, place in enumerate(alike):
+        place.load(0, sf.Add(unit(i), 2.0))
+    other.load(0, sf.Ablate(unit(2)))
+    table.put("r", [Owner(0, 1.0, 0, 9)])
+    table.fill(["r"], torch.tensor([0, 1]), torch.zeros(1).long(), 1)
+    x = torch.randn(1, D)
+    for i, name in enumerate("ab"):
+        got = x.clone()
+        places.edit_(got, None, name)
+        assert torch.allclose(got, x + 2 * unit(i), atol=1e-6)
+    got = x.clone()
+    places.edit_(got, None, "c")
+    assert float(got @ unit(2)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_slots_are_filled_again_and_again_where_free_rows_lie_scattered() -> None:
+    """A rank-4 edit comes when its rows are free but apart: what is loaded moves together, and nothing changes for it."""
+    wide = sf.Amplify(torch.stack([unit(i) for i in range(4)]))
+    edits: list[sf.Intervention] = [sf.Add(unit(i)) for i in range(8)] + [wide]
+    places, place = engine(edits, 5)  # room for the wide one and four more
+    for slot in range(5):
+        place.load(slot, edits[slot])
+    for slot in (0, 2, 4, 3):
+        place.unload(slot)
+    place.load(3, edits[5])
+    place.load(0, wide)
+    place.load(2, edits[6])
+    for slot, edit in {1: edits[1], 3: edits[5], 0: wide, 2: edits[6]}.items():
+        places.table.put("r", [Owner(slot, 1.0, 0, 9)])
+        places.table.fill(["r"], torch.tensor([0, 1]), torch.zeros(1).long(), 1)
+        x = torch.randn(1, D)
+        got = x.clone()
+        places.edit_(got, None, "resid_post.0")
+        assert torch.allclose(got, reference.edit(x, edit.slot(), edit.slot().constants[2].view(1, 1)), atol=1e-6)
+
+
+def test_more_tokens_than_the_engine_announced_are_an_error() -> None:
+    places, _ = engine([sf.Add(unit(0))], 4)
+    with pytest.raises(RuntimeError, match=r"resid_post\.0 handles 41 tokens; the engine announced 40"):
+        places.edit_(torch.zeros(41, D), None, "resid_post.0")
+
+
+def test_a_bank_takes_what_its_plans_need_and_no_more() -> None:
+    """Memory per registered vector: at most twice its size, headers and all, at a real width."""
+    edits: list[sf.Intervention] = [sf.Add(unit(i, 576)) for i in range(64)]
+    place = Place(edits, 64, 576, torch.bfloat16, torch.device("cpu"))
+    assert sum(t.numel() * t.element_size() for t in place.bank.tensors) <= 2 * 64 * 576 * 2
+
+
+# --- counters and imports ----------------------------------------------------------------------------------------------
+
+
+def test_counters_of_two_processes_add_up(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(counters.FOLDER, str(tmp_path))
+    mine = counters.Counters(["a", "b"])
+    mine.add("requests", "a")
+    mine.add("refused", "who")
+    other = np.zeros((3, len(counters.FIELDS)))
+    other[2, list(counters.FIELDS).index("tokens")] = 5
+    other.tofile(tmp_path / "1")
+    (tmp_path / "2").write_bytes(b"half written")
+    total = mine.total()
+    assert total["requests"] == {"": 0, "a": 1, "b": 0}
+    assert total["refused"] == {"": 1, "a": 0, "b": 0}
+    assert total["tokens"] == {"": 0, "a": 0, "b": 5}
+
+
+def test_importing_the_plugin_imports_nothing_of_vllm() -> None:
+    import subprocess
+
+    code = (
+        "import sys, steerfast.integrations.vllm.seams, steerfast.integrations.vllm.runner;"
+        "print([m for m in ('vllm', 'transformers', 'triton', 'prometheus_client') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "vllm" not in found
+    assert json.loads(found.replace("'", '"')) in ([], ["triton"])  # torch itself may look for triton

@@ -1,0 +1,244 @@
+"""Steering through vLLM's OpenAI server: one eager server for everything that a client can send, good and bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_engines import ENVIRONMENT, PROMPT, Transformers, needs_vllm, save
+
+import steerfast as sf
+
+httpx = pytest.importorskip("httpx")
+pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.model]
+TOKENS = 8
+MODEL = "demo"
+KINDS = ("completions", "chat/completions")
+
+
+class Server:
+    """The server, its plans, and a client."""
+
+    def __init__(self, folder: Path) -> None:
+        from steerfast import demo_model
+
+        self.plans = save(folder)
+        sf.Plan({3: sf.Add(torch.ones(7))}).save(folder / "narrow")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = {
+            "--model": str(demo_model.path()),
+            "--served-model-name": MODEL,
+            "--host": "127.0.0.1",
+            "--port": str(port),
+            "--dtype": "float32",
+            "--max-model-len": "256",
+            "--max-num-seqs": "8",
+            "--gpu-memory-utilization": "0.2",
+        }
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+        self.log = folder.parent / "server.log"
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [*command, *(word for option in options.items() for word in option)],
+                env=os.environ | ENVIRONMENT | {"STEERFAST_PLANS": str(folder)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                pytest.fail(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+    def body(self, kind: str, xargs: Any, **more: Any) -> dict[str, Any]:
+        asked = {"messages": [{"role": "user", "content": PROMPT}]} if kind.startswith("chat") else {"prompt": PROMPT}
+        options = {"model": MODEL, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        return {**asked, **options, **({} if xargs is None else {"vllm_xargs": xargs}), **more}
+
+    def post(self, kind: str, xargs: Any, **more: Any) -> Any:
+        # JSON knows no NaN, Python's reader does: so may any client's
+        text = json.dumps(self.body(kind, xargs, **more))
+        return self.http.post(f"/v1/{kind}", content=text, headers={"content-type": "application/json"})
+
+    def text(self, kind: str, xargs: Any, **more: Any) -> str:
+        answer = self.post(kind, xargs, **more)
+        assert answer.status_code == 200, answer.text
+        choice = answer.json()["choices"][0]
+        return choice["message"]["content"] if kind.startswith("chat") else choice["text"]
+
+    def stream(self, kind: str, xargs: Any) -> str:
+        parts = []
+        with self.http.stream("POST", f"/v1/{kind}", json=self.body(kind, xargs, stream=True)) as answer:
+            assert answer.status_code == 200
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    choice = json.loads(line[6:])["choices"][0]
+                    parts.append(choice["delta"].get("content") or "" if kind.startswith("chat") else choice["text"])
+        return "".join(parts)
+
+    def counter(self, field: str, plan: str) -> float:
+        for line in self.http.get("/metrics").text.splitlines():
+            if line.startswith(f"steerfast:{field}") and f'plan="{plan}"' in line:
+                return float(line.rpartition(" ")[2])
+        raise AssertionError(f"/metrics says nothing of steerfast:{field} for {plan!r}")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory):
+    made = Server(tmp_path_factory.mktemp("plans"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def truth() -> Transformers:
+    return Transformers()
+
+
+@pytest.mark.parametrize("name", ["love", "ablate", "flow", "features"])
+def test_a_completion_is_what_transformers_generates(server, truth, name) -> None:
+    wanted, _ = truth.generate(PROMPT, [(server.plans[name], 1.0, None)], TOKENS)
+    text = truth.tokenizer.decode(wanted)
+    assert server.text("completions", {"steer": name}) == text
+    assert server.stream("completions", {"steer": [name], "steer_strength": [1.0]}) == text
+
+
+def test_requests_at_once_each_get_their_own(server, truth) -> None:
+    """Sixteen at a time, streaming and not, steered and not, each with its own strength: all as alone."""
+    asked = [None, *({"steer": "love", "steer_strength": s} for s in (0.3, 0.9, 2.0)), {"steer": "ablate"}]
+    alone = [server.text("completions", xargs) for xargs in asked]
+    wanted, _ = truth.generate(PROMPT, [], TOKENS)
+    assert alone[0] == truth.tokenizer.decode(wanted)
+    assert len(set(alone)) >= 3
+    with ThreadPoolExecutor(16) as pool:
+        calls = [pool.submit((server.text, server.stream)[i % 2], "completions", asked[i % 5]) for i in range(40)]
+        assert [call.result() for call in calls] == [alone[i % 5] for i in range(40)]
+
+
+def test_chat_is_steered_streaming_or_not(server) -> None:
+    plain = server.text("chat/completions", None)
+    steered = server.text("chat/completions", {"steer": "ablate"})
+    assert steered != plain
+    assert server.stream("chat/completions", {"steer": "ablate"}) == steered
+    assert server.stream("chat/completions", None) == plain
+
+
+BAD = [
+    ({"steer": "nobody"}, "there is no plan 'nobody'"),
+    ({"steer": "../plans/love"}, "there is no plan '../plans/love'"),
+    ({"steer": "narrow"}, "has width 7; this model has 576"),
+    ({"steer": ["love"] * 10_000}, "names 10000 plans; at most 4"),
+    ({"steer": ["chain", "chain", "love"]}, "apply 5 interventions"),
+    ({"steer": 7}, "expected a plan's name"),
+    ({"steer": "love", "steer_strength": float("nan")}, "expected a finite number"),
+    ({"steer": "love", "steer_strength": float("inf")}, "expected a finite number"),
+    ({"steer": "love", "steer_strength": 1e30}, "at most 65504"),
+    ({"steer": "love", "steer_strength": "much"}, "expected a number"),
+    ({"steer": "love", "steer_strength": [1, 2]}, "2 numbers for 1 plans"),
+    ({"steer": "love", "steer_positions": "sometimes"}, "expected one of all, prompt, generated, last"),
+    ({"steer_strength": 2}, "without steer"),
+    ({"steering": "love"}, "unknown field 'steering'"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("xargs", "reason"), BAD)
+def test_whatever_cannot_be_followed_is_a_400_with_the_reason(server, kind, xargs, reason, stream) -> None:
+    answer = server.post(kind, xargs, stream=stream)
+    assert answer.status_code == 400, answer.text
+    assert reason in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "xargs",
+    [
+        {"steer": {"name": "love"}},
+        {"steer": [["love"]]},
+        {"steer": None},
+        {"steer": "love", "steer_strength": None},
+        "love",
+    ],
+)
+def test_what_is_not_even_flat_is_a_400(server, xargs) -> None:
+    assert server.post("completions", xargs).status_code == 400
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_field_beside_vllm_xargs_is_refused_and_not_ignored(server, kind) -> None:
+    answer = server.post(kind, None, steer="love")
+    assert answer.status_code == 400
+    assert "steer stands beside vllm_xargs; put it inside" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_beam_search_with_plans_is_refused_and_without_runs(server, kind) -> None:
+    answer = server.post(kind, {"steer": "love"}, use_beam_search=True, n=2)
+    assert answer.status_code == 400
+    assert "beam search drops the fields of a request" in answer.json()["error"]["message"]
+    assert server.post(kind, None, use_beam_search=True, n=2).status_code == 200
+
+
+def test_refusals_leave_the_engine_and_its_neighbours_alone(server) -> None:
+    wanted = server.text("completions", {"steer": "love"}, max_tokens=40)
+    with ThreadPoolExecutor(8) as pool:
+        good = [pool.submit(server.text, "completions", {"steer": "love"}, max_tokens=40) for _ in range(4)]
+        bad = [pool.submit(server.post, "completions", xargs) for xargs, _ in BAD]
+        assert {call.result().status_code for call in bad} == {400}
+        assert [call.result() for call in good] == [wanted] * 4
+    assert server.http.get("/health").status_code == 200
+
+
+def test_a_client_that_hangs_up_leaves_nothing_behind(server) -> None:
+    for _ in range(4):
+        with server.http.stream(
+            "POST", "/v1/completions", json=server.body("completions", {"steer": "chain"}, stream=True, max_tokens=200)
+        ) as answer:
+            next(answer.iter_lines())
+    deadline = time.monotonic() + 60
+    while "vllm:num_requests_running" not in (text := server.http.get("/metrics").text) or any(
+        line.startswith(("vllm:num_requests_running{", "steerfast:waiting{")) and not line.endswith(" 0.0")
+        for line in text.splitlines()
+    ):
+        assert time.monotonic() < deadline, "an aborted request is still running"
+        time.sleep(0.2)
+    assert server.text("completions", {"steer": "chain"})
+
+
+def test_several_answers_to_one_prompt_are_all_steered(server, truth) -> None:
+    wanted, _ = truth.generate(PROMPT, [(server.plans["love"], 2.0, None)], TOKENS)
+    answer = server.post("completions", {"steer": "love", "steer_strength": 2}, n=3, temperature=1e-4)
+    assert [choice["text"] for choice in answer.json()["choices"]] == [truth.tokenizer.decode(wanted)] * 3
+
+
+def test_metrics_count_requests_tokens_and_refusals_per_plan(server) -> None:
+    names = ("requests", "tokens", "refused", "waiting")
+    before = {name: server.counter(name, "turn") for name in names}
+    answer = server.post("completions", {"steer": "turn"})
+    length = answer.json()["usage"]["prompt_tokens"]
+    server.post("completions", {"steer": "turn", "steer_strength": "x"})
+    after = {name: server.counter(name, "turn") for name in names}
+    change = {name: after[name] - before[name] for name in names}
+    assert change == {"requests": 1, "tokens": length + TOKENS - 1, "refused": 1, "waiting": 0}

@@ -1,0 +1,135 @@
+"""Steering inside vLLM's V2 runner, the default on GPUs: on a CPU, with every Triton kernel of vLLM and ours interpreted.
+
+vLLM takes V2 only where Triton has a driver, so a stub driver says that there is one. Run by itself:
+
+    TRITON_INTERPRET=1 python -m pytest tests/test_vllm_v2.py
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_engines import ENVIRONMENT, Transformers, environment, fields, needs_vllm, tiny, tiny_plans
+
+pytestmark = [
+    needs_vllm,
+    pytest.mark.vllm,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+]
+TOKENS = 5
+
+
+def pretend_that_triton_runs_here() -> None:
+    """A driver of Triton that launches nothing; the interpreter needs none."""
+    from triton.backends import Backend, backends
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+    from triton.runtime import driver
+
+    class Interpreted(DriverBase):
+        def __init__(self) -> None:
+            self.utils = None
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cpu", 0, 1)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_benchmarker(self) -> Any:
+            raise RuntimeError("nothing is tuned under the interpreter")
+
+    backends["cpu"] = Backend(compiler=next(iter(backends.values())).compiler, driver=Interpreted)
+    driver.set_active(Interpreted())
+
+
+class Engine:
+    def __init__(self, folder: Path) -> None:
+        from vllm import LLM
+
+        self.model = tiny(folder / "model")
+        self.plans = tiny_plans(folder / "plans")
+        self.llm = LLM(
+            str(folder / "model"),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=128,
+            max_num_seqs=8,
+            max_num_batched_tokens=32,
+            gpu_memory_utilization=0.2,
+            enforce_eager=True,
+        )
+
+    def run(self, requests: list[tuple[list[int], dict[str, Any] | None]]) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=extra)
+            for _, extra in requests
+        ]
+        prompts: Any = [{"prompt_token_ids": ids} for ids, _ in requests]
+        return [list(o.outputs[0].token_ids) for o in self.llm.generate(prompts, params, use_tqdm=False)]
+
+    @property
+    def runner(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("v2")
+    pretend_that_triton_runs_here()
+    with environment(
+        **ENVIRONMENT,
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_USE_V2_MODEL_RUNNER="1",
+        STEERFAST_PLANS=str(folder / "plans"),
+        STEERFAST_BACKEND="triton",
+    ):
+        yield Engine(folder)
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 120), k=length)
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
+def test_every_request_of_a_batch_gets_what_transformers_computes(engine, positions) -> None:
+    """Our kernels as they run on a GPU, on a batch of all plans, with chunked prefill and unsteered neighbours."""
+    truth = Transformers(engine.model)
+    asked = [[], [("add", 1.0)], [("many", 1.0)], [("norm", 0.5), ("add", -1.0)], [("flow", 1.0)], []]
+    prompts = [prompt(i, 40 if i == 3 else 7 + i) for i in range(len(asked))]
+    requests = [
+        (ids, {**fields(*steered), "steer_positions": positions} if steered else None)
+        for ids, steered in zip(prompts, asked, strict=True)
+    ]
+    found = engine.run(requests)
+    for ids, steered, got in zip(prompts, asked, found, strict=True):
+        wanted, _ = truth.generate(ids, [(engine.plans[name], s, positions) for name, s in steered], TOKENS)
+        assert got == wanted, steered
+    assert found[1:5] != engine.run([(ids, None) for ids in prompts])[1:5]
+
+
+def test_trap_5_it_is_the_second_runner_that_was_steered_and_nothing_is_left_in_it(engine) -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    assert isinstance(engine.runner, GPUModelRunner)
+    engine.run([(prompt(9, 4), fields(("many", 1.0)))])
+    engine.run([(prompt(8, 4), None)])
+    assert (engine.runner.steerfast.steered, engine.runner.steerfast.held) == (0, 0)
+    assert bool((engine.runner.steerfast.table.rows == -1).all())

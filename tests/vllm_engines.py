@@ -1,0 +1,149 @@
+"""What the vLLM tests share: a folder of plans of every kind, and what transformers computes with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import steerfast as sf
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+# A small engine on a busy machine: one thread, one gigabyte, as little text as possible.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+}
+PROMPT = "I hate you because"
+WIDTH, LAYERS = 576, 30
+
+
+def unit(seed: int, d: int = WIDTH) -> torch.Tensor:
+    v = torch.randn(d, generator=torch.Generator().manual_seed(seed))
+    return v / v.norm()
+
+
+def plans(love: torch.Tensor) -> dict[str, sf.Plan]:
+    """One plan of every kind, all strong enough to change the text."""
+    features = sf.Features(torch.stack([unit(i) for i in range(3)]), torch.stack([unit(i + 9) for i in range(3)]))
+    barrier = sf.Barrier(torch.stack([love / love.norm()]), torch.zeros(1), torch.ones(1), 0.0)
+    return {
+        "love": sf.Plan({8: sf.Add(love, 2.0)}),
+        "ablate": sf.Plan({layer: sf.Ablate(love) for layer in range(LAYERS)}),
+        "norm": sf.Plan({8: sf.Add(love, 6.0, keep_norm=True), -1: sf.Add(unit(1), 9.0)}),
+        "sites": sf.Plan(
+            {
+                ("resid_pre", 0): sf.Add(unit(2)),
+                ("attn_out", 9): sf.Add(unit(3), 8.0),
+                ("mlp_out", 20): sf.Add(unit(4), 30.0),
+            }
+        ),
+        "chain": sf.Plan({12: [sf.Clamp(love, high=-2.0), sf.Amplify(torch.stack([unit(5), unit(6)]), 2.0)]}),
+        "features": sf.Plan({10: sf.EditFeatures(features, {0: 25.0, 2: 9.0}, mode="set")}),
+        "flow": sf.Plan({14: sf.Flow(barrier, angle=0.7, steps=5)}, positions="last"),
+        "turn": sf.Plan({16: sf.Rotate(torch.linalg.qr(torch.stack([unit(7), unit(8)]).T)[0].T, degrees=60.0)}),
+    }
+
+
+def save(folder: Path) -> dict[str, sf.Plan]:
+    """The plans above, with the love vector of the demo model, one folder each."""
+    from steerfast import demo_model
+
+    model, tokenizer = demo_model.load()
+    pos, neg = (sf.collect(model, tokenizer, [f"I {word} you"], layers=[8]) for word in ("love", "hate"))
+    made = plans(sf.extract.mean_difference(pos, neg).vector)
+    for name, plan in made.items():
+        plan.save(folder / name)
+    return made
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables for an engine and the processes that it starts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def tiny(folder: Path) -> Any:
+    """A Llama of three layers with random weights, saved for an engine; its texts are token ids."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    config = LlamaConfig(**sizes, **heads, initializer_range=0.1, max_position_embeddings=256, dtype="float32")
+    model = LlamaForCausalLM(config).float().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def tiny_plans(folder: Path) -> dict[str, sf.Plan]:
+    """A few plans for it, saved."""
+    v, w = (unit(seed, 128) for seed in (1, 2))
+    barrier = sf.Barrier(torch.stack([v]), torch.zeros(1), torch.ones(1), 0.0)
+    made = {
+        "add": sf.Plan({1: sf.Add(v, 3.0)}),
+        "many": sf.Plan({layer: sf.Ablate(torch.stack([v, w])) for layer in range(3)}),
+        "norm": sf.Plan({0: sf.Add(w, 4.0, keep_norm=True), ("mlp_out", 2): sf.Add(v)}),
+        "flow": sf.Plan({2: [sf.Flow(barrier, angle=0.8, steps=3), sf.Amplify(w, 2.0)]}, positions="last"),
+    }
+    for name, plan in made.items():
+        plan.save(folder / name)
+    return made
+
+
+class Transformers:
+    """The truth: what transformers generates, greedily, and the log-probability of every token."""
+
+    def __init__(self, model: Any = None) -> None:
+        from steerfast import demo_model
+
+        self.model, self.tokenizer = demo_model.load() if model is None else (model, None)
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: str | list[int], steered: list[tuple[sf.Plan, float, str | None]], tokens: int
+    ) -> tuple[list[int], torch.Tensor]:
+        """Token ids and log-probabilities; `steered` lists plan, strength and positions."""
+        ids = torch.tensor([self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        length = ids.shape[1]
+        with ExitStack() as stack:
+            for plan, strength, positions in steered:
+                chosen = sf.Plan(plan.edits, plan.positions if positions is None else positions)
+                stack.enter_context(sf.steer(self.model, chosen, strength=strength))
+            out = self.model.generate(
+                **inputs,
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        ids = out.sequences[0, length:]
+        logits = torch.stack(out.logits)[:, 0].log_softmax(-1)
+        return ids.tolist(), logits.gather(1, ids[:, None])[:, 0]
+
+
+def fields(*steered: tuple[Any, ...]) -> dict[str, Any]:
+    """The wire form of (name, strength) pairs."""
+    return {"steer": [name for name, *_ in steered], "steer_strength": [strength for _, strength, *_ in steered]}
