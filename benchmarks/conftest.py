@@ -143,7 +143,7 @@ def _in_time(ledger: Ledger) -> None:
 
 @pytest.fixture
 def race(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
-    """`race(build, peers=, yardsticks=, memory=, sizes=)`: check, measure and keep a case. A wrong answer of ours shows no time."""
+    """`race(build, peers=, yardsticks=, memory=, sizes=)`: check, measure and keep a case; a wrong one of ours shows no time."""
 
     def run(
         build: Callable[[], Case],

@@ -2,9 +2,10 @@
 
     python benchmarks/sae_defence.py --data DIR [--prompts 40] [--sae PATH] [--beta 40]
 
-DIR holds `xstest_prompts.csv` (XSTest: Röttger et al. 2023, arXiv:2308.01263, CC BY 4.0). The features are the ones that most of
-the safety words explain; `sf.Calibrate` replaces their active part by a fixed one, x - relu(xS)Sᵀ + β·mean(S), at the SAE's layer, on
-every token. Measured is how often the answer declines, on prompts that should be declined and on safe ones that only look unsafe.
+DIR holds `xstest_prompts.csv` (XSTest: Röttger et al. 2023, arXiv:2308.01263, CC BY 4.0). The features are the ones that most
+of the safety words explain; `sf.Calibrate` replaces their active part by a fixed one, x - relu(xS)Sᵀ + β·mean(S), at the SAE's
+layer, on every token. Measured is how often the answer declines, on prompts that should be declined and on safe ones that only
+look unsafe.
 
 Reference: Wu et al. 2025 (arXiv:2502.15576).
 """
@@ -15,6 +16,7 @@ import argparse
 import csv
 import json
 import re
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -102,7 +104,7 @@ def _answers(model, tokenizer, texts: list[str], plan: sf.Plan | None, tokens: i
     try:
         for start in range(0, len(chats), 20):
             inputs = tokenizer(chats[start : start + 20], return_tensors="pt", padding=True, add_special_tokens=False)
-            with sf.steer(model, plan):
+            with nullcontext() if plan is None else sf.steer(model, plan):
                 out = model.generate(
                     input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=tokens,
                     do_sample=False, pad_token_id=tokenizer.pad_token_id,

@@ -4,8 +4,8 @@
 
 One step is forward, backward, optimiser and upkeep, on the same rows for all; no model runs. Steps are taken in turns, and a
 ratio is that of a pair of the same round: process CPU time on one thread, so that other work on the machine does not count.
-sparsify's step is its trainer's: its `SparseCoder`, its unit-norm upkeep, and Adam (its default is sign-SGD; fused Adam is the same
-for all three here). SAELens's is `SAETrainer.step`.
+sparsify's step is its trainer's: its `SparseCoder`, its unit-norm upkeep, and Adam (its default is sign-SGD; fused Adam is the
+same for all three here). SAELens's is `SAETrainer.step`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Project → act → lift for few tokens and a large rank: columns of d are split across programs.
 
-Few tiles of tokens leave most of a GPU idle, and one program that reads all of B and C alone takes longer than a launch. First launch: partial sums of y and ‖x‖²
-per split of d. Second: each program adds the partial sums in one fixed order (so the result does not depend on timing),
-acts on all of y, and lifts its own columns. Third, only where a length may be restored: the rows that want it are scaled.
+Few tiles of tokens leave most of a GPU idle, and one program that reads all of B and C alone takes longer than a launch.
+First launch: partial sums of y and ‖x‖² per split of d. Second: each program adds the partial sums in one fixed order (so
+the result does not depend on timing), acts on all of y, and lifts its own columns. Third, only where a length may be
+restored: the rows that want it are scaled.
 
 Bytes: B and C once per tile of 16 tokens, the partial sums 4·k per token and split, x twice.
 """

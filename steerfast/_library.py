@@ -261,10 +261,15 @@ def run_sae_edit_backward(
 
 
 def _along_rows(rows: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """rows[n] · weights[indices[n, j]] for every j, one at a time: (n, k, d) never exists."""
-    places = indices.reshape(rows.shape[0], -1)
-    columns = [(rows * weights[places[:, j]]).sum(1) for j in range(places.shape[1])]
-    return torch.stack(columns, 1).view(indices.shape)
+    """rows[n] · weights[indices[n, j]] for every j, a block of tokens at a time: (n, k, d) never exists."""
+    (n, d), k = rows.shape, indices.shape[-1]
+    step = max(1, (4096 if rows.is_cuda else reference.SAE_ROWS) // k)
+    places = indices.reshape(n, k)
+    found = [
+        torch.bmm(block[:, None], weights.index_select(0, chosen.reshape(-1)).to(rows.dtype).view(-1, k, d).mT)
+        for block, chosen in zip(rows.split(step), places.split(step), strict=True)
+    ]
+    return torch.cat(found).view(indices.shape)
 
 
 def _by_feature(indices: Tensor, features: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -235,10 +235,10 @@ class Bank:
             self._copied = None
         table[row : row + count] = value
         size = table.element_size()
-        first = (table.storage_offset() + row * table.shape[1]) * size
+        first = (int(table.storage_offset()) + row * table.shape[1]) * size
         last = first + count * table.shape[1] * size
         low, high = (first, last) if self._dirty is None else self._dirty
-        self._dirty = min(int(first), low), max(int(last), high)
+        self._dirty = min(first, low), max(last, high)
 
 
 class _Buffers(NamedTuple):

@@ -13,8 +13,8 @@ from . import reference
 from ._backends import backend_of
 from ._checks import check_stream, finite_number, one_of
 from .barrier import Barrier
-from .interventions import Intervention, constants_row
-from .reference import FLOW, SOLVE, Slot
+from .interventions import Intervention, Program, constants_row
+from .reference import FLOW, KEEP_NORM, SOLVE, Slot
 from .solvers import SOLVERS, Field, Scheme, pack, scheme
 
 
@@ -102,6 +102,7 @@ class Flow(Intervention):
         return scheme(self.method, float(self.tolerance), math.inf if self.level is None else self.level)
 
     def slot(self) -> Slot:
+        """Rows Q, λ and b̃ per direction, and what else the solver and the barrier need."""
         rows, barrier = self.barrier.basis, self.barrier
         T, angle = path_length("Flow", self.T, self.angle)
         table = torch.zeros(rows.shape[0], 8)
@@ -111,10 +112,38 @@ class Flow(Intervention):
         mode = FLOW if extra is None else SOLVE
         return Slot(mode, how.count(self.steps), self.keep_norm, rows, rows, constants, table, extra)
 
+    def program(self, device: torch.device) -> Program | None:
+        """A full-rank barrier on a GPU runs by itself: two matrix products serve it better than a slot."""
+        return self.alone(device) if device.type == "cuda" and self.barrier.rank == self.width else None
+
+    def alone(self, device: torch.device) -> Program:
+        """The flow by itself, through the op: (x, scale) -> x'."""
+        from . import ops
+
+        slot = self.slot()
+        rows = [slot.constants[None], slot.coefficients] + ([] if slot.extra is None else [slot.extra])
+        table = torch.cat(rows).to(device)
+        extra = 0 if slot.extra is None else len(slot.extra)
+        header = [slot.mode, self.barrier.rank, 0, 0, 0, slot.steps, int(slot.keep_norm), extra]
+        slots = torch.tensor([header], dtype=torch.int32, device=device)
+        modes = slot.mode | (KEEP_NORM if slot.keep_norm else 0)
+        bases: dict[torch.dtype, Tensor] = {}
+
+        def run(x: Tensor, scale: Tensor | float) -> Tensor:
+            basis = bases.setdefault(x.dtype, slot.project.to(device, x.dtype))
+            weights = None
+            if isinstance(scale, Tensor) or scale != 1.0:
+                weights = torch.as_tensor(scale, dtype=torch.float32, device=device).expand(x.numel() // x.shape[-1])
+            return ops.subspace(x, basis, table, slots, None, weights, modes, self.barrier.rank)
+
+        return run
+
     def tensors(self) -> dict[str, Tensor]:
+        """Those of the barrier."""
         return self.barrier.tensors()
 
     def numbers(self) -> dict[str, Any]:
+        """The path, the solver, and the barrier's numbers."""
         names = ("angle", "T", "steps", "method", "level", "tolerance", "keep_norm")
         return {**{name: getattr(self, name) for name in names}, "barrier": self.barrier.numbers()}
 
@@ -146,7 +175,12 @@ def flow(
     Args:
         x: Residual stream, (..., d).
         barrier: h, of width d.
-        T, angle, steps, method, level, tolerance: As in `Flow`.
+        T: Length of the path in units of x. Exactly one of T and angle.
+        angle: T/‖a‖ of each row, in radians.
+        steps: Number of steps, ≥ 1.
+        method: The solver, as in `Flow`.
+        level: Stop where h reaches it; None: go all the way.
+        tolerance: Of method "adaptive".
 
     Returns:
         A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move.
@@ -163,8 +197,6 @@ def flow(
         >>> sf.flow(torch.tensor([[3.0, 4.0]]), h, T=0.5)
         tensor([[3.5000, 4.0000]])
     """
-    from . import ops
-
     check_stream("flow", x)
     edit = Flow(barrier, angle, T, steps, method, level, tolerance)
     if barrier.width != x.shape[-1]:
@@ -173,14 +205,10 @@ def flow(
         )
     if backend_of(x) == "torch" and not torch.compiler.is_compiling():
         how, field = edit.solver, Field(*(v.to(x.device) if isinstance(v, Tensor) else v for v in field_of(barrier)))
-        return reference.flow(x, barrier.basis.to(x.device), field, path_length("flow", T, angle), how.count(steps), how)
-    slot = edit.slot()
-    rows = [slot.constants[None], slot.coefficients] + ([] if slot.extra is None else [slot.extra])
-    header = [slot.mode, barrier.rank, 0, 0, 0, slot.steps, 0, 0 if slot.extra is None else len(slot.extra)]
-    table = torch.cat(rows).to(x.device, torch.promote_types(x.dtype, torch.float32))
-    basis = slot.project.to(x.device, table.dtype)
-    slots = torch.tensor([header], dtype=torch.int32, device=x.device)
-    return ops.subspace(x, basis, table, slots, modes=slot.mode, max_rank=barrier.rank)
+        return reference.flow(
+            x, barrier.basis.to(x.device), field, path_length("flow", T, angle), how.count(steps), how
+        )
+    return edit.alone(x.device)(x, 1.0)
 
 
 def field_of(barrier: Barrier) -> Field:

@@ -28,6 +28,7 @@ from ._backends import backend_of
 from ._checks import MAX_SLOTS_PER_ROW, finite_number
 from .bank import Bank, Runs, fitting
 from .conditions import When
+from .fixed import FixedTable
 from .gates import Gates, Place
 from .generation import announced, valid_tokens
 from .interventions import Intervention, Program
@@ -328,6 +329,8 @@ class Dispatcher:
         rows, scale = rows.to(x.device), scale.to(x.device)
         if self.controller.gates:
             rows = self.controller.gates.close(rows, self.edits)
+        if not self._programs:
+            return self._by_slots(x, rows, scale)
         first = 0
         for column, slot in sorted(self.controller.columns(self._programs)):
             x = self._by_slots(x, rows[:, first:column], scale[:, first:column])
@@ -356,7 +359,6 @@ class Controller:
         self.dispatchers: dict[Place, Dispatcher] = {}
         self.now: Pass = IDLE
         self.gates = Gates()
-        self.prepared = False
         self._runs = Runs(1 << 20)
         self._prompt: Prompt | None = None
         self._table: Table | None = None
@@ -373,7 +375,12 @@ class Controller:
         self._names = list(inspect.signature(self._decoder.forward).parameters)
         self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
         self._mask: Any = None  # as the model around the decoder was given it, not yet prepared
-        self._static_rows = self._static_scale = torch.empty(0)
+        self._fixed: FixedTable | None = None  # of a prepared model
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the model has its dispatchers for good, so that a compiled graph may hold them."""
+        return self._fixed is not None
 
     def __reduce__(self) -> Any:
         raise RuntimeError("steer: a model cannot be copied or pickled while it is steered or prepared; do that first")
@@ -500,8 +507,8 @@ class Controller:
         if self._batching and _cached_manager(self.model) is not None:  # its prefix cache is steered
             self.model.destroy_cached_continuous_batching_manager()  # type: ignore[operator]
         self._batching = False
-        if self.prepared:
-            self._static_rows.fill_(-1)
+        if self._fixed is not None:
+            self._fixed.clear()
             return
         for dispatcher in self.dispatchers.values():
             dispatcher.hook.remove()
@@ -532,7 +539,7 @@ class Controller:
             self._device_counts = counts
         if self._prompt is not None:
             self._build(self._prompt)
-        elif self.prepared:
+        else:
             self._publish_unprompted()
 
     def counted(self, slot: int) -> int:
@@ -765,14 +772,14 @@ class Controller:
         try:
             with torch.inference_mode(False):
                 table = self._build(prompt)
-                if self.prepared:
+                if self._fixed is not None:
                     self._unplaced = False
-                    self._publish(table, copies)
+                    self._fixed.publish(table, copies)
             return generate(*args, **kwargs)
         finally:
             self._generating = None
             self._prompt, self._table, self.now = None, None, IDLE
-            if self.prepared and self.handles:
+            if self.handles:
                 with torch.inference_mode(False):
                     self._publish_unprompted()
 
@@ -809,66 +816,42 @@ class Controller:
         for place, point in found.items():
             self.dispatchers[place] = Dispatcher(self, place, point, banks[place], fixed=True)
         self._runs = Runs(slots)
-        self._static_rows = torch.full(
-            (batch, length + 1, MAX_SLOTS_PER_ROW), -1, dtype=torch.int32, device=self._device
-        )
-        self._static_scale = torch.ones(batch, MAX_SLOTS_PER_ROW, device=self._device)
+        self._fixed = FixedTable(batch, length, self._device)
         self._device_counts = torch.zeros(slots + 1, dtype=torch.int64, device=self._device)
         self._watch()
-        self.prepared = True
         vars(self.model)[_ATTRIBUTE] = self
 
     def _traced(self, inputs: dict[str, Any]) -> Pass:
-        """The pass as a part of the compiled graph: a gather from the table that `_publish` fills."""
-        if not self.prepared:
+        """The pass as a part of the compiled graph: a gather from the table that `generate` or `refresh` fills."""
+        if self._fixed is None:
             raise RuntimeError("steer: the model is being compiled; call prepare(model) before torch.compile")
         if self._unplaced:
             raise RuntimeError(
                 "steer: a compiled pass outside generate does not show its prompt; pass prompt_length= to steer"
             )
-        tokens = _tokens(inputs)
+        tokens, mask = _tokens(inputs), self._given_mask(inputs)
         batch, count = tokens.shape[:2]
-        if batch > self._static_rows.shape[0]:
-            raise ValueError(f"steer: a batch of {batch}; prepare made room for {self._static_rows.shape[0]}")
-        position = _past_length(inputs) + torch.arange(count, device=self._static_rows.device)
-        rows = self._static_rows[:batch, position.clamp(max=self._static_rows.shape[1] - 1)]
-        mask = self._given_mask(inputs)
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            rows = torch.where(mask[:, -count:, None] != 0, rows, -1)
-        flat = rows.reshape(-1, MAX_SLOTS_PER_ROW)
-        scale = self._static_scale[:batch, None].expand(batch, count, MAX_SLOTS_PER_ROW).reshape(-1, MAX_SLOTS_PER_ROW)
-        owned = flat.flatten().long() + 1
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        now = self._fixed.gather(_past_length(inputs), batch, count, mask)
+        owned = now.rows.flatten().long() + 1  # type: ignore[union-attr]  # a fixed table is a table
         self._device_counts.index_add_(0, owned, torch.ones_like(owned))  # type: ignore[union-attr]
-        return Pass(None, flat, scale)
-
-    def _publish(self, table: Table, copies: int) -> None:
-        """Copy a table into the buffers that the compiled graph reads."""
-        batch, span, columns = table.rows.shape
-        room = self._static_rows.shape
-        if batch * copies > room[0] or span > room[1] or columns > room[2]:
-            raise ValueError(
-                f"steer: {batch * copies} rows, {span - 1} prompt tokens and {columns} interventions in a row; prepare "
-                f"made room for {room[0]}, {room[1] - 1} and {room[2]}"
-            )
-        self._static_rows.fill_(-1)
-        self._static_scale.fill_(1.0)
-        rows = table.rows.repeat_interleave(copies, 0)
-        self._static_rows[: batch * copies, :span, :columns] = rows.to(self._device)
-        self._static_rows[: batch * copies, span:, :columns] = rows[:, -1:].to(self._device)
-        self._static_scale[: batch * copies, :columns] = table.scale.repeat_interleave(copies, 0).to(self._device)
+        return now
 
     def _publish_unprompted(self) -> None:
         """Fill the buffers for bare compiled passes: what prompt_length, or positions="all", says without a prompt."""
-        self._static_rows.fill_(-1)
+        if self._fixed is None:
+            return
+        self._fixed.clear()
         given = next((h.prompt_length for h in self.handles if h.prompt_length is not None), None)
         plans = [plan for handle in self.handles for plan in handle.plans if plan is not None]
         self._unplaced = given is None and any(not isinstance(p.positions, str) or p.positions != "all" for p in plans)
         if self._unplaced or not self.handles:
             return
-        rows = next((len(handle.plans) for handle in self.handles if handle.per_row), self._static_rows.shape[0])
+        rows = next((len(handle.plans) for handle in self.handles if handle.per_row), self._fixed.batch)
         lengths = None if given is None else _per_row(given, rows)
         valid = torch.ones(rows, 0 if lengths is None else int(lengths.max()), dtype=torch.bool)
-        self._publish(Table(Prompt(valid, lengths), [handle.layer(rows) for handle in self.handles], self._device), 1)
+        layers = [handle.layer(rows) for handle in self.handles]
+        self._fixed.publish(Table(Prompt(valid, lengths), layers, self._device), copies=1)
 
     @property
     def _device(self) -> torch.device:

@@ -382,7 +382,9 @@ def subspace_probe(
 
     Args:
         x: Residual stream, (..., d), n rows in all.
-        vectors, coefficients, slots: A bank, as `subspace` takes it.
+        vectors: The rows of the bank, as in `subspace`.
+        coefficients: Its numbers.
+        slots: Its headers.
         max_rank: K, the largest rank that may occur.
         rows: int32 (n,) or (n, P), as in `subspace`. None: slot 0 for every row.
         scale: As in `subspace`.

@@ -39,6 +39,7 @@ KEEP_NORM = 256  # not a mode, but announced with them: some slot restores the l
 SOLVE = 512  # a flow with further rows: another solver than Euler, a level, ridge terms, a raw barrier
 ALL_MODES = ADD | HINGE | FLOW | ROTATE | PUSH | SLERP | REFLECT | AFFINE | KEEP_NORM | SOLVE
 SAE_BLOCK, SAE_GROUP = 4096, 32  # features walked at a time, and those that share a maximum
+SAE_ROWS = 256  # 16-bit decoder rows that are widened at a time: in float32 they stay in the cache
 TINY = 1e-30  # stands in for the length of a zero row
 
 SINE = 1e-4
@@ -451,8 +452,10 @@ def _gather_sum(values: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:
     if w_dec.dtype == dtype:
         out = torch.nn.functional.embedding_bag(places, w_dec, per_sample_weights=flat.to(dtype), mode="sum")
     else:
-        blocks = zip(flat.split(SAE_BLOCK // k or 1), places.split(SAE_BLOCK // k or 1), strict=True)
-        out = torch.cat([torch.bmm(v[:, None].to(dtype), w_dec[i].to(dtype))[:, 0] for v, i in blocks])
+        step = SAE_ROWS // k or 1
+        blocks = zip(flat.split(step), places.split(step), strict=True)
+        rows = ((v[:, None], w_dec.index_select(0, i.reshape(-1)).view(-1, k, d)) for v, i in blocks)
+        out = torch.cat([torch.bmm(v.to(dtype), w.to(dtype))[:, 0] for v, w in rows])
     return out.view(*values.shape[:-1], d)
 
 

@@ -246,8 +246,13 @@ def integrate(
     arrays = Field(*(v.detach().numpy() if isinstance(v, Tensor) else v for v in field))
     start, size, path = (v.detach().numpy() for v in (y, norm, length.expand(norm.shape)))
     plain = field.directions is None and not field.raw and how._replace(single=False) == EULER
-    found = _few_eulers(start, size, arrays, path, steps) if plain and y.numel() else None
-    alpha, moved = found or _integrate(np, start, size, arrays, path, steps, how)
+    if plain and y.numel():
+        alpha, moved, doubt = _few_eulers(start, size, arrays, path, steps)
+        if doubt.any():  # only these rows, so that no row depends on the rows beside it
+            there = _integrate(np, start[doubt], size[doubt], arrays, path[doubt], steps, how)
+            alpha[doubt], moved[doubt] = there
+    else:
+        alpha, moved = _integrate(np, start, size, arrays, path, steps, how)
     return torch.from_numpy(alpha), torch.from_numpy(moved)
 
 
@@ -293,11 +298,12 @@ def _integrate(xp: Any, y: Any, norm: Any, field: Field, length: Any, steps: int
     return alpha, y
 
 
-def _few_eulers(y: Any, norm: Any, field: Field, length: Any, steps: int) -> tuple[Any, Any] | None:
-    """Euler steps on a quadratic barrier with as few operations as there can be; None where a row is (nearly) stationary.
+def _few_eulers(y: Any, norm: Any, field: Field, length: Any, steps: int) -> tuple[Any, Any, Any]:
+    """(α, y, doubt) of Euler steps on a quadratic barrier, with as few operations as there can be.
 
     u = 2λ∘y/r + b̃, s = y·u/r, q = ε/√(u·u - s²), y ← (1 - qs/r)·y + q·u, and r² grows by ε² a step. In float64, where the
     difference loses nothing; coordinates come first, so that a row's numbers are a plain number when there is one row.
+    A row is in doubt where it was nearly stationary.
     """
     one = len(y) == 1
     moved = y[0].astype(np.float64) if one else np.array(y.T, np.float64, order="C")
@@ -307,10 +313,11 @@ def _few_eulers(y: Any, norm: Any, field: Field, length: Any, steps: int) -> tup
     if not one:
         double, bias = double[:, None], bias[:, None]
     alpha: Any = 1.0
+    doubt = norm[:, 0] == 0
     u = np.empty_like(moved)
     with np.errstate(all="ignore"):  # what is not finite is seen below
         for _ in range(steps):
-            inverse = r2**-0.5 if not one or r2 > 0 else math.nan
+            inverse = r2**-0.5 if not one or r2 > 0 else math.inf
             np.multiply(moved, double, out=u)
             u *= inverse
             u += bias
@@ -320,9 +327,9 @@ def _few_eulers(y: Any, norm: Any, field: Field, length: Any, steps: int) -> tup
                 yu, uu = np.einsum("kn,kn->n", moved, u), np.einsum("kn,kn->n", u, u)
             s = yu * inverse
             square = uu - s * s
-            sure = square > 1e-8 * uu
-            if not (sure if one else sure.all()):
-                return None
+            doubt = doubt | (square <= 1e-8 * uu)
+            if one and not square > 0:
+                return np.ones_like(norm), y.copy(), np.ones(1, bool)
             q = step * square**-0.5
             keep = 1.0 - q * s * inverse
             moved *= keep
@@ -330,7 +337,8 @@ def _few_eulers(y: Any, norm: Any, field: Field, length: Any, steps: int) -> tup
             moved += u
             alpha = alpha * keep
             r2 = r2 + step * step
-    return np.broadcast_to(alpha, (len(y),)).astype(y.dtype)[:, None], (moved[None] if one else moved.T).astype(y.dtype)
+    end = moved[None] if one else moved.T
+    return np.broadcast_to(alpha, (len(y),)).astype(y.dtype)[:, None], end.astype(y.dtype), doubt
 
 
 def _slope(xp: Any, y: Any, alpha: Any, rest: Any, field: Field) -> tuple[Any, Any, Any, Any]:

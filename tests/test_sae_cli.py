@@ -23,7 +23,7 @@ TEXT = "\n\n".join(
         "A red fox crossed the frozen river at night and left a line of small prints in the snow.",
         "Bread is made of flour, water, salt and yeast, and a good deal of patience.",
     ]
-    * 12
+    * 8
 )
 
 
@@ -34,7 +34,20 @@ def trained(smollm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "_load", lambda args: smollm)
-        numbers = ["--features", "256", "--k", "8", "--tokens", "20000", "--batch", "256", "--lr", "0.003", "--context", "64"]
+        numbers = [
+            "--features",
+            "256",
+            "--k",
+            "8",
+            "--tokens",
+            "20000",
+            "--batch",
+            "256",
+            "--lr",
+            "0.003",
+            "--context",
+            "64",
+        ]
         arguments = ["sae", "train", "demo", "--layer", "1", "--text", str(folder / "text.txt"), *numbers]
         assert cli.main([*arguments, "--out", str(folder / "sae")]) == 0
     return folder
@@ -57,7 +70,20 @@ def test_train_writes_an_sae_in_bfloat16(trained: Path) -> None:
 
 def test_train_again_goes_on_from_its_files(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (trained / "sae" / "sae.safetensors").read_bytes()
-    numbers = ["--features", "256", "--k", "8", "--tokens", "20000", "--batch", "256", "--lr", "0.003", "--context", "64"]
+    numbers = [
+        "--features",
+        "256",
+        "--k",
+        "8",
+        "--tokens",
+        "20000",
+        "--batch",
+        "256",
+        "--lr",
+        "0.003",
+        "--context",
+        "64",
+    ]
     arguments = ["sae", "train", "demo", "--layer", "1", "--text", str(trained / "text.txt"), *numbers]
     assert cli.main([*arguments, "--out", str(trained / "sae")]) == 0
     assert (trained / "sae" / "sae.safetensors").read_bytes() == before
@@ -81,7 +107,7 @@ def test_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"variance explained   {numbers['variance_explained']:.4f}" in shown
     assert f"loss recovered       {numbers['loss_recovered']:.4f}" in shown
     assert numbers["variance_explained"] > 0.7
-    assert 0 < numbers["loss_recovered"] < 1
+    assert numbers["loss_recovered"] > 0.8
 
 
 def test_explain_and_steer(smollm, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

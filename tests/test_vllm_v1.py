@@ -1,6 +1,6 @@
 """Steering inside vLLM's V1 runner on a CPU, with torch.compile, against transformers: one engine for all tests.
 
-Everything is made scarce on purpose: 4 slots for 9 interventions, 64 tokens a step (chunked prefill), 640 tokens of keys
+Everything is made scarce on purpose: 4 slots for 10 interventions, 64 tokens a step (chunked prefill), 640 tokens of keys
 and values (preemption). The engine runs in this process, so that what is left behind can be counted.
 """
 
@@ -123,8 +123,8 @@ def test_the_engine_under_test_compiles_and_is_salted(engine) -> None:
 def test_every_request_of_a_batch_gets_what_transformers_computes(engine, truth, positions) -> None:
     """All kinds of interventions and all positions in one batch of mixed strengths, between unsteered requests.
 
-    Traps 1, 8 and 10: norms, gates and projections see the whole stream, nothing is folded into the graph, and cached
-    decode steps are steered."""
+    Traps 1, 8, 10 and 12: norms, gates and projections see the whole stream, nothing is folded into the graph, cached
+    decode steps are steered, and a push whose features all exceed their target divides nothing by nothing."""
     asked = [[(name, 1.0)] for name in engine.plans] + [
         [("love", 0.4)],
         [("love", -0.5)],
@@ -212,7 +212,7 @@ def test_preempted_requests_come_back_with_their_steering(engine, truth) -> None
 
 
 def test_trap_9_more_plans_than_slots_wait_and_all_finish(engine, truth) -> None:
-    """Nine interventions, four slots, and a hundred strengths; while others run, plans are loaded in their place."""
+    """Ten interventions, four slots, and a hundred strengths; while others run, plans are loaded in their place."""
     names = list(engine.plans)
     asked = [[(names[i % len(names)], 1.0 - i / 200)] for i in range(100)]
     outputs = engine.run([(PROMPT, fields(*steered)) for steered in asked], tokens=3)

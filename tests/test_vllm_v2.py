@@ -74,6 +74,8 @@ class Engine:
             gpu_memory_utilization=0.2,
             enforce_eager=True,
         )
+        table = self.runner.steerfast.table
+        table._write = table._on_device  # as on a GPU
 
     def run(self, requests: list[tuple[list[int], dict[str, Any] | None]]) -> list[list[int]]:
         from vllm import SamplingParams

@@ -51,6 +51,7 @@ def plans(love: torch.Tensor) -> dict[str, sf.Plan]:
         "chain": sf.Plan({12: [sf.Clamp(love, high=-2.0), sf.Amplify(torch.stack([unit(5), unit(6)]), 2.0)]}),
         "features": sf.Plan({10: sf.EditFeatures(features, {0: 25.0, 2: 9.0}, mode="set")}),
         "flow": sf.Plan({14: sf.Flow(barrier, angle=0.7, steps=5)}, positions="last"),
+        "push": sf.Plan({11: sf.DeficitPush(torch.stack([unit(5), unit(6)]), target=0.5)}),
         "turn": sf.Plan({16: sf.Rotate(torch.linalg.qr(torch.stack([unit(7), unit(8)]).T)[0].T, degrees=60.0)}),
     }
 

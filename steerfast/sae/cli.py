@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from .explain import RANKINGS, Explanations, explain, observe
 from .model import SAE
 from .training import TrainConfig, train_sae
 
-DESCRIPTION = "Train, measure, explain and use a sparse autoencoder. A path of an SAE may be of any family that `sf.SAE.load` reads."
+DESCRIPTION = (
+    "Train, measure, explain and use a sparse autoencoder. Reads SAEs of every family that `sf.SAE.load` reads."
+)
 EXAMPLE = (
     "steerfast sae train --preset smollm2 --out sae\n"
     "steerfast sae eval sae demo --text wikitext.txt\n"
@@ -201,7 +204,7 @@ def _steer(args: argparse.Namespace) -> int:
     names = ("input_ids", "attention_mask")
     options = {"max_new_tokens": args.tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     for title in ("unsteered", "steered"):
-        with steer(model, None if title == "unsteered" else plan):
+        with nullcontext() if title == "unsteered" else steer(model, plan):
             out = model.generate(**{name: inputs[name] for name in names}, **options)
         text = tokenizer.decode(out[0], skip_special_tokens=True)
         cli._say(f"[{title}]\n{textwrap.fill(text, cli._width())}\n")

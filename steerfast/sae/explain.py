@@ -105,7 +105,7 @@ class Explanations:
             "vocabulary": self.vocabulary,
             "about": self.about,
             "words": self.words,
-            "scores": [[float(f"{score:.6g}") for score in row] for row in self.scores.tolist()],
+            "scores": [[float(f"{score:.9g}") for score in row] for row in self.scores.tolist()],
         }
         replace_file(path, json.dumps(content, ensure_ascii=False).encode())
         return path

@@ -1,0 +1,496 @@
+"""The measuring itself: what it refuses, what it keeps, what it concludes. No test asserts how long something took."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from steerfast import bench_cases, timing
+from steerfast.bench_cases import Stream
+from steerfast.timing import AGAIN, OURS, REHEARSAL, Case, HostClock, NotHere, Peaks, Race, append_row, interval, paired
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import bars  # noqa: E402
+import compare  # noqa: E402
+import fits  # noqa: E402
+import results  # noqa: E402
+
+PEAKS = Peaks(1e9, 1e10)
+AT = Stream("cpu", torch.float32, 24)
+EFFORT = replace(REHEARSAL, rounds=3, seconds=1.0)
+
+
+def race(case: Case, **changes: object) -> Race:
+    return Race(replace(case, **changes), HostClock(), PEAKS, EFFORT)
+
+
+def doubled() -> Case:
+    return Case("double", 192, 24, lambda: (AT.rows(3),), lambda x: 2 * x, timing.same_as(lambda x: x + x))
+
+
+# --- a race -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_answer_of_ours_is_red_and_nothing_is_timed():
+    found = race(doubled(), ours=lambda x: 2.001 * x, peers={"eager": lambda: lambda x: x + x})
+    assert found.red
+    assert found.row["times"] == {}
+    assert found.row["errors"][OURS] > 1
+    assert "red" in found.row["missing"][OURS]
+
+
+@pytest.mark.parametrize("answer", [lambda x: x + 1, lambda x: x * math.nan, lambda x: x[:1]])
+def test_a_wrong_answer_of_a_peer_takes_its_time_away(answer):
+    found = race(doubled(), peers={"wrong": lambda: answer, "right": lambda: lambda x: x + x})
+    found.round()
+    assert set(found.row["times"]) == {OURS, AGAIN, "right"}
+    assert "red" in found.row["missing"]["wrong"]
+
+
+def test_missing_and_failing_peers_are_named():
+    def absent():
+        import no_such_package_anywhere  # noqa: F401
+
+    def elsewhere():
+        raise NotHere("needs a GPU")
+
+    def breaks():
+        return lambda x: x @ x
+
+    found = race(doubled(), peers={"absent": absent, "elsewhere": elsewhere, "breaks": breaks})
+    assert found.row["missing"]["absent"] == "no_such_package_anywhere is not installed"
+    assert found.row["missing"]["elsewhere"] == "needs a GPU"
+    assert found.row["missing"]["breaks"].startswith("failed: RuntimeError")
+    assert found.round() > 0
+
+
+def test_an_interrupt_in_a_round_leaves_whole_rounds():
+    calls = 0
+
+    def stops(x):
+        nonlocal calls
+        calls += 1
+        if calls > 9:
+            raise KeyboardInterrupt
+        return 2 * x
+
+    found = race(doubled(), peers={"stops": lambda: stops})
+    done = 0
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            found.round()
+            done += 1
+    assert done > 0
+    assert {len(taken) for kind in ("times", "walls") for taken in found.row[kind].values()} == {done}
+
+
+def test_a_context_is_entered_around_a_turn_and_left_after_it():
+    inside, seen = [], []
+    around = timing.Within(lambda x: (seen.append(len(inside)), 2 * x)[1], lambda: _Counted(inside))
+    found = race(doubled(), ours=around)
+    found.round()
+    assert set(seen) == {1}
+    assert inside == []
+
+
+class _Counted:
+    def __init__(self, inside):
+        self.inside = inside
+
+    def __enter__(self):
+        self.inside.append(1)
+
+    def __exit__(self, *_):
+        self.inside.pop()
+
+
+def test_the_floor_is_the_larger_of_bytes_and_operations():
+    assert PEAKS.floor(doubled()) == 192 / 1e9
+    assert PEAKS.floor(replace(doubled(), operations=1e6)) == 1e6 / 1e10
+
+
+def test_sets_of_inputs_exceed_the_cache():
+    case = replace(doubled(), fresh=lambda: (torch.zeros(1 << 20),))
+    sets = timing._sets(case, HostClock(), timing.QUICK)
+    assert len(sets) * (4 << 20) >= min(2 * timing.last_cache(), timing.MOST_SETS * (4 << 20))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of resident memory")
+def test_memory_is_that_of_the_call():
+    x = torch.ones(4 << 20)
+    rise = timing.memory_rise(lambda x: (x + 1) * 2, (x,), "cpu")
+    assert 1.9 * x.nbytes < rise < 2.3 * x.nbytes
+
+
+# --- every case -------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "add": lambda: bench_cases.add(AT, 5),
+    "add_rms_norm": lambda: bench_cases.add_rms_norm(AT, 5),
+    "affine": lambda: bench_cases.affine(AT, 5),
+    "slots": lambda: bench_cases.subspace(AT, 5, "amplify", 3, slots=5),
+    "edit_features": lambda: bench_cases.edit_features(AT, 5, 100, count=3),
+    "flow": lambda: bench_cases.flow(AT, 5, 3),
+    "flow rk4": lambda: bench_cases.flow(AT, 5, 3, method="rk4"),
+    "sae_encode": lambda: bench_cases.sae_encode(AT, 5, 300, 7),
+    "sae_encode_threshold": lambda: bench_cases.sae_encode_threshold(AT, 5, 300, 32),
+    "sae_decode": lambda: bench_cases.sae_decode(AT, 5, 300, 7),
+    **{name: lambda name=name: bench_cases.subspace(AT, 5, name, 2) for name in bench_cases.METHODS},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_contender_of_a_case_gives_the_same_answer(name):
+    found = race(CASES[name]())
+    assert not found.red
+    assert set(found.row["missing"]) <= {"torch.compile", "unsteered, torch.compile"}
+    found.round()
+    assert all(taken > 0 for times in found.row["times"].values() for taken in times)
+
+
+def test_a_case_says_at_least_the_bytes_of_its_inputs_and_output():
+    case = bench_cases.subspace(AT, 5, "amplify", 2)
+    assert case.bytes == (2 * 5 + 2) * 24 * 4
+    assert case.operations == 4 * 5 * 24 * 2
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str, **changes: object) -> subprocess.Popen:
+    environment = {**os.environ, "STEERFAST_BENCH": "tiny", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.Popen(
+        command, cwd=BENCHMARKS, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **changes
+    )
+
+
+def rows_in(folder: Path) -> list[dict]:
+    return results.read([folder]) if folder.exists() else []
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("rows")
+    done = run("test_add.py", "test_scaling.py", "-k", "test_add or tokens or rank", "--rows", str(folder))
+    text, _ = done.communicate(timeout=280)
+    assert done.returncode == 0, text
+    return folder, text
+
+
+@pytest.mark.slow
+def test_a_run_keeps_a_row_for_each_case(rehearsed):
+    folder, text = rehearsed
+    rows = rows_in(folder)
+    assert {row["case"] for row in rows} >= {"add slots=2 n=3 d=40 fp16", "scaling rank, amplify = 17"}
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["times"][OURS]
+        assert set(row["run"]) >= {"device", "driver", "versions", "commit", "date", "place"}
+        assert row["run"]["place"] == "tiny"
+        assert row["case"] in text
+    assert "not measured: hotwire, in place: hotwire's kernel needs a GPU" in text
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_keeps_what_it_measured_and_names_the_rest(tmp_path):
+    running = run("test_scaling.py", "test_add.py", "--rows", str(tmp_path))
+    deadline = time.monotonic() + 120
+    while not rows_in(tmp_path) and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    text, _ = running.communicate(timeout=60)
+    assert running.returncode != 0
+    kept = rows_in(tmp_path)
+    assert kept
+    assert kept[0]["case"] in text
+    assert "test_add.py::test_add[2-3]: the run ended before it" in text
+
+
+@pytest.mark.slow
+def test_on_a_full_disk_the_rows_are_printed(tmp_path):
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file may grow any more
+
+    text, _ = run("test_add.py", "--rows", str(tmp_path), preexec_fn=full).communicate(timeout=120)
+    printed = [json.loads(line) for line in text.splitlines() if line.startswith('{"case"')]
+    assert [row["case"] for row in printed] == ["add slots=2 n=3 d=40 fp16"]
+    assert printed[0]["times"][OURS]
+    assert "could not be written" in text
+    assert rows_in(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_deadline_names_what_it_left_out(tmp_path):
+    text, _ = run("test_add.py", "--rows", str(tmp_path), "--deadline", "0").communicate(timeout=120)
+    assert re.search(r"not measured: \S*test_add\[2-3\]: out of time", text)
+
+
+def test_a_row_is_written_whole_or_not_at_all(tmp_path):
+    with pytest.raises(OSError, match="No space"):
+        append_row(Path("/dev/full"), {"case": "a"})
+    file = tmp_path / "rows.jsonl"
+    append_row(file, {"case": "a", "value": torch.tensor(2.0)})
+    append_row(file, {"case": "b"})
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [{"case": "a", "value": 2.0}, {"case": "b"}]
+
+
+RUN = {"place": "cpu", "device": "test", "date": "2026-01-01T00:00:00+00:00", "commit": "c", "changed": False, "versions": {},
+       "driver": None, "threads": 1, "quick": False}  # fmt: skip
+
+
+def row(case: str, seed: int = 0, slower: float = 1.0, noise: float = 0.01, **changes: object) -> dict:
+    draw = random.Random(seed)
+
+    def times(middle: float) -> list[float]:
+        return [middle * draw.lognormvariate(0, noise) for _ in range(25)]
+
+    made = {"case": case, "suite": "add", "status": "ok", "floor": 1e-3, "bytes": 1e6, "operations": 1e6, "copy": 1e9,
+            "product": 1e9, "times": {OURS: times(2e-3 * slower), AGAIN: times(2e-3 * slower), "eager": times(3e-3)},
+            "errors": {OURS: 0.1, "eager": 0.1}, "missing": {}, "memory": {"ours": 10, "output": 8}, "run": RUN}  # fmt: skip
+    return {**made, **changes}
+
+
+def test_reading_skips_a_line_cut_short_and_takes_the_newest(tmp_path, capsys):
+    new = {**RUN, "date": "2026-02-01T00:00:00+00:00"}
+    quick = {**RUN, "date": "2026-03-01T00:00:00+00:00", "quick": True}
+    lines = [
+        row("a", run=new, floor=2.0),
+        row("a", floor=1.0),
+        row("a", run=quick, floor=3.0),
+        row("b", status="red", times={}),
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"case": "c", "ti')
+    found = results.newest(results.read([tmp_path]))
+    assert "line 5: no row; skipped" in capsys.readouterr().err
+    assert set(found) == {("a", "cpu")}
+    assert found["a", "cpu"]["floor"] == 2.0
+    with pytest.raises(FileNotFoundError, match="does not exist; give a file"):
+        results.read([tmp_path / "nowhere"])
+
+
+# --- what is concluded from rows --------------------------------------------------------------------------------------
+
+
+def test_the_interval_holds_the_median_of_what_was_drawn():
+    draw = random.Random(1)
+    inside = 0
+    for _ in range(200):
+        _, low, high = interval([draw.gauss(1, 0.1) for _ in range(25)])
+        inside += low <= 1 <= high
+    assert inside >= 180  # of 190 expected
+    assert interval([2.0]) == (2.0, 2.0, 2.0)
+
+
+def test_a_drift_of_the_machine_leaves_a_paired_ratio_alone():
+    drift = [1 + 0.5 * i / 24 for i in range(25)]
+    made = row("a", times={OURS: [2 * v for v in drift], "eager": [3 * v for v in drift]})
+    assert interval(paired(made, "eager", OURS)) == pytest.approx((1.5, 1.5, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("measure", "value"),
+    [
+        ("over: eager | ours", 1.5), ("above: eager | ours", 1e-3), ("time: eager", 3e-3), ("floor", 2.0), ("copy", 0.5),
+        ("memory: ours | output", 1.25),
+    ],
+)  # fmt: skip
+def test_bars_measure_what_they_say(measure, value):
+    made = row("a", noise=0.0)
+    assert bars.samples(made, measure)[0] == pytest.approx(value)
+    met = bars.judge(bars.Bar("1", "cpu", "a", measure, f">= {0.9 * value}", "w"), {("a", "cpu"): made})
+    missed = bars.judge(bars.Bar("1", "cpu", "a", measure, f"<= {0.9 * value}", "w"), {("a", "cpu"): made})
+    assert (met.outcome, missed.outcome) == ("met", "MISSED")
+
+
+def test_a_bar_without_its_row_peer_or_place_is_not_measured_yet():
+    rows = {("a", "tiny"): row("a"), ("b", "cpu"): row("b")}
+    for case, measure in (("a", "floor"), ("b", "over: sparsify | ours"), ("b", "value: x"), ("c", "floor")):
+        assert bars.judge(bars.Bar("1", "cpu", case, measure, "<= 1", "w"), rows).outcome == "not measured yet"
+    with pytest.raises(ValueError, match="unknown measure"):
+        bars.samples(row("a"), "colour: red")
+
+
+def template(name: str) -> str:
+    return re.sub(r"(?<==)[\w]+", "#", re.sub(r"steps=\d+|(?<=flow )\w+", "#", name)).replace("fp32", "bf16")
+
+
+def test_every_bar_names_a_case_that_is_measured():
+    """By the form of its name: the sizes of a GPU's cases cannot be built here."""
+    forms = {template(build().name) for build in CASES.values()}
+    source = "\n".join(path.read_text() for path in BENCHMARKS.glob("*.py"))
+    for bar in bars.bars():
+        sign, limit = bar.limit.split()
+        assert sign in ("<=", ">=")
+        float(limit)
+        assert bar.place in ("cuda", "cpu")
+        assert bar.measure.partition(":")[0] in bars.__doc__
+        if bar.case in AWAITED or template(bar.case) in forms:
+            continue
+        plain = re.split(r"[=\d]", bar.case)[0].strip()
+        assert plain in source, f"no suite measures {bar.case!r}"
+
+
+AWAITED = {
+    "vllm host time", "vllm memory", "vllm throughput", "vllm soak", "sae trained", "sae trainer", "sae explain",
+}  # fmt: skip
+
+
+def test_the_table_of_bars_names_every_issue_with_numbers():
+    with bars.TABLE.open() as file:
+        assert {line["issue"] for line in csv.DictReader(file)} == set("2345678")
+
+
+def test_bars_as_a_table(tmp_path, capsys):
+    append_row(tmp_path / "rows.jsonl", row("hook host time", times={OURS: [2e-5], "bare module": [1e-5]}))
+    append_row(tmp_path / "rows.jsonl", row("import steerfast", times={OURS: [1.0]}))
+    assert bars.main([str(tmp_path)]) == 1
+    text = capsys.readouterr().out
+    assert re.search(r"hook and add on a trivial module.*1\.00e-05.*met", text)
+    assert re.search(r"import steerfast over import torch.*MISSED", text)
+    assert f"{len(bars.bars())} bars: 1 met, 1 MISSED" in text
+
+
+@pytest.mark.parametrize(
+    ("slower", "noise", "outcome"),
+    [(1.0, 0.01, "same"), (1.2, 0.01, "SLOWER"), (0.8, 0.01, "faster"), (1.1, 0.5, "same")],
+)
+def test_a_regression_is_what_noise_does_not_explain(tmp_path, slower, noise, outcome):
+    old, new = {("a", "cpu"): row("a", 1, 1.0, noise)}, {("a", "cpu"): row("a", 2, slower, noise)}
+    changes, _ = compare.compare(old, new)
+    assert [change.outcome for change in changes] == [outcome]
+    for name, rows in (("old", old), ("new", new)):
+        append_row(tmp_path / f"{name}.jsonl", rows["a", "cpu"])
+    assert compare.main([str(tmp_path / "old.jsonl"), str(tmp_path / "new.jsonl")]) == (outcome == "SLOWER")
+
+
+def test_what_cannot_be_compared_is_named():
+    other = row("b", run={**RUN, "device": "other"})
+    lone = row("c", times={OURS: [1.0], AGAIN: [1.0]})
+    old = {("b", "cpu"): row("b"), ("c", "cpu"): lone, ("d", "cpu"): row("d")}
+    new = {("a", "cpu"): row("a"), ("b", "cpu"): other, ("c", "cpu"): lone}
+    changes, without = compare.compare(old, new)
+    assert changes == []
+    assert [reason.partition(":")[0] for reason in without] == ["a", "b", "c", "d"]
+
+
+def test_how_far_a_repeat_moved_becomes_a_row(tmp_path):
+    append_row(tmp_path / "a.jsonl", row("a", noise=0.0))
+    append_row(tmp_path / "b.jsonl", row("a", slower=1.1, noise=0.0))
+    out = tmp_path / "out.jsonl"
+    assert compare.main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--repeat", "--out", str(out)]) == 0
+    assert results.read([out])[0]["values"]["largest_move"] == pytest.approx(0.1)
+
+
+def test_exponents_and_bends():
+    sizes = [2**i for i in range(12)]
+    assert fits.fit(sizes, [3 * s**1.5 for s in sizes]).below == pytest.approx(1.5)
+    law = fits.fit(sizes, [max(64.0, s) for s in sizes])
+    assert law.bend == pytest.approx(64, rel=0.2)
+    assert (law.below, law.above) == pytest.approx((0.0, 1.0), abs=0.05)
+    with pytest.raises(ValueError, match="expected two or more, all positive"):
+        fits.fit([1], [1])
+
+
+@pytest.mark.slow
+def test_the_report_needs_nothing_beside_it(rehearsed, tmp_path):
+    pytest.importorskip("matplotlib")
+    import report
+
+    folder, _ = rehearsed
+    append_row(
+        tmp_path / "more.jsonl", row("engine rows=1 static", suite="engines", times={OURS: [2.0], "unsteered": [1.0]})
+    )
+    assert report.main([str(folder), str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert "add slots=2 n=3 d=40 fp16" in page
+    assert "not measured yet" in page
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert names >= {"roofline-tiny.png", "peers-tiny.png", "overhead-cpu.png", "scaling-tiny-amplify-against-rank.png"}
+    assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    assert page.count("<img") == len(names)
+
+
+def test_a_report_of_nothing_says_so(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    import report
+
+    assert report.main([str(tmp_path)]) == 2
+    assert "no measured rows" in capsys.readouterr().err
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+
+def test_the_script_for_a_gpu_refuses_without_one(tmp_path):
+    script = str(BENCHMARKS / "gpu.sh")
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    wrong = subprocess.run(["bash", script, "--fast"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "unknown option --fast" in wrong.stderr
+    if not torch.cuda.is_available():
+        environment = {**os.environ, "PYTHON": sys.executable}
+        none = subprocess.run(["bash", script, tmp_path], capture_output=True, text=True, env=environment, check=False)
+        assert none.returncode == 2
+        assert "sees no GPU" in none.stderr
+
+
+def test_the_tuner_keeps_the_choices_of_other_devices(tmp_path):
+    pytest.importorskip("triton")
+    import tune
+
+    file = tmp_path / "_tuned.py"
+    tune.write_table(file, "sm_90", {"add.BLOCK_D": 2048, "flow.WARPS": [(1024, 4), (4096, 8)]})
+    tune.write_table(file, "sm_80", {"add.BLOCK_D": 512})
+    tune.write_table(file, "sm_90", {"add.BLOCK_D": 4096})
+    space: dict = {}
+    exec(compile(file.read_text(), str(file), "exec"), space)
+    assert space["TABLE"] == {
+        "sm_80": {"add.BLOCK_D": 512},
+        "sm_90": {"add.BLOCK_D": 4096, "flow.WARPS": [(1024, 4), (4096, 8)]},
+    }
+    assert space["tuned"]("add.BLOCK_D", 1024, torch.zeros(1)) == 1024  # not on a GPU
+
+
+def test_every_knob_is_a_constant_of_its_kernel():
+    pytest.importorskip("triton")
+    import tune
+
+    for knob in tune.KNOBS:
+        assert knob.alternatives(), knob.name
+        before = knob.read()
+        with tune.setting(knob, knob.alternatives()[0]):
+            assert knob.read() != before
+        assert knob.read() == before
+
+
+def test_the_command_measures_and_keeps_rows(tmp_path, capsys):
+    from steerfast.cli import main
+
+    file = tmp_path / "rows.jsonl"
+    assert main(["bench", "--quick", "--width", "24", "--only", "loreft", "--out", str(file)]) == 0
+    text = capsys.readouterr()
+    found = json.loads(file.read_text())
+    assert found["case"] == "loreft k=8 n=256 d=24 fp32"
+    assert found["case"] in text.out
+    assert main(["bench", "--only", "nothing"]) == 2
+    assert "no op has 'nothing' in its name" in capsys.readouterr().err
