@@ -105,6 +105,12 @@ def pytest_configure(config: pytest.Config) -> None:
         sf.use_backend("triton")
 
 
+def _end(*_: Any) -> None:
+    """What `timeout` sends ends a run like Ctrl-C, with its summary, which a second one does not cut short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ledger = config.stash[LEDGER]
     for item in items:

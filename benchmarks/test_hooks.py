@@ -16,7 +16,7 @@ from torch import nn
 
 import steerfast as sf
 from steerfast.bench_cases import Stream, same_as
-from steerfast.hooks import Dispatcher
+from steerfast.dispatcher import Dispatcher
 from steerfast.layers import Point
 from steerfast.positions import Pass
 from steerfast.timing import Case, Function, NotHere, Within

@@ -20,7 +20,9 @@ REFLECT = tl.constexpr(64)
 AFFINE = tl.constexpr(128)
 KEEP_NORM = tl.constexpr(256)  # not a mode: some slot restores the length of its rows
 SOLVE = tl.constexpr(512)
-COUPLED = tl.constexpr(636)  # FLOW | ROTATE | PUSH | SLERP | REFLECT | SOLVE: these need all of y before they know any of g
+COUPLED = tl.constexpr(
+    636
+)  # FLOW | ROTATE | PUSH | SLERP | REFLECT | SOLVE: these need all of y before they know any of g
 MODE = tl.constexpr(767)
 SINE = tl.constexpr(1e-4)  # below this sine two directions count as parallel
 PI = tl.constexpr(3.141592653589793)

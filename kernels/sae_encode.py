@@ -27,6 +27,7 @@ BLOCK_D, STAGES = 64, 3
 BLOCK_D_FLOAT32, STAGES_FLOAT32 = 16, 2
 GROUP = 32  # row blocks that share one pass over W_enc: 32 · 128 rows of x at d = 4096 take 32 MB of L2
 PER_TILE = 4  # k': the fewest keys that a tile keeps
+SELECT, SELECT_WARPS = 1024, 4  # keys of a row that are sorted at a time: 8 per thread
 HEADROOM = 16  # a tile keeps at least 16 times its mean share k·128/F of the winners, so that a repair stays rare
 
 
@@ -135,6 +136,37 @@ def _repair_kernel(
             bits = tl.where(places == place[:, None], 0, bits)
 
 
+@triton.jit
+def _select_kernel(
+    keys_ptr, stride_keys_n,
+    out_ptr, stride_out_n,
+    COUNT, K,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_n = tl.program_id(0).to(tl.int64)
+    offs_c, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    best = tl.zeros((BLOCK_K,), tl.int64)
+    for c in range(0, COUNT, BLOCK_C):
+        keys = tl.load(keys_ptr + i_n * stride_keys_n + c + offs_c, mask=offs_c < COUNT - c, other=0)
+        # of two descending runs, the larger of each and its mirror image are the best of both
+        best = tl.sort(tl.maximum(best, tl.flip(tl.topk(keys, BLOCK_K, 0), 0)), 0, descending=True)
+    tl.store(out_ptr + i_n * stride_out_n + offs_k, best, mask=offs_k < K)
+
+
+def select(keys: Tensor, k: int) -> Tensor:
+    """The k largest keys of each row, (n, k), largest first; no key is negative."""
+    n, count = keys.shape
+    out = torch.empty(n, k, dtype=torch.int64, device=keys.device)
+    block_k = power_of_two(k)
+    _select_kernel[(n,)](
+        keys_ptr=keys, stride_keys_n=keys.stride(0),
+        out_ptr=out, stride_out_n=out.stride(0),
+        COUNT=count, K=k,
+        BLOCK_C=max(block_k, min(power_of_two(count), SELECT)), BLOCK_K=block_k, num_warps=SELECT_WARPS,
+    )  # fmt: skip
+    return out
+
+
 def plan(features: int, k: int) -> tuple[int, int, int, int]:
     """(tiles, keys that each keeps, winners that one can still hide, tiles per row that can hide any)."""
     tiles = triton.cdiv(features, BLOCK_F)
@@ -172,13 +204,13 @@ def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[
         arguments |= {"keys_ptr": keys, "PER_TILE": per_tile}
         with on_device(x):
             _encode_kernel[grid](**arguments)
-            found[:, :k] = torch.topk(keys, k, dim=1).values
+            found[:, :k] = select(keys, k)
             if slots:
                 used = torch.zeros(n, dtype=torch.int32, device=x.device)
                 _repair_kernel[grid](
                     **arguments, found_ptr=found, stride_found_n=found.stride(0), used_ptr=used, K=k, HIDDEN=hidden
                 )
-                found = torch.topk(found, k, dim=1).values
+                found = select(found, k)
     values = (found >> 32).to(torch.int32).view(torch.float32)
     indices = torch.where(found > 0, 0x7FFFFFFF - (found & 0x7FFFFFFF), 0).to(torch.int32)
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)

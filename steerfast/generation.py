@@ -52,6 +52,42 @@ def valid_tokens(mask: Any, batch: int, length: int) -> Tensor:
     return mask.bool().cpu()
 
 
+def by_name(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def tokens_of(inputs: dict[str, Any]) -> Tensor:
+    """What a forward pass reads, (batch, tokens, …).
+
+    Raises:
+        TypeError: neither ids nor embeddings are among its arguments.
+    """
+    found = next(
+        (inputs[name] for name in ("input_ids", "inputs_embeds", "hidden_states") if inputs.get(name) is not None), None
+    )
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            "steer: this forward pass shows neither input_ids nor inputs_embeds, so its tokens cannot be counted"
+        )
+    return found
+
+
+def past_length(inputs: dict[str, Any]) -> Any:
+    """Tokens in the cache before this pass: a number, or a device tensor that must not be read on the host."""
+    from transformers.cache_utils import Cache
+
+    cache, position = inputs.get("past_key_values"), inputs.get("cache_position")
+    if position is not None and not isinstance(
+        cache, Cache
+    ):  # hybrids of transformers 4: a cache that miscounts, or none
+        return position[0] if torch.compiler.is_compiling() else int(position[0])
+    length = 0 if cache is None else cache.get_seq_length()
+    if isinstance(length, Tensor) and not torch.compiler.is_compiling() and length.device.type == "cpu":
+        return int(length)
+    return length
+
+
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, wherever they stood."""
     names = [name for name in inspect.signature(type(model).generate).parameters if name != "self"]  # type: ignore[attr-defined]

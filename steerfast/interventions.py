@@ -339,7 +339,9 @@ class Affine(Intervention):
 
     def __post_init__(self) -> None:
         if self.bias is None and not isinstance(self.weight, Tensor):
-            raise TypeError("Affine: weight is a number and there is no bias to tell the width; give weight as a tensor (d,)")
+            raise TypeError(
+                "Affine: weight is a number and there is no bias to tell the width; give weight as a tensor (d,)"
+            )
         width = self.weight.shape if isinstance(self.weight, Tensor) else as_tensor(self.bias).shape
         weight = self.weight if isinstance(self.weight, Tensor) else torch.full(width, float(self.weight))
         bias = torch.zeros(width) if self.bias is None else self.bias
@@ -486,7 +488,9 @@ class EditFeatures(Intervention):
             raise TypeError(f"EditFeatures: values must be a non-empty dict of feature -> number; got {self.values!r}")
         if not hasattr(self.sae, "rows"):
             raise TypeError(f"EditFeatures: sae must be Features or an SAE; got {type(self.sae).__name__}")
-        set_field(self, "values", {int(k): finite_number("EditFeatures", f"values[{k}]", v) for k, v in self.values.items()})
+        set_field(
+            self, "values", {int(k): finite_number("EditFeatures", f"values[{k}]", v) for k, v in self.values.items()}
+        )
         if self.mode in ("min", "max") and min(self.values.values()) < 0:
             raise ValueError(
                 f"EditFeatures: a bound of {min(self.values.values())}; a feature is never negative, so bounds are >= 0"
@@ -593,7 +597,11 @@ class DeficitPush(Intervention):
         set_field(self, "bias", float_table("DeficitPush", "bias", bias, (rows.shape[0],)))
 
     def slot(self) -> Slot:
-        rows, constants, table = as_tensor(self.features), constants_row(), hinge_rows(as_tensor(self.features).shape[0])
+        rows, constants, table = (
+            as_tensor(self.features),
+            constants_row(),
+            hinge_rows(as_tensor(self.features).shape[0]),
+        )
         constants[3], table[:, 0] = self.target, as_tensor(self.bias)
         return Slot(PUSH, 0, True, rows, rows, constants, table)
 
@@ -632,7 +640,9 @@ def intervention_type(owner: str, name: str) -> type[Intervention]:
     if name not in Intervention.registry and name in steerfast.__all__:
         getattr(steerfast, name)
     if name not in Intervention.registry:
-        raise ValueError(f"{owner}: unknown intervention {name!r}; known are {', '.join(sorted(Intervention.registry))}")
+        raise ValueError(
+            f"{owner}: unknown intervention {name!r}; known are {', '.join(sorted(Intervention.registry))}"
+        )
     return Intervention.registry[name]
 
 
@@ -642,7 +652,9 @@ def orthonormal(owner: str, name: str, rows: Tensor) -> Tensor:
     if count > width:
         raise ValueError(f"{owner}: {name} has {count} rows of width {width}; at most {width} can be independent")
     wide = rows.double()
-    if (wide @ wide.T - torch.eye(count)).abs().max() <= ROUNDED:  # already a basis: what was saved comes back as it was
+    if (
+        wide @ wide.T - torch.eye(count)
+    ).abs().max() <= ROUNDED:  # already a basis: what was saved comes back as it was
         return rows
     basis, triangle = torch.linalg.qr((wide / wide.norm(dim=1, keepdim=True)).T)
     diagonal = triangle.diagonal()

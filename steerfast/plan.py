@@ -206,7 +206,9 @@ def _by_place(chain: Sequence[Any]) -> Edits:
         if not isinstance(edit, Intervention):
             raise TypeError(f"Plan: a list must hold interventions; got {edit!r}")
         if edit.place is None:
-            raise ValueError(f"Plan: {edit!r} does not know its layer and site; pass a dict of layer -> intervention(s)")
+            raise ValueError(
+                f"Plan: {edit!r} does not know its layer and site; pass a dict of layer -> intervention(s)"
+            )
         edits.setdefault(edit.place, []).append(edit)
     if not edits:
         raise ValueError("Plan: edits is empty; name at least one layer")

@@ -154,7 +154,9 @@ class Table:
         if self._ends is None:
             starts = self.prompt.starts
             if starts is None:
-                raise ValueError("steer: a condition needs the prompt's length; pass prompt_length= to steer, or use generate")
+                raise ValueError(
+                    "steer: a condition needs the prompt's length; pass prompt_length= to steer, or use generate"
+                )
             here = torch.arange(self.prompt.valid.shape[1])
             self._ends = torch.where(self.prompt.valid & (here < starts[:, None]), here, -1).amax(1)
         return self._ends

@@ -98,7 +98,9 @@ class Spherical(Intervention):
         target = unit_row("Spherical", self.target, "target")
         avoid = -target if self.avoid is None else unit_row("Spherical", self.avoid, "avoid")
         if avoid.shape != target.shape:
-            raise ValueError(f"Spherical: avoid has width {avoid.numel()} and target {target.numel()}; expected one width")
+            raise ValueError(
+                f"Spherical: avoid has width {avoid.numel()} and target {target.numel()}; expected one width"
+            )
         if torch.equal(avoid, target):
             raise ValueError("Spherical: target and avoid point the same way, so no row leans to either")
         set_field(self, "target", target)
@@ -106,9 +108,13 @@ class Spherical(Intervention):
         for name in ("alpha", "beta", "kappa"):
             set_field(self, name, finite_number("Spherical", name, getattr(self, name)))
         if not -1 <= self.beta < 1:
-            raise ValueError(f"Spherical: beta is {self.beta}; expected -1 <= beta < 1, a difference of two probabilities")
+            raise ValueError(
+                f"Spherical: beta is {self.beta}; expected -1 <= beta < 1, a difference of two probabilities"
+            )
         if self.kappa <= 0 or self.alpha > 1:
-            raise ValueError(f"Spherical: kappa is {self.kappa} and alpha {self.alpha}; expected kappa > 0 and alpha <= 1")
+            raise ValueError(
+                f"Spherical: kappa is {self.kappa} and alpha {self.alpha}; expected kappa > 0 and alpha <= 1"
+            )
 
     def slot(self) -> Slot:
         rows, constants = torch.stack([as_tensor(self.target), as_tensor(self.avoid)]), constants_row()
@@ -154,7 +160,9 @@ class Householder(Intervention):
         normal = unit_row("Householder", self.normal, "normal")
         layer = direction_rows("Householder", "W1", self.W1)
         if layer.shape[1] != normal.numel():
-            raise ValueError(f"Householder: W1 has width {layer.shape[1]} and normal {normal.numel()}; expected one width")
+            raise ValueError(
+                f"Householder: W1 has width {layer.shape[1]} and normal {normal.numel()}; expected one width"
+            )
         set_field(self, "normal", normal)
         set_field(self, "W1", layer)
         for name in ("b1", "w2"):

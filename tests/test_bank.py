@@ -95,7 +95,12 @@ def test_a_slot_is_kept_until_its_last_holder_lets_go():
     torch.testing.assert_close(edit(bank, x, slot), x + rows(1)[0])
     bank.release(slot)
     assert torch.equal(edit(bank, x, slot), x)
-    for call in (bank.release, bank.hold, lambda s: bank.replace(s, sf.Add(rows(1)[0])), lambda s: bank.set_strength(s, 1.0)):
+    for call in (
+        bank.release,
+        bank.hold,
+        lambda s: bank.replace(s, sf.Add(rows(1)[0])),
+        lambda s: bank.set_strength(s, 1.0),
+    ):
         with pytest.raises(ValueError, match=f"slot {slot} is not registered"):
             call(slot)
 

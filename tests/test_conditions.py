@@ -78,7 +78,14 @@ def test_a_request_is_steered_from_its_last_prompt_token_if_it_meets_the_conditi
     meets = condition(stream(llama, ids, READ)[:, -1])
     assert 0 < int(meets.sum()) < 4
     with sf.steer(llama, {ACT: sf.When(condition, sf.Add(v), layer=READ)}) as handle:
-        out = llama.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, return_dict_in_generate=True, **GREEDY, **options)
+        out = llama.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            output_logits=True,
+            return_dict_in_generate=True,
+            **GREEDY,
+            **options,
+        )
         assert torch.equal(handle.decisions()[0][0], meets)
     assert torch.equal(handle.decisions()[0][0], meets)  # still to be read after removal
     where = torch.zeros(out.sequences.shape, dtype=torch.bool)
@@ -184,7 +191,11 @@ def test_a_prepared_model_refuses_conditions():
 
     model = deepcopy(build("llama"))
     sf.prepare(model)
-    ids, condition, v = token_ids(1, 4), sf.Condition(torch.ones(find_layers(model).d), 0.5), torch.ones(find_layers(model).d)
+    ids, condition, v = (
+        token_ids(1, 4),
+        sf.Condition(torch.ones(find_layers(model).d), 0.5),
+        torch.ones(find_layers(model).d),
+    )
     with pytest.raises(ValueError, match="on a prepared model"):
         sf.steer(model, {ACT: sf.When(condition, sf.Add(v))})
     assert ids.max() < VOCAB

@@ -306,7 +306,11 @@ BAD = [
     (lambda: sf.Condition(torch.zeros(4), 0.5), ValueError, "all zero"),
     (lambda: sf.When(rows(1)[0], sf.Add(rows(1)[0])), TypeError, "condition must be a Condition; got Tensor"),
     (lambda: sf.When(sf.Condition(rows(1)[0], 0.5), rows(1)[0]), TypeError, "then must be an intervention"),
-    (lambda: sf.When(sf.Condition(torch.ones(3), 0.5), sf.Add(rows(1)[0])), ValueError, "width 3 and the intervention 12"),
+    (
+        lambda: sf.When(sf.Condition(torch.ones(3), 0.5), sf.Add(rows(1)[0])),
+        ValueError,
+        "width 3 and the intervention 12",
+    ),
     (lambda: sf.When(EXAMPLES["When"][0].condition, EXAMPLES["When"][0]), ValueError, "a condition inside a condition"),
     (lambda: sf.When(sf.Condition(rows(1)[0], 0.5), sf.Add(rows(1)[0]), layer="1"), TypeError, "layer is '1'"),
     (lambda: sf.Add(NAN), ValueError, "Add: vector holds NaN or Inf in row 0"),

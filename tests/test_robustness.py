@@ -15,7 +15,6 @@ from families import token_ids as any_ids
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import steerfast as sf
-from steerfast import hooks
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
 
@@ -126,7 +125,7 @@ def test_a_refused_plan_gives_its_slots_back(model):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError])
 def test_an_interrupt_in_the_middle_of_attaching_leaves_nothing(model, monkeypatch, error):
-    real, calls = hooks.Bank.register, []
+    real, calls = sf.Bank.register, []
 
     def register(self, intervention, slot=None):
         calls.append(slot)
@@ -137,7 +136,7 @@ def test_an_interrupt_in_the_middle_of_attaching_leaves_nothing(model, monkeypat
     plan = {0: sf.Add(v()), 1: sf.Add(v()), 2: sf.Add(v())}
     for prepared in (False, True):
         calls.clear()
-        monkeypatch.setattr(hooks.Bank, "register", register)
+        monkeypatch.setattr(sf.Bank, "register", register)
         if prepared:
             sf.prepare(model, slots=2)
         with pytest.raises(error):

@@ -119,6 +119,7 @@ def _decode(n: int) -> None:
 
 SINE = 32  # sin and cos hold a table for angles above 1e5 radians, which they index at run time; no spill: 0 without ROTATE
 bf16, fp32 = torch.bfloat16, torch.float32
+TWO, THREE = ("sm_90", "gfx942"), ("sm_80", "sm_90", "gfx942")  # where a kernel differs little from one that is compiled for all
 VARIANTS = [
     Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True),
     Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, SINE, vector_loads=True),
@@ -128,10 +129,11 @@ VARIANTS = [
     Variant("split-k64-project", "_split_project_kernel", lambda: _tiles(16, bf16, ALL_MODES, 64), 168, 65536, tensor_cores=True, targets=("sm_90", "gfx942")),
     Variant("split-k64-all-modes", "_split_lift_kernel", lambda: _tiles(16, bf16, ALL_MODES, 64), 255, 65536, tensor_cores=True, targets=("sm_90", "gfx942")),
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True),
-    Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 232, 102400, tensor_cores=True, wgmma=True),
+    Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 232, 102400, 0, False, True, True, THREE),
     Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=("sm_90", "gfx942")),
-    Variant("encode-repair", "_repair_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True, targets=("sm_90", "gfx942")),
-    Variant("encode-threshold", "_threshold_kernel", lambda: _encode_threshold(128), 200, 102400, tensor_cores=True, wgmma=True, targets=("sm_90", "gfx942")),
+    Variant("encode-repair", "_repair_kernel", lambda: _encode(128, bf16), 232, 102400, 0, False, True, True, TWO),
+    Variant("encode-threshold", "_threshold_kernel", lambda: _encode_threshold(128), 200, 102400, 0, False, True, True, TWO),
+    Variant("edit-features", "_edit_kernel", lambda: _edit(16), 40, 1024, targets=("sm_90",)),
     Variant("decode-few-rows", "_decode_kernel", lambda: _decode(16), 64, 8192, vector_loads=True, targets=("sm_90",)),
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,7 @@ class Preset:
 
 PRESETS = {
     "smollm2": Preset(
-        "demo",
-        ("resid_post", 7),
-        14_000,
-        TrainConfig(features=8192, k=32, tokens=6_000_000, lr=2e-3, dead_after=250_000),
+        "demo", ("resid_post", 7), 9000, TrainConfig(features=8192, k=32, tokens=4_000_000, batch=1024, lr=1.5e-3)
     )
 }
 _CHOICES = ("features", "k", "tokens", "batch", "lr", "k_start", "seed")  # what can be set on the command line
@@ -130,15 +127,10 @@ def _train(args: argparse.Namespace) -> int:
         cache, config, args.out / "checkpoints", progress=lambda report: cli._progress(str(report)),
         checkpoint_every=args.checkpoint_every,
     )  # fmt: skip
-    stored = sae if args.store == "float32" else _half(sae)
+    stored = sae.to(dtype=getattr(torch, args.store))
     cli._say(f"{sae!r}\n\nSAE         {stored.save(args.out)}")
     cli._say(f"Next        steerfast sae eval {args.out} {args.model} --text FILE")
     return 0
-
-
-def _half(sae: SAE) -> SAE:
-    """Weights in bfloat16; the biases, which decide between features, stay float32."""
-    return replace(sae, w_enc=sae.w_enc.bfloat16(), w_dec=sae.w_dec.bfloat16())
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -146,7 +138,13 @@ def _eval(args: argparse.Namespace) -> int:
     sae = SAE.load(args.sae)
     model, tokenizer = cli._load(args)
     found = evaluate_sae(
-        sae.to(model.device), model, tokenizer, texts, loss_tokens=args.loss_tokens, progress=cli._progress
+        sae.to(model.device),
+        model,
+        tokenizer,
+        texts,
+        tokens=args.tokens,
+        loss_tokens=args.loss_tokens,
+        progress=cli._progress,
     )
     cli._say(str(found))
     if args.out is not None:

@@ -82,6 +82,7 @@ def evaluate_sae(
     texts: Iterable[str],
     *,
     context: int = 256,
+    tokens: int | None = None,
     loss_tokens: int = 20_000,
     progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
@@ -96,6 +97,7 @@ def evaluate_sae(
         tokenizer: Its tokenizer.
         texts: Held-out texts.
         context: Tokens of a context.
+        tokens: Tokens at most, in whole contexts; None: all.
         loss_tokens: Tokens, at least one context, on which the three losses are measured; each costs three full forwards.
         progress: Called with a line of text now and then.
 
@@ -122,16 +124,18 @@ def evaluate_sae(
         raise ValueError(
             f"evaluate_sae: {sae} has width {sae.d}, {point.path} has {point.width}; is it another model's?"
         )
+    sae = sae.to(dtype=torch.float32)  # the same numbers; rows are not rounded to the 16 bits of its file
     contexts = pack(tokenizer, texts, context)
+    if tokens is not None:
+        contexts = contexts[: max(1, tokens // context)]
     keep = real_tokens(tokenizer, contexts)
     model = getattr(model, "_orig_mod", model)
     with evaluating(model):
         parts = []
         for start in range(0, len(contexts), _BATCH):
-            rows: list[Tensor] = _read_batch(model, {layer: point}, contexts[start : start + _BATCH].tolist(), "all")[
-                layer
-            ]
-            parts.append(torch.cat(rows)[keep[start : start + _BATCH].flatten()].to(sae.w_enc.dtype))
+            some = slice(start, start + _BATCH)
+            rows: list[Tensor] = _read_batch(model, {layer: point}, contexts[some].tolist(), "all")[layer]
+            parts.append(torch.cat(rows)[keep[some].flatten()])
             if progress is not None and start % (64 * _BATCH) == 0:
                 progress(f"read {start} of {len(contexts)} contexts")
         quality = _quality(sae, torch.cat(parts))

@@ -16,7 +16,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from . import counters
@@ -109,9 +109,10 @@ def check_parallelism(config: Any) -> None:
     Raises:
         ValueError: sequence parallelism, dual-batch overlap or context parallelism is on; the message names it.
     """
-    parallel, passes = config.parallel_config, config.compilation_config.pass_config
+    parallel = config.parallel_config
     on = {
-        "sequence parallelism (compilation_config.pass_config.enable_sp)": bool(getattr(passes, "enable_sp", False)),
+        "sequence parallelism of experts (--enable-expert-parallel with data parallelism)": parallel.use_sequence_parallel_moe,
+        "sequence parallelism of hyper-connections (--enable-hc-sp)": parallel.enable_hc_sp,
         "dual-batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "prefill context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,
@@ -140,10 +141,6 @@ def patch() -> None:
     _wrap(scheduler, "_handle_blocked_waiting_request", _admit)
     _wrap(scheduler, "_free_request", _free)
     _wrap(wrapper, "init_device", _init_device)
-    for request in _request_classes():
-        _wrap(request, "to_sampling_params", _to_sampling_params)
-        if hasattr(request, "to_beam_search_params"):
-            _wrap(request, "to_beam_search_params", _to_beam_search_params)
 
 
 # --- front end ---------------------------------------------------------------------------------------------------------
@@ -216,6 +213,12 @@ def _read_library(original: Callable[..., None], processor: Any, vllm_config: An
     original(processor, vllm_config, *args, **kwargs)
     _served = processor.steerfast = Served(vllm_config)
     _served.chains = {}  # the workers have their own
+    for module, name in _REQUESTS.items():
+        request = _resolve(module, name)
+        check_seam(request, {"to_sampling_params": ()})
+        _wrap(request, "to_sampling_params", _to_sampling_params)
+        if hasattr(request, "to_beam_search_params"):
+            _wrap(request, "to_beam_search_params", _to_beam_search_params)
     counters.publish(_served.counters)
     for name, reason in _served.library.refused.items():
         _logger().warning("steerfast: the plan %r is refused: %s", name, reason)
@@ -259,14 +262,6 @@ def _to_beam_search_params(original: Callable[..., Any], request: Any, *args: An
             request.vllm_xargs,
         )
     return original(request, *args, **kwargs)
-
-
-def _request_classes() -> Iterator[Any]:
-    for module, name in _REQUESTS.items():
-        try:
-            yield getattr(importlib.import_module(module), name)
-        except ImportError:  # what transcribes needs packages for sound
-            continue
 
 
 # --- engine core -------------------------------------------------------------------------------------------------------

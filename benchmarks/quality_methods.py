@@ -1,0 +1,168 @@
+"""The methods that `quality.py` compares, each a function from activations to a plan at strength 1.
+
+Strengths are in units that make one grid serve a family: a vector is scaled to the stream's typical length, so its strength is
+‖δ‖/‖x‖; a flow's is its angle T/‖a‖ in radians; an ablation's the share of the projection that is taken away; ITI's α counts
+standard deviations. Methods are compared at equal damage, not at equal strength.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import steerfast as sf
+
+Edits = dict[tuple[str, int], sf.Intervention]
+ANGLES = (0.1, 0.2, 0.4, 0.8)
+SHARES = (0.5, 1.0, 2.0, 4.0)
+DEVIATIONS = (2.5, 5.0, 10.0, 20.0)
+GAINS = (0.25, 0.5, 1.0, 2.0)
+HEADS = 0.05  # share of all heads that ITI steers (48 of 1024 in the paper)
+FEATURES = 8  # of an SAE that are amplified
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Activations of the last tokens of training texts, a row per pair, at one layer and of every head."""
+
+    layer: int
+    pos: Tensor  # (n, d) resid_post
+    neg: Tensor
+    heads_pos: dict[int, Tensor]  # layer -> (n, heads, width) head_out
+    heads_neg: dict[int, Tensor]
+    groups: Sequence[str]
+    seed: int
+
+    @property
+    def typical(self) -> float:
+        """Typical (median) length of a row."""
+        return float(torch.cat([self.pos, self.neg]).norm(dim=1).median())
+
+    @property
+    def mean_difference(self) -> Tensor:
+        """CAA's vector, at length 1."""
+        return torch.nn.functional.normalize(self.pos.mean(0) - self.neg.mean(0), dim=0)
+
+    def take(self, index: Sequence[int], seed: int) -> Sample:
+        """Some of the pairs."""
+        rows = torch.tensor(index)
+        heads = ({layer: x[rows] for layer, x in side.items()} for side in (self.heads_pos, self.heads_neg))
+        return Sample(self.layer, self.pos[rows], self.neg[rows], *heads, [self.groups[i] for i in index], seed)
+
+    def barrier(self, kind: str) -> sf.Barrier:
+        """A barrier fitted with the groups held out together."""
+        return sf.fit_barrier(self.pos, self.neg, kind=kind, groups=[*self.groups, *self.groups], seed=self.seed)
+
+    def at(self, edit: sf.Intervention) -> Edits:
+        """One edit, at the layer of the activations."""
+        return {("resid_post", self.layer): edit}
+
+
+def actadd(sample: Sample) -> Edits:
+    """The difference of one pair."""
+    one = random.Random(sample.seed).randrange(len(sample.pos))
+    vector = torch.nn.functional.normalize(sample.pos[one] - sample.neg[one], dim=0)
+    return sample.at(sf.Add(vector, strength=sample.typical))
+
+
+def caa(sample: Sample) -> Edits:
+    """The difference of the means."""
+    return sample.at(sf.Add(sample.mean_difference, strength=sample.typical))
+
+
+def iti(sample: Sample) -> Edits:
+    """The heads that tell the sides apart best, of any layer, each along its own mean difference in standard deviations."""
+    accuracy = {layer: _probes(sample, layer) for layer in sample.heads_pos}
+    ranked = sorted(((float(a), layer, h) for layer, row in accuracy.items() for h, a in enumerate(row)), reverse=True)
+    chosen = ranked[: max(1, round(HEADS * len(ranked)))]
+    edits: Edits = {}
+    for layer in sorted({layer for _, layer, _ in chosen}):
+        pos, neg = sample.heads_pos[layer], sample.heads_neg[layer]
+        direction = torch.nn.functional.normalize(pos.mean(0) - neg.mean(0), dim=-1)  # (heads, width)
+        deviation = (torch.cat([pos, neg]) * direction).sum(-1).std(0)  # (heads,)
+        mask = torch.zeros(len(direction))
+        mask[[h for _, one, h in chosen if one == layer]] = 1
+        edits["head_out", layer] = sf.Add((direction * (deviation * mask)[:, None]).flatten())
+    return edits
+
+
+def _probes(sample: Sample, layer: int) -> Tensor:
+    """Held-out accuracy of a linear probe on each head of a layer: ridge regression, half of the groups at a time."""
+    x = torch.cat([sample.heads_pos[layer], sample.heads_neg[layer]]).double().transpose(0, 1)  # (heads, 2n, width)
+    x = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True).clamp(min=1e-9)
+    names = sorted(set(sample.groups))
+    first = set(random.Random(sample.seed).sample(names, len(names) // 2))
+    half = torch.tensor([name in first for name in sample.groups] * 2)
+    y = torch.ones(x.shape[1], dtype=x.dtype)
+    y[len(sample.pos) :] = -1
+    right = torch.zeros(x.shape[0], dtype=x.dtype)
+    for fitted in (half, ~half):
+        a, b = x[:, fitted], x[:, ~fitted]
+        gram = a.transpose(1, 2) @ a + a.shape[1] * torch.eye(a.shape[2], dtype=x.dtype)
+        w = torch.linalg.solve(gram, (a.transpose(1, 2) @ y[fitted])[..., None])
+        right += ((b @ w)[..., 0] * y[~fitted] > 0).double().sum(1)
+    return right / x.shape[1]
+
+
+def ablate(sample: Sample) -> Edits:
+    """The mean difference taken out of the stream, whatever its sign."""
+    return sample.at(sf.Ablate(sample.mean_difference))
+
+
+def affine_ablate(sample: Sample) -> Edits:
+    """The projection on the mean difference moved to that of the wanted side."""
+    return sample.at(sf.AffineAblate(sample.mean_difference, baseline=sample.pos.mean(0)))
+
+
+def spherical(sample: Sample) -> Edits:
+    """The linear barrier along great circles."""
+    return sample.at(sf.Flow(sample.barrier("linear"), angle=1.0, method="geodesic"))
+
+
+def one_step(sample: Sample) -> Edits:
+    """The quadratic barrier in a single Euler step."""
+    return sample.at(sf.Flow(sample.barrier("quadratic"), angle=1.0, method="one-step"))
+
+
+def ode(kind: str) -> Callable[[Sample], Edits]:
+    """Ten Euler steps along a barrier of that kind."""
+    return lambda sample: sample.at(sf.Flow(sample.barrier(kind), angle=1.0, steps=10, method="euler"))
+
+
+def sae(path: str) -> Callable[[Sample], Edits]:
+    """The features of an SAE that the wanted side activates most beyond the other, amplified."""
+    dictionary = sf.SAE.load(path)
+
+    def build(sample: Sample) -> Edits:
+        gain = dictionary.encode(sample.pos).float().mean(0) - dictionary.encode(sample.neg).float().mean(0)
+        return sample.at(sf.Amplify(dictionary.w_dec[gain.topk(FEATURES).indices].float(), alpha=1.0))
+
+    return build
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by the name that tables show."""
+
+    label: str
+    build: Callable[[Sample], Edits]
+    strengths: tuple[float, ...] = ANGLES
+
+
+METHODS = {
+    "caa": Method("CAA (mean difference)", caa),
+    "actadd": Method("ActAdd (one pair)", actadd),
+    "iti": Method("ITI (heads)", iti, DEVIATIONS),
+    "ablate": Method("ablation", ablate, SHARES),
+    "affine": Method("affine ablation", affine_ablate, SHARES),
+    "spherical": Method("ODE linear (spherical)", spherical),
+    "one-step": Method("ODE quadratic, one step", one_step),
+    "quadratic": Method("ODE quadratic", ode("quadratic")),
+    "sketch": Method("ODE sketch (ODESteer)", ode("sketch")),
+    "rff": Method("ODE random features", ode("rff")),
+    "mlp": Method("ODE network", ode("mlp")),
+}

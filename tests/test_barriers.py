@@ -1,0 +1,338 @@
+"""Barriers: what the fits are, checked against autograd, scikit-learn and each other, files, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from flowing import KINDS, barrier, unit_gradient
+
+import steerfast as sf
+from steerfast import fitting
+from steerfast.barrier import Ridge
+from steerfast.extract import Activations
+
+pytest.importorskip("sklearn")
+
+D = 16
+SPREAD = torch.tensor([1.0] * 5 + [0.02] * 11)  # most coordinates hardly move, as in a model's stream
+
+
+def curved(n: int = 60, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two sides that differ along one direction, and more so where another coordinate is large; the true log-ratio of it."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4 * n, D, generator=generator) * SPREAD + 1.5 * torch.eye(D)[3]
+    unit = x / x.norm(dim=1, keepdim=True)
+    odds = 60 * unit[:, 0] * unit[:, 1] + 6 * unit[:, 2]
+    side = torch.rand(len(x), generator=generator) < torch.sigmoid(odds)
+    return 7 * x[side], 7 * x[~side], odds
+
+
+@pytest.fixture(scope="module")
+def sides() -> tuple[torch.Tensor, torch.Tensor]:
+    return curved()[:2]
+
+
+@pytest.fixture(scope="module")
+def fitted(sides) -> dict[str, sf.Barrier]:
+    return {kind: sf.fit_barrier(*sides, kind=kind) for kind in fitting.KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_barrier_is_its_formula_and_keeps_float64(kind):
+    h, a = barrier(kind, 12), 3 * torch.randn(5, 12, dtype=torch.float64)
+    z = (a if h.raw else a / a.norm(dim=1, keepdim=True)) @ h.basis.double().T
+    true = (z**2) @ h.eigenvalues.double() + z @ h.bias.double() + h.offset
+    if h.ridge is not None:
+        inside = z @ h.ridge.directions.double().T + h.ridge.phases.double()
+        true = true + (inside.cos() if kind == "rff" else inside.tanh()) @ h.ridge.weights.double()
+    torch.testing.assert_close(h(a), true)
+    assert h(a).dtype == torch.float64
+    assert h(a.half()).dtype == torch.float32
+    torch.testing.assert_close(h(a.float()).double(), true, atol=1e-5, rtol=1e-5)
+    assert h(torch.zeros(2, 3, 12)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", fitting.KINDS)
+def test_every_kind_finds_what_separates_the_sides(kind, sides, fitted):
+    """Held out, and on new data; a curved one beats the linear one where the truth is curved."""
+    h = fitted[kind]
+    pos, neg, _ = curved(seed=1)
+    new = torch.cat([h(pos) > 0, h(neg) <= 0]).double().mean().item()
+    assert h.info.kind == kind
+    assert h.info.accuracy == pytest.approx(new, abs=0.15)
+    assert new > (0.55 if kind == "linear" else 0.6)
+    assert h.rank == {"linear": 1, "sketch": D}.get(kind, h.rank) <= fitting.MAX_RANK
+    x = torch.cat(sides)
+    assert h.info.typical_norm == pytest.approx(x.norm(dim=1).mean().item(), rel=1e-5)
+    if kind == "quadratic":
+        assert new > torch.cat([fitted["linear"](pos) > 0, fitted["linear"](neg) <= 0]).double().mean().item() + 0.1
+        assert h.info.log_likelihood > fitted["linear"].info.log_likelihood + 0.1
+
+
+def test_held_out_likelihood_is_of_held_out_rows(sides):
+    """By hand, with scikit-learn, over the same folds."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    h = sf.fit_barrier(*sides, C=3.0)
+    x = torch.cat(sides)
+    x, y = x / x.norm(dim=1, keepdim=True), torch.arange(len(x)) < len(sides[0])
+    total = 0.0
+    for fit, out in StratifiedGroupKFold(5, shuffle=True, random_state=0).split(x, y, range(len(x))):
+        model = LogisticRegression(C=3.0, tol=1e-8, max_iter=5000).fit(x[fit], y[fit])
+        total += model.predict_log_proba(x[out])[range(len(out)), y[out].long()].sum()
+    assert h.info.log_likelihood == pytest.approx(total / len(x), abs=1e-4)
+
+
+def test_linear_is_logistic_regression_with_the_prior_taken_out(sides):
+    from sklearn.linear_model import LogisticRegression
+
+    pos, neg = sides[0], sides[1][:30]
+    h = sf.fit_barrier(pos, neg, C=2.0)
+    x = torch.cat([pos, neg])
+    x = x / x.norm(dim=1, keepdim=True)
+    model = LogisticRegression(C=2.0, tol=1e-8, max_iter=5000).fit(x, torch.arange(len(x)) < len(pos))
+    torch.testing.assert_close(
+        (h.basis[0] * h.bias).double(), torch.from_numpy(model.coef_[0]).double(), atol=2e-3, rtol=2e-3
+    )
+    assert h.offset == pytest.approx(float(model.intercept_[0]) - math.log(len(pos) / 30), abs=2e-3)
+
+
+def test_quadratic_is_the_exact_polynomial_kernel(sides):
+    """Against logistic regression on all products of coordinates, whose plain product is the kernel."""
+    from sklearn.linear_model import LogisticRegression
+
+    gamma, coef0 = 2.0, 0.5
+    h = sf.fit_barrier(*sides, kind="quadratic", kernel=(gamma, coef0), C=1.5, rank=D)
+
+    def features(rows):
+        x = rows.double() / rows.double().norm(dim=1, keepdim=True)
+        pairs = torch.einsum("ni,nj->nij", x, x).flatten(1)
+        return torch.cat([gamma * pairs, math.sqrt(2 * gamma * coef0) * x, torch.full((len(x), 1), coef0)], 1)
+
+    x = torch.cat(sides)
+    model = LogisticRegression(C=1.5, tol=1e-9, max_iter=20000).fit(features(x), torch.arange(len(x)) < len(sides[0]))
+    true = features(x) @ torch.from_numpy(model.coef_[0]) + model.intercept_[0] - math.log(len(sides[0]) / len(sides[1]))
+    torch.testing.assert_close(h(x.double()), true, atol=2e-3, rtol=2e-3)
+
+
+def test_nystroem_above_the_exact_number_of_rows(sides, monkeypatch):
+    """With landmarks that span all products of coordinates, the approximation is exact."""
+    exact = sf.fit_barrier(*sides, kind="quadratic", kernel=(1.0, 1.0), C=1.0, rank=D)
+    monkeypatch.setattr(fitting, "EXACT", 200)
+    assert len(sides[0]) + len(sides[1]) > 200
+    near = sf.fit_barrier(*sides, kind="quadratic", kernel=(1.0, 1.0), C=1.0, rank=D)
+    x = torch.cat(sides)
+    torch.testing.assert_close(near(x), exact(x), atol=2e-2, rtol=2e-2)
+
+
+def test_the_rank_is_cut_by_the_displacement_it_changes(sides):
+    full = sf.fit_barrier(*sides, kind="quadratic", rank=D)
+    cut = sf.fit_barrier(*sides, kind="quadratic")
+    assert cut.rank < full.rank
+    x = curved(seed=2)[0]
+    one, two = (sf.flow(x, h, angle=0.4) - x for h in (full, cut))
+    assert ((one - two).norm(dim=1) / one.norm(dim=1)).mean() < 0.01
+    rough = sf.fit_barrier(*sides, kind="quadratic", rank=1)
+    assert ((sf.flow(x, rough, angle=0.4) - x - one).norm(dim=1) / one.norm(dim=1)).mean() > 0.02  # the measure can see a cut
+
+
+def test_the_sketch_is_the_published_map(sides, fitted):
+    """Its features by FFT, the gradient by autograd through them, Euler by torchdiffeq, in float32: 1e-5 of the displacement."""
+    odeint = pytest.importorskip("torchdiffeq").odeint
+    h = fitted["sketch"]
+    a = curved(seed=3)[0][:40]
+
+    def published(a):
+        return h.sketch.features(a / a.norm(dim=-1, keepdim=True)) @ h.sketch.weights.to(a)
+
+    T = 0.4 * h.info.typical_norm
+    span = torch.tensor([0.0, T])
+    path = odeint(lambda _, y: unit_gradient(published, y), a, span, method="euler", options={"step_size": T / 10})[-1]
+    got = sf.Flow.odesteer(h, T=T).alone(a.device)(a, 1.0)
+    assert ((got - path).norm() / (path - a).norm()).item() < 1e-5
+    exact = h.sketch.quadratic()
+    x = a.double() / a.double().norm(dim=1, keepdim=True)
+    polynomial = torch.einsum("ni,ij,nj->n", x, exact[0], x) + x @ exact[1] + exact[2]
+    torch.testing.assert_close(polynomial, published(a.double()), atol=1e-8, rtol=1e-8)
+    x = torch.cat(sides)
+    shift = h(x.double()) - published(x.double())
+    assert (shift - shift.mean()).abs().max() < 1e-4  # the same function, but for the prior
+
+
+def test_the_sketch_features_are_those_of_scikit_learn():
+    from sklearn.kernel_approximation import PolynomialCountSketch
+
+    theirs = PolynomialCountSketch(gamma=0.1, degree=2, coef0=1, n_components=64, random_state=0)
+    x = torch.randn(5, D)
+    expected = torch.from_numpy(theirs.fit(x).transform(x))
+    hashes, signs = torch.from_numpy(theirs.indexHash_), torch.from_numpy(theirs.bitHash_)
+    ours = sf.barrier.Sketch(hashes.int(), signs.to(torch.int8), torch.zeros(64), 0.1, 1.0)
+    torch.testing.assert_close(ours.features(x), expected.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", fitting.KINDS)
+def test_files_give_back_what_was_saved(kind, fitted, tmp_path):
+    h = fitted[kind]
+    back = sf.Barrier.load(h.save(tmp_path / "h"))
+    x = torch.randn(9, D)
+    assert torch.equal(back(x), h(x))
+    assert back.info == h.info
+    assert (back.sketch is None) == (kind != "sketch")
+    if back.sketch is not None:
+        assert torch.equal(back.sketch.features(x), h.sketch.features(x))
+    assert sorted(p.name for p in (tmp_path / "h").iterdir()) == ["barrier.json", "barrier.safetensors"]
+
+
+def test_damaged_files_are_refused(fitted, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"barrier\.json does not exist"):
+        sf.Barrier.load(tmp_path)
+    fitted["linear"].save(tmp_path)
+    text = json.loads((tmp_path / "barrier.json").read_text())
+    for change, message in (
+        ({"kind": "steerfast.plan"}, "is not a barrier"),
+        ({"schema": 99}, "has schema 99"),
+        ({"tensors_sha256": "0"}, "is not the file"),
+        ({"barrier": {}}, "does not describe a barrier"),
+    ):
+        (tmp_path / "barrier.json").write_text(json.dumps(text | change))
+        with pytest.raises(ValueError, match=message):
+            sf.Barrier.load(tmp_path)
+    (tmp_path / "barrier.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        sf.Barrier.load(tmp_path)
+
+
+def test_groups_are_held_out_together():
+    """Rows that repeat leak into their own test unless their group says so."""
+    generator = torch.Generator().manual_seed(0)
+    x, side = torch.randn(24, D, generator=generator), torch.arange(24) < 12  # labels without any meaning
+    many = (x[:, None] + 0.01 * torch.randn(24, 8, D, generator=generator)).flatten(0, 1)
+    labels, groups = side.repeat_interleave(8), torch.arange(24).repeat_interleave(8)
+    pos, neg = many[labels], many[~labels]
+    leaking = sf.fit_barrier(pos, neg, C=1e4).info
+    honest = sf.fit_barrier(pos, neg, C=1e4, groups=groups.tolist()).info
+    assert leaking.accuracy > 0.9
+    assert honest.accuracy < 0.75
+    acts = [
+        Activations({3: rows}, model="Tiny", site="resid_post", position="all", text_index=torch.arange(12).repeat_interleave(8))
+        for rows in (pos, neg)
+    ]
+    h = sf.fit_barrier(*acts, C=1e4)
+    assert h.info.accuracy == pytest.approx(honest.accuracy, abs=0.1)
+    assert (h.info.layer, h.info.site, h.info.model) == (3, "resid_post", "Tiny")
+
+
+def test_separable_sides_are_said_to_be():
+    pos, neg = torch.tensor([[1.0, 0.2], [1.0, -0.2]]), torch.tensor([[-1.0, 0.2], [-1.0, -0.2]])
+    h = sf.fit_barrier(pos, neg)
+    assert h.info.separable
+    assert h(pos).isfinite().all()
+    with pytest.warns(UserWarning, match="separable and too few to hold some out"):
+        sf.fit_barrier(pos, neg, groups=[0, 0, 1, 1])
+    with pytest.raises(ValueError, match="C must be finite"):
+        sf.fit_barrier(pos, neg, C=math.inf)
+
+
+@pytest.mark.parametrize("kind", fitting.KINDS)
+@pytest.mark.parametrize(
+    ("pos", "neg", "message"),
+    [
+        (torch.zeros(0, 3), torch.ones(2, 3), r"pos has shape \(0, 3\)"),
+        (torch.ones(3), torch.ones(2, 3), r"pos has shape \(3,\)"),
+        (torch.ones(2, 3), torch.ones(2, 4), "width 3 and neg 4"),
+        (torch.ones(2, 3), torch.tensor([[1.0, 0, 0], [1.0, 0, float("nan")]]), "row 1 of neg"),
+        (torch.tensor([[1.0, 0, 0], [0, 0, 0]]), torch.ones(2, 3), "row 1 of pos"),
+        (torch.ones(1, 3), torch.ones(2, 3), r"pos has 1 row\(s\); expected at least 2"),
+        (torch.ones(2, 3), torch.ones(2, 3), "identical"),
+    ],
+)
+def test_bad_activations_are_named(kind, pos, neg, message):
+    with pytest.raises(ValueError, match=message):
+        sf.fit_barrier(pos, neg, kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"kind": "cubic"}, "kind is 'cubic'"),
+        ({"C": 0}, "C is 0"),
+        ({"rank": 2}, "at most 1 for a linear barrier"),
+        ({"kind": "quadratic", "rank": 0}, "rank is 0"),
+        ({"kind": "quadratic", "rank": 5}, "at most 4 for a quadratic barrier of width 16 on 4 rows"),
+        ({"kind": "sketch", "rank": 17}, "at most 16 for a sketch"),
+        ({"kind": "rff", "rank": "some"}, "rank is 'some'"),
+        ({"kernel": (1.0, 1.0)}, "is for quadratic and sketch"),
+        ({"kind": "quadratic", "kernel": (0.0, 1.0)}, "expected (γ, c₀)"),
+        ({"groups": [1, 2]}, "groups has 2 labels; expected 4"),
+    ],
+)
+def test_bad_arguments_are_named(numbers, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        sf.fit_barrier(torch.randn(2, D), torch.randn(2, D), **numbers)
+
+
+def test_layers_and_models_must_be_one():
+    def acts(layer, model="Tiny"):
+        return Activations(
+            {layer: torch.randn(3, D)}, model=model, site="resid_post", position="last", text_index=torch.arange(3)
+        )
+
+    with pytest.raises(ValueError, match="pos comes from layer 3 and neg from 4"):
+        sf.fit_barrier(acts(3), acts(4))
+    with pytest.raises(ValueError, match="from model 'Tiny' and neg from 'Other'"):
+        sf.fit_barrier(acts(3), acts(3, "Other"))
+    with pytest.raises(ValueError, match="holds 2 layers"):
+        sf.fit_barrier({1: torch.ones(2, D), 2: torch.ones(2, D)}, torch.ones(2, D))
+
+
+def test_bad_parts_of_a_barrier_are_named():
+    eye = torch.eye(4)[:2]
+    with pytest.raises(ValueError, match="not orthonormal"):
+        sf.Barrier(torch.randn(2, 4), torch.zeros(2), torch.ones(2))
+    with pytest.raises(ValueError, match="do not fit"):
+        sf.Barrier(eye, torch.zeros(3), torch.ones(2))
+    with pytest.raises(ValueError, match="bias holds NaN"):
+        sf.Barrier(eye, torch.zeros(2), torch.tensor([1.0, math.nan]))
+    with pytest.raises(TypeError, match="basis must be a tensor"):
+        sf.Barrier([[1.0]], torch.zeros(1), torch.ones(1))
+    with pytest.raises(ValueError, match="offset must be finite"):
+        sf.Barrier(eye, torch.zeros(2), torch.ones(2), math.inf)
+    with pytest.raises(ValueError, match="ridge has directions of width 3; expected 2"):
+        sf.Barrier(eye, torch.zeros(2), torch.ones(2), ridge=Ridge(torch.ones(5, 3), torch.ones(5), torch.ones(5)))
+    with pytest.raises(ValueError, match="do not fit"):
+        Ridge(torch.ones(5, 3), torch.ones(4), torch.ones(5))
+    with pytest.raises(ValueError, match="activation is 'relu'"):
+        Ridge(torch.ones(5, 3), torch.ones(5), torch.ones(5), "relu")
+    with pytest.raises(ValueError, match=r"expected \(\.\.\., 4\)"):
+        sf.Barrier(eye, torch.zeros(2), torch.ones(2))(torch.ones(3))
+
+
+WORDS = "good lovely fine warm kind sweet happy bright gentle fair".split(), "bad awful poor cold rude sour sad dark harsh mean".split()
+FRAMES = ("The film was {}", "What a {} day", "It was a {} trip", "They are {} people")
+
+
+@pytest.mark.model
+def test_on_activations_of_a_real_model(smollm):
+    """At the chosen rank the flow is that of the full rank, to 1 % of the displacement, also where it was not fitted."""
+    model, tokenizer = smollm
+    texts = [[frame.format(word) for word in words for frame in FRAMES] for words in WORDS]
+    pos, neg = (sf.collect(model, tokenizer, side, layers=[14], progress=False) for side in texts)
+    groups = [word for words in WORDS for word in words for _ in FRAMES]
+    cut = sf.fit_barrier(pos, neg, kind="quadratic", groups=groups)
+    full = sf.fit_barrier(
+        pos, neg, kind="quadratic", C=cut.info.settings["C"], kernel=(cut.info.settings["gamma"], 1.0), rank=64, groups=groups
+    )
+    others = ["I went to the shop and", "In spring the river", "She said that it", "A terrible and cold"]
+    x = sf.collect(model, tokenizer, others, layers=[14], progress=False)[14]
+    x = torch.cat([x, *pos.values(), *neg.values()])
+    one, two = (sf.flow(x, h, angle=0.4) - x for h in (full, cut))
+    assert cut.rank <= 64
+    assert ((one - two).norm(dim=1) / one.norm(dim=1)).mean() < 0.01
+    assert cut.info.accuracy > 0.7
+    assert cut.info.log_likelihood > -math.log(2)
+    assert (cut.info.layer, cut.info.site) == (14, "resid_post")
+    assert cut.info.model == type(model).__name__

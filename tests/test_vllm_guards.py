@@ -1,0 +1,86 @@
+"""What stops an engine before it steers wrongly: an untested version, a missing seam, tokens that are split or reordered."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from vllm_engines import needs_vllm
+
+from steerfast.integrations.vllm import register, seams
+
+pytestmark = [needs_vllm, pytest.mark.vllm]
+
+
+def test_an_untested_version_stops_the_engine_unless_asked_for(monkeypatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.33.0+cpu")
+    with pytest.raises(
+        RuntimeError, match=r"vLLM 0\.33\.0\+cpu was not tested, 0\.32\.0 was; install that, set STEERFAST_"
+    ):
+        register()
+    monkeypatch.setenv("STEERFAST_UNTESTED_VLLM", "1")
+    register()
+
+
+@pytest.mark.parametrize(("module", "name"), seams._SEAMS)
+def test_a_seam_that_is_gone_stops_the_engine_by_name(monkeypatch, module: str, name: str) -> None:
+    owner = seams._resolve(module, name)
+    for method in seams._SEAMS[module, name]:
+        if method == "__init__":
+            continue
+        with monkeypatch.context() as patched:
+            patched.delattr(owner, method)
+            with pytest.raises(RuntimeError, match=f"this vLLM has no {name}.{method}, which steering needs"):
+                register()
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, method, lambda other: other)
+            if seams._SEAMS[module, name][method]:
+                with pytest.raises(
+                    RuntimeError, match=f"{name}.{method} of this vLLM takes no .*, which steering needs"
+                ):
+                    register()
+
+
+def test_every_request_class_that_makes_sampling_parameters_is_known() -> None:
+    """What a new class of requests would let through unsteered, in silence."""
+    import vllm.entrypoints
+
+    root = Path(vllm.entrypoints.__file__).parent
+    makers = set()
+    for file in root.rglob("*.py"):
+        module = ".".join(("vllm.entrypoints", *file.relative_to(root).with_suffix("").parts))
+        for owner in ast.parse(file.read_text()).body:
+            if isinstance(owner, ast.ClassDef) and "to_sampling_params" in {getattr(f, "name", "") for f in owner.body}:
+                makers.add((module, owner.name))
+    assert makers == set(seams._REQUESTS.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"enable_dbo": True}, "dual-batch overlap"),
+        ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
+        ({"decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"enable_hc_sp": True}, "sequence parallelism of hyper-connections"),
+        (
+            {"enable_expert_parallel": True, "tensor_parallel_size": 2, "data_parallel_size": 2},
+            "sequence parallelism of experts",
+        ),
+    ],
+)
+def test_what_splits_or_reorders_tokens_is_refused_by_name(change, reason: str) -> None:
+    from vllm.config import ParallelConfig
+
+    parallel = ParallelConfig()
+    config = SimpleNamespace(parallel_config=parallel)
+    seams.check_parallelism(config)
+    for name, value in change.items():
+        assert hasattr(parallel, name), "vLLM has renamed it"
+        object.__setattr__(parallel, name, value)
+    with pytest.raises(ValueError, match=f"{reason} .* cannot be combined with steering; turn it off"):
+        seams.check_parallelism(config)
