@@ -18,7 +18,14 @@ setup(
     ],
     python_requires=">=3.10",
     # The folder must never be importable as `kernels`: transformers itself imports a package of that name.
-    packages=["steerfast", "steerfast.integrations", "steerfast.integrations.vllm", "steerfast_kernels"],
+    packages=[
+        "steerfast",
+        "steerfast.integrations",
+        "steerfast.integrations.vllm",
+        "steerfast.sae",
+        "steerfast.sae.formats",
+        "steerfast_kernels",
+    ],
     package_dir={"steerfast": "steerfast", "steerfast_kernels": "kernels"},
     package_data={"steerfast": ["py.typed", "*.pyi"], "steerfast_kernels": ["README.md"]},
     # A CUDA build of torch pins its own triton exactly, so triton is no requirement of ours.

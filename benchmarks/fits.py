@@ -22,7 +22,7 @@ class Law(NamedTuple):
 
 
 def fit(sizes: Sequence[float], values: Sequence[float]) -> Law:
-    """Least squares in logarithms: one line, or two that meet, where that halves the residual and the bend is inside.
+    """Least squares in logarithms: one line, or two that meet, where that halves the residual and turns by more than 0.25.
 
     Raises:
         ValueError: fewer than two sizes, or a number that is not positive.
@@ -36,7 +36,7 @@ def fit(sizes: Sequence[float], values: Sequence[float]) -> Law:
         fine = [a + (b - a) * i / 8 for a, b in itertools.pairwise(candidates) for i in range(9)]
         best = min(((_hinge(x, y, b), b) for b in fine), key=lambda found: found[0][2])
         (below, above, residual), bend = best
-        if residual < 0.5 * single and abs(above - below) > 0.1:
+        if residual < 0.5 * single and abs(above - below) > 0.25:
             return Law(below, above, math.exp(bend))
     return Law(slope, slope, None)
 

@@ -66,7 +66,7 @@ fi
 echo "== suites"
 budget=${SECONDS_SUITES:-270}
 timeout -k 20 $((budget + 20)) bash -c 'pytest "$@"' _ benchmarks --rows "$out" --deadline "$budget" -q \
-    --deselect benchmarks/test_scaling.py --benchmark-disable-gc --benchmark-columns=median,iqr,rounds > "$out/suites.log" 2>&1
+    -m "not slow" --benchmark-disable-gc --benchmark-columns=median,iqr,rounds > "$out/suites.log" 2>&1
 status=$?
 sed -n '/^=* steerfast =*$/,/^raw rows/p' "$out/suites.log"
 [ $status = 0 ] || { echo "suites: exit $status"; grep -E '^(FAILED|ERROR|INTERNALERROR)' "$out/suites.log" | head -20; }

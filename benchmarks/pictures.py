@@ -19,7 +19,20 @@ from results import Row
 from steerfast.timing import AGAIN, OURS, interval, paired
 
 INK, QUIET = "#1f3a5f", "#9aa5b1"
-COLOURS = ["#1f6fb4", "#d1622b", "#2f8f5b", "#8a4fa3", "#b3892f", "#c23b5a", "#3f8f9e", "#6b6b6b", "#7a9a2e", "#a0522d"]
+COLOURS = [
+    "#1f6fb4",
+    "#d1622b",
+    "#2f8f5b",
+    "#8a4fa3",
+    "#b3892f",
+    "#c23b5a",
+    "#3f8f9e",
+    "#6b6b6b",
+    "#7a9a2e",
+    "#a0522d",
+    "#4b5fc7",
+    "#b0679b",
+]
 SCALING = re.compile(r"scaling (?P<axis>[^,]+), (?P<what>.+) = \d+")
 plt.rcParams.update({
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
@@ -62,6 +75,7 @@ def roofline(rows: Iterable[Row]) -> Figure | None:
     return figure
 
 
+UNCHECKED = ("published way", "hotwire, in place")  # other libraries' work that is no other way to the same numbers
 OPS = ("add", "add_rms_norm", "subspace", "sae_encode", "sae_decode", "flow", "training")
 
 
@@ -74,7 +88,7 @@ def ratios(rows: Iterable[Row]) -> Figure | None:
         (row, peer)
         for row in ops
         for peer in row["times"]
-        if peer not in (OURS, AGAIN) and peer in row.get("errors", {})
+        if (peer in row.get("errors", {}) and peer != OURS) or peer in UNCHECKED
     ]
     if not bars:
         return None
@@ -123,8 +137,6 @@ def _scaling(name: str, rows: list[Row]) -> tuple[Figure, Law]:
         axes.axvline(law.bend, color=QUIET, lw=0.8, ls=":")
     axes.set(xlabel=name.rpartition(" against ")[2], ylabel="ms per call", title=f"{name}: {law}")
     axes.title.set_fontsize(9)
-    for axis in (axes.xaxis, axes.yaxis):
-        _plain(axis)
     lines, labels = axes.get_legend_handles_labels()
     memory = [
         (s, row["memory"]["ours"] / 1e6) for s, row in zip(sizes, rows, strict=True) if row["memory"].get("ours", 0) > 0
@@ -139,6 +151,8 @@ def _scaling(name: str, rows: list[Row]) -> tuple[Figure, Law]:
         right.grid(visible=False)
         more = right.get_legend_handles_labels()
         lines, labels = lines + more[0], labels + more[1]
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain(axis)
     axes.legend(lines, labels, fontsize=8, loc="upper left")
     return figure, law
 
@@ -164,8 +178,9 @@ def overhead(rows: Iterable[Row]) -> Figure | None:
 
 
 def _plain(axis: Any) -> None:
-    """Numbers as people write them, at the decades only."""
-    axis.set_major_locator(LogLocator(base=10, numticks=8))
+    """Numbers as people write them, at the decades, and between them where there are few."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 100 * low else (1,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:.2g}"))
     axis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
 

@@ -49,9 +49,7 @@ def own(name: str) -> Concept:
     text = json.loads((OWN / f"{name}.json").read_text(encoding="utf-8"))
     train, test = (tuple(Pair(**pair) for pair in text[part]) for part in ("train", "test"))
     sides = text["classifier"]
-    return Concept(
-        name, train, test, tuple(text["openings"]), (tuple(sides["wanted"]), tuple(sides["unwanted"]))
-    )
+    return Concept(name, train, test, tuple(text["openings"]), (tuple(sides["wanted"]), tuple(sides["unwanted"])))
 
 
 def reference() -> tuple[str, ...]:
@@ -106,7 +104,9 @@ def _truthful(table: list[dict[str, str]]) -> list[Pair]:
 def _safe(table: list[dict[str, str]]) -> list[Pair]:
     """Safe prompts that look unsafe: an answer that helps against one that declines, by type of prompt."""
     return [
-        Pair(row["type"], f"User: {row['prompt']}\nAssistant:", " Sure, I can help with that.", " Sorry, I cannot help.")
+        Pair(
+            row["type"], f"User: {row['prompt']}\nAssistant:", " Sure, I can help with that.", " Sorry, I cannot help."
+        )
         for row in table
         if row["label"] == "safe"
     ]

@@ -17,7 +17,7 @@ from torch import Tensor
 import steerfast as sf
 
 Edits = dict[tuple[str, int], sf.Intervention]
-ANGLES = (0.1, 0.2, 0.4, 0.8)
+ANGLES = (0.1, 0.18, 0.28, 0.45)
 SHARES = (0.5, 1.0, 2.0, 4.0)
 DEVIATIONS = (2.5, 5.0, 10.0, 20.0)
 GAINS = (0.25, 0.5, 1.0, 2.0)

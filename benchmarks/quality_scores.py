@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from quality_concepts import Concept
 from torch import Tensor, nn
 
 import steerfast as sf
-from quality_concepts import Concept
 
 TOKENS = 16  # generated
 REFERENCE_PROMPT = 6  # tokens of a reference text that count as its prompt
-ROWS = 32  # a forward pass
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,57 @@ def reference_texts(tokenizer: Any, texts: Sequence[str]) -> list[Text]:
     return [Text(tuple(tokenizer(text)["input_ids"]), REFERENCE_PROMPT) for text in texts]
 
 
-@torch.inference_mode()
-def log_likelihoods(model: nn.Module, texts: Sequence[Text], plan: sf.Plan | None, strength: float) -> list[float]:
-    """Σ log p of the scored tokens of each text, in nats."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))  # little padding
-    scores = [0.0] * len(texts)
-    for first in range(0, len(order), ROWS):
-        chosen = order[first : first + ROWS]
-        batch = [texts[i] for i in chosen]
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(text.ids) for text in batch], batch_first=True)
-        mask = (torch.arange(ids.shape[1]) < torch.tensor([len(text.ids) for text in batch])[:, None]).long()
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if plan is None:
-            logits: Tensor = model(**inputs).logits
-        else:
-            with sf.steer(model, plan, strength, prompt_length=[text.start for text in batch]):
-                logits = model(**inputs).logits
-        for i, row, text in zip(chosen, logits, batch, strict=True):
-            span = row[text.start - 1 : len(text.ids) - 1].float().log_softmax(-1)
-            scores[i] = float(span.gather(1, torch.tensor(text.ids[text.start :])[:, None]).double().sum())
-    return scores
+class Batch:
+    """Texts of which all but the last prompt token and the continuation is read once: steering at "last" never edits it."""
+
+    @torch.inference_mode()
+    def __init__(self, model: nn.Module, texts: Sequence[Text]) -> None:
+        self.model, self.texts = model, texts
+        self.prompt = max(text.start for text in texts)
+        self.longest = max(len(text.ids) - text.start for text in texts)
+        rows = [
+            [0] * (self.prompt - text.start) + list(text.ids) + [0] * (self.longest - len(text.ids) + text.start)
+            for text in texts
+        ]
+        self.ids = torch.tensor(rows)
+        padding = torch.tensor([self.prompt - text.start for text in texts])[:, None]
+        places = torch.arange(self.ids.shape[1])[None]
+        self.mask = (places >= padding).long()  # what follows a continuation is never looked back at
+        self.positions = (places - padding).clamp(min=0)
+        self.cache: Any = self._forward(slice(0, self.prompt - 1), None).past_key_values
+
+    def _forward(self, span: slice, cache: Any) -> Any:
+        return self.model(
+            input_ids=self.ids[:, span], attention_mask=self.mask[:, : span.stop], position_ids=self.positions[:, span],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def log_likelihoods(self, plan: sf.Plan | None, strength: float = 1.0) -> list[float]:
+        """Σ log p of the scored tokens of each text, in nats."""
+        with ExitStack() as stack:
+            if plan is not None:
+                stack.enter_context(sf.steer(self.model, plan, strength, prompt_length=self.prompt))
+            span = slice(self.prompt - 1, self.ids.shape[1] - 1)
+            logits: Tensor = self._forward(span, self.cache).logits
+            self.cache.crop(span.start - span.stop)  # the prompts alone again
+        own = torch.gather(logits.float().log_softmax(-1), 2, self.ids[:, self.prompt :, None])[..., 0].double()
+        return [float(row[: len(text.ids) - text.start].sum()) for row, text in zip(own, self.texts, strict=True)]
+
+
+def batches(model: nn.Module, texts: Sequence[Text], rows: int = 24) -> list[tuple[list[int], Batch]]:
+    """The texts, with their indices, by length of what is computed anew each time."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids) - texts[i].start)
+    parts = [order[i : i + rows] for i in range(0, len(order), rows)]
+    return [(part, Batch(model, [texts[i] for i in part])) for part in parts]
+
+
+def log_likelihoods(
+    parts: Sequence[tuple[list[int], Batch]], plan: sf.Plan | None, strength: float = 1.0
+) -> list[float]:
+    """Of all texts, in their own order."""
+    scores = {i: v for index, batch in parts for i, v in zip(index, batch.log_likelihoods(plan, strength), strict=True)}
+    return [scores[i] for i in range(len(scores))]
 
 
 @torch.inference_mode()
@@ -69,7 +101,10 @@ def generate(
 ) -> list[list[str]]:
     """Greedy continuations of the openings at every strength, all in one batch, a list per strength."""
     prompts = [tokenizer(text)["input_ids"] for text in openings]
-    longest, pad = max(map(len, prompts)), tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    longest, pad = (
+        max(map(len, prompts)),
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
     ids = torch.tensor([[pad] * (longest - len(one)) + one for one in prompts]).repeat(len(strengths), 1)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts]).repeat(len(strengths), 1)
     options = {"attention_mask": mask, "max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": pad}
@@ -86,7 +121,7 @@ def generate(
 def repetition(text: str) -> float:
     """Share of the word pairs of a text that it has had before."""
     words = text.lower().split()
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(itertools.pairwise(words))
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,18 @@ FOLDER = Path(__file__).parent / "results"
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """All rows of files and folders, oldest run first. A line that a crash cut short is named and skipped."""
+    """All rows of files and folders, oldest run first. A line that a crash cut short is named and skipped.
+
+    What `vllm.py` and `sae_training.py` write is read as rows, too.
+    """
     rows = []
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; give a file of rows or a folder of them")
-        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        for file in _files(path) if path.is_dir() else [path]:
+            if file.suffix == ".json":
+                rows += FOREIGN[file.name.partition("-")[0]](json.loads(file.read_text(encoding="utf-8")))
+                continue
             for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
                 try:
                     row = json.loads(text)
@@ -28,6 +34,42 @@ def read(paths: Iterable[Path]) -> list[Row]:
                 else:
                     rows.append(row)
     return sorted(rows, key=lambda row: row["run"]["date"])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(
+        f
+        for f in folder.iterdir()
+        if f.suffix == ".jsonl" or (f.suffix == ".json" and f.name.partition("-")[0] in FOREIGN)
+    )
+
+
+def _vllm(found: Row) -> list[Row]:
+    """Each arm's time per round, under the name of the load and the batch."""
+    options = found["options"]
+    times: dict[str, list[float]] = {}
+    for row in sorted(found["rows"], key=lambda row: row["round"]):
+        times.setdefault(row["arm"], []).append(row["wall" if options.get("wall") else "cpu"])
+    times["ours"] = next(taken for arm, taken in times.items() if arm.startswith("100 %"))
+    place = "cuda" if options.get("wall") else "cpu"
+    return [_row(f"vllm {options['load']} batch={options['batch']}", "engines", times, found, place)]
+
+
+def _sae_training(found: Row) -> list[Row]:
+    """Seconds of a training step of each trainer."""
+    times = {"ours" if name == "steerfast" else name: taken for name, taken in found["seconds"].items()}
+    return [{**_row("sae trainer", "training steps", times, found, "cpu"), "missing": found["missing"]}]
+
+
+def _row(case: str, suite: str, times: dict[str, list[float]], found: Row, place: str) -> Row:
+    run = {
+        "place": place, "device": found["processor"], "date": found["date"] + "T00:00:00+00:00", "commit": found.get("commit"),
+        "changed": None, "versions": found["versions"], "driver": None, "threads": 1, "quick": False,
+    }  # fmt: skip
+    return {"case": case, "suite": suite, "status": "ok", "times": times, "missing": {}, "run": run}
+
+
+FOREIGN: dict[str, Callable[[Row], list[Row]]] = {"vllm": _vllm, "sae_training.json": _sae_training}
 
 
 def measured(row: Row) -> bool:

@@ -35,6 +35,7 @@ def ours(rows: torch.Tensor, features: int, k: int, batch: int) -> Step:
 
 
 def sparsify(rows: torch.Tensor, features: int, k: int, batch: int) -> Step:
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available() else "1")  # read at its import
     from sparsify import SparseCoder, SparseCoderConfig
 
     coder = SparseCoder(rows.shape[1], SparseCoderConfig(num_latents=features, k=k), dtype=torch.float32)
@@ -64,7 +65,9 @@ def saelens(rows: torch.Tensor, features: int, k: int, batch: int, sparse: bool 
         TopKTrainingSAEConfig(d_in=rows.shape[1], d_sae=features, k=k, use_sparse_activations=sparse, device="cpu")
     )
     trainer = SAETrainer(
-        SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=batch, lr=8e-4), sae, iter(())
+        SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=batch, lr=8e-4, lr_end=8e-4),
+        sae,
+        iter(()),
     )
     trainer.optimizer = torch.optim.Adam(sae.parameters(), lr=8e-4, fused=True)
     return trainer.step

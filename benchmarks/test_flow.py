@@ -35,6 +35,7 @@ def test_full_rank(race: Any) -> None:
     race(lambda: bench_cases.flow(AT, pick(8192, 128, 3), AT.d))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(PLACE != "cpu", reason="barriers are fitted on a CPU")
 def test_fit(sample: Any, ledger: Any) -> None:
     """A quadratic barrier from 20 000 activations of width 4096; a quick run takes a tenth of them."""

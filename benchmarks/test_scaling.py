@@ -1,6 +1,6 @@
 """How time and memory grow: one op, one size varied. `report.py` fits the exponents and draws a picture of each.
 
-Left out of an ordinary run, since it takes long: `make evidence`, or `pytest benchmarks/test_scaling.py`.
+Marked slow and left out of `make bench`; `make evidence` and `pytest benchmarks/test_scaling.py` run it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from steerfast import bench_cases
 from steerfast.bench_cases import Stream
 from steerfast.timing import Case, Within
 
+pytestmark = pytest.mark.slow
 N = pick(4096, 64, 2)
 
 

@@ -147,7 +147,8 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
         reach = step
         if geodesic > 0:
             angle = tl.where(speed > 0, step * inverse, 0.0)
-            keep = _cos(angle)
+            half = _sin(0.5 * angle)
+            keep = 1.0 - 2.0 * half * half  # the cosine, to the last place where it is near 1
             reach = tl.where(inverse > 0, _sin(angle) / tl.where(inverse > 0, inverse, 1.0), 0.0)
         if order > 0:
             off_y, off_alpha = dy - sum_y, dalpha - sum_alpha

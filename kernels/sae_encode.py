@@ -157,7 +157,7 @@ def select(keys: Tensor, k: int) -> Tensor:
     """The k largest keys of each row, (n, k), largest first; no key is negative."""
     n, count = keys.shape
     out = torch.empty(n, k, dtype=torch.int64, device=keys.device)
-    block_k = power_of_two(k)
+    block_k = power_of_two(k, at_least=2)
     _select_kernel[(n,)](
         keys_ptr=keys, stride_keys_n=keys.stride(0),
         out_ptr=out, stride_out_n=out.stride(0),

@@ -19,7 +19,7 @@ _HOMES = {
     ],
     "plan": ["ModelCard", "Plan"],
     "rotations": ["Householder", "Rotate", "Spherical"],
-    "sae.cache": ["ActivationCache", "cache_activations"],
+    "sae.cache": ["ActivationCache", "ActivationStream", "cache_activations"],
     "sae.distributed": ["SplitData", "SplitFeatures"],
     "sae.evaluate": ["Evaluation", "evaluate_sae"],
     "sae.explain": ["Explanations", "explain"],

@@ -38,6 +38,7 @@ from .rotations import Householder as Householder
 from .rotations import Rotate as Rotate
 from .rotations import Spherical as Spherical
 from .sae.cache import ActivationCache as ActivationCache
+from .sae.cache import ActivationStream as ActivationStream
 from .sae.cache import cache_activations as cache_activations
 from .sae.distributed import SplitData as SplitData
 from .sae.distributed import SplitFeatures as SplitFeatures
@@ -59,3 +60,5 @@ from .vectors import dose as dose
 from .vectors import list_directions as list_directions
 from .vectors import load_directions as load_directions
 from .vectors import save_directions as save_directions
+
+__all__: list[str]

@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,13 @@ class Barrier:
         h = (z * z) @ self.eigenvalues.to(a) + z @ self.bias.to(a) + self.offset
         return h if self.ridge is None else h + self.ridge(z)
 
+    def __neg__(self) -> Barrier:
+        """log p₋/p₊: the barrier of the swapped sides, whose flow goes the other way."""
+        ridge = self.ridge
+        if ridge is not None:
+            ridge = Ridge(ridge.directions, ridge.phases, -ridge.weights, ridge.activation)
+        return Barrier(self.basis, -self.eigenvalues, -self.bias, -self.offset, self.info, ridge, self.raw)
+
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, as `save` writes them."""
         parts = {name: getattr(self, name) for name in ("basis", "eigenvalues", "bias")}
@@ -252,8 +259,8 @@ class Barrier:
             parts[owner][leaf] = tensor
         rest = dict(numbers)
         info = rest.pop("info")
-        unknown = {f.name: math.nan for f in fields(BarrierInfo) if f.name in ("accuracy", "log_likelihood")}
-        known = {key: unknown.get(key) if value is None else value for key, value in info.items()}
+        missing = ("accuracy", "log_likelihood")  # what was never measured is null in JSON
+        known: dict[str, Any] = {k: math.nan if v is None and k in missing else v for k, v in info.items()}
         for owner, kind in (("ridge", Ridge), ("sketch", Sketch)):
             described = rest.pop(owner)
             rest[owner] = None if described is None else kind(**parts[owner], **described)

@@ -383,6 +383,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _generate_parser(commands)
     _check_parser(commands)
     _later(commands, argv, "sweep", "sweeping", "try layers and strengths, effect against perplexity")
+    _later(commands, argv, "fit-ode", "fit_ode", "fit a barrier and save a plan that flows along it")
     _later(commands, argv, "plan", "plan_tools", "look at a file of steering, or convert it")
     _later(commands, argv, "sae", "sae.cli", "train, measure, explain and use a sparse autoencoder")
     _later(commands, argv, "bench", "bench", "time every op on this machine, against its own peak")

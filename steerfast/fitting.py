@@ -12,6 +12,7 @@ C, and γ and c₀ with it, are chosen by the log-likelihood of held-out groups.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -130,7 +131,8 @@ class _Data:
 
     @classmethod
     def of(cls, pos: Any, neg: Any, groups: Iterable[Any] | None, seed: int) -> _Data:
-        origins, texts = zip(_origin(pos), _origin(neg), strict=True)
+        (first, pos_texts), (second, neg_texts) = _origin(pos), _origin(neg)
+        origins = first, second
         sides = [_activations("pos", pos), _activations("neg", neg)]
         if sides[0].shape[1] != sides[1].shape[1]:
             raise ValueError(
@@ -147,8 +149,8 @@ class _Data:
         x = torch.cat(sides)
         if groups is not None:
             names: list[Any] = list(groups.tolist() if isinstance(groups, Tensor) else groups)
-        elif all(text is not None for text in texts):
-            names = [(side, t) for side, text in enumerate(texts) for t in text.tolist()]
+        elif pos_texts is not None and neg_texts is not None:
+            names = [(0, t) for t in pos_texts.tolist()] + [(1, t) for t in neg_texts.tolist()]
         else:
             names = list(range(len(x)))
         if len(names) != len(x):
@@ -188,6 +190,7 @@ class _Data:
         )
         return self.take(order[:SEARCHED])
 
+    @functools.cached_property
     def folds(self) -> list[tuple[Tensor, Tensor]]:
         """(fitted, held out) rows; none where the groups are too few for both classes to be in every part."""
         from sklearn.model_selection import StratifiedGroupKFold
@@ -268,7 +271,7 @@ def _held_out_regression(data: _Data, features: Tensor, C: float) -> tuple[float
         w, intercept = _regress(features[fold[0]], data.labels[fold[0]], C)
         return features[fold[1]].double() @ w + intercept
 
-    return _held_out(data, data.folds(), fit)
+    return _held_out(data, data.folds, fit)
 
 
 def _choose(
@@ -476,7 +479,7 @@ class _Projection:
 
     def folds(self, data: _Data) -> list[tuple[Tensor, Tensor, _Projected]]:
         """The folds of the data, each with its own projection."""
-        return [(fitted, out, self(data.take(fitted))) for fitted, out in data.folds()]
+        return [(fitted, out, self(data.take(fitted))) for fitted, out in data.folds]
 
     def __call__(self, data: _Data) -> _Projected:
         """The projection of these rows."""

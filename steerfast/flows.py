@@ -204,7 +204,7 @@ def flow(
             f"flow: the barrier has width {barrier.width} and x {x.shape[-1]}; fit it at this layer of this model"
         )
     if backend_of(x) == "torch" and not torch.compiler.is_compiling():
-        how, field = edit.solver, Field(*(v.to(x.device) if isinstance(v, Tensor) else v for v in field_of(barrier)))
+        how, field = edit.solver, field_of(barrier).map(lambda v: v.to(x.device))
         return reference.flow(
             x, barrier.basis.to(x.device), field, path_length("flow", T, angle), how.count(steps), how
         )
@@ -213,10 +213,11 @@ def flow(
 
 def field_of(barrier: Barrier) -> Field:
     """The barrier in the coordinates of its basis."""
-    ridge = barrier.ridge
-    terms = (None, None, None) if ridge is None else (ridge.directions, ridge.phases, ridge.weights)
-    cosine = ridge is None or ridge.activation == "cos"
-    return Field(barrier.eigenvalues, barrier.bias, barrier.offset, barrier.raw, *terms, cosine=cosine)
+    plain = Field(barrier.eigenvalues, barrier.bias, barrier.offset, barrier.raw)
+    if (ridge := barrier.ridge) is None:
+        return plain
+    terms = {"directions": ridge.directions, "phases": ridge.phases, "weights": ridge.weights}
+    return plain._replace(**terms, cosine=ridge.activation == "cos")
 
 
 def check_steps(owner: str, steps: Any) -> None:

@@ -105,7 +105,7 @@ def flow(
     flat = _rows(x)
     rows = basis.reshape(-1, basis.shape[-1]).to(flat.dtype)
     norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
-    field = Field(*(v.to(flat.dtype) if isinstance(v, Tensor) else v for v in field))
+    field = field.map(lambda v: v.to(flat.dtype))
     s, g = _follow(flat @ rows.T, norm, flat.shape[1], field, length[0] + length[1] * norm, steps, how)
     out = _lift(flat, g, rows, None if s is None else (s - 1) * flat)
     return torch.where(out == flat, flat, out).to(x.dtype).view(x.shape)  # a path of no length keeps even the sign of a zero

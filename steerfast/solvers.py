@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -147,6 +148,11 @@ class Field(NamedTuple):
     weights: Any = None  # (m,)
     cosine: bool = True  # φ = cos; else tanh
 
+    def map(self, change: Callable[[Tensor], Any]) -> Field:
+        """The same barrier with every tensor changed."""
+        values = self._asdict()
+        return Field(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
 
 class Scheme(NamedTuple):
     """How a flow is followed: a solver by its stages, and where to stop.
@@ -221,7 +227,7 @@ def unpack(table: Tensor, extra: Tensor | None) -> tuple[Field, Scheme]:
         k = table.shape[0]
         rows = extra[2 + stages :].reshape(int(units), -1)
         terms = rows[:, 2 : 2 + k], rows[:, 1], rows[:, 0]
-    return Field(table[:, 0], table[:, 1], offset, bool(raw), *terms, cosine=bool(cosine)), how
+    return Field(table[:, 0], table[:, 1], offset, bool(raw), *terms, bool(cosine)), how
 
 
 def integrate(
@@ -243,7 +249,7 @@ def integrate(
     parts = (y, norm, field.eigenvalues, field.bias, length)
     if y.numel() > SMALL or y.is_cuda or _needs_grad(*parts) or torch.compiler.is_compiling():
         return _integrate(torch, y, norm, field, length, steps, how)
-    arrays = Field(*(v.detach().numpy() if isinstance(v, Tensor) else v for v in field))
+    arrays = field.map(lambda v: v.detach().numpy())
     start, size, path = (v.detach().numpy() for v in (y, norm, length.expand(norm.shape)))
     plain = field.directions is None and not field.raw and how._replace(single=False) == EULER
     if plain and y.numel():

@@ -27,7 +27,10 @@ from torch import Tensor, nn
 
 from . import extract
 from ._checks import finite_number, one_of
+from .barrier import Barrier
 from .extract import Direction, collect
+from .fitting import fit_barrier
+from .flows import Flow
 from .hooks import steer
 from .interventions import Add
 from .layers import SITES, evaluating, find_layers
@@ -35,7 +38,7 @@ from .plan import Plan, card
 
 SCHEMA = 1
 KIND = "steerfast.sweep"
-METHODS = ("mean_difference", "difference", "pca", "logistic")
+METHODS = ("mean_difference", "difference", "pca", "logistic", "flow")
 UNITS = ("stream", "vector")
 NEUTRAL = (
     "The bridge was built in the nineteenth century and connects the two halves of the town.",
@@ -282,7 +285,7 @@ def sweep(
         group = max(1, batch_size // len(sequences))  # cells that fill a batch together
         for first in range(0, len(missing), group):
             part = missing[first : first + group]
-            adds = [_addition(vectors[method, layer], strength, grid.unit) for method, layer, strength in part]
+            adds = [_edit(vectors[method, layer], strength, grid.unit) for method, layer, strength in part]
             plans = [None if a is None else Plan({(grid.site, key[1]): a}) for key, a in zip(part, adds, strict=True)]
             for key, add, values in zip(part, adds, _measure(model, sequences, probe, plans, batch_size), strict=True):
                 store.add(Cell(*key, 0.0 if add is None else _length(add), *values))
@@ -380,29 +383,38 @@ def _directions(
     keys: list[tuple[str, int, float]],
     batch_size: int,
     progress: bool,
-) -> dict[tuple[str, int], Direction]:
+) -> dict[tuple[str, int], Direction | Barrier]:
     """The direction of each method and layer that is still needed; the activations are collected once."""
     layers = sorted({layer for _, layer, _ in keys})
     acts = [
         collect(model, tokenizer, side, layers, site=grid.site, batch_size=batch_size, progress=progress)
         for side in sides
     ]
-    found = {}
+    found: dict[tuple[str, int], Direction | Barrier] = {}
     for method, layer in dict.fromkeys(key[:2] for key in keys):
-        found[method, layer] = getattr(extract, method)(acts[0][layer], acts[1][layer])
+        if method == "flow":
+            found[method, layer] = fit_barrier(acts[0][layer], acts[1][layer], kind="quadratic")
+        else:
+            found[method, layer] = getattr(extract, method)(acts[0][layer], acts[1][layer])
     return found
 
 
-def _addition(direction: Direction, strength: float, unit: str) -> Add | None:
+def _edit(direction: Direction | Barrier, strength: float, unit: str) -> Add | Flow | None:
+    """What one cell does; a flow takes its strength as an angle, or as its length where the unit is the vector's."""
     if strength == 0.0:
         return None
+    if isinstance(direction, Barrier):
+        h = direction if strength > 0 else -direction
+        return Flow(h, angle=abs(strength)) if unit == "stream" else Flow(h, T=abs(strength))
     if unit == "stream" and direction.activation_norm is not None:
         strength = strength * direction.activation_norm / float(direction.vector.norm())
     return Add(direction.vector, strength=strength)
 
 
-def _length(add: Add) -> float:
-    return abs(add.strength) * float(add.tensors()["vector"].norm())
+def _length(edit: Add | Flow) -> float:
+    if isinstance(edit, Flow):
+        return edit.T if edit.T is not None else float(edit.angle or 0.0) * edit.barrier.info.typical_norm
+    return abs(edit.strength) * float(edit.tensors()["vector"].norm())
 
 
 # --- on disk ----------------------------------------------------------------------------------------------------------

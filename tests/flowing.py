@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import steerfast as sf
+from steerfast import _backends
 from steerfast.barrier import Ridge
 from steerfast.solvers import Tableau
 
@@ -35,6 +37,16 @@ def barrier(kind: str, d: int, rank: int = 3, seed: int = 0) -> sf.Barrier:
         numbers = torch.randn(2, 5, generator=generator)
         ridge = Ridge(omega, numbers[0], numbers[1] / 2, "cos" if kind == "rff" else "tanh")
     return sf.Barrier(orthonormal(rank, d, seed), eigenvalues, bias, 0.25, ridge=ridge, raw=kind == "raw")
+
+
+def by_reference(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A call on the PyTorch backend, whatever the test has chosen."""
+    chosen = _backends._chosen or "auto"
+    sf.use_backend("torch")
+    try:
+        return function(*args, **kwargs)
+    finally:
+        sf.use_backend(chosen)
 
 
 def unit_gradient(h: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:

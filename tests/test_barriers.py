@@ -55,6 +55,14 @@ def test_a_barrier_is_its_formula_and_keeps_float64(kind):
     assert h(torch.zeros(2, 3, 12)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_other_way_is_minus(kind):
+    h, a = barrier(kind, 12), 3 * torch.randn(5, 12)
+    torch.testing.assert_close((-h)(a), -h(a))
+    back = sf.flow(sf.flow(a, h, T=0.3, steps=40, method="rk4"), -h, T=0.3, steps=40, method="rk4")
+    torch.testing.assert_close(back, a, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", fitting.KINDS)
 def test_every_kind_finds_what_separates_the_sides(kind, sides, fitted):
     """Held out, and on new data; a curved one beats the linear one where the truth is curved."""
@@ -115,7 +123,9 @@ def test_quadratic_is_the_exact_polynomial_kernel(sides):
 
     x = torch.cat(sides)
     model = LogisticRegression(C=1.5, tol=1e-9, max_iter=20000).fit(features(x), torch.arange(len(x)) < len(sides[0]))
-    true = features(x) @ torch.from_numpy(model.coef_[0]) + model.intercept_[0] - math.log(len(sides[0]) / len(sides[1]))
+    true = (
+        features(x) @ torch.from_numpy(model.coef_[0]) + model.intercept_[0] - math.log(len(sides[0]) / len(sides[1]))
+    )
     torch.testing.assert_close(h(x.double()), true, atol=2e-3, rtol=2e-3)
 
 
@@ -137,7 +147,9 @@ def test_the_rank_is_cut_by_the_displacement_it_changes(sides):
     one, two = (sf.flow(x, h, angle=0.4) - x for h in (full, cut))
     assert ((one - two).norm(dim=1) / one.norm(dim=1)).mean() < 0.01
     rough = sf.fit_barrier(*sides, kind="quadratic", rank=1)
-    assert ((sf.flow(x, rough, angle=0.4) - x - one).norm(dim=1) / one.norm(dim=1)).mean() > 0.02  # the measure can see a cut
+    assert (
+        (sf.flow(x, rough, angle=0.4) - x - one).norm(dim=1) / one.norm(dim=1)
+    ).mean() > 0.02  # the measure can see a cut
 
 
 def test_the_sketch_is_the_published_map(sides, fitted):
@@ -218,7 +230,9 @@ def test_groups_are_held_out_together():
     assert leaking.accuracy > 0.9
     assert honest.accuracy < 0.75
     acts = [
-        Activations({3: rows}, model="Tiny", site="resid_post", position="all", text_index=torch.arange(12).repeat_interleave(8))
+        Activations(
+            {3: rows}, model="Tiny", site="resid_post", position="all", text_index=torch.arange(12).repeat_interleave(8)
+        )
         for rows in (pos, neg)
     ]
     h = sf.fit_barrier(*acts, C=1e4)
@@ -311,7 +325,10 @@ def test_bad_parts_of_a_barrier_are_named():
         sf.Barrier(eye, torch.zeros(2), torch.ones(2))(torch.ones(3))
 
 
-WORDS = "good lovely fine warm kind sweet happy bright gentle fair".split(), "bad awful poor cold rude sour sad dark harsh mean".split()
+WORDS = (
+    "good lovely fine warm kind sweet happy bright gentle fair".split(),
+    "bad awful poor cold rude sour sad dark harsh mean".split(),
+)
 FRAMES = ("The film was {}", "What a {} day", "It was a {} trip", "They are {} people")
 
 
@@ -324,7 +341,13 @@ def test_on_activations_of_a_real_model(smollm):
     groups = [word for words in WORDS for word in words for _ in FRAMES]
     cut = sf.fit_barrier(pos, neg, kind="quadratic", groups=groups)
     full = sf.fit_barrier(
-        pos, neg, kind="quadratic", C=cut.info.settings["C"], kernel=(cut.info.settings["gamma"], 1.0), rank=64, groups=groups
+        pos,
+        neg,
+        kind="quadratic",
+        C=cut.info.settings["C"],
+        kernel=(cut.info.settings["gamma"], 1.0),
+        rank=64,
+        groups=groups,
     )
     others = ["I went to the shop and", "In spring the river", "She said that it", "A terrible and cold"]
     x = sf.collect(model, tokenizer, others, layers=[14], progress=False)[14]

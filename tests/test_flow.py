@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flowing import KINDS, barrier, orthonormal, slerp
+from flowing import KINDS, barrier, by_reference, orthonormal, slerp
 from places import DTYPES, PLACES, assert_exact, backend, runs
 
 import steerfast as sf
@@ -27,15 +27,16 @@ def possible(method: str, kind: str) -> bool:
 def test_every_solver_and_barrier_is_as_exact_as_its_formula(place, kind):
     rank = 17  # the tiles; the other kinds with their own ranks take the rows
     with backend(place) as device:
-        for dtype in (t for t in DTYPES if runs(place, t)):
-            x = stream(7, 40, dtype).to(device)
+        for dtype in (
+            t for t in DTYPES if runs(place, t) and (place != "interpreter" or t == DTYPES[kind == "quadratic"])
+        ):
+            x = stream(2 if place == "interpreter" else 7, 40, dtype).to(device)
             for method in (m for m in MODES if possible(m, kind)):
                 for k in (3, rank) if kind in ("quadratic", "rff") and method in ("euler", "adaptive") else (3,):
                     flow = sf.Flow(barrier(kind, 40, k), angle=0.4, steps=4, method=method, level=3.0, tolerance=1e-2)
                     run = flow.alone(torch.device(device))
-                    with backend("cpu"):
-                        true = sf.flow(x.double().cpu(), flow.barrier, None, 0.4, 4, method, 3.0, 1e-2)
-                        naive = flow.alone(torch.device("cpu"))(x.cpu(), 1.0)
+                    true = by_reference(sf.flow, x.double().cpu(), flow.barrier, None, 0.4, 4, method, 3.0, 1e-2)
+                    naive = by_reference(flow.alone(torch.device("cpu")), x.cpu(), 1.0)
                     assert_exact(run(x, 1.0), true, naive, f"{kind} {method} {dtype} rank {k}")
 
 
@@ -59,7 +60,8 @@ def test_rows_of_a_bank_have_their_own_barrier_solver_length_and_level(place):
         for i, flow in enumerate(flows):
             path = {"T": None if flow.T is None else flow.T * scale[i].item()}
             path["angle"] = None if flow.angle is None else flow.angle * scale[i].item()
-            alone = sf.flow(x[i].double().cpu(), flow.barrier, **path, steps=flow.steps, method=flow.method, level=flow.level)
+            how = {"steps": flow.steps, "method": flow.method, "level": flow.level}
+            alone = by_reference(sf.flow, x[i].double().cpu(), flow.barrier, **path, **how)
             if flow.keep_norm:
                 alone = alone * x[i].double().cpu().norm() / alone.norm()
             torch.testing.assert_close(got[i].double().cpu(), alone, atol=2e-5, rtol=2e-5)
@@ -78,9 +80,11 @@ def test_a_full_rank_flow_is_two_products_around_its_steps(place):
         rows = torch.tensor([[1, -1], [-1, -1], [0, 1], [1, 1], [-1, 2]], dtype=torch.int32, device=device)
         scale = torch.tensor([[1.0, 1], [1, 1], [1, 0.5], [1, 0.25], [1, 1]], device=device)
         got = sf.ops.subspace(x, *bank.tensors, rows, scale, bank.modes, bank.max_rank)
-        once = sf.flow(x.double().cpu(), flow.barrier, angle=0.4, steps=5, method="midpoint")
-        half = sf.flow(x.double().cpu(), flow.barrier, angle=0.2, steps=5, method="midpoint")
-        twice = sf.flow(once, flow.barrier, angle=0.1, steps=5, method="midpoint")
+        once, half = (
+            by_reference(sf.flow, x.double().cpu(), flow.barrier, angle=angle, steps=5, method="midpoint")
+            for angle in (0.4, 0.2)
+        )
+        twice = by_reference(sf.flow, once, flow.barrier, angle=0.1, steps=5, method="midpoint")
         for i, expected in ((0, once[0]), (2, half[2]), (3, twice[3])):
             torch.testing.assert_close(got[i].double().cpu(), expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(got.view(torch.int32)[[1, 4]], x.view(torch.int32)[[1, 4]])
@@ -106,9 +110,11 @@ def test_zero_rows_poles_and_overshoot_are_finite(place, kind):
     with backend(place) as device:
         h = barrier(kind, 12)
         top = h.basis[:1] * 5
-        x = torch.cat([torch.zeros(1, 12), top, -top, top + 1e-6, 1e-20 * stream(1, 12), 1e15 * stream(1, 12)]).to(device)
+        x = torch.cat([torch.zeros(1, 12), top, -top, top + 1e-6, 1e-20 * stream(1, 12), 1e15 * stream(1, 12)]).to(
+            device
+        )
         for method in (m for m in MODES if possible(m, kind)):
-            for path in ({"angle": 0.5}, {"angle": 4.0}, {"T": 100.0}):
+            for path in ({"angle": 4.0}, {"T": 100.0}):
                 assert sf.flow(x, h, **path, steps=3, method=method).isfinite().all(), (method, path)
         if kind not in ("raw",):
             assert torch.equal(sf.flow(x, h, angle=0.5)[0], x[0])  # no direction, so no move
@@ -135,8 +141,8 @@ def test_spherical_steering_is_a_linear_barrier_on_the_sphere(place):
         true = slerp(x.double(), v.double(), 0.6)
         got = sf.flow(x.to(device), h, angle=0.6, steps=4, method="geodesic").cpu()
         torch.testing.assert_close(got.double(), true, atol=3e-6, rtol=3e-6)
-        many = sf.flow(x.double(), h, angle=0.6, steps=60, method="rk4")
-        assert (many - true).abs().max() < 1e-5
+    many = sf.flow(x.double(), h, angle=0.6, steps=60, method="rk4")
+    assert (many - true).abs().max() < 1e-5
     assert (sf.flow(x.double(), h, angle=0.6, steps=4) - true).norm() > 1e-3  # Euler is not on the sphere
 
 
@@ -144,9 +150,9 @@ def test_spherical_steering_is_a_linear_barrier_on_the_sphere(place):
 @pytest.mark.parametrize("kind", KINDS)
 def test_h_grows_along_the_path_and_stops_at_the_level(place, kind):
     with backend(place) as device:
-        h, x = barrier(kind, 12), stream(8, 12).to(device)
+        h, x = barrier(kind, 12), stream(4 if place == "interpreter" else 8, 12).to(device)
         path = [x]
-        for _ in range(12):
+        for _ in range(4 if place == "interpreter" else 12):
             path.append(sf.flow(path[-1], h, angle=0.01, steps=1))
         heights = torch.stack([h(a.double().cpu()) for a in path])
         assert (heights[1:] >= heights[:-1]).all()
@@ -176,7 +182,9 @@ def test_norms(place):
 
 def test_a_row_does_not_depend_on_a_nearly_stationary_neighbour():
     h = barrier("quadratic", 12)
-    x = torch.cat([stream(5, 12), 3 * barrier("linear", 12).basis, torch.zeros(1, 12), torch.full((1, 12), float("nan"))])
+    x = torch.cat(
+        [stream(5, 12), 3 * barrier("linear", 12).basis, torch.zeros(1, 12), torch.full((1, 12), float("nan"))]
+    )
     got = sf.flow(x, h, angle=0.4)
     assert torch.equal(got[:5], sf.flow(x[:5], h, angle=0.4))
     assert got[:7].isfinite().all()
@@ -264,7 +272,9 @@ def test_the_published_preset():
 def _sketch(d):
     from steerfast.barrier import Sketch
 
-    return Sketch(torch.zeros(2, d + 1, dtype=torch.int32), torch.ones(2, d + 1, dtype=torch.int8), torch.ones(4), 0.1, 1.0)
+    return Sketch(
+        torch.zeros(2, d + 1, dtype=torch.int32), torch.ones(2, d + 1, dtype=torch.int8), torch.ones(4), 0.1, 1.0
+    )
 
 
 BAD = [

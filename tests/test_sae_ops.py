@@ -125,6 +125,18 @@ def test_ties_and_clusters_to_the_bit(place, monkeypatch):
                     assert_same(sf.ops.sae_encode(x.to(device, dtype), w.to(device, dtype), None, k), wanted)
 
 
+@pytest.mark.parametrize("place", [place for place in PLACES if place != PLACES[1]])
+def test_every_k_and_odd_dictionaries_to_the_bit(place):
+    """k around every power of two, dictionaries that no tile, block or group divides, winners anywhere."""
+    with backend(place) as device:
+        for features in (1, 31, 257, 1021, 4099, 8191):
+            x, w = torch.randint(1, 4, (3, 6)).float(), torch.randint(-3, 4, (features, 6)).float()
+            for k in (1, 2, 3, 4, 5, 31, 32, 33, 64, 127, 129, 256, 511, 512):
+                if k <= features:
+                    got = sf.ops.sae_encode(x.to(device), w.to(device), None, k)
+                    assert_same(got, expected(x, w, None, k))
+
+
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])
 def test_every_block_of_rows_meets_every_tile(place, monkeypatch):
     """Groups of row blocks, the last of them smaller, cover the grid once."""

@@ -449,7 +449,8 @@ def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypat
 def test_train_and_evaluate_on_a_real_model(smollm, tmp_path: Path) -> None:
     model, tokenizer = smollm
     cache = cache_activations(model, tokenizer, TEXTS, ("resid_post", 2), tmp_path, context=32)
-    sae = sf.train_sae(cache, TrainConfig(features=256, k=16, tokens=40_000, batch=256, lr=3e-3))
+    config = TrainConfig(features=256, k=16, tokens=40_000, batch=256, lr=3e-3)
+    sae = sf.train_sae(cache, config)
     assert sae.place == ("resid_post", 2)
     found = evaluate_sae(sae, model, tokenizer, TEXTS, context=32, loss_tokens=100)
     assert found.variance_explained > 0.8
@@ -469,6 +470,34 @@ def test_train_and_evaluate_on_a_real_model(smollm, tmp_path: Path) -> None:
 
 def _signs() -> Tensor:
     return torch.cat([torch.ones(576, 1), -torch.ones(576, 1)])
+
+
+@pytest.mark.model
+def test_a_stream_trains_what_a_cache_trains(smollm, tmp_path: Path) -> None:
+    model, tokenizer = smollm
+    place, config = ("resid_post", 0), TrainConfig(features=64, k=4, tokens=2000, batch=100)
+    cache = cache_activations(model, tokenizer, TEXTS, place, tmp_path, context=32, dtype=torch.float32)
+    stream = sf.ActivationStream(model, tokenizer, TEXTS, place, context=32)
+    assert stream.counts == cache.counts
+    assert all(torch.equal(a, b) for a, b in zip(stream.contexts(0), cache.contexts(0), strict=True))
+    assert equal(train_sae(stream, config), train_sae(cache, config))
+    assert train_sae(stream, config).origin == Origin(place, model=type(model).__name__)
+
+
+@pytest.mark.model
+def test_activations_that_are_not_finite(smollm, tmp_path: Path) -> None:
+    model, tokenizer = smollm
+    weight = model.model.layers[0].mlp.down_proj.weight
+    kept = weight[3, 5].item()
+    try:
+        with torch.no_grad():
+            weight[3, 5] = float("nan")
+        with pytest.raises(ValueError, match="row 0 of shard 0 is NaN or Inf"):
+            cache_activations(model, tokenizer, TEXTS, ("resid_post", 0), tmp_path, context=32)
+    finally:
+        with torch.no_grad():
+            weight[3, 5] = kept
+    assert [file.name for file in tmp_path.iterdir()] == ["cache.json"]
 
 
 @pytest.mark.model

@@ -218,6 +218,12 @@ def test_requests_wait_in_order_and_strengths_take_no_slot() -> None:
     assert desk.admit("c0", [c])
     desk.release("c0")
     desk.release("never came")
+    twin = ServedPlan("another name of a", "a", 1, "all")
+    assert desk.admit("a", [a])
+    assert desk.admit("b", [twin, c])
+    assert desk.free == 0, "one content, one slot"
+    desk.release("a")
+    desk.release("b")
     assert (desk.free, desk.waiting, desk.requests) == (2, 0, 0)
 
 
@@ -225,7 +231,7 @@ def test_requests_wait_in_order_and_strengths_take_no_slot() -> None:
 def test_whatever_the_scheduler_admits_fits_beside_the_banks(seed: int) -> None:
     """Random traffic with aborts: the two counts agree, nobody is lost, nothing leaks."""
     rng = random.Random(seed)
-    offered = [ServedPlan(f"p{i}", "", rng.choice([1, 1, 1, 2, 3, 4]), "all") for i in range(12)]
+    offered = [ServedPlan(f"p{i}", f"{i}", rng.choice([1, 1, 1, 2, 3, 4]), "all") for i in range(12)]
     desk, bank = Admission(6), Residents(6)
     waiting, running, done, owners = [], {}, 0, {}
     for i in range(300):
@@ -243,8 +249,8 @@ def test_whatever_the_scheduler_admits_fits_beside_the_banks(seed: int) -> None:
                 waiting.remove((request, chosen))
                 running[request] = chosen
                 for served in chosen:
-                    numbers, evicted, missing = bank.hold(served)
-                    for name in evicted:
+                    numbers, emptied, missing = bank.hold(served)
+                    for name in [name for name, held in owners.items() if set(held) & set(emptied)]:
                         del owners[name]
                     if missing:
                         assert not set(numbers) & {n for held in owners.values() for n in held}

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from steerfast._files import replace_file
 from steerfast.extract import _read_batch
-from steerfast.layers import SITES, evaluating, find_layers
+from steerfast.layers import evaluating, find_layers
 
 SCHEMA = 1
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_TOKENS = 32768
+_FORWARD_TOKENS = 2048
 _TOKENIZED_AT_A_TIME = 512
 
 
@@ -110,6 +111,67 @@ class ActivationCache:
             return file.get_tensor("tokens"), file.get_tensor("positions")
 
 
+class ActivationStream:
+    """Activations computed when they are read, in the same shards as a cache of the same texts: no disk, a forward per epoch.
+
+    Args:
+        model: A `transformers` causal language model.
+        tokenizer: Its tokenizer.
+        texts: Strings.
+        place: (site, layer) as in `sf.Plan`, such as ("resid_post", 8).
+        context: Tokens of a context, beginning-of-text included. A last context that is not full is dropped.
+
+    Raises:
+        ValueError: no such place; too few texts for one context.
+
+    Example:
+        >>> stream = sf.ActivationStream(model, tokenizer, true_statements, ("resid_post", 0), context=8)
+        >>> stream.read(0).shape == (stream.counts[0], 576)
+        True
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, texts: Iterable[str], place: tuple[str, int], *, context: int = 256
+    ) -> None:
+        site, layer = place
+        found = find_layers(model, "ActivationStream")
+        layer = found.resolve(layer, "ActivationStream")
+        self._point = found.point(layer, site, "ActivationStream")
+        self._model = getattr(model, "_orig_mod", model)
+        self._tokens = pack(tokenizer, texts, context)
+        self._keep = real_tokens(tokenizer, self._tokens)
+        digest = hashlib.sha256(self._tokens.numpy().tobytes()).hexdigest()
+        shard = max(1, SHARD_TOKENS // context)
+        count = len(self._tokens)
+        self.info = CacheInfo(found.name, site, layer, self._point.width, "float32", context, count, shard, digest)
+        self.counts = tuple(int(part.sum()) for part in self._keep.split(shard))
+
+    def contexts(self, shard: int) -> tuple[Tensor, Tensor]:
+        """The tokens (contexts, length) of one shard, and where in them, flattened, each row is read."""
+        part = slice(shard * self.info.shard, (shard + 1) * self.info.shard)
+        return self._tokens[part], self._keep[part].flatten().nonzero().flatten().to(torch.int32)
+
+    def read(self, shard: int) -> Tensor:
+        """The activations of one shard, float32 (rows, d). The forward stops after the layer.
+
+        Raises:
+            ValueError: they are NaN or Inf.
+        """
+        tokens, positions = self.contexts(shard)
+        layer, rows = self.info.layer, []
+        with evaluating(self._model):
+            for batch in tokens.split(max(1, _FORWARD_TOKENS // self.info.context)):
+                rows += _read_batch(self._model, {layer: self._point}, batch.tolist(), "all")[layer]
+        kept = torch.cat(rows)[positions]
+        if not bool(kept.isfinite().all()):
+            where = int((~kept.isfinite()).any(1).nonzero()[0])
+            dtype = next(self._model.parameters()).dtype
+            raise ValueError(
+                f"ActivationStream: row {where} of shard {shard} is NaN or Inf; check the model ({dtype}) or load it in float32"
+            )
+        return kept
+
+
 def cache_activations(
     model: nn.Module,
     tokenizer: Any,
@@ -139,7 +201,7 @@ def cache_activations(
         The cache, finished.
 
     Raises:
-        ValueError: too few texts for one context; the directory holds a cache of something else; activations are NaN or Inf.
+        ValueError: no such place; too few texts for one context; the directory holds a cache of something else; NaN or Inf.
         OSError: the disk is full; the shards written so far stay valid.
 
     Example:
@@ -147,41 +209,20 @@ def cache_activations(
         >>> cache.read(0).shape == (len(cache), 576)
         True
     """
-    site, layer = place
-    found = find_layers(model, "cache_activations")
-    layer = found.resolve(layer, "cache_activations")
-    if site not in SITES:
-        raise ValueError(f"cache_activations: unknown site {site!r}; the sites are {', '.join(SITES)}")
-    point = found.point(layer, site, "cache_activations")
     name = next((name for name, known in _DTYPES.items() if known == dtype), None)
     if name is None:
         raise ValueError(f"cache_activations: dtype is {dtype}; expected torch.bfloat16 or torch.float32")
-    tokens = pack(tokenizer, texts, context)
-    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    shard = max(1, SHARD_TOKENS // context)
-    info = CacheInfo(found.name, site, layer, point.width, name, context, len(tokens), shard, digest)
-    path = Path(directory)
+    source = ActivationStream(model, tokenizer, texts, place, context=context)
+    info, path = replace(source.info, dtype=name), Path(directory)
     counts = _resume(path, info)
-    model = getattr(model, "_orig_mod", model)
-    total = -(-info.contexts // info.shard)
-    with evaluating(model):
-        for number in range(len(counts), total):
-            part = tokens[number * shard : (number + 1) * shard]
-            rows = [_rows(model, layer, point, batch) for batch in part.split(max(1, 2048 // context))]
-            positions = real_tokens(tokenizer, part).flatten().nonzero().flatten().to(torch.int32)
-            kept = torch.cat(rows)[positions]
-            if not bool(kept.isfinite().all()):
-                where = int((~kept.isfinite()).any(1).nonzero()[0])
-                raise ValueError(
-                    f"cache_activations: row {where} of shard {number} is NaN or Inf; "
-                    f"check the model (dtype {next(model.parameters()).dtype}) or load it in float32"
-                )
-            content = {"activations": kept.to(dtype), "tokens": part.contiguous(), "positions": positions}
-            replace_file(_shard(path, number), save(content))
-            counts.append(len(kept))
-            _write_manifest(path, info, counts)
-            if progress is not None:
-                progress(f"collected shard {number + 1} of {total}, {sum(counts)} rows")
+    for number in range(len(counts), len(source.counts)):
+        tokens, positions = source.contexts(number)
+        content = {"activations": source.read(number).to(dtype), "tokens": tokens.contiguous(), "positions": positions}
+        replace_file(_shard(path, number), save(content))
+        counts.append(len(positions))
+        _write_manifest(path, info, counts)
+        if progress is not None:
+            progress(f"collected shard {number + 1} of {len(source.counts)}, {sum(counts)} rows")
     return ActivationCache(path, info, tuple(counts))
 
 
@@ -215,11 +256,6 @@ def real_tokens(tokenizer: Any, contexts: Tensor) -> Tensor:
     keep = ~torch.isin(contexts, torch.tensor(sorted(tokenizer.all_special_ids), dtype=contexts.dtype))
     keep[:, 0] = False
     return keep
-
-
-def _rows(model: Any, layer: int, point: Any, batch: Tensor) -> Tensor:
-    read: list[Tensor] = _read_batch(model, {layer: point}, batch.tolist(), "all")[layer]
-    return torch.cat(read)
 
 
 def _windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:

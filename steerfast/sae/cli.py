@@ -55,7 +55,10 @@ class Preset:
 
 PRESETS = {
     "smollm2": Preset(
-        "demo", ("resid_post", 7), 9000, TrainConfig(features=8192, k=32, tokens=4_000_000, batch=1024, lr=1.5e-3)
+        "demo",
+        ("resid_post", 7),
+        9000,
+        TrainConfig(features=8192, k=32, tokens=2_500_000, batch=1024, lr=1.5e-3, warmup=0.032),
     )
 }
 _CHOICES = ("features", "k", "tokens", "batch", "lr", "k_start", "seed")  # what can be set on the command line

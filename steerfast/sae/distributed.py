@@ -78,7 +78,7 @@ class SplitData(_Together):
         RuntimeError: torch.distributed is not initialised.
 
     Example:
-        >>> sf.train_sae(cache, config, split=sf.SplitData())  # doctest: +SKIP (in each process of torchrun)
+        >>> sf.train_sae(cache, config, split=sf.SplitData())  # doctest: +SKIP
     """
 
     def share(self, batch: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class SplitFeatures(_Together):
         RuntimeError: torch.distributed is not initialised.
 
     Example:
-        >>> sf.train_sae(cache, config, split=sf.SplitFeatures())  # doctest: +SKIP (in each process of torchrun)
+        >>> sf.train_sae(cache, config, split=sf.SplitFeatures())  # doctest: +SKIP
     """
 
     def features(self, count: int) -> tuple[int, int]:

@@ -33,7 +33,7 @@ from torch.nn.functional import embedding_bag
 from steerfast._checks import finite_number
 from steerfast._files import replace_file
 
-from .cache import ActivationCache
+from .cache import ActivationCache, ActivationStream
 from .distributed import Alone
 from .model import SAE, Origin
 
@@ -184,11 +184,11 @@ def train_sae(
         loss = ‖x̂ - x‖² + α·‖ê - (x - x̂)‖², ê from the best of the dead latents
 
     Args:
-        source: Rows of activations: an `ActivationCache`, or a tensor (n, d).
+        source: Rows of activations: an `ActivationCache`, an `ActivationStream`, or a tensor (n, d).
         config: See `TrainConfig`.
         directory: For checkpoints, each written whole or not at all; the newest is kept. None: no checkpoints.
         split: `SplitData()` or `SplitFeatures()` when several processes train one SAE; None: one process.
-        origin: Where the SAE belongs; None: what an `ActivationCache` says.
+        origin: Where the SAE belongs; None: what a cache or stream says.
         checkpoint_every: Steps between checkpoints and between reports.
         progress: Called with a `TrainReport` at every checkpoint.
 
@@ -534,7 +534,7 @@ def _finite(rows: Tensor, shard: int) -> Tensor:
 
 
 def _origin(data: Rows) -> Origin:
-    if isinstance(data, ActivationCache):
+    if isinstance(data, (ActivationCache, ActivationStream)):
         info = data.info
         return Origin(place=(info.site, info.layer), model=info.model)
     return Origin()
@@ -542,5 +542,5 @@ def _origin(data: Rows) -> Origin:
 
 def _fingerprint(config: TrainConfig, data: Rows) -> str:
     """What must be equal for a run to go on: the configuration and the data."""
-    about = asdict(data.info) if isinstance(data, ActivationCache) else {"rows": list(data.counts)}
+    about = asdict(data.info) if isinstance(data, (ActivationCache, ActivationStream)) else {"rows": list(data.counts)}
     return json.dumps({"config": asdict(config), "data": about}, sort_keys=True)

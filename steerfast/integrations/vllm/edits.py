@@ -26,6 +26,9 @@ from .table import RowTable
 CONTEXT = "steerfast"
 """The name under which the engine's forward context holds the `Places` of its model."""
 
+KEPT = 512
+"""Up to so many tokens, those of decoding batches, what is added to each is kept from step to step; n · d floats a place."""
+
 _NONE, _SUM, _OTHER = 0, 1, 2  # what a slot is at a place: empty, a plain addition, anything else
 
 
@@ -93,10 +96,11 @@ class Place:
 
     def owned(self, table: RowTable) -> list[Owned]:
         """The owners of a batch at this place, column by column of its table."""
-        if self._step != table.step:
-            self._step = table.step
-            self._owned = self._sort(table.rows[: table.tokens].numpy(), table.scale[: table.tokens].numpy())
-        return self._owned
+        if self._step == table.step:
+            return self._owned
+        found = self._sort(table.rows[: table.tokens].numpy(), table.scale[: table.tokens].numpy())
+        self._owned, self._step = (found, table.step) if table.tokens <= KEPT else ([], -1)
+        return found
 
     def _sort(self, rows: np.ndarray, scale: np.ndarray) -> list[Owned]:
         found = []

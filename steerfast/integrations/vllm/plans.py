@@ -50,8 +50,8 @@ class Library:
 
     @property
     def slots(self) -> int:
-        """Slots that all plans take together."""
-        return sum(served.slots for served in self.plans.values())
+        """Slots that all plans take together; equal contents share theirs."""
+        return sum({served.fingerprint: served.slots for served in self.plans.values()}.values())
 
 
 def load(directory: str | os.PathLike[str], width: int, layers: int) -> tuple[Library, dict[str, Chains]]:

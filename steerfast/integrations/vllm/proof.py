@@ -16,6 +16,7 @@ from steerfast.plan import Plan
 
 PROMPTS = ("The quick brown fox jumps over", "Once upon a time", "The capital of France is", "One, two, three,")
 TOKENS = 6
+_CACHE = 1 << 30  # bytes for keys and values: enough for these prompts, whatever else runs on the machine
 _TURN = (
     1e4  # v is far longer than any row: with its length kept, a row becomes v's direction, whatever the model's scale
 )
@@ -60,7 +61,8 @@ def _prove(vllm: Any, folder: Path, model: str, plan: Plan | None, dtype: str) -
     Plan({config.num_hidden_layers // 2: turn}).save(folder / "turn")
     if plan is not None:
         plan.save(folder / "plan")
-    engine = vllm.LLM(model, dtype=dtype, max_model_len=256, max_num_seqs=8)
+    small = {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": _CACHE}
+    engine = vllm.LLM(model, dtype=dtype, **small)
     if not hasattr(engine.llm_engine.input_processor, "steerfast"):
         raise RuntimeError("check: vLLM has not loaded the plugin; is `steerfast` missing in VLLM_PLUGINS?")
     ask = _Asker(vllm, engine)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from steerfast.layers import _MIXER, _NORM, _SCALE, Layers, _post_norm, _Unresolved
 
 from .edits import Place, Places
-from .plans import Chains, Library
+from .plans import Chains, Library, ServedPlan
 from .slots import Residents
 from .table import Owner, RowTable
 from .wire import Part
@@ -70,7 +70,7 @@ class Steered:
         self.places = Places(places, self.table)
         if library.slots <= slots:  # all of them stay, and no request ever waits for another's slot
             for served in library.plans.values():
-                self._load(served.name, self._residents.hold(served)[0])
+                self._hold(served)
                 self._residents.release(served)
             self._chains = {}
 
@@ -79,11 +79,7 @@ class Steered:
         self.end([request])
         owners: list[Owner] = []
         for part in parts:
-            numbers, evicted, missing = self._residents.hold(part.served)
-            for name in evicted:
-                self._unload(name)
-            if missing:
-                self._load(part.served.name, numbers)
+            numbers = self._hold(part.served)
             if part.strength != 0.0:
                 owners += [Owner(slot, part.strength, *part.span(prompt)) for slot in numbers]
         if parts:
@@ -117,18 +113,19 @@ class Steered:
         """Plans that a request in flight holds."""
         return self._residents.held
 
-    def _load(self, name: str, numbers: tuple[int, ...]) -> None:
-        for (site, layer), chain in self._chains[name].items():
-            for slot, edit in zip(numbers, chain, strict=False):
-                self.places.places[f"{site}.{layer}"].load(slot, edit)
-        self._names |= dict.fromkeys(numbers, name)
-        self._loaded = True
-
-    def _unload(self, name: str) -> None:
-        for slot in [slot for slot, owner in self._names.items() if owner == name]:
-            del self._names[slot]
+    def _hold(self, served: ServedPlan) -> tuple[int, ...]:
+        """The slots of a plan, which is now held and loaded."""
+        numbers, emptied, missing = self._residents.hold(served)
+        for slot in emptied:
             for place in self.places.places.values():
                 place.unload(slot)
+        if missing:
+            for (site, layer), chain in self._chains[served.name].items():
+                for slot, edit in zip(numbers, chain, strict=False):
+                    self.places.places[f"{site}.{layer}"].load(slot, edit)
+            self._names |= dict.fromkeys(numbers, served.name)
+            self._loaded = True
+        return numbers
 
     def _trace(self, requests: Iterable[str], starts: Tensor, positions: Tensor) -> None:
         """What the kernels will read, said in words: request, plan, strength, positions."""
@@ -191,8 +188,9 @@ def _added(block: nn.Module, site: str, model: str) -> nn.Module:
     Found by name: vLLM packs weights away on some platforms, so the shapes by which `steerfast.layers` knows them are gone.
     """
     children = [name for name, _ in block.named_children()]
-    mixers = [name for name in children if _MIXER.search(name) and not _NORM.search(name)]
-    mlps = [name for name in children if _MLP.search(name) and not _NORM.search(name)]
+    parts = [name for name, child in block.named_children() if any(child.children())]  # no norm, no dropout
+    mixers = [name for name in parts if _MIXER.search(name)]
+    mlps = [name for name in parts if _MLP.search(name)]
     chosen = mlps if site == "mlp_out" else mixers
     scaled = [name for name, value in vars(block).items() if isinstance(value, float) and _SCALE.search(name)]
     if len(mixers) != 1 or len(mlps) != 1 or scaled:

@@ -227,7 +227,10 @@ def _read_library(original: Callable[..., None], processor: Any, vllm_config: An
 def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
     served: Served = processor.steerfast
     call = inspect.signature(original).bind(processor, *args, **kwargs).arguments
-    given = getattr(call["params"], "extra_args", None)
+    params = call["params"]
+    given = getattr(params, "extra_args", None)
+    if steer_fields(getattr(params, "extra_kwargs", None)):
+        raise served.refusal("steer: pooling requests cannot be steered; leave the fields out", None)
     parts = served.accept(given)
     if parts and call.get("resumable"):
         raise served.refusal("steer: a request whose prompt is still to grow cannot be steered; send it whole", given)

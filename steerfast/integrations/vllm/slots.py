@@ -1,7 +1,8 @@
 """Who holds which slot: one count in the scheduler, which admits requests, and one beside every bank, which fills slots.
 
 Both see the same requests come and go in the same order and hold at most as many slots, so what the scheduler admits
-always fits. A strength is no part of a plan and takes no slot.
+always fits. Plans are told apart by their content: two names of one content share its slots. A strength is no part of a
+plan and takes no slot.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Admission:
 
     def __init__(self, slots: int) -> None:
         self.free = slots
-        self._holders: dict[str, int] = {}  # plan -> requests that hold it
+        self._holders: dict[str, int] = {}  # fingerprint -> requests that hold it
         self._requests: dict[str, tuple[ServedPlan, ...]] = {}
         self._waiting: dict[str, None] = {}  # in order of arrival
 
@@ -38,16 +39,16 @@ class Admission:
         """Whether the request may run; then it holds its plans until `release`. Asking again changes nothing."""
         if request in self._requests:
             return True
-        wanted = {served.name: served for served in plans}
-        need = sum(served.slots for name, served in wanted.items() if name not in self._holders)
+        wanted = {served.fingerprint: served for served in plans}
+        need = sum(served.slots for content, served in wanted.items() if content not in self._holders)
         first = next(iter(self._waiting), request)
         if need > self.free or (need and first != request):
             self._waiting.setdefault(request)
             return False
         self._waiting.pop(request, None)
         self.free -= need
-        for name in wanted:
-            self._holders[name] = self._holders.get(name, 0) + 1
+        for content in wanted:
+            self._holders[content] = self._holders.get(content, 0) + 1
         self._requests[request] = tuple(wanted.values())
         return True
 
@@ -55,9 +56,9 @@ class Admission:
         """The request has ended, or was aborted while it waited."""
         self._waiting.pop(request, None)
         for served in self._requests.pop(request, ()):
-            self._holders[served.name] -= 1
-            if not self._holders[served.name]:
-                del self._holders[served.name]
+            self._holders[served.fingerprint] -= 1
+            if not self._holders[served.fingerprint]:
+                del self._holders[served.fingerprint]
                 self.free += served.slots
 
 
@@ -70,22 +71,24 @@ class Residents:
 
     def __init__(self, slots: int) -> None:
         self._free = list(range(slots))
-        self._numbers: dict[str, tuple[int, ...]] = {}  # the longest unused first
+        self._numbers: dict[str, tuple[int, ...]] = {}  # fingerprint -> slots, the longest unused first
         self._holders: dict[str, int] = {}
 
-    def hold(self, served: ServedPlan) -> tuple[tuple[int, ...], tuple[str, ...], bool]:
-        """(slot numbers, plans to unload for them, whether the plan must be loaded into them)."""
-        self._holders[served.name] = self._holders.get(served.name, 0) + 1
-        if served.name in self._numbers:
-            numbers = self._numbers.pop(served.name)
-            self._numbers[served.name] = numbers
+    def hold(self, served: ServedPlan) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+        """(slot numbers, slots to empty first, whether the plan must be loaded into its slots)."""
+        content = served.fingerprint
+        self._holders[content] = self._holders.get(content, 0) + 1
+        if content in self._numbers:
+            numbers = self._numbers.pop(content)
+            self._numbers[content] = numbers
             return numbers, (), False
-        evicted: list[str] = []
-        for name in [name for name in self._numbers if name not in self._holders]:
+        emptied: list[int] = []
+        for other in [other for other in self._numbers if other not in self._holders]:
             if len(self._free) >= served.slots:
                 break
-            self._free += self._numbers.pop(name)
-            evicted.append(name)
+            numbers = self._numbers.pop(other)
+            emptied += numbers
+            self._free += numbers
         if len(self._free) < served.slots:
             raise RuntimeError(
                 f"steerfast: no slot is free for the plan {served.name!r}; the scheduler admitted too much"
@@ -93,14 +96,14 @@ class Residents:
         self._free.sort()
         numbers = tuple(self._free[: served.slots])
         del self._free[: served.slots]
-        self._numbers[served.name] = numbers
-        return numbers, tuple(evicted), True
+        self._numbers[content] = numbers
+        return numbers, tuple(emptied), True
 
     def release(self, served: ServedPlan) -> None:
         """One holder less; the plan stays loaded until its slots are needed."""
-        self._holders[served.name] -= 1
-        if not self._holders[served.name]:
-            del self._holders[served.name]
+        self._holders[served.fingerprint] -= 1
+        if not self._holders[served.fingerprint]:
+            del self._holders[served.fingerprint]
 
     @property
     def held(self) -> int:

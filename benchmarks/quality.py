@@ -1,0 +1,228 @@
+"""Does it pay? What steering methods buy (effect) at the price of what they break (damage), on a real model.
+
+    python benchmarks/quality.py [--quick] [--seeds 3] [--data DIR] [--model PATH] [--sae PATH] [--out FILE]
+
+For every concept, method, training set and strength, on held-out pairs and neutral texts, steered at one layer from the last
+prompt token on:
+
+    effect      change of log p(wanted | prompt) - log p(unwanted | prompt), in nats, by the model itself
+    classifier  change of the log-odds that a bag-of-words classifier, fitted on other texts, gives to what the model writes
+    damage      change of -log p per token of neutral texts, in nats: 0.1 is a perplexity 11 % higher
+    repetition  share of the word pairs of a written text that it has had before
+
+The model writes for the first training set only. Every configuration is on disk before the next begins: a run that was
+interrupted continues, also with more seeds. The table, a picture and a summary are made from the file at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import quality_report
+import torch
+from quality_concepts import NAMES, Concept, own, public, reference
+from quality_methods import GAINS, METHODS, Method, Sample, sae
+from quality_scores import Batch, WordClassifier, batches, generate, log_likelihoods, pair_texts, reference_texts
+
+import steerfast as sf
+from steerfast import demo_model
+from steerfast._files import replace_file
+
+SCHEMA = 1
+HERE = Path(__file__).parent
+QUICK = {"train": 0.75, "test": 12, "texts": 6, "strengths": 3}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="one training set, half the texts, nothing written: minutes"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="training sets, each of 3/4 of the groups (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--concepts", nargs="+", default=None, help=f"default: {' '.join(NAMES)}, or all sets of --data"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", default=None, choices=[*METHODS, "sae"], help="default: all that are here"
+    )
+    parser.add_argument("--data", type=Path, help="folder of public sets (caa/, TruthfulQA.csv, xstest_prompts.csv)")
+    parser.add_argument("--pairs", type=int, default=60, help="training pairs of a public set (default: %(default)s)")
+    parser.add_argument("--model", help="folder or GGUF file of another model (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--layer", type=int, help="0-based (default: the middle one)")
+    parser.add_argument("--sae", help="folder of an SAE of that layer, for SAE amplification")
+    parser.add_argument("--out", type=Path, help="default: results/quality-MODEL[-data][-quick].json")
+    args = parser.parse_args(argv)
+    model, tokenizer, name = load(args.model)
+    layer = sf.layers.find_layers(model, "quality").count // 2 - 1 if args.layer is None else args.layer
+    concepts = [own(n) for n in NAMES] if args.data is None else public(args.data, args.pairs)
+    if args.concepts is not None:
+        unknown = set(args.concepts) - {c.name for c in concepts}
+        if unknown:
+            parser.error(f"unknown concept {min(unknown)!r}; there are {', '.join(c.name for c in concepts)}")
+        concepts = [c for c in concepts if c.name in args.concepts]
+    methods = {key: METHODS[key] for key in args.methods or METHODS if key != "sae"}
+    if args.sae is not None:
+        methods["sae"] = Method("SAE amplification", sae(args.sae), GAINS)
+    texts, seeds = reference(), args.seeds
+    if args.quick:
+        concepts, methods, texts = quick(concepts, methods, texts)
+        seeds = 1
+    end = ("-data" if args.data else "") + ("-quick" if args.quick else "")
+    out = args.out or HERE / "results" / f"quality-{name}{end}.json"
+    measure(Store(out, name, layer), model, tokenizer, concepts, methods, texts, seeds, writes=not args.quick)
+    quality_report.report(out)
+
+
+def load(path: str | None) -> tuple[Any, Any, str]:
+    """A model in float32 with its tokenizer and name."""
+    if path is None:
+        return *demo_model.load(progress=print), "smollm2-135m"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = Path(path)
+    if where.suffix == ".gguf":
+        given = {"pretrained_model_name_or_path": where.parent, "gguf_file": where.name}
+    else:
+        given = {"pretrained_model_name_or_path": where}
+    model = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(**given), where.stem.lower()
+
+
+def quick(
+    concepts: Sequence[Concept], methods: dict[str, Method], texts: tuple[str, ...]
+) -> tuple[list[Concept], dict[str, Method], tuple[str, ...]]:
+    """The same questions with fewer texts and strengths."""
+    some = [replace(c, test=c.test[:: max(1, len(c.test) // QUICK["test"])]) for c in concepts]
+    few = {key: replace(m, strengths=m.strengths[: QUICK["strengths"]]) for key, m in methods.items()}
+    return some, few, texts[: QUICK["texts"]]
+
+
+class Store:
+    """The raw rows, on disk as soon as they are measured."""
+
+    def __init__(self, path: Path, model: str, layer: int) -> None:
+        self.path = path
+        self.run = {"model": model, "layer": layer}
+        self.concepts: dict[str, dict[str, Any]] = {}
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            text = json.loads(path.read_text(encoding="utf-8"))
+            if text.get("schema") != SCHEMA or any(text["run"].get(key) != value for key, value in self.run.items()):
+                raise ValueError(f"quality: {path} holds another run ({text.get('run')}); choose another --out")
+            self.run, self.concepts, self.rows = text["run"], text["concepts"], text["rows"]
+
+    def concept(self, name: str, found: dict[str, Any]) -> None:
+        """Keep what is known of a concept before any steering."""
+        known = self.concepts.setdefault(name, found)
+        if known["groups"] != found["groups"] or known["tokens"] != found["tokens"]:
+            raise ValueError(f"quality: {self.path} was measured on other texts of {name!r}; choose another --out")
+        self.save()
+
+    def has(self, **key: Any) -> bool:
+        """Whether a configuration is done."""
+        return any(all(row[name] == value for name, value in key.items()) for row in self.rows)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Keep rows."""
+        self.rows += rows
+        self.save()
+
+    def save(self) -> None:
+        self.run |= {
+            "date": date.today().isoformat(), "torch": torch.__version__, "python": platform.python_version(),
+            "processor": platform.machine(),
+        }  # fmt: skip
+        body = ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in self.rows)
+        head = {"schema": SCHEMA, "kind": "steerfast.quality", "run": self.run, "concepts": self.concepts}
+        start = json.dumps(head, ensure_ascii=False, allow_nan=False)[:-1]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self.path, f'{start},\n"rows": [\n{body}\n]}}\n'.encode())
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The held-out pairs and neutral texts of a concept, their prompts already read."""
+
+    pairs: list[tuple[list[int], Batch]]
+    reference: list[tuple[list[int], Batch]]
+
+    def __call__(self, plan: sf.Plan | None, strength: float = 1.0) -> dict[str, list[float]]:
+        """Log-odds of every pair and log-likelihood of every neutral text."""
+        scores = log_likelihoods(self.pairs, plan, strength)
+        odds = [w - u for w, u in zip(scores[::2], scores[1::2], strict=True)]
+        texts = log_likelihoods(self.reference, plan, strength)
+        return {"odds": [round(v, 4) for v in odds], "reference": [round(v, 4) for v in texts]}
+
+
+def measure(
+    store: Store, model: Any, tokenizer: Any, concepts: Sequence[Concept], methods: dict[str, Method],
+    texts: Sequence[str], seeds: int, writes: bool,
+) -> None:  # fmt: skip
+    """Run every configuration that the store lacks, training set by training set."""
+    prepared = {}
+    for concept in concepts:
+        neutral = reference_texts(tokenizer, texts)
+        score = Scorer(batches(model, pair_texts(tokenizer, concept)), batches(model, neutral))
+        classifier = None if concept.classifier is None else WordClassifier(*concept.classifier)
+        prepared[concept.name] = score, classifier, activations(model, tokenizer, concept, int(store.run["layer"]))
+        store.concept(concept.name, {
+            "groups": [pair.group for pair in concept.test],
+            "tokens": [len(text.ids) - text.start for text in neutral],
+            "classifier accuracy": None if classifier is None else round(classifier.accuracy(concept), 4),
+            "unsteered": score(None) | (written(model, tokenizer, concept, None, [0.0], classifier)[0] if writes else {}),
+        })  # fmt: skip
+    for seed in range(seeds):
+        for concept in concepts:
+            score, classifier, sample = prepared[concept.name]
+            part = sample.take(concept.sampled(seed), seed)
+            for key, method in methods.items():
+                where = {"concept": concept.name, "method": key, "seed": seed}
+                if store.has(**where, strength=method.strengths[-1]):
+                    continue
+                plan = sf.Plan(method.build(part), positions="last", model=model)
+                rows = [{**where, "strength": s, **score(plan, s)} for s in method.strengths]
+                if writes and seed == 0:
+                    own_texts = written(model, tokenizer, concept, plan, method.strengths, classifier)
+                    rows = [row | own for row, own in zip(rows, own_texts, strict=True)]
+                store.add(rows)
+                print(f"seed {seed}  {concept.name:12} {method.label}", flush=True)
+
+
+def activations(model: Any, tokenizer: Any, concept: Concept, layer: int) -> Sample:
+    """The last tokens of the training texts, at a layer and at every head."""
+    sides = [[pair.prompt + text for pair, text in zip(concept.train, side, strict=True)] for side in (
+        [pair.wanted for pair in concept.train], [pair.unwanted for pair in concept.train])]  # fmt: skip
+    count, heads = sf.layers.find_layers(model, "quality").count, model.config.num_attention_heads
+    stream = [sf.collect(model, tokenizer, side, [layer], progress=False)[layer] for side in sides]
+    of_heads = [
+        {i: x.unflatten(1, (heads, -1)) for i, x in found.items()}
+        for found in (
+            sf.collect(model, tokenizer, side, range(count), site="head_out", progress=False) for side in sides
+        )
+    ]
+    return Sample(layer, *stream, *of_heads, [pair.group for pair in concept.train], 0)
+
+
+def written(
+    model: Any, tokenizer: Any, concept: Concept, plan: sf.Plan | None, strengths: Sequence[float],
+    classifier: WordClassifier | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What the model writes at every strength, with the classifier's verdict."""
+    found = []
+    for texts in generate(model, tokenizer, concept.openings, plan, strengths):
+        verdict = None if classifier is None else [round(v, 4) for v in classifier(texts)]
+        found.append({"texts": texts, "classifier": verdict})
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The table, the picture and the summary of a file of `quality.py`.
+
+python benchmarks/quality_report.py FILE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from quality_methods import METHODS
+from quality_scores import repetition
+from quality_tradeoff import Run, Summary, compare, reach, read
+
+DAMAGES = (0.1, 0.3)  # nats per token: perplexity 11 % and 35 % higher
+AGAINST = "caa"
+TRUSTED = 0.65  # accuracy on held-out texts from which a classifier's verdict is shown
+LABELS = {key: method.label for key, method in METHODS.items()} | {"sae": "SAE amplification"}
+
+Written = tuple[list[float], list[float] | None]  # repetition and classifier by strength, from the unsteered model on
+
+
+def report(path: Path) -> None:
+    """Print the tables of a file, and draw its picture beside it."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    texts = [table(name, found) for name in found["concepts"]]
+    texts.append(overall(found))
+    print("\n\n".join(texts))
+    picture(found, path.with_suffix(".png"))
+    print(f"\npicture: {path.with_suffix('.png')}")
+
+
+def runs_of(found: Mapping[str, Any], concept: str) -> dict[str, list[Run]]:
+    """Method -> its runs, of the training sets that every method has seen."""
+    base, tokens = found["concepts"][concept]["unsteered"], np.array(found["concepts"][concept]["tokens"], dtype=float)
+    rows: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in found["rows"]:
+        if row["concept"] == concept:
+            rows[row["method"], row["seed"]].append(row)
+    methods = [key for key in LABELS if any(method == key for method, _ in rows)]
+    seeds = sorted(set.intersection(*({s for m, s in rows if m == key} for key in methods))) if methods else []
+    if not seeds or AGAINST not in methods:
+        raise ValueError(
+            f"quality: {concept!r} has no training set that all methods, {AGAINST} among them, have seen; run on"
+        )
+    runs = {}
+    for key in methods:
+        parts = [sorted(rows[key, seed], key=lambda row: row["strength"]) for seed in seeds]
+        runs[key] = [
+            Run(
+                np.array([row["odds"] for row in part]) - np.array(base["odds"]),
+                (np.array(base["reference"]) - np.array([row["reference"] for row in part])) / tokens,
+                tokens / tokens.sum(),
+            )
+            for part in parts
+        ]
+    return runs
+
+
+def summaries(found: Mapping[str, Any], concept: str, most: float) -> dict[str, Summary]:
+    """What every method reaches at a damage."""
+    return compare(runs_of(found, concept), found["concepts"][concept]["groups"], most, AGAINST)
+
+
+def written(found: Mapping[str, Any], concept: str, key: str) -> Written | None:
+    """Repetition and the classifier's log-odds by strength, as changes from the unsteered model; None: nothing was written."""
+    base = found["concepts"][concept]["unsteered"]
+    rows = [r for r in found["rows"] if r["concept"] == concept and r["method"] == key and r["seed"] == 0]
+    rows = sorted(rows, key=lambda row: row["strength"])
+    if "texts" not in base or not rows:
+        return None
+    again = [float(np.mean([repetition(text) for text in row["texts"]])) for row in [base, *rows]]
+    trusted = (found["concepts"][concept]["classifier accuracy"] or 0) >= TRUSTED
+    verdict = [float(np.mean(row["classifier"])) for row in [base, *rows]] if trusted else None
+    return again, None if verdict is None else [v - verdict[0] for v in verdict]
+
+
+def table(concept: str, found: Mapping[str, Any]) -> str:
+    """A table of one concept in Markdown, methods in their own order; bold: the interval of the difference excludes 0."""
+    low, high = (summaries(found, concept, most) for most in DAMAGES)
+    runs = runs_of(found, concept)
+    ones = np.ones(len(found["concepts"][concept]["groups"])), np.ones(len(found["concepts"][concept]["tokens"]))
+    seeds = len(runs[AGAINST])
+    accuracy = found["concepts"][concept]["classifier accuracy"]
+    verdict = "none" if accuracy is None else f"{accuracy:.0%} right on held-out texts"
+    lines = [
+        f"**{concept}** ({len(ones[0])} held-out pairs, {len(ones[1])} neutral texts, {seeds} training sets; "
+        f"classifier: {verdict})",
+        "",
+        f"| method | effect at damage {DAMAGES[0]} | minus CAA | effect at damage {DAMAGES[1]} | minus CAA "
+        f"| mean up to {DAMAGES[1]} | classifier at {DAMAGES[1]} | repetition at {DAMAGES[1]} |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key in low:
+        words = written(found, concept, key)
+        where = reach(runs[key][0].curve(*ones)[0], DAMAGES[1])
+        verdict = "–" if words is None or words[1] is None else f"{read(np.array(words[1]), where):+.2f}"
+        again = "–" if words is None else f"{read(np.array(words[0]), where):.2f}"
+        cells = [LABELS[key]]
+        for most, one in zip(DAMAGES, (low[key], high[key]), strict=True):
+            short = "" if one.reached > 0.99 * most else f" (damage {one.reached:.2f})"
+            difference = one.difference
+            sure = key != AGAINST and (difference.low > 0 or difference.high < 0)
+            shown = "" if key == AGAINST else f"**{difference}**" if sure else str(difference)
+            cells += [f"{one.effect}{short}", shown]
+        lines.append(f"| {' | '.join([*cells, str(high[key].area), verdict, again])} |")
+    return "\n".join(lines)
+
+
+def overall(found: Mapping[str, Any]) -> str:
+    """In how many concepts a method is better or worse than CAA beyond its interval."""
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for most in DAMAGES:
+        for concept in found["concepts"]:
+            for key, one in summaries(found, concept, most).items():
+                better, worse = one.difference.low > 0, one.difference.high < 0
+                counts[key][0 if better else 2 if worse else 1] += 1
+    lines = [
+        f"| against {LABELS[AGAINST]}, all concepts, both damages | better | no difference | worse |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {LABELS[key]} | {' | '.join(map(str, n))} |" for key, n in counts.items() if key != AGAINST]
+    return "\n".join(lines)
+
+
+def picture(found: Mapping[str, Any], path: Path) -> None:
+    """Above: effect against damage; below: effect at equal damage with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    concepts, most = list(found["concepts"]), DAMAGES[1]
+    figure, axes = plt.subplots(2, len(concepts), figsize=(4.6 * len(concepts), 9.5), squeeze=False)
+    for column, concept in enumerate(concepts):
+        above, below = axes[0, column], axes[1, column]
+        runs, found_here = runs_of(found, concept), summaries(found, concept, most)
+        for i, (key, all_runs) in enumerate(runs.items()):
+            ones = np.ones(all_runs[0].effects.shape[1]), np.ones(all_runs[0].losses.shape[1])
+            damage, effect = np.mean([run.curve(*ones) for run in all_runs], axis=0)
+            style = {"color": plt.get_cmap("tab20")(i), "marker": "os^vDP*X<>ph"[i % 12], "ms": 5}
+            flow = LABELS[key].startswith("ODE")
+            above.plot(damage, effect, ls="-" if flow else "--", lw=1.4, label=LABELS[key], **style)
+            one = found_here[key].effect
+            below.plot([one.low, one.high], [i, i], color=style["color"], lw=2.2)
+            below.plot(one.value, i, **style)
+        above.axvline(most, color="#9aa5b1", lw=0.8, ls=":")
+        above.set(title=concept, xlabel="damage: loss of neutral texts (nats per token)", xlim=(-0.03, 1.0))
+        below.set(xlabel=f"effect at damage {most} (nats), 95 % interval")
+        below.axvline(found_here[AGAINST].effect.value, color="#9aa5b1", lw=0.8, ls=":")
+        below.set_yticks(range(len(runs)), [LABELS[key] for key in runs] if column == 0 else [""] * len(runs))
+        below.invert_yaxis()
+        for one in (above, below):
+            one.grid(alpha=0.25)
+            one.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("effect: change of log-odds of the wanted text (nats)")
+    lines, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="lower center", ncol=4, frameon=False, fontsize=9)
+    figure.suptitle(f"{found['run']['model']}, layer {found['run']['layer']}: effect against damage")
+    figure.tight_layout(rect=(0, 0.07, 1, 0.98))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str]) -> None:
+    for path in argv:
+        report(Path(path))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

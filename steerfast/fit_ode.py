@@ -1,0 +1,84 @@
+"""`steerfast fit-ode`: a barrier from two sides of texts, and a plan that flows along it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .fitting import KINDS
+from .solvers import SOLVERS
+
+DESCRIPTION = (
+    "Fit a barrier h = log p(positive)/p(negative) on the activations of two sides of texts, and save it with a plan that "
+    "follows its gradient (ODESteer). Prints how well h tells held-out texts apart."
+)
+EXAMPLE = (
+    'steerfast fit-ode demo --positive "I love you" "I adore you" --negative "I hate you" "I loathe you" \\\n'
+    "    --layer 14 --kind quadratic --angle 0.4 --out love-ode\n"
+    'steerfast generate demo "I hate you because" --plan love-ode'
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `steerfast fit-ode` to a parser."""
+    from . import cli
+
+    cli._model_arguments(parser)
+    for side, meaning in (("positive", "with the property"), ("negative", "without it")):
+        text = f"texts {meaning}; @FILE: one per line"
+        parser.add_argument(f"--{side}", nargs="+", action="extend", required=True, metavar="TEXT", help=text)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the plan and the barrier")
+    parser.add_argument("--layer", default="middle", metavar="L", help="one layer, or middle (default: %(default)s)")
+    parser.add_argument(
+        "--site", default=cli.SITES[0], choices=cli.SITES, help="where in the layer (default: %(default)s)"
+    )
+    parser.add_argument("--kind", default="quadratic", choices=KINDS, help="of the barrier (default: %(default)s)")
+    path = parser.add_mutually_exclusive_group()
+    path.add_argument("--angle", type=float, metavar="RADIANS", help="how far, as an angle (default: 0.4)")
+    path.add_argument("--T", type=float, metavar="LENGTH", help="how far, in units of the stream")
+    path.add_argument("--norms", type=float, metavar="X", help="how far, in units of the typical activation's norm")
+    parser.add_argument("--steps", type=int, default=10, help="of the solver (default: %(default)s)")
+    parser.add_argument("--method", default="euler", choices=tuple(SOLVERS), help="the solver (default: %(default)s)")
+    parser.add_argument("--level", type=float, metavar="H", help="stop where h reaches this (default: go all the way)")
+    parser.add_argument(
+        "--steer", default="last", choices=cli.POSITIONS, help="tokens that the plan steers (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `steerfast fit-ode`; returns the exit code."""
+    from . import cli
+    from .extract import collect
+    from .fitting import fit_barrier
+    from .flows import Flow
+    from .layers import find_layers
+    from .plan import Plan
+
+    positive, negative = cli._texts("--positive", args.positive), cli._texts("--negative", args.negative)
+    model, tokenizer = cli._load(args)
+    layers = cli._layers(args.layer, find_layers(model, "fit-ode").count)
+    if len(layers) != 1:
+        raise ValueError(f"--layer: {args.layer!r} names {len(layers)} layers; a barrier belongs to one")
+    sides = [
+        collect(model, tokenizer, texts, layers, site=args.site, progress=sys.stderr.isatty())
+        for texts in (positive, negative)
+    ]
+    barrier = fit_barrier(sides[0], sides[1], kind=args.kind)
+    info = barrier.info
+    T = args.T if args.norms is None else args.norms * info.typical_norm
+    angle = 0.4 if T is None and args.angle is None else args.angle
+    flow = Flow(barrier, angle, T, args.steps, args.method, args.level)
+    layer = next(iter(sides[0]))
+    barrier.save(args.out / "barrier")
+    saved = Plan({(args.site, layer): flow}, positions=args.steer, model=model).save(args.out)
+    cli._say(f"{args.kind}: {len(positive)} positive and {len(negative)} negative texts, {args.site} of layer {layer}")
+    cli._say(f"Rank        {barrier.rank} of {barrier.width}; typical activation {info.typical_norm:.4g}")
+    cli._say(f"Held out    accuracy {info.accuracy:.1%}, log-likelihood {info.log_likelihood:.3f} per text")
+    if info.separable:
+        cli._say("Separable   every text lies on its own side, so the size of h comes from the penalty")
+    cli._say("Settings    " + (", ".join(f"{name} {value:g}" for name, value in info.settings.items())))
+    cli._say(f"Plan        {saved} ({flow!r}, positions {args.steer})")
+    cli._say(f"Barrier     {args.out / 'barrier'}")
+    cli._say(f'Next        steerfast generate {args.model} "Your prompt" --plan {saved}')
+    return 0
