@@ -12,7 +12,7 @@ INPUTS := setup.py pyproject.toml constraints-common.txt
 # Triton 3.10 flips the default of floating-point fusion; stated here, the tolerances of the tests do not move.
 export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help setup demo test test-oldest lint types bench evidence dist clean
+.PHONY: help setup demo test test-oldest lint types bench bars evidence dist clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,8 +21,9 @@ help:
 	@echo "make test-oldest  the same with the oldest supported transformers and triton"
 	@echo "make setup        environment in $(VENV) with the versions of constraints.txt"
 	@echo "make lint types   ruff; mypy"
-	@echo "make bench        benchmarks on this machine"
-	@echo "make evidence     tests and benchmarks on a GPU machine"
+	@echo "make bench        benchmarks on this machine, at most 15 minutes; bench-add, bench-flow, … one suite"
+	@echo "make bars         every number the project set itself: wanted, measured, met or not"
+	@echo "make evidence     what takes longer: scaling and the quality study"
 	@echo "make dist         wheel and sdist in dist/"
 	@echo "make clean        remove environments, caches and build output"
 	@echo
@@ -83,10 +84,19 @@ types: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+	$(PARALLEL) $(BIN)/python -m pytest benchmarks -q -m "not slow" --deadline 780 $(PYTEST_ARGS)
 
-evidence:
-	bash benchmarks/gpu.sh
+bench-%: setup
+	$(PARALLEL) $(BIN)/python -m pytest benchmarks/test_$*.py -q $(PYTEST_ARGS)
+
+bars: setup
+	$(BIN)/python benchmarks/bars.py
+
+# What takes too long for CI; the results are committed.
+evidence: setup
+	$(PARALLEL) $(BIN)/python -m pytest benchmarks -q -m slow $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/report.py
 
 dist: setup
 	$(BIN)/python -m build --no-isolation

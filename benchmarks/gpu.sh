@@ -22,7 +22,7 @@ done
 printf '[pytest]\nmarkers =\n%s\n' "$(sed -n '/^markers = \[/,/^\]/s/^ *"\(.*\)",$/    \1/p' pyproject.toml)" > "$links/pytest.ini"
 export PYTHONPATH=$links:$root/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
 unset STEERFAST_BACKEND
-pytest() { "$python" -m pytest -c "$links/pytest.ini" --rootdir "$root" --import-mode=importlib -p no:cacheprovider "$@"; }
+pytest=("$python" -m pytest -c "$links/pytest.ini" --rootdir "$root" --import-mode=importlib -p no:cacheprovider -q)
 
 if [ -n "$tiny" ]; then
     export TRITON_INTERPRET=1 STEERFAST_BENCH=tiny
@@ -38,9 +38,7 @@ else
 fi
 
 echo "== tests on the device"
-export -f pytest
-export python links root
-timeout -k 10 "${SECONDS_TESTS:-170}" bash -c 'pytest "$@"' _ -q -m $marker "${tests[@]}" > "$out/tests.log" 2>&1
+timeout -k 10 "${SECONDS_TESTS:-170}" "${pytest[@]}" -m $marker "${tests[@]}" > "$out/tests.log" 2>&1
 tests_status=$?
 grep -E '^(FAILED|ERROR)|(passed|failed|error|skipped|no tests ran).* in ' "$out/tests.log" | tail -20
 [ $tests_status = 124 ] && echo "the tests ran out of time; see tests.log for those that ran"
@@ -65,7 +63,7 @@ fi
 
 echo "== suites"
 budget=${SECONDS_SUITES:-270}
-timeout -k 20 $((budget + 20)) bash -c 'pytest "$@"' _ benchmarks --rows "$out" --deadline "$budget" -q \
+timeout -k 30 $((budget + 20)) "${pytest[@]}" benchmarks --rows "$out" --deadline "$budget" \
     -m "not slow" --benchmark-disable-gc --benchmark-columns=median,iqr,rounds > "$out/suites.log" 2>&1
 status=$?
 sed -n '/^=* steerfast =*$/,/^raw rows/p' "$out/suites.log"

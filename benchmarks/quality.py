@@ -173,7 +173,11 @@ def measure(
         neutral = reference_texts(tokenizer, texts)
         score = Scorer(batches(model, pair_texts(tokenizer, concept)), batches(model, neutral))
         classifier = None if concept.classifier is None else WordClassifier(*concept.classifier)
-        prepared[concept.name] = score, classifier, activations(model, tokenizer, concept, int(store.run["layer"]))
+        prepared[concept.name] = (
+            score,
+            classifier,
+            activations(model, tokenizer, concept, int(store.run["layer"]), heads="iti" in methods),
+        )
         store.concept(concept.name, {
             "groups": [pair.group for pair in concept.test],
             "tokens": [len(text.ids) - text.start for text in neutral],
@@ -197,19 +201,18 @@ def measure(
                 print(f"seed {seed}  {concept.name:12} {method.label}", flush=True)
 
 
-def activations(model: Any, tokenizer: Any, concept: Concept, layer: int) -> Sample:
-    """The last tokens of the training texts, at a layer and at every head."""
-    sides = [[pair.prompt + text for pair, text in zip(concept.train, side, strict=True)] for side in (
-        [pair.wanted for pair in concept.train], [pair.unwanted for pair in concept.train])]  # fmt: skip
-    count, heads = sf.layers.find_layers(model, "quality").count, model.config.num_attention_heads
-    stream = [sf.collect(model, tokenizer, side, [layer], progress=False)[layer] for side in sides]
-    of_heads = [
-        {i: x.unflatten(1, (heads, -1)) for i, x in found.items()}
-        for found in (
-            sf.collect(model, tokenizer, side, range(count), site="head_out", progress=False) for side in sides
-        )
+def activations(model: Any, tokenizer: Any, concept: Concept, layer: int, heads: bool) -> Sample:
+    """The last tokens of the training texts, at a layer and, for a method that needs them, at every head."""
+    sides = [
+        [pair.prompt + (pair.wanted if wanted else pair.unwanted) for pair in concept.train] for wanted in (True, False)
     ]
-    return Sample(layer, *stream, *of_heads, [pair.group for pair in concept.train], 0)
+    stream = [sf.collect(model, tokenizer, side, [layer], progress=False)[layer] for side in sides]
+    count, each = sf.layers.find_layers(model, "quality").count, model.config.num_attention_heads
+    found: list[dict[int, torch.Tensor]] = [{}, {}]
+    for i, side in enumerate(sides if heads else ()):
+        read = sf.collect(model, tokenizer, side, range(count), site="head_out", progress=False)
+        found[i] = {at: x.unflatten(1, (each, -1)) for at, x in read.items()}
+    return Sample(layer, *stream, *found, [pair.group for pair in concept.train], 0)
 
 
 def written(

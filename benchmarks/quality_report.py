@@ -28,10 +28,10 @@ Written = tuple[list[float], list[float] | None]  # repetition and classifier by
 def report(path: Path) -> None:
     """Print the tables of a file, and draw its picture beside it."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    texts = [table(name, found) for name in found["concepts"]]
-    texts.append(overall(found))
-    print("\n\n".join(texts))
-    picture(found, path.with_suffix(".png"))
+    known = {concept: [summaries(found, concept, most) for most in DAMAGES] for concept in found["concepts"]}
+    texts = [table(concept, found, known[concept]) for concept in known]
+    print("\n\n".join([*texts, overall(known)]))
+    picture(found, known, path.with_suffix(".png"))
     print(f"\npicture: {path.with_suffix('.png')}")
 
 
@@ -80,9 +80,9 @@ def written(found: Mapping[str, Any], concept: str, key: str) -> Written | None:
     return again, None if verdict is None else [v - verdict[0] for v in verdict]
 
 
-def table(concept: str, found: Mapping[str, Any]) -> str:
+def table(concept: str, found: Mapping[str, Any], known: Sequence[dict[str, Summary]]) -> str:
     """A table of one concept in Markdown, methods in their own order; bold: the interval of the difference excludes 0."""
-    low, high = (summaries(found, concept, most) for most in DAMAGES)
+    low, high = known
     runs = runs_of(found, concept)
     ones = np.ones(len(found["concepts"][concept]["groups"])), np.ones(len(found["concepts"][concept]["tokens"]))
     seeds = len(runs[AGAINST])
@@ -112,14 +112,13 @@ def table(concept: str, found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def overall(found: Mapping[str, Any]) -> str:
-    """In how many concepts a method is better or worse than CAA beyond its interval."""
+def overall(known: Mapping[str, Sequence[dict[str, Summary]]]) -> str:
+    """How often, over concepts and damages, a method is better or worse than CAA beyond its interval."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for most in DAMAGES:
-        for concept in found["concepts"]:
-            for key, one in summaries(found, concept, most).items():
-                better, worse = one.difference.low > 0, one.difference.high < 0
-                counts[key][0 if better else 2 if worse else 1] += 1
+    for found in (one for both in known.values() for one in both):
+        for key, one in found.items():
+            better, worse = one.difference.low > 0, one.difference.high < 0
+            counts[key][0 if better else 2 if worse else 1] += 1
     lines = [
         f"| against {LABELS[AGAINST]}, all concepts, both damages | better | no difference | worse |",
         "|---|---|---|---|",
@@ -128,7 +127,7 @@ def overall(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(found: Mapping[str, Any], path: Path) -> None:
+def picture(found: Mapping[str, Any], known: Mapping[str, Sequence[dict[str, Summary]]], path: Path) -> None:
     """Above: effect against damage; below: effect at equal damage with its interval."""
     import matplotlib
 
@@ -139,7 +138,7 @@ def picture(found: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(2, len(concepts), figsize=(4.6 * len(concepts), 9.5), squeeze=False)
     for column, concept in enumerate(concepts):
         above, below = axes[0, column], axes[1, column]
-        runs, found_here = runs_of(found, concept), summaries(found, concept, most)
+        runs, found_here = runs_of(found, concept), known[concept][-1]
         for i, (key, all_runs) in enumerate(runs.items()):
             ones = np.ones(all_runs[0].effects.shape[1]), np.ones(all_runs[0].losses.shape[1])
             damage, effect = np.mean([run.curve(*ones) for run in all_runs], axis=0)

@@ -48,6 +48,8 @@ class Batch:
     @torch.inference_mode()
     def __init__(self, model: nn.Module, texts: Sequence[Text]) -> None:
         self.model, self.texts = model, texts
+        if min(text.start for text in texts) < 2:
+            raise ValueError("quality: a prompt has one token; expected at least two, one of them read before the edit")
         self.prompt = max(text.start for text in texts)
         self.longest = max(len(text.ids) - text.start for text in texts)
         rows = [

@@ -38,8 +38,8 @@ p.note { color: #52606d }
 PLACES = {"cuda": "GPU", "cpu": "CPU", "tiny": "Rehearsal: no figure counts"}
 
 
-def page(rows: dict[tuple[str, str], Row], folder: Path) -> str:
-    """The page; its pictures are also written as PNGs into a folder."""
+def page(rows: dict[tuple[str, str], Row], quality: Sequence[Path], folder: Path) -> str:
+    """The page; its pictures are also written as PNGs into a folder. Those of the quality study are taken as they are."""
     parts = []
     for place, title in PLACES.items():
         mine = [row for (_, p), row in rows.items() if p == place]
@@ -48,12 +48,10 @@ def page(rows: dict[tuple[str, str], Row], folder: Path) -> str:
     found = [bars.judge(bar, rows) for bar in bars.bars()]
     shown = [_verdict(v) for v in sorted(found, key=lambda v: v.outcome == "not measured yet")]
     parts += ["<h2>Bars: wanted, measured, met or not</h2>", _table(bars.HEAD, shown, numbers=())]
-    images = sorted(path.name for path in folder.glob("quality*.png"))
-    for name in images:
-        picture = base64.b64encode((folder / name).read_bytes()).decode()
-        parts.append(
-            f'<h2>Quality</h2><figure><img alt="{html.escape(name)}" src="data:image/png;base64,{picture}"></figure>'
-        )
+    for path in quality:
+        picture = base64.b64encode(path.read_bytes()).decode()
+        parts.append(f"<h2>Effect against damage: {html.escape(path.stem)}</h2>")
+        parts.append(f'<figure><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{picture}"></figure>')
     body = "\n".join(parts)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -158,8 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         print("report: no measured rows; run `make bench` first", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
+    quality = sorted({path for source in options.rows if source.is_dir() for path in source.glob("quality*.png")})
     file = options.out / "report.html"
-    replace_file(file, page(rows, options.out).encode())
+    replace_file(file, page(rows, quality, options.out).encode())
     print(f"{len(rows)} cases: {file}")
     return 0
 

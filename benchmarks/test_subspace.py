@@ -36,11 +36,18 @@ def test_own_slot_for_each_row(race: Any, k: int) -> None:
     race(lambda: bench_cases.subspace(AT, n, "amplify", k, slots=n))
 
 
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize(("name", "k"), [("ablate", 1), ("amplify", 8), ("calibrate", 8)])
+def test_op(race: Any, n: int, name: str, k: int) -> None:
+    """The functions on tensors, which need no bank."""
+    race(lambda: bench_cases.op(AT, n, name, k))
+
+
 def test_wide_amplify(race: Any) -> None:
     """At the width of a large model, with the memory that the call takes beside that of its output."""
     n, at = pick(4096, 256, 3), Stream(AT.device, AT.dtype, pick(4096, 4096, 40))
     output = n * at.d * at.dtype.itemsize
-    case = lambda: bench_cases.subspace(at, n, "amplify", pick(64, 64, 2))  # noqa: E731
+    case = lambda: bench_cases.op(at, n, "amplify", pick(64, 64, 2))  # noqa: E731
     race(case, memory=("ours", "eager"), sizes={"output": output})
 
 

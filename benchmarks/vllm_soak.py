@@ -162,7 +162,7 @@ def verify(asked: dict[str, dict[str, Any]], trace: Path) -> tuple[list[str], in
     with open(trace) as lines:
         for line in lines:
             name, position, applied = json.loads(line)
-            request = next((asked[n] for n in (name.rpartition("-")[0], name[5:].split("-0-")[0]) if n in asked), None)
+            request = asked.get(name.removeprefix("cmpl-").rsplit("-", 2)[0])  # the engine adds an index and a suffix
             if request is None:
                 if "soak-" in name:
                     wrong.append(f"nobody sent {name}")
@@ -184,18 +184,21 @@ def verify(asked: dict[str, dict[str, Any]], trace: Path) -> tuple[list[str], in
             seen += bool(applied)
             reached[request["request_id"]] = max(reached[request["request_id"]], position)
     for name, request in asked.items():
-        if request["fate"] == "finish" and request["vllm_xargs"].get("steer") and "all" not in request["vllm_xargs"]:
-            expected = len(request["prompt"]) + request["max_tokens"] - 2
-            if 0 <= reached[name] < expected:
-                wrong.append(f"{name} was followed to position {reached[name]} of {expected}")
+        expected = len(request["prompt"]) + request["max_tokens"] - 2  # the last token is never read
+        steered = any(request["vllm_xargs"].get("steer_strength", []))
+        if request["fate"] == "finish" and steered and reached[name] < expected:
+            wrong.append(f"{name} was followed to position {reached[name]} of {expected}")
     return wrong, seen
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process and all its children."""
-    children = subprocess.run(["ps", "-o", "rss=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
-    own = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True).stdout.split()
-    return sum(map(int, children + own)) * 1024
+    """Bytes of a process and all that it has started."""
+    lines = subprocess.run(["ps", "-eo", "pid=,ppid=,rss="], capture_output=True, text=True).stdout.splitlines()
+    table = [tuple(map(int, line.split())) for line in lines]
+    family = {pid}
+    while more := {child for child, parent, _ in table if parent in family} - family:
+        family |= more
+    return sum(size for child, _, size in table if child in family) * 1024
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import choose, columns, flatten, on_device, power_of_two, stride
+from ._tuned import tuned
 
 BLOCK_D = 1024  # columns per program: enough programs for a few rows, 16 bytes per thread and load in bf16
 NORM_WARPS = [(1024, 4), (4096, 8), (16384, 16)]  # (largest d, warps): a whole row in registers
@@ -59,7 +60,7 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None, o
     if flat.numel() == 0:
         return out
     n, d = flat.shape
-    block_d = min(BLOCK_D, power_of_two(d))
+    block_d = min(tuned("add.BLOCK_D", BLOCK_D, x), power_of_two(d))
     with on_device(x):
         _add_kernel[(n, triton.cdiv(d, block_d))](
             x_ptr=flat, stride_x_n=flat.stride(0),
@@ -135,6 +136,6 @@ def add_rms_norm(
             rows_ptr=rows, stride_rows_n=stride(rows, 0), stride_rows_p=stride(rows, 1),
             scale_ptr=scale, stride_scale_n=stride(scale, 0), stride_scale_p=stride(scale, 1),
             D=d, eps=eps, OFFSET=1.0 if unit_offset else 0.0, P=1 if rows is None else rows.shape[1],
-            BLOCK_D=power_of_two(d), num_warps=choose(NORM_WARPS, d),
+            BLOCK_D=power_of_two(d), num_warps=choose(tuned("add.NORM_WARPS", NORM_WARPS, residual), d),
         )  # fmt: skip
     return normed, stream

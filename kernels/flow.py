@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import choose, power_of_two, stride
+from ._tuned import tuned
 
 WARPS = [(1024, 4), (2048, 8), (1 << 62, 16)]  # (largest d, warps) of the full-rank kernel: one program per row
 INF = tl.constexpr(float("inf"))
@@ -237,7 +238,7 @@ def flow(
         g_ptr=g, stride_g_n=g.stride(0),
         owned_ptr=owned,
         D=d, P=1 if rows is None else rows.shape[1], SOLVES=solves, BLOCK_D=power_of_two(d),
-        num_warps=choose(WARPS, d),
+        num_warps=choose(tuned("flow.WARPS", WARPS, x), d),
     )  # fmt: skip
     if x.is_cuda:  # one product that adds in float32 and rounds once
         moved = torch.addmm(x, g, basis)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import choose, flatten, on_device, power_of_two
+from ._tuned import tuned
 
 WIDTH = [(64, 256), (1 << 62, 1024)]  # (largest n, columns per program): few tokens want many programs
 CHUNK = 8  # rows of W_dec in flight per step
@@ -84,7 +85,7 @@ def _launch(
     flat, places, weights, rows = flatten(values), flatten(indices), flatten(w_dec), out.view(-1, out.shape[-1])
     (n, k), (features, d) = flat.shape, weights.shape
     if n:
-        block_d = min(choose(WIDTH, n), power_of_two(d))
+        block_d = min(choose(tuned("sae_decode.WIDTH", WIDTH, weights), n), power_of_two(d))
         with on_device(weights):
             _decode_kernel[(n, triton.cdiv(d, block_d))](
                 values_ptr=flat, stride_values_n=flat.stride(0),
@@ -95,6 +96,7 @@ def _launch(
                 scale_ptr=scale,
                 out_ptr=rows, stride_out_n=rows.stride(0),
                 F=features, D=d, K=k,
-                BLOCK_D=block_d, CHUNK=min(CHUNK, power_of_two(k)), num_warps=WARPS,
+                BLOCK_D=block_d, CHUNK=min(tuned("sae_decode.CHUNK", CHUNK, weights), power_of_two(k)),
+                num_warps=tuned("sae_decode.WARPS", WARPS, weights),
             )  # fmt: skip
     return out

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import choose, flatten, on_device, power_of_two
+from ._tuned import tuned
 
 # (largest n, (rows per tile, warps)); 64 is the fewest rows of Hopper's matrix instruction
 TILES = [(64, (64, 4)), (1 << 62, (128, 8))]
@@ -180,14 +181,15 @@ def product_arguments(x: Tensor, w_enc: Tensor, b_enc: Tensor | None) -> tuple[d
     flat = flatten(x)
     (n, d), features = flat.shape, w_enc.shape[0]
     exact = flat.dtype == w_enc.dtype and flat.dtype != torch.float32
-    block_n, warps = choose(TILES if exact else TILES_FLOAT32, n)
+    block_n, warps = choose(tuned("sae_encode.TILES", TILES, x) if exact else TILES_FLOAT32, n)
     tiles = triton.cdiv(features, BLOCK_F)
     arguments = dict(  # noqa: C408  keywords read as the kernel's signature
         x_ptr=flat, stride_x_n=flat.stride(0),
         w_ptr=w_enc, stride_w_f=w_enc.stride(0), stride_w_d=w_enc.stride(1),
         b_ptr=None if b_enc is None else b_enc.contiguous(),
         N=n, F=features, D=d, TILES_F=tiles,
-        BLOCK_N=block_n, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D if exact else BLOCK_D_FLOAT32, GROUP=GROUP,
+        BLOCK_N=block_n, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D if exact else BLOCK_D_FLOAT32,
+        GROUP=tuned("sae_encode.GROUP", GROUP, x),
         num_warps=warps, num_stages=STAGES if exact else STAGES_FLOAT32,
     )  # fmt: skip
     return arguments, (triton.cdiv(n, block_n) * tiles,)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import choose, power_of_two, stride
+from ._tuned import tuned
 from .act import ADD, AFFINE, COUPLED, HINGE, KEEP_NORM, couple, hinge, mode_of, restore
 
 WARPS = [(1024, 4), (2048, 8), (16384, 16)]  # (largest d, warps): 8 at d = 4096 spill 8 bytes on sm_90 with Triton 3.6
@@ -173,6 +174,6 @@ def launch_rows(
         D=d, P=1 if rows is None else rows.shape[1],
         MODES=modes, IN_PLACE=x.data_ptr() == out.data_ptr(),
         BLOCK_D=power_of_two(d), BLOCK_K=power_of_two(max_rank),
-        CHUNK=min(choose(CHUNK, d), power_of_two(max_rank)),
-        num_warps=choose(WARPS, d),
+        CHUNK=min(choose(tuned("subspace_rows.CHUNK", CHUNK, x), d), power_of_two(max_rank)),
+        num_warps=choose(tuned("subspace_rows.WARPS", WARPS, x), d),
     )  # fmt: skip

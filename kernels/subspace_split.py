@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import power_of_two, stride
+from ._tuned import tuned
 from .act import KEEP_NORM, act, restore
 from .subspace_tiles import TILE_RANK, copy_rows, owners_of, store_probe, tile_moved, tile_project
 
@@ -173,7 +174,9 @@ def launch_split(
     vectors, coefficients, slots = bank
     n, d = x.shape
     block_k = power_of_two(max_rank, TILE_RANK)
-    splits, chunks = triton.cdiv(d, PROJECT_COLUMNS), triton.cdiv(d, LIFT_COLUMNS)
+    project_columns = tuned("subspace_split.PROJECT_COLUMNS", PROJECT_COLUMNS, x)
+    lift_columns = tuned("subspace_split.LIFT_COLUMNS", LIFT_COLUMNS, x)
+    splits, chunks = triton.cdiv(d, project_columns), triton.cdiv(d, lift_columns)
     tiles = triton.cdiv(n, BLOCK_N)
     restores = bool(modes & KEEP_NORM.value)
     y = torch.empty(splits, n, block_k, dtype=torch.float32, device=x.device)
@@ -187,7 +190,7 @@ def launch_split(
         x_ptr=x, stride_x_n=x.stride(0), **halves,
         y_ptr=y, stride_y_s=y.stride(0), stride_y_n=y.stride(1), **sums,
         vectors_ptr=vectors, stride_v=vectors.stride(0), **owners,
-        N=n, D=d, BLOCK_N=BLOCK_N, BLOCK_D=STEP, BLOCK_K=block_k, COLUMNS=PROJECT_COLUMNS,
+        N=n, D=d, BLOCK_N=BLOCK_N, BLOCK_D=STEP, BLOCK_K=block_k, COLUMNS=project_columns,
         num_warps=4,
     )  # fmt: skip
     _split_lift_kernel[(tiles, chunks)](
@@ -201,7 +204,7 @@ def launch_split(
         coefficients_ptr=coefficients, **owners,
         scale_ptr=scale, stride_scale_n=stride(scale, 0),
         N=n, D=d, SPLITS=splits,
-        MODES=modes, IN_PLACE=x.data_ptr() == out.data_ptr(), BLOCK_N=BLOCK_N, BLOCK_K=block_k, COLUMNS=LIFT_COLUMNS,
+        MODES=modes, IN_PLACE=x.data_ptr() == out.data_ptr(), BLOCK_N=BLOCK_N, BLOCK_K=block_k, COLUMNS=lift_columns,
         num_warps=4,
     )  # fmt: skip
     if restores:
@@ -209,5 +212,5 @@ def launch_split(
             **halves, out_ptr=out, stride_out_n=out.stride(0), **sums,
             moved_ptr=moved, stride_moved_n=moved.stride(0),
             after_ptr=after, stride_after_s=after.stride(0), **owners,
-            D=d, SPLITS=splits, CHUNKS=chunks, COLUMNS=LIFT_COLUMNS, num_warps=4,
+            D=d, SPLITS=splits, CHUNKS=chunks, COLUMNS=lift_columns, num_warps=4,
         )  # fmt: skip

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import choose, power_of_two, stride
+from ._tuned import tuned
 from .act import AFFINE, KEEP_NORM, act, mode_of, restore
 
 TILE_RANK = 16  # from this rank on a product on tensor cores beats sums of vectors
@@ -202,8 +203,8 @@ def launch_tiles(
     """One slot per token; `rows`, `scale` and `probe` are one column of their tables."""
     vectors, coefficients, slots = bank
     n, d = x.shape
-    block_n = choose(TILE_ROWS, max_rank)
-    block_d, warps = choose(TILE_STEP, max_rank)
+    block_n = choose(tuned("subspace_tiles.TILE_ROWS", TILE_ROWS, x), max_rank)
+    block_d, warps = choose(tuned("subspace_tiles.TILE_STEP", TILE_STEP, x), max_rank)
     _tiles_kernel[(triton.cdiv(n, block_n),)](
         x_ptr=x, stride_x_n=x.stride(0),
         hidden_ptr=hidden, stride_hidden_n=stride(hidden, 0),
@@ -216,5 +217,5 @@ def launch_tiles(
         N=n, D=d,
         MODES=modes, IN_PLACE=x.data_ptr() == out.data_ptr(),
         BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_K=power_of_two(max_rank, TILE_RANK),
-        num_warps=warps, num_stages=TILE_STAGES,
+        num_warps=warps, num_stages=tuned("subspace_tiles.TILE_STAGES", TILE_STAGES, x),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -266,6 +266,17 @@ def subspace(at: Stream, n: int, method: str, k: int, slots: int = 1) -> Case:
         },
         dtype=at.dtype,
     )
+
+
+def op(at: Stream, n: int, name: str, k: int) -> Case:
+    """A function of `sf.ops` on tensors, without a bank: ablate, amplify or calibrate."""
+    run: dict[str, Function] = {
+        "ablate": lambda x, b, c: ops.ablate(x, b),
+        "amplify": lambda x, b, c: ops.amplify(x, b, 0.5),
+        "calibrate": lambda x, b, c: ops.calibrate(x, b, 2.0),
+    }
+    case = subspace(at, n, name, k)
+    return replace(case, name=f"ops.{case.name}", ours=run[name])
 
 
 def affine(at: Stream, n: int) -> Case:

@@ -1,4 +1,4 @@
-"""The command `steerfast`: demo, extract, generate, check, sweep, plan and sae.
+"""The command `steerfast`: demo, extract, generate, check, sweep, plan, sae and bench.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a check failed, 2 the input does not work
 (one line says why; `--debug` shows the traceback), 130 interrupted. Anything heavy is imported by the command that

@@ -97,6 +97,17 @@ class Flow(Intervention):
         return self.barrier.width
 
     @property
+    def place(self) -> tuple[str, int] | None:
+        """(site, layer) of the activations that the barrier was fitted on, if they are known."""
+        info = self.barrier.info
+        return None if info.layer is None or info.site is None else (info.site, info.layer)
+
+    @property
+    def model(self) -> str | None:
+        """Class of the model whose activations the barrier was fitted on, if it is known."""
+        return self.barrier.info.model
+
+    @property
     def solver(self) -> Scheme:
         """The solver's stages and where it stops."""
         return scheme(self.method, float(self.tolerance), math.inf if self.level is None else self.level)
@@ -216,8 +227,9 @@ def field_of(barrier: Barrier) -> Field:
     plain = Field(barrier.eigenvalues, barrier.bias, barrier.offset, barrier.raw)
     if (ridge := barrier.ridge) is None:
         return plain
-    terms = {"directions": ridge.directions, "phases": ridge.phases, "weights": ridge.weights}
-    return plain._replace(**terms, cosine=ridge.activation == "cos")
+    return plain._replace(
+        directions=ridge.directions, phases=ridge.phases, weights=ridge.weights, cosine=ridge.activation == "cos"
+    )
 
 
 def check_steps(owner: str, steps: Any) -> None:

@@ -61,6 +61,11 @@ class Intervention:
         """(site, layer) where it belongs, if it knows."""
         return None
 
+    @property
+    def model(self) -> str | None:
+        """Class of the one model that it fits; None: any of its width."""
+        return None
+
     def slot(self) -> Slot:
         """The intervention as float32 CPU tensors; B and C are the same object where C = B."""
         raise TypeError(f"{type(self).__name__} does not say how it edits the stream")

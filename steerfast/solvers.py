@@ -222,12 +222,11 @@ def unpack(table: Tensor, extra: Tensor | None) -> tuple[Field, Scheme]:
         tolerance,
         level,
     )
-    terms: tuple[Any, ...] = (None, None, None)
-    if units:
-        k = table.shape[0]
-        rows = extra[2 + stages :].reshape(int(units), -1)
-        terms = rows[:, 2 : 2 + k], rows[:, 1], rows[:, 0]
-    return Field(table[:, 0], table[:, 1], offset, bool(raw), *terms, bool(cosine)), how
+    plain = Field(table[:, 0], table[:, 1], offset, bool(raw), cosine=bool(cosine))
+    if not units:
+        return plain, how
+    rows = extra[2 + stages :].reshape(int(units), -1)
+    return plain._replace(directions=rows[:, 2 : 2 + table.shape[0]], phases=rows[:, 1], weights=rows[:, 0]), how
 
 
 def integrate(

@@ -123,11 +123,13 @@ class HostClock:
         """Warm a contender up, choose its number of calls, and return its turn."""
         rotation = itertools.cycle(sets)
         call, around = _taken_apart(function)
-        with around():
-            call(*next(rotation))
-            begin = time.perf_counter()
-            call(*next(rotation))
-        calls = max(1, round(effort.turn / max(time.perf_counter() - begin, 1e-9)))
+        calls = 1
+        if effort.turn > 0:
+            with around():
+                call(*next(rotation))
+                begin = time.perf_counter()
+                call(*next(rotation))
+            calls = max(1, round(effort.turn / max(time.perf_counter() - begin, 1e-9)))
 
         def turn() -> tuple[float, float]:
             with around():
@@ -317,6 +319,8 @@ class Race:
 
     def rounds(self) -> int:
         """How many rounds the effort allows, judged by one that is thrown away: the first finds caches and clocks cold."""
+        if self.effort.seconds == 0:
+            return 1
         begin = time.perf_counter()
         self.round()
         for kind in ("times", "walls"):

@@ -326,8 +326,8 @@ def test_bad_parts_of_a_barrier_are_named():
 
 
 WORDS = (
-    "good lovely fine warm kind sweet happy bright gentle fair".split(),
-    "bad awful poor cold rude sour sad dark harsh mean".split(),
+    ("good", "lovely", "fine", "warm", "kind", "sweet", "happy", "bright", "gentle", "fair"),
+    ("bad", "awful", "poor", "cold", "rude", "sour", "sad", "dark", "harsh", "mean"),
 )
 FRAMES = ("The film was {}", "What a {} day", "It was a {} trip", "They are {} people")
 

@@ -1,4 +1,6 @@
-"""Traps 6 and 7: blocks that carry the stream as one tensor, under names that no list of names would hold."""
+"""Traps 6 and 7: blocks that carry the stream as one tensor, under names that no list of names would hold.
+
+vLLM has its own GPT-2; GPT-NeoX it runs through its backend for models of transformers, whose stream is (1, n, d)."""
 
 from __future__ import annotations
 

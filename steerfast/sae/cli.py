@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -151,7 +152,9 @@ def _eval(args: argparse.Namespace) -> int:
     )
     cli._say(str(found))
     if args.out is not None:
-        cli._say(f"\nNumbers     {found.save(args.out)}")
+        digest = hashlib.sha256(Path(args.text).expanduser().read_bytes()).hexdigest()
+        about = {"sae": repr(sae), "model": args.model, "text": Path(args.text).name, "text_sha256": digest}
+        cli._say(f"\nNumbers     {found.save(args.out, about)}")
     return 0
 
 

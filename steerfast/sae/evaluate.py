@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,10 @@ class Evaluation:
         """(loss_zeroed - loss_reconstructed) / (loss_zeroed - loss): 1 is a perfect reconstruction, 0 as bad as zeros."""
         return (self.loss_zeroed - self.loss_reconstructed) / (self.loss_zeroed - self.loss)
 
-    def save(self, file: str | os.PathLike[str]) -> Path:
-        """Write the numbers as JSON."""
+    def save(self, file: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Path:
+        """Write the numbers as JSON, after what `about` says of them: which SAE, which text."""
         path = Path(file)
-        content = {**asdict(self), "loss_recovered": self.loss_recovered}
+        content = {**(about or {}), **asdict(self), "loss_recovered": self.loss_recovered}
         replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
         return path
 

@@ -130,7 +130,9 @@ class Places:
         self.table = table
 
     def edit_(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
-        """Edit stream (n, d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
+        """Edit stream (..., d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
+        stream = stream.view(-1, stream.shape[-1])  # vLLM's backend for models of transformers has (1, n, d)
+        hidden = None if hidden is None else hidden.reshape(stream.shape)
         here, table, count = self.places[place], self.table, stream.shape[0]
         if count > table.rows.shape[0]:
             raise RuntimeError(f"steerfast: {place} handles {count} tokens; the engine announced {table.rows.shape[0]}")

@@ -1,0 +1,189 @@
+"""Flows on a CPU, beside the published way, in one run: ten Euler steps over an angle of 0.4, d = 576.
+
+The published way takes the gradient of w·φ(a/‖a‖) by autograd through the FFTs of a polynomial count sketch, ten times a token.
+Ours is `sf.flow` with the quadratic barrier of the same kernel, cut to its rank, and with the sketch itself at full rank. Cases
+take turns in one process, one thread; figures are medians of process CPU time, so that a busy machine does not count.
+
+    python benchmarks/flow_cpu.py                        # activations drawn at random, with a model-like spectrum
+    python benchmarks/flow_cpu.py --model demo           # activations of a real model
+    python benchmarks/flow_cpu.py --fit 20000 4096       # time and memory of one quadratic fit
+    python benchmarks/flow_cpu.py --plot flow.png        # h along the path, and the error by the number of steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import steerfast as sf
+from steerfast.barrier import Sketch
+
+ANGLE, STEPS = 0.4, 10
+
+
+def activations(n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two sides of rows around a common mean, with a falling spectrum, that differ along one direction and a product."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, 201).float() ** -0.5
+    basis = torch.randn(200, d, generator=generator) * spectrum[:, None]
+    mean = 2 * torch.randn(d, generator=generator) / 3
+    sides = []
+    for sign in (1.0, -1.0):
+        z = torch.randn(n, 200, generator=generator)
+        z[:, 0] += sign
+        z[:, 1] += sign * z[:, 2] / 2
+        sides.append(z @ basis + 3 * mean + 0.3 * torch.randn(n, d, generator=generator))
+    return sides[0], sides[1]
+
+
+def real_activations() -> tuple[Tensor, Tensor]:
+    """Layer 14 of the demo model on praise and blame, one word a text."""
+    from steerfast import demo_model
+
+    model, tokenizer = demo_model.load()
+    words = (
+        (
+            "wonderful",
+            "excellent",
+            "delightful",
+            "lovely",
+            "brilliant",
+            "pleasant",
+            "fantastic",
+            "beautiful",
+            "perfect",
+            "kind",
+        ),
+        ("terrible", "awful", "dreadful", "nasty", "boring", "ugly", "disgusting", "poor", "miserable", "rude"),
+    )
+    frames = ("The film was {}", "I think this place is {}", "What a {} day", "Her cooking was {}", "It was a {} trip")
+    frames += ("They called the service {}", "The book is simply {}", "We had a {} time there", "That song sounds {}")
+    texts = [[frame.format(word) for word in side for frame in frames] for side in words]
+    pos, neg = (sf.collect(model, tokenizer, side, layers=[14], progress=False)[14] for side in texts)
+    return pos, neg
+
+
+def published(sketch: Sketch, a: Tensor) -> Tensor:
+    """Ten Euler steps of da/dt = ∇h/‖∇h‖, the gradient by autograd through the FFTs."""
+    step = ANGLE * a.norm(dim=1, keepdim=True) / STEPS
+    for _ in range(STEPS):
+        leaf = a.detach().requires_grad_()
+        h = sketch.features(leaf / leaf.norm(dim=1, keepdim=True)) @ sketch.weights
+        gradient = torch.autograd.grad(h.sum(), leaf)[0]
+        a = a + step * gradient / gradient.norm(dim=1, keepdim=True)
+    return a
+
+
+def race(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of a call; every round runs every way, as often as fills 20 ms."""
+    repeats = {}
+    for name, run in ways.items():
+        run()
+        start = time.process_time()
+        run()
+        repeats[name] = max(1, int(0.02 / max(time.process_time() - start, 1e-6)))
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, run in ways.items():
+            start = time.process_time()
+            for _ in range(repeats[name]):
+                run()
+            taken[name].append((time.process_time() - start) / repeats[name])
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def speed(pos: Tensor, neg: Tensor, rounds: int) -> list[dict[str, object]]:
+    """Rows of (n, way, microseconds, times faster than the published way)."""
+    quadratic = sf.fit_barrier(pos, neg, kind="quadratic")
+    sketch = sf.fit_barrier(pos, neg, kind="sketch")
+    assert sketch.sketch is not None
+    found: list[dict[str, object]] = []
+    for n in (1, 128):
+        x = torch.cat([pos, neg])[torch.randperm(len(pos) + len(neg), generator=torch.Generator().manual_seed(1))[:n]]
+        ways: dict[str, Callable[[], object]] = {
+            "published": lambda x=x: published(sketch.sketch, x),
+            f"quadratic rank {quadratic.rank}": lambda x=x: sf.flow(x, quadratic, angle=ANGLE, steps=STEPS),
+            f"quadratic rank {quadratic.rank} rk4": lambda x=x: sf.flow(
+                x, quadratic, angle=ANGLE, steps=STEPS, method="rk4"
+            ),
+            "sketch full rank": lambda x=x: sf.flow(x, sketch, angle=ANGLE, steps=STEPS),
+        }
+        times = race(ways, rounds)
+        for name, seconds in times.items():
+            found.append({"n": n, "way": name, "us": 1e6 * seconds, "faster": times["published"] / seconds})
+    return found
+
+
+def plot(pos: Tensor, neg: Tensor, target: Path) -> None:
+    """h along the path, and the error of the displacement by the number of steps, for every solver."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from steerfast.solvers import SOLVERS
+
+    h = sf.fit_barrier(pos, neg, kind="quadratic")
+    x = neg[:64].double()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    angles = [0.02 * i for i in range(31)]
+    heights = torch.stack([h(sf.flow(x, h, angle=t, steps=40, method="rk4")) for t in angles])
+    left.plot(angles, heights[:, :12].tolist(), color="0.75", linewidth=0.8)
+    left.plot(angles, heights.mean(1).tolist(), color="C0", label="mean")
+    left.axhline(0, color="k", linewidth=0.5)
+    left.set(xlabel="angle (radians)", ylabel="h = log p₊/p₋", title="h along the flow")
+    left.legend()
+    true = sf.flow(x, h, angle=ANGLE, steps=400, method="rk4")
+    counts = (1, 2, 3, 5, 10, 20, 40)
+    for name in ("euler", "geodesic", "midpoint", "heun", "rk4", "adaptive"):
+        ends = [sf.flow(x, h, angle=ANGLE, steps=n, method=name) for n in counts]
+        errors = [float(((end - true).norm(dim=1) / (true - x).norm(dim=1)).mean()) for end in ends]
+        right.loglog(counts, errors, marker="o", markersize=3, label=f"{name} (order {SOLVERS[name].tableau.order})")
+    right.set(xlabel="steps", ylabel="error, share of the displacement", title=f"solvers at angle {ANGLE}")
+    right.legend(fontsize=8)
+    figure.savefig(target, dpi=130)
+
+
+def fit(n: int, d: int) -> dict[str, float]:
+    """Seconds and peak memory of a quadratic fit on n rows in all."""
+    pos, neg = activations(n // 2, d)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wall, cpu = time.perf_counter(), time.process_time()
+    h = sf.fit_barrier(pos, neg, kind="quadratic")
+    return {
+        "n": n, "d": d, "rank": h.rank, "accuracy": h.info.accuracy,
+        "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu,
+        "gigabytes_before": before / 1e6, "gigabytes_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=("demo",), help="take the activations of the demo model")
+    parser.add_argument("--fit", type=int, nargs=2, metavar=("N", "D"), help="time one quadratic fit instead")
+    parser.add_argument("--plot", type=Path, help="draw instead")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.fit:
+        print(json.dumps(fit(*args.fit)))
+        return
+    pos, neg = real_activations() if args.model else activations(100, 576)
+    if args.plot:
+        plot(pos, neg, args.plot)
+        return
+    for row in speed(pos, neg, args.rounds):
+        print(f"{row['n']:>5} {row['way']:<28} {row['us']:>12.1f} us {row['faster']:>8.1f}x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""The study of effect against damage: its data, its scores against plain forward passes, its curves against closed forms."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import build
+
+import steerfast as sf
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import quality
+import quality_concepts as concepts
+import quality_report as report
+import quality_scores as scores
+import quality_tradeoff as tradeoff
+from quality_methods import METHODS, Method, Sample
+from quality_tradeoff import Run
+
+
+class Letters:
+    """A tokenizer: one token per letter, one special token in front."""
+
+    all_special_ids = (1,)
+    pad_token_id = eos_token_id = 2
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [3 + ord(letter) % 90 for letter in text]}
+
+    def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool = True) -> list[str]:
+        return [" ".join(map(str, row)) for row in ids.tolist()]
+
+
+def sample(groups: int = 6, each: int = 5, width: int = 16, seed: int = 0) -> Sample:
+    """Two clouds that differ along the first axis; head 1 of layer 0 tells them apart, the others do not."""
+    random = torch.Generator().manual_seed(seed)
+    n = groups * each
+    pos, neg = (torch.randn(n, width, generator=random) + s * torch.eye(width)[0] for s in (2.0, -2.0))
+    heads = [{i: torch.randn(n, 3, 4, generator=random) for i in range(2)} for _ in range(2)]
+    for side, sign in zip(heads, (1.0, -1.0), strict=True):
+        side[0][:, 1, 2] += 3 * sign
+    return Sample(1, pos, neg, heads[0], heads[1], [f"g{i // each}" for i in range(n)], seed)
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", concepts.NAMES)
+def test_no_held_out_group_or_text_was_seen(name: str) -> None:
+    concept = concepts.own(name)
+    assert len(concept.train) >= 60
+    assert len(concept.test) >= 24
+    assert not {p.group for p in concept.train} & {p.group for p in concept.test}
+    pairs = [*concept.train, *concept.test]
+    texts = [p.prompt + side for p in pairs for side in (p.wanted, p.unwanted)]
+    assert len(set(texts)) == len(texts)
+    wanted, unwanted = concept.classifier or ((), ())
+    assert len(wanted) == len(unwanted) >= 24
+    own_texts = {text.strip() for text in (*wanted, *unwanted)}
+    assert len(own_texts) == 2 * len(wanted)
+    assert not own_texts & {t.strip() for p in pairs for t in (p.prompt + p.wanted, p.prompt + p.unwanted)}
+
+
+@pytest.mark.parametrize("name", concepts.NAMES)
+def test_a_continuation_begins_with_its_space_and_a_prompt_ends_without_one(name: str) -> None:
+    concept = concepts.own(name)
+    for pair in (*concept.train, *concept.test):
+        assert pair.wanted != pair.unwanted
+        for text in (pair.wanted, pair.unwanted):
+            assert text[0] == " " != text[1]
+        assert pair.prompt == pair.prompt.strip()
+    assert all(text == text.strip() for text in (*concept.openings, *concepts.reference()))
+
+
+def test_a_training_set_is_whole_groups_and_depends_on_its_seed() -> None:
+    concept = concepts.own("sentiment")
+    drawn = [concept.sampled(seed) for seed in range(6)]
+    assert concept.sampled(0) == drawn[0]
+    assert len({tuple(one) for one in drawn}) > 1
+    for index in drawn:
+        names = {concept.train[i].group for i in index}
+        assert index == [i for i, pair in enumerate(concept.train) if pair.group in names]
+        assert len(names) == 9
+
+
+def test_public_sets_are_read_with_their_groups_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "caa" / "honesty"
+    folder.mkdir(parents=True)
+    for part in ("train", "test"):
+        pairs = [
+            {"question": f"{part} {i}? (A) a (B) b", "answer_matching_behavior": "(B)", "answer_not_matching_behavior": "(A)"}
+            for i in range(9)
+        ]  # fmt: skip
+        (folder / f"{part}.json").write_text(json.dumps(pairs))
+    with (tmp_path / "TruthfulQA.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Category", "Question", "Best Answer", "Incorrect Answers"])
+        table.writerows([f"c{i % 6}", f"q{i}?", "yes, really", "no; never"] for i in range(30))
+    with (tmp_path / "xstest_prompts.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "type", "label"])
+        table.writerows([f"p{i}", f"t{i % 3}", "safe" if i % 2 else "unsafe"] for i in range(12))
+    behaviour, truth, safe = concepts.public(tmp_path, 8)
+    assert behaviour.train[0] == concepts.Pair("train 0", "train 0? (A) a (B) b\n\nAnswer:", " (B", " (A")
+    assert (len(behaviour.train), len(behaviour.test)) == (8, 4)
+    assert (truth.train[0].wanted, truth.train[0].unwanted) == (" yes, really", " no")
+    for one in (truth, safe):
+        assert one.test
+        assert not {p.group for p in one.train} & {p.group for p in one.test}
+    assert all(int(p.prompt.split()[1][1:]) % 2 for p in (*safe.train, *safe.test))
+    with pytest.raises(FileNotFoundError, match="holds none of"):
+        concepts.public(tmp_path / "caa", 8)
+
+
+def test_the_classifier_tells_its_own_sides_apart_and_is_judged_on_held_out_texts() -> None:
+    concept = concepts.own("formality")
+    found = scores.WordClassifier(*concept.classifier)
+    wanted, unwanted = (np.array(found(side)) for side in concept.classifier)
+    assert (wanted > 0).mean() > 0.95
+    assert (unwanted < 0).mean() > 0.95
+    swapped = replace(concept, test=tuple(replace(p, wanted=p.unwanted, unwanted=p.wanted) for p in concept.test))
+    assert found.accuracy(concept) == pytest.approx(1 - found.accuracy(swapped), abs=0.05)
+    assert found.accuracy(concept) > 0.75
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [None, 1.0, -0.5])
+def test_scores_are_those_of_plain_passes_text_by_text(strength: float | None) -> None:
+    model, tokenizer = build("llama"), Letters()
+    vector = torch.randn(48)
+    plan = None if strength is None else sf.Plan({1: sf.Add(vector, 3.0), ("head_out", 2): sf.Add(vector)}, "last")
+    pairs = [concepts.Pair("g", p, a, b) for p, a, b in (("some prompt", " good", " a bad one"), ("no", " x", " yz"))]
+    texts = [*scores.pair_texts(tokenizer, concepts.Concept("c", (), tuple(pairs), ())),
+             *scores.reference_texts(tokenizer, ["a neutral text", "another of them"])]  # fmt: skip
+    found = scores.log_likelihoods(scores.batches(model, texts, rows=4), plan, strength or 0.0)
+    again = scores.log_likelihoods(parts := scores.batches(model, texts, rows=4), plan, strength or 0.0)
+    assert again == scores.log_likelihoods(parts, plan, strength or 0.0) == found
+    for text, score in zip(texts, found, strict=True):
+        ids = torch.tensor([text.ids])
+        with torch.no_grad():
+            if plan is None:
+                logits = model(ids, use_cache=False).logits
+            else:
+                with sf.steer(model, plan, strength, prompt_length=text.start):
+                    logits = model(ids, use_cache=False).logits
+        odds = logits[0].double().log_softmax(-1)
+        own = sum(float(odds[i - 1, text.ids[i]]) for i in range(text.start, len(text.ids)))
+        assert score == pytest.approx(own, abs=2e-4)
+
+
+def test_texts_written_at_several_strengths_in_one_batch_are_those_written_alone() -> None:
+    model, tokenizer = build("llama"), Letters()
+    plan = sf.Plan({1: sf.Add(torch.randn(48), 2.0)}, "last")
+    openings = ["one", "another one"]
+    both = scores.generate(model, tokenizer, openings, plan, (1.0, 4.0))
+    for strength, texts in zip((1.0, 4.0), both, strict=True):
+        assert scores.generate(model, tokenizer, openings, plan, (strength,)) == [texts]
+    assert both[0] != both[1]
+    assert scores.generate(model, tokenizer, openings, None, (0.0,))[0] != both[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("a b c", 0.0), ("a b a b a b", 0.6), ("on on on on", 2 / 3), ("one", 0.0)]
+)
+def test_repetition_counts_word_pairs_seen_before(text: str, share: float) -> None:
+    assert scores.repetition(text) == pytest.approx(share)
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_every_method_moves_the_unwanted_side_toward_the_wanted_one(key: str) -> None:
+    made = sample()
+    x = made.neg.mean(0, keepdim=True) + 0.1
+    if key == "iti":
+        return
+    edit = METHODS[key].build(made)["resid_post", 1]
+    moved = sf.reference.edit(x, edit.slot(), 0.5)
+    assert float((moved - x)[0] @ made.mean_difference) > 0.05
+
+
+def test_iti_steers_the_head_that_tells_the_sides_apart_along_its_axis() -> None:
+    made = sample()
+    edits = METHODS["iti"].build(made)
+    assert list(edits) == [("head_out", 0)]
+    vector = edits["head_out", 0].vector.view(3, 4)
+    assert float(vector[[0, 2]].abs().max()) == 0.0
+    both = torch.cat([made.heads_pos[0][:, 1], made.heads_neg[0][:, 1]])
+    direction = torch.nn.functional.normalize(made.heads_pos[0][:, 1].mean(0) - made.heads_neg[0][:, 1].mean(0), dim=0)
+    torch.testing.assert_close(vector[1], direction * (both @ direction).std())
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+def line(slope: float, items: int = 8, texts: int = 5, noise: float = 0.0, seed: int = 0) -> Run:
+    """Effect = slope · damage, at damages 0.1, 0.2 and 0.4."""
+    random = np.random.default_rng(seed)
+    damage = np.array([0.1, 0.2, 0.4])[:, None]
+    effects = (slope + noise * random.normal(size=(1, items))) * damage
+    return Run(effects, np.tile(damage, texts), np.full(texts, 1 / texts))
+
+
+def test_effect_is_read_where_the_damage_is_reached_first() -> None:
+    assert tradeoff.reach(np.array([0.0, 0.1, 0.3]), 0.2) == (1, pytest.approx(0.5))
+    assert tradeoff.reach(np.array([0.0, -0.1, 0.5, 0.1]), 0.2) == (1, pytest.approx(0.5))
+    assert tradeoff.reach(np.array([0.0, 0.1, 0.15]), 0.2) == (2, 0.0)
+    ones = np.ones(8), np.ones(5)
+    assert tradeoff.at_damage([line(10)], *ones, 0.3) == pytest.approx(3.0)
+    assert tradeoff.at_damage([line(10), line(20)], *ones, 0.3) == pytest.approx(4.5)
+    assert tradeoff.area([line(10)], *ones, 0.3) == pytest.approx(10 * 0.3 * 0.55)  # of the grid 0.03, 0.06 … 0.3
+    assert tradeoff.at_damage([line(10)], *ones, 9.0) == pytest.approx(4.0)  # never reached: the last strength
+
+
+def test_a_paired_difference_is_sharper_than_the_effects_and_finds_the_better_method() -> None:
+    groups = [f"g{i // 2}" for i in range(8)]
+    noisy = {"caa": [line(10, noise=8, seed=s) for s in range(3)], "same": [line(10, noise=8, seed=s) for s in range(3)],
+             "better": [replace(r, effects=r.effects + 1.0) for r in (line(10, noise=8, seed=s) for s in range(3))]}  # fmt: skip
+    found = tradeoff.compare(noisy, groups, 0.3, "caa", rounds=200)
+    assert found["caa"].effect.low < found["caa"].effect.value < found["caa"].effect.high
+    assert found["same"].difference == (0.0, 0.0, 0.0)
+    assert found["better"].difference == pytest.approx((1.0, 1.0, 1.0))
+    assert found["caa"].reached == pytest.approx(0.3)
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    inside = 0
+    for trial in range(60):
+        random = np.random.default_rng(trial)
+        run = Run(np.full((1, 30), 2.0) + random.normal(size=(1, 30)), np.full((1, 4), 0.1), np.full(4, 0.25))
+        found = tradeoff.compare({"caa": [run]}, [str(i) for i in range(30)], 0.2, "caa", rounds=200, seed=trial)
+        inside += found["caa"].effect.low <= 2.0 <= found["caa"].effect.high
+    assert inside >= 48  # 95 % of 60 is 57; P(< 48) is below 1e-4 even at a true coverage of 90 %
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_continued_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = build("llama"), Letters()
+    concept = replace(concepts.own("truth"), openings=("the sun", "a day"))
+    concept = replace(concept, test=concept.test[:8])
+    methods = {key: replace(METHODS[key], strengths=METHODS[key].strengths[:2]) for key in ("caa", "spherical", "iti")}
+    out, texts = tmp_path / "quality.json", [text[:40] for text in concepts.reference()[:3]]
+
+    def run(seeds: int, chosen: dict[str, Method]) -> Any:
+        store = quality.Store(out, "tiny", 1)
+        quality.measure(store, model, tokenizer, [concept], chosen, texts, seeds, writes=True)
+        return json.loads(out.read_text())
+
+    first = run(1, {"caa": methods["caa"]})
+    assert [(r["method"], r["seed"], r["strength"]) for r in first["rows"]] == [("caa", 0, 0.1), ("caa", 0, 0.18)]
+    second = run(2, methods)
+    assert second["rows"][:2] == first["rows"]
+    assert len(second["rows"]) == 3 * 2 * 2
+    assert run(2, methods)["rows"] == second["rows"]
+    plan = sf.Plan({1: sf.Add(torch.ones(48))}, "last")
+    odds = quality.Scorer(scores.batches(model, scores.pair_texts(tokenizer, concept)),
+                          scores.batches(model, scores.reference_texts(tokenizer, texts)))  # fmt: skip
+    assert odds(None)["odds"] == second["concepts"]["truth"]["unsteered"]["odds"]
+    assert odds(plan)["odds"] != odds(None)["odds"]
+    report.report(out)
+    shown = capsys.readouterr().out
+    assert "ODE linear (spherical)" in shown
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="holds another run"):
+        quality.Store(out, "tiny", 2)
+    with pytest.raises(ValueError, match="other texts"):
+        quality.measure(quality.Store(out, "tiny", 1), model, tokenizer, [concept], methods, texts[:2], 1, writes=True)
+
+
+def test_a_method_that_has_not_seen_every_training_set_does_not_bring_its_own() -> None:
+    unsteered = {"odds": [0.0, 1.0], "reference": [-4.0]}
+    rows = [{"concept": "c", "method": m, "seed": s, "strength": 1.0, "odds": [s + 1.0, s + 3.0], "reference": [-5.0]}
+            for m, s in (("caa", 0), ("caa", 1), ("iti", 0))]  # fmt: skip
+    found = {"concepts": {"c": {"unsteered": unsteered, "tokens": [4], "groups": ["a", "b"]}}, "rows": rows}
+    runs = report.runs_of(found, "c")
+    assert {key: len(part) for key, part in runs.items()} == {"caa": 1, "iti": 1}
+    np.testing.assert_allclose(runs["caa"][0].effects, [[1.0, 2.0]])
+    np.testing.assert_allclose(runs["caa"][0].losses, [[0.25]])
+    with pytest.raises(ValueError, match="run on"):
+        report.runs_of({**found, "rows": rows[2:]}, "c")
