@@ -34,6 +34,7 @@ from quality_scores import Batch, WordClassifier, batches, generate, log_likelih
 import steerfast as sf
 from steerfast import demo_model
 from steerfast._files import replace_file
+from steerfast.layers import find_layers
 
 SCHEMA = 1
 HERE = Path(__file__).parent
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="default: results/quality-MODEL[-data][-quick].json")
     args = parser.parse_args(argv)
     model, tokenizer, name = load(args.model)
-    layer = sf.layers.find_layers(model, "quality").count // 2 - 1 if args.layer is None else args.layer
+    layer = find_layers(model, "quality").count // 2 - 1 if args.layer is None else args.layer
     concepts = [own(n) for n in NAMES] if args.data is None else public(args.data, args.pairs)
     if args.concepts is not None:
         unknown = set(args.concepts) - {c.name for c in concepts}
@@ -207,7 +208,7 @@ def activations(model: Any, tokenizer: Any, concept: Concept, layer: int, heads:
         [pair.prompt + (pair.wanted if wanted else pair.unwanted) for pair in concept.train] for wanted in (True, False)
     ]
     stream = [sf.collect(model, tokenizer, side, [layer], progress=False)[layer] for side in sides]
-    count, each = sf.layers.find_layers(model, "quality").count, model.config.num_attention_heads
+    count, each = find_layers(model, "quality").count, model.config.num_attention_heads
     found: list[dict[int, torch.Tensor]] = [{}, {}]
     for i, side in enumerate(sides if heads else ()):
         read = sf.collect(model, tokenizer, side, range(count), site="head_out", progress=False)

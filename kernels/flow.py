@@ -25,6 +25,7 @@ def _sin(x):
     """Sine to 1e-7 for |x| < 1e4: the series on [-π/2, π/2]. The built-in one carries a table for huge angles, and spills."""
     n = tl.floor(x * 0.3183098861837907 + 0.5)
     r = x - n * 3.140625 - n * 9.67653589793e-4  # π in two parts, the first exact in a product
+    r = tl.minimum(tl.maximum(r, -1.5707964), 1.5707964)  # an absurd angle stays finite
     z = r * r
     poly = (((-2.5052108e-8 * z + 2.7557319e-6) * z - 1.9841270e-4) * z + 8.3333333e-3) * z - 1.6666667e-1
     odd = n - 2.0 * tl.floor(0.5 * n)

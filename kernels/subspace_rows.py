@@ -13,11 +13,10 @@ from ._launch import choose, power_of_two, stride
 from ._tuned import tuned
 from .act import ADD, AFFINE, COUPLED, HINGE, KEEP_NORM, couple, hinge, mode_of, restore
 
-WARPS = [(1024, 4), (2048, 8), (16384, 16)]  # (largest d, warps): 8 at d = 4096 spill 8 bytes on sm_90 with Triton 3.6
-CHUNK = [
-    (4096, 4),
-    (16384, 1),
-]  # (largest d, directions read together): one reduction serves them all; 8 spill at d = 576
+# (largest d, warps) and (largest d, directions read together, which one reduction serves): what no target spills with;
+# 4 warps spill at d = 576 on sm_90, and 4 directions at d = 4096 on sm_80
+WARPS = [(2048, 8), (16384, 16)]
+CHUNK = [(1024, 8), (4096, 2), (16384, 1)]
 
 
 @triton.jit

@@ -108,6 +108,9 @@ def test_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"loss recovered       {numbers['loss_recovered']:.4f}" in shown
     assert numbers["variance_explained"] > 0.7
     assert numbers["loss_recovered"] > 0.8
+    assert numbers["text"] == "text.txt"
+    assert cli.main([*arguments, "--tokens", "512", "--out", str(out)]) == 0
+    assert 400 < json.loads(out.read_text())["tokens"] <= 512 < numbers["tokens"]
 
 
 def test_explain_and_steer(smollm, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

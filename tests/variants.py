@@ -51,7 +51,7 @@ class Variant:
     launch: Callable[[], object]
     registers: int  # per thread on CUDA
     shared: int  # bytes on CUDA
-    stack: int = 0  # bytes of local memory on CUDA; see SINE
+    stack: int = 0  # bytes of local memory on CUDA
     vector_loads: bool = False  # 16 bytes a thread and load, or an asynchronous copy of 16 bytes
     tensor_cores: bool = False
     wgmma: bool = False  # on sm_90: 64 rows or more
@@ -117,13 +117,12 @@ def _decode(n: int) -> None:
     )
 
 
-SINE = 32  # sin and cos hold a table for angles above 1e5 radians, which they index at run time; no spill: 0 without ROTATE
 bf16, fp32 = torch.bfloat16, torch.float32
 TWO, THREE = ("sm_90", "gfx942"), ("sm_80", "sm_90", "gfx942")  # where a kernel differs little from one that is compiled for all
 VARIANTS = [
     Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True),
-    Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, SINE, vector_loads=True),
-    Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 168, 1024, SINE, vector_loads=True),
+    Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, vector_loads=True),
+    Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 168, 1024, vector_loads=True),
     Variant("tiles-k64-hinge", "_tiles_kernel", lambda: _tiles(4096, bf16, HINGE, 64), 255, 65536, tensor_cores=True, wgmma=True),
     Variant("tiles-k64-flow", "_tiles_kernel", lambda: _tiles(4096, bf16, FLOW, 64), 255, 65536, tensor_cores=True, wgmma=True),
     Variant("split-k64-project", "_split_project_kernel", lambda: _tiles(16, bf16, ALL_MODES, 64), 168, 65536, tensor_cores=True, targets=("sm_90", "gfx942")),

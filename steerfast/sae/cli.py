@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _sae_and_model(evaluated)
     evaluated.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, not trained on")
+    evaluated.add_argument("--tokens", type=cli._positive, metavar="N", help="of the text, at most (default: all)")
     evaluated.add_argument(
         "--loss-tokens", type=cli._positive, default=20_000, metavar="N", help="default: %(default)s"
     )

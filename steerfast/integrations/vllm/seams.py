@@ -27,12 +27,6 @@ from .slots import Admission
 from .wire import Part, read, salt, steer_fields
 
 TESTED = ("0.32.0",)
-ENVIRONMENT = {
-    "STEERFAST_PLANS": "directory with a folder per plan",
-    "STEERFAST_DEFAULT": "JSON of the fields of a request that says nothing about steering",
-    "STEERFAST_SLOTS": "interventions that can be loaded at once; default: those of all plans",
-    "STEERFAST_UNTESTED_VLLM": "1: run beside a vLLM version that was not tested",
-}
 _LEAST_SLOTS = 4  # what one request may ask for
 
 _SEAMS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {

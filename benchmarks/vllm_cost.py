@@ -1,6 +1,6 @@
 """What steering costs inside vLLM, always against the same engine with the same flags and nobody steered.
 
-    python benchmarks/vllm.py MODEL --out benchmarks/results
+    python benchmarks/vllm_cost.py MODEL --out benchmarks/results
 
 Two engines run in turns, each in a process of its own: one without the plugin, one with it. The arms of a round come in
 random order and are paired by round with the mean of two unsteered runs of that round; a ratio is the median over rounds,
