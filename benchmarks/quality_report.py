@@ -28,7 +28,8 @@ Written = tuple[list[float], list[float] | None]  # repetition and classifier by
 def report(path: Path) -> None:
     """Print the tables of a file, and draw its picture beside it."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    known = {concept: [summaries(found, concept, most) for most in DAMAGES] for concept in found["concepts"]}
+    measured = [concept for concept in found["concepts"] if any(row["concept"] == concept for row in found["rows"])]
+    known = {concept: [summaries(found, concept, most) for most in DAMAGES] for concept in measured}
     texts = [table(concept, found, known[concept]) for concept in known]
     print("\n\n".join([*texts, overall(known)]))
     picture(found, known, path.with_suffix(".png"))
@@ -134,8 +135,8 @@ def picture(found: Mapping[str, Any], known: Mapping[str, Sequence[dict[str, Sum
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    concepts, most = list(found["concepts"]), DAMAGES[1]
-    figure, axes = plt.subplots(2, len(concepts), figsize=(4.6 * len(concepts), 9.5), squeeze=False)
+    concepts, most = list(known), DAMAGES[1]
+    figure, axes = plt.subplots(2, len(concepts), figsize=(2 + 4.6 * len(concepts), 9.5), squeeze=False)
     for column, concept in enumerate(concepts):
         above, below = axes[0, column], axes[1, column]
         runs, found_here = runs_of(found, concept), known[concept][-1]
@@ -149,7 +150,7 @@ def picture(found: Mapping[str, Any], known: Mapping[str, Sequence[dict[str, Sum
             below.plot([one.low, one.high], [i, i], color=style["color"], lw=2.2)
             below.plot(one.value, i, **style)
         above.axvline(most, color="#9aa5b1", lw=0.8, ls=":")
-        above.set(title=concept, xlabel="damage: loss of neutral texts (nats per token)", xlim=(-0.03, 1.0))
+        above.set(title=concept, xlabel="damage (nats per neutral token)", xlim=(-0.03, 1.0))
         below.set(xlabel=f"effect at damage {most} (nats), 95 % interval")
         below.axvline(found_here[AGAINST].effect.value, color="#9aa5b1", lw=0.8, ls=":")
         below.set_yticks(range(len(runs)), [LABELS[key] for key in runs] if column == 0 else [""] * len(runs))
@@ -157,9 +158,9 @@ def picture(found: Mapping[str, Any], known: Mapping[str, Sequence[dict[str, Sum
         for one in (above, below):
             one.grid(alpha=0.25)
             one.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("effect: change of log-odds of the wanted text (nats)")
+    axes[0, 0].set_ylabel("effect: gain in log-odds (nats)")
     lines, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="lower center", ncol=4, frameon=False, fontsize=9)
+    figure.legend(lines, labels, loc="lower center", ncol=min(4, 1 + len(concepts)), frameon=False, fontsize=9)
     figure.suptitle(f"{found['run']['model']}, layer {found['run']['layer']}: effect against damage")
     figure.tight_layout(rect=(0, 0.07, 1, 0.98))
     figure.savefig(path, dpi=110)

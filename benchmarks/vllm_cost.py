@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -57,10 +58,12 @@ def main() -> None:
     if args.serve is not None:
         serve(args)
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         save_plans(Path(folder), args.model, max(args.configurations))
         rows = measure(args, Path(folder))
-    report(rows, args)
+    if rows:
+        report(rows, args)
 
 
 def save_plans(folder: Path, model: str, count: int) -> None:
@@ -93,6 +96,7 @@ def measure(args: argparse.Namespace, plans: Path) -> list[Row]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # an interrupt is ours; an engine ends when its input does
         )
         ask(engines[name], None)  # one starts after the other: both compile
     jobs = [("disabled", None, None), ("disabled again", None, None)]
@@ -100,18 +104,24 @@ def measure(args: argparse.Namespace, plans: Path) -> list[Row]:
         for count in args.configurations if ARMS[arm][0] == 1.0 and ARMS[arm][1] != "rank" else args.configurations[:1]:
             jobs.append((f"{arm}, {count} configurations" if ARMS[arm][0] else arm, arm, count))
     rows: list[Row] = []
-    for number in range(-1, args.rounds):  # the first round warms up
-        for name, arm, count in random.sample(jobs, len(jobs)):
-            engine = engines["disabled" if arm is None else "steered"]
-            steering = [steer(arm, i, args.batch, count) for i in range(args.batch)]
-            row = ask(engine, steering) | {"round": number, "arm": name}
-            if number >= 0:
-                rows.append(row)
+    try:
+        for number in range(-1, args.rounds):  # the first round warms up
+            done = [run(engines, job, args.batch) | {"round": number} for job in random.sample(jobs, len(jobs))]
+            rows += done if number >= 0 else []
+            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted: what follows is of the rounds that were finished", file=sys.stderr)
     for engine in engines.values():
         assert engine.stdin is not None
         engine.stdin.close()
         engine.wait()
     return rows
+
+
+def run(engines: dict[str, Any], job: tuple[str, str | None, int | None], batch: int) -> Row:
+    name, arm, count = job
+    steering = [steer(arm, i, batch, count) for i in range(batch)]
+    return ask(engines["disabled" if arm is None else "steered"], steering) | {"arm": name}
 
 
 def steer(arm: str | None, i: int, batch: int, count: int | None) -> dict[str, Any] | None:

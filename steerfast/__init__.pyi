@@ -13,6 +13,9 @@ from .conditions import WhenToken as WhenToken
 from .extract import Activations as Activations
 from .extract import Direction as Direction
 from .extract import collect as collect
+from .fitting import fit_barrier as fit_barrier
+from .flows import Flow as Flow
+from .flows import flow as flow
 from .hooks import Steering as Steering
 from .hooks import prepare as prepare
 from .hooks import steer as steer
@@ -27,9 +30,6 @@ from .interventions import Clamp as Clamp
 from .interventions import DeficitPush as DeficitPush
 from .interventions import EditFeatures as EditFeatures
 from .interventions import Features as Features
-from .fitting import fit_barrier as fit_barrier
-from .flows import Flow as Flow
-from .flows import flow as flow
 from .interventions import Intervention as Intervention
 from .interventions import LoReFT as LoReFT
 from .plan import ModelCard as ModelCard

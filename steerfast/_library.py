@@ -280,7 +280,9 @@ def _by_feature(indices: Tensor, features: int) -> Callable[[Tensor, Tensor], Te
     """
     places = indices.reshape(-1).long()
     order = places.argsort(stable=True)
-    counts = torch.zeros(features, dtype=torch.int64, device=places.device).scatter_add_(0, places, torch.ones_like(places))
+    counts = torch.zeros(features, dtype=torch.int64, device=places.device).scatter_add_(
+        0, places, torch.ones_like(places)
+    )
     starts = counts.cumsum(0) - counts
     tokens = order // max(indices.shape[-1], 1)
 

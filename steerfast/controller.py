@@ -120,7 +120,9 @@ class Controller:
                         f"steer: {edit!r} at {site} {layer} has width {edit.width}; this model's {site} has {point.width}"
                     )
                 if edit.model not in (None, layers.name):
-                    raise ValueError(f"steer: {edit!r} comes from activations of {edit.model}; this model is {layers.name}")
+                    raise ValueError(
+                        f"steer: {edit!r} comes from activations of {edit.model}; this model is {layers.name}"
+                    )
             if self.prepared and (site, layer) not in self.dispatchers:
                 raise RuntimeError(
                     f"steer: {site} of layer {layer} was not prepared; name it in prepare before compiling"

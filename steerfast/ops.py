@@ -721,7 +721,13 @@ def sae_add(x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, scale: Te
 
 
 def sae_edit(
-    x: Tensor, values: Tensor, indices: Tensor, features: Tensor, table: Tensor, w_dec: Tensor, scale: Tensor | None = None
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    features: Tensor,
+    table: Tensor,
+    w_dec: Tensor,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Change a few features of an encoded row and keep the reconstruction error: x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m].
 

@@ -108,7 +108,9 @@ def flow(
     field = field.map(lambda v: v.to(flat.dtype))
     s, g = _follow(flat @ rows.T, norm, flat.shape[1], field, length[0] + length[1] * norm, steps, how)
     out = _lift(flat, g, rows, None if s is None else (s - 1) * flat)
-    return torch.where(out == flat, flat, out).to(x.dtype).view(x.shape)  # a path of no length keeps even the sign of a zero
+    return (
+        torch.where(out == flat, flat, out).to(x.dtype).view(x.shape)
+    )  # a path of no length keeps even the sign of a zero
 
 
 def subspace(
@@ -327,7 +329,13 @@ def sae_add(x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, scale: Te
 
 
 def sae_edit(
-    x: Tensor, values: Tensor, indices: Tensor, features: Tensor, table: Tensor, w_dec: Tensor, scale: Tensor | None = None
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    features: Tensor,
+    table: Tensor,
+    w_dec: Tensor,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m], t(f) = clip(t₀f + t₁, t₂, t₃); fₘ is the value beside feature m, or 0."""
     values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
@@ -374,9 +382,7 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
     return restore_norm(out, x) if slot.keep_norm else out
 
 
-def _couple(
-    x: Tensor, y: Tensor, slot: Slot, table: Tensor, scale: Tensor | float
-) -> tuple[Tensor | None, Tensor]:
+def _couple(x: Tensor, y: Tensor, slot: Slot, table: Tensor, scale: Tensor | float) -> tuple[Tensor | None, Tensor]:
     """(s, g) of the modes that need all of y; s None stands for 1."""
     constants = slot.constants.to(x.dtype)
     if slot.mode == ROTATE:

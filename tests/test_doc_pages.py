@@ -16,7 +16,10 @@ NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 NEEDS_DEMO = {"README.md"}
 PAGES = [
     pytest.param(path, id=path.name, marks=[pytest.mark.model] if path.name in NEEDS_DEMO else [])
-    for path in (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("methods", "migration", "tools", "sae", "flow")))
+    for path in (
+        ROOT / "README.md",
+        *(ROOT / "docs" / f"{name}.md" for name in ("methods", "migration", "tools", "sae", "flow")),
+    )
 ]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -179,12 +179,10 @@ def test_repetition_counts_word_pairs_seen_before(text: str, share: float) -> No
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize("key", [key for key in METHODS if key != "iti"])  # which edits heads, not the stream
 def test_every_method_moves_the_unwanted_side_toward_the_wanted_one(key: str) -> None:
     made = sample()
     x = made.neg.mean(0, keepdim=True) + 0.1
-    if key == "iti":
-        return
     edit = METHODS[key].build(made)["resid_post", 1]
     moved = sf.reference.edit(x, edit.slot(), 0.5)
     assert float((moved - x)[0] @ made.mean_difference) > 0.05

@@ -109,8 +109,8 @@ def test_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert numbers["variance_explained"] > 0.7
     assert numbers["loss_recovered"] > 0.8
     assert numbers["text"] == "text.txt"
-    assert cli.main([*arguments, "--tokens", "512", "--out", str(out)]) == 0
-    assert 400 < json.loads(out.read_text())["tokens"] <= 512 < numbers["tokens"]
+    assert cli.main([*arguments, "--tokens", "256", "--out", str(out)]) == 0
+    assert 200 < json.loads(out.read_text())["tokens"] <= 256 < numbers["tokens"]
 
 
 def test_explain_and_steer(smollm, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,15 +118,16 @@ def _decode(n: int) -> None:
 
 
 bf16, fp32 = torch.bfloat16, torch.float32
-TWO, THREE = ("sm_90", "gfx942"), ("sm_80", "sm_90", "gfx942")  # where a kernel differs little from one that is compiled for all
+# where a kernel differs little from one that is compiled for all targets
+TWO, THREE = ("sm_90", "gfx942"), ("sm_80", "sm_90", "gfx942")
 VARIANTS = [
     Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True),
     Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, vector_loads=True),
     Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 168, 1024, vector_loads=True),
     Variant("tiles-k64-hinge", "_tiles_kernel", lambda: _tiles(4096, bf16, HINGE, 64), 255, 65536, tensor_cores=True, wgmma=True),
     Variant("tiles-k64-flow", "_tiles_kernel", lambda: _tiles(4096, bf16, FLOW, 64), 255, 65536, tensor_cores=True, wgmma=True),
-    Variant("split-k64-project", "_split_project_kernel", lambda: _tiles(16, bf16, ALL_MODES, 64), 168, 65536, tensor_cores=True, targets=("sm_90", "gfx942")),
-    Variant("split-k64-all-modes", "_split_lift_kernel", lambda: _tiles(16, bf16, ALL_MODES, 64), 255, 65536, tensor_cores=True, targets=("sm_90", "gfx942")),
+    Variant("split-k64-project", "_split_project_kernel", lambda: _tiles(16, bf16, ALL_MODES, 64), 168, 65536, 0, False, True, False, TWO),
+    Variant("split-k64-all-modes", "_split_lift_kernel", lambda: _tiles(16, bf16, ALL_MODES, 64), 255, 65536, 0, False, True, False, TWO),
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True),
     Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 232, 102400, 0, False, True, True, THREE),
     Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=("sm_90", "gfx942")),
