@@ -12,13 +12,14 @@ INPUTS := setup.py pyproject.toml constraints-common.txt
 # Triton 3.10 flips the default of floating-point fusion; stated here, the tolerances of the tests do not move.
 export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help setup demo test test-oldest lint types bench bars evidence dist clean
+.PHONY: help setup demo test test-oldest test-vllm lint types bench bars evidence dist clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         steer a real language model (sets everything up first)"
 	@echo "make test         the test suite; kernels under Triton's interpreter"
 	@echo "make test-oldest  the same with the oldest supported transformers and triton"
+	@echo "make test-vllm    the plugin on a real vLLM engine, in an environment of its own"
 	@echo "make setup        environment in $(VENV) with the versions of constraints.txt"
 	@echo "make lint types   ruff; mypy"
 	@echo "make bench        benchmarks on this machine, at most 15 minutes; bench-add, bench-flow, … one suite"
@@ -76,6 +77,20 @@ OLDEST := $(addprefix tests/test_,ahead_of_time.py cli.py compile.py demo_model.
 test-oldest: $(VENV_OLDEST)/.installed
 	$(call run_tests,$(VENV_OLDEST),$(OLDEST))
 
+# vLLM pins its own torch, so it has an environment of its own. A process per file: engines leave state behind.
+VENV_VLLM ?= .venv-vllm
+$(VENV_VLLM)/.installed: setup.py constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet $(PIP_ARGS) -r constraints-vllm.txt
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV_VLLM)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps -e .
+	@touch $@
+
+test-vllm: $(VENV_VLLM)/.installed
+	set -e; for part in guards tp families v1 server; do \
+	  $(PARALLEL) $(VENV_VLLM)/bin/python -m pytest -m vllm tests/test_vllm_$$part.py $(PYTEST_ARGS); done
+	$(PARALLEL) TRITON_INTERPRET=1 $(VENV_VLLM)/bin/python -m pytest tests/test_vllm_v2.py $(PYTEST_ARGS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -102,5 +117,5 @@ dist: setup
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) steerfast-demo build dist *.egg-info .cache .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) steerfast-demo build dist *.egg-info .cache .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find kernels steerfast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -81,9 +81,15 @@ def written(found: Mapping[str, Any], concept: str, key: str) -> Written | None:
     return again, None if verdict is None else [v - verdict[0] for v in verdict]
 
 
+def reaches(one: Summary, most: float) -> bool:
+    """Whether a method was read at that damage, and not at its last strength below it: only then is damage equal."""
+    return one.reached > 0.99 * most
+
+
 def table(concept: str, found: Mapping[str, Any], known: Sequence[dict[str, Summary]]) -> str:
     """A table of one concept in Markdown, methods in their own order; bold: the interval of the difference excludes 0."""
     low, high = known
+    found_base = {most: one[AGAINST] for most, one in zip(DAMAGES, known, strict=True)}
     runs = runs_of(found, concept)
     ones = np.ones(len(found["concepts"][concept]["groups"])), np.ones(len(found["concepts"][concept]["tokens"]))
     seeds = len(runs[AGAINST])
@@ -104,10 +110,12 @@ def table(concept: str, found: Mapping[str, Any], known: Sequence[dict[str, Summ
         again = "–" if words is None else f"{read(np.array(words[0]), where):.2f}"
         cells = [LABELS[key]]
         for most, one in zip(DAMAGES, (low[key], high[key]), strict=True):
-            short = "" if one.reached > 0.99 * most else f" (damage {one.reached:.2f})"
+            short = "" if reaches(one, most) else f" (damage {one.reached:.2f})"
             difference = one.difference
             sure = key != AGAINST and (difference.low > 0 or difference.high < 0)
-            shown = "" if key == AGAINST else f"**{difference}**" if sure else str(difference)
+            shown = f"**{difference}**" if sure else str(difference)
+            if key == AGAINST or not (reaches(one, most) and reaches(found_base[most], most)):
+                shown = "–"
             cells += [f"{one.effect}{short}", shown]
         lines.append(f"| {' | '.join([*cells, str(high[key].area), verdict, again])} |")
     return "\n".join(lines)
@@ -116,8 +124,10 @@ def table(concept: str, found: Mapping[str, Any], known: Sequence[dict[str, Summ
 def overall(known: Mapping[str, Sequence[dict[str, Summary]]]) -> str:
     """How often, over concepts and damages, a method is better or worse than CAA beyond its interval."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for found in (one for both in known.values() for one in both):
+    for most, found in ((most, one) for both in known.values() for most, one in zip(DAMAGES, both, strict=True)):
         for key, one in found.items():
+            if not (reaches(one, most) and reaches(found[AGAINST], most)):
+                continue
             better, worse = one.difference.low > 0, one.difference.high < 0
             counts[key][0 if better else 2 if worse else 1] += 1
     lines = [

@@ -264,8 +264,8 @@ def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The JSON of an intervention; its tensors go into the shared file under numbered names."""
     names = {}
     for name, value in edit.tensors().items():
-        names[name] = f"{len(tensors)}.{name}"
-        tensors[names[name]] = value.contiguous()
+        names[name] = next((key for key, other in tensors.items() if other is value), f"{len(tensors)}.{name}")
+        tensors[names[name]] = value.contiguous()  # an object that stands in two places is written once
     return {"type": type(edit).__name__, "tensors": names, "numbers": edit.numbers()}
 
 

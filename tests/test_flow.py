@@ -312,9 +312,7 @@ def test_barriers_that_do_not_fit_are_named(tiny):
     origin = sf.BarrierInfo(layer=1, site="resid_post", model="OtherForCausalLM")
     other = sf.Barrier(h.basis, h.eigenvalues, h.bias, info=origin)
     assert sf.Flow(other, T=1.0).place == ("resid_post", 1)
-    with pytest.raises(
-        ValueError, match="comes from activations of OtherForCausalLM; this model is LlamaForCausalLM"
-    ):
+    with pytest.raises(ValueError, match="comes from activations of OtherForCausalLM; this model is LlamaForCausalLM"):
         sf.steer(tiny, {1: sf.Flow(other, T=1.0)})
     x = torch.ones(2, 12)
     with pytest.raises(ValueError, match="method is 'magic'"):

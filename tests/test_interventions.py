@@ -399,6 +399,14 @@ def test_a_plan_comes_back_as_it_was(tmp_path, positions):
     assert sorted(os.listdir(tmp_path / "plan")) == ["plan.json", "plan.safetensors"]
 
 
+def test_an_intervention_that_stands_in_two_places_is_saved_once(tmp_path):
+    cut = sf.Ablate(rows(2))
+    plan = sf.Plan({1: cut, 2: [sf.Add(rows(1)[0]), cut]})
+    again = sf.Plan.load(plan.save(tmp_path / "plan"))
+    assert torch.equal(again.edits["resid_post", 1][0].direction, cut.direction)
+    assert torch.equal(again.edits["resid_post", 2][1].direction, cut.direction)
+
+
 def test_saving_again_replaces_and_a_failed_save_leaves_the_old_plan(tmp_path, monkeypatch):
     first, second = sf.Plan({1: sf.Add(rows(1)[0])}), sf.Plan({2: sf.Add(rows(1)[0], 5.0)})
     first.save(tmp_path)

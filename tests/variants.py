@@ -86,6 +86,10 @@ def _tiles(n: int, dtype: torch.dtype, modes: int, rank: int) -> None:
     subspace.subspace(x, *bank, rows, scale, modes, rank, out=torch.empty_like(x))
 
 
+def _few(modes: int) -> None:
+    _tiles(16, torch.bfloat16, modes, 64)
+
+
 def _add() -> None:
     x = torch.empty(64, 4096, dtype=torch.bfloat16)
     rows, scale = torch.zeros(64, 1, dtype=torch.int32), torch.empty(64, 1)
@@ -126,8 +130,8 @@ VARIANTS = [
     Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 168, 1024, vector_loads=True),
     Variant("tiles-k64-hinge", "_tiles_kernel", lambda: _tiles(4096, bf16, HINGE, 64), 255, 65536, tensor_cores=True, wgmma=True),
     Variant("tiles-k64-flow", "_tiles_kernel", lambda: _tiles(4096, bf16, FLOW, 64), 255, 65536, tensor_cores=True, wgmma=True),
-    Variant("split-k64-project", "_split_project_kernel", lambda: _tiles(16, bf16, ALL_MODES, 64), 168, 65536, 0, False, True, False, TWO),
-    Variant("split-k64-all-modes", "_split_lift_kernel", lambda: _tiles(16, bf16, ALL_MODES, 64), 255, 65536, 0, False, True, False, TWO),
+    Variant("split-project", "_split_project_kernel", lambda: _few(HINGE), 168, 65536, tensor_cores=True, targets=TWO),
+    Variant("split-lift", "_split_lift_kernel", lambda: _few(ALL_MODES), 255, 65536, tensor_cores=True, targets=TWO),
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True),
     Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 232, 102400, 0, False, True, True, THREE),
     Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=("sm_90", "gfx942")),
