@@ -161,7 +161,7 @@ def picture(found: Mapping[str, Any], known: Mapping[str, Sequence[dict[str, Sum
             below.plot(one.value, i, **style)
         above.axvline(most, color="#9aa5b1", lw=0.8, ls=":")
         above.set(title=concept, xlabel="damage (nats per neutral token)", xlim=(-0.03, 1.0))
-        below.set(xlabel=f"effect at damage {most} (nats), 95 % interval")
+        below.set(xlabel=f"effect at damage {most} or last strength below (nats)")
         below.axvline(found_here[AGAINST].effect.value, color="#9aa5b1", lw=0.8, ls=":")
         below.set_yticks(range(len(runs)), [LABELS[key] for key in runs] if column == 0 else [""] * len(runs))
         below.invert_yaxis()
