@@ -29,7 +29,7 @@ setup(
     package_dir={"steerfast": "steerfast", "steerfast_kernels": "kernels"},
     package_data={"steerfast": ["py.typed", "*.pyi"], "steerfast_kernels": ["README.md"]},
     # A CUDA build of torch pins its own triton exactly, so triton is no requirement of ours.
-    install_requires=["torch>=2.10", "transformers>=4.57", "safetensors>=0.6", "tqdm>=4.66"],
+    install_requires=["torch>=2.10", "transformers>=4.57", "safetensors>=0.6", "numpy>=1.26", "tqdm>=4.66"],
     extras_require={
         "demo": ["accelerate>=1.1", "gguf>=0.17", "scikit-learn>=1.5"],
         "gguf": ["gguf>=0.17"],
@@ -47,6 +47,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "setuptools>=77",
+            "torchdiffeq>=0.2.5",
         ],
     },
     entry_points={

@@ -16,7 +16,7 @@ from .act import ADD, AFFINE, COUPLED, HINGE, KEEP_NORM, couple, hinge, mode_of,
 # (largest d, warps) and (largest d, directions read together, which one reduction serves): what no target spills with;
 # 4 warps spill at d = 576 on sm_90, and 4 directions at d = 4096 on sm_80
 WARPS = [(2048, 8), (16384, 16)]
-CHUNK = [(1024, 8), (4096, 2), (16384, 1)]
+CHUNK = [(1024, 4), (4096, 2), (16384, 1)]
 
 
 @triton.jit

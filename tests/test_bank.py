@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import steerfast as sf
+from steerfast import reference
 from steerfast.bank import Runs, _Buffers
 
 D = 12
@@ -178,3 +179,49 @@ def test_odd_sizes_are_aligned(dtype, width, directions):
     assert bank.vectors.shape == (directions, width)
     assert all(t.data_ptr() % 16 == 0 for t in bank.tensors if t.numel())
     assert not any(t.any() for t in bank.tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_captured_graph_follows_every_change_of_the_bank(columns):
+    """Capture once; then other owners, strengths, contents, methods and ranks between replays."""
+    d, n = 576, 32
+    bank = sf.Bank(d, slots=6, directions=128, dtype=torch.bfloat16, device="cuda")
+    wide = torch.randn(40, d, generator=torch.Generator().manual_seed(0))
+    first = bank.register(sf.Add(wide[0], 2.0))
+    second = bank.register(sf.Ablate(wide[1:4]))
+    x = torch.randn(n, d, device="cuda", dtype=torch.bfloat16)
+    static, rows = x.clone(), torch.full((n, columns), -1, dtype=torch.int32, device="cuda")
+    scale, tensors = torch.ones(n, columns, device="cuda"), bank.tensors
+
+    def step():
+        sf.ops.subspace_(static, *tensors, rows, scale, max_rank=32)
+
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def check():
+        bank.commit()
+        static.copy_(x)
+        graph.replay()
+        expected = reference.subspace(x.double().cpu(), *(t.cpu() for t in tensors), rows.cpu(), scale.double().cpu())
+        torch.testing.assert_close(static.double().cpu(), expected, atol=0.1, rtol=2e-2)
+        idle = (rows < 0).all(1)
+        assert torch.equal(static[idle], x[idle])
+
+    check()  # nobody is steered
+    rows[::2, 0] = first
+    check()
+    bank.set_strength(first, -3.0)
+    rows[1::2, columns - 1] = second
+    check()
+    bank.replace(second, sf.Amplify(wide[4:36] / d**0.5, 0.5, keep_norm=True))
+    scale.fill_(0.5)
+    check()
+    bank.release(first)
+    check()

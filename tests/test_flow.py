@@ -18,8 +18,10 @@ def stream(n: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) ->
     return (3 * torch.randn(n, d, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
-def possible(method: str, kind: str) -> bool:
-    return kind != "raw" or not SOLVERS[method].geodesic
+def methods(kind: str, place: str = "cpu") -> list[str]:
+    """The solvers that a barrier can take; on the interpreter, which is slow, those that share the least."""
+    some = ("euler", "geodesic", "adaptive") if place == "interpreter" else MODES
+    return [method for method in some if kind != "raw" or not SOLVERS[method].geodesic]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -31,7 +33,7 @@ def test_every_solver_and_barrier_is_as_exact_as_its_formula(place, kind):
             t for t in DTYPES if runs(place, t) and (place != "interpreter" or t == DTYPES[kind == "quadratic"])
         ):
             x = stream(2 if place == "interpreter" else 7, 40, dtype).to(device)
-            for method in (m for m in MODES if possible(m, kind)):
+            for method in methods(kind, place):
                 for k in (3, rank) if kind in ("quadratic", "rff") and method in ("euler", "adaptive") else (3,):
                     flow = sf.Flow(barrier(kind, 40, k), angle=0.4, steps=4, method=method, level=3.0, tolerance=1e-2)
                     run = flow.alone(torch.device(device))
@@ -96,8 +98,8 @@ def test_no_length_is_the_identity_bit_for_bit(place, kind):
     with backend(place) as device:
         x = stream(4, 12).to(device)
         x[1, ::2], x[2] = -0.0, 0.0
-        for method in (m for m in MODES if possible(m, kind)):
-            for path in ({"T": 0.0}, {"angle": 0.0}):
+        for method in methods(kind, place)[-2:] if place == "interpreter" else methods(kind):
+            for path in ({"angle": 0.0},) if place == "interpreter" else ({"T": 0.0}, {"angle": 0.0}):
                 got = sf.flow(x, barrier(kind, 12), **path, method=method)
                 if place == "cpu" or kind == "full":
                     assert torch.equal(got.view(torch.int32), x.view(torch.int32)), (method, path)
@@ -113,8 +115,8 @@ def test_zero_rows_poles_and_overshoot_are_finite(place, kind):
         x = torch.cat([torch.zeros(1, 12), top, -top, top + 1e-6, 1e-20 * stream(1, 12), 1e15 * stream(1, 12)]).to(
             device
         )
-        for method in (m for m in MODES if possible(m, kind)):
-            for path in ({"angle": 4.0}, {"T": 100.0}):
+        for method in methods(kind, place)[-2:] if place == "interpreter" else methods(kind):
+            for path in ({"T": 100.0},) if place == "interpreter" else ({"angle": 4.0}, {"T": 100.0}):
                 assert sf.flow(x, h, **path, steps=3, method=method).isfinite().all(), (method, path)
         if kind not in ("raw",):
             assert torch.equal(sf.flow(x, h, angle=0.5)[0], x[0])  # no direction, so no move
@@ -146,13 +148,13 @@ def test_spherical_steering_is_a_linear_barrier_on_the_sphere(place):
     assert (sf.flow(x.double(), h, angle=0.6, steps=4) - true).norm() > 1e-3  # Euler is not on the sphere
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [PLACES[0], PLACES[2]])
 @pytest.mark.parametrize("kind", KINDS)
 def test_h_grows_along_the_path_and_stops_at_the_level(place, kind):
     with backend(place) as device:
-        h, x = barrier(kind, 12), stream(4 if place == "interpreter" else 8, 12).to(device)
+        h, x = barrier(kind, 12), stream(8, 12).to(device)
         path = [x]
-        for _ in range(4 if place == "interpreter" else 12):
+        for _ in range(12):
             path.append(sf.flow(path[-1], h, angle=0.01, steps=1))
         heights = torch.stack([h(a.double().cpu()) for a in path])
         assert (heights[1:] >= heights[:-1]).all()
