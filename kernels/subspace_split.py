@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import power_of_two, stride
+from ._launch import choose, power_of_two, stride
 from ._tuned import tuned
 from .act import KEEP_NORM, act, restore
 from .subspace_tiles import TILE_RANK, copy_rows, owners_of, store_probe, tile_moved, tile_project
@@ -23,8 +23,10 @@ from .subspace_tiles import TILE_RANK, copy_rows, owners_of, store_probe, tile_m
 SPLIT_ROWS = 1024  # up to this many tokens: 16 tiles of 64 would occupy an eighth of an H200
 BLOCK_N = 16  # the smallest tile of a tensor-core product
 PROJECT_COLUMNS = 512  # of d per program of the first launch: 64 kB of B at k = 64
-LIFT_COLUMNS = 128  # of the second: many programs, each with 16 kB of C
-STEP = 64  # columns of d per product
+# (largest k, (columns of d per product, warps)) of the first launch, and (largest k, (columns per program, warps)) of the
+# second: y and g stay in registers, and a tile of C in shared memory
+PROJECT_STEP = [(64, (64, 4)), (512, (32, 8))]
+LIFT = [(64, (128, 4)), (128, (64, 4)), (512, (32, 8))]
 
 
 @triton.jit
@@ -175,7 +177,8 @@ def launch_split(
     n, d = x.shape
     block_k = power_of_two(max_rank, TILE_RANK)
     project_columns = tuned("subspace_split.PROJECT_COLUMNS", PROJECT_COLUMNS, x)
-    lift_columns = tuned("subspace_split.LIFT_COLUMNS", LIFT_COLUMNS, x)
+    step, project_warps = choose(tuned("subspace_split.PROJECT_STEP", PROJECT_STEP, x), max_rank)
+    lift_columns, lift_warps = choose(tuned("subspace_split.LIFT", LIFT, x), max_rank)
     splits, chunks = triton.cdiv(d, project_columns), triton.cdiv(d, lift_columns)
     tiles = triton.cdiv(n, BLOCK_N)
     restores = bool(modes & KEEP_NORM.value)
@@ -190,8 +193,8 @@ def launch_split(
         x_ptr=x, stride_x_n=x.stride(0), **halves,
         y_ptr=y, stride_y_s=y.stride(0), stride_y_n=y.stride(1), **sums,
         vectors_ptr=vectors, stride_v=vectors.stride(0), **owners,
-        N=n, D=d, BLOCK_N=BLOCK_N, BLOCK_D=STEP, BLOCK_K=block_k, COLUMNS=project_columns,
-        num_warps=4,
+        N=n, D=d, BLOCK_N=BLOCK_N, BLOCK_D=step, BLOCK_K=block_k, COLUMNS=project_columns,
+        num_warps=project_warps,
     )  # fmt: skip
     _split_lift_kernel[(tiles, chunks)](
         x_ptr=x, stride_x_n=x.stride(0), **halves,
@@ -205,7 +208,7 @@ def launch_split(
         scale_ptr=scale, stride_scale_n=stride(scale, 0),
         N=n, D=d, SPLITS=splits,
         MODES=modes, IN_PLACE=x.data_ptr() == out.data_ptr(), BLOCK_N=BLOCK_N, BLOCK_K=block_k, COLUMNS=lift_columns,
-        num_warps=4,
+        num_warps=lift_warps,
     )  # fmt: skip
     if restores:
         _split_restore_kernel[(n, chunks)](

@@ -125,6 +125,23 @@ def test_every_kernel_does_every_mode(place, path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", ["split", "tiles"])
+def test_five_hundred_directions(place, path, monkeypatch):
+    if place != "cpu":
+        from steerfast_kernels import subspace as kernel
+
+        monkeypatch.setattr(kernel, "SPLIT_ROWS", 1000 if path == "split" else 0)
+    with backend(place) as device:
+        for dtype in (t for t in DTYPES if runs(place, t)):
+            for rank in (130, 512):
+                x, s = (torch.randn(m, 40).to(dtype).to(device) for m in (5, rank))
+                s /= rank**0.5
+                xd, sd = x.double().cpu(), s.double().cpu()
+                naive = x + 0.5 * torch.relu(x @ s.T) @ s
+                assert_exact(sf.ops.amplify(x, s, 0.5).cpu(), xd + 0.5 * torch.relu(xd @ sd.T) @ sd, naive.cpu())
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("unit_offset", [False, True])
 def test_add_rms_norm(place, unit_offset):
     with backend(place) as device:
