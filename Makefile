@@ -72,7 +72,7 @@ test: setup
 	$(call run_tests,$(VENV))
 
 # What depends on the version of transformers or triton; the rest is the same code in both environments.
-OLDEST := $(addprefix tests/test_,ahead_of_time.py cli.py compile.py demo_model.py extract.py families.py hooks.py layers.py \
+OLDEST := $(addprefix tests/test_,ahead_of_time.py cli.py compile.py conditions.py demo_model.py extract.py families.py hooks.py layers.py \
 	ops.py packaging.py robustness.py sae_ops.py)
 test-oldest: $(VENV_OLDEST)/.installed
 	$(call run_tests,$(VENV_OLDEST),$(OLDEST))

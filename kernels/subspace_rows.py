@@ -13,10 +13,11 @@ from ._launch import choose, power_of_two, stride
 from ._tuned import tuned
 from .act import ADD, AFFINE, COUPLED, HINGE, KEEP_NORM, couple, hinge, mode_of, restore
 
-# (largest d, warps) and (largest d, directions read together, which one reduction serves): what no target spills with;
-# 4 warps spill at d = 576 on sm_90, and 4 directions at d = 4096 on sm_80
-WARPS = [(2048, 8), (16384, 16)]
-CHUNK = [(1024, 4), (4096, 2), (16384, 1)]
+# (largest d, warps) where a bank holds one mode, and the warps where it holds several, whose branches together want more
+# registers: what spills on no target with Triton 3.6 and 3.9
+WARPS = [(1024, 4), (2048, 8), (16384, 16)]
+WARPS_OF_MANY = 16
+CHUNK = [(1024, 4), (4096, 2), (16384, 1)]  # (largest d, directions read together): one reduction serves them all
 
 
 @triton.jit
@@ -147,6 +148,12 @@ def _rows_kernel(
         tl.store(out_ptr + i_n * stride_out_n + offs_d, out, mask=mask_d)
 
 
+def one_mode(modes: int) -> bool:
+    """Whether only one mode may occur."""
+    kinds = modes & ~KEEP_NORM.value
+    return kinds & (kinds - 1) == 0
+
+
 def launch_rows(
     x: Tensor,
     hidden: Tensor | None,
@@ -174,5 +181,5 @@ def launch_rows(
         MODES=modes, IN_PLACE=x.data_ptr() == out.data_ptr(),
         BLOCK_D=power_of_two(d), BLOCK_K=power_of_two(max_rank),
         CHUNK=min(choose(tuned("subspace_rows.CHUNK", CHUNK, x), d), power_of_two(max_rank)),
-        num_warps=choose(tuned("subspace_rows.WARPS", WARPS, x), d),
+        num_warps=choose(tuned("subspace_rows.WARPS", WARPS, x), d) if one_mode(modes) else WARPS_OF_MANY,
     )  # fmt: skip
