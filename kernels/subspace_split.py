@@ -69,7 +69,7 @@ def _split_lift_kernel(
     x_ptr, stride_x_n,
     hidden_ptr, stride_hidden_n,
     out_ptr, stride_out_n,
-    probe_ptr, stride_probe_n,
+    probe_ptr, stride_probe_n, K,
     y_ptr, stride_y_s, stride_y_n,
     square_ptr, stride_square_s,
     moved_ptr, stride_moved_n,
@@ -107,7 +107,7 @@ def _split_lift_kernel(
         constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
         if probe_ptr is not None:
             if i_c == 0:
-                store_probe(probe_ptr, stride_probe_n, y, head_ptr, offs_n, mine, offs_k, mask_k)
+                store_probe(probe_ptr, stride_probe_n, K, y, head_ptr, offs_n, mine, offs_k, mask_k)
         strength = weight * tl.load(constants_ptr + 2)
         alpha, unit, g = act(y, square, strength, head_ptr, constants_ptr, offs_k, mask_k, MODES)
         moved, half = tile_moved(
@@ -199,7 +199,7 @@ def launch_split(
     _split_lift_kernel[(tiles, chunks)](
         x_ptr=x, stride_x_n=x.stride(0), **halves,
         out_ptr=out, stride_out_n=out.stride(0),
-        probe_ptr=probe, stride_probe_n=stride(probe, 0),
+        probe_ptr=probe, stride_probe_n=stride(probe, 0), K=max_rank,
         y_ptr=y, stride_y_s=y.stride(0), stride_y_n=y.stride(1), **sums,
         moved_ptr=moved, stride_moved_n=moved.stride(0),
         after_ptr=after, stride_after_s=after.stride(0),

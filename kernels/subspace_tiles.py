@@ -110,7 +110,7 @@ def copy_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, offs_n, mask_n, first, l
 
 @triton.jit
 def _tile_slot(
-    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, probe_ptr, stride_probe_n,
+    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, probe_ptr, stride_probe_n, K,
     vectors_ptr, stride_v, coefficients_ptr, head_ptr, offs_n, mask_n, weight, D,
     MODES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def _tile_slot(
         x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k, 0, D, BLOCK_D
     )
     if probe_ptr is not None:
-        store_probe(probe_ptr, stride_probe_n, y, head_ptr, offs_n, mask_n, offs_k, mask_k)
+        store_probe(probe_ptr, stride_probe_n, K, y, head_ptr, offs_n, mask_n, offs_k, mask_k)
     alpha, unit, g = act(y, square, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES)
     gain = tl.full(weight.shape, 1.0, tl.float32)
     if KEEP_NORM & MODES:
@@ -151,10 +151,10 @@ def _tile_slot(
 
 
 @triton.jit
-def store_probe(probe_ptr, stride_probe_n, y, head_ptr, offs_n, mask_n, offs_k, mask_k):
-    """What a slot projected; nothing for ADD (1) and AFFINE (128), which project nothing."""
+def store_probe(probe_ptr, stride_probe_n, K, y, head_ptr, offs_n, mask_n, offs_k, mask_k):
+    """What a slot projected, its first K numbers; nothing for ADD (1) and AFFINE (128), which project nothing."""
     mode = tl.zeros_like(offs_k) + tl.load(head_ptr)
-    seen = mask_n[:, None] & (mask_k & (mode != 1) & (mode != 128))[None, :]
+    seen = mask_n[:, None] & (mask_k & (offs_k < K) & (mode != 1) & (mode != 128))[None, :]
     tl.store(probe_ptr + offs_n[:, None] * stride_probe_n + offs_k[None, :], y, mask=seen)
 
 
@@ -163,7 +163,7 @@ def _tiles_kernel(
     x_ptr, stride_x_n,
     hidden_ptr, stride_hidden_n,
     out_ptr, stride_out_n,
-    probe_ptr, stride_probe_n,
+    probe_ptr, stride_probe_n, K,
     vectors_ptr, stride_v,
     coefficients_ptr,
     slots_ptr,
@@ -181,7 +181,7 @@ def _tiles_kernel(
     slot = tl.max(owner, axis=0)
     while slot >= 0:  # once per distinct owner of the tile
         _tile_slot(
-            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, probe_ptr, stride_probe_n,
+            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, probe_ptr, stride_probe_n, K,
             vectors_ptr, stride_v, coefficients_ptr, slots_ptr + slot * 8, offs_n, owner == slot, weight, D,
             MODES, BLOCK_D, BLOCK_K,
         )  # fmt: skip
@@ -209,7 +209,7 @@ def launch_tiles(
         x_ptr=x, stride_x_n=x.stride(0),
         hidden_ptr=hidden, stride_hidden_n=stride(hidden, 0),
         out_ptr=out, stride_out_n=out.stride(0),
-        probe_ptr=probe, stride_probe_n=stride(probe, 0),
+        probe_ptr=probe, stride_probe_n=stride(probe, 0), K=max_rank,
         vectors_ptr=vectors, stride_v=vectors.stride(0),
         coefficients_ptr=coefficients, slots_ptr=slots,
         rows_ptr=rows, stride_rows_n=stride(rows, 0),

@@ -30,6 +30,7 @@ class Bank:
         coefficients: How many rows of eight numbers fit; None: one per slot and eight per direction.
         dtype: Storage dtype of the rows, usually that of the stream.
         device: Where the buffers live.
+        rank: The largest rank that a slot may have, for kernels compiled once; None: any, and `max_rank` follows the slots.
 
     Example:
         >>> import torch, steerfast as sf
@@ -47,6 +48,7 @@ class Bank:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         coefficients: int | None = None,
+        rank: int | None = None,
     ) -> None:
         directions = max(64, 4 * slots) if directions is None else directions
         device = torch.device(device)
@@ -58,6 +60,7 @@ class Bank:
         self.vectors, self.coefficients, self.slots = self._device.views
         self._vector_rows = Runs(directions)
         self._coefficient_rows = Runs(rows)
+        self._rank = rank
         self._held: dict[int, _Held] = {}
         self._dirty: tuple[int, int] | None = None  # the bytes of the twin that the device has not seen
         self._copied: torch.cuda.Event | None = None  # set while the device may still be reading the twin
@@ -84,7 +87,9 @@ class Bank:
 
     @property
     def max_rank(self) -> int:
-        """The largest rank of a registered slot."""
+        """The largest rank that a slot has, or may have where the bank was built for one."""
+        if self._rank is not None:
+            return self._rank
         return max((held.view.lift.shape[0] for held in self._held.values()), default=0)
 
     def register(self, intervention: Intervention, slot: int | None = None) -> int:
@@ -186,6 +191,11 @@ class Bank:
                 f"Bank.register: {intervention!r} has width {spec.lift.shape[-1]}; this bank has {self.width}"
             )
         shared = spec.project is spec.lift
+        if self._rank is not None and spec.lift.shape[0] > self._rank:
+            raise ValueError(
+                f"Bank.register: {intervention!r} has rank {spec.lift.shape[0]}; this bank was built for rank <= {self._rank} "
+                "(rank= of prepare, or of Bank)"
+            )
         lift = spec.lift.to(self._host.vectors)
         project = lift if shared else spec.project.to(lift)
         for part, given in ((lift, spec.lift), (project, spec.project)):

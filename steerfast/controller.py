@@ -515,7 +515,9 @@ class Controller:
 
     # --- under torch.compile -----------------------------------------------------------------------------------------
 
-    def prepare(self, points: list[Place], batch: int, length: int, slots: int, directions: int) -> None:
+    def prepare(
+        self, points: list[Place], batch: int, length: int, slots: int, directions: int, rank: int
+    ) -> None:
         """Install inert dispatchers with banks of fixed size and a row table at a fixed address."""
         if self.prepared:
             raise RuntimeError(
@@ -525,7 +527,7 @@ class Controller:
             raise RuntimeError("prepare: the model is already compiled; call prepare before torch.compile")
         found = {place: self.layers.point(place[1], place[0], "prepare") for place in points}
         banks = {
-            place: Bank(point.width, slots, directions, *_storage(self.layers.blocks[place[1]], self.model))
+            place: Bank(point.width, slots, directions, *_storage(self.layers.blocks[place[1]], self.model), rank=rank)
             for place, point in found.items()
         }
         for place, point in found.items():

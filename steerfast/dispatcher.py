@@ -129,8 +129,7 @@ class Dispatcher:
         modes = ALL_MODES if self.fixed else self.bank.modes
         if not modes:  # programs alone
             return x
-        rank = self.bank.vectors.shape[0] if self.fixed else self.bank.max_rank
         for first in range(0, rows.shape[1], MAX_SLOTS_PER_ROW):
             part = slice(first, first + MAX_SLOTS_PER_ROW)
-            x = ops.subspace(x, *self.bank.tensors, rows[:, part], scale[:, part], modes, rank)
+            x = ops.subspace(x, *self.bank.tensors, rows[:, part], scale[:, part], modes, self.bank.max_rank)
         return x

@@ -68,6 +68,7 @@ def prepare(
     length: int = 4096,
     slots: int = 64,
     directions: int = 256,
+    rank: int = 8,
 ) -> None:
     """Install inert dispatchers before torch.compile; afterwards `steer` only changes the contents of buffers.
 
@@ -79,6 +80,7 @@ def prepare(
         length: Longest prompt, in tokens.
         slots: How many interventions can be active at one layer.
         directions: How many rows of B and C each layer's bank holds.
+        rank: k, the largest rank of an intervention: the compiled kernels hold this many directions, so a small one is fast.
 
     Raises:
         TypeError, ValueError: a layer or site that the model does not have.
@@ -91,7 +93,7 @@ def prepare(
     controller = controller_of(model)
     if controller.handles:
         raise RuntimeError("prepare: the model is being steered; remove the handles first")
-    for name, value in (("batch", batch), ("length", length), ("slots", slots), ("directions", directions)):
+    for name, value in (("batch", batch), ("length", length), ("slots", slots), ("directions", directions), ("rank", rank)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"prepare: {name} is {value!r}; expected a whole number >= 1")
     if layers is not None and (not isinstance(layers, Sequence) or not layers):
@@ -99,7 +101,7 @@ def prepare(
     chosen = range(controller.layers.count) if layers is None else layers
     points = [(site, controller.layers.resolve(layer, "prepare")) for layer in chosen]
     with torch.inference_mode(False):
-        controller.prepare(points, batch, length, slots, directions)
+        controller.prepare(points, batch, length, slots, directions, rank)
 
 
 class Steering:

@@ -898,7 +898,13 @@ def _check_bank(
             raise ValueError(f"{op}: {name} is on {table.device} and x on {x.device}; move it with .to(...)")
     if slots.dtype != torch.int32:
         raise TypeError(f"{op}: slots has dtype {slots.dtype}; expected torch.int32")
-    return vectors.shape[0] if max_rank is None else max_rank
+    if max_rank is None:
+        return vectors.shape[0]
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
+        raise TypeError(f"{op}: max_rank is {max_rank!r}; expected a whole number >= 0")
+    if max_rank < 0:
+        raise ValueError(f"{op}: max_rank is {max_rank}; expected >= 0, the largest rank of a slot")
+    return max_rank
 
 
 def _registered(*tensors: Tensor | None) -> bool:

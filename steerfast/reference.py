@@ -126,6 +126,7 @@ def subspace(
     out = _wide(flat)
     table = slots.new_zeros(1, 1).expand(flat.shape[0], 1) if rows is None else _columns(rows)
     weights = None if scale is None else _columns(scale).to(out.dtype)
+    whole = False  # whether a slot has edited every row
     for column in range(table.shape[1]):
         for owner, mine in _owners(table[:, column]):
             slot = slot_of(vectors, coefficients, slots, owner)
@@ -133,11 +134,13 @@ def subspace(
                 continue
             gain = slot.constants[2].to(out.dtype)
             if mine is None:
+                whole = True
                 out = _edit(out, slot, gain if weights is None else gain * weights[:, column, None])
             else:
                 weight = gain if weights is None else gain * weights[mine, column, None]
                 out = out.index_copy(0, mine, _edit(out[mine], slot, weight))
-    return torch.where(_edited(table, slots), out.to(x.dtype), flat).view(x.shape)
+    out = out.to(x.dtype)
+    return (out if whole else torch.where(_edited(table, slots), out, flat)).view(x.shape)
 
 
 def subspace_probe(
@@ -149,7 +152,7 @@ def subspace_probe(
     rows: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x', y): `subspace`, and what it projected, y = Bᵀx as (n, P, max_rank); zero beyond a slot's rank."""
+    """(x', y): `subspace`, and what it projected, y = Bᵀx as (n, P, max_rank): its first numbers, zero beyond a slot's rank."""
     flat = x.reshape(-1, x.shape[-1])
     table = slots.new_zeros(flat.shape[0], 1) if rows is None else _columns(rows)
     weights = None if scale is None else _columns(scale)
@@ -160,7 +163,8 @@ def subspace_probe(
             slot = slot_of(vectors, coefficients, slots, owner)
             if slot.mode not in (ADD, AFFINE) and slot.lift.shape[0]:
                 index = slice(None) if mine is None else mine
-                y[index, column, : slot.project.shape[0]] = wide[index] @ slot.project.to(wide.dtype).T
+                seen = slot.project[:max_rank]
+                y[index, column, : seen.shape[0]] = wide[index] @ seen.to(wide.dtype).T
         weight = None if weights is None else weights[:, column]
         wide = subspace(wide, vectors, coefficients, slots, table[:, column], weight)
     return torch.where(_edited(table, slots), wide.to(x.dtype), flat).view(x.shape), y

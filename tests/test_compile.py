@@ -149,6 +149,8 @@ def test_what_was_not_prepared_is_refused():
         sf.steer(model, {1: sf.Ablate(torch.stack([vector(i) for i in range(4)]))})
     with pytest.raises(RuntimeError, match="neighbouring slots"):
         sf.steer(model, {1: [sf.Add(vector(i)) for i in range(3)]})
+    with pytest.raises(ValueError, match=r"has rank 9; this bank was built for rank <= 8 \(rank= of prepare"):
+        sf.steer(model, {1: sf.Ablate(torch.stack([vector(i) for i in range(9)]))})
     with torch.no_grad():
         clean = model(ids).logits
         with sf.steer(model, {1: [sf.Add(vector()), sf.Add(vector(1))]}):  # all of it is free again

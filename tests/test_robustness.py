@@ -101,6 +101,7 @@ def test_prepare_checks_before_it_hooks_and_runs_once(model):
         {"batch": -1},
         {"length": 0},
         {"slots": True},
+        {"rank": 0},
         {"layers": []},
         {"layers": 5},
         {"layers": [9]},

@@ -90,6 +90,19 @@ def test_the_probe_is_the_projection_that_each_slot_saw(place):
                 torch.testing.assert_close(y[i, column], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rank", [5, 21])  # one program per token, and tiles
+def test_a_probe_too_narrow_for_a_slot_gets_its_first_numbers(place, rank):
+    """A kernel must not write on into the next row's numbers."""
+    with backend(place) as device:
+        n, d = SIZES[place][0]
+        bank = sf.Bank(d, slots=1, directions=rank, device=device)
+        bank.register(sf.Ablate(orthonormal(rank, d)))
+        x = torch.randn(n, d).to(device)
+        y = sf.ops.subspace_probe(x, *bank.tensors, max_rank=rank - 2)[1]
+        torch.testing.assert_close(y[:, 0], x @ bank.view(0).project[: rank - 2].T, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("place", [p for p in PLACES if p != "cpu"])
 @pytest.mark.parametrize("path", ["rows", "split", "tiles"])
 def test_every_kernel_does_every_mode(place, path, monkeypatch):

@@ -58,7 +58,7 @@ PRESETS = {
     "smollm2": Preset(
         "demo",
         ("resid_post", 7),
-        9000,
+        15_500,
         TrainConfig(features=8192, k=32, tokens=2_500_000, batch=1024, lr=1.5e-3, warmup=0.032),
     )
 }
