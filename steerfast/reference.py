@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .solvers import EULER, Field, Scheme, integrate, unpack
+from .solvers import EULER, Field, Scheme, are_few, few_eulers, integrate, unpack
 
 ADD, HINGE, FLOW, ROTATE, PUSH, SLERP, REFLECT, AFFINE = 1, 2, 4, 8, 16, 32, 64, 128
 KEEP_NORM = 256  # not a mode, but announced with them: some slot restores the length of its rows
@@ -106,11 +106,7 @@ def flow(
     rows = basis.reshape(-1, basis.shape[-1]).to(flat.dtype)
     norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
     field = field.map(lambda v: v.to(flat.dtype))
-    s, g = _follow(flat @ rows.T, norm, flat.shape[1], field, length[0] + length[1] * norm, steps, how)
-    out = _lift(flat, g, rows, None if s is None else (s - 1) * flat)
-    return (
-        torch.where(out == flat, flat, out).to(x.dtype).view(x.shape)
-    )  # a path of no length keeps even the sign of a zero
+    return _follow(flat, rows, norm, field, length[0] + length[1] * norm, steps, how).to(x.dtype).view(x.shape)
 
 
 def subspace(
@@ -293,8 +289,11 @@ def hinge(y: Tensor, c: Tensor) -> Tensor:
 
     Ablate, amplify, calibrate, clamp, affine and SAE feature edits are each one choice of the eight numbers.
     """
-    bend = c[:, 2] * torch.relu(y - c[:, 3]) + c[:, 4] * torch.relu(y - c[:, 5])
-    return c[:, 0] + c[:, 1] * y + bend + c[:, 6] * (y > c[:, 7])
+    c0, c1, c2, c3, c4, c5, c6, c7 = c.unbind(1)
+    g = torch.addcmul(c0, c1, y)
+    g = torch.addcmul(g, c2, torch.relu(y - c3))
+    g = torch.addcmul(g, c4, torch.relu(y - c5))
+    return torch.addcmul(g, c6, (y > c7).to(y.dtype))
 
 
 def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -374,6 +373,11 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
         out = torch.add(x, lift, alpha=scale) if isinstance(scale, float) else x + scale * lift  # x is wide here
     elif slot.mode == AFFINE:
         out = x + scale * (lift[0] * x + lift[1])
+    elif slot.mode in (FLOW, SOLVE):
+        constants, norm = slot.constants.to(x.dtype), torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        extra = None if slot.extra is None else slot.extra.to(x.dtype)
+        field, how = unpack(slot.coefficients.to(x.dtype), extra)
+        out = _follow(x, lift, norm, field, scale * (constants[0] + constants[1] * norm), slot.steps, how)
     else:
         y, table = x @ slot.project.to(x.dtype).T, slot.coefficients.to(x.dtype)
         if slot.mode == HINGE:
@@ -381,8 +385,6 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
         else:
             s, g = _couple(x, y, slot, table, scale)
             out = _lift(x, g, lift, None if s is None else (s - 1) * x)
-            if slot.mode in (FLOW, SOLVE):
-                out = torch.where(out == x, x, out)  # a path of no length keeps even the sign of a zero
     return restore_norm(out, x) if slot.keep_norm else out
 
 
@@ -396,21 +398,23 @@ def _couple(x: Tensor, y: Tensor, slot: Slot, table: Tensor, scale: Tensor | flo
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if slot.mode == SLERP:
         return slerp(y, norm, constants, scale)
-    if slot.mode == REFLECT:
-        return reflect(y, norm, constants, table, scale)
-    field, how = unpack(table, None if slot.extra is None else slot.extra.to(x.dtype))
-    length = scale * (constants[0] + constants[1] * norm)
-    return _follow(y, norm, x.shape[1], field, length, slot.steps, how)
+    return reflect(y, norm, constants, table, scale)
 
 
 def _follow(
-    y: Tensor, norm: Tensor, width: int, field: Field, length: Tensor, steps: int, how: Scheme
-) -> tuple[Tensor | None, Tensor]:
-    """(s, g) of a flow that starts at coordinates y."""
-    if y.shape[1] == width:  # full rank: nothing lies outside the span, not even rounding
-        return None, integrate(y, torch.linalg.vector_norm(y, dim=-1, keepdim=True), field, length, steps, how)[1] - y
-    alpha, moved = integrate(y, norm, field, length, steps, how)
-    return alpha, moved - alpha * y
+    x: Tensor, basis: Tensor, norm: Tensor, field: Field, length: Tensor, steps: int, how: Scheme
+) -> Tensor:
+    """Rows x at the end of their flow."""
+    if are_few(x, basis, field, length, how):
+        return few_eulers(x, basis, norm, field, length, steps)
+    y = x @ basis.T
+    if basis.shape[0] == x.shape[1]:  # full rank: nothing lies outside the span, not even rounding
+        inside = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        out = _lift(x, integrate(y, inside, field, length, steps, how)[1] - y, basis)
+    else:
+        alpha, end = integrate(y, norm, field, length, steps, how)
+        out = _lift(x, end - alpha * y, basis, (alpha - 1) * x)
+    return torch.where(out == x, x, out)  # a path of no length keeps even the sign of a zero
 
 
 def _lift(x: Tensor, g: Tensor, lift: Tensor, more: Tensor | None = None) -> Tensor:
