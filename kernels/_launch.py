@@ -3,13 +3,54 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class Edit(NamedTuple):
+    """A call of the subspace op as its kernels take it: the stream as (n, d), tables as (n, P) or absent."""
+
+    x: Tensor
+    hidden: Tensor | None  # the other half of a split stream
+    out: Tensor  # may be x itself
+    probe: Tensor | None  # (n, P, max_rank), gets y
+    bank: tuple[Tensor, Tensor, Tensor]
+    rows: Tensor | None
+    scale: Tensor | None
+    modes: int
+    max_rank: int
+
+    def column(self, p: int) -> Edit:
+        """Column p of the tables, on what the columns before it have written."""
+        rows, scale = (None if table is None else table[:, p : p + 1] for table in (self.rows, self.scale))
+        probe = None if self.probe is None else self.probe[:, p : p + 1]
+        return self._replace(x=self.x if p == 0 else self.out, probe=probe, rows=rows, scale=scale)
+
+    def reads(self) -> dict[str, Any]:
+        """Arguments of every kernel that projects."""
+        vectors, _, slots = self.bank
+        return {
+            "x_ptr": self.x, "stride_x_n": self.x.stride(0),
+            "hidden_ptr": self.hidden, "stride_hidden_n": stride(self.hidden, 0),
+            "vectors_ptr": vectors, "stride_v": vectors.stride(0),
+            "slots_ptr": slots, "rows_ptr": self.rows, "stride_rows_n": stride(self.rows, 0),
+            "D": self.x.shape[1],
+        }  # fmt: skip
+
+    def writes(self) -> dict[str, Any]:
+        """Arguments of every kernel that acts and lifts."""
+        return {
+            "out_ptr": self.out, "stride_out_n": self.out.stride(0),
+            "probe_ptr": self.probe, "stride_probe_n": stride(self.probe, 0), "K": self.max_rank,
+            "coefficients_ptr": self.bank[1],
+            "scale_ptr": self.scale, "stride_scale_n": stride(self.scale, 0),
+            "MODES": self.modes, "IN_PLACE": self.x.data_ptr() == self.out.data_ptr(),
+        }  # fmt: skip
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

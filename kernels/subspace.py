@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._launch import columns, flatten, on_device
+from ._launch import Edit, columns, flatten, on_device
 from .act import FLOW, SOLVE
 from .flow import flow
 from .subspace_rows import launch_rows
@@ -41,29 +41,26 @@ def subspace(
 
     With `hidden` the stream is hidden + x and `out` gets x + δ. `probe` (n, P, max_rank), zero, gets y.
     """
-    flat, result = flatten(x), out.view(-1, out.shape[-1])
-    if flat.numel() == 0:
+    if x.numel() == 0:
         return out
     half = None if hidden is None else flatten(hidden)
-    rows = None if rows is None else columns(rows)
-    scale = None if scale is None else columns(scale)
+    rows, scale = (None if table is None else columns(table) for table in (rows, scale))
     bank = vectors, coefficients, slots
+    edit = Edit(flatten(x), half, out.view(-1, out.shape[-1]), probe, bank, rows, scale, modes, max_rank)
     with on_device(x):
-        if _is_full_flow(flat, bank, modes, max_rank) and half is None and probe is None:
-            result.copy_(flow(flat, *bank, rows, scale, bool(modes & SOLVE.value)))
-            return out
-        if max_rank < TILE_RANK or max_rank > MOST or x.dtype != vectors.dtype:
-            launch_rows(flat, half, result, probe, bank, rows, scale, modes, max_rank)
-            return out
-        launch = launch_split if flat.shape[0] <= SPLIT_ROWS else launch_tiles
-        for p in range(1 if rows is None else rows.shape[1]):  # left to right, each on what the last one wrote
-            part = (None if table is None else table[:, p : p + 1] for table in (rows, scale))
-            seen = None if probe is None else probe[:, p]
-            launch(flat if p == 0 else result, half, result, seen, bank, *part, modes, max_rank)
+        if _is_full_flow(edit):
+            edit.out.copy_(flow(edit.x, *bank, rows, scale, bool(modes & SOLVE.value)))
+        elif max_rank < TILE_RANK or max_rank > MOST or x.dtype != vectors.dtype:
+            launch_rows(edit)
+        else:
+            launch = launch_split if edit.x.shape[0] <= SPLIT_ROWS else launch_tiles
+            for p in range(1 if rows is None else rows.shape[1]):
+                launch(edit.column(p))
     return out
 
 
-def _is_full_flow(x: Tensor, bank: tuple[Tensor, Tensor, Tensor], modes: int, max_rank: int) -> bool:
+def _is_full_flow(edit: Edit) -> bool:
     """Whether the bank holds one flow of a full-rank barrier and nothing else: then products do the work."""
-    flows = FLOW.value | SOLVE.value
-    return bank[0].shape[0] == max_rank == x.shape[1] and not modes & ~flows and bank[0].dtype == x.dtype
+    vectors, others = edit.bank[0], edit.modes & ~(FLOW.value | SOLVE.value)
+    square = vectors.shape[0] == edit.max_rank == edit.x.shape[1] and vectors.dtype == edit.x.dtype
+    return square and not others and edit.hidden is None and edit.probe is None

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ._launch import choose, power_of_two, stride
+from ._launch import Edit, choose, power_of_two, stride
 from ._tuned import tuned
 from .act import ADD, AFFINE, COUPLED, HINGE, KEEP_NORM, couple, hinge, mode_of, restore
 
@@ -154,32 +153,14 @@ def one_mode(modes: int) -> bool:
     return kinds & (kinds - 1) == 0
 
 
-def launch_rows(
-    x: Tensor,
-    hidden: Tensor | None,
-    out: Tensor,
-    probe: Tensor | None,
-    bank: tuple[Tensor, Tensor, Tensor],
-    rows: Tensor | None,
-    scale: Tensor | None,
-    modes: int,
-    max_rank: int,
-) -> None:
+def launch_rows(edit: Edit) -> None:
     """Every slot of every token in one launch."""
-    vectors, coefficients, slots = bank
+    x, rank = edit.x, power_of_two(edit.max_rank)
     n, d = x.shape
     _rows_kernel[(n,)](
-        x_ptr=x, stride_x_n=x.stride(0),
-        hidden_ptr=hidden, stride_hidden_n=stride(hidden, 0),
-        out_ptr=out, stride_out_n=out.stride(0),
-        probe_ptr=probe, stride_probe_n=stride(probe, 0), stride_probe_p=stride(probe, 1), K=max_rank,
-        vectors_ptr=vectors, stride_v=vectors.stride(0),
-        coefficients_ptr=coefficients, slots_ptr=slots,
-        rows_ptr=rows, stride_rows_n=stride(rows, 0), stride_rows_p=stride(rows, 1),
-        scale_ptr=scale, stride_scale_n=stride(scale, 0), stride_scale_p=stride(scale, 1),
-        D=d, P=1 if rows is None else rows.shape[1],
-        MODES=modes, IN_PLACE=x.data_ptr() == out.data_ptr(),
-        BLOCK_D=power_of_two(d), BLOCK_K=power_of_two(max_rank),
-        CHUNK=min(choose(tuned("subspace_rows.CHUNK", CHUNK, x), d), power_of_two(max_rank)),
-        num_warps=choose(tuned("subspace_rows.WARPS", WARPS, x), d) if one_mode(modes) else WARPS_OF_MANY,
+        **edit.reads(), **edit.writes(),
+        stride_probe_p=stride(edit.probe, 1), stride_rows_p=stride(edit.rows, 1), stride_scale_p=stride(edit.scale, 1),
+        P=1 if edit.rows is None else edit.rows.shape[1],
+        BLOCK_D=power_of_two(d), BLOCK_K=rank, CHUNK=min(choose(tuned("subspace_rows.CHUNK", CHUNK, x), d), rank),
+        num_warps=choose(tuned("subspace_rows.WARPS", WARPS, x), d) if one_mode(edit.modes) else WARPS_OF_MANY,
     )  # fmt: skip

@@ -13,9 +13,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ._launch import choose, power_of_two, stride
+from ._launch import Edit, choose, power_of_two, stride
 from ._tuned import tuned
 from .act import KEEP_NORM, act, restore
 from .subspace_tiles import TILE_RANK, copy_rows, owners_of, store_probe, tile_moved, tile_project
@@ -161,59 +160,42 @@ def _split_restore_kernel(
         tl.store(out_ptr + i_n * stride_out_n + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
-def launch_split(
-    x: Tensor,
-    hidden: Tensor | None,
-    out: Tensor,
-    probe: Tensor | None,
-    bank: tuple[Tensor, Tensor, Tensor],
-    rows: Tensor | None,
-    scale: Tensor | None,
-    modes: int,
-    max_rank: int,
-) -> None:
-    """One slot per token; `rows`, `scale` and `probe` are one column of their tables."""
-    vectors, coefficients, slots = bank
+def launch_split(edit: Edit) -> None:
+    """One slot per token: a column of the tables."""
+    x, rank = edit.x, edit.max_rank
     n, d = x.shape
-    block_k = power_of_two(max_rank, TILE_RANK)
+    block_k = power_of_two(rank, TILE_RANK)
     project_columns = tuned("subspace_split.PROJECT_COLUMNS", PROJECT_COLUMNS, x)
-    step, project_warps = choose(tuned("subspace_split.PROJECT_STEP", PROJECT_STEP, x), max_rank)
-    lift_columns, lift_warps = choose(tuned("subspace_split.LIFT", LIFT, x), max_rank)
-    splits, chunks = triton.cdiv(d, project_columns), triton.cdiv(d, lift_columns)
-    tiles = triton.cdiv(n, BLOCK_N)
-    restores = bool(modes & KEEP_NORM.value)
+    step, project_warps = choose(tuned("subspace_split.PROJECT_STEP", PROJECT_STEP, x), rank)
+    lift_columns, lift_warps = choose(tuned("subspace_split.LIFT", LIFT, x), rank)
+    splits, chunks, tiles = triton.cdiv(d, project_columns), triton.cdiv(d, lift_columns), triton.cdiv(n, BLOCK_N)
+    restores = bool(edit.modes & KEEP_NORM.value)
     y = torch.empty(splits, n, block_k, dtype=torch.float32, device=x.device)
     square = torch.empty(splits, n, dtype=torch.float32, device=x.device)
     moved = torch.empty(n if restores else 0, d, dtype=torch.float32, device=x.device)
     after = torch.empty(chunks if restores else 0, n, dtype=torch.float32, device=x.device)
-    owners = {"slots_ptr": slots, "rows_ptr": rows, "stride_rows_n": stride(rows, 0)}
-    halves = {"hidden_ptr": hidden, "stride_hidden_n": stride(hidden, 0)}
-    sums = {"square_ptr": square, "stride_square_s": square.stride(0)}
+    reads, writes = edit.reads(), edit.writes()
+    sums = {
+        "y_ptr": y, "stride_y_s": y.stride(0), "stride_y_n": y.stride(1),
+        "square_ptr": square, "stride_square_s": square.stride(0),
+    }  # fmt: skip
+    lengths = {
+        "moved_ptr": moved, "stride_moved_n": moved.stride(0),
+        "after_ptr": after, "stride_after_s": after.stride(0),
+    }  # fmt: skip
     _split_project_kernel[(tiles, splits)](
-        x_ptr=x, stride_x_n=x.stride(0), **halves,
-        y_ptr=y, stride_y_s=y.stride(0), stride_y_n=y.stride(1), **sums,
-        vectors_ptr=vectors, stride_v=vectors.stride(0), **owners,
-        N=n, D=d, BLOCK_N=BLOCK_N, BLOCK_D=step, BLOCK_K=block_k, COLUMNS=project_columns,
-        num_warps=project_warps,
+        **reads, **sums,
+        N=n, BLOCK_N=BLOCK_N, BLOCK_D=step, BLOCK_K=block_k, COLUMNS=project_columns, num_warps=project_warps,
     )  # fmt: skip
     _split_lift_kernel[(tiles, chunks)](
-        x_ptr=x, stride_x_n=x.stride(0), **halves,
-        out_ptr=out, stride_out_n=out.stride(0),
-        probe_ptr=probe, stride_probe_n=stride(probe, 0), K=max_rank,
-        y_ptr=y, stride_y_s=y.stride(0), stride_y_n=y.stride(1), **sums,
-        moved_ptr=moved, stride_moved_n=moved.stride(0),
-        after_ptr=after, stride_after_s=after.stride(0),
-        vectors_ptr=vectors, stride_v=vectors.stride(0),
-        coefficients_ptr=coefficients, **owners,
-        scale_ptr=scale, stride_scale_n=stride(scale, 0),
-        N=n, D=d, SPLITS=splits,
-        MODES=modes, IN_PLACE=x.data_ptr() == out.data_ptr(), BLOCK_N=BLOCK_N, BLOCK_K=block_k, COLUMNS=lift_columns,
-        num_warps=lift_warps,
+        **reads, **writes, **sums, **lengths,
+        N=n, SPLITS=splits, BLOCK_N=BLOCK_N, BLOCK_K=block_k, COLUMNS=lift_columns, num_warps=lift_warps,
     )  # fmt: skip
     if restores:
         _split_restore_kernel[(n, chunks)](
-            **halves, out_ptr=out, stride_out_n=out.stride(0), **sums,
-            moved_ptr=moved, stride_moved_n=moved.stride(0),
-            after_ptr=after, stride_after_s=after.stride(0), **owners,
+            **lengths, square_ptr=square, stride_square_s=square.stride(0),
+            hidden_ptr=edit.hidden, stride_hidden_n=stride(edit.hidden, 0),
+            out_ptr=edit.out, stride_out_n=edit.out.stride(0),
+            slots_ptr=edit.bank[2], rows_ptr=edit.rows, stride_rows_n=stride(edit.rows, 0),
             D=d, SPLITS=splits, CHUNKS=chunks, COLUMNS=lift_columns, num_warps=4,
         )  # fmt: skip

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ._launch import choose, power_of_two, stride
+from ._launch import Edit, choose, power_of_two
 from ._tuned import tuned
 from .act import AFFINE, KEEP_NORM, act, mode_of, restore
 
@@ -189,33 +188,13 @@ def _tiles_kernel(
         slot = tl.max(owner, axis=0)
 
 
-def launch_tiles(
-    x: Tensor,
-    hidden: Tensor | None,
-    out: Tensor,
-    probe: Tensor | None,
-    bank: tuple[Tensor, Tensor, Tensor],
-    rows: Tensor | None,
-    scale: Tensor | None,
-    modes: int,
-    max_rank: int,
-) -> None:
-    """One slot per token; `rows`, `scale` and `probe` are one column of their tables."""
-    vectors, coefficients, slots = bank
-    n, d = x.shape
-    block_n = choose(tuned("subspace_tiles.TILE_ROWS", TILE_ROWS, x), max_rank)
-    block_d, warps = choose(tuned("subspace_tiles.TILE_STEP", TILE_STEP, x), max_rank)
-    _tiles_kernel[(triton.cdiv(n, block_n),)](
-        x_ptr=x, stride_x_n=x.stride(0),
-        hidden_ptr=hidden, stride_hidden_n=stride(hidden, 0),
-        out_ptr=out, stride_out_n=out.stride(0),
-        probe_ptr=probe, stride_probe_n=stride(probe, 0), K=max_rank,
-        vectors_ptr=vectors, stride_v=vectors.stride(0),
-        coefficients_ptr=coefficients, slots_ptr=slots,
-        rows_ptr=rows, stride_rows_n=stride(rows, 0),
-        scale_ptr=scale, stride_scale_n=stride(scale, 0),
-        N=n, D=d,
-        MODES=modes, IN_PLACE=x.data_ptr() == out.data_ptr(),
-        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_K=power_of_two(max_rank, TILE_RANK),
+def launch_tiles(edit: Edit) -> None:
+    """One slot per token: a column of the tables."""
+    x, rank = edit.x, edit.max_rank
+    block_n = choose(tuned("subspace_tiles.TILE_ROWS", TILE_ROWS, x), rank)
+    block_d, warps = choose(tuned("subspace_tiles.TILE_STEP", TILE_STEP, x), rank)
+    _tiles_kernel[(triton.cdiv(x.shape[0], block_n),)](
+        **edit.reads(), **edit.writes(),
+        N=x.shape[0], BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_K=power_of_two(rank, TILE_RANK),
         num_warps=warps, num_stages=tuned("subspace_tiles.TILE_STAGES", TILE_STAGES, x),
     )  # fmt: skip
