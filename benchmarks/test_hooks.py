@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import models
+import numpy
 import torch
 from setting import PLACE, pick
 from torch import nn
@@ -81,6 +82,8 @@ def test_decode(race: Any) -> None:
             return Within(call, lambda: SteeringVector(vectors).apply(model))
 
         def repeng() -> Function:
+            if not hasattr(numpy, "float_"):  # repeng 0.4 uses a name that NumPy 2 took away
+                setattr(numpy, "float_", numpy.float64)  # noqa: B010
             from repeng import ControlModel, ControlVector
 
             own = models.twin(model)
