@@ -7,7 +7,6 @@ take turns in one process, one thread; figures are medians of process CPU time, 
     python benchmarks/flow_cpu.py                        # activations drawn at random, with a model-like spectrum
     python benchmarks/flow_cpu.py --model demo           # activations of a real model
     python benchmarks/flow_cpu.py --fit 20000 4096       # time and memory of one quadratic fit
-    python benchmarks/flow_cpu.py --plot flow.png        # h along the path, and the error by the number of steps
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -122,36 +120,6 @@ def speed(pos: Tensor, neg: Tensor, rounds: int) -> list[dict[str, object]]:
     return found
 
 
-def plot(pos: Tensor, neg: Tensor, target: Path) -> None:
-    """h along the path, and the error of the displacement by the number of steps, for every solver."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from steerfast.solvers import SOLVERS
-
-    h = sf.fit_barrier(pos, neg, kind="quadratic")
-    x = neg[:64].double()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    angles = [0.02 * i for i in range(31)]
-    heights = torch.stack([h(sf.flow(x, h, angle=t, steps=40, method="rk4")) for t in angles])
-    left.plot(angles, heights[:, :12].tolist(), color="0.75", linewidth=0.8)
-    left.plot(angles, heights.mean(1).tolist(), color="C0", label="mean")
-    left.axhline(0, color="k", linewidth=0.5)
-    left.set(xlabel="angle (radians)", ylabel="h = log p₊/p₋", title="h along the flow")
-    left.legend()
-    true = sf.flow(x, h, angle=ANGLE, steps=400, method="rk4")
-    counts = (1, 2, 3, 5, 10, 20, 40)
-    for name in ("euler", "geodesic", "midpoint", "heun", "rk4", "adaptive"):
-        ends = [sf.flow(x, h, angle=ANGLE, steps=n, method=name) for n in counts]
-        errors = [float(((end - true).norm(dim=1) / (true - x).norm(dim=1)).mean()) for end in ends]
-        right.loglog(counts, errors, marker="o", markersize=3, label=f"{name} (order {SOLVERS[name].tableau.order})")
-    right.set(xlabel="steps", ylabel="error, share of the displacement", title=f"solvers at angle {ANGLE}")
-    right.legend(fontsize=8)
-    figure.savefig(target, dpi=130)
-
-
 def fit(n: int, d: int) -> dict[str, float]:
     """Seconds and peak memory of a quadratic fit on n rows in all."""
     pos, neg = activations(n // 2, d)
@@ -169,7 +137,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=("demo",), help="take the activations of the demo model")
     parser.add_argument("--fit", type=int, nargs=2, metavar=("N", "D"), help="time one quadratic fit instead")
-    parser.add_argument("--plot", type=Path, help="draw instead")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -178,9 +145,6 @@ def main() -> None:
         print(json.dumps(fit(*args.fit)))
         return
     pos, neg = real_activations() if args.model else activations(100, 576)
-    if args.plot:
-        plot(pos, neg, args.plot)
-        return
     for row in speed(pos, neg, args.rounds):
         print(f"{row['n']:>5} {row['way']:<28} {row['us']:>12.1f} us {row['faster']:>8.1f}x")
 

@@ -52,7 +52,9 @@ def planted(model: torch.nn.Module, tokenizer: Any) -> dict[str, float]:
     words = explaining.vocabulary_of(tokenizer)
     chosen = [words[i] for i in torch.randperm(len(words))[:PLANTED].tolist()]
     output, norm = explaining._head(model)
-    rows = explaining._word_rows(tokenizer, chosen, output) / norm.weight.detach()  # what the norm makes of it is the word
+    rows = (
+        explaining._word_rows(tokenizer, chosen, output) / norm.weight.detach()
+    )  # what the norm makes of it is the word
     rows = torch.nn.functional.normalize(rows, dim=1)
     rows = rows + 0.5 * torch.nn.functional.normalize(torch.randn_like(rows), dim=1)
     sae = sf.SAE(rows, rows, k=8)

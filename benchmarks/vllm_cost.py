@@ -1,8 +1,8 @@
 """What steering costs inside vLLM, always against the same engine with the same flags and nobody steered.
 
-    python benchmarks/vllm_cost.py MODEL decode-16 --out benchmarks/results
+    python benchmarks/vllm_cost.py MODEL --out benchmarks/results
 
-Two engines run in turns, each in a process of its own: one without the plugin, one with it. Every round runs each arm
+Two engines run in turns, each in a process of its own: one without the plugin, one with it. Every round runs each arm of a load
 once, in random order, and the unsteered engine twice; a ratio is the median over rounds of the mean of these two over the arm,
 with a 95 % interval, and the two of them show the noise. Times are CPU time of the engine's process with one
 thread, the steadier measure on a machine that does other work; wall time is in the raw row. Rows are written after every
@@ -31,6 +31,11 @@ from steerfast._files import replace_file
 from steerfast.timing import circumstances, interval, paired
 
 BASE = "disabled"
+ON_CPU = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}  # unless told otherwise
 TWICE = (f"{BASE}, first", f"{BASE}, second")
 
 
@@ -64,34 +69,27 @@ class Load(NamedTuple):
 
 ONE, ALL, RANK = "one layer", "all layers", "all layers, rank 8"
 IDLE = Arm(0.0, ONE, 1)
-SMALL = (
-    IDLE,
-    Arm(0.25, ONE, 1),
-    Arm(0.25, ALL, 1),
-    Arm(1.0, ONE, 1),
-    Arm(1.0, RANK, 1),
-    Arm(1.0, ALL, 16),
-    Arm(1.0, ALL, 1),
-)
-LARGE = (IDLE, Arm(1.0, ONE, 256), *(Arm(1.0, ALL, count) for count in (1, 16, 64, 256)))
 LOADS = {
-    "decode-16": Load(16, 16, 48, SMALL),
-    "prefill-16": Load(16, 192, 4, SMALL),
-    "decode-256": Load(256, 4, 16, LARGE),
-}
+    "decode-16": Load(
+        16, 16, 48,
+        (IDLE, Arm(0.25, ONE, 1), Arm(0.25, ALL, 1), Arm(1.0, ONE, 1), Arm(1.0, RANK, 1), Arm(1.0, ALL, 16), Arm(1.0, ALL, 1)),
+    ),
+    "prefill-16": Load(16, 96, 2, (IDLE, Arm(0.25, ALL, 1), Arm(1.0, ONE, 1), Arm(1.0, ALL, 1))),
+    "decode-256": Load(256, 4, 8, (Arm(1.0, ONE, 256), Arm(1.0, ALL, 64), Arm(1.0, ALL, 256))),
+}  # fmt: skip
 Row = dict[str, Any]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a model")
-    parser.add_argument("load", choices=LOADS)
+    parser.add_argument("--loads", choices=LOADS, nargs="+", default=[*LOADS])
     parser.add_argument("--minutes", type=float, default=6.0, help="after these the run ends, whatever it is at")
     parser.add_argument("--rounds", type=int, default=25, help="at most so many")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--wall", action="store_true", help="compare wall time")
-    parser.add_argument("--out", type=Path, help="directory for the raw row")
+    parser.add_argument("--out", type=Path, help="directory for the raw rows")
     parser.add_argument("--serve", choices=[BASE, "steered"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve is not None:
@@ -101,13 +99,14 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
     with tempfile.TemporaryDirectory() as folder:
-        save_plans(Path(folder), args.model, LOADS[args.load])
-        row = measure(args, Path(folder))
-    report(row, args)
-    return 0 if row["times"] else 1
+        save_plans(Path(folder), args.model)
+        rows = measure(args, Path(folder))
+    for row in rows:
+        report(row)
+    return 0 if all(row["times"] for row in rows) else 1
 
 
-def save_plans(folder: Path, model: str, load: Load) -> None:
+def save_plans(folder: Path, model: str) -> None:
     """One addition in the middle layer, one in every layer, or an ablation of rank 8 in every layer; all different."""
     import torch
     from transformers import AutoConfig
@@ -117,7 +116,8 @@ def save_plans(folder: Path, model: str, load: Load) -> None:
     torch.manual_seed(0)
     config: Any = AutoConfig.from_pretrained(model).get_text_config()
     layers, width = config.num_hidden_layers, config.hidden_size
-    count = {kind: max((a.configurations for a in load.arms if a.kind == kind), default=0) for kind in (ONE, ALL, RANK)}
+    arms = [arm for load in LOADS.values() for arm in load.arms]
+    count = {kind: max(arm.configurations for arm in arms if arm.kind == kind) for kind in (ONE, ALL, RANK)}
     for i in range(count[ONE]):
         sf.Plan({layers // 2: sf.Add(torch.randn(width) / width**0.5)}).save(folder / f"{ONE}-{i}")
     for i in range(count[ALL]):
@@ -127,53 +127,45 @@ def save_plans(folder: Path, model: str, load: Load) -> None:
         sf.Plan({j: sf.Ablate(basis) for j, basis in enumerate(bases)}).save(folder / f"{RANK}-{i}")
 
 
-def measure(args: argparse.Namespace, plans: Path) -> Row:
-    """Rounds until time or patience ends; the row holds those that were finished."""
-    load = LOADS[args.load]
-    clock = "wall time" if args.wall else "CPU time of the process"
-    row: Row = {
-        "case": f"vllm {args.load.replace('-', ' batch=')}",
-        "suite": "engines",
-        "status": "interrupted",
-        "clock": clock,
-    }
-    row |= {
-        "times": {},
-        "walls": {},
-        "missing": {},
-        "load": {**load._asdict(), "arms": [str(arm) for arm in load.arms]},
-    }
-    row |= {"dtype": args.dtype, "compiled": not args.eager}
-    row["run"] = here("cuda" if args.wall else "cpu")
+def measure(args: argparse.Namespace, plans: Path) -> list[Row]:
+    """Rounds of every load until time or patience ends; the rows hold those that were finished."""
+    rows = {name: new_row(name, args) for name in args.loads}
     engines: dict[str, Any] = {}
     try:
         for name in (BASE, "steered"):  # one starts after the other: both compile
             engines[name] = start(name, plans)
-            ask(engines[name], [None] * load.batch)
-        arms: list[Arm | str] = [*TWICE, *load.arms]
+            ask(engines[name], args.loads[0], [None])
         for number in range(-1, args.rounds):  # the first round warms up
-            done = {str(arm): run(engines, arm, load) for arm in random.sample(arms, len(arms))}
-            if number >= 0:
-                keep(row, done, load, args)
-            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-        row["status"] = "ok"
+            for name in args.loads:
+                arms: list[Arm | str] = [*TWICE, *LOADS[name].arms]
+                done = {str(arm): run(engines, arm, name) for arm in random.sample(arms, len(arms))}
+                if number >= 0:
+                    keep(rows[name], done, LOADS[name].arms[-1], args)
+                print(f"round {number + 1} of {args.rounds}, {name}", file=sys.stderr)
     except KeyboardInterrupt:
         print("ended by the clock or a signal: what follows is of the rounds that were finished", file=sys.stderr)
-        if len(row["times"].get(BASE, ())) >= 5:
-            row["status"] = "ok"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for engine in engines.values():
             os.killpg(engine.pid, signal.SIGKILL)
             engine.wait()
-    write(row, args)
-    return row
+    return [*rows.values()]
+
+
+def new_row(name: str, args: argparse.Namespace) -> Row:
+    arms = [str(arm) for arm in LOADS[name].arms]
+    return {
+        "case": f"vllm {name.replace('-', ' batch=')}", "suite": "engines", "status": "ok",
+        "clock": "wall time" if args.wall else "CPU time of the process", "times": {}, "walls": {}, "missing": {},
+        "load": {**LOADS[name]._asdict(), "arms": arms}, "dtype": args.dtype, "compiled": not args.eager,
+        "run": here("cuda" if args.wall else "cpu"),
+    }  # fmt: skip
 
 
 def here(place: str) -> Row:
     """The circumstances of a run of vLLM, whose CPU build is another distribution."""
     found = circumstances(place) | {
-        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        "threads": int((ON_CPU | os.environ)["OMP_NUM_THREADS"]),
         "quick": False,
     }
     for name in ("vllm", "vllm-cpu"):
@@ -183,7 +175,7 @@ def here(place: str) -> Row:
 
 
 def start(name: str, plans: Path) -> Any:
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = ON_CPU | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     environment |= {"VLLM_PLUGINS": "steerfast" if name == "steered" else "none", "STEERFAST_PLANS": str(plans)}
     return subprocess.Popen(
         [sys.executable, *sys.argv, "--serve", name],
@@ -195,32 +187,30 @@ def start(name: str, plans: Path) -> Any:
     )
 
 
-def run(engines: dict[str, Any], arm: Arm | str, load: Load) -> dict[str, float]:
+def run(engines: dict[str, Any], arm: Arm | str, load: str) -> dict[str, float]:
+    batch = LOADS[load].batch
     if isinstance(arm, str):
-        return ask(engines[BASE], [None] * load.batch)
-    return ask(engines["steered"], [arm.steer(i, load.batch) for i in range(load.batch)])
+        return ask(engines[BASE], load, [None] * batch)
+    return ask(engines["steered"], load, [arm.steer(i, batch) for i in range(batch)])
 
 
-def keep(row: Row, done: dict[str, dict[str, float]], load: Load, args: argparse.Namespace) -> None:
+def keep(row: Row, done: dict[str, dict[str, float]], main_arm: Arm, args: argparse.Namespace) -> None:
     """Add a round to the row and write the row, whole."""
     for kind, unit in (("times", "wall" if args.wall else "cpu"), ("walls", "wall")):
         taken = {arm: found[unit] for arm, found in done.items()}
         taken[BASE] = statistics.mean(taken[name] for name in TWICE)
-        taken["ours"] = taken[str(load.arms[-1])]
+        taken["ours"] = taken[str(main_arm)]
         for arm, seconds in taken.items():
             row[kind].setdefault(arm, []).append(seconds)
-    write(row, args)
-
-
-def write(row: Row, args: argparse.Namespace) -> None:
-    if args.out is not None and row["times"]:
+    if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"{row['run']['date'][:10]}-{row['run']['place']}-vllm-{args.load}.jsonl"
+        name = row["case"].replace(" batch=", "-").replace(" ", "-")
+        path = args.out / f"{row['run']['date'][:10]}-{row['run']['place']}-{name}.jsonl"
         replace_file(path, (json.dumps(row, separators=(",", ":")) + "\n").encode())
 
 
-def ask(engine: Any, steering: list[Any]) -> dict[str, float]:
-    engine.stdin.write(json.dumps(steering) + "\n")
+def ask(engine: Any, load: str, steering: list[Any]) -> dict[str, float]:
+    engine.stdin.write(json.dumps([load, steering]) + "\n")
     engine.stdin.flush()
     for line in engine.stdout:
         if line.startswith("{"):
@@ -232,23 +222,25 @@ def serve(args: argparse.Namespace) -> None:
     """One engine: reads what each request of a batch asks for, runs the batch, says what it took."""
     from vllm import LLM, SamplingParams
 
-    load = LOADS[args.load]
     llm = LLM(
         args.model,
         dtype=args.dtype,
         max_model_len=256,
-        max_num_seqs=load.batch,
+        max_num_seqs=max(LOADS[name].batch for name in args.loads),
         enforce_eager=args.eager,
         enable_prefix_caching=False,
         gpu_memory_utilization=0.2,
     )
-    prompts: Any = [
-        {"prompt_token_ids": random.Random(i).choices(range(100, 2000), k=load.prompt)} for i in range(load.batch)
-    ]
     for line in sys.stdin:
+        name, steering = json.loads(line)
+        load = LOADS[name]
+        prompts: Any = [
+            {"prompt_token_ids": random.Random(i).choices(range(100, 2000), k=load.prompt)}
+            for i in range(len(steering))
+        ]
         params = [
             SamplingParams(temperature=0.0, max_tokens=load.tokens, ignore_eos=True, detokenize=False, extra_args=extra)
-            for extra in json.loads(line)
+            for extra in steering
         ]
         wall, cpu = time.perf_counter(), time.process_time()
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -257,9 +249,9 @@ def serve(args: argparse.Namespace) -> None:
         print(json.dumps(taken), flush=True)
 
 
-def report(row: Row, args: argparse.Namespace) -> None:
+def report(row: Row) -> None:
     if not row["times"]:
-        print("no round was finished; give more --minutes")
+        print(f"{row['case']}: no round was finished; give more --minutes")
         return
     print(
         f"{row['case']}, {row['dtype']}, {len(row['times'][BASE])} rounds: throughput over disabled, by {row['clock']}"
@@ -267,8 +259,6 @@ def report(row: Row, args: argparse.Namespace) -> None:
     for arm in row["load"]["arms"]:
         print("  {:<48} {:.3f}  [{:.3f}, {:.3f}]".format(arm, *interval(paired(row, BASE, arm))))
     print("  {:<48} {:.3f}  [{:.3f}, {:.3f}]".format("disabled, twice", *interval(paired(row, *TWICE))))
-    if args.out is not None:
-        print(f"raw row in {args.out}")
 
 
 if __name__ == "__main__":

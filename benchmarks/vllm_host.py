@@ -1,23 +1,29 @@
-"""Host time that steering adds to a step of vLLM, without the engine: microseconds of CPU time, medians.
+"""Host time and memory that steering takes inside vLLM, without the engine: microseconds of CPU time, medians.
 
-    python benchmarks/vllm_host.py
+    python benchmarks/vllm_host.py --out benchmarks/results
 
-Wanted: 100 µs with 64 steered requests, 15 µs when nobody is steered. The edits of 30 layers of width 576 in bfloat16 are
-shown beside it; on a GPU they are kernels and no host time.
+Wanted: 100 µs a step with 64 steered requests, 15 µs when nobody is steered, and at most twice a vector's size (in float32,
+as a plan holds it) in memory. The edits of 30 layers of width 576 in bfloat16 are shown beside it; on a GPU they are
+kernels and no host time.
 """
 
 from __future__ import annotations
 
+import argparse
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
 import steerfast as sf
 from steerfast.integrations.vllm.edits import Place, Places
 from steerfast.integrations.vllm.table import EVER, Owner, RowTable
+from steerfast.timing import append_row, circumstances
 
 REQUESTS, WIDTH, LAYERS, CALLS = 64, 576, 30, 500
 NAMES = [f"cmpl-{i:032x}-0-{i:08x}" for i in range(REQUESTS)]
@@ -26,23 +32,60 @@ STARTS, POSITIONS = torch.arange(REQUESTS + 1, dtype=torch.int32), torch.full((2
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="directory for the raw rows")
+    args = parser.parse_args()
     torch.set_num_threads(1)
+    memory = {"per_vector": memory_per_vector()}
+    print(f"  memory of a vector over its size {memory['per_vector']:.2f}")
+    found: dict[str, float] = {}
     for steered in (0, 16, 64):
         made = table(steered)
-        show(f"table, {steered} of {REQUESTS} steered, the batch goes on", partial(fill, made, NAMES))
+        found[f"steered_{steered}_goes_on"] = show(
+            f"table, {steered} of {REQUESTS} steered, the batch goes on", partial(fill, made, NAMES)
+        )
     for path in ("host", "device"):
-        made = table(REQUESTS)
-        made._write = made._on_host if path == "host" else made._on_device
-        show(f"table, {REQUESTS} steered, the batch has changed, {path}'s path", partial(turn, made))
+        made = table(REQUESTS, path)
+        found[f"{path}_goes_on"] = show(f"table, 64 steered, it goes on, {path}'s path", partial(fill, made, NAMES))
+        found[f"{path}_changed"] = show(f"table, 64 steered, it has changed, {path}'s path", partial(turn, made))
+    found["idle"] = found["steered_0_goes_on"]
+    found["steered_64"] = max(found["host_changed"], found["device_changed"])
     for steered in (0, 64):
         places = layers(table(steered))
         stream, hidden = torch.randn(REQUESTS, WIDTH).bfloat16(), torch.randn(REQUESTS, WIDTH).bfloat16()
         with torch.inference_mode():
-            show(f"edits of {LAYERS} layers, {steered} steered, as many vectors", partial(edit, places, stream, hidden))
+            found[f"edits_{steered}"] = show(
+                f"edits of {LAYERS} layers, {steered} steered, as many vectors", partial(edit, places, stream, hidden)
+            )
+    if args.out is not None:
+        run = {**circumstances("cpu"), "quick": False}
+        for case, values in (("vllm host time", found), ("vllm memory", memory)):
+            row = {"case": case, "suite": "engines", "status": "ok", "values": values, "run": run}
+            append_row(args.out / f"{run['date'][:10]}-cpu-vllm-host.jsonl", row)
 
 
-def table(steered: int) -> RowTable:
+def memory_per_vector(count: int = 2000, width: int = 4096) -> float:
+    """By how much memory rises where `count` vectors are loaded, over their size in float32."""
+    before = resident()
+    place = Place(
+        [sf.Add(torch.zeros(width) + 1) for _ in range(count)], count, width, torch.bfloat16, torch.device("cpu")
+    )
+    for slot in range(count):
+        place.load(slot, sf.Add(torch.zeros(width) + slot + 1))
+    place.seal()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but kept is not taken
+    return (resident() - before) / (4.0 * count * width)
+
+
+def resident() -> int:
+    """Bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def table(steered: int, path: str = "host") -> RowTable:
     made = RowTable(2048, torch.device("cpu"))
+    made._write = made._on_host if path == "host" else made._on_device
     for i in range(steered):
         made.put(NAMES[i], [Owner(i, 1.0 + i / 100, 0, EVER)])
     fill(made, NAMES)
@@ -71,7 +114,7 @@ def layers(made: RowTable) -> Places:
     return Places(found, made)
 
 
-def show(name: str, call: Callable[[], object]) -> None:
+def show(name: str, call: Callable[[], object]) -> float:
     taken = []
     for _ in range(CALLS):
         start = time.process_time()
@@ -79,6 +122,7 @@ def show(name: str, call: Callable[[], object]) -> None:
         taken.append(time.process_time() - start)
     low, middle, high = statistics.quantiles(taken)
     print(f"  {name:<64} {1e6 * middle:8.1f} µs  [{1e6 * low:.1f}, {1e6 * high:.1f}]")
+    return middle
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 OPTIONS = [
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "16",
-    "--max-num-batched-tokens", "64", "--block-size", "32", "--num-gpu-blocks-override", "24",
+    "--max-num-batched-tokens", "64", "--block-size", "32", "--num-gpu-blocks-override", "12",
 ]  # fmt: skip
 
 

@@ -82,3 +82,8 @@ def power_of_two(size: int, at_least: int = 1) -> int:
 def choose(table: list[tuple[int, T]], size: int) -> T:
     """The value beside the first limit that is not below `size`; the last entry serves every larger size."""
     return next((value for limit, value in table if size <= limit), table[-1][1])
+
+
+def warps_of(count: int) -> int:
+    """As many threads as `count` warps of 32 lanes have: a wave of AMD has 64."""
+    return count // 2 if torch.version.hip else count

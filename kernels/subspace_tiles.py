@@ -9,14 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._launch import Edit, choose, power_of_two
+from ._launch import Edit, choose, power_of_two, warps_of
 from ._tuned import tuned
 from .act import AFFINE, KEEP_NORM, act, mode_of, restore
 
 TILE_RANK = 16  # from this rank on a product on tensor cores beats sums of vectors
 TILE_ROWS = [(64, 64), (128, 32), (512, 16)]  # (largest k, rows per tile): y stays in registers
-# (largest k, (columns of d per step, warps)): at k = 64 a step of 64 columns spills 280 bytes on sm_80 with 4 warps and
-# 28 on gfx942 with 8
+# (largest k, (columns of d per step, warps of 32 lanes)): at k = 64 a step of 64 columns spills 280 bytes on sm_80 with 4
+# warps; 8 waves of gfx942, which have 64 lanes, leave too few registers to each, and every solver spills 31
 TILE_STEP = [(32, (64, 4)), (512, (32, 8))]
 TILE_STAGES = 3
 
@@ -196,5 +196,5 @@ def launch_tiles(edit: Edit) -> None:
     _tiles_kernel[(triton.cdiv(x.shape[0], block_n),)](
         **edit.reads(), **edit.writes(),
         N=x.shape[0], BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_K=power_of_two(rank, TILE_RANK),
-        num_warps=warps, num_stages=tuned("subspace_tiles.TILE_STAGES", TILE_STAGES, x),
+        num_warps=warps_of(warps), num_stages=tuned("subspace_tiles.TILE_STAGES", TILE_STAGES, x),
     )  # fmt: skip

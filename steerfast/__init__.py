@@ -10,6 +10,7 @@ _HOMES = {
     "conditions": ["Condition", "When", "WhenToken"],
     "extract": ["Activations", "Direction", "collect"],
     "fitting": ["fit_barrier"],
+    "flow_plot": ["plot_flow"],
     "flows": ["Flow", "flow"],
     "hooks": ["Steering", "prepare", "steer"],
     "integrations": ["load_vectors"],

@@ -14,6 +14,7 @@ from .extract import Activations as Activations
 from .extract import Direction as Direction
 from .extract import collect as collect
 from .fitting import fit_barrier as fit_barrier
+from .flow_plot import plot_flow as plot_flow
 from .flows import Flow as Flow
 from .flows import flow as flow
 from .hooks import Steering as Steering

@@ -97,6 +97,9 @@ def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> T
         ) from None
     if not rows.is_floating_point():
         raise TypeError(f"{owner}: {name} has dtype {rows.dtype}; expected a floating dtype")
+    if rows.layout != torch.strided or rows.is_meta:
+        raise TypeError(f"{owner}: {name} is a {'meta' if rows.is_meta else rows.layout} tensor; expected a dense one")
+    given = rows
     rows = rows.detach().to("cpu", torch.float32, copy=True)  # the caller may go on changing its tensor
     if rows.dim() == 1:
         rows = rows[None]
@@ -104,6 +107,8 @@ def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> T
         expected = "(d,)" if one else "(d,) or (m, d), m >= 1"
         raise ValueError(f"{owner}: {name} has shape {tuple(torch.as_tensor(value).shape)}; expected {expected}")
     bad = (~rows.isfinite()).any(1).nonzero().flatten().tolist()
+    if bad and bool(given.isfinite().all()):
+        raise ValueError(f"{owner}: {name} overflows float32 in row {bad[0]}; scale it towards length 1")
     if bad:
         raise ValueError(f"{owner}: {name} holds NaN or Inf in row {bad[0]}; check the activations it came from")
     zero = (rows == 0).all(1).nonzero().flatten().tolist()
@@ -114,13 +119,24 @@ def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> T
 
 def finite_number(owner: str, name: str, value: Any) -> float:
     """A finite Python float."""
+    if isinstance(value, (bool, str, bytes)):
+        raise TypeError(f"{owner}: {name} must be a number; got {value!r}")
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{owner}: {name} must be a number; got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{owner}: {name} must be finite; got a whole number beyond any float") from None
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(f"{owner}: {name} must be finite; got {number}")
     return number
+
+
+def flag(owner: str, name: str, value: Any) -> bool:
+    """True or False; a word such as "no" would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be True or False; got {value!r}")
+    return value
 
 
 def one_of(owner: str, name: str, value: Any, allowed: Sequence[str]) -> str:

@@ -324,7 +324,7 @@ class Runs:
                 return start
         raise RuntimeError(
             f"steerfast: no {length} neighbouring {what} are free (capacity {self.size}); release something or ask for more "
-            "when the bank is built"
+            f"{what} where they are set aside: in prepare, or in Bank"
         )
 
     def take_at(self, start: int, length: int) -> None:

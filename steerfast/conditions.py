@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ._checks import direction_rows, finite_number, one_of
+from ._checks import direction_rows, finite_number, flag, one_of
 from .interventions import Directions, Intervention, Program, as_tensor, intervention_type, orthonormal, set_field
 from .ops import similarity
 from .reference import Slot
@@ -54,6 +54,7 @@ class Condition:
         rows = direction_rows("Condition", "direction", self.direction)
         set_field(self, "direction", orthonormal("Condition", "direction", rows))
         one_of("Condition", "similarity", self.similarity, SIMILARITIES)
+        flag("Condition", "above", self.above)
         set_field(self, "threshold", finite_number("Condition", "threshold", self.threshold))
         low = 0.0 if self.similarity == "projection" else -1.0
         if not low <= self.threshold <= 1.0:
@@ -112,6 +113,21 @@ class When(Intervention):
         width = as_tensor(self.condition.direction).shape[-1]
         if width != self.then.width:
             raise ValueError(f"{owner}: the condition has width {width} and the intervention {self.then.width}")
+
+    @property
+    def width(self) -> int:
+        """d, the width of the stream that it edits."""
+        return self.then.width
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """(site, layer) where the intervention belongs, if it knows."""
+        return self.then.place
+
+    @property
+    def model(self) -> str | None:
+        """Class of the one model that the intervention fits; None: any of its width."""
+        return self.then.model
 
     def slot(self) -> Slot:
         return self.then.slot()

@@ -515,9 +515,7 @@ class Controller:
 
     # --- under torch.compile -----------------------------------------------------------------------------------------
 
-    def prepare(
-        self, points: list[Place], batch: int, length: int, slots: int, directions: int, rank: int
-    ) -> None:
+    def prepare(self, points: list[Place], batch: int, length: int, slots: int, directions: int, rank: int) -> None:
         """Install inert dispatchers with banks of fixed size and a row table at a fixed address."""
         if self.prepared:
             raise RuntimeError(

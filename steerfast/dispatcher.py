@@ -89,7 +89,7 @@ class Dispatcher:
     def _look(self, now: Pass, x: Tensor) -> None:
         """Decide once per pass, and once for all equal passes: nothing, a table, or the same slots for every token."""
         self._direct, self._table = [], None
-        self._seen = None if torch.compiler.is_compiling() else now
+        self._seen = None if self.fixed or torch.compiler.is_compiling() else now  # a compiled graph would guard on it
         if now.rows is not None and now.scale is not None:
             self._table = (now.rows, now.scale) if self.fixed or self.edits else None
             return

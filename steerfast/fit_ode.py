@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steer", default="last", choices=cli.POSITIONS, help="tokens that the plan steers (default: %(default)s)"
     )
+    picture = "draw h along the path, from the negative texts, and its gain by the number of steps (needs matplotlib)"
+    parser.add_argument("--plot", type=Path, metavar="PNG", help=picture)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,10 +53,13 @@ def run(args: argparse.Namespace) -> int:
     from . import cli
     from .extract import collect
     from .fitting import fit_barrier
+    from .flow_plot import plot_flow, require_matplotlib
     from .flows import Flow
     from .layers import find_layers
     from .plan import Plan
 
+    if args.plot is not None:
+        require_matplotlib()  # before the model is loaded
     positive, negative = cli._texts("--positive", args.positive), cli._texts("--negative", args.negative)
     model, tokenizer = cli._load(args)
     layers = cli._layers(args.layer, find_layers(model, "fit-ode").count)
@@ -80,5 +85,7 @@ def run(args: argparse.Namespace) -> int:
     cli._say("Settings    " + (", ".join(f"{name} {value:g}" for name, value in info.settings.items())))
     cli._say(f"Plan        {saved} ({flow!r}, positions {args.steer})")
     cli._say(f"Barrier     {args.out / 'barrier'}")
+    if args.plot is not None:
+        cli._say(f"Picture     {plot_flow(flow, sides[1][layer], args.plot)}")
     cli._say(f'Next        steerfast generate {args.model} "Your prompt" --plan {saved}')
     return 0

@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ EXACT = 2000
 SEARCHED = 1000
 """Rows, drawn by group, on which settings are compared."""
 FOLDS = 5
+NEWTON = 50  # steps at most; five or six are usual
 COMPONENTS = 8000  # of the count sketch
 UNITS = {"rff": 128, "mlp": 32}  # ridge terms
 MAX_RANK = 64
@@ -45,7 +46,7 @@ ANGLE, STEPS = 0.4, 10  # of the flow whose displacement is compared
 STRENGTHS = tuple(10.0**e for e in range(-1, 7))
 """The grid of C, in units that make it comparable over kernels: of the kernel divided by its mean diagonal."""
 RATIOS = (10.0, 1.0, 0.1)  # c₀/γ; with C it is all that the quadratic kernel depends on
-WIDTHS = (0.5, 1.0, 2.0)  # of the Gaussian kernel behind rff, in units of the median distance
+WIDTHS = (0.5, 1.0, 2.0, 4.0)  # of the Gaussian kernel behind rff, in units of the median distance
 DECAYS = (1e-3, 1e-2, 1e-1)  # of the network's weights
 
 
@@ -204,10 +205,10 @@ class _Data:
         found = [(torch.from_numpy(fitted), torch.from_numpy(held)) for fitted, held in parts]
         return [(f, h) for f, h in found if 0 < int(self.labels[f].sum()) < len(f) and len(h)]
 
-    def info(self, kind: str, held: tuple[float, float], h: Tensor, settings: dict[str, float]) -> BarrierInfo:
+    def info(self, kind: str, held: _Held, h: Tensor, settings: dict[str, float]) -> BarrierInfo:
         """What is known after a fit; h are the fitted log-odds of the rows."""
         separable = bool(((h > 0) == self.labels).all())
-        if separable and math.isnan(held[0]):
+        if separable and math.isnan(held.log_likelihood):
             warnings.warn(
                 f"fit_barrier: the {len(self.x)} rows are separable and too few to hold some out, so the size of h is set by "
                 "the penalty alone; give more examples",
@@ -215,7 +216,7 @@ class _Data:
                 stacklevel=4,
             )
         return BarrierInfo(
-            kind, **self.origin, typical_norm=self.typical_norm, log_likelihood=held[0], accuracy=held[1],
+            kind, **self.origin, typical_norm=self.typical_norm, log_likelihood=held.log_likelihood, accuracy=held.accuracy,
             separable=separable, settings=settings,
         )  # fmt: skip
 
@@ -256,47 +257,96 @@ def _regress(features: Tensor, labels: Tensor, C: float) -> tuple[Tensor, float]
     return torch.from_numpy(found.coef_[0]).double(), float(found.intercept_[0])
 
 
-def _held_out(data: _Data, folds: Sequence[Any], fit: Callable[[Any], Tensor]) -> tuple[float, float]:
-    """Mean log-likelihood and accuracy of the rows that a fold holds out; fit(fold) returns their log-odds. NaN: no folds."""
+class _Held(NamedTuple):
+    """What held-out rows say of a fit: mean log-likelihood, share on the right side, standard error of that mean."""
+
+    log_likelihood: float
+    accuracy: float
+    error: float
+
+
+UNKNOWN = _Held(math.nan, math.nan, math.nan)
+
+
+def _held_out(data: _Data, folds: Sequence[Any], odds: Sequence[Tensor]) -> _Held:
+    """What the log-odds of the rows that each fold holds out are worth."""
     if not folds:
-        return math.nan, math.nan
-    z = torch.cat([fit(fold) for fold in folds]).double()
+        return UNKNOWN
+    z = torch.cat(list(odds)).double()
     y = torch.cat([data.labels[fold[1]] for fold in folds])
-    score = torch.nn.functional.logsigmoid(torch.where(y, z, -z)).mean()
-    return float(score), float(((z > 0) == y).double().mean())
-
-
-def _held_out_regression(data: _Data, features: Tensor, C: float) -> tuple[float, float]:
-    def fit(fold: tuple[Tensor, Tensor]) -> Tensor:
-        w, intercept = _regress(features[fold[0]], data.labels[fold[0]], C)
-        return features[fold[1]].double() @ w + intercept
-
-    return _held_out(data, data.folds, fit)
+    each = torch.nn.functional.logsigmoid(torch.where(y, z, -z))
+    return _Held(float(each.mean()), float(((z > 0) == y).double().mean()), float(each.std()) / math.sqrt(len(each)))
 
 
 def _choose(
-    data: _Data, kernels: Sequence[Any], make: Callable[[Any, Tensor], _Kernel], C: float | None
-) -> tuple[Any, float, tuple[float, float]]:
-    """The kernel and C with the best held-out log-likelihood, and that; what is given is not searched."""
+    data: _Data, kernels: Sequence[Any], gram: Callable[[Any, Tensor], Tensor], C: float | None
+) -> tuple[Any, float, _Held]:
+    """The kernel and C with the best held-out log-likelihood, and that; what is given is not searched.
+
+    All folds and all C share one Gram matrix, and each C starts where the one before it ended.
+    """
     part = data.searched()
-    best: tuple[Any, float, tuple[float, float]] | None = None
+    if not part.folds:  # nothing can be held out: the published penalty
+        return kernels[0], 1.0 if C is None else C, UNKNOWN
+    tried: list[tuple[Any, float, _Held]] = []
     for kernel in kernels:
-        found = make(kernel, part.x)
-        for strength in [C] if C is not None else [s / found.scale for s in STRENGTHS]:
-            score = _held_out_regression(part, found.coordinates, strength)
-            if math.isnan(score[0]):  # nothing can be held out: the published penalty
-                return kernels[0], strength if C is not None else 1.0, score
-            if best is None or score[0] > best[2][0]:
-                best = kernel, strength, score
-    assert best is not None  # there is at least one kernel and one strength
-    return best
+        K = gram(kernel, part.x.double())
+        strengths = [C] if C is not None else [s / float(K.diagonal().mean()) for s in STRENGTHS]
+        paths = [_dual_path(K[fitted][:, fitted], part.labels[fitted], strengths) for fitted, _ in part.folds]
+        for i, strength in enumerate(strengths):
+            odds = [
+                K[held][:, fitted] @ path[i][0] + path[i][1]
+                for (fitted, held), path in zip(part.folds, paths, strict=True)
+            ]
+            tried.append((kernel, strength, _held_out(part, part.folds, odds)))
+    return max(tried, key=lambda found: found[2])
+
+
+def _dual_path(K: Tensor, labels: Tensor, strengths: Sequence[float]) -> list[tuple[Tensor, float]]:
+    """(β, intercept) of kernel logistic regression, f = Kβ + intercept, for each C in turn.
+
+    Newton on C·Σ log(1 + exp(∓f)) + βᵀKβ/2 in its n dual coordinates: one Cholesky factor of I + √W·K·√W a step, where W is
+    C·p(1 - p) (Rasmussen & Williams 2006, algorithm 3.1, with a free intercept).
+    """
+    target, sign = labels.double(), 2 * labels.double() - 1
+    beta, intercept = torch.zeros(len(K), dtype=K.dtype), float(torch.logit(target.mean()))
+    found = []
+    for C in strengths:
+
+        def loss(beta: Tensor, inside: Tensor, intercept: float, C: float = C) -> float:
+            misses = torch.nn.functional.softplus(-sign * (inside + intercept)).sum()
+            return float(misses + beta @ inside / (2 * C)) / len(K)
+
+        inside = K @ beta  # f without its intercept
+        now = loss(beta, inside, intercept)
+        for _ in range(NEWTON):
+            f = inside + intercept
+            p = torch.sigmoid(f)
+            weight = (C * p * (1 - p)).clamp(min=1e-12 * C)
+            root = weight.sqrt()
+            factor = torch.linalg.cholesky((K * root).mul_(root[:, None]).add_(torch.eye(len(K), dtype=K.dtype)))
+            right = torch.stack([C * (target - p) + weight * f, weight], 1)
+            solved = right - root[:, None] * torch.cholesky_solve(root[:, None] * (K @ right), factor)
+            goal = float(solved[:, 0].sum() / solved[:, 1].sum())  # the intercept at which Σβ = 0
+            step, turn = solved[:, 0] - goal * solved[:, 1] - beta, goal - intercept
+            bent, share = K @ step, 1.0
+            while (
+                new := loss(beta + share * step, inside + share * bent, intercept + share * turn)
+            ) > now and share > 1e-3:
+                share /= 2
+            beta, inside, intercept = beta + share * step, inside + share * bent, intercept + share * turn
+            gain, now = now - new, new
+            if gain < 1e-4 * new:
+                break
+        found.append((beta, intercept))
+    return found
 
 
 # --- the kinds ---------------------------------------------------------------------------------------------------------
 
 
 def _linear(data: _Data, C: float | None, kernel: None, rank: int | str) -> Barrier:
-    _, C, held = _choose(data, [None], lambda _, rows: _Kernel(_product, rows, rows), C)
+    _, C, held = _choose(data, [None], lambda _, rows: rows @ rows.T, C)
     if len(data.x) <= EXACT:
         found = _Kernel(_product, data.x, data.x)
         w, intercept = _regress(found.coordinates, data.labels, C)
@@ -311,9 +361,7 @@ def _linear(data: _Data, C: float | None, kernel: None, rank: int | str) -> Barr
 
 def _quadratic(data: _Data, C: float | None, kernel: tuple[float, float] | None, rank: int | str) -> Barrier:
     kernels = [(1.0 / ratio, 1.0) for ratio in RATIOS] if kernel is None else [kernel]
-    (gamma, coef0), C, held = _choose(
-        data, kernels, lambda k, rows: _Kernel(lambda a, b: (k[0] * (a @ b.T) + k[1]) ** 2, rows, rows), C
-    )
+    (gamma, coef0), C, held = _choose(data, kernels, lambda k, rows: (k[0] * (rows @ rows.T) + k[1]) ** 2, C)
     order = torch.randperm(len(data.x), generator=_generator(data.seed))
     landmarks = data.x if len(data.x) <= EXACT else data.x[order[: EXACT // 2]]
     found = _Kernel(lambda a, b: (gamma * (a @ b.T) + coef0) ** 2, data.x, landmarks)
@@ -340,8 +388,7 @@ def _sketch(data: _Data, C: float | None, kernel: tuple[float, float] | None, ra
     signs = (2 * torch.randint(0, 2, (2, d + 1), generator=generator) - 1).to(torch.int8)
     empty = Sketch(hashes, signs, torch.zeros(COMPONENTS), gamma, coef0)
     features = torch.cat([empty.features(part) for part in data.x.split(1024)])
-    part = data.searched()
-    held = _held_out_regression(part, _Kernel(_product, f := empty.features(part.x), f).coordinates, C)
+    _, C, held = _choose(data, [None], lambda _, rows: (f := empty.features(rows)) @ f.T, C)
     if len(features) <= EXACT:
         found = _Kernel(_product, features, features)
         w, intercept = _regress(found.coordinates, data.labels, C)
@@ -368,19 +415,22 @@ def _fourier(data: _Data, C: float | None, kernel: None, rank: int | str) -> Bar
     def features(at: _Projected, rows: Tensor, width: float) -> Tensor:
         return unit * torch.cos(at(rows) @ (omega[:, : len(at.basis)] / (width * at.distance)).T + phases)
 
-    def held(width: float, strength: float) -> tuple[float, float]:
-        def fit(fold: tuple[Tensor, Tensor, _Projected]) -> Tensor:
-            fitted, out, at = fold
+    def held(width: float, strength: float) -> _Held:
+        def fit(fitted: Tensor, out: Tensor, at: _Projected) -> Tensor:
             w, intercept = _regress(features(at, part.x[fitted], width), part.labels[fitted], strength)
             return features(at, part.x[out], width).double() @ w + intercept
 
-        return _held_out(part, folds, fit)
+        return _held_out(part, folds, [fit(*fold) for fold in folds])
 
     part = data.searched()
     folds = project.folds(part)
     tried = [(width, strength) for width in WIDTHS for strength in (STRENGTHS if C is None else [C])]
-    scores = {pair: held(*pair) for pair in tried} if folds else {(1.0, C or 1.0): (math.nan, math.nan)}
-    width, C = max(scores, key=lambda pair: scores[pair][0])
+    scores = {pair: held(*pair) for pair in tried} if folds else {(1.0, C or 1.0): UNKNOWN}
+    best = max(scores.values())
+    # the widest kernel that is no worse than chance tells apart: a narrow one is noise a few widths away from its rows, where
+    # flows start, and rows that are easy to separate do not tell the two apart
+    widest = max(width for (width, _), found in scores.items() if not found[0] < best[0] - best.error)
+    width, C = max((pair for pair in scores if pair[0] == widest), key=lambda pair: scores[pair])
     at = project(data)
     found = features(at, data.x, width)
     w, intercept = _regress(found, data.labels, C)
@@ -395,12 +445,11 @@ def _fourier(data: _Data, C: float | None, kernel: None, rank: int | str) -> Bar
 def _network(data: _Data, C: float | None, kernel: None, rank: int | str) -> Barrier:
     project = _Projection.choose(data, rank)
 
-    def held(decay: float) -> tuple[float, float]:
-        def fit(fold: tuple[Tensor, Tensor, _Projected]) -> Tensor:
-            fitted, out, at = fold
+    def held(decay: float) -> _Held:
+        def fit(fitted: Tensor, out: Tensor, at: _Projected) -> Tensor:
             return _forward(at(part.x[out]), _train(at(part.x[fitted]), part.labels[fitted], decay, data.seed))
 
-        return _held_out(part, folds, fit)
+        return _held_out(part, folds, [fit(*fold) for fold in folds])
 
     part = data.searched()
     folds = project.folds(part)
@@ -474,7 +523,7 @@ class _Projection:
     def choose(cls, data: _Data, rank: int | str) -> _Projection:
         """The rank that is asked for, and the linear barrier's C by held-out log-likelihood."""
         n, d = data.x.shape
-        C = _choose(data, [None], lambda _, rows: _Kernel(_product, rows, rows), None)[1]
+        C = _choose(data, [None], lambda _, rows: rows @ rows.T, None)[1]
         return cls(min(PROJECTION, n, d) if rank == "auto" else int(rank), C)
 
     def folds(self, data: _Data) -> list[tuple[Tensor, Tensor, _Projected]]:

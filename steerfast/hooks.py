@@ -93,9 +93,17 @@ def prepare(
     controller = controller_of(model)
     if controller.handles:
         raise RuntimeError("prepare: the model is being steered; remove the handles first")
-    for name, value in (("batch", batch), ("length", length), ("slots", slots), ("directions", directions), ("rank", rank)):
+    for name, value in (
+        ("batch", batch),
+        ("length", length),
+        ("slots", slots),
+        ("directions", directions),
+        ("rank", rank),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"prepare: {name} is {value!r}; expected a whole number >= 1")
+    if rank > directions:
+        raise ValueError(f"prepare: rank is {rank} and directions {directions}; expected rank <= directions")
     if layers is not None and (not isinstance(layers, Sequence) or not layers):
         raise TypeError(f"prepare: layers is {layers!r}; expected a non-empty list of layers, or None for all")
     chosen = range(controller.layers.count) if layers is None else layers
@@ -213,7 +221,7 @@ class Steering:
 
 
 def _strengths(value: float | Sequence[float], count: int, per_row: bool) -> list[float]:
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         if not per_row or len(value) != count:
             raise ValueError(
                 f"steer: {len(value)} strengths for {count} plan(s); give one number, or a list of plans with one strength each"

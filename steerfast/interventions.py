@@ -7,6 +7,7 @@ a bank rounds them to the dtype of the stream.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ._checks import direction_rows, finite_number, one_of
+from ._checks import direction_rows, finite_number, flag, one_of
 from .barrier import ORTHONORMAL
 from .reference import ADD, AFFINE, HINGE, PUSH, Slot
 
@@ -118,6 +119,7 @@ class Add(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        flag("Add", "keep_norm", self.keep_norm)
         set_field(self, "vector", direction_rows("Add", "vector", self.vector, one=True)[0])
         set_field(self, "strength", finite_number("Add", "strength", self.strength))
 
@@ -150,6 +152,7 @@ class Ablate(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        flag("Ablate", "keep_norm", self.keep_norm)
         set_field(
             self, "direction", orthonormal("Ablate", "direction", direction_rows("Ablate", "direction", self.direction))
         )
@@ -185,6 +188,7 @@ class Amplify(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        flag("Amplify", "keep_norm", self.keep_norm)
         set_field(self, "features", direction_rows("Amplify", "features", self.features))
         set_field(self, "alpha", finite_number("Amplify", "alpha", self.alpha))
 
@@ -219,6 +223,7 @@ class Calibrate(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        flag("Calibrate", "keep_norm", self.keep_norm)
         set_field(self, "features", direction_rows("Calibrate", "features", self.features))
         set_field(self, "beta", finite_number("Calibrate", "beta", self.beta))
 
@@ -256,6 +261,7 @@ class AffineAblate(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        flag("AffineAblate", "keep_norm", self.keep_norm)
         unit = unit_row("AffineAblate", self.direction)
         set_field(self, "direction", unit)
         baseline = self.baseline
@@ -299,6 +305,7 @@ class Clamp(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        flag("Clamp", "keep_norm", self.keep_norm)
         set_field(self, "direction", unit_row("Clamp", self.direction))
         for name in ("low", "high"):
             if getattr(self, name) is not None:
@@ -343,15 +350,20 @@ class Affine(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
-        if self.bias is None and not isinstance(self.weight, Tensor):
+        flag("Affine", "keep_norm", self.keep_norm)
+        if not isinstance(self.bias, (Tensor, type(None))):
+            raise TypeError(f"Affine: bias must be a tensor (d,) or None; got {self.bias!r}")
+        shaped = self.weight if isinstance(self.weight, Tensor) else self.bias
+        weight = self.weight if isinstance(self.weight, Tensor) else finite_number("Affine", "weight", self.weight)
+        if shaped is None:
             raise TypeError(
                 "Affine: weight is a number and there is no bias to tell the width; give weight as a tensor (d,)"
             )
-        width = self.weight.shape if isinstance(self.weight, Tensor) else as_tensor(self.bias).shape
-        weight = self.weight if isinstance(self.weight, Tensor) else torch.full(width, float(self.weight))
-        bias = torch.zeros(width) if self.bias is None else self.bias
+        width = shaped.shape
         if len(width) != 1:
             raise ValueError(f"Affine: weight has shape {tuple(width)}; expected (d,)")
+        weight = weight if isinstance(weight, Tensor) else torch.full(width, weight)
+        bias = torch.zeros(width) if self.bias is None else self.bias
         set_field(self, "weight", float_table("Affine", "weight", weight, tuple(width)))
         set_field(self, "bias", float_table("Affine", "bias", bias, tuple(width)))
         if bool((as_tensor(self.weight) == 1).all()) and not bool(as_tensor(self.bias).any()):
@@ -390,6 +402,7 @@ class LoReFT(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        flag("LoReFT", "keep_norm", self.keep_norm)
         set_field(self, "R", direction_rows("LoReFT", "R", self.R))
         set_field(self, "W", float_table("LoReFT", "W", self.W, tuple(self.R.shape)))
         b = torch.zeros(self.R.shape[0]) if self.b is None else self.b
@@ -412,6 +425,7 @@ class Features:
         bias: b, (m,); None: zero.
         threshold: θ ≥ 0, (m,); None: ReLU.
         place: (site, layer) that they read and write, if known: `sf.Plan([...])` puts them there.
+        model: Class of the model whose stream they read, if known; another one is then refused.
 
     Raises:
         TypeError, ValueError: shapes do not fit, a value is not finite, or a threshold is negative.
@@ -422,6 +436,7 @@ class Features:
     bias: Tensor | None = None
     threshold: Tensor | None = None
     place: tuple[str, int] | None = None
+    model: str | None = None
 
     def __post_init__(self) -> None:
         set_field(self, "encoder", direction_rows("Features", "encoder", self.encoder))
@@ -445,7 +460,7 @@ class Features:
                 f"EditFeatures: feature {outside[0]} is out of range; there are {self.encoder.shape[0]}, from 0"
             )
         bias, threshold = as_tensor(self.bias)[indices], as_tensor(self.threshold)[indices]
-        return Features(self.encoder[indices], self.decoder[indices], bias, threshold, self.place)
+        return Features(self.encoder[indices], self.decoder[indices], bias, threshold, self.place, self.model)
 
 
 class HasFeatures(Protocol):
@@ -488,14 +503,17 @@ class EditFeatures(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        flag("EditFeatures", "keep_norm", self.keep_norm)
         one_of("EditFeatures", "mode", self.mode, ("set", "add", "scale", "min", "max"))
         if not isinstance(self.values, Mapping) or not self.values:
             raise TypeError(f"EditFeatures: values must be a non-empty dict of feature -> number; got {self.values!r}")
         if not hasattr(self.sae, "rows"):
             raise TypeError(f"EditFeatures: sae must be Features or an SAE; got {type(self.sae).__name__}")
-        set_field(
-            self, "values", {int(k): finite_number("EditFeatures", f"values[{k}]", v) for k, v in self.values.items()}
-        )
+        wrong = [k for k in self.values if isinstance(k, bool) or not hasattr(k, "__index__")]
+        if wrong:
+            raise TypeError(f"EditFeatures: {wrong[0]!r} is no feature number; expected a whole number")
+        values = {operator.index(k): finite_number("EditFeatures", f"values[{k}]", v) for k, v in self.values.items()}
+        set_field(self, "values", values)
         if self.mode in ("min", "max") and min(self.values.values()) < 0:
             raise ValueError(
                 f"EditFeatures: a bound of {min(self.values.values())}; a feature is never negative, so bounds are >= 0"
@@ -511,6 +529,11 @@ class EditFeatures(Intervention):
     def place(self) -> tuple[str, int] | None:
         """(site, layer) that the SAE reads and writes, if that is known."""
         return self._rows.place
+
+    @property
+    def model(self) -> str | None:
+        """Class of the model whose stream the SAE was trained on, if that is known."""
+        return self._rows.model
 
     @property
     def _rows(self) -> Features | SelectedFeatures:
@@ -543,6 +566,8 @@ class EditFeatures(Intervention):
             "values": list(self.values.values()),
             "mode": self.mode,
             "keep_norm": self.keep_norm,
+            "place": self.place,
+            "model": self.model,
         }
         return numbers if isinstance(self._rows, Features) else {**numbers, "selection": self._rows.numbers()}
 
@@ -551,12 +576,16 @@ class EditFeatures(Intervention):
         """The inverse of `tensors` and `numbers`; everything is validated anew."""
         rest = dict(numbers)
         names, values, selection = rest.pop("features"), rest.pop("values"), rest.pop("selection", None)
+        if len(names) != len(values):
+            raise ValueError(f"EditFeatures: {len(names)} features and {len(values)} values; expected as many")
+        place, model = rest.pop("place", None), rest.pop("model", None)
+        home = {"place": None if place is None else (place[0], place[1]), "model": model}
         if selection is None:
-            features: HasFeatures = Features(**tensors)  # type: ignore[arg-type]  # no place among the tensors
+            features: HasFeatures = Features(**tensors, **home)  # type: ignore[arg-type]  # tensors by name
         else:
             from .sae.steering import SelectedFeatures
 
-            features = SelectedFeatures.restore(tensors, selection)
+            features = SelectedFeatures.restore(tensors, {**selection, **home})
         made = cls(features, dict(enumerate(values)), **rest)
         set_field(made, "values", dict(zip(names, values, strict=True)))
         return made
@@ -684,7 +713,10 @@ def check_orthonormal(owner: str, name: str, rows: Tensor) -> None:
 
 def float_table(owner: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A finite float32 CPU tensor of one shape."""
-    table = torch.as_tensor(value)
+    try:
+        table = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{owner}: {name} must be a tensor of shape {shape}; got {type(value).__name__}") from None
     if tuple(table.shape) != shape or not table.is_floating_point():
         raise ValueError(
             f"{owner}: {name} has shape {tuple(table.shape)} and dtype {table.dtype}; expected {shape}, floating"

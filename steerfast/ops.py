@@ -19,7 +19,7 @@ from ._backends import backend_of, kernels
 from ._checks import FLOATS, check_dictionary, check_stream, check_table, check_width, finite_number, one_of
 from .flows import check_steps, path_length
 from .reference import AFFINE, ALL_MODES, FLOW, HINGE, SOLVE
-from .solvers import EULER, SOLVERS, Field, Scheme, pack, scheme
+from .solvers import SOLVERS, Field, Scheme, pack, scheme
 
 __all__ = [
     "ablate",
@@ -994,7 +994,7 @@ def _check_flow(
 
 
 def _flow_mode(how: Scheme) -> int:
-    return FLOW if how._replace(single=False) == EULER else SOLVE
+    return FLOW if how.plain else SOLVE
 
 
 def _flow_bank(

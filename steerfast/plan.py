@@ -159,12 +159,17 @@ class Plan:
             raise ValueError(
                 f"Plan.load: {blob_path} is not the file that {text_path} was written with; copy both again"
             )
-        tensors = load_tensors(blob)
+        try:
+            tensors = load_tensors(blob)
+        except Exception as error:  # SafetensorError has no common base with what else a damaged file provokes
+            raise ValueError(f"Plan.load: {blob_path} is damaged: {error}") from None
         try:
             edits = {
                 (place["site"], place["layer"]): [_rebuild(item, tensors) for item in place["interventions"]]
                 for place in text["edits"]
             }
+            if len(edits) != len(text["edits"]):
+                raise KeyError("a place stands twice among the edits")
             positions = text["positions"]
             positions = tensors[positions["mask"]] if isinstance(positions, dict) else positions
             return cls(edits, positions, None if text["model"] is None else ModelCard(**text["model"]))

@@ -104,9 +104,7 @@ def flow(
     """Steps of da/dt = ∇h/‖∇h‖ over T = length[0] + length[1]·‖a‖, for h(a) = field(Qᵀx̂), x̂ = a/‖a‖, Q = basis.T."""
     flat = _rows(x)
     rows = basis.reshape(-1, basis.shape[-1]).to(flat.dtype)
-    norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
-    field = field.map(lambda v: v.to(flat.dtype))
-    return _follow(flat, rows, norm, field, length[0] + length[1] * norm, steps, how).to(x.dtype).view(x.shape)
+    return _follow(flat, rows, field.map(lambda v: v.to(flat.dtype)), length, steps, how).to(x.dtype).view(x.shape)
 
 
 def subspace(
@@ -374,10 +372,9 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
     elif slot.mode == AFFINE:
         out = x + scale * (lift[0] * x + lift[1])
     elif slot.mode in (FLOW, SOLVE):
-        constants, norm = slot.constants.to(x.dtype), torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        extra = None if slot.extra is None else slot.extra.to(x.dtype)
-        field, how = unpack(slot.coefficients.to(x.dtype), extra)
-        out = _follow(x, lift, norm, field, scale * (constants[0] + constants[1] * norm), slot.steps, how)
+        T, angle = scale * slot.constants[0].to(x.dtype), scale * slot.constants[1].to(x.dtype)
+        field, how = unpack(slot.coefficients.to(x.dtype), None if slot.extra is None else slot.extra.to(x.dtype))
+        out = _follow(x, lift, field, (T, angle), slot.steps, how)
     else:
         y, table = x @ slot.project.to(x.dtype).T, slot.coefficients.to(x.dtype)
         if slot.mode == HINGE:
@@ -402,12 +399,13 @@ def _couple(x: Tensor, y: Tensor, slot: Slot, table: Tensor, scale: Tensor | flo
 
 
 def _follow(
-    x: Tensor, basis: Tensor, norm: Tensor, field: Field, length: Tensor, steps: int, how: Scheme
+    x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, Tensor | float], steps: int, how: Scheme
 ) -> Tensor:
-    """Rows x at the end of their flow."""
-    if are_few(x, basis, field, length, how):
-        return few_eulers(x, basis, norm, field, length, steps)
-    y = x @ basis.T
+    """Rows x at the end of their flow over T + angle·‖x‖, (T, angle) = path."""
+    if are_few(x, basis, field, how):
+        return few_eulers(x, basis, field, path, steps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    y, length = x @ basis.T, path[0] + path[1] * norm
     if basis.shape[0] == x.shape[1]:  # full rank: nothing lies outside the span, not even rounding
         inside = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         out = _lift(x, integrate(y, inside, field, length, steps, how)[1] - y, basis)

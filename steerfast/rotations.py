@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import direction_rows, finite_number
+from ._checks import direction_rows, finite_number, flag
 from .interventions import (
     Directions,
     Intervention,
@@ -54,6 +54,7 @@ class Rotate(Intervention):
             raise ValueError(f"Rotate: plane has {self.plane.shape[0]} rows; a plane is two orthonormal rows (2, d)")
         check_orthonormal("Rotate", "plane", self.plane)
         set_field(self, "degrees", finite_number("Rotate", "degrees", self.degrees))
+        flag("Rotate", "adaptive", self.adaptive)
 
     def slot(self) -> Slot:
         constants = constants_row()
@@ -67,7 +68,7 @@ class Spherical(Intervention):
 
     With unit prototypes μ_T (target) and μ_H (avoided), p_H - p_T = tanh(κ(cos_H - cos_T)/2) says how far a row leans
     to μ_H. Where it exceeds β the row is turned by the share t = α(p_H - p_T - β)/(1 - β) of its angle to μ_T.
-    `Flow` with a linear barrier and method "exponential_euler" turns every row by one angle instead.
+    `Flow` with a linear barrier and method "geodesic" turns every row by one angle instead.
 
     Args:
         target: μ_T, (d,), of any length.

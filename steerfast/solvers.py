@@ -6,7 +6,7 @@ h(a) depends on a only through z = Qᵀa and ‖a‖, so ∇h lies in span(Q, a)
 
 The state (y, α) is closed, and any Runge-Kutta scheme that runs on it is that scheme in all d dimensions, exactly.
 `_integrate` is the specification. It takes PyTorch tensors or, for a handful of rows on a CPU, NumPy arrays: an operation of
-NumPy costs a third of one of PyTorch where the numbers are few. `_few_eulers` is its fast twin for the commonest case.
+NumPy costs a third of one of PyTorch where the numbers are few. `few_eulers` is its fast twin for the commonest case.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch import Tensor
 
 SMALL = 1 << 13
 """Up to this many coordinates a flow on the CPU runs in NumPy."""
+NEAR = 1e-8
+"""A row is nearly stationary where the gradient along the sphere has less than this share of the gradient's square."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,7 @@ class Field(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Any]) -> Field:
         """The same barrier with every tensor changed."""
-        values = self._asdict()
-        return Field(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+        return Field._make(change(v) if isinstance(v, Tensor) else v for v in self)
 
 
 class Scheme(NamedTuple):
@@ -167,6 +168,11 @@ class Scheme(NamedTuple):
     tolerance: float = 0.0  # of the local error, as a share of ‖a₀‖
     level: float = math.inf  # the flow stops where h reaches it
     single: bool = False  # one step, whatever is asked for
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is Euler, all the way."""
+        return len(self.stages) == 1 and not self.geodesic and self.level == math.inf
 
     def count(self, steps: int) -> int:
         """How many steps are taken where `steps` are asked for."""
@@ -194,7 +200,7 @@ def pack(field: Field, how: Scheme) -> Tensor | None:
     Then a row p, m, b of every stage, and ⌈(k + 2)/8⌉ rows w, β, ω₁ … ω_k of every ridge term.
     """
     units = 0 if field.directions is None else field.directions.shape[0]
-    if how._replace(single=False) == EULER and not units and not field.raw:
+    if how.plain and not units and not field.raw:
         return None
     rows = torch.zeros(2 + len(how.stages), 8)
     rows[0, :7] = torch.tensor(
@@ -250,13 +256,7 @@ def integrate(
         return _integrate(torch, y, norm, field, length, steps, how)
     arrays = field.map(lambda v: v.detach().numpy())
     start, size, path = (v.detach().numpy() for v in (y, norm, length.expand(norm.shape)))
-    plain = field.directions is None and not field.raw and how._replace(single=False) == EULER
-    if plain and y.numel():
-        alpha, moved, doubt = _few_eulers(start, size, arrays, path, steps)
-        if doubt.any():  # only these rows, so that no row depends on the rows beside it
-            there = _integrate(np, start[doubt], size[doubt], arrays, path[doubt], steps, how)
-            alpha[doubt], moved[doubt] = there
-    else:
+    with np.errstate(all="ignore"):  # as PyTorch does
         alpha, moved = _integrate(np, start, size, arrays, path, steps, how)
     return torch.from_numpy(alpha), torch.from_numpy(moved)
 
@@ -303,47 +303,111 @@ def _integrate(xp: Any, y: Any, norm: Any, field: Field, length: Any, steps: int
     return alpha, y
 
 
-def _few_eulers(y: Any, norm: Any, field: Field, length: Any, steps: int) -> tuple[Any, Any, Any]:
-    """(α, y, doubt) of Euler steps on a quadratic barrier, with as few operations as there can be.
+def are_few(x: Tensor, basis: Tensor, field: Field, how: Scheme) -> bool:
+    """Whether `few_eulers` serves: Euler on a quadratic barrier, a handful of rows on the CPU, and no gradient."""
+    return (
+        how.plain
+        and field.directions is None
+        and not field.raw
+        and x.is_cpu
+        and 0 < len(x) * len(basis) <= SMALL
+        and not torch.compiler.is_compiling()
+        and not _needs_grad(x, basis, field.eigenvalues, field.bias)
+    )
 
-    u = 2λ∘y/r + b̃, s = y·u/r, q = ε/√(u·u - s²), y ← (1 - qs/r)·y + q·u, and r² grows by ε² a step. In float64, where the
-    difference loses nothing; coordinates come first, so that a row's numbers are a plain number when there is one row.
-    A row is in doubt where it was nearly stationary.
+
+@np.errstate(all="ignore")  # what is not finite comes from rows in doubt, or from NaN
+def few_eulers(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, ...], steps: int) -> Tensor:
+    """Rows x (n, d) after Euler steps on a quadratic barrier, over T + angle·‖x‖ with (T, angle) = path.
+
+    Projection, steps and lift in NumPy: for a token or two the number of calls is what it costs. u = 2λ∘y/r + b̃, s = y·u/r,
+    q = ε/√(u·u - s²), y ← (1 - qs/r)·y + q·u, and r² grows by ε² a step: in float64, where the difference loses nothing.
     """
-    one = len(y) == 1
-    moved = y[0].astype(np.float64) if one else np.array(y.T, np.float64, order="C")
-    r2 = float(norm[0, 0]) ** 2 if one else norm[:, 0].astype(np.float64) ** 2
-    step = float(length[0, 0]) / steps if one else length[:, 0].astype(np.float64) / steps
-    double, bias = 2.0 * field.eigenvalues, field.bias
-    if not one:
-        double, bias = double[:, None], bias[:, None]
-    alpha: Any = 1.0
-    doubt = norm[:, 0] == 0
-    u = np.empty_like(moved)
-    with np.errstate(all="ignore"):  # what is not finite is seen below
-        for _ in range(steps):
-            inverse = r2**-0.5 if not one or r2 > 0 else math.inf
-            np.multiply(moved, double, out=u)
-            u *= inverse
-            u += bias
-            if one:
-                yu, uu = float(moved.dot(u)), float(u.dot(u))
-            else:
-                yu, uu = np.einsum("kn,kn->n", moved, u), np.einsum("kn,kn->n", u, u)
-            s = yu * inverse
-            square = uu - s * s
-            doubt = doubt | (square <= 1e-8 * uu)
-            if one and not square > 0:
-                return np.ones_like(norm), y.copy(), np.ones(1, bool)
-            q = step * square**-0.5
-            keep = 1.0 - q * s * inverse
-            moved *= keep
-            u *= q
-            moved += u
-            alpha = alpha * keep
-            r2 = r2 + step * step
-    end = moved[None] if one else moved.T
-    return np.broadcast_to(alpha, (len(y),)).astype(y.dtype)[:, None], end.astype(y.dtype), doubt
+    rows, q, eigenvalues, bias = (v.detach().numpy() for v in (x, basis, field.eigenvalues, field.bias))
+    T, angle = (p.detach().numpy().reshape(-1) if isinstance(p, Tensor) else p for p in path)
+    start = rows @ q.T
+    full = len(q) == rows.shape[1]  # nothing lies outside the span, not even rounding
+    inside = start if full else rows
+    norm = np.sqrt(np.einsum("nd,nd->n", inside, inside))
+    length = T + angle * norm
+    run = _eulers_of_one if len(rows) == 1 else _eulers_of_several
+    alpha, y, doubt = run(
+        start, norm, 2 * eigenvalues.astype(np.float64), bias.astype(np.float64), length / steps, steps
+    )
+    if doubt.any():  # nearly stationary; these rows alone, so that no row depends on the rows beside it
+        there = start[doubt], norm[doubt][:, None], Field(eigenvalues, bias), length[doubt][:, None]
+        alpha[doubt], y[doubt] = _integrate(np, *there, steps, EULER)
+    if full:
+        alpha = np.ones(1)
+    g = (y - alpha * start).astype(start.dtype)
+    out = (alpha - 1).astype(start.dtype) * rows
+    out += g @ q
+    out += rows
+    stays = ~g.any(1)
+    if stays.any():  # even the sign of a zero
+        out[stays] = rows[stays]
+    return torch.from_numpy(out)
+
+
+def _eulers_of_one(start: Any, norm: Any, double: Any, bias: Any, step: Any, steps: int) -> tuple[Any, Any, Any]:
+    """(α, y, doubt) of a single row, its sums as plain floats: with y, 2λ∘y and b̃ in one table a step is three products."""
+    table, weights = np.empty((3, len(bias))), np.empty(3)
+    y, bent = table[0], table[1]
+    y[:], table[2] = start[0], bias
+    yb, bb = float(y.dot(bias)), float(bias.dot(bias))
+    r, e = float(norm[0]), float(step[0])
+    r2, alpha, done = r * r, 1.0, 0
+    while done < steps and r2 > 0:
+        np.multiply(y, double, out=bent)
+        yy, uu, ub = table.dot(bent).tolist()
+        inverse = r2**-0.5
+        s = (yy * inverse + yb) * inverse
+        uu = uu * inverse * inverse + bb
+        gap = uu + 2.0 * inverse * ub - s * s
+        if not gap > NEAR * uu:
+            break
+        q = e * gap**-0.5
+        turn = q * inverse
+        keep = 1.0 - turn * s
+        weights[0], weights[1], weights[2] = keep, turn, q
+        y[:] = weights.dot(table)
+        yb = keep * yb + turn * ub + q * bb
+        alpha *= keep
+        r2 += e * e
+        done += 1
+    return np.array([[alpha]]), y[None], np.array([done < steps])
+
+
+def _eulers_of_several(start: Any, norm: Any, double: Any, bias: Any, step: Any, steps: int) -> tuple[Any, Any, Any]:
+    """(α, y, doubt) of rows, coordinates first: its sums go over y∘y and over y, so one product gives them all."""
+    n, k = start.shape
+    sums = np.zeros((4, 2 * k))
+    sums[0, :k], sums[1, :k], sums[2, k:], sums[3, k:] = double, double * double, bias, double * bias
+    both = np.empty((2 * k, n))
+    square, y = both[:k], both[k:]
+    y[:] = start.T
+    change = np.empty_like(y)
+    r2, bb = norm.astype(np.float64) ** 2, bias.dot(bias)
+    alpha, doubt = np.ones(n), norm == 0
+    for _ in range(steps):
+        np.multiply(y, y, out=square)
+        yy, uu, yb, ub = sums.dot(both)
+        inverse = r2**-0.5
+        s = (yy * inverse + yb) * inverse
+        uu = uu * inverse * inverse + bb
+        gap = uu + 2.0 * inverse * ub - s * s
+        doubt |= gap <= NEAR * uu
+        q = step * gap**-0.5
+        turn = q * inverse
+        keep = 1.0 - turn * s
+        np.multiply(double[:, None], turn, out=change)
+        change += keep
+        y *= change
+        np.multiply(bias[:, None], q, out=change)
+        y += change
+        alpha *= keep
+        r2 += step * step
+    return alpha[:, None], np.ascontiguousarray(y.T), doubt
 
 
 def _slope(xp: Any, y: Any, alpha: Any, rest: Any, field: Field) -> tuple[Any, Any, Any, Any]:

@@ -577,13 +577,23 @@ def run(args: argparse.Namespace) -> int:
         gain, ratio = best.effect - found.baseline.effect, best.perplexity / found.baseline.perplexity
         change = f"{gain:+.2f} nats, perplexity × {ratio:.2f}"
         cli._say(f"Best        {best.method}, layer {best.layer}, strength {best.strength:g}: {change}")
-        sign = "-" if best.strength < 0 else ""
-        flags = f"--layers {best.layer} --site {args.site} --method {best.method} --normalize"
-        flags += f" --strength {sign}{best.norm:.4g}"
-        cli._say(f"Next        steerfast extract {args.model} --positive ... --negative ... {flags} --out plan")
+        cli._say(f"Next        steerfast {_next(args, best)} --out plan")
     cli._say(f"Cells       {args.out / 'sweep.json'}")
     try:
         cli._say(f"Heat map    {found.heat_map(args.out / 'sweep.png')}")
     except ImportError as error:
         cli._say(f"No heat map: {error}")
     return 0
+
+
+def _next(args: argparse.Namespace, best: Cell) -> str:
+    """The command that makes a plan of a cell."""
+    sides = ["--positive ...", "--negative ..."]
+    if best.method != "flow":
+        sign = "-" if best.strength < 0 else ""
+        dose = f"--layers {best.layer} --site {args.site} --method {best.method} --normalize --strength {sign}{best.norm:.4g}"
+        return f"extract {args.model} {' '.join(sides)} {dose}"
+    if best.strength < 0:  # a flow goes one way
+        sides = ["--positive (the negative ones)", "--negative (the positive ones)"]
+    length = f"{'--angle' if args.unit == 'stream' else '--T'} {abs(best.strength):g}"
+    return f"fit-ode {args.model} {' '.join(sides)} --layer {best.layer} --site {args.site} {length} --steer all"

@@ -495,8 +495,12 @@ def _streams(
 def _layer_dose(place: tuple[str, int], chain: tuple[Intervention, ...], x: Tensor, steered: Tensor) -> LayerDose:
     edited = x
     for edit in chain:
-        slot = edit.slot()
-        edited = reference.edit(edited, slot, float(slot.constants[2]))
+        program = edit.program(x.device)
+        if program is not None:
+            edited = program(edited, 1.0)
+        else:
+            slot = edit.slot()
+            edited = reference.edit(edited, slot, float(slot.constants[2]))
     norms = x.norm(dim=1)
     kept = norms > 0
     change = (edited - x).norm(dim=1)

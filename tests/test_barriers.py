@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,6 +219,26 @@ def test_damaged_files_are_refused(fitted, tmp_path):
         sf.Barrier.load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["linear", "quadratic"])
+def test_the_search_solves_what_scikit_learn_solves(kind):
+    """Dual Newton against its most careful solver, for every C, on sides that overlap and on sides that separate."""
+    from sklearn.linear_model import LogisticRegression
+
+    pos, neg, _ = curved(20, seed=2)
+    for gap in (0.0, 20.0):
+        x = torch.cat([pos + gap * torch.eye(D)[0], neg]).double()
+        x /= x.norm(dim=1, keepdim=True)
+        features = x if kind == "linear" else torch.cat([(x[:, :, None] * x[:, None]).flatten(1), math.sqrt(2) * x], 1)
+        labels = torch.arange(len(x)) < len(pos)
+        strengths = [1e-1, 1e1, 1e3, 1e5]
+        path = fitting._dual_path(features @ features.T, labels, strengths)
+        for C, (beta, intercept) in zip(strengths, path, strict=True):
+            theirs = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12, max_iter=1000).fit(features, labels)
+            true = torch.from_numpy(theirs.decision_function(features))
+            odds = features @ (features.T @ beta) + intercept
+            assert ((odds - true).norm() / true.norm()).item() < 1e-3, (C, gap)
+
+
 def test_groups_are_held_out_together():
     """Rows that repeat leak into their own test unless their group says so."""
     generator = torch.Generator().manual_seed(0)
@@ -359,3 +380,24 @@ def test_on_activations_of_a_real_model(smollm):
     assert cut.info.log_likelihood > -math.log(2)
     assert (cut.info.layer, cut.info.site) == (14, "resid_post")
     assert cut.info.model == type(model).__name__
+
+
+@pytest.mark.model
+def test_barriers_of_sentences_still_point_somewhere_at_the_ends_of_prompts(smollm):
+    """Flows start where nothing was fitted. A kernel narrower than the way there leaves the noise of its random features."""
+    model, tokenizer = smollm
+    data = Path(__file__).parents[1] / "benchmarks" / "quality_data" / "sentiment.json"
+    pairs = json.loads(data.read_text(encoding="utf-8"))["train"]
+    texts = [[pair["prompt"] + pair[side] for pair in pairs] for side in ("wanted", "unwanted")]
+    pos, neg = (sf.collect(model, tokenizer, side, layers=[14], progress=False) for side in texts)
+    prompts = [pair["prompt"] for pair in pairs[::4]]
+    x = sf.collect(model, tokenizer, prompts, layers=[14], progress=False)[14].double()
+    groups = [pair["group"] for pair in pairs] * 2
+
+    def heading(kind):
+        moved = sf.flow(x, sf.fit_barrier(pos, neg, kind=kind, groups=groups), angle=1e-5, steps=1) - x
+        return torch.nn.functional.normalize(moved, dim=1)
+
+    linear = heading("linear")
+    for kind, least in (("quadratic", 0.9), ("rff", 0.7)):
+        assert (heading(kind) * linear).sum(1).mean() > least, kind

@@ -163,6 +163,102 @@ def test_generate_streams_both_texts(saved, tmp_path: Path, capsys: pytest.Captu
     assert unsteered.rpartition("\n(")[0] == steered.rpartition("\n(")[0]
 
 
+@pytest.fixture
+def flowing(saved, tmp_path: Path) -> tuple[str, list[str], Path]:
+    """A tiny model, the arguments of fit-ode on texts in files, and its directory of output."""
+    (tmp_path / "kind.txt").write_text("i love you\npeople are kind\nlove the good dog\nkind fox\n")
+    (tmp_path / "rude.txt").write_text("i hate you\npeople are rude\nhate the bad dog\nrude fox\n")
+    sides = ["--positive", f"@{tmp_path / 'kind.txt'}", "--negative", f"@{tmp_path / 'rude.txt'}"]
+    out = tmp_path / "flow"
+    return saved("llama"), ["fit-ode", saved("llama"), *sides, "--layer", "1", "--out", str(out)], out
+
+
+def test_fit_ode_saves_what_the_library_fits(flowing, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, argv, out = flowing
+    numbers = ["--T", "0.3", "--steps", "4", "--method", "heun", "--steer", "all"]
+    assert cli.main([*argv, "--kind", "quadratic", *numbers]) == 0
+    shown = capsys.readouterr().out
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = [(tmp_path / f"{side}.txt").read_text().splitlines() for side in ("kind", "rude")]
+    sides = [sf.collect(model, tokenizer, side, [1], progress=False) for side in texts]
+    expected = sf.fit_barrier(*sides, kind="quadratic")
+    x = torch.randn(5, expected.width)
+    torch.testing.assert_close(sf.Barrier.load(out / "barrier")(x), expected(x))
+    plan = sf.Plan.load(out)
+    (place, (flow,)), *rest = plan.edits.items()
+    assert (place, rest, plan.positions) == (("resid_post", 1), [], "all")
+    assert (flow.T, flow.angle, flow.steps, flow.method) == (0.3, None, 4, "heun")
+    torch.testing.assert_close(flow.barrier(x), expected(x))
+    assert "4 positive and 4 negative texts, resid_post of layer 1" in shown
+    assert f"accuracy {expected.info.accuracy:.1%}, log-likelihood {expected.info.log_likelihood:.3f}" in shown
+    typical = expected.info.typical_norm
+    assert cli.main([*argv, "--kind", "linear", "--norms", "2"]) == 0  # over what is there
+    (again,) = sf.Plan.load(out).edits["resid_post", 1]
+    assert again.T / typical == pytest.approx(2)
+
+
+def test_generate_flows_along_a_saved_plan(flowing, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the command prints is what the library generates, and a strength of 0 is the unsteered text."""
+    folder, argv, out = flowing
+    assert cli.main([*argv, "--kind", "linear", "--angle", "1.5", "--steer", "last"]) == 0
+    capsys.readouterr()
+    generate = ["generate", folder, "i hate you because", "--plan", str(out), "--tokens", "12"]
+    assert cli.main(generate) == 0
+    _, unsteered, steered = re.split(r"\[(?:un)?steered\]\n", capsys.readouterr().out)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("i hate you because", return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    with sf.steer(model, sf.Plan.load(out)):
+        expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert steered.rpartition("\n(")[0].strip() == tokenizer.decode(expected, skip_special_tokens=True)
+    assert steered.rpartition("\n(")[0] != unsteered.rpartition("\n(")[0]
+    assert cli.main([*generate, "--strength", "0"]) == 0
+    _, unsteered, steered = re.split(r"\[(?:un)?steered\]\n", capsys.readouterr().out)
+    assert unsteered.rpartition("\n(")[0] == steered.rpartition("\n(")[0]
+
+
+def test_fit_ode_draws(flowing, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """With matplotlib a picture; without it one clear line, before anything is loaded or written."""
+    _, argv, out = flowing
+    picture = tmp_path / "flow.png"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        assert cli.main([*argv, "--kind", "linear", "--plot", str(picture)]) == 2
+        assert only_line(capsys) == 'steerfast fit-ode: plot_flow: needs matplotlib; pip install "steerfast[bench]"'
+        assert not out.exists()
+    pytest.importorskip("matplotlib")
+    assert cli.main([*argv, "--kind", "linear", "--plot", str(picture)]) == 0
+    assert f"Picture     {picture}" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.model
+def test_fit_ode_steers_a_real_model(smollm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Texts in files, a barrier, a plan: kind words become likelier, and more so the further the flow goes."""
+    words = (("wonderful", "excellent", "lovely", "kind", "perfect"), ("terrible", "awful", "nasty", "rude", "boring"))
+    frames = ("The film was {}", "What a {} day", "Her cooking was {}", "They are {} people")
+    for name, side in zip(("pos", "neg"), words, strict=True):
+        (tmp_path / name).write_text("\n".join(frame.format(word) for word in side for frame in frames))
+    sides = ["--positive", f"@{tmp_path / 'pos'}", "--negative", f"@{tmp_path / 'neg'}"]
+    assert cli.main(["fit-ode", "demo", *sides, "--layer", "14", "--out", str(tmp_path / "plan")]) == 0
+    assert "Held out    accuracy" in capsys.readouterr().out
+    model, tokenizer = smollm
+    inputs = tokenizer("I think this place is", return_tensors="pt")
+    good, bad = (torch.tensor([tokenizer(f" {word}")["input_ids"][0] for word in side]) for side in words)
+
+    def odds(strength: float) -> float:
+        with torch.no_grad(), sf.steer(model, sf.Plan.load(tmp_path / "plan"), strength=strength):
+            logits = model(**inputs, prompt_length=inputs["input_ids"].shape[1]).logits[0, -1].log_softmax(-1)
+        return float(logits[good].logsumexp(0) - logits[bad].logsumexp(0))
+
+    none, some, all_of_it = odds(1e-6), odds(0.5), odds(1.0)
+    assert all_of_it > some > none + 0.2
+
+
 def test_two_columns_show_one_batch(saved, tmp_path: Path, capsys, monkeypatch) -> None:
     folder = saved("llama")
     assert cli.main(extract(folder, tmp_path, "--strength", "20")) == 0

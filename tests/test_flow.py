@@ -264,6 +264,34 @@ def test_a_batch_mixes_barriers_and_lengths(tiny):
     assert not torch.allclose(together[0], plain[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["quadratic", "raw"])
+def test_a_picture_shows_h_along_the_path(kind, tmp_path, monkeypatch):
+    """What is drawn is what h is: its last heights are those where the flow ends, and the gains those of its steps."""
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(
+        figure, "Figure", lambda *args, run=figure.Figure, **kwargs: drawn.append(run(*args, **kwargs)) or drawn[-1]
+    )
+    h, x = barrier(kind, 12), stream(7, 12)
+    flow = sf.Flow(h, T=2.0, steps=5, method="rk4")
+    path = sf.plot_flow(flow, x, tmp_path / "flow.png")
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
+    assert list(tmp_path.iterdir()) == [path]
+    left, right = drawn[0].axes
+    start, end = h(x.double()), h(sf.flow(x.double(), h, T=2.0, steps=5, method="rk4"))
+    lines = left.get_lines()
+    for i in range(7):
+        assert lines[i].get_ydata()[[0, -1]] == pytest.approx([start[i].item(), end[i].item()])
+    assert lines[7].get_ydata()[-1] == pytest.approx(end.mean().item())
+    gains = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in right.get_lines()}
+    assert gains["rk4"][5] == pytest.approx((end - start).mean().item())
+    one = h(sf.flow(x.double(), h, T=2.0, steps=1)) - start
+    assert gains["euler"][1] == pytest.approx(one.mean().item())
+    assert ("geodesic" in gains) == (kind != "raw")
+    with pytest.raises(ValueError, match="the barrier has width 12 and x 8"):
+        sf.plot_flow(flow, x[:, :8], path)
+
+
 def test_the_published_preset():
     flow = sf.Flow.odesteer(sf.Barrier(torch.eye(3), torch.ones(3), torch.ones(3), sketch=_sketch(3)), T=5.0)
     assert (flow.T, flow.angle, flow.steps, flow.method) == (5.0, None, 10, "euler")

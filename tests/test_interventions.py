@@ -362,6 +362,26 @@ BAD = [
     (lambda: sf.Plan({1: sf.Add(rows(1)[0]), ("resid_post", 1): sf.Add(rows(1)[0])}), ValueError, "named twice"),
     (lambda: sf.Bank(4).register(sf.Add(rows(1)[0])), ValueError, "width 12; this bank has 4"),
     (lambda: sf.Bank(4).release(0), ValueError, "slot 0 is not registered"),
+    (
+        lambda: sf.Bank(12, rank=2).register(sf.Ablate(rows(3))),
+        ValueError,
+        "has rank 3; this bank was built for rank <= 2",
+    ),
+    (lambda: sf.Add(rows(1)[0], keep_norm="no"), TypeError, "keep_norm must be True or False; got 'no'"),
+    (lambda: sf.Clamp(rows(1)[0], low=0.0, keep_norm=1), TypeError, "keep_norm must be True or False"),
+    (lambda: sf.Rotate(frame(), 10.0, adaptive="no"), TypeError, "adaptive must be True or False"),
+    (lambda: sf.Condition(rows(1)[0], 0.5, above="below"), TypeError, "above must be True or False"),
+    (lambda: sf.Add(rows(1)[0], True), TypeError, "strength must be a number; got True"),
+    (lambda: sf.Add(rows(1)[0], "4"), TypeError, "strength must be a number; got '4'"),
+    (lambda: sf.Add(rows(1)[0], 10**400), ValueError, "strength must be finite"),
+    (lambda: sf.Add(rows(1)[0].double() * 1e300), ValueError, "overflows float32"),
+    (lambda: sf.Add(rows(1)[0].to("meta")), TypeError, "is a meta tensor"),
+    (lambda: sf.Add(rows(1)[0].to_sparse()), TypeError, "sparse_coo tensor; expected a dense one"),
+    (lambda: sf.LoReFT(frame(), "w"), TypeError, "W must be a tensor of shape"),
+    (lambda: sf.Affine("x", rows(1)[0]), TypeError, "weight must be a number; got 'x'"),
+    (lambda: sf.Affine(2.0, [1.0, 2.0]), TypeError, "bias must be a tensor"),
+    (lambda: sf.EditFeatures(sf.Features(rows(3), rows(3)), {True: 1.0}), TypeError, "True is no feature number"),
+    (lambda: sf.EditFeatures(sf.Features(rows(3), rows(3)), {1.0: 1.0}), TypeError, "1.0 is no feature number"),
 ]
 
 

@@ -377,3 +377,34 @@ def test_a_real_file_steers_a_real_model(smollm, file):
         return float(scores[ids[0]].mean() - scores[ids[1]].mean())
 
     assert lean(on) > lean(None) + 0.5
+
+
+@pytest.mark.parametrize("k", [5, None])
+def test_an_edit_knows_its_place_and_model_after_saving_too(tmp_path, llama, k):
+    sae = make(k)
+    home = Origin(("resid_post", 1), model="GPT2LMHeadModel")
+    foreign = sf.SAE(sae.w_enc, sae.w_dec, sae.b_enc, sae.b_dec, k, sae.threshold, origin=home)
+    edit = sf.EditFeatures(foreign, CHANGES)
+    inside = sf.When(sf.Condition(torch.ones(48), 0.0), edit)
+    for one in (edit, inside):
+        assert (one.place, one.model, one.width) == (("resid_post", 1), "GPT2LMHeadModel", 48)
+        plan = sf.Plan([one])
+        plan.save(tmp_path / type(one).__name__)
+        again = sf.Plan.load(tmp_path / type(one).__name__)
+        assert again.edits[("resid_post", 1)][0].place == ("resid_post", 1)
+        for given in (plan, again):
+            with pytest.raises(ValueError, match=r"activations of GPT2LMHeadModel; this model is LlamaForCausalLM"):
+                sf.steer(llama, given)
+        with pytest.warns(UserWarning, match="reads resid_post 1 and is put at resid_post 3"):
+            sf.Plan({3: one})
+
+
+@pytest.mark.model
+def test_the_dose_of_an_edit_that_fits_no_slot(smollm):
+    model, tokenizer = smollm
+    torch.manual_seed(0)
+    sae = sf.SAE(torch.randn(100, 576), torch.randn(100, 576), k=8, origin=Origin(("resid_post", 3)))
+    plan = sf.Plan([sf.EditFeatures(sae, {5: 1e-3, 9: 1e-3}, mode="add")])
+    row = sf.dose(model, tokenizer, plan, ["I went to the market."])[0]
+    assert row.change == pytest.approx(float((1e-3 * sae.w_dec[[5, 9]].sum(0)).norm()), rel=0.05)
+    assert row.accumulated == pytest.approx(row.dose, rel=1e-3)

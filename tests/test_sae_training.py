@@ -304,6 +304,16 @@ def test_rows_that_are_not_finite(bad: float) -> None:
         train_sae(x, CONFIG)
 
 
+def test_other_rows_do_not_continue_a_run(tmp_path: Path) -> None:
+    rows = torch.randn(256, 16)
+    config = TrainConfig(features=32, k=4, tokens=512, batch=64)
+    train_sae(rows, config, tmp_path)
+    with pytest.raises(ValueError, match="another run"):
+        train_sae(rows * 7 + 3, config, tmp_path)
+    with pytest.raises(TypeError, match="got list"):
+        train_sae([1.0], config, tmp_path)  # type: ignore[arg-type]
+
+
 def test_divergence_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="diverged"):
         train_sae(rows(1500), TrainConfig(features=F, k=K, tokens=6000, batch=200, lr=1e30), tmp_path)

@@ -104,6 +104,28 @@ def test_numpy_and_torch_run_the_same_formulas(kind, monkeypatch):
             torch.testing.assert_close(sf.flow(a, h, angle=0.5, steps=5, method=name, level=1.0), small)
 
 
+@pytest.mark.parametrize("kind", ["linear", "quadratic", "full"])
+def test_one_row_and_several_take_the_steps_of_the_specification(kind, monkeypatch):
+    """The two fast ways of Euler against `_integrate`, with rows that have no way to go among them."""
+    h, a = barrier(kind, 12), points()
+    a[2], a[4] = 0.0, 3 * h.basis[0].double()  # a pole of the linear barrier
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            solvers, "_eulers_of_one", lambda *args, run=solvers._eulers_of_one: calls.append(1) or run(*args)
+        )
+        alone = torch.cat([sf.flow(row[None], h, angle=0.4) for row in a])
+        together = sf.flow(a, h, angle=0.4)
+        assert len(calls) == 6
+        patch.setattr(solvers, "SMALL", 0)
+        true = sf.flow(a, h, angle=0.4)
+    torch.testing.assert_close(together, true, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(alone, true, atol=1e-12, rtol=1e-12)
+    for n in (1, 6):  # nothing moves, bit for bit
+        still = -0.0 * a[:n].float()
+        assert torch.equal(sf.flow(still, h, angle=0.4).view(torch.int32), still.view(torch.int32))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_scheme_survives_its_rows(name, kind):

@@ -94,6 +94,37 @@ def test_the_batch_does_not_matter_and_the_vector_may_be_the_unit() -> None:
         assert cell.effect == pytest.approx(one_by_one({1: sf.Add(v, 2.0)})[0], abs=1e-4)
 
 
+def test_a_flow_is_swept_by_its_angle_or_its_length() -> None:
+    """Negative strengths go down the same barrier."""
+    model = build("llama")
+    pos, neg = (sf.collect(model, Letters(), side, [1], progress=False) for side in SIDES)
+    h = sf.fit_barrier(pos[1], neg[1], kind="quadratic")
+    for unit, name in (("stream", "angle"), ("vector", "T")):
+        found = swept(grid=Grid(layers=(1,), strengths=(-0.4, 0.6), unit=unit, methods=("flow",)))
+        for cell, edit in zip(found, (sf.Flow(-h, **{name: 0.4}), sf.Flow(h, **{name: 0.6})), strict=True):
+            effect, perplexity = one_by_one({1: edit})
+            assert cell.effect == pytest.approx(effect, abs=1e-4)
+            assert cell.perplexity == pytest.approx(perplexity, rel=1e-4)
+            length = abs(cell.strength) * (h.info.typical_norm if unit == "stream" else 1.0)
+            assert cell.norm == pytest.approx(length, rel=1e-5)
+        assert len({round(cell.effect, 4) for cell in found} | {round(found.baseline.effect, 4)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("cell", "unit", "command"),
+    [
+        (Cell("pca", 3, -1.0, 5.0, 1.0, 1.0), "stream", "extract m --positive ... --negative ... --layers 3 --site s "
+         "--method pca --normalize --strength -5"),
+        (Cell("flow", 3, 0.5, 5.0, 1.0, 1.0), "stream", "fit-ode m --positive ... --negative ... --layer 3 --site s "
+         "--angle 0.5 --steer all"),
+        (Cell("flow", 3, -2.0, 2.0, 1.0, 1.0), "vector", "fit-ode m --positive (the negative ones) --negative (the "
+         "positive ones) --layer 3 --site s --T 2 --steer all"),
+    ],
+)  # fmt: skip
+def test_the_next_command_makes_the_best_cell(cell: Cell, unit: str, command: str) -> None:
+    assert module._next(argparse.Namespace(model="m", site="s", unit=unit), cell) == command
+
+
 def test_an_interrupted_sweep_continues(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls, limit = module._measure, [], [4]  # the baseline and three cells
 

@@ -33,7 +33,7 @@ def neox() -> Any:
 
 
 @pytest.mark.parametrize("build", [gpt2, neox])
-def test_any_block_is_found_by_structure(build, tmp_path: Path) -> None:
+def test_traps_6_7_any_block_is_found_by_structure(build, tmp_path: Path) -> None:
     from vllm import LLM, SamplingParams
 
     torch.manual_seed(0)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from vllm_engines import needs_vllm
 
-from steerfast.integrations.vllm import register, seams
+from steerfast.integrations.vllm import counters, register, seams
 
 pytestmark = [needs_vllm, pytest.mark.vllm]
 
@@ -84,3 +86,40 @@ def test_what_splits_or_reorders_tokens_is_refused_by_name(change, reason: str) 
         object.__setattr__(parallel, name, value)
     with pytest.raises(ValueError, match=f"{reason} .* cannot be combined with steering; turn it off"):
         seams.check_parallelism(config)
+
+
+@pytest.mark.parametrize("servers", ["one", "several"])
+def test_the_metrics_of_one_and_of_several_api_servers_add_up_what_all_processes_counted(
+    monkeypatch, tmp_path: Path, servers: str
+) -> None:
+    """Several API servers answer with a registry that knows the files of one folder and nothing else."""
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+    from vllm.entrypoints.serve.instrumentator import metrics
+
+    monkeypatch.delenv(counters.OF_SEVERAL_SERVERS, raising=False)
+    monkeypatch.setenv(counters.FOLDER, str(tmp_path / "one"))
+    (tmp_path / "one").mkdir()
+    if servers == "several":
+        monkeypatch.setenv(counters.OF_SEVERAL_SERVERS, str(tmp_path))
+    for _ in range(2):  # a second engine in this process goes on where the first has stopped
+        made = counters.Counters(["polite", "terse"])
+        made.publish()
+        made.add("requests", "polite", 3)
+    made.add("refused", "who")
+    code = (
+        "from steerfast.integrations.vllm.counters import Counters; made = Counters(['polite', 'terse']);"
+        "made.add('tokens', 'polite', 5); made.add('requests', 'polite', 10);"
+        "made.add('waiting', 'terse', 2); made.add('waiting', 'terse', -1)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    app = FastAPI()
+    metrics.attach_router(app)
+    shown = TestClient(app).get("/metrics").text.splitlines()
+    expected = {("requests_total", "polite"): 16, ("tokens_total", "polite"): 5, ("refused_total", ""): 1}
+    expected |= {("waiting", "terse"): 1}
+    for field in ("requests_total", "tokens_total", "refused_total", "waiting"):
+        for plan in ("", "polite", "terse"):
+            line = f'steerfast:{field}{{plan="{plan}"}} {float(expected.get((field, plan), 0))}'
+            assert shown.count(line) == 1, line
+    assert made.total()["requests"] == {"": 0, "polite": 16, "terse": 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from test_interventions import EXAMPLES, D
 
 import steerfast as sf
 from steerfast import reference
-from steerfast.integrations.vllm import counters, plans, wire
+from steerfast.integrations.vllm import plans, wire
 from steerfast.integrations.vllm.edits import Place, Places
 from steerfast.integrations.vllm.plans import Library, ServedPlan
 from steerfast.integrations.vllm.slots import Admission, Residents
@@ -292,23 +293,30 @@ def test_the_table_says_what_each_request_asked_for_at_each_position(seed: int, 
             asked[f"r{i}"] = ([], where, prompt)
     for _ in range(20):
         batch = rng.sample(sorted(asked), rng.randint(1, 12))
-        counts = [rng.choice([1, 1, 1, 5]) for _ in batch]
+        goes_on = rng.random() < 0.5  # the same requests for a while, a token each
+        counts = [1 if goes_on else rng.choice([1, 1, 1, 5]) for _ in batch]
         begins = [rng.randint(0, 12) for _ in batch]
         starts = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
-        positions = torch.cat([torch.arange(b, b + c) for b, c in zip(begins, counts, strict=True)])
         total = int(starts[-1])
-        table.fill(batch, torch.cat([starts, starts[-1:]]), torch.cat([positions, torch.zeros(3).long()]), total)
-        for i, name in enumerate(batch):
-            owners, where, prompt = asked[name]
-            for token in range(int(starts[i]), int(starts[i + 1])):
-                p = int(positions[token])
-                acts = {"all": True, "prompt": p < prompt, "generated": p >= prompt, "last": p >= prompt - 1}[where]
-                found = [s for s in table.rows[token].tolist() if s >= 0]
-                assert found == ([owner.slot for owner in owners] if acts else [])
-                if acts:
-                    weights = table.scale[token, : len(owners)]
-                    assert torch.equal(weights, torch.tensor([owner.strength for owner in owners]))
-        assert (table.rows[total:] == -1).all(), "what a graph is padded with is steered"
+        for step in range(4 if goes_on else 1):
+            positions = torch.cat([torch.arange(b, b + c) for b, c in zip(begins, counts, strict=True)]) + step
+            table.fill(batch, torch.cat([starts, starts[-1:]]), torch.cat([positions, torch.zeros(3).long()]), total)
+            for i, name in enumerate(batch):
+                owners, where, prompt = asked[name]
+                for token in range(int(starts[i]), int(starts[i + 1])):
+                    p = int(positions[token])
+                    acts = {"all": True, "prompt": p < prompt, "generated": p >= prompt, "last": p >= prompt - 1}[where]
+                    found = [s for s in table.rows[token].tolist() if s >= 0]
+                    assert found == ([owner.slot for owner in owners] if acts else [])
+                    if acts:
+                        weights = table.scale[token, : len(owners)]
+                        assert torch.equal(weights, torch.tensor([owner.strength for owner in owners]))
+            assert (table.rows[total:] == -1).all(), "what a graph is padded with is steered"
+        if rng.random() < 0.3:  # one of them asks anew
+            again = rng.choice(batch)
+            owners = [Owner(rng.randrange(9), rng.random(), *wire.Part(library.plans["p0"], 1.0, "prompt").span(4))]
+            asked[again] = (owners, "prompt", 4)
+            table.put(again, owners)
 
 
 # --- the edits ---------------------------------------------------------------------------------------------------------
@@ -412,22 +420,7 @@ def test_a_bank_takes_what_its_plans_need_and_no_more() -> None:
     assert sum(t.numel() * t.element_size() for t in place.bank.tensors) <= 2 * 64 * 576 * 2
 
 
-# --- counters and imports ----------------------------------------------------------------------------------------------
-
-
-def test_counters_of_two_processes_add_up(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(counters.FOLDER, str(tmp_path))
-    mine = counters.Counters(["a", "b"])
-    mine.add("requests", "a")
-    mine.add("refused", "who")
-    other = np.zeros((3, len(counters.FIELDS)))
-    other[2, list(counters.FIELDS).index("tokens")] = 5
-    other.tofile(tmp_path / "1")
-    (tmp_path / "2").write_bytes(b"half written")
-    total = mine.total()
-    assert total["requests"] == {"": 0, "a": 1, "b": 0}
-    assert total["refused"] == {"": 1, "a": 0, "b": 0}
-    assert total["tokens"] == {"": 0, "a": 0, "b": 5}
+# --- imports -----------------------------------------------------------------------------------------------------------
 
 
 def test_importing_the_plugin_imports_nothing_of_vllm() -> None:
@@ -440,3 +433,15 @@ def test_importing_the_plugin_imports_nothing_of_vllm() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "vllm" not in found
     assert json.loads(found.replace("'", '"')) in ([], ["triton"])  # torch itself may look for triton
+
+
+def test_each_of_the_twelve_traps_has_a_test_by_the_name_that_the_page_gives() -> None:
+    here = Path(__file__).parent
+    page = (here.parent / "docs" / "vllm.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d+) [^|]*\|([^|]*)\|$", page, re.MULTILINE))
+    assert [*rows] == [str(i) for i in range(1, 13)]
+    for trap, named in rows.items():
+        tests = re.findall(r"(test_\w+\.py)(?:::(\w+))?", named)
+        assert tests, trap
+        for file, name in tests:
+            assert f"def {name}" in (here / file).read_text(encoding="utf-8"), (trap, file, name)

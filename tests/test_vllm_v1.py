@@ -1,6 +1,6 @@
 """Steering inside vLLM's V1 runner on a CPU, with torch.compile, against transformers: one engine for all tests.
 
-Everything is made scarce on purpose: 4 slots for 10 interventions, 64 tokens a step (chunked prefill), 640 tokens of keys
+Everything is made scarce on purpose: 4 slots for 10 interventions, 64 tokens a step (chunked prefill), 384 tokens of keys
 and values (preemption). The engine runs in this process, so that what is left behind can be counted.
 """
 
@@ -15,7 +15,7 @@ import torch
 from vllm_engines import ENVIRONMENT, PROMPT, Transformers, environment, fields, needs_vllm, save
 
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.model]
-TOKENS = 8
+TOKENS = 6
 LONG = "The quick brown fox jumps over the lazy dog and runs away from the old grey wolf. " * 6
 CLOSE = 5e-3  # in log-probability: float32 in another order of summation, over 30 layers
 
@@ -30,7 +30,7 @@ class Engine:
 
         self.folder = folder
         self.plans = save(folder)
-        scarce = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 20, "block_size": 32}
+        scarce = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 12, "block_size": 32}
         self.llm = LLM(
             str(demo_model.path()),
             dtype="float32",
@@ -100,7 +100,7 @@ def assert_like_transformers(engine, truth, output, prompt, steered, positions=N
     assert (logprobs(output) - likely).abs().max() < CLOSE, steered
 
 
-def test_the_engine_under_test_compiles_and_is_salted(engine) -> None:
+def test_trap_3_the_engine_under_test_compiles_and_is_salted(engine) -> None:
     """Trap 3: a compiled graph of an engine without steering, or with other places, is never taken from the cache."""
     from vllm.config import CompilationMode
 
@@ -118,7 +118,7 @@ def test_the_engine_under_test_compiles_and_is_salted(engine) -> None:
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
-def test_every_request_of_a_batch_gets_what_transformers_computes(engine, truth, positions) -> None:
+def test_traps_1_8_10_12_every_request_of_a_batch_gets_what_transformers_computes(engine, truth, positions) -> None:
     """All kinds of interventions and all positions in one batch of mixed strengths, between unsteered requests.
 
     Traps 1, 8, 10 and 12: norms, gates and projections see the whole stream, nothing is folded into the graph, cached
@@ -149,7 +149,7 @@ def test_chunked_prefill_means_the_same_positions(engine, truth, positions) -> N
     assert_like_transformers(engine, truth, output, LONG, [("love", 1.5)], positions)
 
 
-def test_neighbours_are_bit_equal_to_the_same_batch_with_nobody_steered(engine) -> None:
+def test_traps_2_11_neighbours_are_bit_equal_to_the_same_batch_with_nobody_steered(engine) -> None:
     """Traps 2 and 11: an unsteered row keeps its bits, whoever is beside it, at whatever place of the batch."""
     prompts = [PROMPT, "Once upon a time", "The capital of France is", "2 + 2 ="]
     alone = engine.run([(p, None) for p in prompts])
@@ -198,7 +198,7 @@ def test_preempted_requests_come_back_with_their_steering(engine, truth) -> None
     """More tokens than the cache holds: some requests are thrown out and recomputed, and P is still the prompt's length."""
     before = counted(engine, "vllm:num_preemptions")
     asked = [("love", 1.0, "last"), ("ablate", 1.0, "all"), ("love", 0.5, "generated"), ("norm", 1.0, "prompt")] * 2
-    prompt, tokens = "Once upon a time there was a king who", 90
+    prompt, tokens = "Once upon a time there was a king who", 48
     requests = [(prompt, {**fields((name, strength)), "steer_positions": where}) for name, strength, where in asked]
     outputs = engine.run(requests, tokens=tokens)
     assert counted(engine, "vllm:num_preemptions") > before, "nothing was preempted: the test proves nothing"

@@ -23,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from steerfast.reference import ALL_MODES, FLOW, HINGE
-from steerfast_kernels import add, sae_decode, sae_edit, sae_encode, sae_encode_threshold, subspace
+from steerfast.reference import ALL_MODES, FLOW, HINGE, SOLVE
+from steerfast_kernels import add, flow, sae_decode, sae_edit, sae_encode, sae_encode_threshold, subspace
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -90,6 +90,12 @@ def _few(modes: int) -> None:
     _tiles(16, torch.bfloat16, modes, 64)
 
 
+def _full_rank() -> None:
+    x, q = torch.empty(64, 4096, dtype=torch.bfloat16), torch.empty(4096, 4096, dtype=torch.bfloat16)
+    bank = torch.empty(5000, 8), torch.empty(1, 8, dtype=torch.int32)
+    flow.flow(x, q, *bank, torch.zeros(64, 1, dtype=torch.int32), torch.empty(64, 1), solves=True)
+
+
 def _add() -> None:
     x = torch.empty(64, 4096, dtype=torch.bfloat16)
     rows, scale = torch.zeros(64, 1, dtype=torch.int32), torch.empty(64, 1)
@@ -125,11 +131,12 @@ bf16, fp32 = torch.bfloat16, torch.float32
 # where a kernel differs little from one that is compiled for all targets
 TWO, THREE = ("sm_90", "gfx942"), ("sm_80", "sm_90", "gfx942")
 VARIANTS = [
-    Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True),
+    Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True, targets=TWO),
     Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, vector_loads=True),
-    Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 128, 16384, vector_loads=True),
+    Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 128, 16384, 0, True, targets=TWO),
     Variant("tiles-k64-hinge", "_tiles_kernel", lambda: _tiles(4096, bf16, HINGE, 64), 255, 65536, tensor_cores=True, wgmma=True),
-    Variant("tiles-k64-flow", "_tiles_kernel", lambda: _tiles(4096, bf16, FLOW, 64), 255, 65536, tensor_cores=True, wgmma=True),
+    Variant("tiles-k64-flows", "_tiles_kernel", lambda: _tiles(4096, bf16, FLOW | SOLVE, 64), 255, 65536, 0, False, True, True),
+    Variant("flow-full-rank", "_flow_kernel", _full_rank, 128, 16384),
     Variant("split-project", "_split_project_kernel", lambda: _few(HINGE), 168, 65536, tensor_cores=True, targets=TWO),
     Variant("split-lift", "_split_lift_kernel", lambda: _few(ALL_MODES), 255, 65536, tensor_cores=True, targets=TWO),
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True),
@@ -143,14 +150,15 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-def record(variant: Variant) -> tuple[JITFunction, dict[str, Any]]:
-    """The kernel and the arguments of the variant's launch; nothing runs."""
+def record(variant: Variant, target: str) -> tuple[JITFunction, dict[str, Any]]:
+    """The kernel and the arguments of the variant's launch as on the target; nothing runs."""
     launches: list[tuple[JITFunction, dict[str, Any]]] = []
 
     def catch(kernel: JITFunction, *, grid: object, warmup: bool, **arguments: Any) -> None:
         launches.append((kernel, arguments))
 
-    with mock.patch.object(JITFunction, "run", catch):
+    amd = None if target.startswith("sm_") else "as on AMD"
+    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(torch.version, "hip", amd):
         variant.launch()
     return next((kernel, arguments) for kernel, arguments in launches if kernel.__name__ == variant.kernel)
 
@@ -176,7 +184,7 @@ def specialise(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
 
 def compile_for(variant: Variant, target: str) -> Report:
     """Compile a variant for a target; raises what the compiler raises."""
-    kernel, arguments = record(variant)
+    kernel, arguments = record(variant, target)
     options = {name: arguments[name] for name in OPTIONS if name in arguments}
     compiled = triton.compile(specialise(kernel, arguments), target=TARGETS[target], options=options)
     report = Report(shared=compiled.metadata.shared)

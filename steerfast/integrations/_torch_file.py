@@ -27,8 +27,12 @@ def read_torch_file(path: Path, allowed: Iterable[tuple[type, str]] = ()) -> Any
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a hostile file provokes in the reader is one thing to the user
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} cannot be read safely as a torch file of tensors: {reason}") from None
+        # what its reader objects to, without its advice to read the file unsafely
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].partition("Please file")[0].split())[:300]
+        raise ValueError(
+            f"{path} cannot be read safely as a torch file of tensors: {reason}; if you trust where it comes from, have its "
+            "own library write safetensors"
+        ) from None
 
 
 def as_vector(value: Any, what: str, path: Path) -> Tensor:

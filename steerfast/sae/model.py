@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steerfast import ops
-from steerfast._checks import check_dictionary, check_stream, one_of
+from steerfast._checks import check_dictionary, check_stream, finite_number, one_of
 from steerfast.interventions import Features, as_tensor
 from steerfast.layers import SITES
 
@@ -207,6 +207,9 @@ class SAE:
             indices: Their features, int32 or int64, (..., k).
             x: The rows that were encoded; needed, and used, only where the SAE normalises each row.
 
+        Returns:
+            In the dtype of w_dec: `sae.to(dtype=torch.float32)` for more than its 8 bits where that is bfloat16.
+
         Raises:
             ValueError: the SAE normalises each row, and x is not given.
         """
@@ -238,15 +241,19 @@ class SAE:
         outside = [index for index in indices if not 0 <= index < self.features]
         if outside:
             raise ValueError(f"SAE: feature {outside[0]} is out of range; there are {self.features}, from 0")
+        home = (
+            self.place,
+            (self.origin.model or None) if self.origin.source == "steerfast" else None,
+        )  # others name no class
         w_enc, w_dec, b_enc, threshold = self.w_enc, self.w_dec[indices], as_tensor(self.b_enc), self.threshold
         if threshold is None:
             numbers = torch.tensor(indices, dtype=torch.int32)
-            return SelectedFeatures(w_enc, b_enc, w_dec, numbers, None, self.k or 0, self.normalisation, self.place)
+            return SelectedFeatures(w_enc, b_enc, w_dec, numbers, None, self.k or 0, self.normalisation, *home)
         w_enc, b_enc, threshold = w_enc[indices], b_enc[indices], threshold[indices]
         if self.normalisation == "none":
-            return Features(w_enc, w_dec, b_enc, threshold, self.place)
+            return Features(w_enc, w_dec, b_enc, threshold, *home)
         numbers = torch.arange(len(indices), dtype=torch.int32)
-        return SelectedFeatures(w_enc, b_enc, w_dec, numbers, threshold, 0, self.normalisation, self.place)
+        return SelectedFeatures(w_enc, b_enc, w_dec, numbers, threshold, 0, self.normalisation, *home)
 
     def approximate(self, threshold: float = 0.0) -> SAE:
         """A Top-K SAE as one with a threshold, so that an edit reads only the rows of the features that it names.
@@ -260,7 +267,8 @@ class SAE:
         """
         if self.k is None:
             raise ValueError("SAE.approximate: this SAE has a threshold already and is edited exactly by its rows")
-        return dataclasses.replace(self, k=None, threshold=torch.full_like(as_tensor(self.b_enc), float(threshold)))
+        theta = finite_number("SAE.approximate", "threshold", threshold)
+        return dataclasses.replace(self, k=None, threshold=torch.full_like(as_tensor(self.b_enc), theta))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SAE:

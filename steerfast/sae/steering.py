@@ -57,6 +57,7 @@ class SelectedFeatures:
         k: Features per row of a Top-K SAE; 0 with a threshold.
         normalisation: As in `SAE`.
         place: (site, layer), if known.
+        model: Class of the model, if known.
     """
 
     encoder: Tensor
@@ -67,6 +68,7 @@ class SelectedFeatures:
     k: int = 0
     normalisation: str = "none"
     place: tuple[str, int] | None = None
+    model: str | None = None
 
     def __post_init__(self) -> None:
         count, width = self.decoder.shape
@@ -103,7 +105,7 @@ class SelectedFeatures:
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> SelectedFeatures:
-        """The inverse of `tensors` and `numbers`; the place is not among them."""
+        """The inverse of `tensors` and `numbers`; place and model are not among them, but may be given."""
         arguments: dict[str, Any] = {**tensors, **numbers}
         return cls(**arguments)
 

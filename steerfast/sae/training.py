@@ -15,6 +15,7 @@ Reference: Gao et al. 2024, Scaling and evaluating sparse autoencoders (arXiv:24
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -208,6 +209,10 @@ def train_sae(
         >>> sf.train_sae(x, sf.TrainConfig(features=64, k=4, tokens=20_000, batch=512)).features
         64
     """
+    if not isinstance(source, Tensor) and not hasattr(source, "counts"):
+        raise TypeError(
+            f"train_sae: source must be an ActivationCache, an ActivationStream or a tensor (n, d); got {type(source).__name__}"
+        )
     data: Rows = _Whole(source) if isinstance(source, Tensor) else source
     split = split or Alone()
     if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
@@ -533,6 +538,12 @@ def _finite(rows: Tensor, shard: int) -> Tensor:
     return rows
 
 
+def _digest(rows: Tensor) -> str:
+    """A hash of 64 rows spread over all, enough to tell data sets apart."""
+    some = rows[:: max(1, len(rows) // 64)][:64].detach().cpu().double().contiguous()
+    return hashlib.sha256(some.numpy().tobytes()).hexdigest()
+
+
 def _origin(data: Rows) -> Origin:
     if isinstance(data, (ActivationCache, ActivationStream)):
         info = data.info
@@ -542,5 +553,8 @@ def _origin(data: Rows) -> Origin:
 
 def _fingerprint(config: TrainConfig, data: Rows) -> str:
     """What must be equal for a run to go on: the configuration and the data."""
-    about = asdict(data.info) if isinstance(data, (ActivationCache, ActivationStream)) else {"rows": list(data.counts)}
+    if isinstance(data, (ActivationCache, ActivationStream)):
+        about = asdict(data.info)
+    else:
+        about = {"rows": list(data.counts), "sample": [_digest(data.read(shard)) for shard in range(len(data.counts))]}
     return json.dumps({"config": asdict(config), "data": about}, sort_keys=True)

@@ -1,22 +1,24 @@
 """Counters per plan, in the engine's /metrics.
 
 Requests are counted where they enter, tokens and waiting requests in the scheduler, which is another process. Each
-process writes a small file of its own, and whoever is asked for metrics adds the files up: no locks, no messages.
+process writes files of its own, in the form of prometheus_client, whose collector adds them up: no locks between
+processes, no messages. Where several API servers share a port, vLLM keeps its metrics the same way, and ours lie beside
+them.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import threading
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 FOLDER = "STEERFAST_COUNTERS"
+OF_SEVERAL_SERVERS = "PROMETHEUS_MULTIPROC_DIR"
 FIELDS = {
     "requests": ("counter", "Requests that named this plan and were accepted."),
     "tokens": (
@@ -36,66 +38,78 @@ def share() -> None:
 
 
 class Counters:
-    """What this process has counted, by plan.
+    """What is counted, by plan.
 
     Args:
         plans: Names of all plans, the same in every process.
     """
 
     def __init__(self, plans: Sequence[str]) -> None:
-        self._line = {name: i for i, name in enumerate(["", *plans])}
-        self._table: np.ndarray | None = None
-        self._owner = -1
+        self._plans = ("", *plans)
 
     def add(self, field: str, plan: str, amount: float = 1.0) -> None:
         """Count something; an unknown plan counts under the empty name."""
-        if self._owner != os.getpid():  # a fork counts for itself
-            self._owner = os.getpid()
-            path = Path(os.environ[FOLDER]) / f"{self._owner}"
-            self._table = np.memmap(path, dtype=np.float64, mode="w+", shape=(len(self._line), len(FIELDS)))
-        assert self._table is not None
-        self._table[self._line.get(plan, 0), list(FIELDS).index(field)] += amount
+        file, key = _file(FIELDS[field][0]), _key(field, plan if plan in self._plans else "")
+        with _writing:
+            file.write_value(key, file.read_value(key)[0] + amount, 0.0)
 
     def total(self) -> dict[str, dict[str, float]]:
         """field -> plan -> count, over all processes."""
-        shape = len(self._line), len(FIELDS)
-        total = np.zeros(shape)
-        for path in Path(os.environ[FOLDER]).iterdir():
-            table = np.fromfile(path, dtype=np.float64)
-            if table.size == total.size:
-                total += table.reshape(shape)
-        names = list(self._line)
-        return {field: dict(zip(names, total[:, column].tolist(), strict=True)) for column, field in enumerate(FIELDS)}
+        total = {field: dict.fromkeys(self._plans, 0.0) for field in FIELDS}
+        for metric in _collector().collect():
+            owner, _, field = metric.name.partition(":")
+            if owner == "steerfast":
+                total[field] |= {sample.labels["plan"]: sample.value for sample in metric.samples}
+        return total
 
-    def collect(self) -> Iterator[Any]:
-        """The counters as Prometheus asks for them."""
-        from prometheus_client.core import (  # type: ignore[import-not-found]  # comes with vLLM
-            CounterMetricFamily,
-            GaugeMetricFamily,
-        )
+    def publish(self) -> None:
+        """Show the counters in this process's /metrics, those of plans that nobody has named yet as zero."""
+        from prometheus_client import REGISTRY  # type: ignore[import-not-found]  # comes with vLLM
 
-        for field, by_plan in self.total().items():
-            kind, text = FIELDS[field]
-            family = (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(
-                f"steerfast:{field}", text, labels=["plan"]
-            )
-            for plan, count in by_plan.items():
-                family.add_metric([plan], count)
-            yield family
+        global _published
+        for field in FIELDS:
+            for plan in self._plans:
+                self.add(field, plan, 0.0)
+        if _published is not None:
+            REGISTRY.unregister(_published)
+            _published = None
+        if OF_SEVERAL_SERVERS not in os.environ:  # otherwise whoever is asked reads all files of that folder
+            _published = _collector()
+            REGISTRY.register(_published)
 
 
-def publish(counters: Counters) -> None:
-    """Show the counters in this process's /metrics; those of an earlier engine in this process go."""
-    from prometheus_client import REGISTRY  # type: ignore[import-not-found]
-
-    global _published
-    if _published is not None:
-        REGISTRY.unregister(_published)
-    REGISTRY.register(counters)
-    _published = counters
+_published: Any = None
+_writing = threading.Lock()
 
 
-_published: Counters | None = None
+def _folder() -> str:
+    return os.environ.get(OF_SEVERAL_SERVERS) or os.environ[FOLDER]
+
+
+def _collector() -> Any:
+    from prometheus_client.multiprocess import MultiProcessCollector  # type: ignore[import-not-found]
+
+    return MultiProcessCollector(None, _folder())
+
+
+def _file(kind: str) -> Any:
+    return _open(f"{_folder()}/{'gauge_sum' if kind == 'gauge' else kind}_steerfast{os.getpid()}.db")
+
+
+@functools.cache
+def _open(path: str) -> Any:
+    from prometheus_client.mmap_dict import MmapedDict  # type: ignore[import-not-found]
+
+    return MmapedDict(path)
+
+
+@functools.cache
+def _key(field: str, plan: str) -> str:
+    from prometheus_client.mmap_dict import mmap_key
+
+    kind, text = FIELDS[field]
+    name = f"steerfast:{field}"
+    return str(mmap_key(name, f"{name}_total" if kind == "counter" else name, ["plan"], [plan], text))
 
 
 def _remove(folder: str, owner: int) -> None:

@@ -87,6 +87,10 @@ class Place:
             self._strength[held] = self.bank.strength(held)
         self._step = -1
 
+    def seal(self) -> None:
+        """Nothing will come or go any more: the plans' own copies are let go, the bank has what it needs."""
+        self._loaded.clear()
+
     def unload(self, slot: int) -> None:
         """Empty a slot; nothing happens if nothing stands there."""
         if self._loaded.pop(slot, None) is not None:
@@ -131,14 +135,17 @@ class Places:
 
     def edit_(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
         """Edit stream (..., d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
-        stream = stream.view(-1, stream.shape[-1])  # vLLM's backend for models of transformers has (1, n, d)
-        hidden = None if hidden is None else hidden.reshape(stream.shape)
-        here, table, count = self.places[place], self.table, stream.shape[0]
+        table, count = self.table, stream.numel() // stream.shape[-1]
         if count > table.rows.shape[0]:
             raise RuntimeError(f"steerfast: {place} handles {count} tokens; the engine announced {table.rows.shape[0]}")
-        if stream.device.type == "cpu" and backend_of(stream) == "torch":
-            if table.tokens:
-                self._edit_on_host(stream, hidden, here)
+        on_host = stream.device.type == "cpu"
+        if on_host and not table.tokens:
+            return  # nobody is steered; on a GPU the kernel sees so itself
+        stream = stream.view(count, -1)  # vLLM's backend for models of transformers has (1, n, d)
+        hidden = None if hidden is None else hidden.reshape(stream.shape)
+        here = self.places[place]
+        if on_host and backend_of(stream) == "torch":
+            self._edit_on_host(stream, hidden, here)
             return
         rows, scale = table.rows[:count], table.scale[:count]
         bank = here.bank.vectors, here.bank.coefficients, here.bank.slots  # committed before the step

@@ -213,7 +213,7 @@ def _read_library(original: Callable[..., None], processor: Any, vllm_config: An
         _wrap(request, "to_sampling_params", _to_sampling_params)
         if hasattr(request, "to_beam_search_params"):
             _wrap(request, "to_beam_search_params", _to_beam_search_params)
-    counters.publish(_served.counters)
+    _served.counters.publish()
     for name, reason in _served.library.refused.items():
         _logger().warning("steerfast: the plan %r is refused: %s", name, reason)
 

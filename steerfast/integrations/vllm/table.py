@@ -51,8 +51,11 @@ class RowTable:
         self._free: list[int] = []
         self._line: dict[str, int] = {}
         self._new: dict[int, np.ndarray] = {}
-        self._steady: list[int] | None = None  # the lines of a batch for which nothing changes while it decodes,
-        self._reached = np.zeros((0, 1))  # and where it was
+        self._steady: list[int] | None = None  # the lines of a batch that may go on: a token each, what they want below
+        self._reached = np.zeros((0, 1))  # on the host: where it was; nothing changes from there on
+        self._slots = self._first = self._stop = self.rows[
+            :0
+        ]  # on the device: gathered for its tokens, (tokens, WIDTH)
         self._count = torch.arange(tokens, device=device)
         self._write = self._on_host if device.type == "cpu" else self._on_device
 
@@ -101,18 +104,23 @@ class RowTable:
             self.step += 1
 
     def _on_device(self, lines: list[int], starts: Tensor, positions: Tensor, tokens: int) -> None:
-        """A dozen launches, and no word back: the device alone knows positions under speculation."""
+        """A dozen launches, four while a batch decodes, and no word back: the device alone knows positions under speculation."""
         if self._new:
             self._wanted.index_copy_(0, self._send([*self._new]), self._send([*self._new.values()], np.int32))
+        if self._new or lines != self._steady:
             self._new.clear()
-        index = self._send(lines)
-        if tokens != len(lines):
-            owner = torch.searchsorted(starts[1 : len(lines) + 1], self._count[:tokens].to(starts.dtype), right=True)
-            index = index[owner.clamp_(max=len(lines) - 1)]
-        slots, first, stop, strength = self._wanted[index].view(-1, 4, WIDTH).unbind(1)  # (tokens, WIDTH) each
+            index = self._send(lines)
+            if tokens != len(lines):
+                owner = torch.searchsorted(
+                    starts[1 : len(lines) + 1], self._count[:tokens].to(starts.dtype), right=True
+                )
+                index = index[owner.clamp_(max=len(lines) - 1)]
+            self._slots, self._first, self._stop, strength = self._wanted[index].view(-1, 4, WIDTH).unbind(1)
+            self.scale[:tokens] = strength.view(torch.float32)  # each of the four is (tokens, WIDTH)
+            self._steady = lines if tokens == len(lines) else None
         here = positions[:tokens, None]
-        self.rows[:tokens] = torch.where((here >= first) & (here < stop), slots, -1)
-        self.scale[:tokens] = strength.view(torch.float32)
+        acting = (here >= self._first) & (here < self._stop)
+        self.rows[:tokens] = torch.where(acting, self._slots, -1)
         if self.tokens > tokens:
             self.rows[tokens : self.tokens].fill_(-1)
         self.tokens = tokens

@@ -61,16 +61,16 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
         raise refuse(path, f"keys {sorted(config)} and tensors {sorted(tensors)} are not those of schema {SCHEMA}")
     if hashlib.sha256(path.read_bytes()).hexdigest() != config["tensors_sha256"]:
         raise refuse(path, "not the file that sae.json was written with; copy both again")
-    origin = dict(config["origin"])
-    place = origin.pop("place")
     try:
+        origin = dict(config["origin"])
+        place = origin.pop("place")
         made = SAE(
             **{"w_dec": tensors["w_enc"], **tensors},
             k=config["k"],
             normalisation=config["normalisation"],
             origin=Origin(None if place is None else tuple(place), **origin),
         )
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise refuse(path, f"does not describe an SAE: {error}") from None
     if (made.features, made.d) != (config["features"], config["width"]):
         raise refuse(

@@ -1,0 +1,191 @@
+"""Models as people load them: spread over devices by accelerate, offloaded to disk, quantised by torchao or bitsandbytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build, token_ids
+
+import steerfast as sf
+
+WIDTH = 48
+
+
+def mapped(folder: Path) -> Any:
+    """`device_map="auto"`: on a machine without GPUs all on the CPU, and no hook of accelerate's."""
+    pytest.importorskip("accelerate")
+    model = _load(folder, device_map="auto")
+    assert not hasattr(model.model.layers[1], "_hf_hook") or torch.cuda.is_available()
+    return model
+
+
+def spread(folder: Path) -> Any:
+    """accelerate's hooks in every module, as where a model fills several devices."""
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.dispatch_model(_load(folder), {"": "cpu"}, main_device="cpu", force_hooks=True)
+
+
+def offloaded(folder: Path) -> Any:
+    """Two of three blocks on disk: their weights are on the meta device whenever the block does not run."""
+    pytest.importorskip("accelerate")
+    here = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = dict.fromkeys(here, "cpu") | {"model.layers.1": "disk", "model.layers.2": "disk"}
+    model = _load(folder, device_map=places, offload_folder=str(folder / "offload"))
+    assert next(model.model.layers[1].parameters()).is_meta
+    return model
+
+
+def torchao_int8(folder: Path) -> Any:
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    return _load(folder, quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig()), device_map="cpu")
+
+
+def bitsandbytes_int8(folder: Path) -> Any:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    return _load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu")
+
+
+def bitsandbytes_nf4(folder: Path) -> Any:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return _load(folder, quantization_config=config, device_map="cpu")
+
+
+def _load(folder: Path, **how: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
+
+
+WAYS = [mapped, spread, offloaded, torchao_int8, bitsandbytes_int8, bitsandbytes_nf4]
+CHANGED = {torchao_int8, bitsandbytes_int8, bitsandbytes_nf4}  # other weights than those that were saved
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def vector(seed: int = 0) -> torch.Tensor:
+    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_steered_as_by_a_hook_of_ones_own_and_comes_back_bit_for_bit(way: Callable, saved: Path) -> None:
+    model, ids, v = way(saved), token_ids(2, 6, 0), vector()
+    clean = logits(model, ids)
+    assert torch.allclose(clean, logits(build("llama"), ids), atol=1e-5) != (way in CHANGED)
+
+    def add(strengths: torch.Tensor) -> torch.Tensor:
+        """What the plain formula gives in a plain hook, each row with its strength."""
+        bare = model.model.layers[1].register_forward_hook(
+            lambda _module, _args, out: (
+                out + strengths[:, None, None] * v
+                if isinstance(out, torch.Tensor)
+                else (out[0] + strengths[:, None, None] * v, *out[1:])
+            )
+        )
+        try:
+            return logits(model, ids)
+        finally:
+            bare.remove()
+
+    with sf.steer(model, [sf.Plan({1: sf.Add(v)}), sf.Plan({1: sf.Add(v)})], strength=[2.0, -1.0]) as handle:
+        got = logits(model, ids)
+        handle.strength = [0.5, 0.0]
+        less = logits(model, ids)
+    torch.testing.assert_close(got, add(torch.tensor([2.0, -1.0])), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(less, add(torch.tensor([0.5, 0.0])), atol=1e-5, rtol=1e-5)
+    assert handle.stats() == [12, 6]  # strength 0 edits nothing
+    assert (got - clean).abs().amax((1, 2)).min() > 0.1
+    assert torch.equal(logits(model, ids), clean)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_site_is_where_it_should_be(way: Callable, saved: Path) -> None:
+    """What leaves the MLP leaves the block, what leaves a block enters the next, and nothing is said twice."""
+    model, ids, v = way(saved), token_ids(2, 6, 0), vector()
+
+    def steered(place: Any) -> torch.Tensor:
+        with sf.steer(model, {place: sf.Add(v, 2.0)}):
+            return logits(model, ids)
+
+    post, clean = steered(1), logits(model, ids)
+    for same in (("mlp_out", 1), ("resid_pre", 2)):
+        torch.testing.assert_close(steered(same), post, atol=2e-5, rtol=2e-5)
+    for other in (("attn_out", 1), ("head_out", 1), ("resid_pre", 1)):
+        assert (steered(other) - clean).abs().max() > 0.1
+        assert (steered(other) - post).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("positions", ["prompt", "generated"])
+def test_generate_over_a_cache_follows_the_positions(way: Callable, saved: Path, positions: str) -> None:
+    """Against the same model without a cache, told which columns to steer."""
+    model, ids = way(saved), token_ids(1, 6, 0)
+    plan = sf.Plan({1: sf.Add(vector(), 3.0)}, positions)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with sf.steer(model, plan) as handle:
+        out = model.generate(ids, **settings, output_logits=True, return_dict_in_generate=True)
+    assert handle.stats() == [6 if positions == "prompt" else 3]
+    # eight bits for activations, too, whose outliers are chosen by batch: another batch rounds elsewhere
+    allowed = 0.3 if way is bitsandbytes_int8 else 2e-4
+    for step in range(positions == "generated", 4):  # the first new token still comes from an unsteered prompt
+        with sf.steer(model, plan, prompt_length=6):
+            whole = logits(model, out.sequences[:, : 6 + step])[0, -1]
+        torch.testing.assert_close(out.logits[step][0], whole, atol=allowed, rtol=allowed)
+
+
+class Counter:
+    """A backend that counts what it compiles and otherwise runs the traced graph."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in (spread, offloaded)])  # their hooks break graphs
+def test_compiled_once_it_follows_every_plan_row_and_strength(way: Callable, saved: Path) -> None:
+    model, eager, ids, count = way(saved), way(saved), token_ids(2, 6, 0), Counter()
+    sf.prepare(model, batch=2, length=16)
+    logits(
+        model, ids
+    )  # a first pass, in which bitsandbytes lays its weights out, leaves nothing that a graph guards on
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    clean = logits(compiled, ids)
+    for plan in ({1: sf.Add(vector(), 2.0)}, {0: sf.Ablate(vector(1)), 2: sf.Add(vector(2), keep_norm=True)}):
+        for rows in ([plan, None], [None, plan], [plan, plan]):
+            with sf.steer(model, rows) as handle, sf.steer(eager, rows) as other:
+                for strength in (1.0, 0.3):
+                    handle.strength = other.strength = [strength] * 2
+                    torch.testing.assert_close(logits(compiled, ids), logits(eager, ids), atol=1e-5, rtol=1e-5)
+                    assert not torch.equal(logits(compiled, ids), clean)
+    assert torch.equal(logits(compiled, ids), clean)
+    assert count.graphs == 1
