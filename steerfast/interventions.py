@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 ROUNDED = 1e-6
 """Deviation from orthonormal rows that rounding to float32 explains."""
 
+OFFSET, SLOPE, BEND, KNOT, BEND2, KNOT2, JUMP, EDGE = range(8)
+"""Columns of a hinge: g = offset + slope·y + bend·relu(y - knot) + bend2·relu(y - knot2) + jump·[y > edge]."""
+
 DEPENDENT = 1e-4
 """A row whose part outside the span of the earlier rows is shorter than this share of it counts as dependent."""
 
@@ -318,9 +321,9 @@ class Clamp(Intervention):
     def slot(self) -> Slot:
         rows, table = as_tensor(self.direction)[None], hinge_rows(1)
         if self.low is not None:  # max(y, low) - y = low - y + relu(y - low)
-            table[0, :4] = torch.tensor([self.low, -1.0, 1.0, self.low])
+            table[0, OFFSET], table[0, SLOPE], table[0, BEND], table[0, KNOT] = self.low, -1.0, 1.0, self.low
         if self.high is not None:
-            table[0, 4:6] = torch.tensor([-1.0, self.high])
+            table[0, BEND2], table[0, KNOT2] = -1.0, self.high
         return Slot(HINGE, 0, self.keep_norm, rows, rows, constants_row(), table)
 
 
@@ -411,7 +414,7 @@ class LoReFT(Intervention):
 
     def slot(self) -> Slot:
         table = hinge_rows(self.R.shape[0], slope=1.0)
-        table[:, 0] = as_tensor(self.b)
+        table[:, OFFSET] = as_tensor(self.b)
         return Slot(HINGE, 0, self.keep_norm, self.W - self.R, self.R, constants_row(), table)
 
 
@@ -643,23 +646,22 @@ class DeficitPush(Intervention):
 def _feature_table(mode: str, t: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
     """t(f) - f as hinges in y = W_enc·x, where f = relu(y - κ) + θ·[y > κ], κ = θ - b."""
     table = torch.zeros(t.shape[0], 8)
-    knot = threshold - bias
-    table[:, 3], table[:, 5], table[:, 7] = knot, t - bias, knot
+    table[:, KNOT] = table[:, EDGE] = threshold - bias
+    table[:, KNOT2] = t - bias
+    above = t >= threshold
     if mode == "add":
-        table[:, 0] = t
+        table[:, OFFSET] = t
     elif mode == "scale":
-        table[:, 2], table[:, 6] = t - 1, (t - 1) * threshold
+        table[:, BEND], table[:, JUMP] = t - 1, (t - 1) * threshold
     elif mode == "set":
-        table[:, 0], table[:, 2], table[:, 6] = t, -1.0, -threshold
+        table[:, OFFSET], table[:, BEND], table[:, JUMP] = t, -1.0, -threshold
     elif mode == "min":  # a bound above θ bends at the bound; one below it cuts every active feature down to it
-        above = t >= threshold
-        table[:, 4] = torch.where(above, -1.0, 0.0)
-        table[:, 2], table[:, 6] = torch.where(above, 0.0, -1.0), torch.where(above, 0.0, t - threshold)
+        table[:, BEND], table[:, BEND2] = torch.where(above, 0.0, -1.0), torch.where(above, -1.0, 0.0)
+        table[:, JUMP] = torch.where(above, 0.0, t - threshold)
     else:  # "max": a bound below θ lifts only inactive features
-        above = t >= threshold
-        table[:, 0] = t
-        table[:, 2], table[:, 4] = torch.where(above, -1.0, 0.0), torch.where(above, 1.0, 0.0)
-        table[:, 6] = torch.where(above, -threshold, -t)
+        table[:, OFFSET] = t
+        table[:, BEND], table[:, BEND2] = torch.where(above, -1.0, 0.0), torch.where(above, 1.0, 0.0)
+        table[:, JUMP] = torch.where(above, -threshold, -t)
     return table
 
 

@@ -138,12 +138,13 @@ class RowTable:
         if tokens != len(lines):
             index = np.repeat(index, np.diff(starts.numpy()[: len(lines) + 1]))
         slots, first, stop, strength = wanted[index].reshape(-1, 4, WIDTH).transpose(1, 0, 2)
-        changes = (here < first) | ((here < stop) & (stop < EVER))
+        begun, goes_on = here >= first, here < stop
+        changes = ~begun | (goes_on & (stop < EVER))
         self._steady = (
             lines if tokens == len(lines) and not changes.any() else None
         )  # while these decode, nothing changes
         self._reached = here.copy()
-        slots = np.where((here >= first) & (here < stop), slots, np.int32(-1))
+        slots = np.where(begun & goes_on, slots, np.int32(-1))
         weights = strength.view(np.float32)
         if tokens == self.tokens and np.array_equal(slots, rows[:tokens]) and np.array_equal(weights, scale[:tokens]):
             return
