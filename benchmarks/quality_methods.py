@@ -10,11 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import steerfast as sf
+from steerfast.fitting import PUBLISHED
 
 Edits = dict[tuple[str, int], sf.Intervention]
 ANGLES = (0.1, 0.18, 0.28, 0.45)
@@ -53,9 +55,10 @@ class Sample:
         heads = ({layer: x[rows] for layer, x in side.items()} for side in (self.heads_pos, self.heads_neg))
         return Sample(self.layer, self.pos[rows], self.neg[rows], *heads, [self.groups[i] for i in index], seed)
 
-    def barrier(self, kind: str) -> sf.Barrier:
+    def barrier(self, kind: str, **choices: Any) -> sf.Barrier:
         """A barrier fitted with the groups held out together."""
-        return sf.fit_barrier(self.pos, self.neg, kind=kind, groups=[*self.groups, *self.groups], seed=self.seed)
+        groups = [*self.groups, *self.groups]
+        return sf.fit_barrier(self.pos, self.neg, kind=kind, groups=groups, seed=self.seed, **choices)
 
     def at(self, edit: sf.Intervention) -> Edits:
         """One edit, at the layer of the activations."""
@@ -128,9 +131,9 @@ def one_step(sample: Sample) -> Edits:
     return sample.at(sf.Flow(sample.barrier("quadratic"), angle=1.0, method="one-step"))
 
 
-def ode(kind: str) -> Callable[[Sample], Edits]:
+def ode(kind: str, **choices: Any) -> Callable[[Sample], Edits]:
     """Ten Euler steps along a barrier of that kind."""
-    return lambda sample: sample.at(sf.Flow(sample.barrier(kind), angle=1.0, steps=10, method="euler"))
+    return lambda sample: sample.at(sf.Flow(sample.barrier(kind, **choices), angle=1.0, steps=10, method="euler"))
 
 
 def sae(path: str) -> Callable[[Sample], Edits]:
@@ -162,6 +165,7 @@ METHODS = {
     "spherical": Method("ODE linear (spherical)", spherical),
     "one-step": Method("ODE quadratic, one step", one_step),
     "quadratic": Method("ODE quadratic", ode("quadratic")),
+    "published": Method("ODE quadratic, published constants", ode("quadratic", kernel=PUBLISHED)),
     "sketch": Method("ODE sketch (ODESteer)", ode("sketch")),
     "rff": Method("ODE random features", ode("rff")),
     "mlp": Method("ODE network", ode("mlp")),

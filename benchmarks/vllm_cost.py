@@ -71,11 +71,11 @@ ONE, ALL, RANK = "one layer", "all layers", "all layers, rank 8"
 IDLE = Arm(0.0, ONE, 1)
 LOADS = {
     "decode-16": Load(
-        16, 16, 48,
+        16, 16, 24,
         (IDLE, Arm(0.25, ONE, 1), Arm(0.25, ALL, 1), Arm(1.0, ONE, 1), Arm(1.0, RANK, 1), Arm(1.0, ALL, 16), Arm(1.0, ALL, 1)),
     ),
     "prefill-16": Load(16, 96, 2, (IDLE, Arm(0.25, ALL, 1), Arm(1.0, ONE, 1), Arm(1.0, ALL, 1))),
-    "decode-256": Load(256, 4, 8, (Arm(1.0, ONE, 256), Arm(1.0, ALL, 64), Arm(1.0, ALL, 256))),
+    "decode-256": Load(256, 4, 4, (Arm(1.0, ONE, 256), Arm(1.0, ALL, 64), Arm(1.0, ALL, 256))),
 }  # fmt: skip
 Row = dict[str, Any]
 

@@ -383,6 +383,7 @@ def test_on_activations_of_a_real_model(smollm):
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_barriers_of_sentences_still_point_somewhere_at_the_ends_of_prompts(smollm):
     """Flows start where nothing was fitted. A kernel narrower than the way there leaves the noise of its random features."""
     model, tokenizer = smollm

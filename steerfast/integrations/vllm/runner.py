@@ -73,8 +73,8 @@ class Steered:
                 self._hold(served)
                 self._residents.release(served)
             self._chains = {}
-            for place in places.values():
-                place.seal()
+            for here in places.values():
+                here.seal()
 
     def start(self, request: str, prompt: int, parts: tuple[Part, ...]) -> None:
         """A request arrives, with its prompt's length in tokens."""
