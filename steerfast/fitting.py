@@ -427,8 +427,8 @@ def _fourier(data: _Data, C: float | None, kernel: None, rank: int | str) -> Bar
     tried = [(width, strength) for width in WIDTHS for strength in (STRENGTHS if C is None else [C])]
     scores = {pair: held(*pair) for pair in tried} if folds else {(1.0, C or 1.0): UNKNOWN}
     best = max(scores.values())
-    # the widest kernel that is no worse than chance tells apart: a narrow one is noise a few widths away from its rows, where
-    # flows start, and rows that are easy to separate do not tell the two apart
+    # the widest kernel that chance alone may have put behind the best: a narrow one is noise a few widths away from its rows,
+    # where flows start, and sides that are easy to separate do not tell the two apart
     widest = max(width for (width, _), found in scores.items() if not found[0] < best[0] - best.error)
     width, C = max((pair for pair in scores if pair[0] == widest), key=lambda pair: scores[pair])
     at = project(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,27 @@ def test_the_metrics_of_one_and_of_several_api_servers_add_up_what_all_processes
             line = f'steerfast:{field}{{plan="{plan}"}} {float(expected.get((field, plan), 0))}'
             assert shown.count(line) == 1, line
     assert made.total()["requests"] == {"": 0, "polite": 16, "terse": 0}
+
+
+def test_the_soak_sees_whatever_was_applied_wrongly(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    vllm_soak = pytest.importorskip("vllm_soak")
+    xargs = {"steer": ["a", "b"], "steer_strength": [0.5, 0.0], "steer_positions": "last"}
+    request = {"request_id": "soak-1", "prompt": [5, 6], "max_tokens": 2, "vllm_xargs": xargs, "fate": "finish"}
+    good = [["cmpl-soak-1-0-x", 0, []], ["cmpl-soak-1-0-x", 1, [["a", 0.5]]], ["cmpl-soak-1-0-x", 2, [["a", 0.5]]]]
+
+    def verify(*lines: list) -> tuple[list[str], int]:
+        trace = tmp_path / "trace"
+        trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return vllm_soak.verify({"soak-1": request}, trace)
+
+    assert verify(*good) == ([], 2)
+    for wrong in (
+        [good[0], good[1]],  # its last token is missing
+        [["cmpl-soak-1-0-x", 0, [["a", 0.5]]], *good[1:]],  # before its first position
+        [good[0], good[1], ["cmpl-soak-1-0-x", 2, [["a", 0.6]]]],
+        [good[0], good[1], ["cmpl-soak-1-0-x", 2, [["b", 0.5]]]],
+        [good[0], good[1], ["cmpl-soak-1-0-x", 2, []]],
+        [*good, ["cmpl-soak-2-0-x", 0, []]],
+    ):
+        assert verify(*wrong)[0], wrong

@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -445,3 +446,29 @@ def test_each_of_the_twelve_traps_has_a_test_by_the_name_that_the_page_gives() -
         assert tests, trap
         for file, name in tests:
             assert f"def {name}" in (here / file).read_text(encoding="utf-8"), (trap, file, name)
+
+
+def test_what_the_cost_run_writes_is_what_the_bars_read(monkeypatch, tmp_path: Path) -> None:
+    """After every round a whole row, by the names of bars.csv; of two unsteered runs the mean."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import bars
+    import results
+    import vllm_cost
+
+    args = SimpleNamespace(wall=False, out=tmp_path, dtype="bfloat16", eager=False)
+    for name, load in vllm_cost.LOADS.items():
+        row = vllm_cost.new_row(name, args)
+        for number in range(3):
+            seconds = dict.fromkeys((*vllm_cost.TWICE, *map(str, load.arms)), 1.0 + number)
+            seconds[vllm_cost.TWICE[1]] *= 1.5
+            done = {arm: {"cpu": taken, "wall": 9.0} for arm, taken in seconds.items()}
+            vllm_cost.keep(row, done, load.arms[-1], args)
+            assert len(results.newest(results.read([tmp_path]))[row["case"], "cpu"]["times"]["ours"]) == number + 1
+    found = results.newest(results.read([tmp_path]))
+    judged = [bars.judge(bar, found) for bar in bars.bars() if bar.case in {case for case, _ in found}]
+    assert len(judged) >= 3
+    assert {verdict.value for verdict in judged} == {(1.25, 1.25, 1.25)}
+    batch = vllm_cost.LOADS["decode-256"].batch
+    asked = [vllm_cost.LOADS["decode-256"].arms[-1].steer(i, batch) for i in range(batch)]
+    assert len({(fields["steer"], fields["steer_strength"]) for fields in asked}) == batch == 256
+    assert [vllm_cost.Arm(0.25, "one layer", 1).steer(i, 16) is None for i in (3, 4)] == [False, True]
