@@ -12,7 +12,7 @@ INPUTS := setup.py pyproject.toml constraints-common.txt
 # Triton 3.10 flips the default of floating-point fusion; stated here, the tolerances of the tests do not move.
 export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help setup demo test test-oldest test-vllm lint types bench bars evidence dist clean
+.PHONY: help setup demo test test-oldest test-vllm lint types bench bars evidence evidence-vllm dist clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,7 +24,7 @@ help:
 	@echo "make lint types   ruff; mypy"
 	@echo "make bench        benchmarks on this machine, at most 15 minutes; bench-add, bench-flow, … one suite"
 	@echo "make bars         every number the project set itself: wanted, measured, met or not"
-	@echo "make evidence     what takes longer: scaling and the quality study"
+	@echo "make evidence     what takes hours: scaling, SAE training, the quality study; TEXT=FILE also measures the SAE on it"
 	@echo "make dist         wheel and sdist in dist/"
 	@echo "make clean        remove environments, caches and build output"
 	@echo
@@ -107,11 +107,18 @@ bench-%: setup
 bars: setup
 	$(BIN)/python benchmarks/bars.py
 
-# What takes too long for CI; the results are committed.
+# What takes too long for CI; the results are committed. The SAE goes on where a run was cut off.
+EVIDENCE ?= evidence
 evidence: setup
 	$(PARALLEL) $(BIN)/python -m pytest benchmarks -q -m slow $(PYTEST_ARGS)
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/steerfast sae train --preset smollm2 --out $(EVIDENCE)/sae
+	$(if $(TEXT),$(BIN)/python benchmarks/sae_quality.py $(EVIDENCE)/sae --text $(TEXT))
+	$(BIN)/python benchmarks/quality.py --seeds 3
 	$(BIN)/python benchmarks/report.py
+
+# The same for the engine: the cost of steering, and 10 000 requests with random plans, strengths and aborts.
+evidence-vllm: $(VENV_VLLM)/.installed
+	$(VENV_VLLM)/bin/python benchmarks/vllm_soak.py --out benchmarks/results
 
 dist: setup
 	$(BIN)/python -m build --no-isolation

@@ -227,6 +227,7 @@ def serve(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         max_model_len=256,
         max_num_seqs=max(LOADS[name].batch for name in args.loads),
+        max_num_batched_tokens=1024,  # an engine starts with a pass of so many
         enforce_eager=args.eager,
         enable_prefix_caching=False,
         gpu_memory_utilization=0.2,
