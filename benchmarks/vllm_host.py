@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -47,7 +48,10 @@ def main() -> None:
     for path in ("host", "device"):
         made = table(REQUESTS, path)
         found[f"{path}_goes_on"] = show(f"table, 64 steered, it goes on, {path}'s path", partial(fill, made, NAMES))
-        found[f"{path}_changed"] = show(f"table, 64 steered, it has changed, {path}'s path", partial(turn, made))
+        turns = cycle([TURNED, NAMES])
+        found[f"{path}_changed"] = show(
+            f"table, 64 steered, it has changed, {path}'s path", lambda made=made, turns=turns: fill(made, next(turns))
+        )
     found["idle"] = found["steered_0_goes_on"]
     found["steered_64"] = max(found["host_changed"], found["device_changed"])
     for steered in (0, 64):
@@ -94,10 +98,6 @@ def table(steered: int, path: str = "host") -> RowTable:
 
 def fill(made: RowTable, names: list[str]) -> None:
     made.fill(names, STARTS, POSITIONS, REQUESTS)
-
-
-def turn(made: RowTable) -> None:
-    fill(made, TURNED if made.rows[0, 0] == 0 else NAMES)
 
 
 def edit(places: Places, stream: torch.Tensor, hidden: torch.Tensor) -> None:

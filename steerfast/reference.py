@@ -132,7 +132,8 @@ def subspace(
                 out = _edit(out, slot, gain if weights is None else gain * weights[:, column, None])
             else:
                 weight = gain if weights is None else gain * weights[mine, column, None]
-                out = out.index_copy(0, mine, _edit(out[mine], slot, weight))
+                moved = _edit(out[mine], slot, weight)
+                out = out.index_copy(0, mine, moved) if out is flat else out.index_copy_(0, mine, moved)
     out = out.to(x.dtype)
     return (out if whole else torch.where(_edited(table, slots), out, flat)).view(x.shape)
 
@@ -497,8 +498,11 @@ def _owners(column: Tensor) -> list[tuple[int, Tensor | None]]:
     """The slots named in one column of a row table, each with the tokens it owns (None: all of them)."""
     if column.stride(0) == 0 or column.shape[0] == 1:
         owners = column[:1].tolist()
+    else:
+        owners = sorted(set(column.tolist()))
+    if len(owners) == 1:
         return [(owner, None) for owner in owners if owner >= 0]
-    return [(owner, (column == owner).nonzero().flatten()) for owner in column.unique().tolist() if owner >= 0]
+    return [(owner, (column == owner).nonzero().flatten()) for owner in owners if owner >= 0]
 
 
 def _edited(table: Tensor, slots: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ class RowTable:
             lines if tokens == len(lines) and not changes.any() else None
         )  # while these decode, nothing changes
         self._reached = here.copy()
-        slots = np.where(begun & goes_on, slots, np.int32(-1))
+        np.copyto(slots, -1, where=~(begun & goes_on))
         weights = strength.view(np.float32)
         if tokens == self.tokens and np.array_equal(slots, rows[:tokens]) and np.array_equal(weights, scale[:tokens]):
             return
