@@ -1,6 +1,6 @@
 """What steering costs inside vLLM, always against the same engine with the same flags and nobody steered.
 
-    python benchmarks/vllm_cost.py MODEL --out benchmarks/results
+    python benchmarks/vllm_cost.py --out benchmarks/results
 
 Two engines run in turns, each in a process of its own: one without the plugin, one with it. Every round runs each arm of a load
 once, in random order, and the unsteered engine twice; a ratio is the median over rounds of the mean of these two over the arm,
@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from steerfast import demo_model
 from steerfast._files import replace_file
 from steerfast.timing import circumstances, interval, paired
 
@@ -82,7 +83,7 @@ Row = dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a model")
+    parser.add_argument("model", nargs="?", help="folder of a model; without it SmolLM2-135M-Instruct")
     parser.add_argument("--loads", choices=LOADS, nargs="+", default=[*LOADS])
     parser.add_argument("--minutes", type=float, default=6.0, help="after these the run ends, whatever it is at")
     parser.add_argument("--rounds", type=int, default=25, help="at most so many")
@@ -92,6 +93,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="directory for the raw rows")
     parser.add_argument("--serve", choices=[BASE, "steered"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.model = args.model or str(demo_model.path())
     if args.serve is not None:
         serve(args)
         return 0

@@ -43,7 +43,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "STEERFAST_SLOTS": str(SLOTS),
 }  # fmt: skip
 OPTIONS = [
-    "--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "16",
+    "--disable-uvicorn-access-log", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "16",
     "--max-num-batched-tokens", "64", "--block-size", "32", "--num-gpu-blocks-override", "12",
 ]  # fmt: skip
 

@@ -33,7 +33,7 @@ EXAMPLE = (
     "steerfast sae train --preset smollm2 --out sae\n"
     "steerfast sae eval sae demo --text wikitext.txt\n"
     "steerfast sae explain sae demo --html features.html --save words.json\n"
-    'steerfast sae steer sae demo "I went to the" --words music --explanations words.json --mode add --value 40'
+    'steerfast sae steer sae demo "The doctor put on a coat, because" --words herself --explanations words.json'
 )
 
 
@@ -283,7 +283,9 @@ def _steer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--feature", type=int, nargs="+", metavar="N", help="numbers of features")
     parser.add_argument("--words", nargs="+", metavar="WORD", help="take the features that these words explain")
     parser.add_argument("--explanations", type=Path, metavar="FILE", help="what `explain --save` wrote; else made now")
-    parser.add_argument("--most", type=cli._positive, default=8, metavar="N", help="features at most (default: 8)")
+    parser.add_argument(
+        "--most", type=cli._positive, default=1, metavar="N", help="features at most (default: %(default)s)"
+    )
     modes = ("set", "add", "scale", "min", "max", "amplify", "calibrate")
     text = "of the value: see sf.EditFeatures; amplify: α; calibrate: β (default: %(default)s)"
     parser.add_argument("--mode", default="add", choices=modes, help=text)
