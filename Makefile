@@ -86,10 +86,14 @@ $(VENV_VLLM)/.installed: setup.py constraints-vllm.txt
 	$(VENV_VLLM)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps -e .
 	@touch $@
 
+# The longest first, WORKERS at a time; the model is converted once, before them.
+VLLM_PARTS := v1 server v2 tp families guards
 test-vllm: $(VENV_VLLM)/.installed
-	set -e; for part in guards tp families v1 server; do \
-	  $(PARALLEL) $(VENV_VLLM)/bin/python -m pytest -m vllm tests/test_vllm_$$part.py $(PYTEST_ARGS); done
-	$(PARALLEL) TRITON_INTERPRET=1 $(VENV_VLLM)/bin/python -m pytest tests/test_vllm_v2.py $(PYTEST_ARGS)
+	$(VENV_VLLM)/bin/python -c 'from steerfast import demo_model; demo_model.path(progress=print)'
+	$(MAKE) --jobs $(WORKERS) --output-sync=target $(addprefix test-vllm-,$(VLLM_PARTS))
+
+test-vllm-%: $(VENV_VLLM)/.installed
+	$(PARALLEL) $(if $(filter v2,$*),TRITON_INTERPRET=1) $(VENV_VLLM)/bin/python -m pytest -q --durations=3 tests/test_vllm_$*.py $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -119,6 +123,8 @@ evidence: setup
 # The same for the engine: the cost of steering, and 10 000 requests with random plans, strengths and aborts.
 evidence-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python benchmarks/vllm_soak.py --out benchmarks/results
+	$(VENV_VLLM)/bin/python benchmarks/vllm_host.py --out benchmarks/results
+	$(VENV_VLLM)/bin/python benchmarks/vllm_cost.py --out benchmarks/results --minutes 20
 
 dist: setup
 	$(BIN)/python -m build --no-isolation

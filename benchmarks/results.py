@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / "results"
 def read(paths: Iterable[Path]) -> list[Row]:
     """All rows of files and folders, oldest run first. A line that a crash cut short is named and skipped.
 
-    What `vllm.py` and `sae_training.py` write is read as rows, too.
+    What `sae_training.py` writes is read as rows, too.
     """
     rows = []
     for path in paths:
@@ -44,17 +44,6 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _vllm(found: Row) -> list[Row]:
-    """Each arm's time per round, under the name of the load and the batch."""
-    options = found["options"]
-    times: dict[str, list[float]] = {}
-    for row in sorted(found["rows"], key=lambda row: row["round"]):
-        times.setdefault(row["arm"], []).append(row["wall" if options.get("wall") else "cpu"])
-    times["ours"] = next(taken for arm, taken in times.items() if arm.startswith("100 %"))
-    place = "cuda" if options.get("wall") else "cpu"
-    return [_row(f"vllm {options['load']} batch={options['batch']}", "engines", times, found, place)]
-
-
 def _sae_training(found: Row) -> list[Row]:
     """Seconds of a training step of each trainer."""
     times = {"ours" if name == "steerfast" else name: taken for name, taken in found["seconds"].items()}
@@ -69,7 +58,7 @@ def _row(case: str, suite: str, times: dict[str, list[float]], found: Row, place
     return {"case": case, "suite": suite, "status": "ok", "times": times, "missing": {}, "run": run}
 
 
-FOREIGN: dict[str, Callable[[Row], list[Row]]] = {"vllm": _vllm, "sae_training.json": _sae_training}
+FOREIGN: dict[str, Callable[[Row], list[Row]]] = {"sae_training.json": _sae_training}
 
 
 def measured(row: Row) -> bool:

@@ -160,7 +160,9 @@ class _Data:
             )
         codes = {name: i for i, name in enumerate(dict.fromkeys(names))}
         if groups is not None and len(codes) < 2:
-            raise ValueError("fit_barrier: all rows are in one group, so none can be held out; give two groups at least")
+            raise ValueError(
+                "fit_barrier: all rows are in one group, so none can be held out; give two groups at least"
+            )
         norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         return cls(
             x / norms,

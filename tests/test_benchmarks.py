@@ -293,17 +293,12 @@ def test_reading_skips_a_line_cut_short_and_takes_the_newest(tmp_path, capsys):
 
 def test_results_of_the_long_runs_are_rows_too(tmp_path):
     head = {"date": "2026-01-02", "processor": "test", "versions": {}}
-    arms = {"disabled": 1.0, "disabled again": 1.0, "idle": 1.0, "100 %, all layers, 1 configurations": 1.25}
-    rows = [{"round": i, "arm": arm, "cpu": taken, "wall": 9.0} for i in (0, 1) for arm, taken in arms.items()]
-    options = {"load": "decode", "batch": 16, "wall": False}
-    (tmp_path / "vllm-decode-16.json").write_text(json.dumps({**head, "options": options, "rows": rows}))
     seconds = {"steerfast": [1.0], "sparsify": [2.0]}
     (tmp_path / "sae_training.json").write_text(json.dumps({**head, "missing": {"SAELens": "no"}, "seconds": seconds}))
     (tmp_path / "sae_defence.json").write_text("{}")
     found = results.newest(results.read([tmp_path]))
-    assert set(found) == {("vllm decode batch=16", "cpu"), ("sae trainer", "cpu")}
+    assert set(found) == {("sae trainer", "cpu")}
     outcomes = {v.bar.words: (v.outcome, v.value[0]) for bar in bars.bars() if (v := bars.judge(bar, found)).value}
-    assert outcomes["vLLM on CPU: all rows, 30 layers, batch 16, throughput over disabled"] == ("MISSED", 0.8)
     assert outcomes["training: sparsify's time over ours"] == ("met", 2.0)
 
 
