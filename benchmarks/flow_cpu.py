@@ -6,7 +6,7 @@ take turns in one process, one thread; figures are medians of process CPU time, 
 
     python benchmarks/flow_cpu.py                        # activations drawn at random, with a model-like spectrum
     python benchmarks/flow_cpu.py --model demo           # activations of a real model
-    python benchmarks/flow_cpu.py --fit 20000 4096       # time and memory of one quadratic fit
+    python benchmarks/flow_cpu.py --fit 20000 4096 --threads 2   # time and memory of one quadratic fit, a row for `make bars`
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import steerfast as sf
 from steerfast.barrier import Sketch
+from steerfast.timing import append_row, circumstances
 
 ANGLE, STEPS = 0.4, 10
 
@@ -129,7 +131,7 @@ def fit(n: int, d: int) -> dict[str, float]:
     return {
         "n": n, "d": d, "rank": h.rank, "accuracy": h.info.accuracy,
         "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu,
-        "gigabytes_before": before / 1e6, "gigabytes_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "gigabytes_before": before / 1e6, "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }  # fmt: skip
 
 
@@ -139,10 +141,23 @@ def main() -> None:
     parser.add_argument("--fit", type=int, nargs=2, metavar=("N", "D"), help="time one quadratic fit instead")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", help="folder for the row of --fit"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.fit:
-        print(json.dumps(fit(*args.fit)))
+        values = fit(*args.fit)
+        print(json.dumps(values))
+        run = circumstances("cpu")
+        row = {
+            "case": f"fit_barrier {args.fit[0]}x{args.fit[1]}",
+            "suite": "flow",
+            "status": "ok",
+            "clock": "wall time",
+        }
+        row |= {"times": {"ours": [values["seconds"]]}, "values": values, "run": run}
+        append_row(args.out / f"{run['date'][:10]}-cpu-fit.jsonl", row)
         return
     pos, neg = real_activations() if args.model else activations(100, 576)
     for row in speed(pos, neg, args.rounds):
