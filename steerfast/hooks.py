@@ -102,8 +102,6 @@ def prepare(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"prepare: {name} is {value!r}; expected a whole number >= 1")
-    if rank > directions:
-        raise ValueError(f"prepare: rank is {rank} and directions {directions}; expected rank <= directions")
     if layers is not None and (not isinstance(layers, Sequence) or not layers):
         raise TypeError(f"prepare: layers is {layers!r}; expected a non-empty list of layers, or None for all")
     chosen = range(controller.layers.count) if layers is None else layers

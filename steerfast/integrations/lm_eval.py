@@ -18,6 +18,7 @@ A clamp is no direction: `read` and `load_vectors` refuse it, `read_plan` reads 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import re
@@ -316,6 +317,9 @@ def _action(action: Any, head: Any, where: str) -> str:
 
 
 def _coefficient(value: Any, where: str) -> float:
+    if isinstance(value, str):  # a cell of a CSV file; what is no number there is named below
+        with contextlib.suppress(ValueError):
+            value = float(value)
     try:
         return finite_number(where, "steering_coefficient", value)
     except TypeError as error:
