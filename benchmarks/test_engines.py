@@ -30,6 +30,14 @@ def prepared(plain: Any) -> Any:
     return model
 
 
+@pytest.fixture(scope="module")
+def wide(plain: Any) -> Any:
+    """Room for rank 64: a kernel that holds so many directions is another one."""
+    model = models.twin(plain)
+    sf.prepare(model, rank=64)
+    return model
+
+
 @pytest.mark.parametrize(
     ("rows", "cache"),
     pick(
@@ -38,9 +46,9 @@ def prepared(plain: Any) -> Any:
         ((2, "dynamic"), (2, "static")),
     ),
 )
-def test_arms(race: Any, plain: Any, prepared: Any, rows: int, cache: str) -> None:
+def test_arms(race: Any, plain: Any, prepared: Any, wide: Any, rows: int, cache: str) -> None:
     """Ours: one vector in every layer for every row. Beside it: nothing steered, one layer, rank-64 edits in every layer."""
-    race(lambda: _case(plain, prepared, rows, cache))
+    race(lambda: _case(plain, prepared, wide, rows, cache))
 
 
 def test_configurations(race: Any, plain: Any, prepared: Any) -> None:
@@ -63,7 +71,7 @@ def test_configurations(race: Any, plain: Any, prepared: Any) -> None:
     race(build)
 
 
-def _case(plain: Any, prepared: Any, rows: int, cache: str) -> Case:
+def _case(plain: Any, prepared: Any, wide: Any, rows: int, cache: str) -> Case:
     count, d = plain.config.num_hidden_layers, plain.config.hidden_size
     layers = list(range(count))
     vectors = models.vectors(plain, layers)
@@ -74,8 +82,8 @@ def _case(plain: Any, prepared: Any, rows: int, cache: str) -> Case:
     arms = {
         "idle": None,
         "one layer": sf.Plan({count // 2: sf.Add(vectors[count // 2].float().cpu())}),
-        "rank 64, every layer": sf.Plan({i: sf.Amplify(basis, 0.01) for i in layers}),
     }
+    deep, edits = _generate(wide, rows, cache), sf.Plan({i: sf.Amplify(basis, 0.01) for i in layers})
     bare = Within(_generate(plain, rows, "dynamic"), models.bare_hooks(plain, vectors))
 
     def arm(plan: Any) -> Any:
@@ -84,7 +92,10 @@ def _case(plain: Any, prepared: Any, rows: int, cache: str) -> Case:
     return Case(
         f"engine rows={rows} {cache}", bytes=_bytes(plain), operations=0, fresh=lambda: (), captured=False,
         ours=arm(every), judge=models.same_logits(bare, 1e-4 if dtype == torch.float32 else 5e-2),
-        yardsticks={"unsteered": lambda: unsteered, **{name: (lambda p=plan: arm(p)) for name, plan in arms.items()}},
+        yardsticks={
+            "unsteered": lambda: unsteered, **{name: (lambda p=plan: arm(p)) for name, plan in arms.items()},
+            "rank 64, every layer": lambda: Within(deep, lambda: sf.steer(wide, edits)),
+        },
     )  # fmt: skip
 
 
