@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -161,7 +162,7 @@ class Plan:
             )
         try:
             tensors = load_tensors(blob)
-        except Exception as error:  # SafetensorError has no common base with what else a damaged file provokes
+        except SafetensorError as error:
             raise ValueError(f"Plan.load: {blob_path} is damaged: {error}") from None
         try:
             edits = {

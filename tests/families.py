@@ -9,6 +9,7 @@ the rest is breadth.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import transformers
@@ -216,3 +217,14 @@ def build(name: str) -> PreTrainedModel:
 def token_ids(batch: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
     """Random token ids, (batch, length), none of them a special token."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Counter:
+    """A backend of torch.compile that counts what it compiles and otherwise runs the traced graph."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return graph.forward

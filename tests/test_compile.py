@@ -6,20 +6,9 @@ import pytest
 import torch
 import torch._inductor.config
 import transformers
-from families import build, token_ids
+from families import Counter, build, token_ids
 
 import steerfast as sf
-
-
-class Counter:
-    """A backend that counts what it compiles and otherwise runs the traced graph."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph, inputs):
-        self.graphs += 1
-        return graph.forward
 
 
 @pytest.fixture(autouse=True)

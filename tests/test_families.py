@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, IMAGE_TOKEN, MIXTURES, MULTIMODAL, build, token_ids
+from families import FAMILIES, IMAGE_TOKEN, MIXTURES, MULTIMODAL, Counter, build, token_ids
 
 import steerfast as sf
 from steerfast.layers import find_layers
@@ -151,17 +151,6 @@ def test_generation_with_a_cache_equals_the_uncached_oracle(name: str) -> None:
     with torch.no_grad(), edited(model, LAYER, where[..., None] * 2 * v):
         expected = model(sequence, **inputs).logits[:, 6:]
     torch.testing.assert_close(torch.stack(out.logits, 1), expected, atol=5e-5, rtol=5e-5)
-
-
-class Counter:
-    """A backend that counts what it compiles and runs the traced graph."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        self.graphs += 1
-        return graph.forward
 
 
 def shortened(name: str) -> Any:

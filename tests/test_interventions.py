@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 
@@ -392,6 +393,17 @@ def test_bad_input_is_named(build, error, message):
 
 
 # --- plans on disk -----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_whose_tensors_are_cut_short_is_refused_even_with_their_hash(tmp_path):
+    sf.Plan({1: sf.Add(rows(1)[0])}).save(tmp_path)
+    blob = (tmp_path / "plan.safetensors").read_bytes()[:-3]
+    (tmp_path / "plan.safetensors").write_bytes(blob)
+    text = json.loads((tmp_path / "plan.json").read_text())
+    text["tensors_sha256"] = hashlib.sha256(blob).hexdigest()
+    (tmp_path / "plan.json").write_text(json.dumps(text))
+    with pytest.raises(ValueError, match="plan.safetensors is damaged"):
+        sf.Plan.load(tmp_path)
 
 
 @pytest.mark.parametrize("positions", ["all", "last", [0, -1], torch.tensor([True, False, True])])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, token_ids
+from families import Counter, build, token_ids
 
 import steerfast as sf
 
@@ -158,17 +158,6 @@ def test_generate_over_a_cache_follows_the_positions(way: Callable, saved: Path,
         with sf.steer(model, plan, prompt_length=6):
             whole = logits(model, out.sequences[:, : 6 + step])[0, -1]
         torch.testing.assert_close(out.logits[step][0], whole, atol=allowed, rtol=allowed)
-
-
-class Counter:
-    """A backend that counts what it compiles and otherwise runs the traced graph."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        self.graphs += 1
-        return graph.forward
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in (spread, offloaded)])  # their hooks break graphs
