@@ -35,8 +35,8 @@ class Flow(Intervention):
         keep_norm: Give every row its old length back afterwards.
 
     Raises:
-        TypeError, ValueError: not exactly one of angle and T, a negative or non-finite length, steps < 1, an unknown method,
-            "geodesic" with a raw barrier, a tolerance that is not positive.
+        TypeError, ValueError: not exactly one of angle and T, a negative or non-finite length, steps out of range, an unknown
+            method, "geodesic" with a raw barrier, a tolerance that is not positive.
 
     Reference:
         Zhao et al. 2026, ODESteer (arXiv:2602.17560); stopping at a level is the barrier function's own use in control.
@@ -233,9 +233,9 @@ def field_of(barrier: Barrier) -> Field:
 
 
 def check_steps(owner: str, steps: Any) -> None:
-    """steps is a whole number >= 1."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{owner}: steps is {steps!r}; expected a whole number >= 1")
+    """steps is a whole number >= 1 that the header of a slot can hold."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 2**31:
+        raise ValueError(f"{owner}: steps is {steps!r}; expected a whole number from 1 to 2**31 - 1")
 
 
 def path_length(owner: str, T: float | None, angle: float | None) -> tuple[float, float]:

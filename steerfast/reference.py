@@ -68,7 +68,7 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
     flat = _wide(x.reshape(-1, x.shape[-1]))
     if rows is None:
         weight = 1.0 if scale is None else scale.reshape(-1, 1).to(flat.dtype)
-        return (flat + weight * bank[:1].to(flat.dtype)).to(x.dtype).view(x.shape)
+        return (flat + weight * bank[:1].to(flat.dtype)).to(x.dtype).view_as(x)
     table, weights = _columns(rows), None if scale is None else _columns(scale).to(flat.dtype)
     out = flat
     for column in range(table.shape[1]):
@@ -77,25 +77,25 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
         if weights is not None:
             delta = weights[:, column, None] * delta
         out = torch.where(owned[:, None], out + delta, out)
-    return torch.where((table >= 0).any(1, keepdim=True), out.to(x.dtype), x.reshape(flat.shape)).view(x.shape)
+    return torch.where((table >= 0).any(1, keepdim=True), out.to(x.dtype), x.reshape(flat.shape)).view_as(x)
 
 
 def ablate(x: Tensor, basis: Tensor) -> Tensor:
     """x - VVᵀx, with orthonormal rows V = basis."""
     flat, rows = _rows(x), _rows(basis)
-    return _lift(flat, -(flat @ rows.T), rows).to(x.dtype).view(x.shape)
+    return _lift(flat, -(flat @ rows.T), rows).to(x.dtype).view_as(x)
 
 
 def amplify(x: Tensor, features: Tensor, alpha: float) -> Tensor:
     """x + α · relu(xS)Sᵀ, with S = features.T."""
     flat, rows = _rows(x), _rows(features)
-    return _lift(flat, alpha * torch.relu(flat @ rows.T), rows).to(x.dtype).view(x.shape)
+    return _lift(flat, alpha * torch.relu(flat @ rows.T), rows).to(x.dtype).view_as(x)
 
 
 def calibrate(x: Tensor, features: Tensor, beta: float) -> Tensor:
     """x - relu(xS)Sᵀ + β · mean(S), with S = features.T."""
     flat, rows = _rows(x), _rows(features)
-    return _lift(flat, beta / rows.shape[0] - torch.relu(flat @ rows.T), rows).to(x.dtype).view(x.shape)
+    return _lift(flat, beta / rows.shape[0] - torch.relu(flat @ rows.T), rows).to(x.dtype).view_as(x)
 
 
 def flow(
@@ -104,7 +104,7 @@ def flow(
     """Steps of da/dt = ∇h/‖∇h‖ over T = length[0] + length[1]·‖a‖, for h(a) = field(Qᵀx̂), x̂ = a/‖a‖, Q = basis.T."""
     flat = _rows(x)
     rows = basis.reshape(-1, basis.shape[-1]).to(flat.dtype)
-    return _follow(flat, rows, field.map(lambda v: v.to(flat.dtype)), length, steps, how).to(x.dtype).view(x.shape)
+    return _follow(flat, rows, field, length, steps, how).to(x.dtype).view_as(x)
 
 
 def subspace(
@@ -135,7 +135,7 @@ def subspace(
                 moved = _edit(out[mine], slot, weight)
                 out = out.index_copy(0, mine, moved) if out is flat else out.index_copy_(0, mine, moved)
     out = out.to(x.dtype)
-    return (out if whole else torch.where(_edited(table, slots), out, flat)).view(x.shape)
+    return (out if whole else torch.where(_edited(table, slots), out, flat)).view_as(x)
 
 
 def subspace_probe(
@@ -162,7 +162,7 @@ def subspace_probe(
                 y[index, column, : seen.shape[0]] = wide[index] @ seen.to(wide.dtype).T
         weight = None if weights is None else weights[:, column]
         wide = subspace(wide, vectors, coefficients, slots, table[:, column], weight)
-    return torch.where(_edited(table, slots), wide.to(x.dtype), flat).view(x.shape), y
+    return torch.where(_edited(table, slots), wide.to(x.dtype), flat).view_as(x), y
 
 
 def subspace_split(
@@ -179,7 +179,7 @@ def subspace_split(
     moved = subspace(h + r, vectors, coefficients, slots, rows, scale) - (h + r)
     table = slots.new_zeros(1, 1).expand(r.shape[0], 1) if rows is None else _columns(rows)
     flat = residual.reshape(r.shape)
-    return torch.where(_edited(table, slots), (r + moved).to(residual.dtype), flat).view(residual.shape)
+    return torch.where(_edited(table, slots), (r + moved).to(residual.dtype), flat).view_as(residual)
 
 
 def add_rms_norm(
@@ -204,7 +204,7 @@ def add_rms_norm(
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """w ⊙ x + b, elementwise."""
     wide = _rows(x)
-    return (wide * weight.to(wide.dtype) + bias.to(wide.dtype)).to(x.dtype).view(x.shape)
+    return (wide * weight.to(wide.dtype) + bias.to(wide.dtype)).to(x.dtype).view_as(x)
 
 
 def similarity(x: Tensor, basis: Tensor, squash: bool) -> Tensor:
@@ -280,7 +280,7 @@ def edit(x: Tensor, slot: Slot, scale: Tensor | float = 1.0) -> Tensor:
         and x.dtype == slot.lift.dtype == torch.float32
     ):
         return torch.add(x, slot.lift, alpha=scale)  # not in 16 bits, where PyTorch rounds alpha too
-    return _edit(_rows(x), slot, scale).to(x.dtype).view(x.shape)
+    return _edit(_rows(x), slot, scale).to(x.dtype).view_as(x)
 
 
 def hinge(y: Tensor, c: Tensor) -> Tensor:
@@ -343,7 +343,7 @@ def sae_edit(
     values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
     f = torch.stack([(values * (indices == feature)).sum(1) for feature in features], 1)
     g = torch.clamp(table[:, 0] * f + table[:, 1], table[:, 2], table[:, 3]) - f
-    delta = (g.to(_wide(w_dec).dtype) @ _wide(w_dec)).view(x.shape)
+    delta = (g.to(_wide(w_dec).dtype) @ _wide(w_dec)).view_as(x)
     if scale is None:
         return (_wide(x) + delta).to(x.dtype)
     weight = scale.view(*x.shape[:-1], 1)
@@ -405,6 +405,7 @@ def _follow(
     """Rows x at the end of their flow over T + angle·‖x‖, (T, angle) = path."""
     if are_few(x, basis, field, how):
         return few_eulers(x, basis, field, path, steps)
+    field = field.map(lambda v: v.to(x.dtype))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     y, length = x @ basis.T, path[0] + path[1] * norm
     if basis.shape[0] == x.shape[1]:  # full rank: nothing lies outside the span, not even rounding

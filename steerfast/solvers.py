@@ -324,16 +324,18 @@ def few_eulers(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | floa
     q = ε/√(u·u - s²), y ← (1 - qs/r)·y + q·u, and r² grows by ε² a step: in float64, where the difference loses nothing.
     """
     rows, q, eigenvalues, bias = (v.detach().numpy() for v in (x, basis, field.eigenvalues, field.bias))
+    double, wide = 2 * eigenvalues.astype(np.float64), bias.astype(np.float64)
+    if len(rows) == 1:
+        moved = _eulers_of_one(rows[0], q, double, wide, float(path[0]), float(path[1]), steps)
+        if moved is not None:
+            return torch.from_numpy(moved)[None]
     T, angle = (p.detach().numpy().reshape(-1) if isinstance(p, Tensor) else p for p in path)
     start = rows @ q.T
     full = len(q) == rows.shape[1]  # nothing lies outside the span, not even rounding
     inside = start if full else rows
     norm = np.sqrt(np.einsum("nd,nd->n", inside, inside))
     length = T + angle * norm
-    run = _eulers_of_one if len(rows) == 1 else _eulers_of_several
-    alpha, y, doubt = run(
-        start, norm, 2 * eigenvalues.astype(np.float64), bias.astype(np.float64), length / steps, steps
-    )
+    alpha, y, doubt = _eulers_of_several(start, norm, double, wide, length / steps, steps)
     if doubt.any():  # nearly stationary; these rows alone, so that no row depends on the rows beside it
         there = start[doubt], norm[doubt][:, None], Field(eigenvalues, bias), length[doubt][:, None]
         alpha[doubt], y[doubt] = _integrate(np, *there, steps, EULER)
@@ -349,33 +351,43 @@ def few_eulers(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | floa
     return torch.from_numpy(out)
 
 
-def _eulers_of_one(start: Any, norm: Any, double: Any, bias: Any, step: Any, steps: int) -> tuple[Any, Any, Any]:
-    """(α, y, doubt) of a single row, its sums as plain floats: with y, 2λ∘y and b̃ in one table a step is three products."""
+def _eulers_of_one(row: Any, q: Any, double: Any, bias: Any, T: float, angle: float, steps: int) -> Any:
+    """The row moved, its sums as plain floats: with y, 2λ∘y and b̃ in one table a step is three products. None: in doubt."""
+    start = q.dot(row)
+    full = len(q) == len(row)
+    inside = start if full else row
+    r2 = float(inside.dot(inside))
+    step, alpha = (T + angle * math.sqrt(r2)) / steps, 1.0
     table, weights = np.empty((3, len(bias))), np.empty(3)
     y, bent = table[0], table[1]
-    y[:], table[2] = start[0], bias
+    y[:], table[2] = start, bias
     yb, bb = float(y.dot(bias)), float(bias.dot(bias))
-    r, e = float(norm[0]), float(step[0])
-    r2, alpha, done = r * r, 1.0, 0
-    while done < steps and r2 > 0:
+    for _ in range(steps):
         np.multiply(y, double, out=bent)
         yy, uu, ub = table.dot(bent).tolist()
-        inverse = r2**-0.5
+        inverse = r2**-0.5 if r2 > 0 else math.nan
         s = (yy * inverse + yb) * inverse
         uu = uu * inverse * inverse + bb
         gap = uu + 2.0 * inverse * ub - s * s
         if not gap > NEAR * uu:
-            break
-        q = e * gap**-0.5
-        turn = q * inverse
+            return None
+        reach = step * gap**-0.5
+        turn = reach * inverse
         keep = 1.0 - turn * s
-        weights[0], weights[1], weights[2] = keep, turn, q
+        weights[:] = keep, turn, reach
         y[:] = weights.dot(table)
-        yb = keep * yb + turn * ub + q * bb
+        yb = keep * yb + turn * ub + reach * bb
         alpha *= keep
-        r2 += e * e
-        done += 1
-    return np.array([[alpha]]), y[None], np.array([done < steps])
+        r2 += step * step
+    if full:
+        alpha = 1.0
+    y -= alpha * start
+    if not y.any():
+        return row.copy()  # even the sign of a zero
+    out = y.astype(row.dtype).dot(q)
+    out += (alpha - 1.0) * row
+    out += row
+    return out
 
 
 def _eulers_of_several(start: Any, norm: Any, double: Any, bias: Any, step: Any, steps: int) -> tuple[Any, Any, Any]:

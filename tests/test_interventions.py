@@ -345,6 +345,7 @@ BAD = [
     (lambda: sf.Flow(barrier(), angle=0.1, T=1.0), ValueError, "give exactly one"),
     (lambda: sf.Flow(barrier(), angle=-0.1), ValueError, "expected >= 0"),
     (lambda: sf.Flow(barrier(), angle=0.1, steps=0), ValueError, "steps is 0"),
+    (lambda: sf.Flow(barrier(), angle=0.1, steps=2**31), ValueError, "from 1 to 2"),
     (lambda: sf.Flow(barrier(), angle=0.1, method="magic"), ValueError, "method is 'magic'"),
     (lambda: sf.Flow(rows(1), angle=0.1), TypeError, "barrier must come from fit_barrier"),
     (lambda: sf.Barrier(rows(2), torch.zeros(2), torch.ones(2)), ValueError, "not orthonormal"),
