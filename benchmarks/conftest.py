@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # the suites import the files beside them; the root stays off the path
 
+from results import newest, read
 from setting import INTERPRETED, PLACE, TINY
 
 import steerfast as sf
@@ -51,24 +53,42 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rows", type=Path, metavar="FOLDER", help="where raw rows go (default: benchmarks/results)")
     group.addoption("--quick", action="store_true", help="few short rounds, nothing compiled")
     group.addoption("--deadline", type=float, default=float("inf"), help="seconds after which no further case starts")
+    group.addoption("--passes", type=int, default=1, help="everything so many times, each in a process of its own")
+    group.addoption("--series", help="what the rows of such passes have in common")
 
 
 class Ledger:
     """What a run measured, and what it did not: rows are written as they are measured, so that an interrupt keeps them."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.effort: Effort = REHEARSAL if TINY else QUICK if config.getoption("--quick") else THOROUGH
+        passes = config.getoption("--passes")
+        self.thorough = not TINY and not config.getoption("--quick")
+        effort = THOROUGH if self.thorough else REHEARSAL if TINY else QUICK
+        self.effort: Effort = replace(effort, seconds=effort.seconds / passes)
         self.clock: Clock = DeviceClock() if PLACE == "cuda" else HostClock()
-        self.origin = {**circumstances(PLACE), "quick": self.effort is not THOROUGH}
+        self.origin = {**circumstances(PLACE), "quick": not self.thorough}
+        self.origin["series"] = config.getoption("--series") or self.origin["date"]
         folder = config.getoption("--rows") or Path(__file__).parent / "results"
         device = "-".join("".join(c if c.isalnum() else " " for c in self.origin["device"]).lower().split())
         self.file = folder / f"{self.origin['date'][:10]}-{PLACE}-{device}.jsonl"
         self.rows: list[Row] = []
         self.unwritten: list[Row] = []
-        self.deadline = time.monotonic() + config.getoption("--deadline")
+        self.seconds = config.getoption("--deadline") / passes
+        self.deadline = self.seconds
         self.now = 0.0
         self._peaks: dict[torch.dtype, Peaks] = {}
         self.planned: list[str] = []
+
+    def start(self) -> None:
+        """From now on the time of the deadline runs."""
+        self.deadline = time.monotonic() + self.seconds
+
+    def series(self) -> list[Row]:
+        """The rows of this process, each with the rounds of the passes before it."""
+        before = read([self.file]) if self.file.exists() else []
+        mine = [row for row in before if row["run"].get("series") == self.origin["series"]]
+        together = newest([*mine, *self.unwritten])
+        return [together.get((row["case"], PLACE), row) for row in self.rows]
 
     def peaks(self, dtype: torch.dtype) -> Peaks:
         if dtype not in self._peaks:
@@ -97,13 +117,39 @@ LAST = ("test_hooks", "test_training", "test_engines")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEDGER] = Ledger(config)
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # what `timeout` sends ends a run like Ctrl-C: with its summary
+    signal.signal(signal.SIGTERM, _end)
     if PLACE == "cpu":
         torch.set_num_threads(1)  # the clock counts the CPU time of all threads
     if PLACE == "cuda" or INTERPRETED:
         sf.use_backend("triton")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Run all passes but the last, which is this process.
+
+    What a process has luck with, such as where its memory lies, and what a machine has moods of, minutes long, averages out.
+    """
+    config, ledger = session.config, session.config.stash[LEDGER]
+    passes = 1 if config.getoption("--series") or config.getoption("--collect-only") else config.getoption("--passes")
+    command = [sys.executable, "-m", "pytest", *map(str, config.invocation_params.args)]
+    command += ["--series", ledger.origin["series"]]
+    for number in range(1, passes):
+        print(f"pass {number} of {passes}", flush=True)
+        _pass(command, config.invocation_params.dir)
+    ledger.start()
+
+
+def _pass(command: list[str], folder: Path) -> None:
+    """One pass in a process of its own, which speaks only where something went wrong, or where it was cut short."""
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        try:
+            text, _ = child.communicate()
+        except KeyboardInterrupt:
+            child.terminate()
+            print(child.communicate()[0])
+            raise
+    if child.returncode:
+        print(text)
 
 
 def _end(*_: Any) -> None:
@@ -258,7 +304,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for dtype, peaks in ledger._peaks.items():
         say(f"copy {peaks.copy / 1e9:.1f} GB/s, {bench.SHORT[dtype]} product {peaks.product / 1e12:.3f} TFLOP/s")
     say(bench.HEAD)
-    for row in ledger.rows:
+    for row in ledger.series():
         say(bench.line(row) if "floor" in row else _short(row))
     say(bench.LEGEND)
     reasons: dict[str, list[str]] = {}

@@ -67,10 +67,29 @@ def measured(row: Row) -> bool:
 
 
 def newest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
-    """(case, place) -> its newest measured row. A thorough run counts before a quick one, whatever its date."""
+    """(case, place) -> its newest measured row. A thorough run counts before a quick one, whatever its date.
+
+    The passes of one series are one measurement: their rounds add up.
+    """
     found: dict[tuple[str, str], Row] = {}
     for row in filter(measured, rows):
         key = row["case"], row["run"]["place"]
-        if not (row["run"].get("quick") and key in found and not found[key]["run"].get("quick")):
-            found[key] = row
+        before = found.get(key)
+        if before is None or before["run"].get("quick") or not row["run"].get("quick"):
+            found[key] = row if before is None or not _same_series(before, row) else _together(before, row)
     return found
+
+
+def _same_series(before: Row, row: Row) -> bool:
+    series = row["run"].get("series")
+    return series is not None and series == before["run"].get("series")
+
+
+def _together(before: Row, row: Row) -> Row:
+    """The newer row with the rounds of both, of the contenders that both have."""
+    kinds = [kind for kind in ("times", "walls") if kind in before and kind in row]
+    added = {
+        kind: {name: before[kind][name] + taken for name, taken in row[kind].items() if name in before[kind]}
+        for kind in kinds
+    }
+    return {**row, **added}

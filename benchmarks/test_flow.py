@@ -13,7 +13,6 @@ from setting import AT, PLACE, pick
 
 import steerfast as sf
 from steerfast import bench_cases
-from steerfast.timing import QUICK
 
 RANK = pick(64, 64, 17)
 
@@ -39,7 +38,7 @@ def test_full_rank(race: Any) -> None:
 @pytest.mark.skipif(PLACE != "cpu", reason="barriers are fitted on a CPU")
 def test_fit(sample: Any, ledger: Any) -> None:
     """A quadratic barrier from 20 000 activations of width 4096; a quick run takes a tenth of them."""
-    count, d = (2_000 if ledger.effort is QUICK else 20_000), 4096
+    count, d = (20_000 if ledger.thorough else 2_000), 4096
     shift = torch.randn(d) / d**0.5
     pos, neg = torch.randn(count // 2, d) + shift, torch.randn(count // 2, d) - shift
     memory: list[float] = []

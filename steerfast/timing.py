@@ -258,6 +258,9 @@ class Race:
             makers = {OURS: lambda: case.ours, AGAIN: lambda: case.ours, **case.peers, **case.yardsticks}
             for name, maker in makers.items():
                 self._admit(name, maker, sets, judge if name in case.peers else None, clock, case)
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()  # what lives now is not looked at before every round
 
     def _admit(
         self,

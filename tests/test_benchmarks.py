@@ -242,6 +242,18 @@ def test_on_a_full_disk_the_rows_are_printed(tmp_path):
 
 
 @pytest.mark.slow
+def test_passes_are_processes_whose_rounds_add_up(tmp_path):
+    text, _ = run("test_add.py", "-k", "test_add", "--rows", str(tmp_path), "--passes", "2").communicate(timeout=120)
+    rows = rows_in(tmp_path)
+    assert [row["case"] for row in rows] == ["add slots=2 n=3 d=40 fp16"] * 2
+    assert rows[0]["run"]["series"] == rows[1]["run"]["series"]
+    [together] = results.newest(rows).values()
+    assert together["times"][OURS] == rows[0]["times"][OURS] + rows[1]["times"][OURS]
+    assert "pass 1 of 2" in text
+    assert text.count("raw rows:") == 1
+
+
+@pytest.mark.slow
 def test_a_deadline_names_what_it_left_out(tmp_path):
     text, _ = run("test_add.py", "--rows", str(tmp_path), "--deadline", "0").communicate(timeout=120)
     assert re.search(r"not measured: \S*test_add\[2-3\]: out of time", text)
@@ -289,6 +301,16 @@ def test_reading_skips_a_line_cut_short_and_takes_the_newest(tmp_path, capsys):
     assert found["a", "cpu"]["floor"] == 2.0
     with pytest.raises(FileNotFoundError, match="does not exist; give a file"):
         results.read([tmp_path / "nowhere"])
+
+
+def test_the_rounds_of_the_passes_of_a_series_add_up():
+    runs = [{**RUN, "date": f"2026-01-01T00:0{i}:00+00:00", "series": "one" if i < 2 else "other"} for i in range(3)]
+    first, second, other = (row("a", seed, run=run) for seed, run in enumerate(runs))
+    first["times"]["late"] = second["times"]["early"] = [1.0] * 25
+    found = results.newest([first, second])["a", "cpu"]
+    assert set(found["times"]) == {OURS, AGAIN, "eager"}  # what one pass lacks could not be paired
+    assert found["times"][OURS] == first["times"][OURS] + second["times"][OURS]
+    assert results.newest([first, second, other])["a", "cpu"]["times"] == other["times"]
 
 
 def test_results_of_the_long_runs_are_rows_too(tmp_path):
