@@ -103,7 +103,7 @@ types: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(PARALLEL) $(BIN)/python -m pytest benchmarks -q -m "not slow" --passes 3 --deadline 780 $(PYTEST_ARGS)
+	$(PARALLEL) $(BIN)/python -m pytest benchmarks -q -m "not slow" --passes 3 --deadline 840 $(PYTEST_ARGS)
 
 bench-%: setup
 	$(PARALLEL) $(BIN)/python -m pytest benchmarks/test_$*.py -q $(PYTEST_ARGS)

@@ -320,35 +320,31 @@ def are_few(x: Tensor, basis: Tensor, field: Field, how: Scheme) -> bool:
 def few_eulers(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, ...], steps: int) -> Tensor:
     """Rows x (n, d) after Euler steps on a quadratic barrier, over T + angle·‖x‖ with (T, angle) = path.
 
-    Projection, steps and lift in NumPy: for a token or two the number of calls is what it costs. u = 2λ∘y/r + b̃, s = y·u/r,
+    The steps in NumPy, for a single row all of it: the number of calls is what it costs. u = 2λ∘y/r + b̃, s = y·u/r,
     q = ε/√(u·u - s²), y ← (1 - qs/r)·y + q·u, and r² grows by ε² a step: in float64, where the difference loses nothing.
     """
-    rows, q, eigenvalues, bias = (v.detach().numpy() for v in (x, basis, field.eigenvalues, field.bias))
+    eigenvalues, bias = field.eigenvalues.detach().numpy(), field.bias.detach().numpy()
     double, wide = 2 * eigenvalues.astype(np.float64), bias.astype(np.float64)
-    if len(rows) == 1:
-        moved = _eulers_of_one(rows[0], q, double, wide, float(path[0]), float(path[1]), steps)
+    if len(x) == 1:
+        row, q = x[0].detach().numpy(), basis.detach().numpy()
+        moved = _eulers_of_one(row, q, double, wide, float(path[0]), float(path[1]), steps)
         if moved is not None:
             return torch.from_numpy(moved)[None]
     T, angle = (p.detach().numpy().reshape(-1) if isinstance(p, Tensor) else p for p in path)
-    start = rows @ q.T
-    full = len(q) == rows.shape[1]  # nothing lies outside the span, not even rounding
-    inside = start if full else rows
-    norm = np.sqrt(np.einsum("nd,nd->n", inside, inside))
+    projected = x @ basis.T
+    full = len(basis) == x.shape[1]  # nothing lies outside the span, not even rounding
+    start, norm = projected.numpy(), torch.linalg.vector_norm(projected if full else x, dim=-1).numpy()
     length = T + angle * norm
     alpha, y, doubt = _eulers_of_several(start, norm, double, wide, length / steps, steps)
     if doubt.any():  # nearly stationary; these rows alone, so that no row depends on the rows beside it
         there = start[doubt], norm[doubt][:, None], Field(eigenvalues, bias), length[doubt][:, None]
         alpha[doubt], y[doubt] = _integrate(np, *there, steps, EULER)
     if full:
-        alpha = np.ones(1)
+        alpha = np.ones((1, 1))
     g = (y - alpha * start).astype(start.dtype)
-    out = (alpha - 1).astype(start.dtype) * rows
-    out += g @ q
-    out += rows
-    stays = ~g.any(1)
-    if stays.any():  # even the sign of a zero
-        out[stays] = rows[stays]
-    return torch.from_numpy(out)
+    out = (torch.from_numpy(g) @ basis).addcmul_(torch.from_numpy((alpha - 1).astype(start.dtype)), x).add_(x)
+    moves = g.any(1)
+    return out if moves.all() else torch.where(torch.from_numpy(moves)[:, None], out, x)  # even the sign of a zero
 
 
 def _eulers_of_one(row: Any, q: Any, double: Any, bias: Any, T: float, angle: float, steps: int) -> Any:
@@ -391,14 +387,15 @@ def _eulers_of_one(row: Any, q: Any, double: Any, bias: Any, T: float, angle: fl
 
 
 def _eulers_of_several(start: Any, norm: Any, double: Any, bias: Any, step: Any, steps: int) -> tuple[Any, Any, Any]:
-    """(α, y, doubt) of rows, coordinates first: its sums go over y∘y and over y, so one product gives them all."""
+    """(α, y, doubt) of rows, coordinates first, so that one small product gives all sums, and another all factors and terms."""
     n, k = start.shape
     sums = np.zeros((4, 2 * k))
     sums[0, :k], sums[1, :k], sums[2, k:], sums[3, k:] = double, double * double, bias, double * bias
-    both = np.empty((2 * k, n))
+    spread = np.zeros((2 * k, 3))
+    spread[:k, 0], spread[:k, 1], spread[k:, 2] = double, 1, bias
+    both, weights, change = np.empty((2 * k, n)), np.empty((3, n)), np.empty((2 * k, n))
     square, y = both[:k], both[k:]
     y[:] = start.T
-    change = np.empty_like(y)
     r2, bb = norm.astype(np.float64) ** 2, bias.dot(bias)
     alpha, doubt = np.ones(n), norm == 0
     for _ in range(steps):
@@ -412,11 +409,10 @@ def _eulers_of_several(start: Any, norm: Any, double: Any, bias: Any, step: Any,
         q = step * gap**-0.5
         turn = q * inverse
         keep = 1.0 - turn * s
-        np.multiply(double[:, None], turn, out=change)
-        change += keep
-        y *= change
-        np.multiply(bias[:, None], q, out=change)
-        y += change
+        weights[0], weights[1], weights[2] = turn, keep, q
+        np.dot(spread, weights, out=change)
+        y *= change[:k]
+        y += change[k:]
         alpha *= keep
         r2 += step * step
     return alpha[:, None], np.ascontiguousarray(y.T), doubt
