@@ -7,6 +7,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 EXTRAS := demo,sae,bench,dev
 BIN := $(VENV)/bin
+comma := ,
 INPUTS := setup.py pyproject.toml constraints-common.txt
 
 # Triton 3.10 flips the default of floating-point fusion; stated here, the tolerances of the tests do not move.
@@ -25,6 +26,7 @@ help:
 	@echo "make bench        benchmarks on this machine, at most 15 minutes; bench-add, bench-flow, … one suite"
 	@echo "make bars         every number the project set itself: wanted, measured, met or not"
 	@echo "make evidence     what takes hours: scaling, SAE training, the quality study; TEXT=FILE also measures the SAE on it"
+	@echo "make evidence-vllm  the same inside vLLM: 10 000 requests, host time, throughput"
 	@echo "make dist         wheel and sdist in dist/"
 	@echo "make clean        remove environments, caches and build output"
 	@echo
@@ -33,7 +35,7 @@ help:
 	@echo "PIP_ARGS=...          more arguments for pip. On Linux the registry's torch is the CUDA build, several GB; for"
 	@echo "                      the CPU build: make setup PIP_ARGS=--extra-index-url=https://download.pytorch.org/whl/cpu"
 
-# create(venv, constraints): torch first. A CUDA build of torch brings the one triton it works with, so ours is pinned
+# create(venv, constraints, extras): torch first. A CUDA build of torch brings the one triton it works with, so ours is pinned
 # and installed only where torch came without.
 define create
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -42,17 +44,17 @@ define create
 	  { echo "'$(PYTHON)' cannot create environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(1)
 	grep -hv -e '^triton' -e '^-c' $(2) constraints-common.txt > $(1)/constraints.txt
-	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(1)/constraints.txt -e ".[$(EXTRAS)]"
+	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(1)/constraints.txt -e ".[$(3)]"
 	$(1)/bin/python -c 'import triton' 2> /dev/null || \
 	  $(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(2) -e ".[cpu-kernels]"
 	@touch $@
 endef
 
 $(VENV)/.installed: $(INPUTS) constraints.txt
-	$(call create,$(VENV),constraints.txt)
+	$(call create,$(VENV),constraints.txt,$(EXTRAS)$(comma)quantised)
 
 $(VENV_OLDEST)/.installed: $(INPUTS) constraints-oldest.txt
-	$(call create,$(VENV_OLDEST),constraints-oldest.txt)
+	$(call create,$(VENV_OLDEST),constraints-oldest.txt,$(EXTRAS))
 
 setup: $(VENV)/.installed
 
@@ -72,7 +74,7 @@ test: setup
 	$(call run_tests,$(VENV))
 
 # What depends on the version of transformers or triton; the rest is the same code in both environments.
-OLDEST := $(addprefix tests/test_,ahead_of_time.py cli.py compile.py conditions.py demo_model.py extract.py families.py hooks.py layers.py \
+OLDEST := $(addprefix tests/test_,ahead_of_time.py compile.py conditions.py demo_model.py extract.py families.py hooks.py layers.py \
 	ops.py packaging.py robustness.py sae_ops.py)
 test-oldest: $(VENV_OLDEST)/.installed
 	$(call run_tests,$(VENV_OLDEST),$(OLDEST))
@@ -87,7 +89,7 @@ $(VENV_VLLM)/.installed: setup.py constraints-vllm.txt
 	@touch $@
 
 # The longest first, WORKERS at a time; the model is converted once, before them.
-VLLM_PARTS := v1 server v2 tp families guards
+VLLM_PARTS := v1 server v2 tp check families guards
 test-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python -c 'from steerfast import demo_model; demo_model.path(progress=print)'
 	$(MAKE) --jobs $(WORKERS) --output-sync=target $(addprefix test-vllm-,$(VLLM_PARTS))
@@ -103,7 +105,7 @@ types: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(PARALLEL) $(BIN)/python -m pytest benchmarks -q -m "not slow" --passes 3 --deadline 840 $(PYTEST_ARGS)
+	$(PARALLEL) $(BIN)/python -m pytest benchmarks -q -m "not slow" --passes 3 --deadline 780 $(PYTEST_ARGS)
 
 bench-%: setup
 	$(PARALLEL) $(BIN)/python -m pytest benchmarks/test_$*.py -q $(PYTEST_ARGS)

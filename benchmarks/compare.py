@@ -109,14 +109,18 @@ def main(argv: list[str] | None = None) -> int:
         print("compare: no case is in both results; measure the same suites twice", file=sys.stderr)
         return 2
     if options.repeat:
-        worst = max(changes, key=lambda c: abs(math.log(c.ratio)))
-        move = math.exp(abs(math.log(worst.ratio))) - 1
-        print(f"the ratios of {len(changes)} pairs moved by at most {move:.1%} ({worst.case}, to {worst.peer})")
+        moves = {c: max(c.ratio, 1 / c.ratio) - 1 for c in changes}
+        worst, middle = max(changes, key=lambda c: moves[c]), statistics.median(moves.values())
+        print(
+            f"the ratios of {len(changes)} pairs moved by at most {moves[worst]:.1%} ({worst.case}, to {worst.peer}), "
+            f"half of them by less than {middle:.1%}"
+        )
         if options.out is not None:
             run = next(iter(new.values()))["run"]
+            values = {"largest_move": moves[worst], "median_move": middle, "pairs": len(changes)}
             append_row(
                 options.out,
-                {"case": "repeat", "status": "ok", "values": {"largest_move": move, "pairs": len(changes)}, "run": run},
+                {"case": "repeat", "status": "ok", "values": values, "run": run},
             )
         return 0
     slower = [c for c in changes if c.outcome == "SLOWER"]

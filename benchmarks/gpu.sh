@@ -23,6 +23,7 @@ printf '[pytest]\nmarkers =\n%s\n' "$(sed -n '/^markers = \[/,/^\]/s/^ *"\(.*\)"
 export PYTHONPATH=$links:$root/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
 unset STEERFAST_BACKEND
 pytest=("$python" -m pytest -c "$links/pytest.ini" --rootdir "$root" --import-mode=importlib -p no:cacheprovider -q)
+"$python" -c "import pytest, pytest_benchmark" || { echo "gpu.sh: needs pytest and pytest-benchmark; without them: $python -m steerfast bench" >&2; exit 2; }
 
 if [ -n "$tiny" ]; then
     export TRITON_INTERPRET=1 STEERFAST_BENCH=tiny
@@ -38,7 +39,7 @@ else
 fi
 
 echo "== tests on the device"
-timeout -k 10 "${SECONDS_TESTS:-170}" "${pytest[@]}" -m $marker "${tests[@]}" > "$out/tests.log" 2>&1
+timeout -k 10 "${SECONDS_TESTS:-160}" "${pytest[@]}" --continue-on-collection-errors -m $marker "${tests[@]}" > "$out/tests.log" 2>&1
 tests_status=$?
 grep -E '^(FAILED|ERROR)|(passed|failed|error|skipped|no tests ran).* in ' "$out/tests.log" | tail -20
 [ $tests_status = 124 ] && echo "the tests ran out of time; see tests.log for those that ran"
@@ -51,7 +52,7 @@ if [ -n "$tiny" ]; then
     echo "every op once, without a checker: exit $checker_status; $(tail -1 "$out/once.log")"
 elif command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
-        timeout $((${SECONDS_CHECKER:-80} / 2)) compute-sanitizer --tool $tool --error-exitcode 9 \
+        timeout $((${SECONDS_CHECKER:-70} / 2)) compute-sanitizer --tool $tool --error-exitcode 9 \
             "$python" benchmarks/once.py > "$out/$tool.log" 2>&1
         status=$?
         [ $status = 9 ] && checker_status=9

@@ -18,12 +18,18 @@ from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 import steerfast as sf
+from steerfast.integrations.vllm import seams
 from steerfast.integrations.vllm.edits import Place, Places
+from steerfast.integrations.vllm.plans import Library, ServedPlan
+from steerfast.integrations.vllm.slots import Admission
 from steerfast.integrations.vllm.table import EVER, Owner, RowTable
+from steerfast.integrations.vllm.wire import read
 from steerfast.timing import append_row, circumstances
 
 REQUESTS, WIDTH, LAYERS, CALLS = 64, 576, 30, 500
@@ -54,6 +60,7 @@ def main() -> None:
         )
     found["idle"] = found["steered_0_goes_on"]
     found["steered_64"] = max(found["host_changed"], found["device_changed"])
+    found["waiting_64"] = show(f"scheduler, {REQUESTS} requests that wait for a slot, looked at once", look_at(queue()))
     for steered in (0, 64):
         places = layers(table(steered))
         stream, hidden = torch.randn(REQUESTS, WIDTH).bfloat16(), torch.randn(REQUESTS, WIDTH).bfloat16()
@@ -98,6 +105,21 @@ def table(steered: int, path: str = "host") -> RowTable:
 
 def fill(made: RowTable, names: list[str]) -> None:
     made.fill(names, STARTS, POSITIONS, REQUESTS)
+
+
+def queue() -> tuple[Any, list[Any]]:
+    """A scheduler all of whose slots one request holds, and further ones with plans of their own."""
+    library = Library({f"{i}": ServedPlan(f"{i}", f"{i}", 4, "all") for i in range(REQUESTS + 1)})
+    served = SimpleNamespace(parts=lambda params: read(params, library), counters=SimpleNamespace(add=lambda *_: None))
+    scheduler = SimpleNamespace(steerfast=served, steerfast_slots=Admission(4))
+    asked = [SimpleNamespace(request_id=f"{i}", sampling_params={"steer": f"{i}"}) for i in range(REQUESTS + 1)]
+    assert seams._admit(lambda *_: True, scheduler, asked[-1])
+    return scheduler, asked[:-1]
+
+
+def look_at(waiting: tuple[Any, list[Any]]) -> Callable[[], object]:
+    scheduler, asked = waiting
+    return lambda: [seams._admit(lambda *_: True, scheduler, request) for request in asked]
 
 
 def edit(places: Places, stream: torch.Tensor, hidden: torch.Tensor) -> None:

@@ -190,7 +190,8 @@ async def settle(http: Any) -> list[str]:
     return left
 
 
-LEFT = ("vllm:num_requests_running{", "vllm:num_requests_waiting{", "vllm:kv_cache_usage_perc{", "steerfast:waiting{")
+GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+LEFT = tuple(f"{gauge}{{" for gauge in (*GAUGES, "steerfast:waiting", "steerfast:slots"))
 
 
 async def counter(http: Any, name: str) -> float:

@@ -120,8 +120,9 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
     start = y
     alpha = tl.full(norm.shape, 1.0, tl.float32)
     rest = tl.maximum(norm * norm - tl.sum(y * y, axis=1), 0.0)
-    even = length / steps
-    left = length
+    sign = tl.where(length < 0, -1.0, 1.0)  # a negative length follows -∇h: sizes are compared without their sign
+    left = sign * length
+    even = left / steps
     size = even
     for i in range(steps):
         dy, dalpha, inverse, speed = _slope(
@@ -134,23 +135,24 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
         if level < INF:
             h = _height(y * inverse[:, None], lam, bias, offset, ridge_ptr, units, stride, cosine, offs_k, mask_k)
             slant = speed * inverse
-            room = tl.where(slant > 0, tl.maximum(level - h, 0.0) / slant, 0.0)
+            room = tl.where(slant > 0, tl.maximum(sign * (level - h), 0.0) / slant, 0.0)
             step = tl.minimum(step, room)
+        move = sign * step
         b = tl.load(e_ptr + 18)
         sum_y, sum_alpha = b * dy, b * dalpha
         for j in range(1, stages):
             s_ptr = e_ptr + (2 + j) * 8
             p, m, b = tl.load(s_ptr), tl.load(s_ptr + 1), tl.load(s_ptr + 2)
-            there = y + step[:, None] * (p * dy + m * sum_y)
+            there = y + move[:, None] * (p * dy + m * sum_y)
             dy, dalpha, _, _ = _slope(
-                there, alpha + step * (p * dalpha + m * sum_alpha), rest,
+                there, alpha + move * (p * dalpha + m * sum_alpha), rest,
                 raw, lam, bias, ridge_ptr, units, stride, cosine, offs_k, mask_k,
             )  # fmt: skip
             sum_y, sum_alpha = sum_y + b * dy, sum_alpha + b * dalpha
         keep = tl.full(norm.shape, 1.0, tl.float32)
-        reach = step
+        reach = move
         if geodesic > 0:
-            angle = tl.where(speed > 0, step * inverse, 0.0)
+            angle = tl.where(speed > 0, move * inverse, 0.0)
             half = _sin(0.5 * angle)
             keep = 1.0 - 2.0 * half * half  # the cosine, to the last place where it is near 1
             reach = tl.where(inverse > 0, _sin(angle) / tl.where(inverse > 0, inverse, 1.0), 0.0)
@@ -163,7 +165,7 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
             growth = 0.9 * tl.exp2(tl.log2(tl.maximum(ratio, 1e-30)) / order)
             size = step * tl.minimum(tl.maximum(growth, 0.2), 5.0)
             reach = tl.where(fits, reach, 0.0)
-            left -= reach
+            left -= sign * reach
         y = keep[:, None] * y + reach[:, None] * sum_y
         alpha = keep * alpha + reach * sum_alpha
     return alpha, y - alpha[:, None] * start

@@ -185,27 +185,17 @@ class Bank:
 
     def _fits(self, intervention: Intervention) -> Slot:
         """The slot of an intervention in this bank's dtype, or the reason why it has none here."""
-        spec = intervention.slot()
+        spec = slot_in(self.vectors.dtype, intervention)
         if spec.lift.shape[-1] != self.width:
             raise ValueError(
                 f"Bank.register: {intervention!r} has width {spec.lift.shape[-1]}; this bank has {self.width}"
             )
-        shared = spec.project is spec.lift
         if self._rank is not None and spec.lift.shape[0] > self._rank:
             raise ValueError(
                 f"Bank.register: {intervention!r} has rank {spec.lift.shape[0]}; this bank was built for rank <= {self._rank} "
                 "(rank= of prepare, or of Bank)"
             )
-        lift = spec.lift.to(self._host.vectors)
-        project = lift if shared else spec.project.to(lift)
-        for part, given in ((lift, spec.lift), (project, spec.project)):
-            vanished = (part == 0).all(1) & (given != 0).any(1)
-            if not part.isfinite().all() or vanished.any():
-                raise ValueError(
-                    f"Bank.register: {intervention!r} does not fit {self.vectors.dtype}: a row overflows or vanishes there; "
-                    "scale the vector towards length 1 and put its size into the strength"
-                )
-        return spec._replace(project=project, lift=lift)
+        return spec
 
     def _store(self, slot: int, spec: Slot, holders: int) -> _Held:
         """Write a slot whose number is free; a bank without room for it is left as it is."""
@@ -249,6 +239,26 @@ class Bank:
         last = first + count * table.shape[1] * size
         low, high = (first, last) if self._dirty is None else self._dirty
         self._dirty = min(first, low), max(last, high)
+
+
+def slot_in(dtype: torch.dtype, intervention: Intervention) -> Slot:
+    """The slot of an intervention with its rows in a dtype.
+
+    Raises:
+        TypeError: the intervention has no slot.
+        ValueError: a row overflows or vanishes in that dtype.
+    """
+    spec = intervention.slot()
+    lift = spec.lift.to(dtype)
+    project = lift if spec.project is spec.lift else spec.project.to(dtype)
+    for part, given in ((lift, spec.lift), (project, spec.project)):
+        vanished = (part == 0).all(1) & (given != 0).any(1)
+        if not part.isfinite().all() or vanished.any():
+            raise ValueError(
+                f"Bank.register: {intervention!r} does not fit {dtype}: a row overflows or vanishes there; "
+                "scale the vector towards length 1 and put its size into the strength"
+            )
+    return spec._replace(project=project, lift=lift)
 
 
 class _Buffers(NamedTuple):

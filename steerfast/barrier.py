@@ -12,12 +12,13 @@ z = Qᵀa, without the sphere: the linear raw barrier is plain activation additi
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,10 +226,23 @@ class Barrier:
 
     def __neg__(self) -> Barrier:
         """log p₋/p₊: the barrier of the swapped sides, whose flow goes the other way."""
-        ridge = self.ridge
-        if ridge is not None:
-            ridge = Ridge(ridge.directions, ridge.phases, -ridge.weights, ridge.activation)
-        return Barrier(self.basis, -self.eigenvalues, -self.bias, -self.offset, self.info, ridge, self.raw)
+        ridge = None if self.ridge is None else replace(self.ridge, weights=-self.ridge.weights)
+        sketch = None if self.sketch is None else replace(self.sketch, weights=-self.sketch.weights)
+        return Barrier(self.basis, -self.eigenvalues, -self.bias, -self.offset, self.info, ridge, self.raw, sketch)
+
+    def basis_as(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The basis on a device in a dtype, copied once and kept: a captured CUDA graph may ask for it, too."""
+        if torch.compiler.is_compiling():
+            return self.basis.to(device, dtype)
+        found = self._copies.get((device, dtype))
+        if found is None:
+            with torch.inference_mode(False):  # so that a later gradient can use it
+                found = self._copies[device, dtype] = self.basis.to(device, dtype)
+        return found
+
+    @functools.cached_property
+    def _copies(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, as `save` writes them."""

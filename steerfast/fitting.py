@@ -48,6 +48,7 @@ STRENGTHS = tuple(10.0**e for e in range(-1, 7))
 RATIOS = (10.0, 1.0, 0.1)  # c₀/γ; with C it is all that the quadratic kernel depends on
 WIDTHS = (0.5, 1.0, 2.0, 4.0)  # of the Gaussian kernel behind rff, in units of the median distance
 DECAYS = (1e-3, 1e-2, 1e-1)  # of the network's weights
+IDENTICAL = "fit_barrier: the two sides are identical, so no direction separates them"
 
 
 def fit_barrier(
@@ -107,8 +108,11 @@ def fit_barrier(
         )
     if kernel is not None and kind not in ("quadratic", "sketch"):
         raise ValueError(f"fit_barrier: kernel={kernel} is for quadratic and sketch; leave it away for {kind!r}")
-    if kernel is not None and (len(kernel) != 2 or finite_number("fit_barrier", "γ", kernel[0]) <= 0 or kernel[1] < 0):
-        raise ValueError(f"fit_barrier: kernel is {kernel}; expected (γ, c₀) with γ > 0 and c₀ >= 0")
+    if kernel is not None:
+        numbers = tuple(finite_number("fit_barrier", "a number of kernel", value) for value in kernel)
+        if len(numbers) != 2 or numbers[0] <= 0 or numbers[1] < 0:
+            raise ValueError(f"fit_barrier: kernel is {kernel}; expected (γ, c₀) with γ > 0 and c₀ >= 0")
+        kernel = numbers[0], numbers[1]
     _check_rank(kind, rank, *data.x.shape)
     if C is None and (kind == "sketch" or kernel == PUBLISHED):
         C = 1.0
@@ -147,6 +151,9 @@ class _Data:
         few = next(((name, len(side)) for name, side in zip(("pos", "neg"), sides, strict=True) if len(side) < 2), None)
         if few is not None:
             raise ValueError(f"fit_barrier: {few[0]} has {few[1]} row(s); expected at least 2 on each side")
+        prints = [sorted(hash(row.tobytes()) for row in side.numpy()) for side in sides]
+        if prints[0] == prints[1]:
+            raise ValueError(IDENTICAL)
         x = torch.cat(sides)
         if groups is not None:
             names: list[Any] = list(groups.tolist() if isinstance(groups, Tensor) else groups)
@@ -187,13 +194,21 @@ class _Data:
         return _Data(self.x[index], self.labels[index], self.groups[index], self.typical_norm, self.origin, self.seed)
 
     def searched(self) -> _Data:
-        """At most `SEARCHED` rows, whole groups as far as they fit, in random order of the groups."""
+        """At most `SEARCHED` rows, whole groups as far as they fit, in random order of the groups.
+
+        Each class has its share of them, and where it is rare a twentieth, or all that there is of it.
+        """
         if len(self.x) <= SEARCHED:
             return self
         order = torch.randperm(int(self.groups.max()) + 1, generator=_generator(self.seed))[self.groups].argsort(
             stable=True
         )
-        return self.take(order[:SEARCHED])
+        side = self.labels[order]
+        count = torch.stack([(~side).sum(), side.sum()])  # of the negatives and the positives
+        rare = int(count.argmin())
+        kept = min(int(count[rare]), max(SEARCHED * int(count[rare]) // len(side), SEARCHED // 20))
+        place = torch.where(side, side.cumsum(0), (~side).cumsum(0))  # from 1, within its class
+        return self.take(order[place <= torch.where(side == bool(rare), kept, SEARCHED - kept)])
 
     @functools.cached_property
     def folds(self) -> list[tuple[Tensor, Tensor]]:
@@ -212,10 +227,14 @@ class _Data:
     def info(self, kind: str, held: _Held, h: Tensor, settings: dict[str, float]) -> BarrierInfo:
         """What is known after a fit; h are the fitted log-odds of the rows."""
         separable = bool(((h > 0) == self.labels).all())
-        if separable and math.isnan(held.log_likelihood):
+        if math.isnan(held.log_likelihood):
+            what, so = (
+                ("separable and too few", "the size of h is set by the penalty alone")
+                if separable
+                else ("too few, or in too few groups,", "the settings are the defaults and the accuracy is unknown")
+            )
             warnings.warn(
-                f"fit_barrier: the {len(self.x)} rows are separable and too few to hold some out, so the size of h is set by "
-                "the penalty alone; give more examples",
+                f"fit_barrier: the {len(self.x)} rows are {what} to hold some out, so {so}; give more examples",
                 UserWarning,
                 stacklevel=4,
             )
@@ -642,7 +661,7 @@ def _not_flat(w: Tensor) -> float:
     """The length of the fitted weights; sides that no direction separates are an error."""
     length = float(w.norm())
     if not length > 1e-9:
-        raise ValueError("fit_barrier: the two sides are identical, so no direction separates them")
+        raise ValueError(IDENTICAL)
     return length
 
 

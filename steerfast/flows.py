@@ -26,13 +26,17 @@ class Flow(Intervention):
         barrier: h, from `fit_barrier` or made by hand.
         angle: T/‖a‖ of each row: an angle in radians on the sphere, a share of the row's length for a raw barrier. Exactly
             one of angle and T.
-        T: Length of the path in units of the stream. A strength given to `steer` multiplies T or the angle.
+        T: Length of the path in units of the stream. A strength given to `steer` multiplies T or the angle; a negative one
+            follows -∇h.
         steps: Number of steps; of "adaptive" the number of attempts.
         method: A name of `steerfast.solvers.SOLVERS`: "euler", "one-step", "geodesic" (exponential Euler), "midpoint",
             "heun", "ralston", "ssp3", "rk4" or "adaptive" (ssp3 with Heun inside as the measure of its error).
-        level: Stop where h reaches it; a step that would pass it is shortened. None: go all the way.
+        level: Stop where h reaches it (under a negative strength: falls to it); a step that would pass it is shortened to
+            where the slope of h says that it lies, so a single step is one of Newton's and may stop short. None: go all the way.
         tolerance: Of "adaptive": local error of a step, as a share of ‖a‖.
         keep_norm: Give every row its old length back afterwards.
+
+    Squares of lengths are taken in float32: a row longer than 1.8e19 becomes NaN, one shorter than 1e-24 does not move.
 
     Raises:
         TypeError, ValueError: not exactly one of angle and T, a negative or non-finite length, steps out of range, an unknown
@@ -138,10 +142,9 @@ class Flow(Intervention):
         header = [slot.mode, self.barrier.rank, 0, 0, 0, slot.steps, int(slot.keep_norm), extra]
         slots = torch.tensor([header], dtype=torch.int32, device=device)
         modes = slot.mode | (KEEP_NORM if slot.keep_norm else 0)
-        bases: dict[torch.dtype, Tensor] = {}
 
         def run(x: Tensor, scale: Tensor | float) -> Tensor:
-            basis = bases.setdefault(x.dtype, slot.project.to(device, x.dtype))
+            basis = self.barrier.basis_as(x.device, x.dtype)
             weights = None
             if isinstance(scale, Tensor) or scale != 1.0:
                 weights = torch.as_tensor(scale, dtype=torch.float32, device=device).expand(x.numel() // x.shape[-1])
@@ -190,11 +193,12 @@ def flow(
         angle: T/‖a‖ of each row, in radians.
         steps: Number of steps, ≥ 1.
         method: The solver, as in `Flow`.
-        level: Stop where h reaches it; None: go all the way.
+        level: Stop where h reaches it, as in `Flow`; None: go all the way.
         tolerance: Of method "adaptive".
 
     Returns:
-        A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move.
+        A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move. On a CPU one
+        row, a few rows and many take three ways through the same steps, so the last bit of a row may depend on their number.
 
     Raises:
         TypeError, ValueError: the barrier has another width, or an argument does not fit; the message names it.

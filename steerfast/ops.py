@@ -227,7 +227,8 @@ def flow(
         method: The solver, a name of `steerfast.solvers.SOLVERS`, such as "euler", "geodesic" or "rk4".
 
     Returns:
-        A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move.
+        A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move. On a CPU one
+        row, a few rows and many take three ways through the same steps, so the last bit of a row may depend on their number.
 
     Raises:
         TypeError, ValueError: a dtype, width, device or number does not fit; the message names it.
@@ -327,7 +328,8 @@ def subspace(
         scale: float32 of the shape of rows, or (n,) without rows: multiplies the edit (for a flow its T). None: 1.
         modes: What may occur, or-ed: modes, and KEEP_NORM where a slot restores lengths; the kernel is compiled for
             these only.
-        max_rank: The largest rank that may occur. None: the number of rows of vectors.
+        max_rank: The largest rank that may occur; a bank of one full-rank flow runs as two matrix products where it is d.
+            None: unknown, at most the number of rows of vectors.
 
     Returns:
         A new tensor (..., d) of the dtype of x. A row's result never depends on the rows beside it; on a GPU and from
@@ -344,6 +346,8 @@ def subspace(
         >>> sf.ops.subspace(torch.tensor([[3.0, 4.0]]), *bank.tensors)
         tensor([[0., 4.]])
     """
+    if max_rank is None:
+        modes |= HINGE  # no promise that the one slot is a flow of full rank
     max_rank = _check_bank("subspace", x, vectors, coefficients, slots, rows, scale, max_rank)
     if _registered(x, vectors, coefficients, scale):
         return torch.ops.steerfast.subspace(x, vectors, coefficients, slots, rows, scale, modes, max_rank)
@@ -361,6 +365,8 @@ def subspace_(
     max_rank: int | None = None,
 ) -> Tensor:
     """`subspace`, written into x."""
+    if max_rank is None:
+        modes |= HINGE  # no promise that the one slot is a flow of full rank
     max_rank = _check_bank("subspace_", x, vectors, coefficients, slots, rows, scale, max_rank)
     _check_in_place("subspace_", x, vectors, coefficients, scale)
     run = torch.ops.steerfast.subspace_ if torch.compiler.is_compiling() else _library.run_subspace_

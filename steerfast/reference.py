@@ -403,9 +403,10 @@ def _follow(
     x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, Tensor | float], steps: int, how: Scheme
 ) -> Tensor:
     """Rows x at the end of their flow over T + angle·‖x‖, (T, angle) = path."""
+    if not field.eigenvalues.dtype == field.bias.dtype == x.dtype:
+        field = field.map(lambda v: v.to(x.dtype))
     if are_few(x, basis, field, how):
         return few_eulers(x, basis, field, path, steps)
-    field = field.map(lambda v: v.to(x.dtype))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     y, length = x @ basis.T, path[0] + path[1] * norm
     if basis.shape[0] == x.shape[1]:  # full rank: nothing lies outside the span, not even rounding

@@ -244,7 +244,7 @@ def integrate(
         y: y₀ = Qᵀa₀, (n, k).
         norm: ‖a₀‖, (n, 1).
         field: The barrier.
-        length: T, (n, 1).
+        length: T, (n, 1); where it is negative the row follows -∇h, down to the level.
         steps: Number of steps; of an adaptive solver the number of attempts.
         how: The solver, and the level at which it stops.
 
@@ -265,6 +265,10 @@ def _integrate(xp: Any, y: Any, norm: Any, field: Field, length: Any, steps: int
     rest = norm * norm - _dot(y, y)  # what lies outside span(Q), never negative
     rest = xp.where(rest > 0, rest, 0 * rest)
     alpha = xp.ones_like(norm)
+    compared = how.order > 0 or how.level < math.inf
+    if compared:  # a negative length follows -∇h: sizes are compared without their sign
+        sign = xp.where(length < 0, -xp.ones_like(length), xp.ones_like(length))
+        length = sign * length
     even = length / steps
     if how.order:
         left, size, unit = length, even, how.tolerance * norm
@@ -275,22 +279,24 @@ def _integrate(xp: Any, y: Any, norm: Any, field: Field, length: Any, steps: int
             floor = left / (steps - i)  # at least this much now, so that the last attempt arrives
             step = xp.minimum(xp.maximum(size, floor), left)
         if how.level < math.inf:
-            room = (how.level - _height(xp, y * inverse, field)) / xp.where(speed > 0, speed * inverse, math.inf)
+            below = sign * (how.level - _height(xp, y * inverse, field))
+            room = below / xp.where(speed > 0, speed * inverse, math.inf)
             step = xp.minimum(step, xp.where(room > 0, room, 0 * room))
+        move = sign * step if compared else step
         if how.geodesic:
-            angle = xp.where(speed > 0, step * inverse, 0 * step)
+            angle = xp.where(speed > 0, move * inverse, 0 * move)
             turn, reach = xp.cos(angle), xp.sin(angle) / xp.where(inverse > 0, inverse, 1 + 0 * inverse)
             y, alpha = turn * y + reach * dy, turn * alpha + reach * dalpha
             continue
         if len(how.stages) == 1:
-            y, alpha = y + step * dy, alpha + step * dalpha
+            y, alpha = y + move * dy, alpha + move * dalpha
             continue
         sum_y, sum_alpha = how.stages[0][2] * dy, how.stages[0][2] * dalpha
         for p, m, b in how.stages[1:]:
-            there = y + step * (p * dy + m * sum_y), alpha + step * (p * dalpha + m * sum_alpha)
+            there = y + move * (p * dy + m * sum_y), alpha + move * (p * dalpha + m * sum_alpha)
             dy, dalpha, _, _ = _slope(xp, *there, rest, field)
             sum_y, sum_alpha = sum_y + b * dy, sum_alpha + b * dalpha
-        new_y, new_alpha = y + step * sum_y, alpha + step * sum_alpha
+        new_y, new_alpha = y + move * sum_y, alpha + move * sum_alpha
         if how.order:
             off_y, off_alpha = dy - sum_y, dalpha - sum_alpha
             error = how.factor * step * xp.sqrt(_dot(off_y, off_y) + off_alpha * off_alpha * rest)

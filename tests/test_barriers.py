@@ -18,6 +18,7 @@ from steerfast.extract import Activations
 pytest.importorskip("sklearn")
 
 D = 16
+ROWS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 SPREAD = torch.tensor([1.0] * 5 + [0.02] * 11)  # most coordinates hardly move, as in a model's stream
 
 
@@ -60,6 +61,7 @@ def test_a_barrier_is_its_formula_and_keeps_float64(kind):
 def test_the_other_way_is_minus(kind):
     h, a = barrier(kind, 12), 3 * torch.randn(5, 12)
     torch.testing.assert_close((-h)(a), -h(a))
+    assert (-h).sketch is None
     back = sf.flow(sf.flow(a, h, T=0.3, steps=40, method="rk4"), -h, T=0.3, steps=40, method="rk4")
     torch.testing.assert_close(back, a, atol=1e-4, rtol=1e-4)
 
@@ -79,6 +81,52 @@ def test_every_kind_finds_what_separates_the_sides(kind, sides, fitted):
     if kind == "quadratic":
         assert new > torch.cat([fitted["linear"](pos) > 0, fitted["linear"](neg) <= 0]).double().mean().item() + 0.1
         assert h.info.log_likelihood > fitted["linear"].info.log_likelihood + 0.1
+
+
+def test_h_is_calibrated():
+    """On new data the true log-odds grow with h by a slope near 1; the published settings, penalised too much, are far off."""
+    pos, neg, _ = curved(200)
+    x = torch.cat(curved(400, seed=5)[:2]).double()
+    unit = x / x.norm(dim=1, keepdim=True)
+    true = 60 * unit[:, 0] * unit[:, 1] + 6 * unit[:, 2]
+
+    def line(**settings):
+        h = sf.fit_barrier(pos, neg, kind="quadratic", rank=D, **settings)(x)
+        return torch.linalg.lstsq(torch.stack([h, torch.ones_like(h)], 1), true[:, None]).solution.flatten().tolist()
+
+    slope, start = line()
+    assert slope == pytest.approx(1, abs=0.2)
+    assert start == pytest.approx(math.log(len(pos) / len(neg)), abs=0.4)  # the share of the classes is not in h
+    assert line(kernel=fitting.PUBLISHED)[0] > 2
+
+
+@pytest.mark.parametrize("kernel", [fitting.PUBLISHED, [0.1, 1.0], [0.1, 1]])
+def test_the_published_kernel_is_the_preset_however_it_is_written(kernel, sides):
+    settings = sf.fit_barrier(*sides, kind="quadratic", kernel=kernel).info.settings
+    assert settings == {"C": 1.0, "gamma": 0.1, "coef0": 1.0}
+
+
+def test_settings_are_compared_on_both_sides_even_where_one_is_rare(monkeypatch):
+    monkeypatch.setattr(fitting, "SEARCHED", 100)
+    generator = torch.Generator().manual_seed(0)
+    neg = torch.randn(400, D, generator=generator)
+    pos = torch.randn(2, D, generator=generator) + 3 * torch.eye(D)[0]
+    for seed in range(4):
+        part = fitting._Data.of(pos, neg, None, seed).searched()
+        assert (len(part.x), int(part.labels.sum())) == (100, 2)
+    half = fitting._Data.of(neg[:100], neg[100:], None, 0).searched()
+    assert (len(half.x), int(half.labels.sum())) == (100, 25)
+    for kind in ("quadratic", "rff"):
+        assert not math.isnan(sf.fit_barrier(pos, neg, kind=kind).info.log_likelihood)
+
+
+def test_an_unsearched_fit_says_so(sides):
+    pos, neg = sides
+    one = [0] * len(pos) + [1] * len(neg)
+    with pytest.warns(UserWarning, match="in too few groups, to hold some out, so the settings are the defaults"):
+        info = sf.fit_barrier(pos, neg, groups=one).info
+    assert math.isnan(info.accuracy)
+    assert not info.separable
 
 
 def test_held_out_likelihood_is_of_held_out_rows(sides):
@@ -167,6 +215,9 @@ def test_the_sketch_is_the_published_map(sides, fitted):
     path = odeint(lambda _, y: unit_gradient(published, y), a, span, method="euler", options={"step_size": T / 10})[-1]
     got = sf.Flow.odesteer(h, T=T).alone(a.device)(a, 1.0)
     assert ((got - path).norm() / (path - a).norm()).item() < 1e-5
+    away = sf.Flow.odesteer(-h, T=T).alone(a.device)(a, 1.0)
+    torch.testing.assert_close(away, sf.Flow.odesteer(h, T=T).alone(a.device)(a, -1.0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close((-h).sketch.quadratic()[0], -h.sketch.quadratic()[0])
     exact = h.sketch.quadratic()
     x = a.double() / a.double().norm(dim=1, keepdim=True)
     polynomial = torch.einsum("ni,ij,nj->n", x, exact[0], x) + x @ exact[1] + exact[2]
@@ -283,6 +334,8 @@ def test_separable_sides_are_said_to_be():
         (torch.tensor([[1.0, 0, 0], [0, 0, 0]]), torch.ones(2, 3), "row 1 of pos"),
         (torch.ones(1, 3), torch.ones(2, 3), r"pos has 1 row\(s\); expected at least 2"),
         (torch.ones(2, 3), torch.ones(2, 3), "identical"),
+        (ROWS, ROWS.clone(), "identical"),
+        (ROWS, ROWS.flip(0), "identical"),
     ],
 )
 def test_bad_activations_are_named(kind, pos, neg, message):
@@ -355,22 +408,25 @@ FRAMES = ("The film was {}", "What a {} day", "It was a {} trip", "They are {} p
 
 
 @pytest.mark.model
-def test_on_activations_of_a_real_model(smollm):
-    """At the chosen rank the flow is that of the full rank, to 1 % of the displacement, also where it was not fitted."""
+def test_on_activations_of_a_real_model(smollm, monkeypatch):
+    """At the chosen rank the flow is that of all directions, to 1 % of the displacement, also where it was not fitted."""
     model, tokenizer = smollm
     texts = [[frame.format(word) for word in words for frame in FRAMES] for words in WORDS]
     pos, neg = (sf.collect(model, tokenizer, side, layers=[14], progress=False) for side in texts)
     groups = [word for words in WORDS for word in words for _ in FRAMES]
     cut = sf.fit_barrier(pos, neg, kind="quadratic", groups=groups)
+    count = len(pos[14]) + len(neg[14])  # so many directions hold the barrier, of the 576 there are
+    monkeypatch.setattr(fitting, "MAX_RANK", count)
     full = sf.fit_barrier(
         pos,
         neg,
         kind="quadratic",
         C=cut.info.settings["C"],
         kernel=(cut.info.settings["gamma"], 1.0),
-        rank=64,
+        rank=count,
         groups=groups,
     )
+    assert full.rank == count > 64
     others = ["I went to the shop and", "In spring the river", "She said that it", "A terrible and cold"]
     x = sf.collect(model, tokenizer, others, layers=[14], progress=False)[14]
     x = torch.cat([x, *pos.values(), *neg.values()])

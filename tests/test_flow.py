@@ -182,6 +182,113 @@ def test_norms(place):
         torch.testing.assert_close(turned, torch.ones_like(turned))
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_negative_strength_is_the_flow_of_minus_h(place, kind):
+    """Also where sizes of steps are compared: adaptive steps, and a level, to which h then falls."""
+    if place == "interpreter" and kind != "quadratic":
+        pytest.skip("the kernel's sign is the same for every kind, and the interpreter slow")
+    with backend(place) as device:
+        h, x = barrier(kind, 12), stream(4, 12).to(device)
+        strengths, at = torch.tensor([-1.0, -0.5, 0.7, -2.0], device=device), torch.device(device)
+        down, heights = (strengths < 0).cpu(), h(x.cpu())
+        level = float(heights[down].sort().values[:2].mean())  # between two rows
+        for method in methods(kind, place)[-1:] if place == "interpreter" else methods(kind):
+            how = {"angle": 0.5, "steps": 3 if place == "interpreter" else 6, "method": method, "tolerance": 1e-3}
+            for stop in (level,) if place == "interpreter" else (None, level):
+                got = sf.Flow(h, level=stop, **how).alone(at)(x, strengths)
+                turned = sf.Flow(-h, level=None if stop is None else -stop, **how).alone(at)(x, -strengths)
+                torch.testing.assert_close(got, turned, atol=1e-5, rtol=1e-5)
+                falls = down & (heights > (-torch.inf if stop is None else stop))
+                assert falls.any()
+                assert (h(got.cpu()) < heights)[falls].all(), method
+                assert torch.equal(got.cpu()[down & ~falls], x.cpu()[down & ~falls]), method
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 5])
+def test_numbers_of_sixteen_bits_are_widened(n, dtype):
+    """A few rows on a CPU are stepped in NumPy, which has no bfloat16."""
+    q, x = orthonormal(3, 12), stream(n, 12)
+    lam, bias = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for rows in (x, x.to(dtype)):
+        got = sf.ops.flow(rows, q.to(dtype), lam, bias, angle=0.4)
+        assert torch.equal(got, sf.ops.flow(rows, q, lam.float(), bias.float(), angle=0.4))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_as_many_directions_as_the_stream_is_wide_are_no_flow_of_full_rank(place):
+    """A bank may hold low-rank flows alone and just d rows: without `max_rank` nothing promises one slot of all of them."""
+    with backend(place) as device:
+        flows = [sf.Flow(barrier("quadratic", 12, seed=seed), angle=0.4, steps=4) for seed in (0, 1)]
+        bank = sf.Bank(12, slots=2, directions=12, device=device)
+        rows = torch.tensor([bank.register(flow) for flow in flows], dtype=torch.int32, device=device)
+        x = stream(2, 12).to(device)
+        twin = x.clone()
+        got = sf.ops.subspace(x, *bank.tensors, rows, modes=bank.modes)
+        sf.ops.subspace_(twin, *bank.tensors, rows, modes=bank.modes)
+        for i, flow in enumerate(flows):
+            true = by_reference(sf.flow, x[i].double().cpu(), flow.barrier, angle=0.4, steps=4)
+            torch.testing.assert_close(got[i].double().cpu(), true, atol=1e-5, rtol=1e-5)
+        assert torch.equal(twin, got)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rank", [3, 40])
+def test_a_basis_that_rounds_still_moves_rows_to_the_right_place(place, rank):
+    """Rounding x' costs at most eps/2 of ‖x‖ = ‖δ‖/0.4, rounding Q at most eps/2 in the projection and in the lift."""
+    q = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(5)))[0][:rank]
+    lam, bias = torch.randn(2, rank, generator=torch.Generator().manual_seed(6))
+    flow = sf.Flow(sf.Barrier(q, lam, bias), angle=0.4, steps=5)
+    with backend(place) as device:
+        for dtype in (t for t in DTYPES[1:] if runs(place, t)):
+            x = stream(7, 40, dtype).to(device)
+            start = x.double().cpu()
+            true = by_reference(sf.flow, start, flow.barrier, angle=0.4, steps=5) - start
+            moved = flow.alone(torch.device(device))(x, 1.0).double().cpu() - start
+            error = (moved - true).norm(dim=1) / true.norm(dim=1)
+            assert error.max() < 2.5 * torch.finfo(dtype).eps, (dtype, error.max())
+
+
+def test_a_basis_is_converted_once_and_kept_with_its_barrier():
+    """What a pass would upload again costs time, and cannot be captured."""
+    x, flow = stream(4, 12, torch.bfloat16), sf.Flow(barrier("full", 12), angle=0.4)
+    run = flow.alone(x.device)
+    assert not torch.equal(run(x, 1.0), x)
+    kept = flow.barrier.basis_as(x.device, x.dtype)
+    assert kept.dtype == torch.bfloat16
+    kept.zero_()
+    for again in (run, flow.alone(x.device)):
+        assert torch.equal(again(x, 1.0), x)  # it is this tensor that they read
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_graph_replays_a_full_rank_flow(dtype, method):
+    flow = sf.Flow(barrier("full", 64), angle=0.4, steps=5, method=method)
+    run = flow.alone(torch.device("cuda"))
+    static = stream(9, 64, dtype).cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run(static, 1.0)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(static, 1.0)
+    for seed in (1, 2):
+        x = stream(9, 64, dtype, seed).cuda()
+        static.copy_(x)
+        graph.replay()
+        true = by_reference(sf.flow, x.double().cpu(), flow.barrier, angle=0.4, steps=5, method=method)
+        moved = (true - x.double().cpu()).norm(dim=1)
+        assert ((out.double().cpu() - true).norm(dim=1) / moved).max() < 4 * torch.finfo(dtype).eps + 1e-5
+
+
 def test_a_row_does_not_depend_on_a_nearly_stationary_neighbour():
     h = barrier("quadratic", 12)
     x = torch.cat(
@@ -295,6 +402,8 @@ def test_a_picture_shows_h_along_the_path(kind, tmp_path, monkeypatch):
 def test_the_published_preset():
     flow = sf.Flow.odesteer(sf.Barrier(torch.eye(3), torch.ones(3), torch.ones(3), sketch=_sketch(3)), T=5.0)
     assert (flow.T, flow.angle, flow.steps, flow.method) == (5.0, None, 10, "euler")
+    away = sf.Flow.odesteer(-flow.barrier, T=5.0)
+    assert torch.equal(away.barrier.sketch.weights, -flow.barrier.sketch.weights)
     with pytest.raises(ValueError, match="the published one is fit_barrier"):
         sf.Flow.odesteer(barrier("quadratic", 12), T=5.0)
 

@@ -15,7 +15,8 @@ from steerfast import solvers
 from steerfast.flows import field_of
 from steerfast.solvers import SOLVERS, Field, Tableau, integrate, pack, scheme, unpack
 
-FIXED = [name for name, solver in SOLVERS.items() if not solver.adaptive and not solver.single]
+STEPPED = [name for name, solver in SOLVERS.items() if not solver.adaptive]
+FIXED = [name for name in STEPPED if not SOLVERS[name].single]
 
 
 def points(n: int = 6, d: int = 12) -> torch.Tensor:
@@ -23,12 +24,12 @@ def points(n: int = 6, d: int = 12) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", STEPPED)
 def test_the_small_space_is_exact(name, kind):
     """Against autograd of the barrier in float64, step by step in all d dimensions."""
     solver, h, a = SOLVERS[name], barrier(kind, 12), points()
-    if solver.adaptive or (solver.geodesic and kind == "raw"):
-        return
+    if solver.geodesic and kind == "raw":
+        pytest.skip("a raw barrier has no great circles")
     length = 0.3 * a.norm(dim=1, keepdim=True)
     steps = 1 if solver.single else 4
     true = great_circles(h, a, length, steps) if solver.geodesic else runge_kutta(h, a, length, steps, solver.tableau)

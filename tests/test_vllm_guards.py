@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import subprocess
 import sys
@@ -80,12 +81,21 @@ def test_what_splits_or_reorders_tokens_is_refused_by_name(change, reason: str) 
     from vllm.config import ParallelConfig
 
     parallel = ParallelConfig()
-    config = SimpleNamespace(parallel_config=parallel)
+    config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(enable_sleep_mode=False))
     seams.check_parallelism(config)
     for name, value in change.items():
         assert hasattr(parallel, name), "vLLM has renamed it"
         object.__setattr__(parallel, name, value)
     with pytest.raises(ValueError, match=f"{reason} .* cannot be combined with steering; turn it off"):
+        seams.check_parallelism(config)
+
+
+def test_sleep_mode_is_refused() -> None:
+    from vllm.config import ModelConfig, ParallelConfig
+
+    assert "enable_sleep_mode" in {field.name for field in dataclasses.fields(ModelConfig)}, "vLLM has renamed it"
+    config = SimpleNamespace(parallel_config=ParallelConfig(), model_config=SimpleNamespace(enable_sleep_mode=True))
+    with pytest.raises(ValueError, match=r"sleep mode .* cannot be combined with steering"):
         seams.check_parallelism(config)
 
 
@@ -119,7 +129,7 @@ def test_the_metrics_of_one_and_of_several_api_servers_add_up_what_all_processes
     shown = TestClient(app).get("/metrics").text.splitlines()
     expected = {("requests_total", "polite"): 16, ("tokens_total", "polite"): 5, ("refused_total", ""): 1}
     expected |= {("waiting", "terse"): 1}
-    for field in ("requests_total", "tokens_total", "refused_total", "waiting"):
+    for field in ("requests_total", "tokens_total", "refused_total", "waiting", "slots"):
         for plan in ("", "polite", "terse"):
             line = f'steerfast:{field}{{plan="{plan}"}} {float(expected.get((field, plan), 0))}'
             assert shown.count(line) == 1, line
@@ -128,7 +138,9 @@ def test_the_metrics_of_one_and_of_several_api_servers_add_up_what_all_processes
 
 def test_the_soak_sees_whatever_was_applied_wrongly(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    vllm_soak = pytest.importorskip("vllm_soak")
+    pytest.importorskip("httpx")
+    import vllm_soak
+
     xargs = {"steer": ["a", "b"], "steer_strength": [0.5, 0.0], "steer_positions": "last"}
     request = {"request_id": "soak-1", "prompt": [5, 6], "max_tokens": 2, "vllm_xargs": xargs, "fate": "finish"}
     good = [["cmpl-soak-1-0-x", 0, []], ["cmpl-soak-1-0-x", 1, [["a", 0.5]]], ["cmpl-soak-1-0-x", 2, [["a", 0.5]]]]

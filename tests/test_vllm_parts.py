@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import random
@@ -19,7 +20,7 @@ from test_interventions import EXAMPLES, D
 
 import steerfast as sf
 from steerfast import reference
-from steerfast.integrations.vllm import plans, wire
+from steerfast.integrations.vllm import plans, routes, wire
 from steerfast.integrations.vllm.edits import Place, Places
 from steerfast.integrations.vllm.plans import Library, ServedPlan
 from steerfast.integrations.vllm.slots import Admission, Residents
@@ -29,6 +30,11 @@ from steerfast.integrations.vllm.table import Owner, RowTable
 def unit(seed: int, d: int = D) -> torch.Tensor:
     v = torch.randn(d, generator=torch.Generator().manual_seed(seed))
     return v / v.norm()
+
+
+def top_k_edit() -> sf.EditFeatures:
+    sae = sf.SAE(torch.eye(D), torch.eye(D), k=2)
+    return sf.EditFeatures(sae, {3: 8.0})
 
 
 @pytest.fixture
@@ -84,11 +90,13 @@ def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
             lambda: sf.Plan({0: sf.When(sf.Condition(unit(0), 0.1), sf.Add(unit(1)))}),
             "a condition .When. is not decided inside vLLM",
         ),
+        (lambda: sf.Plan({0: top_k_edit()}), "Top-K"),
+        (lambda: sf.Plan({0: sf.Add(1e6 * unit(0))}), "does not fit torch.float16: a row overflows"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused_by_name_and_the_others_are_served(folder: Path, plan, reason: str) -> None:
     plan().save(folder / "misfit")
-    library, chains = plans.load(folder, D, 4)
+    library, chains = plans.load(folder, D, 4, torch.float16)
     assert set(library.plans) == {"one", "two", "single"} == set(chains)
     with pytest.raises(ValueError, match=f"the plan 'misfit' cannot be used: .*{reason}"):
         wire.read({"steer": "misfit"}, library)
@@ -98,8 +106,9 @@ def test_a_damaged_plan_is_refused_by_name(folder: Path) -> None:
     blob = folder / "one" / "plan.safetensors"
     blob.write_bytes(blob.read_bytes()[:-1] + b"?")
     library, _ = plans.load(folder, D, 4)
-    with pytest.raises(ValueError, match="the plan 'one' cannot be used"):
+    with pytest.raises(ValueError, match="the plan 'one' cannot be used") as refused:
         wire.read({"steer": "one"}, library)
+    assert str(folder) not in str(refused.value)
     assert wire.read({"steer": "two"}, library)
 
 
@@ -367,6 +376,41 @@ def test_a_step_edits_what_the_specification_says(dtype: torch.dtype, split: boo
     assert not torch.equal(got, stream)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_waits_for_no_device() -> None:
+    """Requests come, the table is written, the edits run, requests go: all without a synchronisation."""
+    device = torch.device("cuda")
+    place = Place([sf.Add(unit(i)) for i in range(4)], 4, D, torch.bfloat16, device)
+    for slot in range(4):
+        place.load(slot, sf.Add(unit(slot), 2.0))
+    place.bank.commit()
+    table = RowTable(64, device)
+    places = Places({"resid_post.0": place}, table)
+    starts, positions = (
+        torch.arange(33, device=device, dtype=torch.int32),
+        torch.zeros(64, dtype=torch.long, device=device),
+    )
+    stream = torch.randn(40, D, device=device).bfloat16()
+    before = stream.clone()
+    names = [f"r{i}" for i in range(32)]
+    torch.cuda.synchronize()
+    for mode in ("default", "error"):  # the first compiles the kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for i, name in enumerate(names):
+                table.put(name, [Owner(i % 4, 1.0, 0, 9)])
+            table.fill(names, starts, positions, 32)
+            places.edit_(stream, None, "resid_post.0")
+            table.drop(names[0])
+            table.fill(names[1:], starts[:32], positions, 31)
+            places.edit_(stream, None, "resid_post.0")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert not torch.equal(stream[:32], before[:32])
+    assert torch.equal(stream[32:], before[32:])
+
+
 def test_each_place_has_its_own_bank_under_one_table() -> None:
     table = RowTable(8, torch.device("cpu"))
     alike = [Place([sf.Add(unit(i))], 4, D, torch.float32, torch.device("cpu")) for i in range(2)]
@@ -419,6 +463,56 @@ def test_a_bank_takes_what_its_plans_need_and_no_more() -> None:
     edits: list[sf.Intervention] = [sf.Add(unit(i, 576)) for i in range(64)]
     place = Place(edits, 64, 576, torch.bfloat16, torch.device("cpu"))
     assert sum(t.numel() * t.element_size() for t in place.bank.tensors) <= 2 * 64 * 576 * 2
+
+
+# --- the server's routes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "refused"),
+    [
+        ("/v1/messages", {"steer": "love"}, True),
+        ("/v1/messages", {"vllm_xargs": {"steer_strength": 2}}, True),
+        ("/v1/messages", {"messages": [{"content": 'I "steer" a boat'}]}, False),
+        ("/inference/v1/generate", {"sampling_params": {"extra_args": {"steer": "love"}}}, False),
+        ("/tokenize", {"steering": 1}, True),
+        ("/v1/chat/completions", {"vllm_xargs": {"steer": "love"}}, False),
+        ("/prefix/v1/completions/render", {"vllm_xargs": {"steer": "love"}}, False),
+        ("/v1/messages", ["steer"], False),
+    ],
+)
+def test_a_route_that_would_drop_the_fields_refuses_them(path: str, fields, refused: bool) -> None:
+    """Whatever is let through reaches the application byte for byte, in the pieces in which it came."""
+    body = json.dumps(fields).encode()
+    pieces = [
+        {"type": "http.request", "body": body[:9], "more_body": True},
+        {"type": "http.request", "body": body[9:], "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+    seen: list[dict] = []
+    sent: list[dict] = []
+    reasons: list[str] = []
+
+    async def app(scope, receive, send) -> None:
+        seen.extend([await receive() for _ in pieces])
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    incoming = iter(pieces)
+
+    async def receive() -> dict:
+        return next(incoming)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-type", b"application/json")]}
+    asyncio.run(routes.Strays(app, reasons.append)(scope, receive, send))
+    if not refused:
+        assert (seen, sent, reasons) == (pieces, [], [])
+        return
+    assert seen == []
+    assert sent[0]["status"] == 400
+    assert json.loads(sent[1]["body"])["error"]["message"] == reasons[0]
+    assert f"is not read by {path}; send the request to one of /v1/chat/completions" in reasons[0]
 
 
 # --- imports -----------------------------------------------------------------------------------------------------------

@@ -233,8 +233,18 @@ def test_several_answers_to_one_prompt_are_all_steered(server, truth) -> None:
     assert [choice["text"] for choice in answer.json()["choices"]] == [truth.tokenizer.decode(wanted)] * 3
 
 
+def test_a_route_that_does_not_steer_says_so(server) -> None:
+    asked = {"model": MODEL, "max_tokens": 2, "messages": [{"role": "user", "content": PROMPT}]}
+    assert server.http.post("/v1/messages", json=asked).status_code == 200
+    for fields in ({"steer": "love"}, {"vllm_xargs": {"steer": "love"}}):
+        refused = server.http.post("/v1/messages", json=asked | fields)
+        assert refused.status_code == 400
+        assert "steer: steer is not read by /v1/messages" in refused.json()["error"]["message"]
+
+
 def test_metrics_count_requests_tokens_and_refusals_per_plan(server) -> None:
     names = ("requests", "tokens", "refused", "waiting")
+    assert server.counter("slots", "") == 0  # nobody is in flight
     before = {name: server.counter(name, "turn") for name in names}
     answer = server.post("completions", {"steer": "turn"})
     length = answer.json()["usage"]["prompt_tokens"]

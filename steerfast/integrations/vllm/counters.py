@@ -27,6 +27,7 @@ FIELDS = {
     ),
     "refused": ("counter", "Requests that were refused with a reason; the plan is empty where none was recognised."),
     "waiting": ("gauge", "Requests that wait for a slot for this plan."),
+    "slots": ("gauge", "Slots held by requests in flight, all plans together."),
 }
 
 
@@ -49,8 +50,9 @@ class Counters:
 
     def add(self, field: str, plan: str, amount: float = 1.0) -> None:
         """Count something; an unknown plan counts under the empty name."""
-        file, key = _file(FIELDS[field][0]), _key(field, plan if plan in self._plans else "")
+        key = _key(field, plan if plan in self._plans else "")
         with _writing:
+            file = _file(FIELDS[field][0])
             file.write_value(key, file.read_value(key)[0] + amount, 0.0)
 
     def total(self) -> dict[str, dict[str, float]]:

@@ -7,7 +7,10 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from steerfast._checks import MAX_SLOTS_PER_ROW
+from steerfast.bank import slot_in
 from steerfast.conditions import When
 from steerfast.interventions import Intervention
 from steerfast.plan import Plan
@@ -54,8 +57,10 @@ class Library:
         return sum({served.fingerprint: served.slots for served in self.plans.values()}.values())
 
 
-def load(directory: str | os.PathLike[str], width: int, layers: int) -> tuple[Library, dict[str, Chains]]:
-    """Read every plan of a directory, for a model of that width and number of layers.
+def load(
+    directory: str | os.PathLike[str], width: int, layers: int, dtype: torch.dtype = torch.float32
+) -> tuple[Library, dict[str, Chains]]:
+    """Read every plan of a directory, for a model of that width, number of layers and dtype of the stream.
 
     A plan that is damaged or does not fit is refused by name; the others are served.
 
@@ -72,9 +77,9 @@ def load(directory: str | os.PathLike[str], width: int, layers: int) -> tuple[Li
         name = folder.name
         try:
             plan = Plan.load(folder)
-            chains[name] = _fit(plan, width, layers)
+            chains[name] = _fit(plan, width, layers, dtype)
         except (ValueError, TypeError, OSError) as reason:
-            refused[name] = str(reason)
+            refused[name] = str(reason).replace(f"{root}{os.sep}", "")  # a client reads it: no path of the server
             continue
         slots = max(len(chain) for chain in chains[name].values())
         # plan.json holds the hash of the tensors beside it, which loading has checked: its own hash covers both.
@@ -85,7 +90,7 @@ def load(directory: str | os.PathLike[str], width: int, layers: int) -> tuple[Li
     return Library(served, refused), chains
 
 
-def _fit(plan: Plan, width: int, layers: int) -> Chains:
+def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> Chains:
     """The plan's chains in this model, or the reason why there are none."""
     card = plan.model
     if card is not None and (card.width, card.layers) != (width, layers):
@@ -106,6 +111,7 @@ def _fit(plan: Plan, width: int, layers: int) -> Chains:
                 )
             if edit.width != width:
                 raise ValueError(f"{edit!r} at {site} {layer} has width {edit.width}; this model has {width}")
+            slot_in(dtype, edit)  # what no bank could hold must not stop the engine later
         index = layer % layers
         place = ("resid_post", index - 1) if site == "resid_pre" and index else (site, index)
         chains[place] = chains.get(place, ()) + chain

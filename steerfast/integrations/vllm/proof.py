@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from steerfast.plan import Plan
 PROMPTS = ("The quick brown fox jumps over", "Once upon a time", "The capital of France is", "One, two, three,")
 TOKENS = 6
 _CACHE = 1 << 30  # bytes for keys and values: enough for these prompts, whatever else runs on the machine
+_SETTINGS = ("STEERFAST_PLANS", "STEERFAST_DEFAULT", "STEERFAST_SLOTS")
 _TURN = (
     1e4  # v is far longer than any row: with its length kept, a row becomes v's direction, whatever the model's scale
 )
+
+_NOISE = 0.01  # of a log-probability; what proves something moves by far more
+_Answer = list[tuple[int, float]]  # every token with its log-probability
 
 
 def prove(model: str, plan: Plan | None = None, dtype: str = "auto") -> Iterator[Finding]:
@@ -41,15 +46,13 @@ def prove(model: str, plan: Plan | None = None, dtype: str = "auto") -> Iterator
     except ImportError:
         raise RuntimeError("check: vLLM is not installed here; install it, or leave out --engine vllm") from None
     with tempfile.TemporaryDirectory(prefix="steerfast-check-") as folder:
-        before = os.environ.get("STEERFAST_PLANS")
+        before = {name: os.environ.pop(name, None) for name in _SETTINGS}  # the user's own would get in the way
         os.environ["STEERFAST_PLANS"] = folder
         try:
             yield from _prove(vllm, Path(folder), model, plan, dtype)
         finally:
-            if before is None:
-                del os.environ["STEERFAST_PLANS"]
-            else:
-                os.environ["STEERFAST_PLANS"] = before
+            del os.environ["STEERFAST_PLANS"]
+            os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _prove(vllm: Any, folder: Path, model: str, plan: Plan | None, dtype: str) -> Iterator[Finding]:
@@ -90,10 +93,7 @@ class _Asker:
     def __init__(self, vllm: Any, engine: Any) -> None:
         self.params, self.engine = vllm.SamplingParams, engine
 
-    def __call__(
-        self, prompts: tuple[str, ...], steering: list[dict[str, Any] | None]
-    ) -> list[list[tuple[int, float]]]:
-        """Per prompt: every token with its log-probability."""
+    def __call__(self, prompts: Sequence[Any], steering: Sequence[dict[str, Any] | None]) -> list[_Answer]:
         params = [
             self.params(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=0, extra_args=extra)
             for extra in steering
@@ -104,29 +104,46 @@ class _Asker:
             found.append([(token, step[token].logprob) for token, step in steps])
         return found
 
+    def moved(self, steering: dict[str, Any], token: int) -> tuple[bool, str]:
+        """Whether steering moves that token, beyond what an unsteered one moves from run to run, and what was seen.
+
+        It is the second request of a batch each time: rows of one batch may differ in their last bits, and so may runs.
+        """
+        plain, again, steered = (self(PROMPTS[:1] * 2, [None, extra])[1] for extra in (None, None, steering))
+        noise = _distance(plain[: token + 1], again[: token + 1])
+        seen = f"log-probability of token {token + 1}: {steered[token][1]:.3f}, unsteered {plain[token][1]:.3f}"
+        return _distance(plain[token:][:1], steered[token:][:1]) > _NOISE + 4 * noise, seen
+
+    def long_prompt(self) -> dict[str, list[int]]:
+        """Longer than a block of the cache, which has up to 128 tokens, so that there is something to share."""
+        ids = self.engine.get_tokenizer().encode(" ".join(PROMPTS))
+        return {"prompt_token_ids": (ids * 200)[:200]}
+
 
 def _prefill(ask: _Asker) -> str:
-    plain, steered = ask(PROMPTS[:1] * 2, [None, {"steer": "turn", "steer_positions": "prompt"}])
-    if plain[0] == steered[0]:
-        raise RuntimeError("the first token and its log-probability are those of an unsteered request")
-    return f"log-probability of the first token: {steered[0][1]:.3f}, unsteered {plain[0][1]:.3f}"
+    moved, seen = ask.moved({"steer": "turn", "steer_positions": "prompt"}, 0)
+    if not moved:
+        raise RuntimeError(f"the first token is that of an unsteered request; {seen}")
+    return seen
 
 
 def _decode(ask: _Asker) -> str:
-    plain, steered = ask(PROMPTS[:1] * 2, [None, {"steer": "turn", "steer_positions": "generated"}])
-    if plain[0][0] != steered[0][0]:
-        raise RuntimeError("the first token changed, which comes from the prompt alone")
-    if plain[1] == steered[1]:
-        raise RuntimeError("the second token and its log-probability are those of an unsteered request")
-    return f"log-probability of the second token: {steered[1][1]:.3f}, unsteered {plain[1][1]:.3f}"
+    steering = {"steer": "turn", "steer_positions": "generated"}
+    moved, seen = ask.moved(steering, 0)
+    if moved:
+        raise RuntimeError(f"the first token changed, which comes from the prompt alone; {seen}")
+    moved, seen = ask.moved(steering, 1)
+    if not moved:
+        raise RuntimeError(f"the second token is that of an unsteered request; {seen}")
+    return seen
 
 
 def _mates(ask: _Asker) -> str:
-    alone = [[token for token, _ in row] for row in ask(PROMPTS, [None] * 4)]
+    alone = _tokens(ask(PROMPTS, [None] * 4))
     for where in range(4):
         steering: list[dict[str, Any] | None] = [None] * 4
         steering[where] = {"steer": "turn"}
-        mixed = [[token for token, _ in row] for row in ask(PROMPTS, steering)]
+        mixed = _tokens(ask(PROMPTS, steering))
         for i in set(range(4)) - {where}:
             if mixed[i] != alone[i]:
                 raise RuntimeError(
@@ -138,12 +155,21 @@ def _mates(ask: _Asker) -> str:
 
 
 def _caches(ask: _Asker) -> str:
-    prompt = (" ".join(PROMPTS) + " ") * 4
-    first = ask((prompt,), [None])
-    ask((prompt,), [{"steer": "turn"}])
-    if [token for token, _ in ask((prompt,), [None])[0]] != [token for token, _ in first[0]]:
-        raise RuntimeError("an unsteered request changed after the same prompt had been steered")
-    return "unsteered, steered, unsteered again"
+    prompt = [ask.long_prompt()]
+    ask.engine.reset_prefix_cache()
+    steered = _tokens(ask(prompt, [{"steer": "turn"}]))
+    after = _tokens(ask(prompt, [None]))
+    ask.engine.reset_prefix_cache()
+    alone = _tokens(ask(prompt, [None]))
+    if steered == alone:
+        raise RuntimeError("a prompt of 200 tokens did not change when it was steered")
+    if after != alone:
+        raise RuntimeError("an unsteered request got another answer after the same prompt had been steered")
+    return "a prompt of 200 tokens: steered, unsteered, and unsteered with an empty cache"
+
+
+def _tokens(answers: Sequence[_Answer]) -> list[list[int]]:
+    return [[token for token, _ in answer] for answer in answers]
 
 
 def _refusals(ask: _Asker) -> str:
@@ -157,8 +183,12 @@ def _refusals(ask: _Asker) -> str:
 
 
 def _plan(ask: _Asker) -> str:
-    plain, steered = ask(PROMPTS[:1] * 2, [None, {"steer": "plan"}])
-    if plain == steered:
-        raise RuntimeError("tokens and log-probabilities are those of an unsteered request; is a strength 0?")
-    changed = sum(a != b for (a, _), (b, _) in zip(plain, steered, strict=True))
-    return f"{changed} of {TOKENS} tokens changed"
+    found = [ask.moved({"steer": "plan"}, token) for token in range(TOKENS)]
+    if not any(moved for moved, _ in found):
+        raise RuntimeError("all tokens are those of an unsteered request; is a strength 0?")
+    return next(seen for moved, seen in found if moved)
+
+
+def _distance(one: _Answer, other: _Answer) -> float:
+    """The largest difference of log-probabilities, infinite where tokens differ."""
+    return max(math.inf if a != b else abs(x - y) for (a, x), (b, y) in zip(one, other, strict=True))

@@ -1,9 +1,10 @@
-"""Where steering enters vLLM: five seams, each checked before it is touched.
+"""Where steering enters vLLM: six seams, each checked before it is touched.
 
 | seam | what is added |
 |---|---|
 | front end: `InputProcessor.__init__`, `process_inputs` | reads and refuses, salts the prefix cache |
 | API server: `to_sampling_params`, `to_beam_search_params` of the requests | HTTP 400 before a stream begins |
+| API server: `init_entrypoints_middleware` | HTTP 400 where a route would drop the fields |
 | engine core: `Scheduler.__init__`, `_handle_blocked_waiting_request`, `_free_request` | requests wait until slots are free |
 | worker: `WorkerWrapperBase.init_device` | refuses what splits or reorders tokens; follows the runner it has built |
 | worker: that runner's own methods, on the instance | hooks the model, writes the row table of each step |
@@ -16,12 +17,14 @@ import importlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from . import counters
 from .edits import CONTEXT, find_places_with
 from .plans import Chains, Library, load
+from .routes import Strays
 from .runner import Steered
 from .slots import Admission
 from .wire import Part, read, salt, steer_fields
@@ -48,6 +51,7 @@ _REQUESTS = {
     "vllm.entrypoints.speech_to_text.transcription.protocol": "TranscriptionRequest",
     "vllm.entrypoints.speech_to_text.translation.protocol": "TranslationRequest",
 }
+_SERVER = "vllm.entrypoints.launchers.app"
 _RUNNERS: tuple[
     dict[str, tuple[str, ...]], ...
 ] = (  # methods by which a generation of model runners is known, with the arguments that we read
@@ -98,10 +102,10 @@ _ADVICE = f"install vLLM {TESTED[-1]}, or leave steerfast out with VLLM_PLUGINS"
 
 
 def check_parallelism(config: Any) -> None:
-    """Stop where tokens are split or reordered, which a table with one row per token cannot follow.
+    """Stop where tokens are split or reordered, which a table with one row per token cannot follow, or vectors discarded.
 
     Raises:
-        ValueError: sequence parallelism, dual-batch overlap or context parallelism is on; the message names it.
+        ValueError: sequence parallelism, dual-batch overlap, context parallelism or sleep mode is on; the message names it.
     """
     parallel = config.parallel_config
     on = {
@@ -111,6 +115,7 @@ def check_parallelism(config: Any) -> None:
         "prefill context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,
         "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
+        "sleep mode (--enable-sleep-mode), which discards the vectors": config.model_config.enable_sleep_mode,
     }
     for name, used in on.items():
         if used:
@@ -149,7 +154,7 @@ class Served:
         self.library = Library()
         self.chains: dict[str, Chains] = {}
         if directory:
-            self.library, self.chains = load(directory, model.get_hidden_size(), self.layers)
+            self.library, self.chains = load(directory, model.get_hidden_size(), self.layers, model.dtype)
         self.counters = counters.Counters(sorted([*self.library.plans, *self.library.refused]))
         text = os.environ.get("STEERFAST_DEFAULT")
         self.default: tuple[Part, ...] = ()
@@ -213,6 +218,10 @@ def _read_library(original: Callable[..., None], processor: Any, vllm_config: An
         _wrap(request, "to_sampling_params", _to_sampling_params)
         if hasattr(request, "to_beam_search_params"):
             _wrap(request, "to_beam_search_params", _to_beam_search_params)
+    server = sys.modules.get(_SERVER)
+    if server is not None:  # where there is no server, there are no routes
+        check_seam(server, {"init_entrypoints_middleware": ("args", "app")})
+        _wrap(server, "init_entrypoints_middleware", _init_middleware)
     _served.counters.publish()
     for name, reason in _served.library.refused.items():
         _logger().warning("steerfast: the plan %r is refused: %s", name, reason)
@@ -246,6 +255,11 @@ def _check_request(request: Any) -> None:
     _served.accept(request.vllm_xargs)
 
 
+def _init_middleware(original: Callable[..., Any], args: Any, app: Any, *others: Any) -> None:
+    original(args, app, *others)
+    app.add_middleware(Strays, refused=lambda reason: _served and _served.refusal(reason, None))
+
+
 def _to_sampling_params(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
     _check_request(request)
     return original(request, *args, **kwargs)
@@ -271,29 +285,41 @@ def _count_slots(original: Callable[..., None], scheduler: Any, vllm_config: Any
     scheduler.steerfast_slots = Admission(scheduler.steerfast.slots)
 
 
+def _parts(scheduler: Any, request: Any) -> tuple[Part, ...]:
+    """What a request asks for, read once: a request that waits is looked at in every step."""
+    if not hasattr(request, "steerfast"):
+        request.steerfast = scheduler.steerfast.parts(request.sampling_params)
+    return request.steerfast
+
+
 def _admit(original: Callable[..., bool], scheduler: Any, request: Any) -> bool:
     if not original(scheduler, request):
         return False
-    parts = scheduler.steerfast.parts(request.sampling_params)
+    parts = _parts(scheduler, request)
     if not parts:
         return True
     admission: Admission = scheduler.steerfast_slots
-    waiting = admission.waiting
-    admitted = admission.admit(request.request_id, [part.served for part in parts])
+    waiting, free = admission.waiting, admission.free
+    admitted = admission.admit(request.request_id, (part.served for part in parts))
+    count = scheduler.steerfast.counters.add
     if admission.waiting != waiting:
-        scheduler.steerfast.counters.add("waiting", parts[0].served.name, admission.waiting - waiting)
+        count("waiting", parts[0].served.name, admission.waiting - waiting)
+    if admission.free != free:
+        count("slots", "", free - admission.free)
     return admitted
 
 
 def _free(original: Callable[..., Any], scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    parts = scheduler.steerfast.parts(request.sampling_params)
+    parts = _parts(scheduler, request)
     if parts:
         admission: Admission = scheduler.steerfast_slots
-        waiting = admission.waiting
+        waiting, free = admission.waiting, admission.free
         admission.release(request.request_id)
         count = scheduler.steerfast.counters.add
         if admission.waiting != waiting:
             count("waiting", parts[0].served.name, admission.waiting - waiting)
+        if admission.free != free:
+            count("slots", "", free - admission.free)
         for part in parts:
             first, stop = part.span(request.num_prompt_tokens)
             tokens = min(stop, request.num_computed_tokens) - first

@@ -23,7 +23,8 @@ class Admission:
         self.free = slots
         self._holders: dict[str, int] = {}  # fingerprint -> requests that hold it
         self._requests: dict[str, tuple[ServedPlan, ...]] = {}
-        self._waiting: dict[str, None] = {}  # in order of arrival
+        self._waiting: dict[str, int] = {}  # in order of arrival, with the number of changes when last refused
+        self._changes = 0
 
     @property
     def waiting(self) -> int:
@@ -39,13 +40,16 @@ class Admission:
         """Whether the request may run; then it holds its plans until `release`. Asking again changes nothing."""
         if request in self._requests:
             return True
+        if self._waiting.get(request) == self._changes:
+            return False  # asked again in every step
         wanted = {served.fingerprint: served for served in plans}
         need = sum(served.slots for content, served in wanted.items() if content not in self._holders)
         first = next(iter(self._waiting), request)
         if need > self.free or (need and first != request):
-            self._waiting.setdefault(request)
+            self._waiting[request] = self._changes
             return False
         self._waiting.pop(request, None)
+        self._changes += 1
         self.free -= need
         for content in wanted:
             self._holders[content] = self._holders.get(content, 0) + 1
@@ -55,6 +59,7 @@ class Admission:
     def release(self, request: str) -> None:
         """The request has ended, or was aborted while it waited."""
         self._waiting.pop(request, None)
+        self._changes += 1
         for served in self._requests.pop(request, ()):
             self._holders[served.fingerprint] -= 1
             if not self._holders[served.fingerprint]:
