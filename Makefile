@@ -7,7 +7,6 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 EXTRAS := demo,sae,bench,dev
 BIN := $(VENV)/bin
-comma := ,
 INPUTS := setup.py pyproject.toml constraints-common.txt
 
 # Triton 3.10 flips the default of floating-point fusion; stated here, the tolerances of the tests do not move.
@@ -35,7 +34,7 @@ help:
 	@echo "PIP_ARGS=...          more arguments for pip. On Linux the registry's torch is the CUDA build, several GB; for"
 	@echo "                      the CPU build: make setup PIP_ARGS=--extra-index-url=https://download.pytorch.org/whl/cpu"
 
-# create(venv, constraints, extras): torch first. A CUDA build of torch brings the one triton it works with, so ours is pinned
+# create(venv, constraints): torch first. A CUDA build of torch brings the one triton it works with, so ours is pinned
 # and installed only where torch came without.
 define create
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -44,17 +43,17 @@ define create
 	  { echo "'$(PYTHON)' cannot create environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(1)
 	grep -hv -e '^triton' -e '^-c' $(2) constraints-common.txt > $(1)/constraints.txt
-	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(1)/constraints.txt -e ".[$(3)]"
+	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(1)/constraints.txt -e ".[$(EXTRAS)]"
 	$(1)/bin/python -c 'import triton' 2> /dev/null || \
 	  $(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(2) -e ".[cpu-kernels]"
 	@touch $@
 endef
 
 $(VENV)/.installed: $(INPUTS) constraints.txt
-	$(call create,$(VENV),constraints.txt,$(EXTRAS)$(comma)quantised)
+	$(call create,$(VENV),constraints.txt)
 
 $(VENV_OLDEST)/.installed: $(INPUTS) constraints-oldest.txt
-	$(call create,$(VENV_OLDEST),constraints-oldest.txt,$(EXTRAS))
+	$(call create,$(VENV_OLDEST),constraints-oldest.txt)
 
 setup: $(VENV)/.installed
 
@@ -70,8 +69,15 @@ define run_tests
 	$(PARALLEL) TRITON_INTERPRET=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m interpreter $(2) $(PYTEST_ARGS)
 endef
 
-test: setup
-	$(call run_tests,$(VENV))
+# Quantised layers are steered, too. Their packages speak up wherever transformers is imported, so only the tests see them.
+QUANTISED := $(VENV)/quantised
+$(QUANTISED)/.installed: constraints.txt | setup
+	$(if $(filter Linux,$(shell uname)),$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(VENV)/constraints.txt --no-deps \
+	  --upgrade --target $(QUANTISED) torchao bitsandbytes)
+	@mkdir -p $(QUANTISED) && touch $@
+
+test: setup $(QUANTISED)/.installed
+	$(call run_tests,PYTHONPATH=$(abspath $(QUANTISED)) $(VENV))
 
 # What depends on the version of transformers or triton; the rest is the same code in both environments.
 OLDEST := $(addprefix tests/test_,ahead_of_time.py compile.py conditions.py demo_model.py extract.py families.py hooks.py layers.py \

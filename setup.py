@@ -35,8 +35,6 @@ setup(
         "gguf": ["gguf>=0.17"],
         "sae": ["scikit-learn>=1.5"],
         "bench": ["matplotlib>=3.9", "pytest>=9.0", "pytest-benchmark>=5.0"],
-        # Quantised layers that the tests steer.
-        "quantised": [f"{name}; platform_system == 'Linux'" for name in ("torchao>=0.18", "bitsandbytes>=0.50")],
         # Beside a CPU build of torch: for the interpreter and for compiling ahead of time.
         "cpu-kernels": ["triton>=3.6,<3.10"],
         "dev": [
