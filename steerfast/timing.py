@@ -106,7 +106,7 @@ class Effort:
 
     turn: float = 0.02
     rounds: int = 25
-    seconds: float = 5.0
+    seconds: float = 4.5
     compile: bool = True
 
 
