@@ -66,7 +66,7 @@ WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1
 define run_tests
 	$(PARALLEL) $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not interpreter and not gpu" $(2) $(PYTEST_ARGS)
-	$(PARALLEL) TRITON_INTERPRET=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m interpreter $(2) $(PYTEST_ARGS)
+	$(PARALLEL) TRITON_INTERPRET=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m interpreter $(2) $(PYTEST_ARGS)
 endef
 
 # Quantised layers are steered, too. Their packages speak up wherever transformers is imported, so only the tests see them.
@@ -81,7 +81,7 @@ test: setup $(QUANTISED)/.installed
 
 # What depends on the version of transformers or triton; the rest is the same code in both environments.
 OLDEST := $(addprefix tests/test_,ahead_of_time.py compile.py conditions.py demo_model.py extract.py families.py hooks.py layers.py \
-	ops.py packaging.py robustness.py sae_ops.py)
+	ops.py robustness.py sae_ops.py)
 test-oldest: $(VENV_OLDEST)/.installed
 	$(call run_tests,$(VENV_OLDEST),$(OLDEST))
 
