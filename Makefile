@@ -66,7 +66,7 @@ WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1
 define run_tests
 	$(PARALLEL) $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not interpreter and not gpu" $(2) $(PYTEST_ARGS)
-	$(PARALLEL) TRITON_INTERPRET=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m interpreter $(2) $(PYTEST_ARGS)
+	$(PARALLEL) TRITON_INTERPRET=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m interpreter $(2) $(PYTEST_ARGS)
 endef
 
 # Quantised layers are steered, too. Their packages speak up wherever transformers is imported, so only the tests see them.
