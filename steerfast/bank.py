@@ -185,7 +185,7 @@ class Bank:
 
     def _fits(self, intervention: Intervention) -> Slot:
         """The slot of an intervention in this bank's dtype, or the reason why it has none here."""
-        spec = slot_in(self.vectors.dtype, intervention)
+        spec = slot_in("Bank.register", self.vectors.dtype, intervention)
         if spec.lift.shape[-1] != self.width:
             raise ValueError(
                 f"Bank.register: {intervention!r} has width {spec.lift.shape[-1]}; this bank has {self.width}"
@@ -241,7 +241,7 @@ class Bank:
         self._dirty = min(first, low), max(last, high)
 
 
-def slot_in(dtype: torch.dtype, intervention: Intervention) -> Slot:
+def slot_in(owner: str, dtype: torch.dtype, intervention: Intervention) -> Slot:
     """The slot of an intervention with its rows in a dtype.
 
     Raises:
@@ -255,7 +255,7 @@ def slot_in(dtype: torch.dtype, intervention: Intervention) -> Slot:
         vanished = (part == 0).all(1) & (given != 0).any(1)
         if not part.isfinite().all() or vanished.any():
             raise ValueError(
-                f"Bank.register: {intervention!r} does not fit {dtype}: a row overflows or vanishes there; "
+                f"{owner}: {intervention!r} does not fit {dtype}: a row overflows or vanishes there; "
                 "scale the vector towards length 1 and put its size into the strength"
             )
     return spec._replace(project=project, lift=lift)

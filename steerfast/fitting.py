@@ -109,7 +109,8 @@ def fit_barrier(
     if kernel is not None and kind not in ("quadratic", "sketch"):
         raise ValueError(f"fit_barrier: kernel={kernel} is for quadratic and sketch; leave it away for {kind!r}")
     if kernel is not None:
-        numbers = tuple(finite_number("fit_barrier", "a number of kernel", value) for value in kernel)
+        pair = kernel if isinstance(kernel, (tuple, list)) else ()
+        numbers = tuple(finite_number("fit_barrier", "a number of kernel", value) for value in pair)
         if len(numbers) != 2 or numbers[0] <= 0 or numbers[1] < 0:
             raise ValueError(f"fit_barrier: kernel is {kernel}; expected (γ, c₀) with γ > 0 and c₀ >= 0")
         kernel = numbers[0], numbers[1]

@@ -355,6 +355,7 @@ def test_bad_activations_are_named(kind, pos, neg, message):
         ({"kind": "rff", "rank": "some"}, "rank is 'some'"),
         ({"kernel": (1.0, 1.0)}, "is for quadratic and sketch"),
         ({"kind": "quadratic", "kernel": (0.0, 1.0)}, "expected (γ, c₀)"),
+        ({"kind": "quadratic", "kernel": 3}, "expected (γ, c₀)"),
         ({"groups": [1, 2]}, "groups has 2 labels; expected 4"),
         ({"groups": [0, 0, 0, 0]}, "all rows are in one group"),
     ],

@@ -111,7 +111,7 @@ def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> Chains:
                 )
             if edit.width != width:
                 raise ValueError(f"{edit!r} at {site} {layer} has width {edit.width}; this model has {width}")
-            slot_in(dtype, edit)  # what no bank could hold must not stop the engine later
+            slot_in(f"{site} {layer}", dtype, edit)  # what no bank could hold must not stop the engine later
         index = layer % layers
         place = ("resid_post", index - 1) if site == "resid_pre" and index else (site, index)
         chains[place] = chains.get(place, ()) + chain
