@@ -23,7 +23,7 @@ _chosen: str | None = None
 def use_backend(name: str) -> None:
     """Choose the backend of every op in this process: "auto", "triton" or "torch".
 
-    `STEERFAST_BACKEND` in the environment does the same for a process that does not call this function.
+    `STEERFAST_BACKEND` in the environment does the same for a process that does not call this function; it is read once.
 
     Raises:
         ValueError: the name is none of the three.
@@ -39,7 +39,7 @@ def use_backend(name: str) -> None:
 
 def backend_of(x: Tensor) -> str:
     """The backend that an op on x takes now: "triton" or "torch"."""
-    chosen = _chosen or _valid(os.environ.get("STEERFAST_BACKEND", "auto"), "STEERFAST_BACKEND")
+    chosen = _chosen or _from_environment()
     if chosen == "torch" or (chosen == "auto" and (not x.is_cuda or x.dtype == torch.float64)):
         return "torch"
     if chosen == "auto":
@@ -77,6 +77,11 @@ def _has_triton() -> bool:
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+@functools.cache
+def _from_environment() -> str:
+    return _valid(os.environ.get("STEERFAST_BACKEND", "auto"), "STEERFAST_BACKEND")
 
 
 def _valid(name: str, argument: str) -> str:

@@ -42,6 +42,8 @@ def check_width(op: str, name: str, directions: Tensor, x: Tensor) -> None:
 
 def check_table(op: str, rows: Tensor | None, scale: Tensor | None, x: Tensor) -> None:
     """rows is int32 (n,) or (n, P), scale float32 of the same shape (or (n,) without rows), both beside x."""
+    if rows is None and scale is None:
+        return
     n = x.numel() // x.shape[-1]
     for name, table, dtype in (("rows", rows, torch.int32), ("scale", scale, torch.float32)):
         if table is None:

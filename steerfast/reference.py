@@ -102,6 +102,8 @@ def flow(
     x: Tensor, basis: Tensor, field: Field, length: tuple[float, float], steps: int, how: Scheme = EULER
 ) -> Tensor:
     """Steps of da/dt = ∇h/‖∇h‖ over T = length[0] + length[1]·‖a‖, for h(a) = field(Qᵀx̂), x̂ = a/‖a‖, Q = basis.T."""
+    if x.dim() == 2 and basis.dim() == 2 and are_few(x, basis, field, how, steps):
+        return few_eulers(x, basis, field, length, steps)
     flat = _rows(x)
     rows = basis.reshape(-1, basis.shape[-1]).to(flat.dtype)
     return _follow(flat, rows, field, length, steps, how).to(x.dtype).view_as(x)
@@ -405,7 +407,7 @@ def _follow(
     """Rows x at the end of their flow over T + angle·‖x‖, (T, angle) = path."""
     if not field.eigenvalues.dtype == field.bias.dtype == x.dtype:
         field = field.map(lambda v: v.to(x.dtype))
-    if are_few(x, basis, field, how):
+    if are_few(x, basis, field, how, steps):
         return few_eulers(x, basis, field, path, steps)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     y, length = x @ basis.T, path[0] + path[1] * norm

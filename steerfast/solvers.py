@@ -309,14 +309,16 @@ def _integrate(xp: Any, y: Any, norm: Any, field: Field, length: Any, steps: int
     return alpha, y
 
 
-def are_few(x: Tensor, basis: Tensor, field: Field, how: Scheme) -> bool:
-    """Whether `few_eulers` serves: Euler on a quadratic barrier, a handful of rows on the CPU, and no gradient."""
+def are_few(x: Tensor, basis: Tensor, field: Field, how: Scheme, steps: int) -> bool:
+    """Whether `few_eulers` serves: Euler on a quadratic barrier, a handful of rows on the CPU, one dtype, and no gradient."""
     return (
         how.plain
         and field.directions is None
         and not field.raw
         and x.is_cpu
-        and 0 < len(x) * len(basis) <= SMALL
+        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype == basis.dtype == field.eigenvalues.dtype == field.bias.dtype
+        and 0 < x.shape[0] * max(basis.shape[0], steps) <= SMALL
         and not torch.compiler.is_compiling()
         and not _needs_grad(x, basis, field.eigenvalues, field.bias)
     )
@@ -326,22 +328,24 @@ def are_few(x: Tensor, basis: Tensor, field: Field, how: Scheme) -> bool:
 def few_eulers(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, ...], steps: int) -> Tensor:
     """Rows x (n, d) after Euler steps on a quadratic barrier, over T + angle·‖x‖ with (T, angle) = path.
 
-    The steps in NumPy, for a single row all of it: the number of calls is what it costs. u = 2λ∘y/r + b̃, s = y·u/r,
-    q = ε/√(u·u - s²), y ← (1 - qs/r)·y + q·u, and r² grows by ε² a step: in float64, where the difference loses nothing.
+    The steps in NumPy, for a single row all of it: the number of calls is what it costs. With z = y/r, u = 2λ∘z + b̃,
+    s = z·u and t = (ε/r)/√(u·u - s²) a step is z ← (r/r')·((1 - ts)·z + t·u), and r² grows by ε²: in float64, where the
+    difference loses nothing.
     """
-    eigenvalues, bias = field.eigenvalues.detach().numpy(), field.bias.detach().numpy()
-    double, wide = 2 * eigenvalues.astype(np.float64), bias.astype(np.float64)
-    if len(x) == 1:
-        row, q = x[0].detach().numpy(), basis.detach().numpy()
-        moved = _eulers_of_one(row, q, double, wide, float(path[0]), float(path[1]), steps)
+    eigenvalues, bias = field.eigenvalues.numpy(force=True), field.bias.numpy(force=True)
+    wide = eigenvalues.astype(np.float64), bias.astype(np.float64)
+    if x.shape[0] == 1:
+        moved = _eulers_of_one(
+            x.numpy(force=True)[0], basis.numpy(force=True), *wide, float(path[0]), float(path[1]), steps
+        )
         if moved is not None:
-            return torch.from_numpy(moved)[None]
+            return torch.from_numpy(moved[None])
     T, angle = (p.detach().numpy().reshape(-1) if isinstance(p, Tensor) else p for p in path)
     projected = x @ basis.T
     full = len(basis) == x.shape[1]  # nothing lies outside the span, not even rounding
     start, norm = projected.numpy(), torch.linalg.vector_norm(projected if full else x, dim=-1).numpy()
     length = T + angle * norm
-    alpha, y, doubt = _eulers_of_several(start, norm, double, wide, length / steps, steps)
+    alpha, y, doubt = _eulers_of_several(start, norm, *wide, length / steps, steps)
     if doubt.any():  # nearly stationary; these rows alone, so that no row depends on the rows beside it
         there = start[doubt], norm[doubt][:, None], Field(eigenvalues, bias), length[doubt][:, None]
         alpha[doubt], y[doubt] = _integrate(np, *there, steps, EULER)
@@ -349,79 +353,93 @@ def few_eulers(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | floa
         alpha = np.ones((1, 1))
     g = (y - alpha * start).astype(start.dtype)
     out = (torch.from_numpy(g) @ basis).addcmul_(torch.from_numpy((alpha - 1).astype(start.dtype)), x).add_(x)
-    moves = g.any(1)
+    moves = g.any(1) & (length != 0)
     return out if moves.all() else torch.where(torch.from_numpy(moves)[:, None], out, x)  # even the sign of a zero
 
 
-def _eulers_of_one(row: Any, q: Any, double: Any, bias: Any, T: float, angle: float, steps: int) -> Any:
-    """The row moved, its sums as plain floats: with y, 2λ∘y and b̃ in one table a step is three products. None: in doubt."""
+def _eulers_of_one(row: Any, q: Any, eigenvalues: Any, bias: Any, T: float, angle: float, steps: int) -> Any:
+    """The row moved, its sums as plain floats: with z, λ∘z and b̃ in one table a step is three products. None: in doubt."""
     start = q.dot(row)
     full = len(q) == len(row)
     inside = start if full else row
     r2 = float(inside.dot(inside))
-    step, alpha = (T + angle * math.sqrt(r2)) / steps, 1.0
-    table, weights = np.empty((3, len(bias))), np.empty(3)
-    y, bent = table[0], table[1]
-    y[:], table[2] = start, bias
-    yb, bb = float(y.dot(bias)), float(bias.dot(bias))
+    step = (T + angle * math.sqrt(r2)) / steps
+    if not r2 > 0:
+        return None
+    if step == 0:
+        return row.copy()  # even the sign of a zero
+    one, two, weights = np.empty((3, len(bias))), np.empty((3, len(bias))), np.empty(3)
+    one[2] = two[2] = bias
+    (table, z, bent), other = (one, one[0], one[1]), (two, two[0], two[1])
+    factors = weights.data
+    inverse, alpha, start = r2**-0.5, 1.0, start.astype(np.float64)
+    np.multiply(start, inverse, z)
+    zb, bb = float(z.dot(bias)), float(bias.dot(bias))
     for _ in range(steps):
-        np.multiply(y, double, out=bent)
-        yy, uu, ub = table.dot(bent).tolist()
-        inverse = r2**-0.5 if r2 > 0 else math.nan
-        s = (yy * inverse + yb) * inverse
-        uu = uu * inverse * inverse + bb
-        gap = uu + 2.0 * inverse * ub - s * s
+        np.multiply(z, eigenvalues, bent)
+        half, quarter, ub = table.dot(bent).tolist()
+        s, uu = 2.0 * half + zb, 4.0 * quarter + bb
+        gap = uu + 4.0 * ub - s * s
         if not gap > NEAR * uu:
             return None
-        reach = step * gap**-0.5
-        turn = reach * inverse
+        turn = step * inverse * gap**-0.5
         keep = 1.0 - turn * s
-        weights[:] = keep, turn, reach
-        y[:] = weights.dot(table)
-        yb = keep * yb + turn * ub + reach * bb
         alpha *= keep
         r2 += step * step
+        before, inverse = inverse, r2**-0.5
+        shrink = inverse / before
+        keep, turn = keep * shrink, turn * shrink
+        factors[0], factors[1], factors[2] = keep, 2.0 * turn, turn
+        zb = keep * zb + 2.0 * turn * ub + turn * bb
+        weights.dot(table, other[1])
+        (table, z, bent), other = other, (table, z, bent)
     if full:
         alpha = 1.0
-    y -= alpha * start
-    if not y.any():
-        return row.copy()  # even the sign of a zero
-    out = y.astype(row.dtype).dot(q)
+    out = (z / inverse - alpha * start).astype(row.dtype).dot(q)
     out += (alpha - 1.0) * row
     out += row
     return out
 
 
-def _eulers_of_several(start: Any, norm: Any, double: Any, bias: Any, step: Any, steps: int) -> tuple[Any, Any, Any]:
+def _eulers_of_several(
+    start: Any, norm: Any, eigenvalues: Any, bias: Any, step: Any, steps: int
+) -> tuple[Any, Any, Any]:
     """(α, y, doubt) of rows, coordinates first, so that one small product gives all sums, and another all factors and terms."""
     n, k = start.shape
-    sums = np.zeros((4, 2 * k))
-    sums[0, :k], sums[1, :k], sums[2, k:], sums[3, k:] = double, double * double, bias, double * bias
-    spread = np.zeros((2 * k, 3))
-    spread[:k, 0], spread[:k, 1], spread[k:, 2] = double, 1, bias
-    both, weights, change = np.empty((2 * k, n)), np.empty((3, n)), np.empty((2 * k, n))
-    square, y = both[:k], both[k:]
-    y[:] = start.T
-    r2, bb = norm.astype(np.float64) ** 2, bias.dot(bias)
-    alpha, doubt = np.ones(n), norm == 0
-    for _ in range(steps):
-        np.multiply(y, y, out=square)
-        yy, uu, yb, ub = sums.dot(both)
-        inverse = r2**-0.5
-        s = (yy * inverse + yb) * inverse
-        uu = uu * inverse * inverse + bb
-        gap = uu + 2.0 * inverse * ub - s * s
-        doubt |= gap <= NEAR * uu
-        q = step * gap**-0.5
-        turn = q * inverse
-        keep = 1.0 - turn * s
-        weights[0], weights[1], weights[2] = turn, keep, q
-        np.dot(spread, weights, out=change)
-        y *= change[:k]
-        y += change[k:]
+    double, bb = 2 * eigenvalues, bias.dot(bias)
+    sums = np.zeros((2, 2 * k + 1))  # of z², z and 1: s and u·u
+    sums[0, :k], sums[0, k:-1] = double, bias
+    sums[1, :k], sums[1, k:-1], sums[1, -1] = double * double, 2 * double * bias, bb
+    spread = np.zeros((2 * k, 2))
+    spread[:k, 0], spread[:k, 1], spread[k:, 0] = double, 1, bias
+    both, change, weights, found = (
+        np.ones((2 * k + 1, n)),
+        np.empty((2 * k, n)),
+        np.empty((2, n)),
+        np.empty((steps, 2, n)),
+    )
+    square, z, factor, term = both[:k], both[k:-1], change[:k], change[k:]
+    turn, keep = weights
+    inverse = (norm.astype(np.float64) ** 2 + np.arange(steps + 1)[:, None] * (step * step)) ** -0.5
+    shrink, alpha, bent = inverse[1:] / inverse[:-1], np.ones(n), np.empty(n)
+    np.multiply(start.T, inverse[0], z)
+    for both_sums, ratio, share in zip(found, shrink, step * inverse[1:], strict=True):
+        np.multiply(z, z, square)
+        sums.dot(both, both_sums)
+        s, gap = both_sums
+        np.multiply(s, s, bent)
+        gap -= bent
+        np.power(gap, -0.5, turn)
+        turn *= share
+        np.multiply(turn, s, keep)
+        np.subtract(ratio, keep, keep)
         alpha *= keep
-        r2 += step * step
-    return alpha[:, None], np.ascontiguousarray(y.T), doubt
+        spread.dot(weights, change)
+        z *= factor
+        z += term
+    doubt = ~(found[:, 1].min(0) > NEAR * (np.max(double * double) + bb))
+    alpha *= inverse[0] / inverse[-1]
+    return alpha[:, None], np.ascontiguousarray((z / inverse[-1]).T), doubt
 
 
 def _slope(xp: Any, y: Any, alpha: Any, rest: Any, field: Field) -> tuple[Any, Any, Any, Any]:
