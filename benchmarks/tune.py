@@ -118,8 +118,7 @@ def tune(knob: Knob, measure: Callable[[Case], Race]) -> Any | None:
     race = measure(replace(case, peers=makers, yardsticks={}, slack=1.0))
     if race.red:
         raise RuntimeError(f"tune: {case.name} is wrong before anything is tuned; run the tests first")
-    for _ in range(race.rounds()):
-        race.round()
+    race.run()
     best, lowest = None, 1.0
     for name, value in options.items():
         if name in race.row["missing"]:

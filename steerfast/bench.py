@@ -121,15 +121,14 @@ def _measured(name: str, build: Callable[[], Case], clock: Clock, peaks: Peaks, 
     except NotHere as reason:
         return {"case": name, "status": "not here", "missing": {OURS: str(reason)}}
     if not race.red:
-        for _ in range(race.rounds()):
-            race.round()
+        race.run()
     return race.row
 
 
 HEAD = f"{'case':44}{'ms':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of peak':>9}{'eager':>8}{'compile':>9}{'noise':>7}"
 LEGEND = (
     "of peak: the floor, by the copy and the product above, over the time. eager, compile: their time over ours, paired. "
-    "noise: ours a second time over ours."
+    "noise: ours a second time over ours. busy: the core was hardly ever at its full speed."
 )
 
 
@@ -143,7 +142,8 @@ def line(row: Row) -> str:
         for peer, width in (("eager", 8), ("torch.compile", 9), (AGAIN, 7))
     ]
     rates = f"{row['bytes'] / seconds / 1e9:8.1f}{row['operations'] / seconds / 1e9:9.1f}"
-    return f"{row['case']:44}{1e3 * seconds:10.4f}{rates}{row['floor'] / seconds:9.0%}{''.join(cells)}"
+    busy = "" if row.get("calm", True) else "  busy"
+    return f"{row['case']:44}{1e3 * seconds:10.4f}{rates}{row['floor'] / seconds:9.0%}{''.join(cells)}{busy}"
 
 
 def _say(line: str, to: TextIO | None = None) -> None:

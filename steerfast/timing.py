@@ -2,7 +2,8 @@
 
 A turn is many calls of one contender, timed as a whole: CPU time of the process on the host, CUDA graphs between events
 on a GPU. A round is one turn of each. What disturbs a machine disturbs all turns of a round, so the ratio within a round
-is steadier than any time in it. One contender, "again", is ours a second time: what its ratio differs from 1 is the noise.
+is steadier than any time in it. A round that met a slow core is left out where others did not. One contender, "again", is
+ours a second time: what its ratio differs from 1 is the noise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import gc
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -34,11 +36,12 @@ from torch import Tensor
 Inputs = tuple[Any, ...]
 Function = Callable[..., Any]
 Row = dict[str, Any]
-Turn = Callable[[], tuple[float, float]]  # (seconds per call on the clock of the place, wall seconds per call)
+Turn = Callable[[], tuple[float, float, bool]]  # seconds per call on the place's clock and on the wall; at full speed?
 
 OURS, AGAIN = "ours", "again"
 MOST_SETS = 32
 LEAST_ROTATION = 256 << 20  # bytes of rotating inputs on a GPU: more than any L2 of today
+LEAST_CALM = 3
 RESAMPLES = 2000
 PACKAGES = (
     "steerfast", "torch", "triton", "transformers", "vllm", "sae-lens", "eai-sparsify", "steering-vectors", "repeng",
@@ -102,25 +105,52 @@ def _taken_apart(function: Function) -> tuple[Function, Callable[[], AbstractCon
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: seconds per turn at least, rounds at most, seconds of rounds per case; whether to compile peers."""
+    """How long to measure: seconds per turn at least, rounds at most, seconds of rounds per case; whether to compile peers.
 
-    turn: float = 0.02
+    patience: seconds that a turn may wait for the core's full speed, and be taken again where that did not last.
+    """
+
+    turn: float = 0.01
     rounds: int = 25
-    seconds: float = 4.5
+    seconds: float = 6.0
     compile: bool = True
+    patience: float = 0.3
 
 
-THOROUGH, QUICK, REHEARSAL = Effort(), Effort(0.004, 5, 3.0, False), Effort(0.0, 1, 0.0, False)
+THOROUGH, QUICK, REHEARSAL = Effort(), Effort(0.004, 5, 3.0, False, 0.05), Effort(0.0, 1, 0.0, False, 0.0)
 
 
 class HostClock:
-    """CPU time of the process per call; wall time beside it."""
+    """CPU time of the process per call; wall time beside it.
+
+    A virtual core shares a real one: while its neighbour works everything takes up to twice as long, and not all of it in one
+    proportion. So a turn waits until a fixed piece of work takes no more than 1.4 times the least that it ever took here,
+    and looks again at its end.
+    """
 
     name = "CPU time of the process"
     device = "cpu"
+    slow = 1.4
+
+    def __init__(self) -> None:
+        self._least = math.inf
+
+    def at_full_speed(self) -> bool:
+        """Whether this core is nobody else's at the moment."""
+        taken = _fixed_work()
+        self._least = min(self._least, taken)
+        return taken <= self.slow * self._least
+
+    def _learn(self, seconds: float) -> None:
+        """Look for the full speed of this core, once."""
+        end = time.perf_counter() + seconds
+        while math.isinf(self._least) or time.perf_counter() < end:
+            self.at_full_speed()
 
     def prepare(self, function: Function, sets: Sequence[Inputs], effort: Effort, captured: bool = True) -> Turn:
         """Warm a contender up, choose its number of calls, and return its turn."""
+        if math.isinf(self._least):
+            self._learn(8 * effort.patience)
         rotation = itertools.cycle(sets)
         call, around = _taken_apart(function)
         calls = 1
@@ -131,16 +161,30 @@ class HostClock:
                 call(*next(rotation))
             calls = max(1, round(effort.turn / max(time.perf_counter() - begin, 1e-9)))
 
-        def turn() -> tuple[float, float]:
+        def turn() -> tuple[float, float, bool]:
+            limit = time.perf_counter() + effort.patience
             with around():
-                if calls > 1:
-                    call(*next(rotation))  # finds the caches and the memory as the contender before left them
-                wall, own = time.perf_counter(), time.process_time()
-                for inputs in itertools.islice(rotation, calls):
-                    call(*inputs)
-                return (time.process_time() - own) / calls, (time.perf_counter() - wall) / calls
+                while True:
+                    while not self.at_full_speed() and time.perf_counter() < limit:
+                        time.sleep(0.001)
+                    if calls > 1:
+                        call(*next(rotation))  # finds the caches and the memory as the contender before left them
+                    wall, own = time.perf_counter(), time.process_time()
+                    for inputs in itertools.islice(rotation, calls):
+                        call(*inputs)
+                    own, wall = time.process_time() - own, time.perf_counter() - wall
+                    calm = self.at_full_speed()
+                    if calm or time.perf_counter() >= limit:
+                        return own / calls, wall / calls, calm
 
         return turn
+
+
+def _fixed_work() -> float:
+    begin, total = time.perf_counter(), 0
+    for i in range(2000):
+        total += i
+    return time.perf_counter() - begin
 
 
 class DeviceClock:
@@ -185,7 +229,7 @@ class DeviceClock:
                 torch.cuda.synchronize()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
-        def turn() -> tuple[float, float]:
+        def turn() -> tuple[float, float, bool]:
             with around():
                 torch.cuda.synchronize()
                 start = time.perf_counter()
@@ -194,7 +238,7 @@ class DeviceClock:
                 end.record()
                 end.synchronize()
                 wall = (time.perf_counter() - start) / calls
-            return (begin.elapsed_time(end) / 1e3 / calls if captured else wall), wall
+            return (begin.elapsed_time(end) / 1e3 / calls if captured else wall), wall, True
 
         return turn
 
@@ -233,6 +277,9 @@ def measure_peaks(clock: Clock, dtype: torch.dtype, effort: Effort) -> Peaks:
     return Peaks(2 * size / min(copy()[0] for _ in turns), 2 * side**3 / min(product()[0] for _ in turns))
 
 
+_now = time.perf_counter
+
+
 class Race:
     """One case under measurement: contenders are checked, then take turns; `row` is what is known so far.
 
@@ -251,6 +298,7 @@ class Race:
         }  # fmt: skip
         self.effort = effort
         self._turns: dict[str, Turn] = {}
+        self._calm: list[bool] = []
         sets = _sets(case, clock, effort)
         judge = case.judge(sets[0])
         if self._allow(OURS, case.ours, sets[0], judge, 1.0):
@@ -303,33 +351,41 @@ class Race:
         """Whether our own answer is wrong, so that nothing may be timed."""
         return self.row["status"] == "red"
 
-    def round(self) -> float:
-        """One turn of every contender, in random order; seconds per call of ours."""
+    def run(self) -> None:
+        """Rounds, as many as the effort allows. Where three or more saw the core's full speed in every turn, only they stay."""
+        if self.effort.seconds > 0:
+            self.round()  # the first finds caches and clocks cold
+            self._keep([False])
+        begin, spent = _now(), 0.0
+        while not self._calm or (sum(self._calm) < self.effort.rounds and spent < self.effort.seconds):
+            self.round()
+            spent = (_now() - begin) * (1 + 1 / len(self._calm))  # with one round more
+        self.row["calm"] = sum(self._calm) >= LEAST_CALM
+        if self.row["calm"]:
+            self._keep(self._calm)
+
+    def round(self) -> None:
+        """One turn of every contender, in random order."""
+        calm = True
         gc.collect()
         gc.disable()
         try:
             for name in random.sample(list(self._turns), len(self._turns)):
-                own, wall = self._turns[name]()
+                own, wall, undisturbed = self._turns[name]()
                 self.row["times"][name].append(own)
                 self.row["walls"][name].append(wall)
+                calm &= undisturbed
+            self._calm.append(calm)
         finally:
             gc.enable()
-            shortest = min(map(len, self.row["times"].values()), default=0)
-            for kind in ("times", "walls"):  # an interrupt in the middle of a round leaves no half of one
-                for taken in self.row[kind].values():
-                    del taken[shortest:]
-        return float(self.row["times"][OURS][-1])
+            self._keep([True] * len(self._calm))  # an interrupt in the middle of a round leaves no half of one
 
-    def rounds(self) -> int:
-        """How many rounds the effort allows, judged by one that is thrown away: the first finds caches and clocks cold."""
-        if self.effort.seconds == 0:
-            return 1
-        begin = time.perf_counter()
-        self.round()
+    def _keep(self, which: Sequence[bool]) -> None:
+        """Of the rounds so far, those that are marked."""
         for kind in ("times", "walls"):
             for taken in self.row[kind].values():
-                taken.clear()
-        return max(1, min(self.effort.rounds, int(self.effort.seconds / (time.perf_counter() - begin))))
+                taken[:] = itertools.compress(taken, which)
+        self._calm = list(itertools.compress(self._calm, which))
 
 
 def _sets(case: Case, clock: Clock, effort: Effort) -> list[Inputs]:

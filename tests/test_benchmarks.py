@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -77,7 +78,8 @@ def test_missing_and_failing_peers_are_named():
     assert found.row["missing"]["absent"] == "no_such_package_anywhere is not installed"
     assert found.row["missing"]["elsewhere"] == "needs a GPU"
     assert found.row["missing"]["breaks"].startswith("failed: RuntimeError")
-    assert found.round() > 0
+    found.run()
+    assert len(found.row["times"][OURS]) == 3
 
 
 def test_an_interrupt_in_a_round_leaves_whole_rounds():
@@ -98,6 +100,54 @@ def test_an_interrupt_in_a_round_leaves_whole_rounds():
             done += 1
     assert done > 0
     assert {len(taken) for kind in ("times", "walls") for taken in found.row[kind].values()} == {done}
+
+
+class Busy(HostClock):
+    """A clock on a core whose neighbour works whenever the pattern says so."""
+
+    def __init__(self, pattern: list[bool]) -> None:
+        super().__init__()
+        self.pattern = itertools.cycle(pattern)
+        self._least = 1.0  # there is nothing to learn
+
+    def at_full_speed(self) -> bool:
+        return next(self.pattern)
+
+
+def test_a_turn_waits_for_the_full_speed_and_is_taken_again_where_that_did_not_last():
+    calls = 0
+
+    def counted(x):
+        nonlocal calls
+        calls += 1
+
+    clock = Busy([False, False, True, False, True, True])  # waits twice, is disturbed, and succeeds
+    turn = clock.prepare(counted, [(1,)], replace(REHEARSAL, patience=60.0))
+    assert turn()[2]
+    assert calls == 2
+    calls, turn = 0, Busy([False]).prepare(counted, [(1,)], replace(REHEARSAL, patience=0.02))
+    assert not turn()[2]
+    assert calls == 1  # patience is over
+
+
+@pytest.mark.parametrize(
+    ("pattern", "calm", "count"), [([True], True, 3), ([False], False, 12), ([True] * 30 + [False], True, 3)]
+)
+def test_rounds_on_a_busy_core_are_left_out_where_others_are_not(pattern, calm, count):
+    found = Race(doubled(), Busy(pattern), PEAKS, EFFORT)
+    monotonic = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "_now", lambda: next(monotonic) / 13)  # a round takes a thirteenth of the second
+        found.run()
+    assert found.row["calm"] == calm
+    assert {len(taken) for kind in ("times", "walls") for taken in found.row[kind].values()} == {count}
+
+
+def test_the_core_is_known_by_its_fastest_moment():
+    clock = HostClock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "_fixed_work", iter([1.0, 1.3, 1.5, 0.9, 1.3]).__next__)
+        assert [clock.at_full_speed() for _ in range(5)] == [True, True, False, True, False]
 
 
 def test_a_context_is_entered_around_a_turn_and_left_after_it():
@@ -311,6 +361,14 @@ def test_the_rounds_of_the_passes_of_a_series_add_up():
     assert set(found["times"]) == {OURS, AGAIN, "eager"}  # what one pass lacks could not be paired
     assert found["times"][OURS] == first["times"][OURS] + second["times"][OURS]
     assert results.newest([first, second, other])["a", "cpu"]["times"] == other["times"]
+
+
+def test_a_pass_on_a_busy_core_counts_only_where_no_other_does():
+    runs = [{**RUN, "date": f"2026-01-01T00:0{i}:00+00:00", "series": "one"} for i in range(3)]
+    busy, calm, last = (row("a", i, run=run, calm=i == 1) for i, run in enumerate(runs))
+    for order in ([busy, calm, last], [calm, busy], [busy, calm]):
+        assert results.newest(order)["a", "cpu"]["times"] == calm["times"]
+    assert len(results.newest([busy, last])["a", "cpu"]["times"][OURS]) == 50
 
 
 def test_results_of_the_long_runs_are_rows_too(tmp_path):
