@@ -125,7 +125,7 @@ class HostClock:
 
     A virtual core shares a real one: while its neighbour works everything takes up to twice as long, and not all of it in one
     proportion. So a turn waits until a fixed piece of work takes no more than 1.4 times the least that it ever took here,
-    and looks again at its end.
+    and looks again at its end. Where that was in vain, the next turn waits half as long.
     """
 
     name = "CPU time of the process"
@@ -134,6 +134,7 @@ class HostClock:
 
     def __init__(self) -> None:
         self._least = math.inf
+        self._hope = 1.0
 
     def at_full_speed(self) -> bool:
         """Whether this core is nobody else's at the moment."""
@@ -162,7 +163,7 @@ class HostClock:
             calls = max(1, round(effort.turn / max(time.perf_counter() - begin, 1e-9)))
 
         def turn() -> tuple[float, float, bool]:
-            limit = time.perf_counter() + effort.patience
+            limit = time.perf_counter() + self._hope * effort.patience
             with around():
                 while True:
                     while not self.at_full_speed() and time.perf_counter() < limit:
@@ -175,6 +176,7 @@ class HostClock:
                     own, wall = time.process_time() - own, time.perf_counter() - wall
                     calm = self.at_full_speed()
                     if calm or time.perf_counter() >= limit:
+                        self._hope = 1.0 if calm else max(self._hope / 2, 1 / 64)
                         return own / calls, wall / calls, calm
 
         return turn

@@ -125,9 +125,14 @@ def test_a_turn_waits_for_the_full_speed_and_is_taken_again_where_that_did_not_l
     turn = clock.prepare(counted, [(1,)], replace(REHEARSAL, patience=60.0))
     assert turn()[2]
     assert calls == 2
-    calls, turn = 0, Busy([False]).prepare(counted, [(1,)], replace(REHEARSAL, patience=0.02))
+    clock = Busy([False])
+    calls, turn = 0, clock.prepare(counted, [(1,)], replace(REHEARSAL, patience=0.02))
     assert not turn()[2]
     assert calls == 1  # patience is over
+    assert clock._hope == 0.5  # and wanes
+    clock.pattern = itertools.cycle([True])
+    assert turn()[2]
+    assert clock._hope == 1.0
 
 
 @pytest.mark.parametrize(
