@@ -70,14 +70,16 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
         weight = 1.0 if scale is None else scale.reshape(-1, 1).to(flat.dtype)
         return (flat + weight * bank[:1].to(flat.dtype)).to(x.dtype).view_as(x)
     table, weights = _columns(rows), None if scale is None else _columns(scale).to(flat.dtype)
-    out = flat
+    owned, out = table >= 0, flat
+    every = x.is_cpu and bool(owned.all())  # the common case, without its five passes to leave rows alone
+    table = table if every else table.clamp(min=0)
     for column in range(table.shape[1]):
-        owned = table[:, column] >= 0
-        delta = bank[table[:, column].clamp(min=0)].to(flat.dtype)
+        delta = bank.index_select(0, table[:, column]).to(flat.dtype)
         if weights is not None:
             delta = weights[:, column, None] * delta
-        out = torch.where(owned[:, None], out + delta, out)
-    return torch.where((table >= 0).any(1, keepdim=True), out.to(x.dtype), x.reshape(flat.shape)).view_as(x)
+        out = out + delta if every else torch.where(owned[:, column, None], out + delta, out)
+    out = out.to(x.dtype)
+    return (out if every else torch.where(owned.any(1, keepdim=True), out, x.reshape(flat.shape))).view_as(x)
 
 
 def ablate(x: Tensor, basis: Tensor) -> Tensor:
