@@ -492,11 +492,14 @@ def test_what_cannot_be_compared_is_named():
 
 
 def test_how_far_a_repeat_moved_becomes_a_row(tmp_path):
-    append_row(tmp_path / "a.jsonl", row("a", noise=0.0))
-    append_row(tmp_path / "b.jsonl", row("a", slower=1.1, noise=0.0))
+    for case, slower, calm in (("a", 1.1, False), ("b", 1.02, True)):
+        append_row(tmp_path / "a.jsonl", row(case, noise=0.0, calm=True))
+        append_row(tmp_path / "b.jsonl", row(case, slower=slower, noise=0.0, calm=calm))
     out = tmp_path / "out.jsonl"
     assert compare.main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--repeat", "--out", str(out)]) == 0
-    assert results.read([out])[0]["values"]["largest_move"] == pytest.approx(0.1)
+    values = results.read([out])[0]["values"]
+    assert (values["largest_move"], values["largest_calm_move"]) == pytest.approx((0.1, 0.02))
+    assert (values["pairs"], values["calm_pairs"]) == (2, 1)
 
 
 def test_exponents_and_bends():
