@@ -87,7 +87,7 @@ def _same_series(before: Row, row: Row) -> bool:
 
 def _together(before: Row, row: Row) -> Row:
     """The newer row with the rounds of both, of the contenders that both have; a pass at full speed counts before others."""
-    if before.get("calm") != row.get("calm"):
+    if bool(before.get("calm")) != bool(row.get("calm")):
         return before if before.get("calm") else row
     kinds = [kind for kind in ("times", "walls") if kind in before and kind in row]
     added = {

@@ -81,8 +81,17 @@ def _slope(y, alpha, rest, raw, lam, bias, ridge_ptr, units, stride, cosine, off
     tangent = u - s[:, None] * z
     turn = s * inverse
     speed = tl.sum(tangent * tangent, axis=1) + turn * turn * outside
-    unit = tl.where((speed > 0) & (inverse > 0), tl.rsqrt(speed), 0.0)
+    unit = tl.where((speed > 1e-12 * s * s) & (inverse > 0), tl.rsqrt(speed), 0.0)  # less is rounding
     return unit[:, None] * tangent, -unit * turn * alpha, inverse, tl.sqrt(speed)
+
+
+@triton.jit
+def _outside(y, norm):
+    """What lies outside the span, if that is more than rounding, and α at the start: 0, which stays 0, if it is not."""
+    square = norm * norm
+    rest = square - tl.sum(y * y, axis=1)
+    rest = tl.where(rest > 1e-6 * square, rest, 0.0)
+    return rest, tl.where(rest > 0, 1.0, 0.0)
 
 
 @triton.jit
@@ -91,13 +100,13 @@ def euler(y, norm, c_ptr, offs_k, mask_k, length, steps):
     lam = tl.load(c_ptr + offs_k * 8, mask=mask_k, other=0.0)
     bias = tl.load(c_ptr + offs_k * 8 + 1, mask=mask_k, other=0.0)
     start = y
-    alpha = tl.full(norm.shape, 1.0, tl.float32)
-    rest = tl.maximum(norm * norm - tl.sum(y * y, axis=1), 0.0)
+    rest, alpha = _outside(y, norm)
     step = length / steps
     for _ in range(steps):
         dy, dalpha, _, _ = _slope(y, alpha, rest, 0.0, lam, bias, c_ptr, 0, 0, 0.0, offs_k, mask_k)
         y += step[:, None] * dy
         alpha += step * dalpha
+    alpha = tl.where(rest > 0, alpha, 1.0)
     return alpha, y - alpha[:, None] * start
 
 
@@ -118,8 +127,7 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
     stride = (rank + 9) // 8 * 8
 
     start = y
-    alpha = tl.full(norm.shape, 1.0, tl.float32)
-    rest = tl.maximum(norm * norm - tl.sum(y * y, axis=1), 0.0)
+    rest, alpha = _outside(y, norm)
     sign = tl.where(length < 0, -1.0, 1.0)  # a negative length follows -∇h: sizes are compared without their sign
     left = sign * length
     even = left / steps
@@ -168,6 +176,7 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
             left -= sign * reach
         y = keep[:, None] * y + reach[:, None] * sum_y
         alpha = keep * alpha + reach * sum_alpha
+    alpha = tl.where(rest > 0, alpha, 1.0)
     return alpha, y - alpha[:, None] * start
 
 

@@ -71,7 +71,9 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
         return (flat + weight * bank[:1].to(flat.dtype)).to(x.dtype).view_as(x)
     table, weights = _columns(rows), None if scale is None else _columns(scale).to(flat.dtype)
     owned, out = table >= 0, flat
-    every = x.is_cpu and bool(owned.all())  # the common case, without its five passes to leave rows alone
+    every = (
+        x.is_cpu and type(x) is Tensor and bool(owned.all())
+    )  # the common case, without five passes to leave rows alone
     table = table if every else table.clamp(min=0)
     for column in range(table.shape[1]):
         delta = bank.index_select(0, table[:, column]).to(flat.dtype)
@@ -104,7 +106,7 @@ def flow(
     x: Tensor, basis: Tensor, field: Field, length: tuple[float, float], steps: int, how: Scheme = EULER
 ) -> Tensor:
     """Steps of da/dt = ∇h/‖∇h‖ over T = length[0] + length[1]·‖a‖, for h(a) = field(Qᵀx̂), x̂ = a/‖a‖, Q = basis.T."""
-    if x.dim() == 2 and basis.dim() == 2 and are_few(x, basis, field, how, steps):
+    if x.dim() == 2 and basis.dim() == 2 and are_few(x, basis, field, length, steps, how):
         return few_eulers(x, basis, field, length, steps)
     flat = _rows(x)
     rows = basis.reshape(-1, basis.shape[-1]).to(flat.dtype)
@@ -409,7 +411,7 @@ def _follow(
     """Rows x at the end of their flow over T + angle·‖x‖, (T, angle) = path."""
     if not field.eigenvalues.dtype == field.bias.dtype == x.dtype:
         field = field.map(lambda v: v.to(x.dtype))
-    if are_few(x, basis, field, how, steps):
+    if are_few(x, basis, field, path, steps, how):
         return few_eulers(x, basis, field, path, steps)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     y, length = x @ basis.T, path[0] + path[1] * norm

@@ -4,7 +4,8 @@ h(a) depends on a only through z = Qᵀa and ‖a‖, so ∇h lies in span(Q, a)
 
     a = α·a₀ + Q(y - α·y₀),   ‖a‖² = ‖y‖² + α²(‖a₀‖² - ‖y₀‖²)
 
-The state (y, α) is closed, and any Runge-Kutta scheme that runs on it is that scheme in all d dimensions, exactly.
+The state (y, α) is closed, and any Runge-Kutta scheme that runs on it is that scheme in all d dimensions, exactly. Where
+nothing lies outside span(Q), as far as rounding can tell, α says nothing: it is 1, and y is all.
 `_integrate` is the specification. It takes PyTorch tensors or, for a handful of rows on a CPU, NumPy arrays: an operation of
 NumPy costs a third of one of PyTorch where the numbers are few. `few_eulers` is its fast twin for the commonest case.
 """
@@ -23,6 +24,10 @@ from torch import Tensor
 
 SMALL = 1 << 13
 """Up to this many coordinates a flow on the CPU runs in NumPy."""
+OUTSIDE = 8.0
+"""Times the precision: the share of ‖a₀‖² that must lie outside span(Q) to count; the kernels have 1e-6, that of float32."""
+STILL = 8.0
+"""Times the precision: a gradient along the sphere of less than this share of the gradient is rounding; the kernels have 1e-6."""
 NEAR = 1e-8
 """A row is nearly stationary where the gradient along the sphere has less than this share of the gradient's square."""
 
@@ -262,9 +267,11 @@ def integrate(
 
 
 def _integrate(xp: Any, y: Any, norm: Any, field: Field, length: Any, steps: int, how: Scheme) -> tuple[Any, Any]:
-    rest = norm * norm - _dot(y, y)  # what lies outside span(Q), never negative
-    rest = xp.where(rest > 0, rest, 0 * rest)
-    alpha = xp.ones_like(norm)
+    size2 = norm * norm
+    rest = size2 - _dot(y, y)  # what lies outside span(Q)
+    some = rest > OUTSIDE * xp.finfo(y.dtype).eps * size2
+    rest = xp.where(some, rest, 0 * rest)
+    alpha = xp.where(some, 1 + 0 * norm, 0 * norm)  # 0 stays 0
     compared = how.order > 0 or how.level < math.inf
     if compared:  # a negative length follows -∇h: sizes are compared without their sign
         sign = xp.where(length < 0, -xp.ones_like(length), xp.ones_like(length))
@@ -306,11 +313,11 @@ def _integrate(xp: Any, y: Any, norm: Any, field: Field, length: Any, steps: int
             new_y, new_alpha = xp.where(fits, new_y, y), xp.where(fits, new_alpha, alpha)
             left = xp.where(fits, left - step, left)
         y, alpha = new_y, new_alpha
-    return alpha, y
+    return xp.where(some, alpha, 1 + 0 * alpha), y
 
 
-def are_few(x: Tensor, basis: Tensor, field: Field, how: Scheme, steps: int) -> bool:
-    """Whether `few_eulers` serves: Euler on a quadratic barrier, a handful of rows on the CPU, one dtype, and no gradient."""
+def are_few(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, ...], steps: int, how: Scheme) -> bool:
+    """Whether `few_eulers` serves: Euler on a low-rank quadratic barrier, a handful of CPU rows, one dtype, no gradient."""
     return (
         how.plain
         and field.directions is None
@@ -318,9 +325,10 @@ def are_few(x: Tensor, basis: Tensor, field: Field, how: Scheme, steps: int) -> 
         and x.is_cpu
         and x.dtype in (torch.float32, torch.float64)
         and x.dtype == basis.dtype == field.eigenvalues.dtype == field.bias.dtype
+        and basis.shape[0] < basis.shape[1]
         and 0 < x.shape[0] * max(basis.shape[0], steps) <= SMALL
         and not torch.compiler.is_compiling()
-        and not _needs_grad(x, basis, field.eigenvalues, field.bias)
+        and not _needs_grad(x, basis, field.eigenvalues, field.bias, *path)
     )
 
 
@@ -341,16 +349,12 @@ def few_eulers(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | floa
         if moved is not None:
             return torch.from_numpy(moved[None])
     T, angle = (p.detach().numpy().reshape(-1) if isinstance(p, Tensor) else p for p in path)
-    projected = x @ basis.T
-    full = len(basis) == x.shape[1]  # nothing lies outside the span, not even rounding
-    start, norm = projected.numpy(), torch.linalg.vector_norm(projected if full else x, dim=-1).numpy()
+    start, norm = (x @ basis.T).numpy(), torch.linalg.vector_norm(x, dim=-1).numpy()
     length = T + angle * norm
     alpha, y, doubt = _eulers_of_several(start, norm, *wide, length / steps, steps)
-    if doubt.any():  # nearly stationary; these rows alone, so that no row depends on the rows beside it
+    if doubt.any():  # these rows alone, so that no row depends on the rows beside it
         there = start[doubt], norm[doubt][:, None], Field(eigenvalues, bias), length[doubt][:, None]
         alpha[doubt], y[doubt] = _integrate(np, *there, steps, EULER)
-    if full:
-        alpha = np.ones((1, 1))
     g = (y - alpha * start).astype(start.dtype)
     out = (torch.from_numpy(g) @ basis).addcmul_(torch.from_numpy((alpha - 1).astype(start.dtype)), x).add_(x)
     moves = g.any(1) & (length != 0)
@@ -358,13 +362,14 @@ def few_eulers(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | floa
 
 
 def _eulers_of_one(row: Any, q: Any, eigenvalues: Any, bias: Any, T: float, angle: float, steps: int) -> Any:
-    """The row moved, its sums as plain floats: with z, λ∘z and b̃ in one table a step is three products. None: in doubt."""
+    """The row moved, its sums as plain floats: with z, λ∘z and b̃ in one table a step is three products.
+
+    None where that is in doubt: nearly stationary, next to nothing outside the span, or beyond all numbers.
+    """
     start = q.dot(row)
-    full = len(q) == len(row)
-    inside = start if full else row
-    r2 = float(inside.dot(inside))
+    r2 = float(row.dot(row))
     step = (T + angle * math.sqrt(r2)) / steps
-    if not r2 > 0:
+    if not r2 - float(start.dot(start)) > OUTSIDE * float(np.finfo(row.dtype).eps) * r2:
         return None
     if step == 0:
         return row.copy()  # even the sign of a zero
@@ -387,14 +392,14 @@ def _eulers_of_one(row: Any, q: Any, eigenvalues: Any, bias: Any, T: float, angl
         alpha *= keep
         r2 += step * step
         before, inverse = inverse, r2**-0.5
+        if not inverse > 0:
+            return None
         shrink = inverse / before
         keep, turn = keep * shrink, turn * shrink
         factors[0], factors[1], factors[2] = keep, 2.0 * turn, turn
         zb = keep * zb + 2.0 * turn * ub + turn * bb
         weights.dot(table, other[1])
         (table, z, bent), other = other, (table, z, bent)
-    if full:
-        alpha = 1.0
     out = (z / inverse - alpha * start).astype(row.dtype).dot(q)
     out += (alpha - 1.0) * row
     out += row
@@ -437,7 +442,9 @@ def _eulers_of_several(
         spread.dot(weights, change)
         z *= factor
         z += term
-    doubt = ~(found[:, 1].min(0) > NEAR * (np.max(double * double) + bb))
+    norm2 = norm * norm
+    sure = norm2 - np.einsum("nk,nk->n", start, start) > OUTSIDE * np.finfo(start.dtype).eps * norm2
+    doubt = ~(sure & (found[:, 1].min(0) > NEAR * (np.max(double * double) + bb)))
     alpha *= inverse[0] / inverse[-1]
     return alpha[:, None], np.ascontiguousarray((z / inverse[-1]).T), doubt
 
@@ -459,7 +466,8 @@ def _slope(xp: Any, y: Any, alpha: Any, rest: Any, field: Field) -> tuple[Any, A
     tangent = u - s * z
     turn = s * inverse
     square = _dot(tangent, tangent) + turn * turn * outside
-    unit = 1 / xp.sqrt(xp.where((square > 0) & (inverse > 0), square, math.inf))
+    still = (STILL * xp.finfo(y.dtype).eps * s) ** 2
+    unit = 1 / xp.sqrt(xp.where((square > still) & (inverse > 0), square, math.inf))
     return unit * tangent, -unit * turn * alpha, inverse, xp.sqrt(square)
 
 
@@ -490,5 +498,5 @@ def _dot(u: Any, v: Any) -> Any:
     return (u * v).sum(-1, keepdims=True)
 
 
-def _needs_grad(*parts: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+def _needs_grad(*parts: Tensor | float) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in parts)

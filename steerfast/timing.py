@@ -166,7 +166,7 @@ class HostClock:
             limit = time.perf_counter() + self._hope * effort.patience
             with around():
                 while True:
-                    while not self.at_full_speed() and time.perf_counter() < limit:
+                    while not (calm := self.at_full_speed()) and time.perf_counter() < limit:
                         time.sleep(0.001)
                     if calls > 1:
                         call(*next(rotation))  # finds the caches and the memory as the contender before left them
@@ -174,7 +174,7 @@ class HostClock:
                     for inputs in itertools.islice(rotation, calls):
                         call(*inputs)
                     own, wall = time.process_time() - own, time.perf_counter() - wall
-                    calm = self.at_full_speed()
+                    calm = self.at_full_speed() and calm
                     if calm or time.perf_counter() >= limit:
                         self._hope = 1.0 if calm else max(self._hope / 2, 1 / 64)
                         return own / calls, wall / calls, calm
@@ -359,12 +359,14 @@ class Race:
             self.round()  # the first finds caches and clocks cold
             self._keep([False])
         begin, spent = _now(), 0.0
-        while not self._calm or (sum(self._calm) < self.effort.rounds and spent < self.effort.seconds):
-            self.round()
-            spent = (_now() - begin) * (1 + 1 / len(self._calm))  # with one round more
-        self.row["calm"] = sum(self._calm) >= LEAST_CALM
-        if self.row["calm"]:
-            self._keep(self._calm)
+        try:
+            while not self._calm or (sum(self._calm) < self.effort.rounds and spent < self.effort.seconds):
+                self.round()
+                spent = (_now() - begin) * (1 + 1 / len(self._calm))  # with one round more
+        finally:
+            self.row["calm"] = all(self._calm) or sum(self._calm) >= LEAST_CALM
+            if self.row["calm"]:
+                self._keep(self._calm)
 
     def round(self) -> None:
         """One turn of every contender, in random order."""

@@ -125,6 +125,10 @@ def test_a_turn_waits_for_the_full_speed_and_is_taken_again_where_that_did_not_l
     turn = clock.prepare(counted, [(1,)], replace(REHEARSAL, patience=60.0))
     assert turn()[2]
     assert calls == 2
+    clock = Busy([False, True])
+    calls, turn = 0, clock.prepare(counted, [(1,)], replace(REHEARSAL, patience=0.02))
+    clock._hope = 0.0
+    assert not turn()[2]  # patience was over before it began
     clock = Busy([False])
     calls, turn = 0, clock.prepare(counted, [(1,)], replace(REHEARSAL, patience=0.02))
     assert not turn()[2]
@@ -133,6 +137,17 @@ def test_a_turn_waits_for_the_full_speed_and_is_taken_again_where_that_did_not_l
     clock.pattern = itertools.cycle([True])
     assert turn()[2]
     assert clock._hope == 1.0
+
+
+def test_an_interrupt_in_a_run_leaves_what_is_known_of_its_rounds():
+    found = Race(doubled(), Busy([False]), PEAKS, EFFORT)
+    at = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "_now", lambda: 1 / 0 if next(at) == 5 else 0.0)
+        with pytest.raises(ZeroDivisionError):
+            found.run()
+    assert found.row["calm"] is False
+    assert len(found.row["times"][OURS]) == 5
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,30 @@ def test_h_grows_along_the_path_and_stops_at_the_level(place, kind):
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["linear", "quadratic"])
+def test_no_row_goes_farther_than_its_path(place, kind):
+    """Also where it lies in the span but for rounding, near a pole, and steps beyond: there α would grow without bound."""
+    h, draw = barrier(kind, 12), torch.Generator().manual_seed(0)
+    inside = torch.randn(40, h.rank, generator=draw) @ h.basis
+    noise = torch.tensor([0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2]).repeat(5)[:, None]
+    rows = inside + noise * inside.norm(dim=1, keepdim=True) * torch.randn(40, 12, generator=draw)
+    with backend(place) as device:
+        for method in ("euler",) if place == "interpreter" else ("euler", "rk4", "geodesic"):
+            for x in (rows.to(device), rows[:1].to(device), rows[7:8].to(device)):
+                moved = (sf.flow(x, h, angle=1.0, steps=8, method=method) - x).norm(dim=1)
+                assert (moved <= 1.01 * x.norm(dim=1)).all(), method
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_row_on_a_principal_axis_is_stationary_whatever_rounding_says(place):
+    h = sf.Barrier(orthonormal(3, 12), torch.tensor([2.0, 1.5, -1.0]), torch.zeros(3))
+    rows = torch.cat([c * h.basis for c in (9.35, 0.85, -3.3, 1e-3)])
+    with backend(place) as device:
+        for x in (rows.to(device), rows[:1].to(device)):
+            assert torch.equal(sf.flow(x, h, angle=0.5), x)
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_norms(place):
     with backend(place) as device:
         h, x = barrier("quadratic", 40), stream(6, 40).to(device)
