@@ -106,7 +106,7 @@ def euler(y, norm, c_ptr, offs_k, mask_k, length, steps):
         dy, dalpha, _, _ = _slope(y, alpha, rest, 0.0, lam, bias, c_ptr, 0, 0, 0.0, offs_k, mask_k)
         y += step[:, None] * dy
         alpha += step * dalpha
-    alpha = tl.where(rest > 0, alpha, 1.0)
+    alpha = tl.where(rest == 0.0, 1.0, alpha)
     return alpha, y - alpha[:, None] * start
 
 
@@ -176,7 +176,7 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
             left -= sign * reach
         y = keep[:, None] * y + reach[:, None] * sum_y
         alpha = keep * alpha + reach * sum_alpha
-    alpha = tl.where(rest > 0, alpha, 1.0)
+    alpha = tl.where(rest == 0.0, 1.0, alpha)
     return alpha, y - alpha[:, None] * start
 
 
