@@ -41,7 +41,7 @@ Turn = Callable[[], tuple[float, float, bool]]  # seconds per call on the place'
 OURS, AGAIN = "ours", "again"
 MOST_SETS = 32
 LEAST_ROTATION = 256 << 20  # bytes of rotating inputs on a GPU: more than any L2 of today
-LEAST_CALM = 3
+LEAST_CALM = 10
 RESAMPLES = 2000
 PACKAGES = (
     "steerfast", "torch", "triton", "transformers", "vllm", "sae-lens", "eai-sparsify", "steering-vectors", "repeng",
@@ -354,7 +354,7 @@ class Race:
         return self.row["status"] == "red"
 
     def run(self) -> None:
-        """Rounds, as many as the effort allows. Where three or more saw the core's full speed in every turn, only they stay."""
+        """Rounds, as many as the effort allows. Where ten or more saw the core's full speed in every turn, only they stay."""
         if self.effort.seconds > 0:
             self.round()  # the first finds caches and clocks cold
             self._keep([False])
@@ -364,7 +364,7 @@ class Race:
                 self.round()
                 spent = (_now() - begin) * (1 + 1 / len(self._calm))  # with one round more
         finally:
-            self.row["calm"] = all(self._calm) or sum(self._calm) >= LEAST_CALM
+            self.row["calm"] = all(self._calm) or sum(self._calm) >= min(LEAST_CALM, self.effort.rounds)
             if self.row["calm"]:
                 self._keep(self._calm)
 
