@@ -81,7 +81,8 @@ def _slope(y, alpha, rest, raw, lam, bias, ridge_ptr, units, stride, cosine, off
     tangent = u - s[:, None] * z
     turn = s * inverse
     speed = tl.sum(tangent * tangent, axis=1) + turn * turn * outside
-    unit = tl.where((speed > 1e-12 * s * s) & (inverse > 0), tl.rsqrt(speed), 0.0)  # less is rounding
+    speed = tl.where(speed > 1e-12 * s * s, speed, 0.0)  # less is rounding
+    unit = tl.where((speed > 0) & (inverse > 0), tl.rsqrt(speed), 0.0)
     return unit[:, None] * tangent, -unit * turn * alpha, inverse, tl.sqrt(speed)
 
 

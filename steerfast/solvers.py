@@ -467,7 +467,8 @@ def _slope(xp: Any, y: Any, alpha: Any, rest: Any, field: Field) -> tuple[Any, A
     turn = s * inverse
     square = _dot(tangent, tangent) + turn * turn * outside
     still = (STILL * xp.finfo(y.dtype).eps * s) ** 2
-    unit = 1 / xp.sqrt(xp.where((square > still) & (inverse > 0), square, math.inf))
+    square = xp.where(square > still, square, 0 * still)
+    unit = 1 / xp.sqrt(xp.where((square > 0) & (inverse > 0), square, math.inf))
     return unit * tangent, -unit * turn * alpha, inverse, xp.sqrt(square)
 
 

@@ -189,7 +189,8 @@ def test_a_row_on_a_principal_axis_is_stationary_whatever_rounding_says(place):
     rows = torch.cat([c * h.basis for c in (9.35, 0.85, -3.3, 1e-3)])
     with backend(place) as device:
         for x in (rows.to(device), rows[:1].to(device)):
-            assert torch.equal(sf.flow(x, h, angle=0.5), x)
+            for method in ("euler", "geodesic", "rk4"):
+                assert torch.equal(sf.flow(x, h, angle=0.5, steps=3, method=method), x), method
 
 
 @pytest.mark.parametrize("place", PLACES)
