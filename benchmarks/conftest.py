@@ -6,12 +6,13 @@ tables, its JSON and its comparisons show the same times as our rows.
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="few short rounds, nothing compiled")
     group.addoption("--deadline", type=float, default=float("inf"), help="seconds after which no further case starts")
     group.addoption("--passes", type=int, default=1, help="everything so many times, each in a process of its own")
-    group.addoption("--series", help="what the rows of such passes have in common")
+    group.addoption(
+        "--visits", type=int, default=1, help="measure each case in so many parts, far from each other (CPU)"
+    )
+    group.addoption("--series", help="what the rows of such passes and visits have in common")
 
 
 class Ledger:
@@ -64,7 +68,8 @@ class Ledger:
         passes = config.getoption("--passes")
         self.thorough = not TINY and not config.getoption("--quick")
         effort = THOROUGH if self.thorough else REHEARSAL if TINY else QUICK
-        self.effort: Effort = replace(effort, seconds=effort.seconds / passes)
+        self.visits = config.getoption("--visits") if PLACE != "cuda" else 1
+        self.effort: Effort = effort.shared(passes * self.visits)
         self.clock: Clock = DeviceClock() if PLACE == "cuda" else HostClock()
         self.origin = {**circumstances(PLACE), "quick": not self.thorough}
         self.origin["series"] = config.getoption("--series") or self.origin["date"]
@@ -76,6 +81,7 @@ class Ledger:
         self.seconds = config.getoption("--deadline") / passes
         self.deadline = self.seconds
         self.now = 0.0
+        self.contests: list[Race] = []
         self._peaks: dict[torch.dtype, Peaks] = {}
         self.planned: list[str] = []
 
@@ -95,8 +101,35 @@ class Ledger:
             self._peaks[dtype] = measure_peaks(self.clock, dtype, self.effort)
         return self._peaks[dtype]
 
+    def measure(self, contest: Race) -> None:
+        """Visit a case: measure it, and keep the row whatever happens."""
+        row, begin = contest.row, time.perf_counter()
+        contest.forget()
+        try:
+            with torch.no_grad():
+                contest.run()
+        except BaseException as error:
+            _note(row, error)
+            raise
+        finally:
+            row["seconds"] = round(row["seconds"] + time.perf_counter() - begin, 2)
+            self.keep(row)
+            row["seconds"] = 0.0
+
+    def visit_again(self) -> None:
+        """The further visits of every case, in turn: what a machine is like for some minutes, averages out."""
+        for number in range(1, self.visits):
+            for contest in list(self.contests):
+                if time.monotonic() > self.deadline:
+                    return
+                try:
+                    self.measure(contest)
+                except Exception:
+                    self.contests.remove(contest)
+                    print(f"{contest.row['case']}: visit {number + 1} failed: {contest.row['error']}", flush=True)
+
     def keep(self, row: Row) -> None:
-        row = {**row, "run": self.origin}
+        row = copy.deepcopy({**row, "run": self.origin})
         self.rows.append(row)
         self.unwritten.append(row)
         while self.unwritten:
@@ -109,6 +142,14 @@ class Ledger:
     def later(self) -> float:
         """The clock that pytest-benchmark reads."""
         return self.now
+
+
+def _note(row: Row, error: BaseException) -> None:
+    """What ended a measurement early; a wrong answer is noted already."""
+    if isinstance(error, KeyboardInterrupt):
+        row["status"] = "interrupted"
+    elif isinstance(error, Exception):
+        row["status"], row["error"] = "failed", f"{type(error).__name__}: {error}"[:500]
 
 
 LEDGER = pytest.StashKey[Ledger]()
@@ -172,6 +213,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[LEDGER].planned = [item.nodeid for item in session.items]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    done = yield
+    session.config.stash[LEDGER].visit_again()
+    return done
+
+
 OUT_OF_TIME = "out of time: --deadline has passed"
 _finished: set[str] = set()
 _skipped: dict[str, list[str]] = {}  # reason -> cases
@@ -214,9 +262,8 @@ def race(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
             pytest.skip(str(reason))
         more = {"peers": {**case.peers, **(peers or {})}, "yardsticks": {**case.yardsticks, **(yardsticks or {})}}
         case = replace(case, **more)
-        contest: Race | None = None
+        row: Row = {"case": case.name, "status": "failed", "calm": []}
         begin = time.perf_counter()
-        row: Row = {"case": case.name, "status": "failed"}
         try:
             with torch.no_grad():
                 contest = Race(case, ledger.clock, ledger.peaks(case.dtype), ledger.effort)
@@ -225,19 +272,18 @@ def race(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
                 if contest.red:
                     pytest.fail(f"{case.name}: {row['missing'][OURS]}", pytrace=False)
                 row["memory"] = {**_memory(case, memory, ledger.clock.device), **(sizes or {})}
-                _time(benchmark, contest, ledger)
-        except KeyboardInterrupt:
-            row["status"] = "interrupted"
-            raise
-        except Exception as error:
-            row["status"], row["error"] = "failed", f"{type(error).__name__}: {error}"[:500]
-            raise
-        finally:
-            row["seconds"] = round(time.perf_counter() - begin, 2)
+        except BaseException as error:
+            _note(row, error)
             ledger.keep(row)
-            del contest
-            if PLACE == "cuda":
-                torch.cuda.empty_cache()
+            raise
+        row["seconds"] = time.perf_counter() - begin
+        ledger.measure(contest)
+        _tell(benchmark, contest, ledger)
+        if ledger.visits > 1:
+            ledger.contests.append(contest)
+        del contest
+        if PLACE == "cuda":
+            torch.cuda.empty_cache()
         return row
 
     return run
@@ -278,9 +324,8 @@ def _memory(case: Case, names: tuple[str, ...], device: str) -> dict[str, int]:
     return {name: rise for name, rise in found.items() if rise is not None}
 
 
-def _time(benchmark: Any, contest: Race, ledger: Ledger) -> None:
-    """Rounds, and then their account to pytest-benchmark, whose clock advances by what each of them measured of ours."""
-    contest.run()
+def _tell(benchmark: Any, contest: Race, ledger: Ledger) -> None:
+    """The account of a visit to pytest-benchmark, whose clock advances by what each round measured of ours."""
     taken = iter(contest.row["times"][OURS])
 
     def one_round() -> None:

@@ -113,7 +113,7 @@ def _cases(rows: Sequence[Row]) -> str:
         ]
         known = "floor" in row and row["operations"]
         lines.append([
-            html.escape(row["case"]) + ("" if row.get("calm", True) else " <i>(busy)</i>"), f"{1e3 * taken:.4g}",
+            html.escape(row["case"]) + ("" if row["calm"] else " <i>(busy)</i>"), f"{1e3 * taken:.4g}",
             f"{row['bytes'] / taken / 1e9:.1f}" if known else "", f"{row['operations'] / taken / 1e9:.1f}" if known else "",
             f"{row['floor'] / taken:.0%}" if known else "",
             f"{interval(paired(row, AGAIN, OURS))[0] - 1:+.1%}" if AGAIN in row["times"] else "", ", ".join(peers),

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from steerfast.timing import counted
+
 Row = dict[str, Any]
 FOLDER = Path(__file__).parent / "results"
 
@@ -69,7 +71,7 @@ def measured(row: Row) -> bool:
 def newest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
     """(case, place) -> its newest measured row. A thorough run counts before a quick one, whatever its date.
 
-    The passes of one series are one measurement: their rounds add up.
+    The rows of one series are one measurement: their rounds add up, and of these those that count are given.
     """
     found: dict[tuple[str, str], Row] = {}
     for row in filter(measured, rows):
@@ -77,7 +79,7 @@ def newest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
         before = found.get(key)
         if before is None or before["run"].get("quick") or not row["run"].get("quick"):
             found[key] = row if before is None or not _same_series(before, row) else _together(before, row)
-    return found
+    return {key: counted(row) for key, row in found.items()}
 
 
 def _same_series(before: Row, row: Row) -> bool:
@@ -86,12 +88,10 @@ def _same_series(before: Row, row: Row) -> bool:
 
 
 def _together(before: Row, row: Row) -> Row:
-    """The newer row with the rounds of both, of the contenders that both have; a pass at full speed counts before others."""
-    if bool(before.get("calm")) != bool(row.get("calm")):
-        return before if before.get("calm") else row
+    """The newer row with the rounds of both, of the contenders that both have."""
     kinds = [kind for kind in ("times", "walls") if kind in before and kind in row]
     added = {
         kind: {name: before[kind][name] + taken for name, taken in row[kind].items() if name in before[kind]}
         for kind in kinds
     }
-    return {**row, **added}
+    return {**row, **added, "calm": before.get("calm", []) + row.get("calm", [])}

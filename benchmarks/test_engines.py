@@ -15,7 +15,7 @@ from setting import PLACE, pick
 import steerfast as sf
 from steerfast.timing import Case, Within
 
-TOKENS, PROMPT = pick(48, 4, 2), pick(64, 8, 4)
+TOKENS, PROMPT = pick(48, 2, 2), pick(64, 8, 4)
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ from .timing import (
     append_row,
     circumstances,
     clock_here,
+    counted,
     interval,
     measure_peaks,
     paired,
@@ -122,7 +123,7 @@ def _measured(name: str, build: Callable[[], Case], clock: Clock, peaks: Peaks, 
         return {"case": name, "status": "not here", "missing": {OURS: str(reason)}}
     if not race.red:
         race.run()
-    return race.row
+    return counted(race.row)
 
 
 HEAD = f"{'case':44}{'ms':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of peak':>9}{'eager':>8}{'compile':>9}{'noise':>7}"
@@ -142,7 +143,7 @@ def line(row: Row) -> str:
         for peer, width in (("eager", 8), ("torch.compile", 9), (AGAIN, 7))
     ]
     rates = f"{row['bytes'] / seconds / 1e9:8.1f}{row['operations'] / seconds / 1e9:9.1f}"
-    busy = "" if row.get("calm", True) else "  busy"
+    busy = "" if row["calm"] else "  busy"
     return f"{row['case']:44}{1e3 * seconds:10.4f}{rates}{row['floor'] / seconds:9.0%}{''.join(cells)}{busy}"
 
 

@@ -1,9 +1,9 @@
 """How a benchmark measures: contenders take turns in random order, ratios are paired by round, outputs are checked first.
 
 A turn is many calls of one contender, timed as a whole: CPU time of the process on the host, CUDA graphs between events
-on a GPU. A round is one turn of each. What disturbs a machine disturbs all turns of a round, so the ratio within a round
-is steadier than any time in it. A round that met a slow core is left out where others did not. One contender, "again", is
-ours a second time: what its ratio differs from 1 is the noise.
+on a GPU. A round is one turn of each, or several of those that are quick. What disturbs a machine disturbs all turns of a
+round, so the ratio within a round is steadier than any time in it. A round that met a slow core is left out where others
+did not. One contender, "again", is ours a second time: what its ratio differs from 1 is the noise.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ OURS, AGAIN = "ours", "again"
 MOST_SETS = 32
 LEAST_ROTATION = 256 << 20  # bytes of rotating inputs on a GPU: more than any L2 of today
 LEAST_CALM = 10
+LEAST_TURNS, MOST_TURNS = 3, 9
 RESAMPLES = 2000
 PACKAGES = (
     "steerfast", "torch", "triton", "transformers", "vllm", "sae-lens", "eai-sparsify", "steering-vectors", "repeng",
@@ -107,17 +109,26 @@ def _taken_apart(function: Function) -> tuple[Function, Callable[[], AbstractCon
 class Effort:
     """How long to measure: seconds per turn at least, rounds at most, seconds of rounds per case; whether to compile peers.
 
+    least: rounds at least, however long they take.
     patience: seconds that a turn may wait for the core's full speed, and be taken again where that did not last.
     """
 
-    turn: float = 0.01
-    rounds: int = 25
-    seconds: float = 6.0
+    turn: float = 0.001
+    rounds: int = 72
+    seconds: float = 7.2
     compile: bool = True
-    patience: float = 0.3
+    patience: float = 0.05
+    least: int = 3
+
+    def shared(self, visits: int) -> Effort:
+        """The part of each of so many visits, which together make this effort."""
+        rounds, least = -(-self.rounds // visits), -(-self.least // visits)
+        return replace(self, seconds=self.seconds / visits, rounds=rounds, least=least)
 
 
-THOROUGH, QUICK, REHEARSAL = Effort(), Effort(0.004, 5, 3.0, False, 0.05), Effort(0.0, 1, 0.0, False, 0.0)
+THOROUGH = Effort()
+QUICK = Effort(rounds=5, seconds=3.0, compile=False)
+REHEARSAL = Effort(turn=0.0, rounds=1, seconds=0.0, compile=False, patience=0.0, least=1)
 
 
 class HostClock:
@@ -151,7 +162,7 @@ class HostClock:
     def prepare(self, function: Function, sets: Sequence[Inputs], effort: Effort, captured: bool = True) -> Turn:
         """Warm a contender up, choose its number of calls, and return its turn."""
         if math.isinf(self._least):
-            self._learn(8 * effort.patience)
+            self._learn(40 * effort.patience)
         rotation = itertools.cycle(sets)
         call, around = _taken_apart(function)
         calls = 1
@@ -296,11 +307,11 @@ class Race:
         self.row: Row = {
             "case": case.name, "status": "red", "clock": clock.name, "bytes": case.bytes, "operations": case.operations,
             "floor": peaks.floor(case), "copy": peaks.copy, "product": peaks.product,
-            "times": {}, "walls": {}, "errors": {}, "missing": {},
+            "times": {}, "walls": {}, "calm": [], "errors": {}, "missing": {},
         }  # fmt: skip
         self.effort = effort
         self._turns: dict[str, Turn] = {}
-        self._calm: list[bool] = []
+        self._often: dict[str, int] = {}
         sets = _sets(case, clock, effort)
         judge = case.judge(sets[0])
         if self._allow(OURS, case.ours, sets[0], judge, 1.0):
@@ -354,42 +365,77 @@ class Race:
         return self.row["status"] == "red"
 
     def run(self) -> None:
-        """Rounds, as many as the effort allows. Where ten or more saw the core's full speed in every turn, only they stay."""
+        """Rounds, as many as the effort allows, after those that `row` knows already."""
+        begin, known = _now(), len(self.row["calm"])
         if self.effort.seconds > 0:
             self.round()  # the first finds caches and clocks cold
-            self._keep([False])
-        begin, spent = _now(), 0.0
-        try:
-            while not self._calm or (sum(self._calm) < self.effort.rounds and spent < self.effort.seconds):
-                self.round()
-                spent = (_now() - begin) * (1 + 1 / len(self._calm))  # with one round more
-        finally:
-            self.row["calm"] = all(self._calm) or sum(self._calm) >= min(LEAST_CALM, self.effort.rounds)
-            if self.row["calm"]:
-                self._keep(self._calm)
+            self._share_out()
+            if _now() - begin < self.effort.seconds / 4:
+                self._keep([True] * known + [False])
+        calm: list[bool] = self.row["calm"]
+        while (done := len(calm) - known) < self.effort.least or (
+            sum(calm[known:]) < self.effort.rounds and (_now() - begin) * (1 + 1 / done) < self.effort.seconds
+        ):
+            self.round()
+
+    def forget(self) -> None:
+        """Begin anew: of the rounds so far the row knows nothing."""
+        self._keep([False] * len(self.row["calm"]))
 
     def round(self) -> None:
-        """One turn of every contender, in random order."""
-        calm = True
+        """Turns of every contender, in random order. Of several turns of one their median counts."""
+        taken: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in self._turns}
+        order = [name for name in self._turns for _ in range(self._often.get(name, 1))]
         gc.collect()
         gc.disable()
         try:
-            for name in random.sample(list(self._turns), len(self._turns)):
-                own, wall, undisturbed = self._turns[name]()
-                self.row["times"][name].append(own)
-                self.row["walls"][name].append(wall)
-                calm &= undisturbed
-            self._calm.append(calm)
+            for name in random.sample(order, len(order)):
+                taken[name].append(self._turns[name]())
         finally:
             gc.enable()
-            self._keep([True] * len(self._calm))  # an interrupt in the middle of a round leaves no half of one
+        calm = True
+        try:
+            for name, turns in taken.items():
+                undisturbed = [turn for turn in turns if turn[2]]
+                owns, walls, _ = zip(*(undisturbed or turns), strict=True)
+                self.row["times"][name].append(_rounded(statistics.median(owns)))
+                self.row["walls"][name].append(_rounded(statistics.median(walls)))
+                calm &= bool(undisturbed)
+            self.row["calm"].append(calm)
+        finally:
+            self._keep([True] * len(self.row["calm"]))  # an interrupt leaves no half of a round
+
+    def _share_out(self) -> None:
+        """Let a contender that is quick beside the slowest take several turns in a round, about as long together."""
+        lasting = {name: max(self.effort.turn, walls[-1]) for name, walls in self.row["walls"].items()}
+        share = max(LEAST_TURNS * self.effort.turn, max(lasting.values()) / len(lasting))
+        self._often = {name: max(1, min(MOST_TURNS, int(share / taken))) for name, taken in lasting.items()}
 
     def _keep(self, which: Sequence[bool]) -> None:
         """Of the rounds so far, those that are marked."""
         for kind in ("times", "walls"):
             for taken in self.row[kind].values():
                 taken[:] = itertools.compress(taken, which)
-        self._calm = list(itertools.compress(self._calm, which))
+        self.row["calm"][:] = itertools.compress(self.row["calm"], which)
+
+
+def counted(row: Row) -> Row:
+    """A row with the rounds that count: where ten saw the core's full speed in every turn, only they; "calm" says whether so."""
+    flags: list[bool] = row.get("calm", [])
+    calm = all(flags) or sum(flags) >= LEAST_CALM
+    if not calm or all(flags):
+        return {**row, "calm": calm}
+    kept: Row = {
+        kind: {name: list(itertools.compress(taken, flags)) for name, taken in row[kind].items()}
+        for kind in ("times", "walls")
+        if kind in row
+    }
+    return {**row, "calm": True, **kept}
+
+
+def _rounded(seconds: float) -> float:
+    """Five figures are enough for a row."""
+    return float(f"{seconds:.5g}")
 
 
 def _sets(case: Case, clock: Clock, effort: Effort) -> list[Inputs]:
@@ -429,8 +475,9 @@ class Compiled:
 
     def __call__(self) -> Function:
         """Compile; the first call of what is returned takes seconds."""
-        torch.compiler.reset()
-        return torch.compile(self.function, fullgraph=True, dynamic=False)
+        old: Any = self.function
+        own = FunctionType(old.__code__.replace(), old.__globals__, old.__name__, old.__defaults__, old.__closure__)
+        return torch.compile(own, fullgraph=True, dynamic=False)  # a code object has room for few compilations
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
