@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -22,7 +21,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # the suites import the files beside them; the root stays off the path
 
-from results import newest, read
+from results import newest
 from setting import INTERPRETED, PLACE, TINY
 
 import steerfast as sf
@@ -65,36 +64,29 @@ class Ledger:
     """What a run measured, and what it did not: rows are written as they are measured, so that an interrupt keeps them."""
 
     def __init__(self, config: pytest.Config) -> None:
-        passes = config.getoption("--passes")
         self.thorough = not TINY and not config.getoption("--quick")
         effort = THOROUGH if self.thorough else REHEARSAL if TINY else QUICK
         self.visits = config.getoption("--visits") if PLACE != "cuda" else 1
-        self.effort: Effort = effort.shared(passes * self.visits)
+        self.effort: Effort = effort.shared(self.visits)
         self.clock: Clock = DeviceClock() if PLACE == "cuda" else HostClock()
         self.origin = {**circumstances(PLACE), "quick": not self.thorough}
-        self.origin["series"] = config.getoption("--series") or self.origin["date"]
+        self.origin["series"] = self.origin["date"]
         folder = config.getoption("--rows") or Path(__file__).parent / "results"
         device = "-".join("".join(c if c.isalnum() else " " for c in self.origin["device"]).lower().split())
         self.file = folder / f"{self.origin['date'][:10]}-{PLACE}-{device}.jsonl"
         self.rows: list[Row] = []
         self.unwritten: list[Row] = []
-        self.seconds = config.getoption("--deadline") / passes
-        self.deadline = self.seconds
+        self.deadline = time.monotonic() + config.getoption("--deadline")
         self.now = 0.0
         self.contests: list[Race] = []
+        self.visits_left = 0
         self._peaks: dict[torch.dtype, Peaks] = {}
         self.planned: list[str] = []
 
-    def start(self) -> None:
-        """From now on the time of the deadline runs."""
-        self.deadline = time.monotonic() + self.seconds
-
-    def series(self) -> list[Row]:
-        """The rows of this process, each with the rounds of the passes before it."""
-        before = read([self.file]) if self.file.exists() else []
-        mine = [row for row in before if row["run"].get("series") == self.origin["series"]]
-        together = newest([*mine, *self.unwritten])
-        return [together.get((row["case"], PLACE), row) for row in self.rows]
+    def cases(self) -> list[Row]:
+        """A row for each case, with the rounds of all its visits."""
+        visited = {case: row for (case, _), row in newest(self.rows).items()}
+        return [visited.get(case, row) for case, row in {row["case"]: row for row in self.rows}.items()]
 
     def peaks(self, dtype: torch.dtype) -> Peaks:
         if dtype not in self._peaks:
@@ -118,6 +110,7 @@ class Ledger:
 
     def visit_again(self) -> None:
         """The further visits of every case, in turn: what a machine is like for some minutes, averages out."""
+        self.visits_left = (self.visits - 1) * len(self.contests)
         for number in range(1, self.visits):
             for contest in list(self.contests):
                 if time.monotonic() > self.deadline:
@@ -127,6 +120,7 @@ class Ledger:
                 except Exception:
                     self.contests.remove(contest)
                     print(f"{contest.row['case']}: visit {number + 1} failed: {contest.row['error']}", flush=True)
+                self.visits_left -= 1
 
     def keep(self, row: Row) -> None:
         row = copy.deepcopy({**row, "run": self.origin})
@@ -163,34 +157,6 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)  # the clock counts the CPU time of all threads
     if PLACE == "cuda" or INTERPRETED:
         sf.use_backend("triton")
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Run all passes but the last, which is this process.
-
-    What a process has luck with, such as where its memory lies, and what a machine has moods of, minutes long, averages out.
-    """
-    config, ledger = session.config, session.config.stash[LEDGER]
-    passes = 1 if config.getoption("--series") or config.getoption("--collect-only") else config.getoption("--passes")
-    command = [sys.executable, "-m", "pytest", *map(str, config.invocation_params.args)]
-    command += ["--series", ledger.origin["series"]]
-    for number in range(1, passes):
-        print(f"pass {number} of {passes}", flush=True)
-        _pass(command, config.invocation_params.dir)
-    ledger.start()
-
-
-def _pass(command: list[str], folder: Path) -> None:
-    """One pass in a process of its own, which speaks only where something went wrong, or where it was cut short."""
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-        try:
-            text, _ = child.communicate()
-        except KeyboardInterrupt:
-            child.terminate()
-            print(child.communicate()[0])
-            raise
-    if child.returncode:
-        print(text)
 
 
 def _end(*_: Any) -> None:
@@ -351,7 +317,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for dtype, peaks in ledger._peaks.items():
         say(f"copy {peaks.copy / 1e9:.1f} GB/s, {bench.SHORT[dtype]} product {peaks.product / 1e12:.3f} TFLOP/s")
     say(bench.HEAD)
-    for row in ledger.series():
+    for row in ledger.cases():
         say(bench.line(row) if "floor" in row else _short(row))
     say(bench.LEGEND)
     reasons: dict[str, list[str]] = {}
@@ -362,6 +328,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         say(f"not measured: {reason} ({cases[0] if len(cases) == 1 else f'{len(cases)} cases'})")
     for reason, names in _skipped.items():
         say(f"not measured: {', '.join(names)}: {reason}")
+    if ledger.visits_left:
+        say(f"not measured: {ledger.visits_left} further visits: the run ended before them")
     for name in ledger.planned:
         if name not in _finished:
             say(f"not measured: {name}: the run ended before it")
