@@ -53,11 +53,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rows", type=Path, metavar="FOLDER", help="where raw rows go (default: benchmarks/results)")
     group.addoption("--quick", action="store_true", help="few short rounds, nothing compiled")
     group.addoption("--deadline", type=float, default=float("inf"), help="seconds after which no further case starts")
-    group.addoption("--passes", type=int, default=1, help="everything so many times, each in a process of its own")
     group.addoption(
         "--visits", type=int, default=1, help="measure each case in so many parts, far from each other (CPU)"
     )
-    group.addoption("--series", help="what the rows of such passes and visits have in common")
 
 
 class Ledger:

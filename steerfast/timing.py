@@ -114,7 +114,7 @@ class Effort:
     """
 
     turn: float = 0.001
-    rounds: int = 72
+    rounds: int = 40
     seconds: float = 7.2
     compile: bool = True
     patience: float = 0.05
