@@ -156,12 +156,14 @@ def couple(y, norm, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES: tl.c
     if FLOW & MODES:
         if mode == FLOW:
             length = weight * (tl.load(constants_ptr) + tl.load(constants_ptr + 1) * norm)
-            alpha, g = euler(y, norm, constants_ptr + 8, offs_k, mask_k, length, tl.load(head_ptr + 5))
+            alpha, end = euler(y, norm, constants_ptr + 8, offs_k, mask_k, length, tl.load(head_ptr + 5))
+            g = end - alpha[:, None] * y
     if SOLVE & MODES:
         if mode == SOLVE:
             length = weight * (tl.load(constants_ptr) + tl.load(constants_ptr + 1) * norm)
             rank, steps = tl.load(head_ptr + 1), tl.load(head_ptr + 5)
-            alpha, g = integrate(y, norm, constants_ptr + 8, rank, offs_k, mask_k, length, steps)
+            alpha, end = integrate(y, norm, constants_ptr + 8, rank, offs_k, mask_k, length, steps)
+            g = end - alpha[:, None] * y
     if ROTATE & MODES:
         if mode == ROTATE:
             g = _rotate(y, constants_ptr, weight, offs_k)

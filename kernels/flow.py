@@ -97,18 +97,16 @@ def _outside(y, norm):
 
 @triton.jit
 def euler(y, norm, c_ptr, offs_k, mask_k, length, steps):
-    """All steps of Euler on a quadratic barrier: α (BLOCK_N,) and the lift's numbers g = y_N - α·y₀ (BLOCK_N, BLOCK_K)."""
+    """All steps of Euler on a quadratic barrier: α (BLOCK_N,) and y at the end (BLOCK_N, BLOCK_K)."""
     lam = tl.load(c_ptr + offs_k * 8, mask=mask_k, other=0.0)
     bias = tl.load(c_ptr + offs_k * 8 + 1, mask=mask_k, other=0.0)
-    start = y
     rest, alpha = _outside(y, norm)
     step = length / steps
     for _ in range(steps):
         dy, dalpha, _, _ = _slope(y, alpha, rest, 0.0, lam, bias, c_ptr, 0, 0, 0.0, offs_k, mask_k)
         y += step[:, None] * dy
         alpha += step * dalpha
-    alpha = tl.where(rest == 0.0, 1.0, alpha)
-    return alpha, y - alpha[:, None] * start
+    return tl.where(rest == 0.0, 1.0, alpha), y
 
 
 @triton.jit
@@ -127,7 +125,6 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
     ridge_ptr = e_ptr + (2 + stages) * 8
     stride = (rank + 9) // 8 * 8
 
-    start = y
     rest, alpha = _outside(y, norm)
     sign = tl.where(length < 0, -1.0, 1.0)  # a negative length follows -∇h: sizes are compared without their sign
     left = sign * length
@@ -177,8 +174,7 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
             left -= sign * reach
         y = keep[:, None] * y + reach[:, None] * sum_y
         alpha = keep * alpha + reach * sum_alpha
-    alpha = tl.where(rest == 0.0, 1.0, alpha)
-    return alpha, y - alpha[:, None] * start
+    return tl.where(rest == 0.0, 1.0, alpha), y
 
 
 @triton.jit
@@ -196,9 +192,9 @@ def _flow_kernel(
     i_n = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    start = tl.load(z_ptr + i_n * stride_z_n + offs_d, mask=mask_d, other=0.0)[None, :]
+    z_ptr += i_n * stride_z_n
+    z = tl.load(z_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
     norm = tl.load(norm_ptr + i_n) + tl.zeros((1,), tl.float32)
-    z = start
     owned = 0
     for p in tl.static_range(P):
         slot = tl.full((), 0, tl.int32)
@@ -214,15 +210,15 @@ def _flow_kernel(
             length = weight * (tl.load(c_ptr) + tl.load(c_ptr + 1) * tl.where(owned == 0, norm, inside))
             if SOLVES:
                 if tl.load(head_ptr + 7) > 0:
-                    alpha, g = integrate(z, inside, c_ptr + 8, D, offs_d, mask_d, length, tl.load(head_ptr + 5))
+                    _, z = integrate(z, inside, c_ptr + 8, D, offs_d, mask_d, length, tl.load(head_ptr + 5))
                 else:
-                    alpha, g = euler(z, inside, c_ptr + 8, offs_d, mask_d, length, tl.load(head_ptr + 5))
+                    _, z = euler(z, inside, c_ptr + 8, offs_d, mask_d, length, tl.load(head_ptr + 5))
             else:
-                alpha, g = euler(z, inside, c_ptr + 8, offs_d, mask_d, length, tl.load(head_ptr + 5))
-            z = g + alpha[:, None] * z
+                _, z = euler(z, inside, c_ptr + 8, offs_d, mask_d, length, tl.load(head_ptr + 5))
             owned = 1
     tl.store(owned_ptr + i_n, owned)
-    g = tl.sum(z - start, axis=0).to(g_ptr.dtype.element_ty)
+    start = tl.load(z_ptr + offs_d, mask=mask_d, other=0.0)  # again: no register holds it across the steps
+    g = (tl.sum(z, axis=0) - start).to(g_ptr.dtype.element_ty)
     tl.store(g_ptr + i_n * stride_g_n + offs_d, g, mask=mask_d)
 
 
