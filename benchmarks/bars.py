@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from results import FOLDER, Row, newest, read
 
-from steerfast.timing import interval, paired
+from steerfast.timing import interval, paired, seconds, times
 
 TABLE = Path(__file__).with_name("bars.csv")
 
@@ -62,17 +62,16 @@ def samples(row: Row, measure: str) -> list[float]:
     """What a row says about a measure, round by round; KeyError where it says nothing."""
     kind, _, rest = measure.partition(":")
     names = [name.strip() for name in rest.split("|")]
-    times = row.get("times", {})
     if kind == "time":
-        return list(times[names[0]])
+        return times(row, names[0])
     if kind == "over":
         return paired(row, names[0], names[1])
     if kind == "above":
-        return [a - b for a, b in zip(times[names[0]], times[names[1]], strict=True)]
+        return [a - b for a, b in seconds(row, names[0], names[1])]
     if kind == "floor":
-        return [t / row["floor"] for t in times["ours"]]
+        return [t / row["floor"] for t in times(row, "ours")]
     if kind == "copy":
-        return [row["bytes"] / t / row["copy"] for t in times["ours"]]
+        return [row["bytes"] / t / row["copy"] for t in times(row, "ours")]
     if kind == "memory":
         return [row["memory"][names[0]] / row["memory"][names[1]]]
     if kind == "value":

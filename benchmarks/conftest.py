@@ -45,6 +45,7 @@ from steerfast.timing import (
     interval,
     measure_peaks,
     memory_rise,
+    times,
 )
 
 
@@ -94,7 +95,6 @@ class Ledger:
     def measure(self, contest: Race) -> None:
         """Visit a case: measure it, and keep the row whatever happens."""
         row, begin = contest.row, time.perf_counter()
-        contest.forget()
         try:
             with torch.no_grad():
                 contest.run()
@@ -226,7 +226,7 @@ def race(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
             pytest.skip(str(reason))
         more = {"peers": {**case.peers, **(peers or {})}, "yardsticks": {**case.yardsticks, **(yardsticks or {})}}
         case = replace(case, **more)
-        row: Row = {"case": case.name, "status": "failed", "calm": []}
+        row: Row = {"case": case.name, "status": "failed"}
         begin = time.perf_counter()
         try:
             with torch.no_grad():
@@ -303,7 +303,7 @@ def _short(row: Row) -> str:
     """A row without bytes, operations and a floor."""
     if row["status"] != "ok":
         return f"{row['case']:44}{row['status']}: {row.get('error', '')}"
-    return f"{row['case']:44}{1e3 * interval(row['times'][OURS])[0]:10.4f}"
+    return f"{row['case']:44}{1e3 * interval(times(row, OURS))[0]:10.4f}"
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

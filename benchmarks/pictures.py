@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 from results import Row
 
-from steerfast.timing import AGAIN, OURS, interval, paired
+from steerfast.timing import AGAIN, OURS, interval, paired, times
 
 INK, QUIET = "#1f3a5f", "#9aa5b1"
 COLOURS = [
@@ -42,7 +42,7 @@ plt.rcParams.update({
 
 def seconds(row: Row) -> float:
     """Median seconds of ours."""
-    return interval(row["times"][OURS])[0]
+    return interval(times(row, OURS))[0]
 
 
 def family(case: str) -> str:
@@ -125,7 +125,7 @@ def scalings(rows: Iterable[Row]) -> dict[str, tuple[Figure, Law]]:
 
 def _scaling(name: str, rows: list[Row]) -> tuple[Figure, Law]:
     rows = sorted(rows, key=lambda row: row["memory"]["size"])
-    sizes, taken = [row["memory"]["size"] for row in rows], [interval(row["times"][OURS]) for row in rows]
+    sizes, taken = [row["memory"]["size"] for row in rows], [interval(times(row, OURS)) for row in rows]
     law = fit(sizes, [t[0] for t in taken])
     figure, axes = plt.subplots(figsize=(5.6, 3.6))
     middle, low, high = ([1e3 * t[i] for t in taken] for i in range(3))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from steerfast.timing import counted
+from steerfast.timing import KINDS
 
 Row = dict[str, Any]
 FOLDER = Path(__file__).parent / "results"
@@ -71,7 +71,7 @@ def measured(row: Row) -> bool:
 def newest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
     """(case, place) -> its newest measured row. A thorough run counts before a quick one, whatever its date.
 
-    The rows of one series are one measurement: their rounds add up, and of these those that count are given.
+    The rows of one series are one measurement: their rounds add up.
     """
     found: dict[tuple[str, str], Row] = {}
     for row in filter(measured, rows):
@@ -79,7 +79,7 @@ def newest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
         before = found.get(key)
         if before is None or before["run"].get("quick") or not row["run"].get("quick"):
             found[key] = row if before is None or not _same_series(before, row) else _together(before, row)
-    return {key: counted(row) for key, row in found.items()}
+    return found
 
 
 def _same_series(before: Row, row: Row) -> bool:
@@ -89,9 +89,9 @@ def _same_series(before: Row, row: Row) -> bool:
 
 def _together(before: Row, row: Row) -> Row:
     """The newer row with the rounds of both, of the contenders that both have."""
-    kinds = [kind for kind in ("times", "walls") if kind in before and kind in row]
+    kinds = [kind for kind in KINDS if kind in before and kind in row]
     added = {
         kind: {name: before[kind][name] + taken for name, taken in row[kind].items() if name in before[kind]}
         for kind in kinds
     }
-    return {**row, **added, "calm": before.get("calm", []) + row.get("calm", [])}
+    return {**row, **added}

@@ -15,7 +15,7 @@ from steerfast.bench_cases import Stream
 from steerfast.timing import Case, Function, Inputs, error_share
 
 AT = Stream(AT.device, pick(AT.dtype, AT.dtype, torch.float32), AT.d)
-N, FEATURES = pick(4096, 256, 3), pick(16384, 4096, 64)
+N, TOKENS, FEATURES = pick(4096, 256, 3), pick(4096, 64, 3), pick(16384, 4096, 64)
 
 
 def gradients(loss: Callable[..., Tensor]) -> Function:
@@ -88,9 +88,9 @@ def test_autoencoder(race: Any) -> None:
     at = Stream(AT.device, torch.float32, AT.d)
     race(
         lambda: Case(
-            f"train sae F={FEATURES} k={K} n={N} {at.tag}",
-            bytes=4 * at.d * (4 * FEATURES + 3 * N), operations=2 * N * at.d * (FEATURES + 5 * K),
-            fresh=lambda: (at.rows(N),), fixed=(at.dictionary(FEATURES), at.dictionary(FEATURES)),
+            f"train sae F={FEATURES} k={K} n={TOKENS} {at.tag}",
+            bytes=4 * at.d * (4 * FEATURES + 3 * TOKENS), operations=2 * TOKENS * at.d * (FEATURES + 5 * K),
+            fresh=lambda: (at.rows(TOKENS),), fixed=(at.dictionary(FEATURES), at.dictionary(FEATURES)),
             ours=gradients(fused), judge=same_gradients(dense),
             peers={"eager": lambda: gradients(eager), "dense": lambda: gradients(dense), "sparsify": sparsify},
         ),

@@ -40,12 +40,13 @@ from .timing import (
     Race,
     Row,
     append_row,
+    at_full_speed,
     circumstances,
     clock_here,
-    counted,
     interval,
     measure_peaks,
     paired,
+    times,
 )  # fmt: skip
 
 DESCRIPTION = (
@@ -123,7 +124,7 @@ def _measured(name: str, build: Callable[[], Case], clock: Clock, peaks: Peaks, 
         return {"case": name, "status": "not here", "missing": {OURS: str(reason)}}
     if not race.red:
         race.run()
-    return counted(race.row)
+    return race.row
 
 
 HEAD = f"{'case':44}{'ms':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of peak':>9}{'eager':>8}{'compile':>9}{'noise':>7}"
@@ -137,13 +138,13 @@ def line(row: Row) -> str:
     """One row of the table."""
     if row["status"] != "ok":
         return f"{row['case']:44}{row['status']}: {row['missing'].get(OURS, '')}"
-    seconds = interval(row["times"][OURS])[0]
+    seconds = interval(times(row, OURS))[0]
     cells = [
         f"{interval(paired(row, peer, OURS))[0]:{width}.2f}" if peer in row["times"] else f"{'-':>{width}}"
         for peer, width in (("eager", 8), ("torch.compile", 9), (AGAIN, 7))
     ]
     rates = f"{row['bytes'] / seconds / 1e9:8.1f}{row['operations'] / seconds / 1e9:9.1f}"
-    busy = "" if row["calm"] else "  busy"
+    busy = "" if at_full_speed(row, OURS) else "  busy"
     return f"{row['case']:44}{1e3 * seconds:10.4f}{rates}{row['floor'] / seconds:9.0%}{''.join(cells)}{busy}"
 
 

@@ -2,8 +2,8 @@
 
 A turn is many calls of one contender, timed as a whole: CPU time of the process on the host, CUDA graphs between events
 on a GPU. A round is one turn of each, or several of those that are quick. What disturbs a machine disturbs all turns of a
-round, so the ratio within a round is steadier than any time in it. A round that met a slow core is left out where others
-did not. One contender, "again", is ours a second time: what its ratio differs from 1 is the noise.
+round, so the ratio within a round is steadier than any time in it. Turns that met a slow core are left out where enough
+others did not. One contender, "again", is ours a second time: what its ratio differs from 1 is the noise.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ Turn = Callable[[], tuple[float, float, bool]]  # seconds per call on the place'
 OURS, AGAIN = "ours", "again"
 MOST_SETS = 32
 LEAST_ROTATION = 256 << 20  # bytes of rotating inputs on a GPU: more than any L2 of today
+KINDS = (
+    "times",
+    "walls",
+    "calm",
+)  # of a round: its turns on the clock, on the wall, and on the clock where the core was calm
 LEAST_CALM = 10
 LEAST_TURNS, MOST_TURNS = 3, 9
 RESAMPLES = 2000
@@ -113,8 +118,8 @@ class Effort:
     patience: seconds that a turn may wait for the core's full speed, and be taken again where that did not last.
     """
 
-    turn: float = 0.001
-    rounds: int = 40
+    turn: float = 0.0002
+    rounds: int = 80
     seconds: float = 7.2
     compile: bool = True
     patience: float = 0.05
@@ -172,7 +177,7 @@ class HostClock:
                 begin = time.perf_counter()
                 call(*next(rotation))
             taken = max(time.perf_counter() - begin, 1e-9)
-            calls, short = max(1, round(effort.turn / taken)), taken < 10 * effort.turn
+            calls, short = max(1, round(effort.turn / taken)), taken < 50 * effort.turn
 
         def turn() -> tuple[float, float, bool]:
             limit = time.perf_counter() + self._hope * effort.patience
@@ -224,7 +229,7 @@ class DeviceClock:
             start = time.perf_counter()
             call(*sets[0])
             torch.cuda.synchronize()
-        calls = max(1, min(self.most_calls, int(2 * effort.turn / (time.perf_counter() - start))))
+        calls = max(1, min(self.most_calls, int(10 * effort.turn / (time.perf_counter() - start))))
         rotation = itertools.cycle(sets)
 
         def launch() -> None:
@@ -308,7 +313,7 @@ class Race:
         self.row: Row = {
             "case": case.name, "status": "red", "clock": clock.name, "bytes": case.bytes, "operations": case.operations,
             "floor": peaks.floor(case), "copy": peaks.copy, "product": peaks.product,
-            "times": {}, "walls": {}, "calm": [], "errors": {}, "missing": {},
+            "times": {}, "walls": {}, "calm": {}, "errors": {}, "missing": {},
         }  # fmt: skip
         self.effort = effort
         self._turns: dict[str, Turn] = {}
@@ -340,7 +345,8 @@ class Race:
             function = maker()
             if judge is None or self._allow(name, function, sets[0], judge, case.slack):
                 self._turns[name] = clock.prepare(function, sets, self.effort, case.captured)
-                self.row["times"][name], self.row["walls"][name] = [], []
+                for kind in KINDS:
+                    self.row[kind][name] = []
         except NotHere as reason:
             self.row["missing"][name] = str(reason)
         except ModuleNotFoundError as error:
@@ -366,28 +372,21 @@ class Race:
         return self.row["status"] == "red"
 
     def run(self) -> None:
-        """Rounds, as many as the effort allows, after those that `row` knows already."""
-        begin, known = _now(), len(self.row["calm"])
+        """Rounds, as many as the effort allows; of earlier ones the row knows nothing afterwards."""
+        begin = _now()
+        self._keep(0)
         if self.effort.seconds > 0:
             self.round()  # the first finds caches and clocks cold
             self._share_out()
             if _now() - begin < self.effort.seconds / 4:
-                self._keep([True] * known + [False])
-        calm: list[bool] = self.row["calm"]
-        while (done := len(calm) - known) < self.effort.least or (
-            sum(calm[known:]) < self.effort.rounds and (_now() - begin) * (1 + 1 / done) < self.effort.seconds
+                self._keep(0)
+        while (done := len(self.row["times"][OURS])) < self.effort.least or (
+            self._undisturbed() < self.effort.rounds and (_now() - begin) * (1 + 1 / done) < self.effort.seconds
         ):
             self.round()
 
-    def forget(self) -> None:
-        """Begin anew: of the rounds so far the row knows nothing."""
-        self._keep([False] * len(self.row["calm"]))
-
     def round(self) -> None:
-        """Turns of every contender, in random order. Of several turns of one their median counts.
-
-        Where each had the core's full speed in one turn or more, turns without it do not count.
-        """
+        """Turns of every contender, in random order. Of several turns of one their median counts, and that of the calm ones."""
         taken: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in self._turns}
         order = [name for name in self._turns for _ in range(self._often.get(name, 1))]
         gc.collect()
@@ -397,15 +396,18 @@ class Race:
                 taken[name].append(self._turns[name]())
         finally:
             gc.enable()
-        calm = all(any(undisturbed for *_, undisturbed in turns) for turns in taken.values())
         try:
             for name, turns in taken.items():
-                owns, walls, _ = zip(*(turn for turn in turns if turn[2] or not calm), strict=True)
-                self.row["times"][name].append(_rounded(statistics.median(owns)))
-                self.row["walls"][name].append(_rounded(statistics.median(walls)))
-            self.row["calm"].append(calm)
+                calm = [own for own, _, undisturbed in turns if undisturbed]
+                self.row["times"][name].append(_middle([own for own, _, _ in turns]))
+                self.row["walls"][name].append(_middle([wall for _, wall, _ in turns]))
+                self.row["calm"][name].append(_middle(calm) if calm else None)
         finally:
-            self._keep([True] * len(self.row["calm"]))  # an interrupt leaves no half of a round
+            self._keep(min(len(taken) for kind in KINDS for taken in self.row[kind].values()))  # no half of a round
+
+    def _undisturbed(self) -> int:
+        """Rounds in which every contender had a calm turn."""
+        return sum(None not in found for found in zip(*self.row["calm"].values(), strict=True))
 
     def _share_out(self) -> None:
         """Let a contender that is quick beside the slowest take several turns in a round, about as long together."""
@@ -413,31 +415,43 @@ class Race:
         share = max(LEAST_TURNS * self.effort.turn, max(lasting.values()) / len(lasting))
         self._often = {name: max(1, min(MOST_TURNS, int(share / taken))) for name, taken in lasting.items()}
 
-    def _keep(self, which: Sequence[bool]) -> None:
-        """Of the rounds so far, those that are marked."""
-        for kind in ("times", "walls"):
+    def _keep(self, count: int) -> None:
+        """Of the rounds so far, the first ones."""
+        for kind in KINDS:
             for taken in self.row[kind].values():
-                taken[:] = itertools.compress(taken, which)
-        self.row["calm"][:] = itertools.compress(self.row["calm"], which)
+                del taken[count:]
 
 
-def counted(row: Row) -> Row:
-    """A row with the rounds that count: where ten saw the core's full speed in every turn, only they; "calm" says whether so."""
-    flags: list[bool] = row.get("calm", [])
-    calm = all(flags) or sum(flags) >= LEAST_CALM
-    if not calm or all(flags):
-        return {**row, "calm": calm}
-    kept: Row = {
-        kind: {name: list(itertools.compress(taken, flags)) for name, taken in row[kind].items()}
-        for kind in ("times", "walls")
-        if kind in row
-    }
-    return {**row, "calm": True, **kept}
+def _middle(seconds: list[float]) -> float:
+    """The median, in five figures: enough for a row."""
+    return float(f"{statistics.median(seconds):.5g}")
 
 
-def _rounded(seconds: float) -> float:
-    """Five figures are enough for a row."""
-    return float(f"{seconds:.5g}")
+def at_full_speed(row: Row, *names: str) -> list[tuple[float, ...]]:
+    """Round by round, the seconds of these contenders in calm turns; empty where fewer than ten rounds had one of each."""
+    calm = row.get("calm", {})
+    if not all(name in calm for name in names):
+        return []
+    found = [taken for taken in zip(*(calm[name] for name in names), strict=True) if None not in taken]
+    return found if len(found) >= LEAST_CALM else []
+
+
+def seconds(row: Row, *names: str) -> list[tuple[float, ...]]:
+    """Round by round, the seconds of these contenders that count: at full speed where there are enough, else of all turns.
+
+    One calm contender is never set against a disturbed one.
+    """
+    return at_full_speed(row, *names) or list(zip(*(row["times"][name] for name in names), strict=True))
+
+
+def times(row: Row, name: str) -> list[float]:
+    """Round by round, the seconds of one contender that count."""
+    return [taken for (taken,) in seconds(row, name)]
+
+
+def paired(row: Row, name: str, base: str) -> list[float]:
+    """Round by round, the time of one contender over that of another."""
+    return [a / b for a, b in seconds(row, name, base)]
 
 
 def _sets(case: Case, clock: Clock, effort: Effort) -> list[Inputs]:
@@ -502,11 +516,6 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
     tail = (1 - confidence) / 2
     return statistics.median(values), medians[int(tail * RESAMPLES)], medians[int((1 - tail) * RESAMPLES) - 1]
-
-
-def paired(row: Row, name: str, base: str, kind: str = "times") -> list[float]:
-    """Round by round, the time of one contender over that of another."""
-    return [a / b for a, b in zip(row[kind][name], row[kind][base], strict=True)]
 
 
 def memory_rise(function: Function, inputs: Inputs, device: str) -> int | None:
