@@ -119,8 +119,8 @@ class Effort:
     """
 
     turn: float = 0.0002
-    rounds: int = 80
-    seconds: float = 7.2
+    rounds: int = 120
+    seconds: float = 9.0
     compile: bool = True
     patience: float = 0.05
     least: int = 3
@@ -141,7 +141,8 @@ class HostClock:
 
     A virtual core shares a real one: while its neighbour works everything takes up to twice as long, and not all of it in one
     proportion. So a turn waits until a fixed piece of work takes no more than 1.4 times the least that it ever took here,
-    and looks again at its end. Where that was in vain, the next turn waits half as long.
+    and looks again at its end: each time for a twentieth of its length, so that it tells of a long turn, too. Where waiting
+    was in vain, the next turn waits half as long.
     """
 
     name = "CPU time of the process"
@@ -152,11 +153,16 @@ class HostClock:
         self._least = math.inf
         self._hope = 1.0
 
-    def at_full_speed(self) -> bool:
-        """Whether this core is nobody else's at the moment."""
-        taken = _fixed_work()
-        self._least = min(self._least, taken)
-        return taken <= self.slow * self._least
+    def at_full_speed(self, lasting: float = 0.0) -> bool:
+        """Whether this core is nobody else's at the moment, or for so many seconds."""
+        end = time.perf_counter() + lasting
+        while True:
+            taken = _fixed_work()
+            self._least = min(self._least, taken)
+            if taken > self.slow * self._least:
+                return False
+            if time.perf_counter() >= end:
+                return True
 
     def _learn(self, seconds: float) -> None:
         """Look for the full speed of this core, once."""
@@ -170,7 +176,7 @@ class HostClock:
             self._learn(40 * effort.patience)
         rotation = itertools.cycle(sets)
         call, around = _taken_apart(function)
-        calls, short = 1, False
+        calls, short, look = 1, False, 0.0
         if effort.turn > 0:
             with around():
                 call(*next(rotation))
@@ -178,12 +184,13 @@ class HostClock:
                 call(*next(rotation))
             taken = max(time.perf_counter() - begin, 1e-9)
             calls, short = max(1, round(effort.turn / taken)), taken < 50 * effort.turn
+            look = calls * taken / 20
 
         def turn() -> tuple[float, float, bool]:
             limit = time.perf_counter() + self._hope * effort.patience
             with around():
                 while True:
-                    while not (calm := self.at_full_speed()) and time.perf_counter() < limit:
+                    while not (calm := self.at_full_speed(look)) and time.perf_counter() < limit:
                         time.sleep(0.001)
                     if short:
                         call(*next(rotation))  # finds the caches and the memory as the contender before left them
@@ -191,7 +198,7 @@ class HostClock:
                     for inputs in itertools.islice(rotation, calls):
                         call(*inputs)
                     own, wall = time.process_time() - own, time.perf_counter() - wall
-                    calm = self.at_full_speed() and calm
+                    calm = calm and self.at_full_speed(look)
                     if calm or time.perf_counter() >= limit:
                         self._hope = 1.0 if calm else max(self._hope / 2, 1 / 64)
                         return own / calls, wall / calls, calm

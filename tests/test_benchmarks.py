@@ -82,6 +82,10 @@ def test_missing_and_failing_peers_are_named():
     assert len(found.row["times"][OURS]) >= 3
 
 
+def lengths(found: Race) -> set[int]:
+    return {len(taken) for kind in timing.KINDS for taken in found.row[kind].values()}
+
+
 def test_an_interrupt_in_a_round_leaves_whole_rounds():
     calls = 0
 
@@ -99,7 +103,7 @@ def test_an_interrupt_in_a_round_leaves_whole_rounds():
             found.round()
             done += 1
     assert done > 0
-    assert {len(taken) for kind in ("times", "walls") for taken in found.row[kind].values()} == {done}
+    assert lengths(found) == {done}
 
 
 class Busy(HostClock):
@@ -110,7 +114,7 @@ class Busy(HostClock):
         self.pattern = itertools.cycle(pattern)
         self._least = 1.0  # there is nothing to learn
 
-    def at_full_speed(self) -> bool:
+    def at_full_speed(self, lasting: float = 0.0) -> bool:
         return next(self.pattern)
 
 
@@ -146,13 +150,12 @@ def test_an_interrupt_in_a_run_leaves_what_is_known_of_its_rounds():
         patch.setattr(timing, "_now", lambda: 1 / 0 if next(at) == 5 else 0.0)
         with pytest.raises(ZeroDivisionError):
             found.run()
-    done = len(found.row["calm"])
+    (done,) = lengths(found)
     assert done > 3
-    assert found.row["calm"] == [False] * done
-    assert {len(taken) for kind in ("times", "walls") for taken in found.row[kind].values()} == {done}
+    assert found.row["calm"] == dict.fromkeys((OURS, AGAIN), [None] * done)
 
 
-@pytest.mark.parametrize(("pattern", "count"), [([True], 3), ([False], 11), ([True] * 13 + [False] * 3, 4)])
+@pytest.mark.parametrize(("pattern", "count"), [([True], 3), ([False], 11), ([True] * 12 + [False] * 2, 4)])
 def test_rounds_go_on_until_enough_saw_the_full_speed_or_time_is_over(pattern, count):
     found = Race(doubled(), Busy(pattern), PEAKS, EFFORT)
     with pytest.MonkeyPatch.context() as patch:
@@ -160,22 +163,22 @@ def test_rounds_go_on_until_enough_saw_the_full_speed_or_time_is_over(pattern, c
         patch.setattr(timing, "_now", lambda: next(now) / 13)  # a round takes a thirteenth of the second
         patch.setattr(found, "_share_out", lambda: None)  # which depends on true times
         found.run()
-    assert {len(taken) for kind in ("times", "walls") for taken in found.row[kind].values()} == {count}
-    assert len(found.row["calm"]) == count
-    assert sum(found.row["calm"]) >= 3 or not any(found.row["calm"])
+    assert lengths(found) == {count}
+    assert found._undisturbed() >= 3 or not found._undisturbed()
 
 
-def test_turns_on_a_busy_core_do_not_count_where_each_contender_had_others():
+def test_a_round_knows_the_turns_that_had_the_core_to_themselves():
     found = race(doubled())
-    turns = {name: iter([(1.0, 2.0, True), (9.0, 9.0, False), (3.0, 4.0, True)] * 2) for name in (OURS, AGAIN)}
+    turns = {name: iter([(1.0, 2.0, True), (9.0, 9.0, False), (2.0, 4.0, True)] * 2) for name in (OURS, AGAIN)}
     turns[AGAIN] = iter([(5.0, 5.0, True), (6.0, 6.0, True), (7.0, 7.0, True), *[(8.0, 8.0, False)] * 3])
     found._turns = {name: lambda name=name: next(turns[name]) for name in turns}
     found._often = dict.fromkeys(turns, 3)
     found.round()
     found.round()
-    assert found.row["times"] == {OURS: [2.0, 3.0], AGAIN: [6.0, 8.0]}
-    assert found.row["walls"] == {OURS: [3.0, 4.0], AGAIN: [6.0, 8.0]}
-    assert found.row["calm"] == [True, False]
+    assert found.row["times"] == {OURS: [2.0, 2.0], AGAIN: [6.0, 8.0]}
+    assert found.row["walls"] == {OURS: [4.0, 4.0], AGAIN: [6.0, 8.0]}
+    assert found.row["calm"] == {OURS: [1.5, 1.5], AGAIN: [6.0, None]}
+    assert found._undisturbed() == 1
 
 
 def test_large_inputs_lie_at_many_places_in_their_pages():
@@ -193,12 +196,9 @@ def test_a_slow_case_keeps_its_first_round_and_gets_the_least_number():
         now = itertools.count()
         patch.setattr(timing, "_now", lambda: float(next(now)))
         found.run()
-        assert len(found.row["calm"]) == 2
-        found.run()  # a second visit adds to what is known
-        assert len(found.row["calm"]) == 4
-    found.forget()
-    assert set(map(len, found.row["times"].values())) == {0}
-    assert found.row["calm"] == []
+        assert lengths(found) == {2}
+        found.run()  # a visit forgets the one before
+    assert lengths(found) == {2}
 
 
 def test_a_contender_that_is_quick_beside_the_slowest_takes_several_turns_in_a_round():
@@ -235,6 +235,15 @@ def test_the_core_is_known_by_its_fastest_moment():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "_fixed_work", iter([1.0, 1.3, 1.5, 0.9, 1.3]).__next__)
         assert [clock.at_full_speed() for _ in range(5)] == [True, True, False, True, False]
+
+
+@pytest.mark.parametrize(("last", "calm"), [(1.0, True), (2.0, False)])
+def test_a_core_is_looked_at_for_as_long_as_was_asked(last, calm, monkeypatch):
+    work, now = iter([1.0] * 9 + [last]), itertools.count()
+    monkeypatch.setattr(timing, "_fixed_work", lambda: next(work))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(now)))
+    assert HostClock().at_full_speed(9.5) is calm
+    assert next(work, None) is None
 
 
 def test_a_context_is_entered_around_a_turn_and_left_after_it():
@@ -418,9 +427,17 @@ def row(case: str, seed: int = 0, slower: float = 1.0, noise: float = 0.01, **ch
 
     made = {"case": case, "suite": "add", "status": "ok", "floor": 1e-3, "bytes": 1e6, "operations": 1e6, "copy": 1e9,
             "product": 1e9, "times": {OURS: times(2e-3 * slower), AGAIN: times(2e-3 * slower), "eager": times(3e-3)},
-            "calm": [True] * 25,
             "errors": {OURS: 0.1, "eager": 0.1}, "missing": {}, "memory": {"ours": 10, "output": 8}, "run": RUN}  # fmt: skip
-    return {**made, **changes}
+    made.update(changes)
+    return {"calm": {name: list(taken) for name, taken in made["times"].items()}, **made}
+
+
+def disturb(made: dict, name: str, rounds: slice, by: float = 2.0) -> dict:
+    """A row in whose rounds a contender had no calm turn."""
+    for i in range(25)[rounds]:
+        made["times"][name][i] *= by
+        made["calm"][name][i] = None
+    return made
 
 
 def test_reading_skips_a_line_cut_short_and_takes_the_newest(tmp_path, capsys):
@@ -452,15 +469,28 @@ def test_the_rounds_of_the_passes_of_a_series_add_up():
     assert results.newest([first, second, other])["a", "cpu"]["times"] == other["times"]
 
 
-def test_rounds_on_a_busy_core_count_only_where_too_few_others_are():
-    runs = [{**RUN, "date": f"2026-01-01T00:0{i}:00+00:00", "series": "one"} for i in range(3)]
-    first, last = (row("a", i, run=run, calm=([True, False] * 13)[i:][:25]) for i, run in enumerate(runs[:2]))
-    found = results.newest([first, last])["a", "cpu"]
-    assert found["calm"] is True
-    assert found["times"][OURS] == first["times"][OURS][::2] + last["times"][OURS][1::2]
-    assert {len(taken) for taken in found["times"].values()} == {25}
-    busy = row("a", run=runs[0], calm=[True] * 9 + [False] * 16)
-    assert results.newest([busy])["a", "cpu"] == {**busy, "calm": False}
+def test_disturbed_turns_count_only_where_too_few_others_are():
+    true = row("a", noise=0.0)
+    for disturbed, calm in ((15, True), (16, False)):
+        found = disturb(row("a", noise=0.0), OURS, slice(disturbed))
+        assert bool(timing.at_full_speed(found, OURS)) is calm
+        assert interval(timing.times(found, OURS))[0] == pytest.approx(2e-3 * (1 if calm else 2))
+        assert timing.times(found, "eager") == true["times"]["eager"]
+        assert interval(paired(found, "eager", OURS))[0] == pytest.approx(1.5 if calm else 0.75)
+
+
+def test_a_calm_contender_is_never_set_against_a_disturbed_one():
+    found = disturb(row("a", noise=0.0), "eager", slice(None))
+    found["times"][OURS] = [2 * taken for taken in found["times"][OURS]]
+    assert interval(timing.times(found, OURS))[0] == pytest.approx(2e-3)
+    assert interval(paired(found, "eager", OURS))[0] == pytest.approx(1.5)  # not 3
+    found = disturb(disturb(row("a", noise=0.0), OURS, slice(13)), "eager", slice(13, 25))
+    assert timing.at_full_speed(found, "eager")
+    assert not timing.at_full_speed(found, OURS, "eager")  # never in one round
+    assert not timing.at_full_speed(found, OURS, "absent")
+    del found["calm"]
+    assert not timing.at_full_speed(found, OURS)
+    assert timing.times(found, OURS) == found["times"][OURS]
 
 
 def test_results_of_the_long_runs_are_rows_too(tmp_path):
@@ -579,9 +609,9 @@ def test_what_cannot_be_compared_is_named():
 
 
 def test_how_far_a_repeat_moved_becomes_a_row(tmp_path):
-    for case, slower, calm in (("a", 1.1, False), ("b", 1.02, True)):
+    for case, slower, disturbed in (("a", 1.1, slice(20)), ("b", 1.02, slice(0))):
         append_row(tmp_path / "a.jsonl", row(case, noise=0.0))
-        append_row(tmp_path / "b.jsonl", row(case, slower=slower, noise=0.0, calm=[calm] * 25))
+        append_row(tmp_path / "b.jsonl", disturb(row(case, slower=slower, noise=0.0), OURS, disturbed, by=1.0))
     out = tmp_path / "out.jsonl"
     assert compare.main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--repeat", "--out", str(out)]) == 0
     values = results.read([out])[0]["values"]
