@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from results import FOLDER, Row, newest, read
 
-from steerfast.timing import interval, paired, seconds, times
+from steerfast.timing import interval, paired, pairs, times
 
 TABLE = Path(__file__).with_name("bars.csv")
 
@@ -67,7 +67,7 @@ def samples(row: Row, measure: str) -> list[float]:
     if kind == "over":
         return paired(row, names[0], names[1])
     if kind == "above":
-        return [a - b for a, b in seconds(row, names[0], names[1])]
+        return [a - b for a, b in pairs(row, names[0], names[1])]
     if kind == "floor":
         return [t / row["floor"] for t in times(row, "ours")]
     if kind == "copy":

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from results import Row, newest, read
 
-from steerfast.timing import AGAIN, OURS, append_row, at_full_speed, interval, paired
+from steerfast.timing import AGAIN, OURS, append_row, interval, is_calm, paired
 
 PEERS = ("eager", "naive chain", "all dimensions", "bare hooks", "hook that adds", "unsteered", "dense")
 RESAMPLES = 2000
@@ -111,9 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.repeat:
         moves = {c: max(c.ratio, 1 / c.ratio) - 1 for c in changes}
         worst, middle = max(changes, key=lambda c: moves[c]), statistics.median(moves.values())
-        calm = [
-            moves[c] for c in changes if all(at_full_speed(rows[c.case, c.place], OURS, c.peer) for rows in (old, new))
-        ]
+        calm = [moves[c] for c in changes if all(is_calm(rows[c.case, c.place], OURS, c.peer) for rows in (old, new))]
         print(
             f"the ratios of {len(changes)} pairs moved by at most {moves[worst]:.1%} ({worst.case}, to {worst.peer}), "
             f"half of them by less than {middle:.1%}"

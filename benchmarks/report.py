@@ -19,7 +19,7 @@ import pictures
 from results import FOLDER, Row, newest, read
 
 from steerfast._files import replace_file
-from steerfast.timing import AGAIN, OURS, at_full_speed, interval, paired
+from steerfast.timing import AGAIN, OURS, interval, is_calm, paired
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b2733; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
@@ -113,7 +113,7 @@ def _cases(rows: Sequence[Row]) -> str:
         ]
         known = "floor" in row and row["operations"]
         lines.append([
-            html.escape(row["case"]) + ("" if at_full_speed(row, OURS) else " <i>(busy)</i>"), f"{1e3 * taken:.4g}",
+            html.escape(row["case"]) + ("" if is_calm(row, OURS) else " <i>(busy)</i>"), f"{1e3 * taken:.4g}",
             f"{row['bytes'] / taken / 1e9:.1f}" if known else "", f"{row['operations'] / taken / 1e9:.1f}" if known else "",
             f"{row['floor'] / taken:.0%}" if known else "",
             f"{interval(paired(row, AGAIN, OURS))[0] - 1:+.1%}" if AGAIN in row["times"] else "", ", ".join(peers),

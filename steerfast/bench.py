@@ -40,10 +40,10 @@ from .timing import (
     Race,
     Row,
     append_row,
-    at_full_speed,
     circumstances,
     clock_here,
     interval,
+    is_calm,
     measure_peaks,
     paired,
     times,
@@ -144,7 +144,7 @@ def line(row: Row) -> str:
         for peer, width in (("eager", 8), ("torch.compile", 9), (AGAIN, 7))
     ]
     rates = f"{row['bytes'] / seconds / 1e9:8.1f}{row['operations'] / seconds / 1e9:9.1f}"
-    busy = "" if at_full_speed(row, OURS) else "  busy"
+    busy = "" if is_calm(row, OURS) else "  busy"
     return f"{row['case']:44}{1e3 * seconds:10.4f}{rates}{row['floor'] / seconds:9.0%}{''.join(cells)}{busy}"
 
 

@@ -1,9 +1,9 @@
-"""How a benchmark measures: contenders take turns in random order, ratios are paired by round, outputs are checked first.
+"""How a benchmark measures: ours meets each peer in duels, in random order; outputs are checked first.
 
-A turn is many calls of one contender, timed as a whole: CPU time of the process on the host, CUDA graphs between events
-on a GPU. A round is one turn of each, or several of those that are quick. What disturbs a machine disturbs all turns of a
-round, so the ratio within a round is steadier than any time in it. Turns that met a slow core are left out where enough
-others did not. One contender, "again", is ours a second time: what its ratio differs from 1 is the noise.
+A duel is a burst of calls of ours and one of the peer, one right after the other: CPU time of the process on the host, CUDA
+graphs between events on a GPU. What disturbs a machine disturbs both, so their ratio is steadier than their times. A round
+is a few duels with each peer. Duels that met a slow core are left out where enough others did not. One contender, "again",
+is ours a second time: what its ratio differs from 1 is the noise.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,18 +37,18 @@ from torch import Tensor
 Inputs = tuple[Any, ...]
 Function = Callable[..., Any]
 Row = dict[str, Any]
-Turn = Callable[[], tuple[float, float, bool]]  # seconds per call on the place's clock and on the wall; at full speed?
 
 OURS, AGAIN = "ours", "again"
 MOST_SETS = 32
 LEAST_ROTATION = 256 << 20  # bytes of rotating inputs on a GPU: more than any L2 of today
 KINDS = (
     "times",
-    "walls",
+    "beside",
     "calm",
-)  # of a round: its turns on the clock, on the wall, and on the clock where the core was calm
+)  # of a round: a contender's seconds, those of ours in its duels, whether at full speed
 LEAST_CALM = 10
-LEAST_TURNS, MOST_TURNS = 3, 9
+MOST_DUELS, SHORT_DUEL = 3, 0.01  # in a round with one contender; seconds that several may take together
+SHORT_CALL = 0.01  # seconds; one that takes longer needs no warming up
 RESAMPLES = 2000
 PACKAGES = (
     "steerfast", "torch", "triton", "transformers", "vllm", "sae-lens", "eai-sparsify", "steering-vectors", "repeng",
@@ -95,7 +95,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Within:
-    """A contender inside a context, such as a hook: entered before each turn and left after it, outside the time taken."""
+    """A contender inside a context, such as a hook: entered before each burst and left after it, outside the time taken."""
 
     function: Function
     around: Callable[[], AbstractContextManager[object]]
@@ -112,13 +112,13 @@ def _taken_apart(function: Function) -> tuple[Function, Callable[[], AbstractCon
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: seconds per turn at least, rounds at most, seconds of rounds per case; whether to compile peers.
+    """How long to measure: seconds per burst at least, rounds at most, seconds of rounds per case; whether to compile peers.
 
     least: rounds at least, however long they take.
-    patience: seconds that a turn may wait for the core's full speed, and be taken again where that did not last.
+    patience: seconds that a duel may wait for the core's full speed, and be fought again where that did not last.
     """
 
-    turn: float = 0.0002
+    burst: float = 0.0002
     rounds: int = 120
     seconds: float = 9.0
     compile: bool = True
@@ -133,16 +133,59 @@ class Effort:
 
 THOROUGH = Effort()
 QUICK = Effort(rounds=5, seconds=3.0, compile=False)
-REHEARSAL = Effort(turn=0.0, rounds=1, seconds=0.0, compile=False, patience=0.0, least=1)
+REHEARSAL = Effort(burst=0.0, rounds=1, seconds=0.0, compile=False, patience=0.0, least=1)
+
+
+class Runner(Protocol):
+    """A contender that is warm; taken: seconds of a call, about, 0 where unknown."""
+
+    taken: float
+
+    def burst(self, seconds: float) -> float:
+        """Calls for about so many seconds: what one of them took."""
+
+
+class Duel(NamedTuple):
+    """Seconds of a call of ours and of another contender, taken together; whether the core was at full speed meanwhile."""
+
+    ours: float
+    other: float
+    calm: bool
+
+
+class HostRunner:
+    """Calls on the host, in the CPU time of the process."""
+
+    def __init__(self, function: Function, sets: Sequence[Inputs], effort: Effort) -> None:
+        self._call, self._around = _taken_apart(function)
+        self._rotation = itertools.cycle(sets)
+        self.taken = 0.0
+        if effort.burst > 0:
+            with self._around():
+                self._call(*next(self._rotation))
+                begin = time.perf_counter()
+                self._call(*next(self._rotation))
+                self.taken = max(time.perf_counter() - begin, 1e-9)
+
+    def burst(self, seconds: float) -> float:
+        """A short call is first made once more: it finds the caches and the memory as the one before it left them."""
+        calls = max(1, round(seconds / self.taken)) if self.taken else 1
+        with self._around():
+            if 0 < self.taken < SHORT_CALL:
+                self._call(*next(self._rotation))
+            begin = time.process_time()
+            for inputs in itertools.islice(self._rotation, calls):
+                self._call(*inputs)
+            return (time.process_time() - begin) / calls
 
 
 class HostClock:
-    """CPU time of the process per call; wall time beside it.
+    """CPU time of the process per call.
 
     A virtual core shares a real one: while its neighbour works everything takes up to twice as long, and not all of it in one
-    proportion. So a turn waits until a fixed piece of work takes no more than 1.4 times the least that it ever took here,
-    and looks again at its end: each time for a twentieth of its length, so that it tells of a long turn, too. Where waiting
-    was in vain, the next turn waits half as long.
+    proportion. So a duel waits until a fixed piece of work takes no more than 1.4 times the least that it ever took here,
+    and looks again at its end: each time for a twentieth of its length, so that it tells of a long one, too. Where waiting
+    was in vain, the next duel waits half as long.
     """
 
     name = "CPU time of the process"
@@ -170,40 +213,26 @@ class HostClock:
         while math.isinf(self._least) or time.perf_counter() < end:
             self.at_full_speed()
 
-    def prepare(self, function: Function, sets: Sequence[Inputs], effort: Effort, captured: bool = True) -> Turn:
-        """Warm a contender up, choose its number of calls, and return its turn."""
+    def prepare(self, function: Function, sets: Sequence[Inputs], effort: Effort, captured: bool = True) -> Runner:
+        """Warm a contender up."""
         if math.isinf(self._least):
             self._learn(40 * effort.patience)
-        rotation = itertools.cycle(sets)
-        call, around = _taken_apart(function)
-        calls, short, look = 1, False, 0.0
-        if effort.turn > 0:
-            with around():
-                call(*next(rotation))
-                begin = time.perf_counter()
-                call(*next(rotation))
-            taken = max(time.perf_counter() - begin, 1e-9)
-            calls, short = max(1, round(effort.turn / taken)), taken < 50 * effort.turn
-            look = calls * taken / 20
+        return HostRunner(function, sets, effort)
 
-        def turn() -> tuple[float, float, bool]:
-            limit = time.perf_counter() + self._hope * effort.patience
-            with around():
-                while True:
-                    while not (calm := self.at_full_speed(look)) and time.perf_counter() < limit:
-                        time.sleep(0.001)
-                    if short:
-                        call(*next(rotation))  # finds the caches and the memory as the contender before left them
-                    wall, own = time.perf_counter(), time.process_time()
-                    for inputs in itertools.islice(rotation, calls):
-                        call(*inputs)
-                    own, wall = time.process_time() - own, time.perf_counter() - wall
-                    calm = calm and self.at_full_speed(look)
-                    if calm or time.perf_counter() >= limit:
-                        self._hope = 1.0 if calm else max(self._hope / 2, 1 / 64)
-                        return own / calls, wall / calls, calm
-
-        return turn
+    def duel(self, ours: Runner, other: Runner, effort: Effort) -> Duel:
+        """A burst of each, in random order, as long as a call of the longer but at most ten times the effort's."""
+        longest = max(ours.taken, other.taken)
+        burst = max(effort.burst, min(10 * effort.burst, longest))
+        look = (burst + max(burst, longest)) / 20
+        limit = time.perf_counter() + self._hope * effort.patience
+        while True:
+            while not (calm := self.at_full_speed(look)) and time.perf_counter() < limit:
+                time.sleep(0.001)
+            taken = {id(each): each.burst(burst) for each in random.sample([ours, other], 2)}
+            calm = calm and self.at_full_speed(look)
+            if calm or time.perf_counter() >= limit:
+                self._hope = 1.0 if calm else max(self._hope / 2, 1 / 64)
+                return Duel(taken[id(ours)], taken[id(other)], calm)
 
 
 def _fixed_work() -> float:
@@ -213,60 +242,75 @@ def _fixed_work() -> float:
     return time.perf_counter() - begin
 
 
-class DeviceClock:
-    """Time on the device per call: CUDA graphs over rotating inputs, between CUDA events."""
+class DeviceRunner:
+    """Calls on a GPU: a CUDA graph of them over rotating inputs, between CUDA events.
 
-    name = "CUDA events"
-    device = "cuda"
+    What cannot be captured runs as launches from the host: between events where it should have been captured, by the clock
+    on the wall where the case says that the host counts.
+    """
+
     most_calls = 20
 
-    def prepare(self, function: Function, sets: Sequence[Inputs], effort: Effort, captured: bool = True) -> Turn:
-        """Warm a contender up on a stream of its own, capture its calls, and return its turn.
-
-        What cannot be captured runs as launches from the host: between events where it should have been captured, by
-        the clock on the wall where the case says that the host counts.
-        """
-        call, around = _taken_apart(function)
+    def __init__(self, function: Function, sets: Sequence[Inputs], effort: Effort, captured: bool) -> None:
+        """Warm it up on a stream of its own, and capture its calls."""
+        call, self._around = _taken_apart(function)
         stream = torch.cuda.Stream() if captured else torch.cuda.current_stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with around(), torch.cuda.stream(stream):
+        with self._around(), torch.cuda.stream(stream):
             for inputs in sets[:3]:
                 call(*inputs)
             torch.cuda.synchronize()
             start = time.perf_counter()
             call(*sets[0])
             torch.cuda.synchronize()
-        calls = max(1, min(self.most_calls, int(10 * effort.turn / (time.perf_counter() - start))))
+        self.taken = time.perf_counter() - start
+        self._captured = captured
+        self._calls = max(1, min(self.most_calls, int(10 * effort.burst / self.taken)))
         rotation = itertools.cycle(sets)
 
         def launch() -> None:
-            for inputs in itertools.islice(rotation, calls):
+            for inputs in itertools.islice(rotation, self._calls):
                 call(*inputs)
 
-        run = launch
+        self._run = launch
         if captured:
             graph = torch.cuda.CUDAGraph()
             try:
-                with around(), torch.cuda.graph(graph, stream=stream):
+                with self._around(), torch.cuda.graph(graph, stream=stream):
                     launch()
-                run = graph.replay
-                run()
+                self._run = graph.replay
+                self._run()
             except RuntimeError:
                 torch.cuda.synchronize()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._begin, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
-        def turn() -> tuple[float, float, bool]:
-            with around():
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                begin.record()
-                run()
-                end.record()
-                end.synchronize()
-                wall = (time.perf_counter() - start) / calls
-            return (begin.elapsed_time(end) / 1e3 / calls if captured else wall), wall, True
+    def burst(self, seconds: float) -> float:
+        """The calls that were captured, however long they take."""
+        with self._around():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self._begin.record()
+            self._run()
+            self._end.record()
+            self._end.synchronize()
+            wall = time.perf_counter() - start
+        return (self._begin.elapsed_time(self._end) / 1e3 if self._captured else wall) / self._calls
 
-        return turn
+
+class DeviceClock:
+    """Time on the device per call."""
+
+    name = "CUDA events"
+    device = "cuda"
+
+    def prepare(self, function: Function, sets: Sequence[Inputs], effort: Effort, captured: bool = True) -> Runner:
+        """Warm a contender up and capture its calls."""
+        return DeviceRunner(function, sets, effort, captured)
+
+    def duel(self, ours: Runner, other: Runner, effort: Effort) -> Duel:
+        """A burst of each, in random order."""
+        taken = {id(each): each.burst(effort.burst) for each in random.sample([ours, other], 2)}
+        return Duel(taken[id(ours)], taken[id(other)], True)
 
 
 Clock = HostClock | DeviceClock
@@ -290,7 +334,7 @@ class Peaks:
 
 
 def measure_peaks(clock: Clock, dtype: torch.dtype, effort: Effort) -> Peaks:
-    """Time a copy larger than the caches and a large matrix product; the best of several turns each."""
+    """Time a copy larger than the caches and a large matrix product; the best of several bursts each."""
     rehearsal = effort.seconds == 0
     size, side = (1 << 30, 8192) if clock.device == "cuda" else (1 << 28, 1024)
     if rehearsal:
@@ -299,15 +343,15 @@ def measure_peaks(clock: Clock, dtype: torch.dtype, effort: Effort) -> Peaks:
     a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
     copy = clock.prepare(torch.empty_like(source).copy_, [(source,)], effort)
     product = clock.prepare(torch.mm, [(a, b)], effort)
-    turns = range(1 if rehearsal else 9)
-    return Peaks(2 * size / min(copy()[0] for _ in turns), 2 * side**3 / min(product()[0] for _ in turns))
+    bursts = [effort.burst] * (1 if rehearsal else 9)
+    return Peaks(2 * size / min(map(copy.burst, bursts)), 2 * side**3 / min(map(product.burst, bursts)))
 
 
 _now = time.perf_counter
 
 
 class Race:
-    """One case under measurement: contenders are checked, then take turns; `row` is what is known so far.
+    """One case under measurement: contenders are checked, then ours meets each of the others; `row` is what is known.
 
     Args:
         case: What is measured.
@@ -320,18 +364,18 @@ class Race:
         self.row: Row = {
             "case": case.name, "status": "red", "clock": clock.name, "bytes": case.bytes, "operations": case.operations,
             "floor": peaks.floor(case), "copy": peaks.copy, "product": peaks.product,
-            "times": {}, "walls": {}, "calm": {}, "errors": {}, "missing": {},
+            "times": {}, "beside": {}, "calm": {}, "errors": {}, "missing": {},
         }  # fmt: skip
         self.effort = effort
-        self._turns: dict[str, Turn] = {}
-        self._often: dict[str, int] = {}
+        self._clock = clock
+        self._runners: dict[str, Runner] = {}
         sets = _sets(case, clock, effort)
         judge = case.judge(sets[0])
         if self._allow(OURS, case.ours, sets[0], judge, 1.0):
             self.row["status"] = "ok"
             makers = {OURS: lambda: case.ours, AGAIN: lambda: case.ours, **case.peers, **case.yardsticks}
             for name, maker in makers.items():
-                self._admit(name, maker, sets, judge if name in case.peers else None, clock, case)
+                self._admit(name, maker, sets, judge if name in case.peers else None, case)
         gc.unfreeze()
         gc.collect()
         gc.freeze()  # what lives now is not looked at before every round
@@ -342,7 +386,6 @@ class Race:
         maker: Callable[[], Function],
         sets: Sequence[Inputs],
         judge: Callable[[Any], float] | None,
-        clock: Clock,
         case: Case,
     ) -> None:
         """Check a contender and warm it up. A peer that cannot is named with the reason; ours must."""
@@ -351,7 +394,7 @@ class Race:
                 raise NotHere("a quick run compiles nothing")
             function = maker()
             if judge is None or self._allow(name, function, sets[0], judge, case.slack):
-                self._turns[name] = clock.prepare(function, sets, self.effort, case.captured)
+                self._runners[name] = self._clock.prepare(function, sets, self.effort, case.captured)
                 for kind in KINDS:
                     self.row[kind][name] = []
         except NotHere as reason:
@@ -384,7 +427,6 @@ class Race:
         self._keep(0)
         if self.effort.seconds > 0:
             self.round()  # the first finds caches and clocks cold
-            self._share_out()
             if _now() - begin < self.effort.seconds / 4:
                 self._keep(0)
         while (done := len(self.row["times"][OURS])) < self.effort.least or (
@@ -393,34 +435,34 @@ class Race:
             self.round()
 
     def round(self) -> None:
-        """Turns of every contender, in random order. Of several turns of one their median counts, and that of the calm ones."""
-        taken: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in self._turns}
-        order = [name for name in self._turns for _ in range(self._often.get(name, 1))]
+        """Duels of ours with every other, in random order: their means, of the calm ones alone where there are any."""
+        duels: dict[str, list[Duel]] = {name: [] for name in self._runners if name != OURS}
+        order = [name for name in duels for _ in range(self._often(name))]
         gc.collect()
         gc.disable()
         try:
             for name in random.sample(order, len(order)):
-                taken[name].append(self._turns[name]())
+                duels[name].append(self._clock.duel(self._runners[OURS], self._runners[name], self.effort))
         finally:
             gc.enable()
+        duels[OURS] = [Duel(duel.ours, duel.ours, duel.calm) for fought in duels.values() for duel in fought]
         try:
-            for name, turns in taken.items():
-                calm = [own for own, _, undisturbed in turns if undisturbed]
-                self.row["times"][name].append(_middle([own for own, _, _ in turns]))
-                self.row["walls"][name].append(_middle([wall for _, wall, _ in turns]))
-                self.row["calm"][name].append(_middle(calm) if calm else None)
+            for name, fought in duels.items():
+                calm = [duel for duel in fought if duel.calm]
+                self.row["times"][name].append(_mean(duel.other for duel in calm or fought))
+                self.row["beside"][name].append(_mean(duel.ours for duel in calm or fought))
+                self.row["calm"][name].append(bool(calm))
         finally:
             self._keep(min(len(taken) for kind in KINDS for taken in self.row[kind].values()))  # no half of a round
 
-    def _undisturbed(self) -> int:
-        """Rounds in which every contender had a calm turn."""
-        return sum(None not in found for found in zip(*self.row["calm"].values(), strict=True))
+    def _often(self, name: str) -> int:
+        """Duels with a contender in a round: several where they are quick."""
+        lasting = self._runners[OURS].taken + self._runners[name].taken
+        return max(1, min(MOST_DUELS, int(SHORT_DUEL / lasting))) if lasting else 1
 
-    def _share_out(self) -> None:
-        """Let a contender that is quick beside the slowest take several turns in a round, about as long together."""
-        lasting = {name: max(self.effort.turn, walls[-1]) for name, walls in self.row["walls"].items()}
-        share = max(LEAST_TURNS * self.effort.turn, max(lasting.values()) / len(lasting))
-        self._often = {name: max(1, min(MOST_TURNS, int(share / taken))) for name, taken in lasting.items()}
+    def _undisturbed(self) -> int:
+        """Rounds in which every contender had a calm duel."""
+        return sum(map(all, zip(*self.row["calm"].values(), strict=True)))
 
     def _keep(self, count: int) -> None:
         """Of the rounds so far, the first ones."""
@@ -429,36 +471,50 @@ class Race:
                 del taken[count:]
 
 
-def _middle(seconds: list[float]) -> float:
-    """The median, in five figures: enough for a row."""
-    return float(f"{statistics.median(seconds):.5g}")
+def _mean(seconds: Iterable[float]) -> float:
+    """In five figures: enough for a row."""
+    return float(f"{statistics.fmean(seconds):.5g}")
 
 
-def at_full_speed(row: Row, *names: str) -> list[tuple[float, ...]]:
-    """Round by round, the seconds of these contenders in calm turns; empty where fewer than ten rounds had one of each."""
+def _calm_rounds(row: Row, names: Sequence[str]) -> list[int]:
+    """The rounds in which each of these contenders had a calm duel, if there are ten or more."""
     calm = row.get("calm", {})
     if not all(name in calm for name in names):
         return []
-    found = [taken for taken in zip(*(calm[name] for name in names), strict=True) if None not in taken]
+    found = [i for i, flags in enumerate(zip(*(calm[name] for name in names), strict=True)) if all(flags)]
     return found if len(found) >= LEAST_CALM else []
 
 
-def seconds(row: Row, *names: str) -> list[tuple[float, ...]]:
-    """Round by round, the seconds of these contenders that count: at full speed where there are enough, else of all turns.
+def is_calm(row: Row, *names: str) -> bool:
+    """Whether what counts of these contenders was measured at the core's full speed."""
+    return bool(_calm_rounds(row, names))
 
-    One calm contender is never set against a disturbed one.
-    """
-    return at_full_speed(row, *names) or list(zip(*(row["times"][name] for name in names), strict=True))
+
+def _counted(row: Row, *names: str) -> Sequence[int]:
+    """The rounds that count for these contenders: the calm ones if they are enough, otherwise all."""
+    return _calm_rounds(row, names) or range(len(row["times"][names[0]]))
 
 
 def times(row: Row, name: str) -> list[float]:
     """Round by round, the seconds of one contender that count."""
-    return [taken for (taken,) in seconds(row, name)]
+    return [row["times"][name][i] for i in _counted(row, name)]
+
+
+def pairs(row: Row, name: str, base: str) -> list[tuple[float, float]]:
+    """Round by round, the seconds of two contenders that count, those of the second as if it had met the first.
+
+    Both met ours; so they are scaled by what ours took beside the one over what it took beside the other.
+    """
+    taken, ours = row["times"], row.get("beside")
+    return [
+        (taken[name][i], taken[base][i] * (ours[name][i] / ours[base][i] if ours else 1.0))
+        for i in _counted(row, name, base)
+    ]
 
 
 def paired(row: Row, name: str, base: str) -> list[float]:
     """Round by round, the time of one contender over that of another."""
-    return [a / b for a, b in seconds(row, name, base)]
+    return [a / b for a, b in pairs(row, name, base)]
 
 
 def _sets(case: Case, clock: Clock, effort: Effort) -> list[Inputs]:
