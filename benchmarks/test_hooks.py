@@ -72,7 +72,7 @@ def test_decode(race: Any) -> None:
         model = pick(None, models.real, models.shaped)()
         layers = list(range(model.config.num_hidden_layers))
         vectors = models.vectors(model, layers)
-        call = models.generation(model, rows=1, prompt=5, tokens=pick(32, 4, 2))
+        call = models.generation(model, rows=1, prompt=5, tokens=pick(32, 2, 2))
         plan = sf.Plan({layer: sf.Add(vector) for layer, vector in vectors.items()})
         bare = Within(call, models.bare_hooks(model, vectors))
 
@@ -89,7 +89,7 @@ def test_decode(race: Any) -> None:
             own = models.twin(model)
             control = ControlModel(own, layers)
             control.set_control(ControlVector("llama", {i: v.numpy() for i, v in vectors.items()}))
-            return models.generation(own, rows=1, prompt=5, tokens=pick(32, 4, 2))
+            return models.generation(own, rows=1, prompt=5, tokens=pick(32, 2, 2))
 
         return Case(
             f"decode layers={len(layers)}", bytes=4 * sum(p.numel() for p in model.parameters()), operations=0,

@@ -120,7 +120,7 @@ class Effort:
 
     burst: float = 0.0002
     rounds: int = 120
-    seconds: float = 9.0
+    seconds: float = 10.0
     compile: bool = True
     patience: float = 0.05
     least: int = 3
@@ -422,7 +422,7 @@ class Race:
         return self.row["status"] == "red"
 
     def run(self) -> None:
-        """Rounds, as many as the effort allows; of earlier ones the row knows nothing afterwards."""
+        """Rounds until the effort is made, to half a round; of earlier ones the row knows nothing afterwards."""
         begin = _now()
         self._keep(0)
         if self.effort.seconds > 0:
@@ -430,7 +430,7 @@ class Race:
             if _now() - begin < self.effort.seconds / 4:
                 self._keep(0)
         while (done := len(self.row["times"][OURS])) < self.effort.least or (
-            self._undisturbed() < self.effort.rounds and (_now() - begin) * (1 + 1 / done) < self.effort.seconds
+            self._undisturbed() < self.effort.rounds and (_now() - begin) * (1 + 0.5 / done) < self.effort.seconds
         ):
             self.round()
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,29 +119,58 @@ class Busy(HostClock):
         return next(self.pattern)
 
 
-def test_a_turn_waits_for_the_full_speed_and_is_taken_again_where_that_did_not_last():
+def test_a_duel_waits_for_the_full_speed_and_is_fought_again_where_that_did_not_last():
     calls = 0
 
     def counted(x):
         nonlocal calls
         calls += 1
 
+    patient, hasty = replace(REHEARSAL, patience=60.0), replace(REHEARSAL, patience=0.02)
     clock = Busy([False, False, True, False, True, True])  # waits twice, is disturbed, and succeeds
-    turn = clock.prepare(counted, [(1,)], replace(REHEARSAL, patience=60.0))
-    assert turn()[2]
-    assert calls == 2
-    clock = Busy([False, True])
-    calls, turn = 0, clock.prepare(counted, [(1,)], replace(REHEARSAL, patience=0.02))
-    clock._hope = 0.0
-    assert not turn()[2]  # patience was over before it began
-    clock = Busy([False])
-    calls, turn = 0, clock.prepare(counted, [(1,)], replace(REHEARSAL, patience=0.02))
-    assert not turn()[2]
-    assert calls == 1  # patience is over
+    two = clock.prepare(counted, [(1,)], patient), clock.prepare(counted, [(1,)], patient)
+    assert clock.duel(*two, patient).calm
+    assert calls == 4
+    clock.pattern, clock._hope = itertools.cycle([False, True]), 0.0
+    assert not clock.duel(*two, hasty).calm  # patience was over before it began
+    clock.pattern, clock._hope, calls = itertools.cycle([False]), 1.0, 0
+    assert not clock.duel(*two, hasty).calm
+    assert calls == 2  # patience is over
     assert clock._hope == 0.5  # and wanes
     clock.pattern = itertools.cycle([True])
-    assert turn()[2]
+    assert clock.duel(*two, hasty).calm
     assert clock._hope == 1.0
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "lasting"), [(1e-4, 1e-4, 2e-4), (1e-4, 1e-3, 1e-3), (0.5, 1e-4, 2e-3), (0.0, 0.0, 2e-4)]
+)
+def test_the_bursts_of_a_duel_are_about_equally_long(ours, other, lasting):
+    seen = []
+
+    class Recorder:
+        def __init__(self, taken, answer):
+            self.taken, self.answer = taken, answer
+
+        def burst(self, seconds):
+            seen.append(seconds)
+            return self.answer
+
+    found = Busy([True]).duel(Recorder(ours, 1.0), Recorder(other, 2.0), replace(REHEARSAL, burst=2e-4))
+    assert seen == [pytest.approx(lasting)] * 2
+    assert found == (1.0, 2.0, True)
+
+
+@pytest.mark.parametrize(("taken", "calls"), [(1e-4, 11), (0.05, 1), (0.0, 1)])
+def test_a_burst_is_as_many_calls_as_fit_and_one_to_warm_up(taken, calls):
+    seen = []
+    runner = timing.HostRunner(seen.append, [(1,), (2,)], replace(REHEARSAL, burst=2e-4))
+    assert 0 < runner.taken < 0.1
+    runner.taken = taken
+    del seen[:]
+    assert runner.burst(1e-3) >= 0
+    assert len(seen) == calls
+    assert set(seen) <= {1, 2}
 
 
 def test_an_interrupt_in_a_run_leaves_what_is_known_of_its_rounds():
@@ -152,33 +182,41 @@ def test_an_interrupt_in_a_run_leaves_what_is_known_of_its_rounds():
             found.run()
     (done,) = lengths(found)
     assert done > 3
-    assert found.row["calm"] == dict.fromkeys((OURS, AGAIN), [None] * done)
+    assert found.row["calm"] == dict.fromkeys((OURS, AGAIN), [False] * done)
 
 
-@pytest.mark.parametrize(("pattern", "count"), [([True], 3), ([False], 11), ([True] * 12 + [False] * 2, 4)])
+@pytest.mark.parametrize(("pattern", "count"), [([True], 3), ([False], 12), ([True] * 6 + [False], 4)])
 def test_rounds_go_on_until_enough_saw_the_full_speed_or_time_is_over(pattern, count):
     found = Race(doubled(), Busy(pattern), PEAKS, EFFORT)
     with pytest.MonkeyPatch.context() as patch:
         now = itertools.count()
         patch.setattr(timing, "_now", lambda: next(now) / 13)  # a round takes a thirteenth of the second
-        patch.setattr(found, "_share_out", lambda: None)  # which depends on true times
         found.run()
     assert lengths(found) == {count}
     assert found._undisturbed() >= 3 or not found._undisturbed()
 
 
-def test_a_round_knows_the_turns_that_had_the_core_to_themselves():
+def test_of_a_rounds_duels_the_calm_ones_count():
     found = race(doubled())
-    turns = {name: iter([(1.0, 2.0, True), (9.0, 9.0, False), (2.0, 4.0, True)] * 2) for name in (OURS, AGAIN)}
-    turns[AGAIN] = iter([(5.0, 5.0, True), (6.0, 6.0, True), (7.0, 7.0, True), *[(8.0, 8.0, False)] * 3])
-    found._turns = {name: lambda name=name: next(turns[name]) for name in turns}
-    found._often = dict.fromkeys(turns, 3)
+    calm, busy = [(1.0, 2.0, True), (9.0, 9.0, False), (3.0, 4.0, True)], [(1.0, 3.0, False)] * 3
+    duels = itertools.starmap(timing.Duel, calm + busy)
+    found._clock = types.SimpleNamespace(duel=lambda ours, other, effort: next(duels))
+    for runner in found._runners.values():
+        runner.taken = 1e-4
     found.round()
     found.round()
-    assert found.row["times"] == {OURS: [2.0, 2.0], AGAIN: [6.0, 8.0]}
-    assert found.row["walls"] == {OURS: [4.0, 4.0], AGAIN: [6.0, 8.0]}
-    assert found.row["calm"] == {OURS: [1.5, 1.5], AGAIN: [6.0, None]}
+    assert found.row["times"] == {OURS: [2.0, 1.0], AGAIN: [3.0, 3.0]}
+    assert found.row["beside"] == {OURS: [2.0, 1.0], AGAIN: [2.0, 1.0]}
+    assert found.row["calm"] == {OURS: [True, False], AGAIN: [True, False]}
     assert found._undisturbed() == 1
+
+
+@pytest.mark.parametrize(("taken", "often"), [(0.0, 1), (1e-4, 3), (2e-3, 2), (1.0, 1)])
+def test_quick_contenders_meet_several_times_in_a_round(taken, often):
+    found = race(doubled())
+    for runner in found._runners.values():
+        runner.taken = taken
+    assert found._often(AGAIN) == often
 
 
 def test_large_inputs_lie_at_many_places_in_their_pages():
@@ -199,30 +237,6 @@ def test_a_slow_case_keeps_its_first_round_and_gets_the_least_number():
         assert lengths(found) == {2}
         found.run()  # a visit forgets the one before
     assert lengths(found) == {2}
-
-
-def test_a_contender_that_is_quick_beside_the_slowest_takes_several_turns_in_a_round():
-    calls = dict.fromkeys(("quick", "slow"), 0)
-
-    def counting(name, seconds):
-        def call(x):
-            calls[name] += 1
-            time.sleep(seconds)
-            return 2 * x
-
-        return lambda: call
-
-    found = race(doubled(), peers={"quick": counting("quick", 0.0), "slow": counting("slow", 0.1)})
-    found.effort = replace(EFFORT, turn=0.001)
-    found.round()
-    found._share_out()
-    often = found._often["quick"]
-    assert found._often["slow"] == 1
-    assert 1 < often <= timing.MOST_TURNS
-    before = dict(calls)
-    found.round()
-    assert {name: calls[name] - before[name] for name in calls} == {"quick": often, "slow": 1}
-    assert {len(taken) for taken in found.row["times"].values()} == {2}
 
 
 def test_a_visit_makes_its_part_of_the_effort():
@@ -429,14 +443,19 @@ def row(case: str, seed: int = 0, slower: float = 1.0, noise: float = 0.01, **ch
             "product": 1e9, "times": {OURS: times(2e-3 * slower), AGAIN: times(2e-3 * slower), "eager": times(3e-3)},
             "errors": {OURS: 0.1, "eager": 0.1}, "missing": {}, "memory": {"ours": 10, "output": 8}, "run": RUN}  # fmt: skip
     made.update(changes)
-    return {"calm": {name: list(taken) for name, taken in made["times"].items()}, **made}
+    taken = made["times"]
+    return {
+        "beside": {name: list(taken[OURS]) for name in taken},
+        "calm": {name: [True] * len(taken[name]) for name in taken},
+        **made,
+    }
 
 
 def disturb(made: dict, name: str, rounds: slice, by: float = 2.0) -> dict:
-    """A row in whose rounds a contender had no calm turn."""
+    """A row in whose rounds the duels with a contender met a slow core, which slowed that one alone."""
     for i in range(25)[rounds]:
         made["times"][name][i] *= by
-        made["calm"][name][i] = None
+        made["calm"][name][i] = False
     return made
 
 
@@ -469,28 +488,38 @@ def test_the_rounds_of_the_passes_of_a_series_add_up():
     assert results.newest([first, second, other])["a", "cpu"]["times"] == other["times"]
 
 
-def test_disturbed_turns_count_only_where_too_few_others_are():
-    true = row("a", noise=0.0)
-    for disturbed, calm in ((15, True), (16, False)):
-        found = disturb(row("a", noise=0.0), OURS, slice(disturbed))
-        assert bool(timing.at_full_speed(found, OURS)) is calm
-        assert interval(timing.times(found, OURS))[0] == pytest.approx(2e-3 * (1 if calm else 2))
-        assert timing.times(found, "eager") == true["times"]["eager"]
-        assert interval(paired(found, "eager", OURS))[0] == pytest.approx(1.5 if calm else 0.75)
+@pytest.mark.parametrize(("disturbed", "calm"), [(15, True), (16, False)])
+def test_disturbed_duels_count_only_where_too_few_others_are(disturbed, calm):
+    found = disturb(row("a", noise=0.0), "eager", slice(disturbed))
+    assert timing.is_calm(found, OURS)
+    assert timing.is_calm(found, "eager") is timing.is_calm(found, OURS, "eager") is calm
+    assert interval(timing.times(found, "eager"))[0] == pytest.approx(3e-3 if calm else 6e-3)
+    assert interval(paired(found, "eager", OURS))[0] == pytest.approx(1.5 if calm else 3.0)
 
 
-def test_a_calm_contender_is_never_set_against_a_disturbed_one():
-    found = disturb(row("a", noise=0.0), "eager", slice(None))
-    found["times"][OURS] = [2 * taken for taken in found["times"][OURS]]
-    assert interval(timing.times(found, OURS))[0] == pytest.approx(2e-3)
-    assert interval(paired(found, "eager", OURS))[0] == pytest.approx(1.5)  # not 3
-    found = disturb(disturb(row("a", noise=0.0), OURS, slice(13)), "eager", slice(13, 25))
-    assert timing.at_full_speed(found, "eager")
-    assert not timing.at_full_speed(found, OURS, "eager")  # never in one round
-    assert not timing.at_full_speed(found, OURS, "absent")
-    del found["calm"]
-    assert not timing.at_full_speed(found, OURS)
+def test_contenders_that_did_not_meet_are_compared_by_way_of_ours():
+    found = row("a", times={OURS: [1.5] * 25, "a": [3.0] * 25, "b": [8.0] * 25})
+    found["beside"] = {OURS: [1.5] * 25, "a": [1.0] * 25, "b": [2.0] * 25}  # the core was slow when ours met b
+    assert set(paired(found, "a", OURS)) == {3.0}
+    assert set(paired(found, "b", OURS)) == {4.0}
+    assert set(paired(found, OURS, "b")) == {0.25}
+    assert set(paired(found, "a", "b")) == {0.75}
+    assert set(timing.pairs(found, OURS, "b")) == {(1.5, 6.0)}
+
+
+def test_contenders_that_were_never_calm_in_one_round_are_compared_over_all():
+    found = disturb(disturb(row("a", noise=0.0), AGAIN, slice(13)), "eager", slice(13, 25))
+    assert timing.is_calm(found, AGAIN)
+    assert timing.is_calm(found, "eager")
+    assert not timing.is_calm(found, AGAIN, "eager")
+    assert not timing.is_calm(found, OURS, "absent")
+    assert len(paired(found, AGAIN, "eager")) == 25
+    del found["calm"], found["beside"]  # what times itself knows neither
+    assert not timing.is_calm(found, OURS)
     assert timing.times(found, OURS) == found["times"][OURS]
+    assert paired(found, "eager", OURS) == [
+        a / b for a, b in zip(found["times"]["eager"], found["times"][OURS], strict=True)
+    ]
 
 
 def test_results_of_the_long_runs_are_rows_too(tmp_path):
@@ -611,7 +640,7 @@ def test_what_cannot_be_compared_is_named():
 def test_how_far_a_repeat_moved_becomes_a_row(tmp_path):
     for case, slower, disturbed in (("a", 1.1, slice(20)), ("b", 1.02, slice(0))):
         append_row(tmp_path / "a.jsonl", row(case, noise=0.0))
-        append_row(tmp_path / "b.jsonl", disturb(row(case, slower=slower, noise=0.0), OURS, disturbed, by=1.0))
+        append_row(tmp_path / "b.jsonl", disturb(row(case, slower=slower, noise=0.0), "eager", disturbed, by=1.0))
     out = tmp_path / "out.jsonl"
     assert compare.main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--repeat", "--out", str(out)]) == 0
     values = results.read([out])[0]["values"]
