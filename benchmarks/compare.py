@@ -4,7 +4,7 @@
     python benchmarks/compare.py --repeat A B       two runs of the same code: how far did the peer ratios move?
 
 Two runs see two machines, if only because one was busy. So a case is not compared by its seconds but by its ratio to a peer
-that took turns with it: q = (ours / peer in NEW) / (ours / peer in OLD), where the peer is the same code both times. q gets a
+that it met in duels: q = (ours / peer in NEW) / (ours / peer in OLD), where the peer is the same code both times. q gets a
 99 % bootstrap interval over the rounds of both runs. It is a regression where the whole interval lies above 1 by more than
 the noise: what ours measured a second time differed from ours, in either run, at the far end of its own interval.
 """
