@@ -30,7 +30,6 @@ from steerfast.timing import (
     OURS,
     QUICK,
     REHEARSAL,
-    THOROUGH,
     Case,
     Clock,
     DeviceClock,
@@ -64,10 +63,10 @@ class Ledger:
 
     def __init__(self, config: pytest.Config) -> None:
         self.thorough = not TINY and not config.getoption("--quick")
-        effort = THOROUGH if self.thorough else REHEARSAL if TINY else QUICK
-        self.visits = config.getoption("--visits") if PLACE != "cuda" else 1
-        self.effort: Effort = effort.shared(self.visits)
         self.clock: Clock = DeviceClock() if PLACE == "cuda" else HostClock()
+        self.visits = config.getoption("--visits") if PLACE != "cuda" else 1
+        effort = self.clock.thorough if self.thorough else REHEARSAL if TINY else QUICK
+        self.effort: Effort = effort.shared(self.visits)
         self.origin = {**circumstances(PLACE), "quick": not self.thorough}
         self.origin["series"] = self.origin["date"]
         folder = config.getoption("--rows") or Path(__file__).parent / "results"

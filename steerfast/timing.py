@@ -131,7 +131,6 @@ class Effort:
         return replace(self, seconds=self.seconds / visits, rounds=rounds, least=least)
 
 
-THOROUGH = Effort()
 QUICK = Effort(rounds=5, seconds=3.0, compile=False)
 REHEARSAL = Effort(burst=0.0, rounds=1, seconds=0.0, compile=False, patience=0.0, least=1)
 
@@ -190,6 +189,7 @@ class HostClock:
 
     name = "CPU time of the process"
     device = "cpu"
+    thorough = Effort()
     slow = 1.4
 
     def __init__(self) -> None:
@@ -302,6 +302,7 @@ class DeviceClock:
 
     name = "CUDA events"
     device = "cuda"
+    thorough = Effort(rounds=15, seconds=1.5)  # nobody shares it, and compiling the peers takes longer than timing them
 
     def prepare(self, function: Function, sets: Sequence[Inputs], effort: Effort, captured: bool = True) -> Runner:
         """Warm a contender up and capture its calls."""
