@@ -30,7 +30,6 @@ from steerfast._files import replace_file
 from steerfast.timing import (
     OURS,
     REHEARSAL,
-    THOROUGH,
     Case,
     DeviceClock,
     HostClock,
@@ -169,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         print("tune: no GPU here; STEERFAST_BENCH=tiny TRITON_INTERPRET=1 rehearses", file=sys.stderr)
         return 2
     sf.use_backend("triton")
-    effort, clock = (REHEARSAL, HostClock()) if TINY else (replace(THOROUGH, seconds=4.0), DeviceClock())
+    effort, clock = (REHEARSAL, HostClock()) if TINY else (replace(DeviceClock.thorough, seconds=4.0), DeviceClock())
     torch.manual_seed(0)
     peaks = measure_peaks(clock, AT.dtype, effort)
     chosen: dict[str, Any] = {}

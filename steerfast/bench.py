@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(1)  # the clock counts the CPU time of all threads
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     at = Stream(clock.device, dtype, args.width or (4096 if gpu else 576))
-    effort, origin, rows, begin = QUICK if args.quick else clock.thorough, circumstances(clock.device), [], time.monotonic()
+    effort = QUICK if args.quick else clock.thorough
+    origin, rows, begin = circumstances(clock.device), [], time.monotonic()
     _say(f"{origin['device']}, torch {torch.__version__}, {clock.name}")
     with torch.no_grad():
         peaks = measure_peaks(clock, dtype, effort)
