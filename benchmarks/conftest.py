@@ -269,8 +269,8 @@ def sample(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
         try:
             benchmark.pedantic(one, rounds=min(rounds, ledger.effort.rounds), iterations=1)
             row["values"] = values()
-        except KeyboardInterrupt:
-            row["status"] = "interrupted"
+        except BaseException as error:
+            _note(row, error)
             raise
         finally:
             ledger.keep(row)

@@ -108,6 +108,7 @@ def _cases(rows: Sequence[Row]) -> str:
         taken = pictures.seconds(row)
         peers = [
             f"{html.escape(name)} {interval(paired(row, name, OURS))[0]:.2f}×"
+            + ("" if is_calm(row, name, OURS) else " <i>(busy)</i>")
             for name in row["times"]
             if name not in (OURS, AGAIN)
         ]

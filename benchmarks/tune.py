@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py [--only NAME] [--out FILE]
 
-Every knob is a constant of a kernel's file and takes turns with the alternatives on the case that it matters for. An
+Every knob is a constant of a kernel's file and meets the alternatives on the case that it matters for. An
 alternative is taken where its answer is right and it is faster by more than noise: the whole 95 % interval of its paired ratio
 lies below 1. One knob at a time, each with what was chosen before it.
 """

@@ -48,7 +48,7 @@ KINDS = (
 )  # of a round: a contender's seconds, those of ours in its duels, whether at full speed
 LEAST_CALM = 10
 MOST_DUELS, SHORT_DUEL = 3, 0.01  # in a round with one contender; seconds that several may take together
-SHORT_CALL = 0.01  # seconds; one that takes longer needs no warming up
+SHORT_CALL = 0.01  # seconds; where one takes longer, neither contender of a duel is warmed up
 RESAMPLES = 2000
 PACKAGES = (
     "steerfast", "torch", "triton", "transformers", "vllm", "sae-lens", "eai-sparsify", "steering-vectors", "repeng",
@@ -140,8 +140,8 @@ class Runner(Protocol):
 
     taken: float
 
-    def burst(self, seconds: float) -> float:
-        """Calls for about so many seconds: what one of them took."""
+    def burst(self, seconds: float, warm: bool = False) -> float:
+        """Calls for about so many seconds, after an untimed one if warm: what one of them took."""
 
 
 class Duel(NamedTuple):
@@ -166,11 +166,11 @@ class HostRunner:
                 self._call(*next(self._rotation))
                 self.taken = max(time.perf_counter() - begin, 1e-9)
 
-    def burst(self, seconds: float) -> float:
-        """A short call is first made once more: it finds the caches and the memory as the one before it left them."""
+    def burst(self, seconds: float, warm: bool = False) -> float:
+        """Calls for about so many seconds, one at least; an untimed one leaves caches and memory as a call finds them."""
         calls = max(1, round(seconds / self.taken)) if self.taken else 1
         with self._around():
-            if 0 < self.taken < SHORT_CALL:
+            if warm:
                 self._call(*next(self._rotation))
             begin = time.process_time()
             for inputs in itertools.islice(self._rotation, calls):
@@ -220,19 +220,27 @@ class HostClock:
         return HostRunner(function, sets, effort)
 
     def duel(self, ours: Runner, other: Runner, effort: Effort) -> Duel:
-        """A burst of each, in random order, as long as a call of the longer but at most ten times the effort's."""
-        longest = max(ours.taken, other.taken)
-        burst = max(effort.burst, min(10 * effort.burst, longest))
-        look = (burst + max(burst, longest)) / 20
+        """A burst of each, as long as a call of the longer but at most ten times the effort's."""
+        burst = max(effort.burst, min(10 * effort.burst, max(ours.taken, other.taken)))
+        look = (max(burst, ours.taken) + max(burst, other.taken)) / 20
         limit = time.perf_counter() + self._hope * effort.patience
         while True:
             while not (calm := self.at_full_speed(look)) and time.perf_counter() < limit:
                 time.sleep(0.001)
-            taken = {id(each): each.burst(burst) for each in random.sample([ours, other], 2)}
+            taken = _bursts(ours, other, burst)
             calm = calm and self.at_full_speed(look)
             if calm or time.perf_counter() >= limit:
                 self._hope = 1.0 if calm else max(self._hope / 2, 1 / 64)
-                return Duel(taken[id(ours)], taken[id(other)], calm)
+                return Duel(*taken, calm)
+
+
+def _bursts(ours: Runner, other: Runner, seconds: float) -> tuple[float, float]:
+    """A burst of each, in random order; both are warmed up or neither is."""
+    warm = 0 < max(ours.taken, other.taken) < SHORT_CALL
+    if random.random() < 0.5:
+        return ours.burst(seconds, warm), other.burst(seconds, warm)
+    first = other.burst(seconds, warm)
+    return ours.burst(seconds, warm), first
 
 
 def _fixed_work() -> float:
@@ -284,9 +292,11 @@ class DeviceRunner:
                 torch.cuda.synchronize()
         self._begin, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
-    def burst(self, seconds: float) -> float:
+    def burst(self, seconds: float, warm: bool = False) -> float:
         """The calls that were captured, however long they take."""
         with self._around():
+            if warm:
+                self._run()
             torch.cuda.synchronize()
             start = time.perf_counter()
             self._begin.record()
@@ -309,9 +319,8 @@ class DeviceClock:
         return DeviceRunner(function, sets, effort, captured)
 
     def duel(self, ours: Runner, other: Runner, effort: Effort) -> Duel:
-        """A burst of each, in random order."""
-        taken = {id(each): each.burst(effort.burst) for each in random.sample([ours, other], 2)}
-        return Duel(taken[id(ours)], taken[id(other)], True)
+        """A burst of each."""
+        return Duel(*_bursts(ours, other, effort.burst), True)
 
 
 Clock = HostClock | DeviceClock
@@ -344,8 +353,8 @@ def measure_peaks(clock: Clock, dtype: torch.dtype, effort: Effort) -> Peaks:
     a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
     copy = clock.prepare(torch.empty_like(source).copy_, [(source,)], effort)
     product = clock.prepare(torch.mm, [(a, b)], effort)
-    bursts = [effort.burst] * (1 if rehearsal else 9)
-    return Peaks(2 * size / min(map(copy.burst, bursts)), 2 * side**3 / min(map(product.burst, bursts)))
+    fast = [min(clock.duel(one, one, effort).ours for _ in range(1 if rehearsal else 9)) for one in (copy, product)]
+    return Peaks(2 * size / fast[0], 2 * side**3 / fast[1])
 
 
 _now = time.perf_counter
@@ -477,28 +486,24 @@ def _mean(seconds: Iterable[float]) -> float:
     return float(f"{statistics.fmean(seconds):.5g}")
 
 
-def _calm_rounds(row: Row, names: Sequence[str]) -> list[int]:
-    """The rounds in which each of these contenders had a calm duel, if there are ten or more."""
-    calm = row.get("calm", {})
-    if not all(name in calm for name in names):
-        return []
-    found = [i for i, flags in enumerate(zip(*(calm[name] for name in names), strict=True)) if all(flags)]
-    return found if len(found) >= LEAST_CALM else []
+def _counted(row: Row, *names: str) -> tuple[Sequence[int], bool]:
+    """The rounds that count for these contenders, and whether they are calm: ten or more that are, otherwise all."""
+    every = range(len(row["times"][names[0]]))
+    if "calm" not in row:
+        return every, True
+    calm = [i for i in every if all(row["calm"][name][i] for name in names)]
+    enough = len(calm) >= min(LEAST_CALM, len(every))
+    return (calm if enough else every), enough
 
 
 def is_calm(row: Row, *names: str) -> bool:
-    """Whether what counts of these contenders was measured at the core's full speed."""
-    return bool(_calm_rounds(row, names))
-
-
-def _counted(row: Row, *names: str) -> Sequence[int]:
-    """The rounds that count for these contenders: the calm ones if they are enough, otherwise all."""
-    return _calm_rounds(row, names) or range(len(row["times"][names[0]]))
+    """Whether what counts of these contenders was measured at the core's full speed, as far as the row knows."""
+    return _counted(row, *names)[1]
 
 
 def times(row: Row, name: str) -> list[float]:
     """Round by round, the seconds of one contender that count."""
-    return [row["times"][name][i] for i in _counted(row, name)]
+    return [row["times"][name][i] for i in _counted(row, name)[0]]
 
 
 def pairs(row: Row, name: str, base: str) -> list[tuple[float, float]]:
@@ -506,11 +511,9 @@ def pairs(row: Row, name: str, base: str) -> list[tuple[float, float]]:
 
     Both met ours; so they are scaled by what ours took beside the one over what it took beside the other.
     """
-    taken, ours = row["times"], row.get("beside")
-    return [
-        (taken[name][i], taken[base][i] * (ours[name][i] / ours[base][i] if ours else 1.0))
-        for i in _counted(row, name, base)
-    ]
+    taken, ours = list(zip(row["times"][name], row["times"][base], strict=True)), row.get("beside")
+    rounds, _ = _counted(row, name, base)
+    return [(taken[i][0], taken[i][1] * (ours[name][i] / ours[base][i] if ours else 1.0)) for i in rounds]
 
 
 def paired(row: Row, name: str, base: str) -> list[float]:

@@ -87,24 +87,21 @@ def lengths(found: Race) -> set[int]:
     return {len(taken) for kind in timing.KINDS for taken in found.row[kind].values()}
 
 
-def test_an_interrupt_in_a_round_leaves_whole_rounds():
-    calls = 0
+@pytest.mark.parametrize("at", range(1, 10))
+def test_an_interrupt_in_a_round_leaves_whole_rounds(at, monkeypatch):
+    found = race(doubled(), peers={"peer": lambda: lambda x: x + x})
+    counter, mean = itertools.count(), timing._mean
 
-    def stops(x):
-        nonlocal calls
-        calls += 1
-        if calls > 9:
+    def interrupted(seconds):
+        if next(counter) == at:
             raise KeyboardInterrupt
-        return 2 * x
+        return mean(seconds)
 
-    found = race(doubled(), peers={"stops": lambda: stops})
-    done = 0
+    monkeypatch.setattr(timing, "_mean", interrupted)  # six to a round
     with pytest.raises(KeyboardInterrupt):
         while True:
             found.round()
-            done += 1
-    assert done > 0
-    assert lengths(found) == {done}
+    assert lengths(found) == {at // 6}
 
 
 class Busy(HostClock):
@@ -152,8 +149,9 @@ def test_the_bursts_of_a_duel_are_about_equally_long(ours, other, lasting):
         def __init__(self, taken, answer):
             self.taken, self.answer = taken, answer
 
-        def burst(self, seconds):
+        def burst(self, seconds, warm):
             seen.append(seconds)
+            assert warm is (0 < max(ours, other) < 0.01)
             return self.answer
 
     found = Busy([True]).duel(Recorder(ours, 1.0), Recorder(other, 2.0), replace(REHEARSAL, burst=2e-4))
@@ -161,15 +159,17 @@ def test_the_bursts_of_a_duel_are_about_equally_long(ours, other, lasting):
     assert found == (1.0, 2.0, True)
 
 
-@pytest.mark.parametrize(("taken", "calls"), [(1e-4, 11), (0.05, 1), (0.0, 1)])
-def test_a_burst_is_as_many_calls_as_fit_and_one_to_warm_up(taken, calls):
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(("taken", "calls"), [(1e-4, 10), (0.05, 1), (0.0, 1)])
+def test_a_burst_is_as_many_calls_as_fit_and_one_to_warm_up(taken, calls, warm, monkeypatch):
     seen = []
     runner = timing.HostRunner(seen.append, [(1,), (2,)], replace(REHEARSAL, burst=2e-4))
     assert 0 < runner.taken < 0.1
     runner.taken = taken
     del seen[:]
-    assert runner.burst(1e-3) >= 0
-    assert len(seen) == calls
+    monkeypatch.setattr(timing.time, "process_time", lambda: float(len(seen)))  # a call takes a second
+    assert runner.burst(1e-3, warm) == 1.0
+    assert len(seen) == calls + warm
     assert set(seen) <= {1, 2}
 
 
@@ -512,14 +512,28 @@ def test_contenders_that_were_never_calm_in_one_round_are_compared_over_all():
     assert timing.is_calm(found, AGAIN)
     assert timing.is_calm(found, "eager")
     assert not timing.is_calm(found, AGAIN, "eager")
-    assert not timing.is_calm(found, OURS, "absent")
     assert len(paired(found, AGAIN, "eager")) == 25
     del found["calm"], found["beside"]  # what times itself knows neither
-    assert not timing.is_calm(found, OURS)
+    assert timing.is_calm(found, OURS)
     assert timing.times(found, OURS) == found["times"][OURS]
-    assert paired(found, "eager", OURS) == [
-        a / b for a, b in zip(found["times"]["eager"], found["times"][OURS], strict=True)
-    ]
+    both = zip(found["times"]["eager"], found["times"][OURS], strict=True)
+    assert paired(found, "eager", OURS) == [a / b for a, b in both]
+    del found["times"]["eager"][-1]
+    with pytest.raises(ValueError, match="zip"):
+        paired(found, "eager", OURS)
+
+
+def test_few_rounds_are_calm_if_all_are():
+    few = row("a", times={OURS: [1.0] * 3, "eager": [2.0] * 3})
+    assert timing.is_calm(few, OURS, "eager")
+    few["calm"]["eager"][1] = False
+    assert not timing.is_calm(few, OURS, "eager")
+
+
+def test_the_committed_results_can_be_read():
+    found = results.newest(results.read([results.FOLDER]))
+    verdicts = [bars.judge(bar, found) for bar in bars.bars()]
+    assert sum(verdict.value is not None for verdict in verdicts) > 10
 
 
 def test_results_of_the_long_runs_are_rows_too(tmp_path):
