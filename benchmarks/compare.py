@@ -5,8 +5,9 @@
 
 Two runs see two machines, if only because one was busy. So a case is not compared by its seconds but by its ratio to a peer
 that it met in duels: q = (ours / peer in NEW) / (ours / peer in OLD), where the peer is the same code both times. q gets a
-99 % bootstrap interval over the rounds of both runs. It is a regression where the whole interval lies above 1 by more than
-the noise: what ours measured a second time differed from ours, in either run, at the far end of its own interval.
+99 % bootstrap interval over the rounds of both runs; the calm ones where both runs had enough, otherwise all of both. It is
+a regression where the whole interval lies above 1 by more than the noise: what ours measured a second time differed from
+ours, in either run, at the far end of its own interval.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def noise(row: Row) -> float:
 
 
 def change(old: Row, new: Row, peer: str) -> Change:
-    """The change of a case, as its ratio to a peer, with its interval."""
+    """The change of a case, as its ratio to a peer, with its interval; over all rounds where one run was disturbed."""
+    if not (is_calm(old, OURS, peer) and is_calm(new, OURS, peer)):
+        old, new = _undivided(old), _undivided(new)
     before, after = paired(old, OURS, peer), paired(new, OURS, peer)
     draw = random.Random(0)
     medians = sorted(
@@ -72,6 +75,11 @@ def change(old: Row, new: Row, peer: str) -> Change:
         new["case"], new["run"]["place"], peer, statistics.median(after) / statistics.median(before),
         medians[tail], medians[-1 - tail], max(noise(old), noise(new)),
     )  # fmt: skip
+
+
+def _undivided(row: Row) -> Row:
+    """A row of which all rounds count."""
+    return {key: value for key, value in row.items() if key != "calm"}
 
 
 def compare(old: dict[tuple[str, str], Row], new: dict[tuple[str, str], Row]) -> tuple[list[Change], list[str]]:

@@ -48,7 +48,7 @@ KINDS = (
 )  # of a round: a contender's seconds, those of ours in its duels, whether at full speed
 LEAST_CALM = 10
 MOST_DUELS, SHORT_DUEL = 3, 0.01  # in a round with one contender; seconds that several may take together
-SHORT_CALL = 0.01  # seconds; where one takes longer, neither contender of a duel is warmed up
+SHORT_CALL = 0.02  # seconds; a longer one fills the caches itself and is not warmed up
 RESAMPLES = 2000
 PACKAGES = (
     "steerfast", "torch", "triton", "transformers", "vllm", "sae-lens", "eai-sparsify", "steering-vectors", "repeng",
@@ -120,7 +120,7 @@ class Effort:
 
     burst: float = 0.0002
     rounds: int = 120
-    seconds: float = 10.0
+    seconds: float = 9.0
     compile: bool = True
     patience: float = 0.05
     least: int = 3
@@ -140,8 +140,8 @@ class Runner(Protocol):
 
     taken: float
 
-    def burst(self, seconds: float, warm: bool = False) -> float:
-        """Calls for about so many seconds, after an untimed one if warm: what one of them took."""
+    def burst(self, seconds: float) -> float:
+        """Calls for about so many seconds, after an untimed one: what one of them took."""
 
 
 class Duel(NamedTuple):
@@ -166,11 +166,11 @@ class HostRunner:
                 self._call(*next(self._rotation))
                 self.taken = max(time.perf_counter() - begin, 1e-9)
 
-    def burst(self, seconds: float, warm: bool = False) -> float:
-        """Calls for about so many seconds, one at least; an untimed one leaves caches and memory as a call finds them."""
+    def burst(self, seconds: float) -> float:
+        """Calls for about so many seconds, one at least; before short ones an untimed one, which they find in the caches."""
         calls = max(1, round(seconds / self.taken)) if self.taken else 1
         with self._around():
-            if warm:
+            if 0 < self.taken < SHORT_CALL:
                 self._call(*next(self._rotation))
             begin = time.process_time()
             for inputs in itertools.islice(self._rotation, calls):
@@ -235,12 +235,11 @@ class HostClock:
 
 
 def _bursts(ours: Runner, other: Runner, seconds: float) -> tuple[float, float]:
-    """A burst of each, in random order; both are warmed up or neither is."""
-    warm = 0 < max(ours.taken, other.taken) < SHORT_CALL
+    """A burst of each, in random order."""
     if random.random() < 0.5:
-        return ours.burst(seconds, warm), other.burst(seconds, warm)
-    first = other.burst(seconds, warm)
-    return ours.burst(seconds, warm), first
+        return ours.burst(seconds), other.burst(seconds)
+    first = other.burst(seconds)
+    return ours.burst(seconds), first
 
 
 def _fixed_work() -> float:
@@ -292,10 +291,10 @@ class DeviceRunner:
                 torch.cuda.synchronize()
         self._begin, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
-    def burst(self, seconds: float, warm: bool = False) -> float:
+    def burst(self, seconds: float) -> float:
         """The calls that were captured, however long they take."""
         with self._around():
-            if warm:
+            if self.taken < SHORT_CALL:
                 self._run()
             torch.cuda.synchronize()
             start = time.perf_counter()

@@ -149,9 +149,8 @@ def test_the_bursts_of_a_duel_are_about_equally_long(ours, other, lasting):
         def __init__(self, taken, answer):
             self.taken, self.answer = taken, answer
 
-        def burst(self, seconds, warm):
+        def burst(self, seconds):
             seen.append(seconds)
-            assert warm is (0 < max(ours, other) < 0.01)
             return self.answer
 
     found = Busy([True]).duel(Recorder(ours, 1.0), Recorder(other, 2.0), replace(REHEARSAL, burst=2e-4))
@@ -159,8 +158,7 @@ def test_the_bursts_of_a_duel_are_about_equally_long(ours, other, lasting):
     assert found == (1.0, 2.0, True)
 
 
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize(("taken", "calls"), [(1e-4, 10), (0.05, 1), (0.0, 1)])
+@pytest.mark.parametrize(("taken", "calls", "warm"), [(1e-4, 10, 1), (0.05, 1, 0), (0.0, 1, 0)])
 def test_a_burst_is_as_many_calls_as_fit_and_one_to_warm_up(taken, calls, warm, monkeypatch):
     seen = []
     runner = timing.HostRunner(seen.append, [(1,), (2,)], replace(REHEARSAL, burst=2e-4))
@@ -168,7 +166,7 @@ def test_a_burst_is_as_many_calls_as_fit_and_one_to_warm_up(taken, calls, warm, 
     runner.taken = taken
     del seen[:]
     monkeypatch.setattr(timing.time, "process_time", lambda: float(len(seen)))  # a call takes a second
-    assert runner.burst(1e-3, warm) == 1.0
+    assert runner.burst(1e-3) == 1.0
     assert len(seen) == calls + warm
     assert set(seen) <= {1, 2}
 
@@ -639,6 +637,13 @@ def test_a_regression_is_what_noise_does_not_explain(tmp_path, slower, noise, ou
     for name, rows in (("old", old), ("new", new)):
         append_row(tmp_path / f"{name}.jsonl", rows["a", "cpu"])
     assert compare.main([str(tmp_path / "old.jsonl"), str(tmp_path / "new.jsonl")]) == (outcome == "SLOWER")
+
+
+def test_a_calm_run_is_not_compared_with_a_disturbed_one():
+    calm, busy = (disturb(row("a", noise=0.0), "eager", slice(rounds)) for rounds in (15, 16))
+    assert timing.is_calm(calm, OURS, "eager")
+    assert not timing.is_calm(busy, OURS, "eager")
+    assert compare.change(calm, busy, "eager").ratio == pytest.approx(1.0)
 
 
 def test_what_cannot_be_compared_is_named():
