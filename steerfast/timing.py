@@ -41,11 +41,8 @@ Row = dict[str, Any]
 OURS, AGAIN = "ours", "again"
 MOST_SETS = 32
 LEAST_ROTATION = 256 << 20  # bytes of rotating inputs on a GPU: more than any L2 of today
-KINDS = (
-    "times",
-    "beside",
-    "calm",
-)  # of a round: a contender's seconds, those of ours in its duels, whether at full speed
+# of a round: a contender's seconds, those of ours in its duels, whether these were at full speed
+KINDS = "times", "beside", "calm"
 LEAST_CALM = 10
 MOST_DUELS, SHORT_DUEL = 3, 0.01  # in a round with one contender; seconds that several may take together
 SHORT_CALL = 0.02  # seconds; a longer one fills the caches itself and is not warmed up
@@ -141,7 +138,7 @@ class Runner(Protocol):
     taken: float
 
     def burst(self, seconds: float) -> float:
-        """Calls for about so many seconds, after an untimed one: what one of them took."""
+        """Calls for about so many seconds, one at least: what one of them took."""
 
 
 class Duel(NamedTuple):
