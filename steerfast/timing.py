@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FunctionType
@@ -44,7 +44,7 @@ LEAST_ROTATION = 256 << 20  # bytes of rotating inputs on a GPU: more than any L
 # of a round: a contender's seconds, those of ours in its duels, whether these were at full speed
 KINDS = "times", "beside", "calm"
 LEAST_CALM = 10
-MOST_DUELS, SHORT_DUEL = 3, 0.01  # in a round with one contender; seconds that several may take together
+SHARE = 8  # in a round a contender is met for at least this part of the time that the slowest takes, and six bursts
 SHORT_CALL = 0.02  # seconds; a longer one fills the caches itself and is not warmed up
 RESAMPLES = 2000
 PACKAGES = (
@@ -179,15 +179,15 @@ class HostClock:
     """CPU time of the process per call.
 
     A virtual core shares a real one: while its neighbour works everything takes up to twice as long, and not all of it in one
-    proportion. So a duel waits until a fixed piece of work takes no more than 1.4 times the least that it ever took here,
-    and looks again at its end: each time for a twentieth of its length, so that it tells of a long one, too. Where waiting
-    was in vain, the next duel waits half as long.
+    proportion. So a duel waits until a fixed piece of work takes no more than 1.6 times the least that it ever took here
+    (right after wide vector instructions it takes 1.3 times that anyhow), and looks again at its end: each time for a
+    twentieth of its length, so that it tells of a long one, too. Where waiting was in vain, the next duel waits half as long.
     """
 
     name = "CPU time of the process"
     device = "cpu"
     thorough = Effort()
-    slow = 1.4
+    slow = 1.6
 
     def __init__(self) -> None:
         self._least = math.inf
@@ -223,7 +223,7 @@ class HostClock:
         limit = time.perf_counter() + self._hope * effort.patience
         while True:
             while not (calm := self.at_full_speed(look)) and time.perf_counter() < limit:
-                time.sleep(0.001)
+                pass  # a core that sleeps is given to others
             taken = _bursts(ours, other, burst)
             calm = calm and self.at_full_speed(look)
             if calm or time.perf_counter() >= limit:
@@ -431,6 +431,8 @@ class Race:
         """Rounds until the effort is made, to half a round; of earlier ones the row knows nothing afterwards."""
         begin = _now()
         self._keep(0)
+        if self._clock.device == "cpu":
+            _give_back()  # what the calls allocate lies elsewhere in every visit, so its place averages out
         if self.effort.seconds > 0:
             self.round()  # the first finds caches and clocks cold
             if _now() - begin < self.effort.seconds / 4:
@@ -462,9 +464,14 @@ class Race:
             self._keep(min(len(taken) for kind in KINDS for taken in self.row[kind].values()))  # no half of a round
 
     def _often(self, name: str) -> int:
-        """Duels with a contender in a round: several where they are quick."""
-        lasting = self._runners[OURS].taken + self._runners[name].taken
-        return max(1, min(MOST_DUELS, int(SHORT_DUEL / lasting))) if lasting else 1
+        """Duels with a contender in a round: as many as its share of the round holds, one at least."""
+        lasting = {other: self._lasting(other) for other in self._runners}
+        share = max(6 * self.effort.burst, max(lasting.values()) / SHARE)
+        return max(1, round(share / lasting[name])) if lasting[name] else 1
+
+    def _lasting(self, name: str) -> float:
+        """Seconds of a duel with a contender, about."""
+        return sum(max(self.effort.burst, self._runners[one].taken) for one in (OURS, name))
 
     def _undisturbed(self) -> int:
         """Rounds in which every contender had a calm duel."""
@@ -592,14 +599,20 @@ def memory_rise(function: Function, inputs: Inputs, device: str) -> int | None:
         function(*inputs)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    _give_back()  # memory that was freed but kept would hide a rise
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide a rise
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    except (OSError, AttributeError, TypeError):
+    except OSError:
         return None
     before = _status("VmRSS")
     function(*inputs)
     return max(0, _status("VmHWM") - before)
+
+
+def _give_back() -> None:
+    """Free memory goes back to the system, where the C library can do that."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(key: str) -> int:

@@ -199,8 +199,7 @@ def test_of_a_rounds_duels_the_calm_ones_count():
     calm, busy = [(1.0, 2.0, True), (9.0, 9.0, False), (3.0, 4.0, True)], [(1.0, 3.0, False)] * 3
     duels = itertools.starmap(timing.Duel, calm + busy)
     found._clock = types.SimpleNamespace(duel=lambda ours, other, effort: next(duels))
-    for runner in found._runners.values():
-        runner.taken = 1e-4
+    found._often = lambda name: 3
     found.round()
     found.round()
     assert found.row["times"] == {OURS: [2.0, 1.0], AGAIN: [3.0, 3.0]}
@@ -209,12 +208,23 @@ def test_of_a_rounds_duels_the_calm_ones_count():
     assert found._undisturbed() == 1
 
 
-@pytest.mark.parametrize(("taken", "often"), [(0.0, 1), (1e-4, 3), (2e-3, 2), (1.0, 1)])
-def test_quick_contenders_meet_several_times_in_a_round(taken, often):
+@pytest.mark.parametrize(
+    ("ours", "again", "eager", "often"),
+    [
+        (0.0, 0.0, 0.0, {AGAIN: 1, "eager": 1}),
+        (1e-4, 1e-4, 1e-4, {AGAIN: 3, "eager": 3}),  # six bursts of 0.2 ms
+        (2e-3, 2e-3, 4e-3, {AGAIN: 1, "eager": 1}),
+        (1e-4, 1e-4, 0.3198, {AGAIN: 100, "eager": 1}),  # an eighth of the duel with the slowest
+        (0.3, 0.3, 0.3, {AGAIN: 1, "eager": 1}),
+    ],
+)
+def test_contenders_share_the_time_of_a_round(ours, again, eager, often):
     found = race(doubled())
-    for runner in found._runners.values():
-        runner.taken = taken
-    assert found._often(AGAIN) == often
+    found.effort = replace(REHEARSAL, burst=2e-4 if ours else 0.0)
+    found._runners = {
+        name: types.SimpleNamespace(taken=taken) for name, taken in {OURS: ours, AGAIN: again, "eager": eager}.items()
+    }
+    assert {name: found._often(name) for name in (AGAIN, "eager")} == often
 
 
 def test_large_inputs_lie_at_many_places_in_their_pages():
@@ -245,7 +255,7 @@ def test_a_visit_makes_its_part_of_the_effort():
 def test_the_core_is_known_by_its_fastest_moment():
     clock = HostClock()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "_fixed_work", iter([1.0, 1.3, 1.5, 0.9, 1.3]).__next__)
+        patch.setattr(timing, "_fixed_work", iter([1.0, 1.5, 1.7, 0.9, 1.5]).__next__)
         assert [clock.at_full_speed() for _ in range(5)] == [True, True, False, True, False]
 
 
