@@ -111,7 +111,7 @@ types: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(PARALLEL) $(BIN)/python -m pytest benchmarks -q -m "not slow" --visits 16 --deadline 800 $(PYTEST_ARGS)
+	$(PARALLEL) $(BIN)/python -m pytest benchmarks -q -m "not slow" --visits 24 --deadline 800 $(PYTEST_ARGS)
 
 bench-%: setup
 	$(PARALLEL) $(BIN)/python -m pytest benchmarks/test_$*.py -q $(PYTEST_ARGS)

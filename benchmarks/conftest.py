@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+LONGEST = 40.0  # seconds of rounds that a case may take in all its visits: ten rounds of the longest
+
+
 class Ledger:
     """What a run measured, and what it did not: rows are written as they are measured, so that an interrupt keeps them."""
 
@@ -77,6 +81,7 @@ class Ledger:
         self.deadline = time.monotonic() + config.getoption("--deadline")
         self.now = 0.0
         self.contests: list[Race] = []
+        self.spent: Counter[str] = Counter()  # seconds of rounds, by case
         self.visits_left = 0
         self._peaks: dict[torch.dtype, Peaks] = {}
         self.planned: list[str] = []
@@ -101,17 +106,25 @@ class Ledger:
             _note(row, error)
             raise
         finally:
-            row["seconds"] = round(row["seconds"] + time.perf_counter() - begin, 2)
+            taken = time.perf_counter() - begin
+            self.spent[row["case"]] += taken
+            row["seconds"] = round(row["seconds"] + taken, 2)
             self.keep(row)
             row["seconds"] = 0.0
 
     def visit_again(self) -> None:
-        """The further visits of every case, in turn: what a machine is like for some minutes, averages out."""
+        """The further visits of every case, in turn: what a machine is like for some minutes, averages out.
+
+        A case whose rounds are long is passed over where it has had its part of `LONGEST`.
+        """
         self.visits_left = (self.visits - 1) * len(self.contests)
         for number in range(1, self.visits):
             for contest in list(self.contests):
                 if time.monotonic() > self.deadline:
                     return
+                if self.spent[contest.row["case"]] > LONGEST * number / self.visits:
+                    self.visits_left -= 1
+                    continue
                 try:
                     self.measure(contest)
                 except Exception:

@@ -116,8 +116,8 @@ class Effort:
     """
 
     burst: float = 0.0002
-    rounds: int = 120
-    seconds: float = 9.0
+    rounds: int = 192
+    seconds: float = 13.5
     compile: bool = True
     patience: float = 0.05
     least: int = 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import csv
+import importlib.util
 import itertools
 import json
 import math
@@ -247,6 +249,15 @@ def test_a_slow_case_keeps_its_first_round_and_gets_the_least_number():
     assert lengths(found) == {2}
 
 
+def test_every_visit_gives_free_memory_back_before_its_rounds(monkeypatch):
+    found, seen = race(doubled()), []
+    monkeypatch.setattr(timing, "_give_back", lambda: seen.append(lengths(found)))
+    for _ in range(2):
+        found.run()
+        assert lengths(found) == {3}
+    assert seen == [{0}, {0}]
+
+
 def test_a_visit_makes_its_part_of_the_effort():
     part = timing.Effort(rounds=60, seconds=6.0, least=3).shared(8)
     assert (part.rounds, part.seconds, part.least) == (8, 0.75, 1)
@@ -420,6 +431,24 @@ def test_visits_come_in_turn_and_their_rounds_add_up(tmp_path):
     assert len(set(rows[0]["times"][OURS] + rows[2]["times"][OURS])) == 2  # a visit forgets the one before
     assert text.count("affine n=3 d=40 fp16") == 1
     assert "further visits" not in text
+
+
+def test_a_case_of_long_rounds_is_passed_over_where_it_had_its_part():
+    found = importlib.util.spec_from_file_location("conftest_of_the_benchmarks", BENCHMARKS / "conftest.py")
+    suites = importlib.util.module_from_spec(found)
+    found.loader.exec_module(suites)
+    ledger, order = object.__new__(suites.Ledger), []
+    quick, slow = (types.SimpleNamespace(row={"case": name}) for name in ("quick", "slow"))
+
+    def measure(contest):
+        order.append(contest.row["case"])
+        ledger.spent[contest.row["case"]] += suites.LONGEST / 3 if contest is slow else 0.1
+
+    ledger.visits, ledger.deadline, ledger.measure = 6, math.inf, measure
+    ledger.contests, ledger.spent = [quick, slow], collections.Counter(slow=suites.LONGEST / 3, quick=0.1)
+    ledger.visit_again()
+    assert order == ["quick", "quick", "slow", "quick", "quick", "slow", "quick"]
+    assert ledger.visits_left == 0
 
 
 @pytest.mark.slow
