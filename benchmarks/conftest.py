@@ -22,7 +22,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # the suites import the files beside them; the root stays off the path
 
-from results import newest
+from results import newest, read
 from setting import INTERPRETED, PLACE, TINY
 
 import steerfast as sf
@@ -57,6 +57,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--visits", type=int, default=1, help="measure each case in so many parts, far from each other (CPU)"
     )
+    group.addoption("--parts", type=int, default=1, help="of so many processes with as many visits this is one (CPU)")
+    group.addoption("--series", metavar="DATE", help="rows of runs with the same one are one measurement")
 
 
 LONGEST = 40.0  # seconds of rounds that a case may take in all its visits: ten rounds of the longest
@@ -68,14 +70,16 @@ class Ledger:
     def __init__(self, config: pytest.Config) -> None:
         self.thorough = not TINY and not config.getoption("--quick")
         self.clock: Clock = DeviceClock() if PLACE == "cuda" else HostClock()
-        self.visits = config.getoption("--visits") if PLACE != "cuda" else 1
+        self.visits, parts = map(config.getoption, ("--visits", "--parts")) if PLACE != "cuda" else (1, 1)
         effort = self.clock.thorough if self.thorough else REHEARSAL if TINY else QUICK
-        self.effort: Effort = effort.shared(self.visits)
+        self.effort: Effort = effort.shared(self.visits * parts)
+        self.longest = LONGEST / parts
         self.origin = {**circumstances(PLACE), "quick": not self.thorough}
-        self.origin["series"] = self.origin["date"]
+        self.origin["series"] = config.getoption("--series") or self.origin["date"]
         folder = config.getoption("--rows") or Path(__file__).parent / "results"
         device = "-".join("".join(c if c.isalnum() else " " for c in self.origin["device"]).lower().split())
-        self.file = folder / f"{self.origin['date'][:10]}-{PLACE}-{device}.jsonl"
+        self.file = folder / f"{self.origin['series'][:10]}-{PLACE}-{device}.jsonl"
+        self.earlier = _of_series(self.file, self.origin["series"])
         self.rows: list[Row] = []
         self.unwritten: list[Row] = []
         self.deadline = time.monotonic() + config.getoption("--deadline")
@@ -87,8 +91,8 @@ class Ledger:
         self.planned: list[str] = []
 
     def cases(self) -> list[Row]:
-        """A row for each case, with the rounds of all its visits."""
-        visited = {case: row for (case, _), row in newest(self.rows).items()}
+        """A row for each case, with the rounds of all its visits, here and in earlier processes of the series."""
+        visited = {case: row for (case, _), row in newest([*self.earlier, *self.rows]).items()}
         return [visited.get(case, row) for case, row in {row["case"]: row for row in self.rows}.items()]
 
     def peaks(self, dtype: torch.dtype) -> Peaks:
@@ -122,7 +126,7 @@ class Ledger:
             for contest in list(self.contests):
                 if time.monotonic() > self.deadline:
                     return
-                if self.spent[contest.row["case"]] > LONGEST * number / self.visits:
+                if self.spent[contest.row["case"]] > self.longest * number / self.visits:
                     self.visits_left -= 1
                     continue
                 try:
@@ -146,6 +150,10 @@ class Ledger:
     def later(self) -> float:
         """The clock that pytest-benchmark reads."""
         return self.now
+
+
+def _of_series(file: Path, series: str) -> list[Row]:
+    return [row for row in read([file]) if row["run"].get("series") == series] if file.exists() else []
 
 
 def _note(row: Row, error: BaseException) -> None:

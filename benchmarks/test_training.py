@@ -15,7 +15,7 @@ from steerfast.bench_cases import Stream
 from steerfast.timing import Case, Function, Inputs, error_share
 
 AT = Stream(AT.device, pick(AT.dtype, AT.dtype, torch.float32), AT.d)
-N, TOKENS, FEATURES = pick(4096, 256, 3), pick(4096, 64, 3), pick(16384, 4096, 64)
+N, TOKENS, FEATURES = pick(4096, 256, 3), pick(4096, 64, 3), pick(16384, 2048, 64)
 
 
 def gradients(loss: Callable[..., Tensor]) -> Function:

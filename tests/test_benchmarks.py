@@ -442,13 +442,26 @@ def test_a_case_of_long_rounds_is_passed_over_where_it_had_its_part():
 
     def measure(contest):
         order.append(contest.row["case"])
-        ledger.spent[contest.row["case"]] += suites.LONGEST / 3 if contest is slow else 0.1
+        ledger.spent[contest.row["case"]] += 10.0 if contest is slow else 0.1
 
-    ledger.visits, ledger.deadline, ledger.measure = 6, math.inf, measure
-    ledger.contests, ledger.spent = [quick, slow], collections.Counter(slow=suites.LONGEST / 3, quick=0.1)
+    ledger.visits, ledger.deadline, ledger.longest, ledger.measure = 6, math.inf, 30.0, measure
+    ledger.contests, ledger.spent = [quick, slow], collections.Counter(slow=10.0, quick=0.1)
     ledger.visit_again()
     assert order == ["quick", "quick", "slow", "quick", "quick", "slow", "quick"]
     assert ledger.visits_left == 0
+
+
+@pytest.mark.slow
+def test_processes_of_one_series_are_one_measurement(tmp_path):
+    flags = "-k", "test_add", "--rows", str(tmp_path), "--series", "2026-01-02T03:04:05+00:00", "--parts", "2"
+    for _ in range(2):
+        text, _ = run("test_add.py", *flags).communicate(timeout=120)
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith("2026-01-02-tiny-")
+    first, second = rows_in(tmp_path)
+    together = results.newest([first, second])["add slots=2 n=3 d=40 fp16", "tiny"]
+    assert together["times"][OURS] == first["times"][OURS] + second["times"][OURS]
+    assert f"{1e3 * interval(together['times'][OURS])[0]:.4f}" in text  # the last process shows the rounds of both
 
 
 @pytest.mark.slow
