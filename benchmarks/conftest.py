@@ -6,7 +6,9 @@ tables, its JSON and its comparisons show the same times as our rows.
 
 from __future__ import annotations
 
+import argparse
 import copy
+import datetime
 import json
 import signal
 import sys
@@ -48,6 +50,16 @@ from steerfast.timing import (
     times,
 )
 
+LONGEST = 40.0  # seconds of rounds that a case may take in all its visits: ten rounds of the longest
+
+
+def _date(text: str) -> str:
+    try:
+        datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a date such as 2026-01-02T03:04:05+00:00") from None
+    return text
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("steerfast")
@@ -57,11 +69,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--visits", type=int, default=1, help="measure each case in so many parts, far from each other (CPU)"
     )
-    group.addoption("--parts", type=int, default=1, help="of so many processes with as many visits this is one (CPU)")
-    group.addoption("--series", metavar="DATE", help="rows of runs with the same one are one measurement")
-
-
-LONGEST = 40.0  # seconds of rounds that a case may take in all its visits: ten rounds of the longest
+    group.addoption(
+        "--parts", type=int, default=1, help="how many processes share the effort; this is one of them (CPU)"
+    )
+    group.addoption("--series", type=_date, metavar="DATE", help="runs with the same one are one measurement")
 
 
 class Ledger:
@@ -70,6 +81,8 @@ class Ledger:
     def __init__(self, config: pytest.Config) -> None:
         self.thorough = not TINY and not config.getoption("--quick")
         self.clock: Clock = DeviceClock() if PLACE == "cuda" else HostClock()
+        if config.getoption("--parts") > 1 and not config.getoption("--series"):
+            raise pytest.UsageError("--parts: give the processes a --series, too, or their rows are not joined")
         self.visits, parts = map(config.getoption, ("--visits", "--parts")) if PLACE != "cuda" else (1, 1)
         effort = self.clock.thorough if self.thorough else REHEARSAL if TINY else QUICK
         self.effort: Effort = effort.shared(self.visits * parts)
@@ -79,7 +92,7 @@ class Ledger:
         folder = config.getoption("--rows") or Path(__file__).parent / "results"
         device = "-".join("".join(c if c.isalnum() else " " for c in self.origin["device"]).lower().split())
         self.file = folder / f"{self.origin['series'][:10]}-{PLACE}-{device}.jsonl"
-        self.earlier = _of_series(self.file, self.origin["series"])
+        self.earlier = _of_series(self.file, self.origin["series"]) if config.getoption("--series") else []
         self.rows: list[Row] = []
         self.unwritten: list[Row] = []
         self.deadline = time.monotonic() + config.getoption("--deadline")
@@ -92,8 +105,9 @@ class Ledger:
 
     def cases(self) -> list[Row]:
         """A row for each case, with the rounds of all its visits, here and in earlier processes of the series."""
-        visited = {case: row for (case, _), row in newest([*self.earlier, *self.rows]).items()}
-        return [visited.get(case, row) for case, row in {row["case"]: row for row in self.rows}.items()]
+        here, visited = newest(self.rows), newest([*self.earlier, *self.rows])
+        last = {(row["case"], row["run"]["place"]): row for row in self.rows}
+        return [visited[key] if key in here else row for key, row in last.items()]
 
     def peaks(self, dtype: torch.dtype) -> Peaks:
         if dtype not in self._peaks:

@@ -94,4 +94,5 @@ def _together(before: Row, row: Row) -> Row:
         kind: {name: before[kind][name] + taken for name, taken in row[kind].items() if name in before[kind]}
         for kind in kinds
     }
-    return {**row, **added}
+    missing = {**before.get("missing", {}), **row.get("missing", {})}
+    return {**row, **added, "missing": missing}

@@ -44,7 +44,7 @@ LEAST_ROTATION = 256 << 20  # bytes of rotating inputs on a GPU: more than any L
 # of a round: a contender's seconds, those of ours in its duels, whether these were at full speed
 KINDS = "times", "beside", "calm"
 LEAST_CALM = 10
-SHARE = 8  # in a round a contender is met for at least this part of the time that the slowest takes, and six bursts
+SHARE = 8  # in a round a contender is met for this part of the time that the slowest takes, or for six bursts if that is more
 SHORT_CALL = 0.02  # seconds; a longer one fills the caches itself and is not warmed up
 RESAMPLES = 2000
 PACKAGES = (
@@ -140,6 +140,9 @@ class Runner(Protocol):
     def burst(self, seconds: float) -> float:
         """Calls for about so many seconds, one at least: what one of them took."""
 
+    def lasting(self, seconds: float) -> float:
+        """About how long a burst of so many seconds keeps the machine."""
+
 
 class Duel(NamedTuple):
     """Seconds of a call of ours and of another contender, taken together; whether the core was at full speed meanwhile."""
@@ -162,6 +165,10 @@ class HostRunner:
                 begin = time.perf_counter()
                 self._call(*next(self._rotation))
                 self.taken = max(time.perf_counter() - begin, 1e-9)
+
+    def lasting(self, seconds: float) -> float:
+        """As long as it shall take, or a call takes."""
+        return max(seconds, self.taken)
 
     def burst(self, seconds: float) -> float:
         """Calls for about so many seconds, one at least; before short ones an untimed one, which they find in the caches."""
@@ -287,6 +294,10 @@ class DeviceRunner:
             except RuntimeError:
                 torch.cuda.synchronize()
         self._begin, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def lasting(self, seconds: float) -> float:
+        """As long as the calls that were captured, twice: once to warm up."""
+        return 2 * self._calls * self.taken
 
     def burst(self, seconds: float) -> float:
         """The calls that were captured, however long they take."""
@@ -471,7 +482,7 @@ class Race:
 
     def _lasting(self, name: str) -> float:
         """Seconds of a duel with a contender, about."""
-        return sum(max(self.effort.burst, self._runners[one].taken) for one in (OURS, name))
+        return sum(self._runners[one].lasting(self.effort.burst) for one in (OURS, name))
 
     def _undisturbed(self) -> int:
         """Rounds in which every contender had a calm duel."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import csv
 import importlib.util
@@ -223,9 +224,9 @@ def test_of_a_rounds_duels_the_calm_ones_count():
 def test_contenders_share_the_time_of_a_round(ours, again, eager, often):
     found = race(doubled())
     found.effort = replace(REHEARSAL, burst=2e-4 if ours else 0.0)
-    found._runners = {
-        name: types.SimpleNamespace(taken=taken) for name, taken in {OURS: ours, AGAIN: again, "eager": eager}.items()
-    }
+    found._runners = {name: timing.HostRunner(abs, [(1,)], REHEARSAL) for name in (OURS, AGAIN, "eager")}
+    for name, taken in {OURS: ours, AGAIN: again, "eager": eager}.items():
+        found._runners[name].taken = taken
     assert {name: found._often(name) for name in (AGAIN, "eager")} == often
 
 
@@ -250,7 +251,7 @@ def test_a_slow_case_keeps_its_first_round_and_gets_the_least_number():
 
 
 def test_every_visit_gives_free_memory_back_before_its_rounds(monkeypatch):
-    found, seen = race(doubled()), []
+    found, seen = Race(doubled(), Busy([True]), PEAKS, EFFORT), []
     monkeypatch.setattr(timing, "_give_back", lambda: seen.append(lengths(found)))
     for _ in range(2):
         found.run()
@@ -433,10 +434,42 @@ def test_visits_come_in_turn_and_their_rounds_add_up(tmp_path):
     assert "further visits" not in text
 
 
-def test_a_case_of_long_rounds_is_passed_over_where_it_had_its_part():
+@pytest.fixture(scope="module")
+def suites() -> types.ModuleType:
     found = importlib.util.spec_from_file_location("conftest_of_the_benchmarks", BENCHMARKS / "conftest.py")
-    suites = importlib.util.module_from_spec(found)
-    found.loader.exec_module(suites)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def options(folder: Path, **changes: object) -> types.SimpleNamespace:
+    found = {"--quick": False, "--rows": folder, "--deadline": math.inf, "--visits": 1, "--parts": 1, "--series": None}
+    found |= {f"--{name}": value for name, value in changes.items()}
+    return types.SimpleNamespace(getoption=found.__getitem__)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs one process")
+def test_processes_share_the_effort(suites, tmp_path):
+    ledger = suites.Ledger(options(tmp_path, visits=12, parts=2, series="2026-01-02T03:04:05+00:00"))
+    assert ledger.effort == HostClock.thorough.shared(24)
+    assert ledger.longest == suites.LONGEST / 2
+    with pytest.raises(pytest.UsageError, match="--series"):
+        suites.Ledger(options(tmp_path, parts=2))
+    with pytest.raises(argparse.ArgumentTypeError, match="got 'foo'"):
+        suites._date("foo")
+
+
+def test_a_case_that_fails_in_a_later_process_shows_no_time(suites, tmp_path):
+    ledger = suites.Ledger(options(tmp_path))
+    good = {"case": "a", "status": "ok", "times": {OURS: [1.0]}, "run": ledger.origin}
+    bad = {"case": "a", "status": "red", "times": {}, "run": ledger.origin}
+    ledger.earlier, ledger.rows = [good], [bad]
+    assert ledger.cases() == [bad]
+    ledger.rows = [good]
+    assert ledger.cases()[0]["times"] == {OURS: [1.0, 1.0]}
+
+
+def test_a_case_of_long_rounds_is_passed_over_where_it_had_its_part(suites):
     ledger, order = object.__new__(suites.Ledger), []
     quick, slow = (types.SimpleNamespace(row={"case": name}) for name in ("quick", "slow"))
 

@@ -42,6 +42,15 @@ def test_every_solver_and_barrier_is_as_exact_as_its_formula(place, kind):
                     assert_exact(run(x, 1.0), true, naive, f"{kind} {method} {dtype} rank {k}")
 
 
+def test_a_default_device_elsewhere_does_not_move_a_flow_on_a_cpu():
+    torch.manual_seed(0)
+    x, basis, lam, bias = torch.randn(4, 24), torch.linalg.qr(torch.randn(24, 3))[0].T, torch.randn(3), torch.randn(3)
+    here = sf.ops.flow(x, basis, lam, bias, angle=0.3)
+    with torch.device("meta"):
+        there = sf.ops.flow(x, basis, lam, bias, angle=0.3)
+    assert torch.equal(here, there)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_rows_of_a_bank_have_their_own_barrier_solver_length_and_level(place):
     with backend(place) as device:
