@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .caches import cache_in
 from .hooks import steer
 from .interventions import Add
 from .layers import Layers, evaluating, find_layers, verify_sites
@@ -125,10 +126,11 @@ def _decode(subject: _Subject) -> str:
         vector, _ = _vector(subject, layer)
 
         def two_passes() -> Any:
-            cache = getattr(model(ids[:, :-1], use_cache=True), "past_key_values", None)
-            if cache is None:
-                raise _Skipped("the model returns no past_key_values")
-            return model(ids[:, -1:], past_key_values=cache, use_cache=True)
+            found = cache_in(model(ids[:, :-1], use_cache=True))
+            if found is None:
+                raise _Skipped("the model returns no cache that counts its tokens")
+            name, cache = found  # what a model returns under a name it takes under the same
+            return model(ids[:, -1:], **{name: cache}, use_cache=True)
 
         clean = _streams(subject, layer, two_passes)
         with steer(model, Plan({layer: Add(vector)}, positions="generated")):

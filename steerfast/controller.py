@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .bank import Bank, Runs
+from .caches import PAGED, cache_in, keeps_cache, past_length
 from .conditions import When
 from .dispatcher import Dispatcher
 from .fixed import FixedTable
 from .gates import Gates, Place
-from .generation import announced, by_name, past_length, tokens_of, valid_tokens
+from .generation import announced, by_name, tokens_of, valid_tokens
 from .interventions import Intervention
 from .layers import Layers, find_layers
 from .plan import Plan
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from .hooks import Steering
 
 _ATTRIBUTE = "_steerfast"
-_PAGED = {"read_index", "write_index", "cache"}
-"""Arguments by which a forward pass of transformers' continuous batching is known."""
 _GRAPHS = (
     "steer: continuous batching records CUDA graphs, which would not follow a plan; pass "
     "continuous_batching_config=ContinuousBatchingConfig(use_cuda_graph=False), and destroy a cached manager first"
@@ -84,6 +83,7 @@ class Controller:
         self._broadcasts: dict[Owners, tuple[Tensor, Tensor]] = {}
         self._decoder = model.get_submodule(layers.path.rpartition(".")[0])
         self._names = list(inspect.signature(self._decoder.forward).parameters)
+        self._keeps_cache = keeps_cache(model, self._decoder)
         self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
         self._mask: Any = None  # as the model around the decoder was given it, not yet prepared
         self._fixed: FixedTable | None = None  # of a prepared model
@@ -142,7 +142,7 @@ class Controller:
         named = [plan for plan in plans if not isinstance(plan.positions, str) or plan.positions != "all"]
         if not named:
             return
-        if "past_key_values" not in self._names:
+        if not self._keeps_cache:
             raise ValueError(
                 f"steer: positions={named[0].positions!r} needs a cache of keys and values to count tokens; {self.layers.name} "
                 'keeps another state: use positions="all"'
@@ -376,7 +376,7 @@ class Controller:
         mask = self._given_mask(inputs)
         tokens = tokens_of(inputs)
         batch, count = tokens.shape[:2]
-        if inputs.keys() >= _PAGED:
+        if inputs.keys() >= PAGED:
             self.now = self._for_all_requests(tokens)
             self._count(self.now, batch * count)
             return
@@ -385,12 +385,10 @@ class Controller:
                 "steer: the model runs in two threads at once, and only one of them can be inside generate"
             )
         start = past_length(inputs)
-        table = (
-            self._table if self._generating else self._bare(batch, count, start, inputs.get("past_key_values"), mask)
-        )
+        table = self._table if self._generating else self._bare(batch, count, start, inputs, mask)
         if table is None:
             raise RuntimeError("steer: the model runs inside generate, but no prompt was announced")
-        if "past_key_values" not in self._names and not bool(table.prompt.valid.all()):
+        if not self._keeps_cache and not bool(table.prompt.valid.all()):
             raise ValueError(
                 f"steer: {self.layers.name} keeps a state that hides which tokens are padding; run its prompts unpadded"
             )
@@ -403,14 +401,15 @@ class Controller:
         """After the decoder ran: a cache that it filled belongs to the prompt that it read."""
         if torch.compiler.is_compiling() or self._generating or self._prompt is None:
             return
-        cache = getattr(output, "past_key_values", None)
-        if hasattr(cache, "get_seq_length"):
-            self._prompts[cache] = self._prompt
+        found = cache_in(output) if isinstance(output, Mapping) else None
+        if found is not None:
+            self._prompts[found[1]] = self._prompt
 
     @torch.inference_mode(False)
-    def _bare(self, batch: int, count: int, start: int | Tensor, cache: Any, mask: Any) -> Table:
+    def _bare(self, batch: int, count: int, start: int | Tensor, inputs: dict[str, Any], mask: Any) -> Table:
         """The table of a forward pass outside generate."""
-        known = self._prompts.get(cache) if hasattr(cache, "get_seq_length") else None
+        found = cache_in(inputs)
+        known = None if found is None else self._prompts.get(found[1])
         if isinstance(start, Tensor) and known is None:
             start = int(start)  # once per prompt: a static cache that we have not seen may be empty or not
         if known is not None and known.batch == batch and (isinstance(start, Tensor) or start > 0):

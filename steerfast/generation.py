@@ -73,21 +73,6 @@ def tokens_of(inputs: dict[str, Any]) -> Tensor:
     return found
 
 
-def past_length(inputs: dict[str, Any]) -> Any:
-    """Tokens in the cache before this pass: a number, or a device tensor that must not be read on the host."""
-    from transformers.cache_utils import Cache
-
-    cache, position = inputs.get("past_key_values"), inputs.get("cache_position")
-    if position is not None and not isinstance(
-        cache, Cache
-    ):  # hybrids of transformers 4: a cache that miscounts, or none
-        return position[0] if torch.compiler.is_compiling() else int(position[0])
-    length = 0 if cache is None else cache.get_seq_length()
-    if isinstance(length, Tensor) and not torch.compiler.is_compiling() and length.device.type == "cpu":
-        return int(length)
-    return length
-
-
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, wherever they stood."""
     names = [name for name in inspect.signature(type(model).generate).parameters if name != "self"]  # type: ignore[attr-defined]
