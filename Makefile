@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_NEWEST ?= .venv-newest
 PIP_ARGS ?=
+NEWEST ?=
 PYTEST_ARGS ?=
 EXTRAS := demo,sae,bench,dev
 BIN := $(VENV)/bin
@@ -12,13 +14,14 @@ INPUTS := setup.py pyproject.toml constraints-common.txt
 # Triton 3.10 flips the default of floating-point fusion; stated here, the tolerances of the tests do not move.
 export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help setup demo test test-oldest test-vllm lint types bench bars evidence evidence-vllm dist clean
+.PHONY: help setup demo test test-oldest test-newest test-vllm lint types bench bars evidence evidence-vllm dist clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         steer a real language model (sets everything up first)"
 	@echo "make test         the test suite; kernels under Triton's interpreter"
 	@echo "make test-oldest  the same with the oldest supported transformers and triton"
+	@echo "make test-newest  the whole suite with the newest releases, no pin kept; installed from scratch; before a release"
 	@echo "make test-vllm    the plugin on a real vLLM engine, in an environment of its own"
 	@echo "make setup        environment in $(VENV) with the versions of constraints.txt"
 	@echo "make lint types   ruff; mypy"
@@ -33,27 +36,34 @@ help:
 	@echo "PYTEST_ARGS='-k add'  more arguments for pytest"
 	@echo "PIP_ARGS=...          more arguments for pip. On Linux the registry's torch is the CUDA build, several GB; for"
 	@echo "                      the CPU build: make setup PIP_ARGS=--extra-index-url=https://download.pytorch.org/whl/cpu"
+	@echo "NEWEST='torch==2.13.0'  test-newest: this torch (or any other requirement) and the newest of everything else"
 
-# create(venv, constraints): torch first. A CUDA build of torch brings the one triton it works with, so ours is pinned
-# and installed only where torch came without.
+# create(venv, constraint files, more requirements, triton): torch first. A CUDA build of torch brings the one triton it
+# works with, so ours is pinned and installed only where torch came without.
 define create
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "steerfast needs Python 3.10 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "'$(PYTHON)' cannot create environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(1)
-	grep -hv -e '^triton' -e '^-c' $(2) constraints-common.txt > $(1)/constraints.txt
-	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(1)/constraints.txt -e ".[$(EXTRAS)]"
+	sed -e '/^triton/d' -e '/^-c/d' $(2) > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(1)/constraints.txt -e ".[$(EXTRAS)]" $(3)
 	$(1)/bin/python -c 'import triton' 2> /dev/null || \
-	  $(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(2) -e ".[cpu-kernels]"
+	  $(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(firstword $(2)) $(or $(4),-e ".[cpu-kernels]")
 	@touch $@
 endef
 
 $(VENV)/.installed: $(INPUTS) constraints.txt
-	$(call create,$(VENV),constraints.txt)
+	$(call create,$(VENV),constraints.txt constraints-common.txt)
 
 $(VENV_OLDEST)/.installed: $(INPUTS) constraints-oldest.txt
-	$(call create,$(VENV_OLDEST),constraints-oldest.txt)
+	$(call create,$(VENV_OLDEST),constraints-oldest.txt constraints-common.txt)
+
+# No pins, and so nothing that could be up to date: made anew at every call. Not held to the bounds of cpu-kernels either.
+.PHONY: $(VENV_NEWEST)/.installed
+$(VENV_NEWEST)/.installed:
+	rm -rf $(VENV_NEWEST)
+	$(call create,$(VENV_NEWEST),/dev/null,$(patsubst %,'%',$(NEWEST)),triton)
 
 setup: $(VENV)/.installed
 
@@ -70,14 +80,17 @@ define run_tests
 endef
 
 # Quantised layers are steered, too. Their packages speak up wherever transformers is imported, so only the tests see them.
-QUANTISED := $(VENV)/quantised
-$(QUANTISED)/.installed: constraints.txt | setup
-	$(if $(filter Linux,$(shell uname)),$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(VENV)/constraints.txt --no-deps \
-	  --upgrade --target $(QUANTISED) torchao bitsandbytes)
-	@mkdir -p $(QUANTISED) && touch $@
+%/quantised/.installed: %/.installed
+	$(if $(filter Linux,$(shell uname)),$*/bin/python -m pip install --quiet $(PIP_ARGS) -c $*/constraints.txt --no-deps \
+	  --upgrade --target $(@D) torchao bitsandbytes)
+	@mkdir -p $(@D) && touch $@
 
-test: setup $(QUANTISED)/.installed
-	$(call run_tests,PYTHONPATH=$(abspath $(QUANTISED)) $(VENV))
+test: $(VENV)/quantised/.installed
+	$(call run_tests,PYTHONPATH=$(abspath $(<D)) $(VENV))
+
+test-newest: $(VENV_NEWEST)/quantised/.installed
+	@PYTHONPATH=$(abspath $(<D)) $(VENV_NEWEST)/bin/python tests/releases.py
+	$(call run_tests,PYTHONPATH=$(abspath $(<D)) $(VENV_NEWEST))
 
 # What depends on the version of transformers or triton; the rest is the same code in both environments.
 OLDEST := $(addprefix tests/test_,ahead_of_time.py compile.py conditions.py demo_model.py extract.py families.py hooks.py layers.py \
@@ -142,5 +155,5 @@ dist: setup
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) steerfast-demo build dist *.egg-info .cache .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_VLLM) steerfast-demo build dist *.egg-info .cache .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find kernels steerfast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
