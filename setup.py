@@ -1,6 +1,6 @@
 """Static package data: the one place for name, version and dependencies. Tools are configured in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="steerfast",
@@ -18,14 +18,7 @@ setup(
     ],
     python_requires=">=3.10",
     # The folder must never be importable as `kernels`: transformers itself imports a package of that name.
-    packages=[
-        "steerfast",
-        "steerfast.integrations",
-        "steerfast.integrations.vllm",
-        "steerfast.sae",
-        "steerfast.sae.formats",
-        "steerfast_kernels",
-    ],
+    packages=[*find_packages(include=["steerfast", "steerfast.*"]), "steerfast_kernels"],
     package_dir={"steerfast": "steerfast", "steerfast_kernels": "kernels"},
     package_data={"steerfast": ["py.typed", "*.pyi"], "steerfast_kernels": ["README.md"]},
     # A CUDA build of torch pins its own triton exactly, so triton is no requirement of ours.
@@ -51,7 +44,7 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["steerfast=steerfast.cli:main"],
-        "vllm.general_plugins": ["steerfast=steerfast.integrations.vllm:register"],
+        "console_scripts": ["steerfast=steerfast.cli.main:main"],
+        "vllm.general_plugins": ["steerfast=steerfast.vllm:register"],
     },
 )

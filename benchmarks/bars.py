@@ -5,7 +5,7 @@
 The bars are rows of bars.csv: issue, place (cuda, cpu), case (its exact name), what is compared, limit, and the words of the
 bar. What is compared is one of
 
-    time: A           seconds per call of contender A
+    time: A           seconds per call of A: ours or a baseline, by its name in the row
     over: A | B       time of A over time of B, paired by round
     above: A | B      time of A minus time of B, in seconds, paired by round
     floor             ours over the floor of the case: its bytes and operations at the measured copy and product
@@ -24,9 +24,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lab.pairs import interval, paired, pairs, times
 from results import FOLDER, Row, newest, read
-
-from steerfast.timing import interval, paired, pairs, times
 
 TABLE = Path(__file__).with_name("bars.csv")
 

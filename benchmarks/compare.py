@@ -1,13 +1,13 @@
 """Compare two results: has anything become slower, beyond noise?
 
     python benchmarks/compare.py OLD NEW            files or folders of rows; exit code 1 on a regression
-    python benchmarks/compare.py --repeat A B       two runs of the same code: how far did the peer ratios move?
+    python benchmarks/compare.py --repeat A B       two runs of the same code: how far did the ratios move?
 
-Two runs see two machines, if only because one was busy. So a case is not compared by its seconds but by its ratio to a peer
-that it met in duels: q = (ours / peer in NEW) / (ours / peer in OLD), where the peer is the same code both times. q gets a
-99 % bootstrap interval over the rounds of both runs; the calm ones where both runs had enough, otherwise all of both. It is
-a regression where the whole interval lies above 1 by more than the noise: what ours measured a second time differed from
-ours, in either run, at the far end of its own interval.
+Two runs see two machines, if only because one was busy. So a case is not compared by its seconds but by its ratio to a
+baseline that it was paired with: q = (ours / baseline in NEW) / (ours / baseline in OLD), where the baseline is the same code
+both times. q gets a 99 % bootstrap interval over the rounds of both runs; the calm ones where both runs had enough, otherwise
+all of both. It is a regression where the whole interval lies above 1 by more than the noise: what ours measured a second time
+differed from ours, in either run, at the far end of its own interval.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from lab.pairs import AGAIN, OURS, interval, is_calm, paired
+from lab.rows import append_row
 from results import Row, newest, read
 
-from steerfast.timing import AGAIN, OURS, append_row, interval, is_calm, paired
-
-PEERS = ("eager", "naive chain", "all dimensions", "bare hooks", "hook that adds", "unsteered", "dense")
+BASELINES = ("eager", "naive chain", "all dimensions", "bare hooks", "hook that adds", "unsteered", "dense")
 RESAMPLES = 2000
 CONFIDENCE = 0.99
 
@@ -34,7 +34,7 @@ class Change(NamedTuple):
 
     case: str
     place: str
-    peer: str
+    baseline: str
     ratio: float
     low: float
     high: float
@@ -48,8 +48,8 @@ class Change(NamedTuple):
 
 
 def anchor(old: Row, new: Row) -> str | None:
-    """The first peer that was timed in both."""
-    return next((p for p in PEERS if p in old.get("times", {}) and p in new.get("times", {})), None)
+    """The first baseline that was timed in both."""
+    return next((b for b in BASELINES if b in old.get("times", {}) and b in new.get("times", {})), None)
 
 
 def noise(row: Row) -> float:
@@ -60,11 +60,11 @@ def noise(row: Row) -> float:
     return max(high - 1, 1 / low - 1, 0.0)
 
 
-def change(old: Row, new: Row, peer: str) -> Change:
-    """The change of a case, as its ratio to a peer, with its interval; over all rounds where one run was disturbed."""
-    if not (is_calm(old, OURS, peer) and is_calm(new, OURS, peer)):
+def change(old: Row, new: Row, baseline: str) -> Change:
+    """The change of a case, as its ratio to a baseline, with its interval; over all rounds where one run was disturbed."""
+    if not (is_calm(old, OURS, baseline) and is_calm(new, OURS, baseline)):
         old, new = _undivided(old), _undivided(new)
-    before, after = paired(old, OURS, peer), paired(new, OURS, peer)
+    before, after = paired(old, OURS, baseline), paired(new, OURS, baseline)
     draw = random.Random(0)
     medians = sorted(
         statistics.median(draw.choices(after, k=len(after))) / statistics.median(draw.choices(before, k=len(before)))
@@ -72,7 +72,7 @@ def change(old: Row, new: Row, peer: str) -> Change:
     )
     tail = int((1 - CONFIDENCE) / 2 * RESAMPLES)
     return Change(
-        new["case"], new["run"]["place"], peer, statistics.median(after) / statistics.median(before),
+        new["case"], new["run"]["place"], baseline, statistics.median(after) / statistics.median(before),
         medians[tail], medians[-1 - tail], max(noise(old), noise(new)),
     )  # fmt: skip
 
@@ -91,10 +91,10 @@ def compare(old: dict[tuple[str, str], Row], new: dict[tuple[str, str], Row]) ->
             without.append(f"{row['case']}: not in the old result")
         elif before["run"]["device"] != row["run"]["device"]:
             without.append(f"{row['case']}: {before['run']['device']} then, {row['run']['device']} now")
-        elif (peer := anchor(before, row)) is None:
-            without.append(f"{row['case']}: no peer was timed in both")
+        elif (baseline := anchor(before, row)) is None:
+            without.append(f"{row['case']}: no baseline was timed in both")
         else:
-            changes.append(change(before, row, peer))
+            changes.append(change(before, row, baseline))
     without += [f"{case}: not in the new result" for case, place in old.keys() - new.keys()]
     return changes, without
 
@@ -108,9 +108,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     old, new = newest(read([options.old])), newest(read([options.new]))
     changes, without = compare(old, new)
-    print(f"{'case':52}{'peer':>16}{'new/old':>9}{'99 % interval':>17}{'noise':>8}")
+    print(f"{'case':52}{'baseline':>16}{'new/old':>9}{'99 % interval':>17}{'noise':>8}")
     for c in sorted(changes, key=lambda c: -c.ratio):
-        print(f"{c.case:52}{c.peer:>16}{c.ratio:9.3f}{c.low:9.3f} … {c.high:5.3f}{c.noise:8.1%}  {c.outcome}")
+        print(f"{c.case:52}{c.baseline:>16}{c.ratio:9.3f}{c.low:9.3f} … {c.high:5.3f}{c.noise:8.1%}  {c.outcome}")
     for reason in without:
         print(f"not compared: {reason}")
     if not changes:
@@ -119,9 +119,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.repeat:
         moves = {c: max(c.ratio, 1 / c.ratio) - 1 for c in changes}
         worst, middle = max(changes, key=lambda c: moves[c]), statistics.median(moves.values())
-        calm = [moves[c] for c in changes if all(is_calm(rows[c.case, c.place], OURS, c.peer) for rows in (old, new))]
+        calm = [
+            moves[c] for c in changes if all(is_calm(rows[c.case, c.place], OURS, c.baseline) for rows in (old, new))
+        ]
         print(
-            f"the ratios of {len(changes)} pairs moved by at most {moves[worst]:.1%} ({worst.case}, to {worst.peer}), "
+            f"the ratios of {len(changes)} pairs moved by at most {moves[worst]:.1%} ({worst.case}, to {worst.baseline}), "
             f"half of them by less than {middle:.1%}"
             + (
                 f"; the {len(calm)} that had the core's full speed both times, by at most {max(calm):.1%}"

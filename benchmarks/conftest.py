@@ -24,31 +24,16 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # the suites import the files beside them; the root stays off the path
 
+from lab import table
+from lab.case import SHORT, Case, NotHere
+from lab.clock import QUICK, REHEARSAL, Clock, DeviceClock, Effort, HostClock, Peaks, measure_peaks
+from lab.memory import memory_rise
+from lab.pairs import OURS, Race, interval, times
+from lab.rows import Row, append_row, circumstances
 from results import newest, read
 from setting import INTERPRETED, PLACE, TINY
 
 import steerfast as sf
-from steerfast import bench
-from steerfast.timing import (
-    OURS,
-    QUICK,
-    REHEARSAL,
-    Case,
-    Clock,
-    DeviceClock,
-    Effort,
-    HostClock,
-    NotHere,
-    Peaks,
-    Race,
-    Row,
-    append_row,
-    circumstances,
-    interval,
-    measure_peaks,
-    memory_rise,
-    times,
-)
 
 LONGEST = 40.0  # seconds of rounds that a case may take in all its visits: ten rounds of the longest
 
@@ -289,7 +274,7 @@ def race(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
 
 @pytest.fixture
 def sample(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
-    """`sample(name, once, rounds, values=)`: keep what times itself; `once` gives seconds by contender, ours among them."""
+    """`sample(name, once, rounds, values=)`: keep what times itself; `once` gives seconds by name, ours and baselines."""
 
     def run(
         name: str, once: Callable[[], dict[str, float]], rounds: int, values: Callable[[], dict[str, float]] = dict
@@ -297,8 +282,8 @@ def sample(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
         row: Row = {"case": name, "suite": benchmark.group, "status": "ok", "clock": "wall time", "times": {}}
 
         def one() -> None:
-            for contender, seconds in once().items():
-                row["times"].setdefault(contender, []).append(seconds)
+            for each, seconds in once().items():
+                row["times"].setdefault(each, []).append(seconds)
             ledger.now += row["times"][OURS][-1]
 
         try:
@@ -315,7 +300,7 @@ def sample(benchmark: Any, ledger: Ledger) -> Callable[..., Row]:
 
 
 def _memory(case: Case, names: tuple[str, ...], device: str) -> dict[str, int]:
-    """Bytes by which memory rises in a call of each of these contenders."""
+    """Bytes by which memory rises in a call of each of these: ours and baselines."""
     inputs = (*case.fresh(), *case.fixed)
     makers = {OURS: lambda: case.ours, **case.peers, **case.yardsticks}
     found = {name: memory_rise(makers[name](), inputs, device) for name in names}
@@ -347,11 +332,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("steerfast")
     say(f"{ledger.origin['device']}, torch {torch.__version__}, {ledger.clock.name}, place {PLACE}")
     for dtype, peaks in ledger._peaks.items():
-        say(f"copy {peaks.copy / 1e9:.1f} GB/s, {bench.SHORT[dtype]} product {peaks.product / 1e12:.3f} TFLOP/s")
-    say(bench.HEAD)
+        say(f"copy {peaks.copy / 1e9:.1f} GB/s, {SHORT[dtype]} product {peaks.product / 1e12:.3f} TFLOP/s")
+    say(table.HEAD)
     for row in ledger.cases():
-        say(bench.line(row) if "floor" in row else _short(row))
-    say(bench.LEGEND)
+        say(table.line(row) if "floor" in row else _short(row))
+    say(table.LEGEND)
     reasons: dict[str, list[str]] = {}
     for row in ledger.rows:
         for name, reason in row.get("missing", {}).items():

@@ -22,12 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lab.rows import append_row, circumstances
 from torch import Tensor
 
 import steerfast as sf
-from steerfast import fitting
-from steerfast.barrier import Sketch
-from steerfast.timing import append_row, circumstances
+from steerfast.barriers import fit as fitting
+from steerfast.barriers.barrier import Sketch
+from steerfast.barriers.rank import MAX_RANK
 
 ANGLE, STEPS = 0.4, 10
 
@@ -49,7 +50,7 @@ def activations(n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def real_activations() -> tuple[Tensor, Tensor]:
     """Layer 14 of the demo model on praise and blame, one word a text."""
-    from steerfast import demo_model
+    from steerfast.models import demo as demo_model
 
     model, tokenizer = demo_model.load()
     words = (
@@ -136,11 +137,11 @@ def speed(pos: Tensor, neg: Tensor, rounds: int) -> list[dict[str, object]]:
 
 def uncut(pos: Tensor, neg: Tensor) -> sf.Barrier:
     """The barrier of the published kernel, exact and with all of its directions: as many as there are rows, or d."""
-    most, fitting.MAX_RANK = fitting.MAX_RANK, min(len(pos) + len(neg), pos.shape[1])
+    most, MAX_RANK = MAX_RANK, min(len(pos) + len(neg), pos.shape[1])
     try:
-        return sf.fit_barrier(pos, neg, kind="quadratic", kernel=fitting.PUBLISHED, rank=fitting.MAX_RANK)
+        return sf.fit_barrier(pos, neg, kind="quadratic", kernel=fitting.PUBLISHED, rank=MAX_RANK)
     finally:
-        fitting.MAX_RANK = most
+        MAX_RANK = most
 
 
 def fit(n: int, d: int) -> dict[str, float]:

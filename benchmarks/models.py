@@ -8,12 +8,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lab.case import Inputs, NotHere
 from setting import PLACE, pick
 from torch import Tensor
 
-from steerfast import demo_model
-from steerfast.layers import find_layers
-from steerfast.timing import Inputs, NotHere
+from steerfast.models import demo as demo_model
+from steerfast.models.layers import find_layers
 
 LLAMA = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -79,7 +79,7 @@ def bare_hooks(model: Any, vectors: dict[int, Tensor]) -> Callable[[], Any]:
 
 def generation(model: Any, rows: int, prompt: int, tokens: int, **options: Any) -> Callable[[], Tensor]:
     """A call that generates greedily and returns the logits of every step, (tokens, rows, vocabulary)."""
-    same = torch.Generator().manual_seed(0)  # every contender gets the same prompt
+    same = torch.Generator().manual_seed(0)  # every function gets the same prompt
     ids = torch.randint(5, model.config.vocab_size, (rows, prompt), generator=same).to(next(model.parameters()).device)
     settings: dict[str, Any] = {
         "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0,

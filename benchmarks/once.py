@@ -10,33 +10,33 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from lab import cases, sae_cases
+from lab.case import Case, NotHere, Stream
+from lab.methods import METHODS
 from setting import INTERPRETED, PLACE, pick
 
 import steerfast as sf
-from steerfast import bench_cases
-from steerfast.bench_cases import Stream
-from steerfast.timing import Case, NotHere
 
 AT = Stream(pick("cuda", "cpu", "cpu"), pick(torch.bfloat16, torch.float32, torch.float16), pick(1000, 1000, 40))
 
 
-def cases() -> Iterator[Callable[[], Case]]:
+def every() -> Iterator[Callable[[], Case]]:
     """One case of every op and method."""
     n, features = pick(70, 70, 3), pick(5000, 5000, 300)
-    yield partial(bench_cases.add, AT, n)
-    yield partial(bench_cases.add_rms_norm, AT, n)
-    yield partial(bench_cases.affine, AT, n)
-    for method in bench_cases.METHODS:
-        yield partial(bench_cases.subspace, AT, n, method, 2)
+    yield partial(cases.add, AT, n)
+    yield partial(cases.add_rms_norm, AT, n)
+    yield partial(cases.affine, AT, n)
+    for method in METHODS:
+        yield partial(cases.subspace, AT, n, method, 2)
     for k in (8, 33):
-        yield partial(bench_cases.subspace, AT, n, "amplify", k)
-    yield partial(bench_cases.subspace, AT, n, "amplify", 8, slots=n)
+        yield partial(cases.subspace, AT, n, "amplify", k)
+    yield partial(cases.subspace, AT, n, "amplify", 8, slots=n)
     for k in (17, AT.d):
-        yield partial(bench_cases.flow, AT, n, k, 3)
-    yield partial(bench_cases.edit_features, AT, n, features)
-    yield partial(bench_cases.sae_encode, AT, n, features, 5)
-    yield partial(bench_cases.sae_encode_threshold, AT, n, features, 64)
-    yield partial(bench_cases.sae_decode, AT, n, features, 5)
+        yield partial(cases.flow, AT, n, k, 3)
+    yield partial(sae_cases.edit_features, AT, n, features)
+    yield partial(sae_cases.sae_encode, AT, n, features, 5)
+    yield partial(sae_cases.sae_encode_threshold, AT, n, features, 64)
+    yield partial(sae_cases.sae_decode, AT, n, features, 5)
 
 
 def main() -> int:
@@ -44,7 +44,7 @@ def main() -> int:
     if PLACE == "cuda" or INTERPRETED:
         sf.use_backend("triton")
     red = 0
-    for build in cases():
+    for build in every():
         try:
             case = build()
         except NotHere as reason:

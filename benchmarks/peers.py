@@ -14,11 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from lab.case import Function, NotHere, Stream
+from lab.cases import ANGLE
 from torch import Tensor
 
 from steerfast import ops
-from steerfast.bench_cases import ANGLE, Stream
-from steerfast.timing import Function, NotHere
 
 Makers = dict[str, Callable[[], Function]]
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import matplotlib
+from lab.pairs import AGAIN, OURS, interval, paired, times
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -15,8 +16,6 @@ from fits import Law, fit
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 from results import Row
-
-from steerfast.timing import AGAIN, OURS, interval, paired, times
 
 INK, QUIET = "#1f3a5f", "#9aa5b1"
 COLOURS = [

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from lab.case import Function, NotHere
 from torch import Tensor
-
-from steerfast.timing import Function, NotHere
 
 BLOCK_N, BLOCK_F, BLOCK_D, GROUP = 128, 128, 64, 32
 

@@ -32,9 +32,9 @@ from quality_methods import GAINS, METHODS, Method, Sample, sae
 from quality_scores import Batch, WordClassifier, batches, generate, log_likelihoods, pair_texts, reference_texts
 
 import steerfast as sf
-from steerfast import demo_model
-from steerfast._files import replace_file
-from steerfast.layers import find_layers
+from steerfast.files.replace import replace_file
+from steerfast.models import demo as demo_model
+from steerfast.models.layers import find_layers
 
 SCHEMA = 1
 HERE = Path(__file__).parent

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import steerfast as sf
-from steerfast.fitting import PUBLISHED
+from steerfast.barriers.fit import PUBLISHED
 
 Edits = dict[tuple[str, int], sf.Intervention]
 ANGLES = (0.1, 0.18, 0.28, 0.45)

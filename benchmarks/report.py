@@ -16,10 +16,10 @@ from typing import Any
 
 import bars
 import pictures
+from lab.pairs import AGAIN, OURS, interval, is_calm, paired
 from results import FOLDER, Row, newest, read
 
-from steerfast._files import replace_file
-from steerfast.timing import AGAIN, OURS, interval, is_calm, paired
+from steerfast.files.replace import replace_file
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b2733; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }

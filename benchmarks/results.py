@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from steerfast.timing import KINDS
+from lab.pairs import KINDS
 
 Row = dict[str, Any]
 FOLDER = Path(__file__).parent / "results"
@@ -88,7 +88,7 @@ def _same_series(before: Row, row: Row) -> bool:
 
 
 def _together(before: Row, row: Row) -> Row:
-    """The newer row with the rounds of both, of the contenders that both have."""
+    """The newer row with the rounds of both, of the names that both have."""
     kinds = [kind for kind in KINDS if kind in before and kind in row]
     added = {
         kind: {name: before[kind][name] + taken for name, taken in row[kind].items() if name in before[kind]}

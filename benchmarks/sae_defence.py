@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import steerfast as sf
-from steerfast import demo_model
+from steerfast.models import demo as demo_model
 
 HERE = Path(__file__).parent
 SAFETY = (

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lab.rows import append_row, circumstances
 
 import steerfast as sf
-from steerfast import demo_model
+from steerfast.models import demo as demo_model
 from steerfast.sae import explain as explaining
-from steerfast.sae.corpus import read_texts
 from steerfast.sae.evaluate import evaluate_sae
-from steerfast.timing import append_row, circumstances
+from steerfast.sae.training.corpus import read_texts
 
 PLANTED = 1000
 

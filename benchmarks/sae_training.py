@@ -24,8 +24,10 @@ from pathlib import Path
 import torch
 
 from steerfast.sae.cache import ActivationCache
-from steerfast.sae.distributed import Alone
-from steerfast.sae.training import TrainConfig, Trainer, _Whole
+from steerfast.sae.training.config import TrainConfig
+from steerfast.sae.training.distributed import Alone
+from steerfast.sae.training.rows import Whole as _Whole
+from steerfast.sae.training.trainer import Trainer
 
 Step = Callable[[torch.Tensor], object]
 

@@ -9,8 +9,7 @@ import os
 from typing import TypeVar
 
 import torch
-
-from steerfast.bench_cases import Stream
+from lab.case import Stream
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ from typing import Any
 import models
 import pytest
 import torch
+from lab.case import Case, Within
 from setting import PLACE, pick
 
 import steerfast as sf
-from steerfast.timing import Case, Within
 
 TOKENS, PROMPT = pick(48, 2, 2), pick(64, 8, 4)
 

@@ -11,9 +11,8 @@ from typing import Any
 import peers
 import pytest
 import torch
+from lab import cases
 from setting import AT, PLACE, pick
-
-from steerfast import bench_cases
 
 RANK = pick(64, 64, 17)
 
@@ -21,18 +20,18 @@ RANK = pick(64, 64, 17)
 @pytest.mark.parametrize("n", pick((1, 64, 8192), (1, 128), (3,)))
 def test_flow(race: Any, n: int) -> None:
     ways = peers.published_flow(AT)
-    race(lambda: bench_cases.flow(AT, n, RANK), peers=peers.flow(steps=10), yardsticks=ways)
+    race(lambda: cases.flow(AT, n, RANK), peers=peers.flow(steps=10), yardsticks=ways)
 
 
 @pytest.mark.parametrize("n", pick((64, 8192), (128,), (3,)))
 @pytest.mark.parametrize(("method", "steps"), [("euler", 40), ("rk4", 10)])
 def test_solver(race: Any, n: int, method: str, steps: int) -> None:
-    race(lambda: bench_cases.flow(AT, n, RANK, steps, method))
+    race(lambda: cases.flow(AT, n, RANK, steps, method))
 
 
 def test_full_rank(race: Any) -> None:
     """A barrier that no small basis holds: two products around the steps."""
-    race(lambda: bench_cases.flow(AT, pick(8192, 128, 3), AT.d))
+    race(lambda: cases.flow(AT, pick(8192, 128, 3), AT.d))
 
 
 @pytest.mark.slow

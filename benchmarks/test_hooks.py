@@ -12,15 +12,14 @@ from typing import Any
 import models
 import numpy
 import torch
+from lab.case import Case, Function, NotHere, Stream, Within, same_as
 from setting import PLACE, pick
 from torch import nn
 
 import steerfast as sf
-from steerfast.bench_cases import Stream, same_as
-from steerfast.dispatcher import Dispatcher
-from steerfast.layers import Point
-from steerfast.positions import Pass
-from steerfast.timing import Case, Function, NotHere, Within
+from steerfast.hooks.dispatcher import Dispatcher
+from steerfast.hooks.positions import Pass
+from steerfast.models.layers import Point
 
 WIDTH = 576
 IMPORT = (

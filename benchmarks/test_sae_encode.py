@@ -7,16 +7,15 @@ from typing import Any
 import peers
 import products
 import pytest
+from lab import sae_cases
 from setting import AT, FEATURES, K, pick
-
-from steerfast import bench_cases
 
 
 @pytest.mark.parametrize("n", pick((1, 16, 256, 4096), (1, 256), (2,)))
 def test_sae_encode(race: Any, n: int) -> None:
     matrix = n * FEATURES * AT.dtype.itemsize
     race(
-        lambda: bench_cases.sae_encode(AT, n, FEATURES, K),
+        lambda: sae_cases.sae_encode(AT, n, FEATURES, K),
         peers=peers.sae_encode(K),
         yardsticks=products.tiles(),
         memory=("ours", "eager"),
@@ -26,4 +25,4 @@ def test_sae_encode(race: Any, n: int) -> None:
 
 @pytest.mark.parametrize("n", pick((16, 4096), (1,), (2,)))
 def test_sae_encode_threshold(race: Any, n: int) -> None:
-    race(lambda: bench_cases.sae_encode_threshold(AT, n, FEATURES, pick(64, 64, 16)))
+    race(lambda: sae_cases.sae_encode_threshold(AT, n, FEATURES, pick(64, 64, 16)))

@@ -12,12 +12,11 @@ from typing import Any
 import models
 import pytest
 import torch
+from lab import cases, sae_cases
+from lab.case import Case, Stream, Within
 from setting import AT, pick
 
 import steerfast as sf
-from steerfast import bench_cases
-from steerfast.bench_cases import Stream
-from steerfast.timing import Case, Within
 
 pytestmark = pytest.mark.slow
 N = pick(4096, 64, 2)
@@ -30,43 +29,43 @@ def wide(d: int) -> Stream:
 SWEEPS: dict[str, tuple[tuple[int, ...], Callable[[int], Case]]] = {
     "tokens, add": (
         pick((1, 4, 16, 64, 256, 1024, 4096, 16384, 65536), (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536), (1, 2)),
-        lambda n: bench_cases.add(AT, n),
+        lambda n: cases.add(AT, n),
     ),
     "tokens, amplify k=16": (
         pick((1, 4, 16, 64, 256, 1024, 4096, 16384, 65536), (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536), (1, 2)),
-        lambda n: bench_cases.subspace(AT, n, "amplify", pick(16, 16, 2)),
+        lambda n: cases.subspace(AT, n, "amplify", pick(16, 16, 2)),
     ),
     "tokens, sae_encode": (
         pick((1, 4, 16, 64, 256, 1024, 4096, 16384), (1, 4, 16, 64, 256), (1, 2)),
-        lambda n: bench_cases.sae_encode(AT, n, pick(65536, 16384, 300), pick(32, 32, 5)),
+        lambda n: sae_cases.sae_encode(AT, n, pick(65536, 16384, 300), pick(32, 32, 5)),
     ),
     "width, amplify k=16": (
         pick((576, 1024, 2048, 4096, 8192, 16384), (576, 1024, 2048, 4096, 8192, 16384), (40, 72)),
-        lambda d: bench_cases.subspace(wide(d), N, "amplify", pick(16, 16, 2)),
+        lambda d: cases.subspace(wide(d), N, "amplify", pick(16, 16, 2)),
     ),
     "rank, amplify": (
         pick((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (1, 17)),
-        lambda k: bench_cases.subspace(AT, N, "amplify", k),
+        lambda k: cases.subspace(AT, N, "amplify", k),
     ),
     "slots, add": (
         pick((1, 4, 16, 64, 256, 1024), (1, 4, 16, 64, 256, 1024), (1, 4)),
-        lambda slots: bench_cases.add(AT, pick(8192, 1024, 3), slots),
+        lambda slots: cases.add(AT, pick(8192, 1024, 3), slots),
     ),
     "features, sae_encode": (
         pick((4096, 16384, 65536, 262144), (4096, 16384, 65536, 262144), (150, 300)),
-        lambda features: bench_cases.sae_encode(AT, N, features, pick(32, 32, 5)),
+        lambda features: sae_cases.sae_encode(AT, N, features, pick(32, 32, 5)),
     ),
     "k, sae_encode": (
         pick((1, 8, 32, 128, 512), (1, 8, 32, 128, 512), (1, 9)),
-        lambda k: bench_cases.sae_encode(AT, N, pick(65536, 16384, 300), k),
+        lambda k: sae_cases.sae_encode(AT, N, pick(65536, 16384, 300), k),
     ),
     "k, sae_decode": (
         pick((1, 8, 32, 128, 512), (1, 8, 32, 128, 512), (1, 9)),
-        lambda k: bench_cases.sae_decode(AT, N, pick(65536, 16384, 300), k),
+        lambda k: sae_cases.sae_decode(AT, N, pick(65536, 16384, 300), k),
     ),
     "steps, flow k=64": (
         pick((1, 3, 10, 30, 100), (1, 3, 10, 30, 100), (1, 3)),
-        lambda steps: bench_cases.flow(AT, N, pick(64, 64, 17), steps),
+        lambda steps: cases.flow(AT, N, pick(64, 64, 17), steps),
     ),
 }  # fmt: skip
 POINTS = [pytest.param(name, size, id=f"{name}-{size}") for name, (sizes, _) in SWEEPS.items() for size in sizes]

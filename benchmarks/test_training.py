@@ -7,12 +7,11 @@ from typing import Any
 
 import peers
 import torch
+from lab.case import Case, Function, Inputs, Stream, error_share
 from setting import AT, K, pick
 from torch import Tensor
 
 from steerfast import ops
-from steerfast.bench_cases import Stream
-from steerfast.timing import Case, Function, Inputs, error_share
 
 AT = Stream(AT.device, pick(AT.dtype, AT.dtype, torch.float32), AT.d)
 N, TOKENS, FEATURES = pick(4096, 256, 3), pick(4096, 64, 3), pick(16384, 2048, 64)

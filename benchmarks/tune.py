@@ -22,23 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lab import cases, sae_cases
+from lab.case import Case, Within
+from lab.clock import REHEARSAL, DeviceClock, HostClock, measure_peaks
+from lab.pairs import OURS, Race, interval, paired
 from setting import AT, FEATURES, INTERPRETED, PLACE, TINY, K, pick
 
 import steerfast as sf
-from steerfast import bench_cases
-from steerfast._files import replace_file
-from steerfast.timing import (
-    OURS,
-    REHEARSAL,
-    Case,
-    DeviceClock,
-    HostClock,
-    Race,
-    Within,
-    interval,
-    measure_peaks,
-    paired,
-)
+from steerfast.files.replace import replace_file
 
 FILE = Path(__file__).parents[1] / "kernels" / "_tuned.py"
 FEW, MANY, RANK = pick(64, 1, 2), pick(8192, 2, 3), pick(64, 64, 17)
@@ -71,21 +62,21 @@ class Knob:
 
 
 def amplify(n: int, k: int) -> Callable[[], Case]:
-    return lambda: bench_cases.subspace(AT, n, "amplify", k)
+    return lambda: cases.subspace(AT, n, "amplify", k)
 
 
 def encode(n: int) -> Callable[[], Case]:
-    return lambda: bench_cases.sae_encode(AT, n, FEATURES, K)
+    return lambda: sae_cases.sae_encode(AT, n, FEATURES, K)
 
 
 def decode(n: int) -> Callable[[], Case]:
-    return lambda: bench_cases.sae_decode(AT, n, FEATURES, K)
+    return lambda: sae_cases.sae_decode(AT, n, FEATURES, K)
 
 
 LARGE = pick(4096, 64, 2)
 KNOBS = [
-    Knob("add.BLOCK_D", (512, 1024, 2048, 4096), lambda: bench_cases.add(AT, MANY)),
-    Knob("add.NORM_WARPS", (4, 8, 16), lambda: bench_cases.add_rms_norm(AT, MANY), AT.d),
+    Knob("add.BLOCK_D", (512, 1024, 2048, 4096), lambda: cases.add(AT, MANY)),
+    Knob("add.NORM_WARPS", (4, 8, 16), lambda: cases.add_rms_norm(AT, MANY), AT.d),
     Knob("subspace_rows.WARPS", (4, 8, 16), amplify(MANY, 8), AT.d),
     Knob("subspace_rows.CHUNK", (1, 2, 4, 8), amplify(MANY, 8), AT.d),
     Knob("subspace_split.PROJECT_COLUMNS", (256, 512, 1024), amplify(FEW, RANK)),
@@ -95,7 +86,7 @@ KNOBS = [
     Knob("subspace_tiles.TILE_STEP", ((32, 4), (64, 4), (64, 8), (128, 8)), amplify(MANY, 32), 32),
     Knob("subspace_tiles.TILE_STEP", ((32, 4), (32, 8), (64, 4), (64, 8)), amplify(MANY, RANK), RANK),
     Knob("subspace_tiles.TILE_STAGES", (2, 3, 4), amplify(MANY, RANK)),
-    Knob("flow.WARPS", (4, 8, 16, 32), lambda: bench_cases.flow(AT, MANY, AT.d), AT.d),
+    Knob("flow.WARPS", (4, 8, 16, 32), lambda: cases.flow(AT, MANY, AT.d), AT.d),
     Knob("sae_encode.TILES", ((64, 4), (64, 8)), encode(FEW), FEW),
     Knob("sae_encode.TILES", ((64, 8), (128, 4), (128, 8)), encode(LARGE), LARGE),
     Knob("sae_encode.GROUP", (8, 16, 32, 64), encode(LARGE)),

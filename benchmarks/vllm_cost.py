@@ -27,9 +27,11 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steerfast import demo_model
-from steerfast._files import replace_file
-from steerfast.timing import circumstances, interval, paired
+from lab.pairs import interval, paired
+from lab.rows import circumstances
+
+from steerfast.files.replace import replace_file
+from steerfast.models import demo as demo_model
 
 BASE = "disabled"
 ON_CPU = {

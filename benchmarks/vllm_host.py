@@ -22,15 +22,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lab.rows import append_row, circumstances
 
 import steerfast as sf
-from steerfast.integrations.vllm import seams
-from steerfast.integrations.vllm.edits import Place, Places
-from steerfast.integrations.vllm.plans import Library, ServedPlan
-from steerfast.integrations.vllm.slots import Admission
-from steerfast.integrations.vllm.table import EVER, Owner, RowTable
-from steerfast.integrations.vllm.wire import read
-from steerfast.timing import append_row, circumstances
+from steerfast.vllm import seams
+from steerfast.vllm.edits import Place, Places
+from steerfast.vllm.plans import Library, ServedPlan
+from steerfast.vllm.slots import Admission
+from steerfast.vllm.table import EVER, Owner, RowTable
+from steerfast.vllm.wire import read
 
 REQUESTS, WIDTH, LAYERS, CALLS = 64, 576, 30, 500
 NAMES = [f"cmpl-{i:032x}-0-{i:08x}" for i in range(REQUESTS)]

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from lab.rows import append_row
 from vllm_cost import here
-
-from steerfast.timing import append_row
 
 PLANS = 24
 SLOTS = 8  # so that plans come and go

@@ -2,7 +2,7 @@
 
 `euler` and `integrate` are device functions of the subspace kernels: they read and write no row of the stream. `flow`
 serves full-rank barriers, k = d: z = Qx by a matrix product, all steps on z in one kernel (reads 4d and writes |x|d bytes
-a token), x + Qᵀ(z_T - z₀) by another product. The specification is `steerfast.solvers.integrate`.
+a token), x + Qᵀ(z_T - z₀) by another product. The specification is `steerfast.ops.solvers.integrate`.
 Paper: ODESteer, arXiv:2602.17560.
 """
 
@@ -113,7 +113,7 @@ def euler(y, norm, c_ptr, offs_k, mask_k, length, steps):
 def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
     """All steps of any solver on any barrier, as `euler` returns them.
 
-    c_ptr are the slot's numbers per direction; the rows of `steerfast.solvers.pack` follow them.
+    c_ptr are the slot's numbers per direction; the rows of `steerfast.ops.solvers.pack` follow them.
     """
     lam = tl.load(c_ptr + offs_k * 8, mask=mask_k, other=0.0)
     bias = tl.load(c_ptr + offs_k * 8 + 1, mask=mask_k, other=0.0)

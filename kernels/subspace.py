@@ -37,7 +37,7 @@ def subspace(
     hidden: Tensor | None = None,
     probe: Tensor | None = None,
 ) -> Tensor:
-    """Write the edited x into `out`, which may be x itself; see steerfast.reference for the layout of a bank.
+    """Write the edited x into `out`, which may be x itself; see steerfast.ops.slots for the layout of a bank.
 
     With `hidden` the stream is hidden + x and `out` gets x + δ. `probe` (n, P, max_rank), zero, gets y.
     """

@@ -4,43 +4,43 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "baking": ["bake", "everywhere"],
     "bank": ["Bank"],
-    "barrier": ["Barrier", "BarrierInfo"],
-    "conditions": ["Condition", "When", "WhenToken"],
-    "extract": ["Activations", "Direction", "collect"],
-    "fitting": ["fit_barrier"],
-    "flow_plot": ["plot_flow"],
-    "flows": ["Flow", "flow"],
-    "hooks": ["Steering", "prepare", "steer"],
-    "integrations": ["load_vectors"],
-    "interventions": [
-        "Ablate", "Add", "Affine", "AffineAblate", "Amplify", "Calibrate", "Clamp", "DeficitPush", "EditFeatures", "Features",
-        "Intervention", "LoReFT",
-    ],
+    "barriers.barrier": ["Barrier", "BarrierInfo"],
+    "barriers.fit": ["fit_barrier"],
+    "directions.direction": ["Direction"],
+    "directions.sets": ["DirectionInfo", "DirectionSet", "list_directions", "load_directions", "save_directions"],
+    "edits.base": ["Intervention"],
+    "edits.conditions": ["Condition", "When", "WhenToken"],
+    "edits.features": ["Amplify", "Calibrate", "DeficitPush", "EditFeatures", "Features"],
+    "edits.flow": ["Flow", "flow"],
+    "edits.linear": ["Ablate", "Add", "Affine", "AffineAblate", "Clamp", "LoReFT"],
+    "edits.rotations": ["Householder", "Rotate", "Spherical"],
+    "hooks.steer": ["Steering", "prepare", "steer"],
+    "integrations.read": ["load_vectors"],
+    "models.collect": ["Activations", "collect"],
+    "ops.backends": ["use_backend"],
     "plan": ["ModelCard", "Plan"],
-    "rotations": ["Householder", "Rotate", "Spherical"],
     "sae.cache": ["ActivationCache", "ActivationStream", "cache_activations"],
-    "sae.distributed": ["SplitData", "SplitFeatures"],
     "sae.evaluate": ["Evaluation", "evaluate_sae"],
     "sae.explain": ["Explanations", "explain"],
     "sae.model": ["SAE"],
-    "sae.training": ["TrainConfig", "train_sae"],
-    "sweeping": ["Grid", "Probe", "Sweep", "sweep"],
-    "vectors": [
-        "DirectionInfo", "DirectionSet", "DoseTable", "dose", "list_directions", "load_directions", "save_directions",
-    ],
-    "_backends": ["use_backend"],
+    "sae.training.config": ["TrainConfig"],
+    "sae.training.distributed": ["SplitData", "SplitFeatures"],
+    "sae.training.train": ["train_sae"],
+    "tools.bake": ["bake", "everywhere"],
+    "tools.dose": ["DoseTable", "dose"],
+    "tools.plot_flow": ["plot_flow"],
+    "tools.sweep": ["Grid", "Probe", "Sweep", "sweep"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("extract", "integrations", "ops")
+_MODULES = {"extract": "directions.extract", "integrations": "integrations", "ops": "ops"}
 
 __all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return import_module(f".{name}", __name__)
+        return import_module(f".{_MODULES[name]}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -146,3 +146,26 @@ def one_of(owner: str, name: str, value: Any, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise ValueError(f"{owner}: {name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
     return str(value)
+
+
+ORTHONORMAL = 1e-3
+"""Largest entry of |QQᵀ - I| that still counts as an orthonormal basis in float32."""
+
+
+def check_steps(owner: str, steps: Any) -> None:
+    """steps is a whole number >= 1 that the header of a slot can hold."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 2**31:
+        raise ValueError(f"{owner}: steps is {steps!r}; expected a whole number from 1 to 2**31 - 1")
+
+
+def path_length(owner: str, T: float | None, angle: float | None) -> tuple[float, float]:
+    """(absolute length, multiple of ‖a‖) of a path that is given in one of the two ways."""
+    if (T is None) == (angle is None):
+        raise ValueError(f"{owner}: got T={T} and angle={angle}; give exactly one of them")
+    name, value = ("T", T) if angle is None else ("angle", angle)
+    value = finite_number(owner, name, value)
+    if value < 0:
+        raise ValueError(
+            f"{owner}: {name} is {value}; expected >= 0 (to steer the other way, swap the barrier's sides)"
+        )
+    return (value, 0.0) if angle is None else (0.0, value)

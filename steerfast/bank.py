@@ -1,6 +1,6 @@
 """The bank: the slots of one place in the model, in buffers whose addresses never change.
 
-Layout and meaning of the three tensors are written down in `steerfast.reference`. They are views of one block of
+Layout and meaning of the three tensors are written down in `steerfast.ops.slots`. They are views of one block of
 memory, which on a GPU has a twin on the host: registering, replacing and releasing write the twin, and the bytes that
 changed go over in one copy when the tensors are next asked for. The device therefore sees all of a change or nothing
 of it, between two steps, whatever a captured graph is doing. Rows are handed out first-fit.
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .interventions import Intervention
-from .reference import KEEP_NORM, Slot
+from steerfast.edits.base import Intervention
+from steerfast.ops.slots import KEEP_NORM, Slot
 
 ALIGNED = 16  # bytes: what a vectorised load wants
 

@@ -17,10 +17,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from steerfast.edits.base import Intervention, intervention_type
+from steerfast.files.replace import replace_file
+from steerfast.models.layers import SITES
+
 from ._checks import one_of
-from ._files import replace_file
-from .interventions import Intervention, intervention_type
-from .layers import SITES
 
 SCHEMA = 1
 POSITIONS = ("all", "prompt", "generated", "last")
@@ -180,7 +181,7 @@ class Plan:
 
 def card(model: Any) -> ModelCard:
     """The card of a transformers model."""
-    from .layers import find_layers
+    from steerfast.models.layers import find_layers
 
     layers = find_layers(model, "Plan")
     return ModelCard(f"{layers.name}:{getattr(model.config, 'name_or_path', '')}", layers.d, layers.count)

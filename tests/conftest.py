@@ -33,6 +33,6 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in float32 and eval mode, with its tokenizer; shared by all tests: leave no hook behind."""
-    from steerfast import demo_model
+    from steerfast.models import demo as demo_model
 
     return demo_model.load()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import steerfast as sf
-from steerfast import _backends
-from steerfast.barrier import Ridge
-from steerfast.solvers import Tableau
+from steerfast.barriers.barrier import Ridge
+from steerfast.ops import backends as _backends
+from steerfast.ops.solvers import Tableau
 
 KINDS = ("linear", "raw", "quadratic", "full", "rff", "mlp")
 

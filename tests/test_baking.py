@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import steerfast as sf
-from steerfast.baking import bake, everywhere
+from steerfast.tools.bake import bake, everywhere
 
 POST_NORM = ("gemma3", "gemma2", "olmo2", "glm4")
 ABLATED = [name for name in FAMILIES if name not in (*POST_NORM, *MIXTURES, "bloom")]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import steerfast as sf
-from steerfast import reference
 from steerfast.bank import Runs, _Buffers
+from steerfast.ops import torch_backend as reference
 
 D = 12
 

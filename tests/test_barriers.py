@@ -11,9 +11,12 @@ import torch
 from flowing import KINDS, barrier, unit_gradient
 
 import steerfast as sf
-from steerfast import fitting
-from steerfast.barrier import Ridge
-from steerfast.extract import Activations
+from steerfast.barriers import data, rank
+from steerfast.barriers import fit as fitting
+from steerfast.barriers.barrier import Ridge, Sketch
+from steerfast.barriers.data import Data
+from steerfast.barriers.kernels import _dual_path
+from steerfast.models.collect import Activations
 
 pytest.importorskip("sklearn")
 
@@ -75,7 +78,7 @@ def test_every_kind_finds_what_separates_the_sides(kind, sides, fitted):
     assert h.info.kind == kind
     assert h.info.accuracy == pytest.approx(new, abs=0.15)
     assert new > (0.55 if kind == "linear" else 0.6)
-    assert h.rank == {"linear": 1, "sketch": D}.get(kind, h.rank) <= fitting.MAX_RANK
+    assert h.rank == {"linear": 1, "sketch": D}.get(kind, h.rank) <= rank.MAX_RANK
     x = torch.cat(sides)
     assert h.info.typical_norm == pytest.approx(x.norm(dim=1).mean().item(), rel=1e-5)
     if kind == "quadratic":
@@ -107,14 +110,14 @@ def test_the_published_kernel_is_the_preset_however_it_is_written(kernel, sides)
 
 
 def test_settings_are_compared_on_both_sides_even_where_one_is_rare(monkeypatch):
-    monkeypatch.setattr(fitting, "SEARCHED", 100)
+    monkeypatch.setattr(data, "SEARCHED", 100)
     generator = torch.Generator().manual_seed(0)
     neg = torch.randn(400, D, generator=generator)
     pos = torch.randn(2, D, generator=generator) + 3 * torch.eye(D)[0]
     for seed in range(4):
-        part = fitting._Data.of(pos, neg, None, seed).searched()
+        part = Data.of(pos, neg, None, seed).searched()
         assert (len(part.x), int(part.labels.sum())) == (100, 2)
-    half = fitting._Data.of(neg[:100], neg[100:], None, 0).searched()
+    half = Data.of(neg[:100], neg[100:], None, 0).searched()
     assert (len(half.x), int(half.labels.sum())) == (100, 25)
     for kind in ("quadratic", "rff"):
         assert not math.isnan(sf.fit_barrier(pos, neg, kind=kind).info.log_likelihood)
@@ -234,7 +237,7 @@ def test_the_sketch_features_are_those_of_scikit_learn():
     x = torch.randn(5, D)
     expected = torch.from_numpy(theirs.fit(x).transform(x))
     hashes, signs = torch.from_numpy(theirs.indexHash_), torch.from_numpy(theirs.bitHash_)
-    ours = sf.barrier.Sketch(hashes.int(), signs.to(torch.int8), torch.zeros(64), 0.1, 1.0)
+    ours = Sketch(hashes.int(), signs.to(torch.int8), torch.zeros(64), 0.1, 1.0)
     torch.testing.assert_close(ours.features(x), expected.float(), atol=1e-5, rtol=1e-5)
 
 
@@ -282,7 +285,7 @@ def test_the_search_solves_what_scikit_learn_solves(kind):
         features = x if kind == "linear" else torch.cat([(x[:, :, None] * x[:, None]).flatten(1), math.sqrt(2) * x], 1)
         labels = torch.arange(len(x)) < len(pos)
         strengths = [1e-1, 1e1, 1e3, 1e5]
-        path = fitting._dual_path(features @ features.T, labels, strengths)
+        path = _dual_path(features @ features.T, labels, strengths)
         for C, (beta, intercept) in zip(strengths, path, strict=True):
             theirs = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12, max_iter=1000).fit(features, labels)
             true = torch.from_numpy(theirs.decision_function(features))
@@ -417,7 +420,7 @@ def test_on_activations_of_a_real_model(smollm, monkeypatch):
     groups = [word for words in WORDS for word in words for _ in FRAMES]
     cut = sf.fit_barrier(pos, neg, kind="quadratic", groups=groups)
     count = len(pos[14]) + len(neg[14])  # so many directions hold the barrier, of the 576 there are
-    monkeypatch.setattr(fitting, "MAX_RANK", count)
+    monkeypatch.setattr(rank, "MAX_RANK", count)
     full = sf.fit_barrier(
         pos,
         neg,

@@ -13,9 +13,11 @@ import torch
 from families import VOCAB, build
 
 import steerfast as sf
-from steerfast import check as proofs
-from steerfast import cli, demo
-from steerfast.layers import find_layers
+from steerfast.cli import demo, shared
+from steerfast.cli import main as cli
+from steerfast.cli.generate import GAP, _Columns
+from steerfast.models.layers import find_layers
+from steerfast.tools import check as proofs
 
 SENTENCE = "the quick brown fox jumps over the lazy dog kind rude love hate you i because people are good bad"
 WORDS = list(dict.fromkeys(SENTENCE.split()))
@@ -69,7 +71,7 @@ def test_help_teaches_with_an_example(command: list[str], capsys: pytest.Capture
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, torch\nbefore = set(sys.modules)\nfrom steerfast.cli import main\n"
+        "import sys, torch\nbefore = set(sys.modules)\nfrom steerfast.cli.main import main\n"
         "try: main(['extract', '--help'])\nexcept SystemExit: pass\n"
         "print(sorted({'transformers', 'triton', 'sklearn', 'gguf'} & (set(sys.modules) - before)))"
     )
@@ -134,7 +136,7 @@ def test_texts_come_from_files(saved, tmp_path: Path) -> None:
     [("8", [8]), ("-1", [-1]), ("6,8", [6, 8]), ("6-9", [6, 7, 8, 9]), ("middle", [5]), ("all", list(range(10)))],
 )
 def test_layers_are_read(spec: str, expected: list[int]) -> None:
-    assert cli._layers(spec, 10) == expected
+    assert shared.layers(spec, 10) == expected
 
 
 def test_generate_streams_both_texts(saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,7 +274,7 @@ def test_two_columns_show_one_batch(saved, tmp_path: Path, capsys, monkeypatch) 
     monkeypatch.setenv("LINES", "30")
     assert cli.main(argv) == 0
     screen = rendered(capsys.readouterr().out)
-    rows = [line.split(cli.GAP.rstrip()) for line in screen if cli.GAP.rstrip() in line]
+    rows = [line.split(GAP.rstrip()) for line in screen if GAP.rstrip() in line]
     assert [side.strip() for side in rows[0]] == ["unsteered", "steered"]
     assert [" ".join(" ".join(row[i].split()) for row in rows[1:]).strip() for i in (0, 1)] == expected
 
@@ -295,13 +297,13 @@ def rendered(output: str) -> list[str]:
 
 def test_columns_redraw_only_what_changes() -> None:
     written: list[str] = []
-    columns = cli._Columns(written.append, 45, 10)  # 20 characters a side
+    columns = _Columns(written.append, 45, 10)  # 20 characters a side
     words = ("alpha beta gamma delta epsilon zeta eta theta iota kappa " * 6).split()
     for i in range(1, len(words)):
         columns.show([" ".join(words[:i]), " ".join(words[: i // 3])])
     screen = rendered("".join(written))
     assert all(len(line) <= 45 for line in screen)
-    left = [line.split(cli.GAP)[0].split() for line in screen if cli.GAP in line]
+    left = [line.split(GAP)[0].split() for line in screen if GAP in line]
     assert [word for line in left for word in line] == words[:-1]
 
 
@@ -408,7 +410,7 @@ def test_python_dash_m_is_the_command(tmp_path: Path) -> None:
 @pytest.mark.model
 @pytest.mark.slow
 def test_demo_steers_a_real_model(smollm, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("steerfast.demo_model.load", lambda progress=None: smollm)
+    monkeypatch.setattr("steerfast.models.demo.load", lambda progress=None: smollm)
     assert cli.main(["demo", "--out", str(tmp_path), "--tokens", "12"]) == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
@@ -436,7 +438,7 @@ def test_demo_steers_a_real_model(smollm, tmp_path: Path, capsys, monkeypatch) -
 
 @pytest.mark.model
 def test_the_lines_of_the_readme_run(smollm, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
-    monkeypatch.setattr("steerfast.demo_model.load", lambda *args, **kwargs: smollm)
+    monkeypatch.setattr("steerfast.models.demo.load", lambda *args, **kwargs: smollm)
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 12

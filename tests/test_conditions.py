@@ -7,7 +7,7 @@ import torch
 from families import VOCAB, build, token_ids
 
 import steerfast as sf
-from steerfast.layers import find_layers
+from steerfast.models.layers import find_layers
 
 NEW, READ, ACT = 5, 0, 1
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": 10_000}

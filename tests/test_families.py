@@ -18,7 +18,7 @@ import transformers
 from families import FAMILIES, IMAGE_TOKEN, MIXTURES, MULTIMODAL, Counter, build, token_ids
 
 import steerfast as sf
-from steerfast.layers import find_layers
+from steerfast.models.layers import find_layers
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 EVERY = (*FAMILIES, *MULTIMODAL)

@@ -8,8 +8,8 @@ from flowing import KINDS, barrier, by_reference, orthonormal, slerp
 from places import DTYPES, PLACES, assert_exact, backend, runs
 
 import steerfast as sf
-from steerfast.reference import FLOW, SOLVE
-from steerfast.solvers import SOLVERS
+from steerfast.ops.slots import FLOW, SOLVE
+from steerfast.ops.solvers import SOLVERS
 
 MODES = ("euler", "geodesic", "midpoint", "rk4", "ssp3", "adaptive")
 
@@ -443,7 +443,7 @@ def test_the_published_preset():
 
 
 def _sketch(d):
-    from steerfast.barrier import Sketch
+    from steerfast.barriers.barrier import Sketch
 
     return Sketch(
         torch.zeros(2, d + 1, dtype=torch.int32), torch.ones(2, d + 1, dtype=torch.int8), torch.ones(4), 0.1, 1.0

@@ -22,10 +22,11 @@ from families import VOCAB, build
 from safetensors.torch import save_file
 
 import steerfast as sf
-from steerfast import reference
-from steerfast.extract import Direction
-from steerfast.integrations import gguf, lm_eval, load_vectors, repeng, steering_vectors
-from steerfast.vectors import DirectionSet, save_directions
+from steerfast.directions.direction import Direction
+from steerfast.directions.sets import DirectionSet, save_directions
+from steerfast.integrations import gguf, lm_eval, repeng, steering_vectors
+from steerfast.integrations.read import load_vectors
+from steerfast.ops import torch_backend as reference
 
 DATA = Path(__file__).parent / "data"
 LAYERS, WIDTH = (1, 3, 12), 8

@@ -12,7 +12,7 @@ import torch
 from families import CORE, VOCAB, build, token_ids
 
 import steerfast as sf
-from steerfast.layers import find_layers
+from steerfast.models.layers import find_layers
 
 NEW = 6
 EOS = VOCAB - 1

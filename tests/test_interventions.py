@@ -11,8 +11,8 @@ import torch
 from places import assert_exact
 
 import steerfast as sf
-from steerfast import reference
-from steerfast.interventions import Intervention
+from steerfast.edits.base import Intervention
+from steerfast.ops import torch_backend as reference
 
 D = 12
 

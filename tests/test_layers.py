@@ -14,7 +14,7 @@ import torch
 from families import FAMILIES, build, token_ids
 from torch import nn
 
-from steerfast.layers import SITES, find_layers, verify_sites
+from steerfast.models.layers import SITES, find_layers, verify_sites
 
 LAYER = 1
 

@@ -14,8 +14,8 @@ from places import DTYPES, PLACES, assert_exact, backend, runs
 from torch import Tensor
 
 import steerfast as sf
-from steerfast import reference
-from steerfast.reference import ADD, FLOW, HINGE, PUSH, ROTATE
+from steerfast.ops import torch_backend as reference
+from steerfast.ops.slots import ADD, FLOW, HINGE, PUSH, ROTATE
 
 ANGLE, STEPS = 0.4, 4
 

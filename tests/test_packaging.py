@@ -99,7 +99,20 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         expected.add("steerfast_kernels/README.md")
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert held == expected, "list new sub-packages in setup.py"
+    assert held == expected
+
+
+def test_entry_points_work_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import importlib.metadata, steerfast\n"
+        f"(found,) = importlib.metadata.distributions(name='steerfast', path=[{str(tmp_path)!r}])\n"
+        f"assert steerfast.__file__.startswith({str(tmp_path)!r})\n"
+        "print(*sorted(f'{point.name}={point.load().__qualname__}' for point in found.entry_points))"
+    )
+    assert run_python(code, tmp_path) == "steerfast=main steerfast=register"
 
 
 def test_installed_version_is_the_one_of_setup_py() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import steerfast as sf
-from steerfast import plan_tools
-from steerfast.plan_tools import FORMATS, add_arguments, convert, run, show
+from steerfast.cli.plan import add_arguments, run
+from steerfast.tools import convert as plan_tools
+from steerfast.tools.convert import FORMATS, convert, show
 
 V = torch.tensor([3.0, 4.0, 0.0])
 U = torch.tensor([0.0, 1.0, 2.0])

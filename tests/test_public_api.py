@@ -35,24 +35,23 @@ MEANT = "if that is meant, `python tests/test_public_api.py` writes tests/data/p
 PLACES: dict[str, tuple[str, ...] | None] = {
     "steerfast": None,
     "steerfast.ops": None,
-    "steerfast.extract": (
-        "Activations", "Direction", "POSITIONS", "collect", "difference", "logistic", "mean_difference", "pca",
-    ),
+    "steerfast.directions.extract": ("difference", "logistic", "mean_difference", "pca"),
     "steerfast.integrations": None,
     "steerfast.integrations.gguf": ("read", "write"),
     "steerfast.integrations.lm_eval": ("read", "read_plan", "write"),
     "steerfast.integrations.repeng": ("from_object", "to_object"),
     "steerfast.integrations.steering_vectors": ("from_object", "read", "to_object", "write"),
-    "steerfast.demo_model": ("load", "path"),
-    "steerfast.cli": ("main",),
+    "steerfast.models.demo": ("load", "path"),
+    "steerfast.cli.main": ("main",),
     "steerfast.sae.cache": ("ActivationCache", "ActivationStream", "CacheInfo", "cache_activations"),
-    "steerfast.sae.corpus": ("read_texts", "wikipedia"),
-    "steerfast.sae.distributed": ("SplitData", "SplitFeatures"),
+    "steerfast.sae.training.corpus": ("read_texts", "wikipedia"),
+    "steerfast.sae.training.distributed": ("SplitData", "SplitFeatures"),
     "steerfast.sae.evaluate": ("Evaluation", "evaluate_sae"),
     "steerfast.sae.explain": ("Explanations", "RANKINGS", "Usage", "explain", "observe", "vocabulary_of"),
     "steerfast.sae.formats": ("load", "save_saelens"),
     "steerfast.sae.model": ("NORMALISATIONS", "Origin", "SAE"),
-    "steerfast.sae.training": ("TrainConfig", "TrainReport", "train_sae"),
+    "steerfast.sae.training.config": ("TrainConfig", "TrainReport"),
+    "steerfast.sae.training.train": ("train_sae",),
 }  # fmt: skip
 
 # What users hold without importing it: results and their parts, and what an argument may be. Found by name, wherever it lives.
@@ -189,9 +188,11 @@ def written(value: Any) -> str:
 
 
 def metadata() -> dict[str, Any]:
-    """The arguments of setup.py that are plain data."""
-    (call,) = (node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call))
-    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    """The entry points and extras that setup.py states."""
+    calls = (node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call))
+    (call,) = (node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "setup")
+    wanted = ("entry_points", "extras_require")
+    return {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg in wanted}
 
 
 def entry_points() -> dict[str, list[str]]:

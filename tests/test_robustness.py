@@ -381,7 +381,7 @@ def test_strengths_are_not_rounded_to_sixteen_bits(model, dtype):
     x = torch.ones(2, 3, 48, dtype=dtype)
     bank = sf.Bank(48, slots=1, dtype=dtype)
     bank.register(sf.Add(v()))
-    from steerfast import reference
+    from steerfast.ops import torch_backend as reference
 
     direct = reference.edit(x, bank.view(0), 257.0)
     true = x.double() + 257 * bank.vectors[:1].double()

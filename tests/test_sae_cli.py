@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import steerfast as sf
-from steerfast import cli
-from steerfast.sae import corpus
-from steerfast.sae.cli import PRESETS
+from steerfast.cli import main as cli
+from steerfast.cli import shared
+from steerfast.cli.sae import PRESETS
 from steerfast.sae.model import SAE, Origin
+from steerfast.sae.training import corpus
 
 pytestmark = pytest.mark.model
 
@@ -33,7 +34,7 @@ def trained(smollm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_load", lambda args: smollm)
+        patch.setattr(shared, "load", lambda args: smollm)
         numbers = [
             "--features",
             "256",
@@ -55,7 +56,7 @@ def trained(smollm, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _loaded(smollm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_load", lambda args: smollm)
+    monkeypatch.setattr(shared, "load", lambda args: smollm)
 
 
 def test_train_writes_an_sae_in_bfloat16(trained: Path) -> None:

@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import steerfast as sf
-from steerfast import _files
-from steerfast.interventions import Features
+from steerfast.edits.features import Features, SelectedFeatures
+from steerfast.files import replace as _files
 from steerfast.sae.model import Origin
-from steerfast.sae.steering import SelectedFeatures
 
 F64 = torch.float64
 NORMALISATIONS = ["none", "constant_norm_rescale", "layer_norm"]

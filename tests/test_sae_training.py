@@ -18,12 +18,15 @@ from torch import Tensor
 
 import steerfast as sf
 from steerfast.sae import cache as cache_module
-from steerfast.sae import training
 from steerfast.sae.cache import ActivationCache, cache_activations, pack, real_tokens
-from steerfast.sae.distributed import Alone
 from steerfast.sae.evaluate import evaluate_sae
 from steerfast.sae.model import SAE, Origin
-from steerfast.sae.training import TrainConfig, Trainer, train_sae
+from steerfast.sae.training.checkpoints import Checkpoints
+from steerfast.sae.training.config import TrainConfig, TrainReport
+from steerfast.sae.training.distributed import Alone
+from steerfast.sae.training.rows import Whole, fingerprint_of, stream
+from steerfast.sae.training.train import train_sae
+from steerfast.sae.training.trainer import Trainer, _top, sparse_gradients
 
 D, F, K = 40, 96, 5
 
@@ -46,7 +49,7 @@ CONFIG = TrainConfig(features=F, k=K, tokens=6000, batch=200, lr=5e-3, dead_afte
 @pytest.mark.parametrize("features", [96, 97])  # with and without the groups of _top
 def test_top_is_exact(features: int) -> None:
     x, w, b = torch.randn(31, D), torch.randn(features, D), torch.randn(features)
-    values, indices = training._top(x, w, b, K)
+    values, indices = _top(x, w, b, K)
     expected = torch.addmm(b, x, w.T).topk(K)
     assert torch.equal(values.sort(1, descending=True).values, expected.values.clamp(min=0))
     assert torch.equal(indices.sort(1).values, expected.indices.sort(1).values)
@@ -68,7 +71,7 @@ def dense_loss(weights: dict[str, Tensor], x: Tensor, k: int, dead: Tensor, aux_
 
 
 def test_the_gradient_is_that_of_autograd_in_float64() -> None:
-    trainer = Trainer(CONFIG, training._Whole(rows(500)), Alone())
+    trainer = Trainer(CONFIG, Whole(rows(500)), Alone())
     weights = {name: torch.randn_like(value).double() for name, value in trainer.weights.items()}
     dead = torch.zeros(F, dtype=torch.bool)
     dead[::7] = True
@@ -79,8 +82,8 @@ def test_the_gradient_is_that_of_autograd_in_float64() -> None:
     )
 
     centred = x - weights["b_dec"]
-    found = training._top(centred, weights["w_enc"], weights["b_enc"], K)
-    gradients, error = training.sparse_gradients(centred, *found, weights["w_enc"], weights["w_dec"], Alone(), len(x))
+    found = _top(centred, weights["w_enc"], weights["b_enc"], K)
+    gradients, error = sparse_gradients(centred, *found, weights["w_enc"], weights["w_dec"], Alone(), len(x))
     trainer.weights, trainer.silent = weights, torch.where(dead, 10**9, 0)
     trainer._revive(gradients, centred, error, dead.nonzero().flatten(), len(x))
     for name, want in zip(leaves, expected, strict=True):
@@ -89,7 +92,7 @@ def test_the_gradient_is_that_of_autograd_in_float64() -> None:
 
 def test_decoder_rows_keep_length_one_and_the_scale_folds_away() -> None:
     x = rows(3000) * 50
-    trainer = Trainer(CONFIG, training._Whole(x), Alone())
+    trainer = Trainer(CONFIG, Whole(x), Alone())
     for step in range(5):
         trainer.train_on(x[200 * step : 200 * (step + 1)])
     assert torch.allclose(trainer.weights["w_dec"].norm(dim=1), torch.ones(F), atol=1e-6)
@@ -110,7 +113,7 @@ def test_schedules() -> None:
 
 
 def test_training_finds_the_dictionary() -> None:
-    reports: list[training.TrainReport] = []
+    reports: list[TrainReport] = []
     config = TrainConfig(features=F, k=3, tokens=120_000, batch=400, lr=5e-3, dead_after=5000, k_start=8, aux_k=16)
     sae = train_sae(rows(20_000), config, progress=reports.append, checkpoint_every=100)
     held_out = rows(2000, seed=1)
@@ -129,9 +132,9 @@ def test_dead_latents_come_back() -> None:
     x, last = rows(4000), {}
     for aux_k in (0, 16):
         config = TrainConfig(features=48, k=3, tokens=80_000, batch=400, lr=5e-3, dead_after=2000, aux_k=aux_k)
-        trainer = Trainer(config, training._Whole(x), Alone())
+        trainer = Trainer(config, Whole(x), Alone())
         trainer.weights["b_enc"][::2] = -3.0
-        batches = training.stream(training._Whole(x), 400, 0, 0)
+        batches = stream(Whole(x), 400, 0, 0)
         for step in range(200):
             if step == 190:
                 trainer.report(1.0)
@@ -169,7 +172,7 @@ class Shards:
 def test_every_epoch_has_every_row_once_in_another_order() -> None:
     data = Shards()
     total = sum(data.counts)
-    batches = training.stream(data, 7, seed=5, step=0)
+    batches = stream(data, 7, seed=5, step=0)
     seen = torch.cat([next(batches) for _ in range(2 * total)]).flatten()
     epochs = seen[: 14 * total].view(14, total)
     for epoch in epochs:
@@ -179,10 +182,10 @@ def test_every_epoch_has_every_row_once_in_another_order() -> None:
 
 @pytest.mark.parametrize("step", [1, 9, 10, 11, 12, 25])
 def test_the_stream_goes_on_anywhere(step: int) -> None:
-    whole = training.stream(Shards(), 7, seed=5, step=0)
+    whole = stream(Shards(), 7, seed=5, step=0)
     expected = [next(whole) for _ in range(step + 4)][step:]
     data = Shards()
-    found = training.stream(data, 7, seed=5, step=step)
+    found = stream(data, 7, seed=5, step=step)
     assert all(torch.equal(next(found), batch) for batch in expected)
     assert data.reads <= 3 * len(data.counts)  # the groups before it are not read
 
@@ -201,7 +204,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     class Interrupted(Exception):
         pass
 
-    def stop(report: training.TrainReport) -> None:
+    def stop(report: TrainReport) -> None:
         if report.step == 14:
             raise Interrupted
 
@@ -243,11 +246,11 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
         last = _last_step(tmp_path)
 
     x, config = rows(1500), changed(tokens=10**9)
-    resumed = Trainer(config, training._Whole(x), Alone())
-    training.Checkpoints(tmp_path, training._fingerprint(config, training._Whole(x)), Alone()).load(resumed)
+    resumed = Trainer(config, Whole(x), Alone())
+    Checkpoints(tmp_path, fingerprint_of(config, Whole(x)), Alone()).load(resumed)
     assert resumed.step == last
-    straight = Trainer(config, training._Whole(x), Alone())
-    batches = training.stream(training._Whole(x), config.batch, config.seed, 0)
+    straight = Trainer(config, Whole(x), Alone())
+    batches = stream(Whole(x), config.batch, config.seed, 0)
     while straight.step < last:
         straight.train_on(next(batches))
     straight.sums.zero_()
@@ -354,7 +357,7 @@ import torch.distributed as dist
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 import test_sae_training as here
-from steerfast.sae.distributed import SplitData, SplitFeatures
+from steerfast.sae.training.distributed import SplitData, SplitFeatures
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{folder}/rendezvous", rank=rank, world_size=2)
 for name, split in (("data", SplitData()), ("features", SplitFeatures())):

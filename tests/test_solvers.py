@@ -11,9 +11,9 @@ import torch
 from flowing import KINDS, barrier, great_circles, runge_kutta, unit_gradient
 
 import steerfast as sf
-from steerfast import solvers
-from steerfast.flows import field_of
-from steerfast.solvers import SOLVERS, Field, Tableau, integrate, pack, scheme, unpack
+from steerfast.edits.flow import field_of
+from steerfast.ops import solvers
+from steerfast.ops.solvers import SOLVERS, Field, Tableau, integrate, pack, scheme, unpack
 
 STEPPED = [name for name, solver in SOLVERS.items() if not solver.adaptive]
 FIXED = [name for name in STEPPED if not SOLVERS[name].single]

@@ -7,7 +7,8 @@ import torch
 from places import DTYPES, PLACES, assert_exact, backend, runs
 
 import steerfast as sf
-from steerfast import reference
+from steerfast.ops import torch_backend as reference
+from steerfast.ops.slots import ADD, AFFINE
 
 
 def orthonormal(k: int, d: int) -> torch.Tensor:
@@ -84,7 +85,7 @@ def test_the_probe_is_the_projection_that_each_slot_saw(place):
             for column, seen in ((0, x[i]), (1, middle[i])):
                 slot = int(rows[i, column])
                 expected = torch.zeros(bank.max_rank, device=device)
-                if slot >= 0 and int(bank.slots[slot, 0]) not in (0, reference.ADD, reference.AFFINE):
+                if slot >= 0 and int(bank.slots[slot, 0]) not in (0, ADD, AFFINE):
                     part = bank.view(slot).project @ seen
                     expected[: part.shape[0]] = part
                 torch.testing.assert_close(y[i, column], expected, atol=1e-4, rtol=1e-4)

@@ -13,10 +13,11 @@ import torch
 from families import build
 
 import steerfast as sf
-from steerfast import extract
-from steerfast.sweeping import NEUTRAL, Cell, Grid, Probe, Sweep, add_arguments, run, sweep
+from steerfast.cli.sweep import _next, add_arguments, run
+from steerfast.directions import extract
+from steerfast.tools.sweep import NEUTRAL, Cell, Grid, Probe, Sweep, sweep
 
-module = sys.modules["steerfast.sweeping"]
+module = sys.modules["steerfast.tools.sweep"]
 SIDES = (["abc d", "bcd", "cc"], ["xyz", "zz y", "wxy"])
 PROBE = Probe(("hello", "some more"), (" abc", " d"), (" xyz", " w", " zzz"), ("plain text", "the rest"))
 GRID = Grid(layers=(0, -1), strengths=(-0.5, 0.0, 1.0))
@@ -122,7 +123,7 @@ def test_a_flow_is_swept_by_its_angle_or_its_length() -> None:
     ],
 )  # fmt: skip
 def test_the_next_command_makes_the_best_cell(cell: Cell, unit: str, command: str) -> None:
-    assert module._next(argparse.Namespace(model="m", site="s", unit=unit), cell) == command
+    assert _next(argparse.Namespace(model="m", site="s", unit=unit), cell) == command
 
 
 def test_an_interrupted_sweep_continues(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

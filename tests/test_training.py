@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import steerfast as sf
-from steerfast.layers import find_layers
+from steerfast.models.layers import find_layers
 
 LAYER, RANK, STEPS = 12, 4, 12
 PAIRS = [

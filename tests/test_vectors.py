@@ -18,19 +18,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import steerfast as sf
-from steerfast import extract, vectors
-from steerfast.extract import Direction
-from steerfast.integrations import load_vectors
-from steerfast.layers import find_layers
+from steerfast.directions import sets as vectors
+from steerfast.directions.direction import Direction
+from steerfast.directions.sets import DirectionSet, family, list_directions, load_directions, save_directions
+from steerfast.integrations.read import load_vectors
+from steerfast.models.layers import find_layers
 from steerfast.plan import ModelCard, card
-from steerfast.vectors import (
-    DirectionSet,
-    dose,
-    family,
-    list_directions,
-    load_directions,
-    save_directions,
-)
+from steerfast.tools.dose import dose
 
 WIDTH = 48
 TEXTS = ["w3 w4 w5 w6 w7", "w10 w11", "w12 w13 w14 w15"]
@@ -463,4 +457,4 @@ def test_the_docstrings_examples_run() -> None:
     assert len([example for example in examples if example.examples]) >= 9
     for example in examples:
         assert runner.run(example).failed == 0
-    assert extract.Direction is Direction
+    assert Direction is Direction

@@ -16,8 +16,9 @@ pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.model]
 def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
-    from steerfast import demo_model
-    from steerfast.integrations.vllm import proof, seams
+    from steerfast.models import demo as demo_model
+    from steerfast.tools import check_vllm as proof
+    from steerfast.vllm import seams
 
     engines: list[Any] = []
     start = vllm.LLM

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from vllm_engines import needs_vllm
 
-from steerfast.integrations.vllm import counters, register, seams
+from steerfast.vllm import counters, register, seams
 
 pytestmark = [needs_vllm, pytest.mark.vllm]
 
@@ -119,7 +119,7 @@ def test_the_metrics_of_one_and_of_several_api_servers_add_up_what_all_processes
         made.add("requests", "polite", 3)
     made.add("refused", "who")
     code = (
-        "from steerfast.integrations.vllm.counters import Counters; made = Counters(['polite', 'terse']);"
+        "from steerfast.vllm.counters import Counters; made = Counters(['polite', 'terse']);"
         "made.add('tokens', 'polite', 5); made.add('requests', 'polite', 10);"
         "made.add('waiting', 'terse', 2); made.add('waiting', 'terse', -1)"
     )

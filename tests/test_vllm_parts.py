@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from test_interventions import EXAMPLES, D
 
 import steerfast as sf
-from steerfast import reference
-from steerfast.integrations.vllm import plans, routes, wire
-from steerfast.integrations.vllm.edits import Place, Places
-from steerfast.integrations.vllm.plans import Library, ServedPlan
-from steerfast.integrations.vllm.slots import Admission, Residents
-from steerfast.integrations.vllm.table import Owner, RowTable
+from steerfast.ops import torch_backend as reference
+from steerfast.vllm import plans, routes, wire
+from steerfast.vllm.edits import Place, Places
+from steerfast.vllm.plans import Library, ServedPlan
+from steerfast.vllm.slots import Admission, Residents
+from steerfast.vllm.table import Owner, RowTable
 
 
 def unit(seed: int, d: int = D) -> torch.Tensor:
@@ -522,7 +522,7 @@ def test_importing_the_plugin_imports_nothing_of_vllm() -> None:
     import subprocess
 
     code = (
-        "import sys, steerfast.integrations.vllm.seams, steerfast.integrations.vllm.runner;"
+        "import sys, steerfast.vllm.seams, steerfast.vllm.runner;"
         "print([m for m in ('vllm', 'transformers', 'triton', 'prometheus_client') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

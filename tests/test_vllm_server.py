@@ -29,7 +29,7 @@ class Server:
     """The server, its plans, and a client."""
 
     def __init__(self, folder: Path) -> None:
-        from steerfast import demo_model
+        from steerfast.models import demo as demo_model
 
         self.plans = save(folder)
         sf.Plan({3: sf.Add(torch.ones(7))}).save(folder / "narrow")

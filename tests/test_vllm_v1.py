@@ -26,7 +26,7 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         from vllm import LLM
 
-        from steerfast import demo_model
+        from steerfast.models import demo as demo_model
 
         self.folder = folder
         self.plans = save(folder)

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from steerfast.reference import ALL_MODES, FLOW, HINGE, SOLVE
+from steerfast.ops.slots import ALL_MODES, FLOW, HINGE, SOLVE
 from steerfast_kernels import add, flow, sae_decode, sae_edit, sae_encode, sae_encode_threshold, subspace
 
 TARGETS = {

@@ -58,7 +58,7 @@ def plans(love: torch.Tensor) -> dict[str, sf.Plan]:
 
 def save(folder: Path) -> dict[str, sf.Plan]:
     """The plans above, with the love vector of the demo model, one folder each."""
-    from steerfast import demo_model
+    from steerfast.models import demo as demo_model
 
     model, tokenizer = demo_model.load()
     pos, neg = (sf.collect(model, tokenizer, [f"I {word} you"], layers=[8]) for word in ("love", "hate"))
@@ -115,7 +115,7 @@ class Transformers:
     """The truth: what transformers generates, greedily, and the log-probability of every token."""
 
     def __init__(self, model: Any = None) -> None:
-        from steerfast import demo_model
+        from steerfast.models import demo as demo_model
 
         self.model, self.tokenizer = demo_model.load() if model is None else (model, None)
 

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfast._files import replace_file
-from steerfast.extract import Direction
-from steerfast.vectors import DirectionSet, family
+from steerfast.directions.direction import Direction
+from steerfast.directions.sets import DirectionSet, family
+from steerfast.files.replace import replace_file
 
 MAGIC = b"GGUF"
 ARCHITECTURES = {"controlvector": "llama.cpp control vector", "steeringvector": "Dialz steering vector"}

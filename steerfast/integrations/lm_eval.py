@@ -32,13 +32,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from steerfast._checks import finite_number, one_of
-from steerfast._files import replace_file
-from steerfast.extract import Direction
-from steerfast.interventions import Add, Clamp, Intervention
+from steerfast.directions.direction import Direction
+from steerfast.directions.sets import DirectionSet
+from steerfast.edits.base import Intervention
+from steerfast.edits.linear import Add, Clamp
+from steerfast.files.replace import replace_file
+from steerfast.files.torch_file import as_vector, read_torch_file
 from steerfast.plan import Plan
-from steerfast.vectors import DirectionSet
 
-from ._torch_file import as_vector, read_torch_file
 from .gguf import foreign
 
 _REQUIRED = {"sparse_model", "hookpoint", "feature_index", "steering_coefficient"}

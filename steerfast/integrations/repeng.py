@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from steerfast.extract import Direction
-from steerfast.vectors import DirectionSet, family
+from steerfast.directions.direction import Direction
+from steerfast.directions.sets import DirectionSet, family
 
 from .gguf import foreign, single_site
 

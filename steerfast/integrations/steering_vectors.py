@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfast._files import replace_file
-from steerfast.extract import Direction
-from steerfast.vectors import DirectionSet
+from steerfast.directions.direction import Direction
+from steerfast.directions.sets import DirectionSet
+from steerfast.files.replace import replace_file
+from steerfast.files.torch_file import as_vector, read_torch_file
 
-from ._torch_file import as_vector, read_torch_file
 from .gguf import foreign, single_site
 
 SITES = {"decoder_block": "resid_post", "self_attn": "attn_out", "mlp": "mlp_out"}

@@ -25,9 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from steerfast._files import replace_file
-from steerfast.extract import _read_batch
-from steerfast.layers import evaluating, find_layers
+from steerfast.files.replace import replace_file
+from steerfast.models.collect import read_batch
+from steerfast.models.layers import evaluating, find_layers
 
 SCHEMA = 1
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -161,7 +161,7 @@ class ActivationStream:
         layer, rows = self.info.layer, []
         with evaluating(self._model):
             for batch in tokens.split(max(1, _FORWARD_TOKENS // self.info.context)):
-                rows += _read_batch(self._model, {layer: self._point}, batch.tolist(), "all")[layer]
+                rows += read_batch(self._model, {layer: self._point}, batch.tolist(), "all")[layer]
         kept = torch.cat(rows)[positions]
         if not bool(kept.isfinite().all()):
             where = int((~kept.isfinite()).any(1).nonzero()[0])

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._files import replace_file
-from steerfast.extract import _read_batch
-from steerfast.layers import Point, evaluating, find_layers
+from steerfast.files.replace import replace_file
+from steerfast.models.collect import read_batch
+from steerfast.models.layers import Point, evaluating, find_layers
 
 from .cache import pack, real_tokens
 from .model import SAE
@@ -134,7 +134,7 @@ def evaluate_sae(
         parts = []
         for start in range(0, len(contexts), _BATCH):
             some = slice(start, start + _BATCH)
-            rows: list[Tensor] = _read_batch(model, {layer: point}, contexts[some].tolist(), "all")[layer]
+            rows: list[Tensor] = read_batch(model, {layer: point}, contexts[some].tolist(), "all")[layer]
             parts.append(torch.cat(rows)[keep[some].flatten()])
             if progress is not None and start % (64 * _BATCH) == 0:
                 progress(f"read {start} of {len(contexts)} contexts")

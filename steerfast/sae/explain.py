@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import one_of
-from steerfast._files import replace_file
-from steerfast.layers import find_layers
+from steerfast.files.replace import replace_file
+from steerfast.models.layers import find_layers
 
 from .model import SAE
 

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from steerfast import ops
 from steerfast._checks import check_dictionary, check_stream, finite_number, one_of
-from steerfast.interventions import Features, as_tensor
-from steerfast.layers import SITES
-
-from .steering import SelectedFeatures, normalised
+from steerfast.edits.base import as_tensor
+from steerfast.edits.features import Features, SelectedFeatures, normalised
+from steerfast.models.layers import SITES
 
 NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
 BLOCK_F = 4096  # features of a dense encode computed at a time
@@ -284,7 +283,7 @@ class SAE:
             FileNotFoundError: nothing is there, or a file of the family is missing.
             ValueError: damaged, ambiguous, of an unknown family, or something this form cannot hold; the reason is given.
         """
-        from .formats import load
+        from steerfast.sae.formats import load
 
         return load(Path(path))
 
@@ -294,7 +293,7 @@ class SAE:
         Returns:
             The directory.
         """
-        from .formats import save
+        from steerfast.sae.formats import save
 
         return save(self, Path(directory))
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
+
+from steerfast.sae.model import SAE
 
 from . import dictionary_learning, gemma_scope, llama_scope, openai, own, saelens, sparsify
 from ._parts import read_json, read_tensors
 from .own import save as save
 from .saelens import save_saelens as save_saelens
-
-if TYPE_CHECKING:
-    from steerfast.sae.model import SAE
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerfast.integrations._torch_file import read_torch_file
-
-if TYPE_CHECKING:
-    from steerfast.sae.model import SAE, Origin
+from steerfast.files.torch_file import read_torch_file
+from steerfast.sae.model import SAE, Origin
 
 HOOKS = {
     "hook_resid_pre": "resid_pre",
@@ -121,8 +119,6 @@ def fold(
 
     A negative threshold is a gate that the ReLU behind it closes at zero.
     """
-    from steerfast.sae.model import SAE
-
     b_enc, b_dec = wide(b_enc), wide(b_dec)
     if subtract:
         b_enc = (b_enc.double() - product(w_enc, b_dec.double())).to(b_enc.dtype)

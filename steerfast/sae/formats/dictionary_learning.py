@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ._parts import dictionary, fold, refuse, tensor, vector, whole, wide, width_of
+from steerfast.sae.model import SAE, Origin
 
-if TYPE_CHECKING:
-    from steerfast.sae.model import SAE, Origin
+from ._parts import dictionary, fold, refuse, tensor, vector, whole, wide, width_of
 
 BIAS = {
     "AutoEncoder": "bias",
@@ -68,8 +67,6 @@ def read(config: dict[str, Any], tensors: dict[str, Any], path: Path) -> SAE:
 
 
 def _origin(trainer: dict[str, Any]) -> Origin:
-    from steerfast.sae.model import Origin
-
     name = str(trainer.get("submodule_name") or "")
     found = re.fullmatch(r"(resid_pre|resid_post|attn_out|mlp_out)_layer_(\d+)", name)
     place = None if found is None else (found[1], int(found[2]))

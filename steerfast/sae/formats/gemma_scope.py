@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from ._parts import dictionary, fold, refuse, vector, width_of
+from steerfast.sae.model import SAE, Origin
 
-if TYPE_CHECKING:
-    from steerfast.sae.model import SAE
+from ._parts import dictionary, fold, refuse, vector, width_of
 
 FIRST = {"res": "resid_post", "att": "head_out", "mlp": "mlp_out"}
 """The last part of a repository's name, gemma-scope-2b-pt-res, and what its SAEs read."""
@@ -24,8 +23,6 @@ SECOND = (
 
 def read_first(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     """An SAE of Gemma Scope 1; its place is told by the folders …-res/layer_20/… that it lies in."""
-    from steerfast.sae.model import Origin
-
     folders = "/".join(path.resolve().parts)
     kind, layer = re.search(r"gemma-scope-([\w.]+-\w+)-(\w+)(?=/)", folders), re.search(r"layer_(\d+)(?=/)", folders)
     site = None if kind is None else FIRST.get(kind[2])
@@ -37,8 +34,6 @@ def read_first(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
 
 def read_second(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     """An SAE of Gemma Scope 2."""
-    from steerfast.sae.model import Origin
-
     point, out = str(config.get("hf_hook_point_in") or ""), config.get("hf_hook_point_out")
     if "affine_skip_connection" in tensors or config.get("affine_connection") or out not in (None, point):
         raise refuse(path, "a transcoder, which reads and writes different places; only SAEs are read")

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._parts import dictionary, fold, place_of_hook, refuse, vector, whole, wide, width_of
+from steerfast.sae.model import SAE, Origin
 
-if TYPE_CHECKING:
-    from steerfast.sae.model import SAE
+from ._parts import dictionary, fold, place_of_hook, refuse, vector, whole, wide, width_of
 
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     """An SAE of Llama Scope: h = W·x·√d/‖x‖_mean + b, gated by h·‖W_dec‖ > θ; the scales are folded into the weights."""
-    from steerfast.sae.model import Origin
-
     d = width_of(tensors, "decoder.bias", path)
     w_enc = dictionary(tensors, "encoder.weight", d, path)
     w_dec = dictionary(tensors, "decoder.weight", d, path, transposed=True)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from steerfast.sae.model import SAE, Origin
 
 from ._parts import dictionary, fold, refuse, vector, whole, width_of
-
-if TYPE_CHECKING:
-    from steerfast.sae.model import SAE
 
 
 def read(config: dict[str, Any], tensors: dict[str, Any], path: Path) -> SAE:
     """An SAE of OpenAI: pre_bias is subtracted first; with Top-K each row is normalised, and the reconstruction scaled back."""
-    from steerfast.sae.model import Origin
-
     if "pre_bias" not in tensors:
         hint = " (an ae.pt of dictionary_learning needs its config.json beside it)" if "b_dec" in tensors else ""
         raise refuse(

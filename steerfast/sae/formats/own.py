@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from steerfast._files import replace_file
+from steerfast.files.replace import replace_file
+from steerfast.sae.model import SAE, Origin
 
 from ._parts import refuse
-
-if TYPE_CHECKING:
-    from steerfast.sae.model import SAE
 
 SCHEMA = 1
 KEYS = {"kind", "schema", "features", "width", "k", "normalisation", "origin", "tensors_sha256"}
@@ -51,8 +49,6 @@ def save(sae: SAE, directory: Path) -> Path:
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     """An SAE that `save` wrote; a file without w_dec is tied."""
-    from steerfast.sae.model import SAE, Origin
-
     if config.get("kind") != "steerfast.sae":
         raise refuse(path, '"kind" in sae.json is not "steerfast.sae"')
     if config.get("schema") != SCHEMA:

@@ -7,16 +7,14 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from steerfast._files import replace_file
+from steerfast.files.replace import replace_file
+from steerfast.sae.model import SAE, Origin
 
 from ._parts import HOOKS, dictionary, fold, place_of_hook, read_json, refuse, vector, whole, wide, width_of
-
-if TYPE_CHECKING:
-    from steerfast.sae.model import SAE, Origin
 
 CENTRED = re.compile(r"gpt2|pythia|gpt-neo|gpt-j", re.IGNORECASE)
 """Models with LayerNorm, whose writing weights TransformerLens centres when it is told to."""
@@ -185,8 +183,6 @@ def _is_centred(config: dict[str, Any], path: Path) -> bool:
 
 
 def _origin(config: dict[str, Any], path: Path) -> Origin:
-    from steerfast.sae.model import Origin
-
     hook, head = str(config.get("hook_name") or ""), config.get("hook_head_index")
     place = place_of_hook(hook) if head is None else None  # one head alone is no site of ours
     name = hook if head is None else f"{hook} of head {head}"

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from ._parts import dictionary, fold, refuse, vector, whole, width_of
+from steerfast.sae.model import SAE, Origin
 
-if TYPE_CHECKING:
-    from steerfast.sae.model import SAE
+from ._parts import dictionary, fold, refuse, vector, whole, width_of
 
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     """A Top-K SAE of sparsify; its decoder bias is subtracted first."""
-    from steerfast.sae.model import Origin
-
     if config.get("transcode") or config.get("transcoder") or config.get("skip_connection") or "W_skip" in tensors:
         raise refuse(path, "a transcoder, which reads and writes different places; only SAEs are read")
     if config.get("activation", "topk") != "topk":

@@ -1,0 +1,1 @@
+"""The lab of the suites: what a case is, how a burst is timed, rounds of pairs and what follows from them, rows."""

@@ -1,0 +1,1 @@
+"""Barriers h = log p₊/p₋ on the sphere, and their fits."""

@@ -1,0 +1,352 @@
+"""Barriers: h(a) = log p₊(a)/p₋(a), whose gradient a flow follows. `steerfast.barriers.fit` fits them.
+
+Every barrier is of low rank: it sees an activation only through k numbers z = Qᵀx̂, x̂ = a/‖a‖, Q = basis.T, so its
+gradient lies in span(Q, a) and a whole flow stays there:
+
+    h(a) = zᵀΛz + b̃ᵀz + Σⱼ wⱼ·φ(ωⱼᵀz + βⱼ) + c
+
+A linear barrier has k = 1 and Λ = 0; a quadratic one, and the polynomial sketch, have no ridge terms; random Fourier
+features and a network with one hidden layer are the ridge terms with φ = cos and φ = tanh. A *raw* barrier takes
+z = Qᵀa, without the sphere: the linear raw barrier is plain activation addition.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from steerfast._checks import ORTHONORMAL, direction_rows, finite_number, one_of
+from steerfast.files.replace import replace_file
+
+SCHEMA = 1
+ACTIVATIONS = ("cos", "tanh")
+
+
+@dataclass(frozen=True)
+class BarrierInfo:
+    """Where a barrier comes from and how good it is.
+
+    Attributes:
+        kind: "linear", "quadratic", "sketch", "rff" or "mlp"; "" if it was made by hand.
+        layer, site, model: Where its activations were read; None if they were plain tensors.
+        typical_norm: Mean ‖a‖ of the activations it was fitted on; 0 if unknown.
+        accuracy: Share of held-out activations on the right side of h = 0; NaN if nothing was held out.
+        log_likelihood: Mean log-likelihood per held-out example; NaN if nothing was held out.
+        separable: Whether the fitted activations all lie on their own side: the size of h is then set by C alone.
+        settings: What the fit chose or was given, by name (C, gamma, coef0, …).
+    """
+
+    kind: str = ""
+    layer: int | None = None
+    site: str | None = None
+    model: str | None = None
+    typical_norm: float = 0.0
+    accuracy: float = math.nan
+    log_likelihood: float = math.nan
+    separable: bool = False
+    settings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Ridge:
+    """Ridge terms Σⱼ wⱼ·φ(ωⱼᵀz + βⱼ) of a barrier.
+
+    Attributes:
+        directions: ω, (m, k), float32.
+        phases: β, (m,).
+        weights: w, (m,).
+        activation: φ, "cos" or "tanh".
+
+    Raises:
+        TypeError, ValueError: shapes do not fit, a number is not finite, or the activation is unknown.
+    """
+
+    directions: Tensor
+    phases: Tensor
+    weights: Tensor
+    activation: str = "cos"
+
+    def __post_init__(self) -> None:
+        one_of("Ridge", "activation", self.activation, ACTIVATIONS)
+        _own(self, "Ridge", ("directions", "phases", "weights"))
+        units = self.directions.shape[0] if self.directions.dim() == 2 else 0
+        if units == 0 or self.phases.shape != (units,) or self.weights.shape != (units,):
+            raise ValueError(
+                f"Ridge: directions {tuple(self.directions.shape)}, phases {tuple(self.phases.shape)} and weights "
+                f"{tuple(self.weights.shape)} do not fit; expected (m, k), (m,) and (m,)"
+            )
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The sum at points z (..., k), as (...,)."""
+        inside = z @ self.directions.to(z).T + self.phases.to(z)
+        return (torch.cos(inside) if self.activation == "cos" else torch.tanh(inside)) @ self.weights.to(z)
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """The polynomial count sketch that a barrier was fitted through: its hashes and weights, so that it can be redone.
+
+    φ(x) = C₁x' ⊛ C₂x' (circular convolution) with x' = (√γ·x, √c₀) and count sketches C: entry i of x' is added with
+    its sign to component hash[i]. Its products approximate (γ·x·y + c₀)².
+
+    Attributes:
+        hashes: int32 (2, d + 1), components in [0, D).
+        signs: int8 (2, d + 1), ±1.
+        weights: float32 (D,), of logistic regression on the features.
+        gamma, coef0: γ and c₀.
+    """
+
+    hashes: Tensor
+    signs: Tensor
+    weights: Tensor
+    gamma: float
+    coef0: float
+
+    def features(self, x: Tensor) -> Tensor:
+        """φ of rows (n, d), as (n, D), in the dtype of x."""
+        wide = torch.cat([math.sqrt(self.gamma) * x, x.new_full((*x.shape[:-1], 1), math.sqrt(self.coef0))], dim=-1)
+        product: Any = 1.0
+        for hashes, signs in zip(self.hashes.long(), self.signs, strict=True):
+            counts = wide.new_zeros(*wide.shape[:-1], self.weights.shape[0])
+            product = product * torch.fft.rfft(counts.index_add(-1, hashes, wide * signs.to(wide)))
+        return torch.fft.irfft(product, n=self.weights.shape[0])
+
+    def quadratic(self) -> tuple[Tensor, Tensor, float]:
+        """(A, b, c) with weights·φ(x) = xᵀAx + bᵀx + c exactly, in float64: the sketch is a quadratic polynomial."""
+        one, two = self.hashes.long()
+        signs = self.signs.double()
+        where = (one[:, None] + two[None, :]) % self.weights.shape[0]
+        products = signs[0][:, None] * signs[1][None, :] * self.weights.double()[where]
+        A = self.gamma * (products[:-1, :-1] + products[:-1, :-1].T) / 2
+        b = math.sqrt(self.gamma * self.coef0) * (products[:-1, -1] + products[-1, :-1])
+        return A, b, self.coef0 * float(products[-1, -1])
+
+
+@dataclass(frozen=True, eq=False)
+class Barrier:
+    """A barrier of low rank: h(a) = zᵀΛz + b̃ᵀz + ridge(z) + c, z = Qᵀa/‖a‖, Q = basis.T.
+
+    Attributes:
+        basis: Orthonormal rows (k, d), float32; k = d for a full-rank one.
+        eigenvalues: Λ's diagonal, (k,).
+        bias: b̃, (k,).
+        offset: c.
+        info: Origin and quality.
+        ridge: Ridge terms; None: none.
+        raw: z = Qᵀa instead, without the sphere.
+        sketch: The features that it was fitted through, for kind "sketch".
+
+    Raises:
+        TypeError, ValueError: shapes do not fit, a number is not finite, or the basis is not orthonormal.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> h = sf.Barrier(torch.tensor([[1.0, 0.0]]), torch.zeros(1), torch.ones(1))
+        >>> h(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([0.6000, 0.0000])
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    bias: Tensor
+    offset: float = 0.0
+    info: BarrierInfo = field(default_factory=BarrierInfo)
+    ridge: Ridge | None = None
+    raw: bool = False
+    sketch: Sketch | None = None
+
+    def __post_init__(self) -> None:
+        _own(self, "Barrier", ("basis", "eigenvalues", "bias"))
+        rank = self.basis.shape[0] if self.basis.dim() == 2 else 0
+        if rank == 0 or self.eigenvalues.shape != (rank,) or self.bias.shape != (rank,):
+            raise ValueError(
+                f"Barrier: basis {tuple(self.basis.shape)}, eigenvalues {tuple(self.eigenvalues.shape)} and bias "
+                f"{tuple(self.bias.shape)} do not fit; expected (k, d), (k,) and (k,)"
+            )
+        object.__setattr__(self, "offset", finite_number("Barrier", "offset", self.offset))
+        if self.ridge is not None and self.ridge.directions.shape[1] != rank:
+            raise ValueError(
+                f"Barrier: ridge has directions of width {self.ridge.directions.shape[1]}; expected {rank}, the rows of basis"
+            )
+        deviation = (self.basis.double() @ self.basis.double().T - torch.eye(rank)).abs().max().item()
+        if deviation > ORTHONORMAL:
+            raise ValueError(f"Barrier: the rows of basis are not orthonormal (QQᵀ deviates from I by {deviation:.1e})")
+
+    @classmethod
+    def linear(cls, direction: Any, offset: float = 0.0, raw: bool = False) -> Barrier:
+        """h = v·x̂ + c of a direction v (d,), or of anything that carries one as `.vector`; raw: h = v·a + c.
+
+        Raises:
+            TypeError, ValueError: v is not one finite non-zero row.
+
+        Example:
+            >>> import torch, steerfast as sf
+            >>> sf.Barrier.linear(torch.tensor([3.0, 4.0]))(torch.tensor([[2.0, 0.0]]))
+            tensor([3.])
+        """
+        row = direction_rows("Barrier.linear", "direction", direction, one=True).double()
+        length = row.norm()
+        return cls((row / length).float(), torch.zeros(1), length.float()[None], offset, raw=raw)
+
+    @property
+    def rank(self) -> int:
+        """k, the numbers that it sees of an activation."""
+        return self.basis.shape[0]
+
+    @property
+    def width(self) -> int:
+        """d, the width of the stream."""
+        return self.basis.shape[1]
+
+    def __call__(self, a: Tensor) -> Tensor:
+        """h of activations (..., d), as (...,), in float32 or, for float64 activations, in float64; a zero row has z = 0."""
+        if a.shape[-1:] != (self.width,):
+            raise ValueError(f"Barrier: got activations of shape {tuple(a.shape)}; expected (..., {self.width})")
+        a = a if a.dtype == torch.float64 else a.float()
+        z = a @ self.basis.to(a).T
+        if not self.raw:
+            norm = a.norm(dim=-1, keepdim=True)
+            z = z / torch.where(norm > 0, norm, 1)
+        h = (z * z) @ self.eigenvalues.to(a) + z @ self.bias.to(a) + self.offset
+        return h if self.ridge is None else h + self.ridge(z)
+
+    def __neg__(self) -> Barrier:
+        """log p₋/p₊: the barrier of the swapped sides, whose flow goes the other way."""
+        ridge = None if self.ridge is None else replace(self.ridge, weights=-self.ridge.weights)
+        sketch = None if self.sketch is None else replace(self.sketch, weights=-self.sketch.weights)
+        return Barrier(self.basis, -self.eigenvalues, -self.bias, -self.offset, self.info, ridge, self.raw, sketch)
+
+    def basis_as(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The basis on a device in a dtype, copied once and kept: a captured CUDA graph may ask for it, too."""
+        if torch.compiler.is_compiling():
+            return self.basis.to(device, dtype)
+        found = self._copies.get((device, dtype))
+        if found is None:
+            with torch.inference_mode(False):  # so that a later gradient can use it
+                found = self._copies[device, dtype] = self.basis.to(device, dtype)
+        return found
+
+    @functools.cached_property
+    def _copies(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, as `save` writes them."""
+        parts = {name: getattr(self, name) for name in ("basis", "eigenvalues", "bias")}
+        if self.ridge is not None:
+            parts |= {f"ridge.{name}": getattr(self.ridge, name) for name in ("directions", "phases", "weights")}
+        if self.sketch is not None:
+            parts |= {f"sketch.{name}": getattr(self.sketch, name) for name in ("hashes", "signs", "weights")}
+        return parts
+
+    def numbers(self) -> dict[str, Any]:
+        """All else, ready for JSON (a number that is unknown is null)."""
+        info = {key: _known(value) for key, value in asdict(self.info).items()}
+        return {
+            "offset": self.offset,
+            "raw": self.raw,
+            "info": info,
+            "ridge": None if self.ridge is None else {"activation": self.ridge.activation},
+            "sketch": None if self.sketch is None else {"gamma": self.sketch.gamma, "coef0": self.sketch.coef0},
+        }
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Barrier:
+        """The inverse of `tensors` and `numbers`; everything is validated anew."""
+        parts: dict[str, dict[str, Any]] = {"": {}, "ridge": {}, "sketch": {}}
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            parts[owner][leaf] = tensor
+        rest = dict(numbers)
+        info = rest.pop("info")
+        missing = ("accuracy", "log_likelihood")  # what was never measured is null in JSON
+        known: dict[str, Any] = {k: math.nan if v is None and k in missing else v for k, v in info.items()}
+        for owner, kind in (("ridge", Ridge), ("sketch", Sketch)):
+            described = rest.pop(owner)
+            rest[owner] = None if described is None else kind(**parts[owner], **described)
+        return cls(**parts[""], **rest, info=BarrierInfo(**known))
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write barrier.json and barrier.safetensors into a directory, each under a temporary name first.
+
+        Returns:
+            The directory.
+        """
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        blob = save_tensors({name: value.contiguous() for name, value in self.tensors().items()})
+        text = {
+            "schema": SCHEMA,
+            "kind": "steerfast.barrier",
+            "barrier": self.numbers(),
+            "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+        }
+        replace_file(target / "barrier.safetensors", blob)
+        replace_file(target / "barrier.json", json.dumps(text, indent=2, allow_nan=False).encode())
+        return target
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Barrier:
+        """Read what `save` wrote. Nothing is executed, nothing is loaded in part.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing.
+            ValueError: a file is damaged, or of another kind or schema.
+        """
+        text_path, blob_path = Path(directory) / "barrier.json", Path(directory) / "barrier.safetensors"
+        for path in (text_path, blob_path):
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"Barrier.load: {path} does not exist; a barrier is a directory with barrier.json and barrier.safetensors"
+                )
+        try:
+            text = json.loads(text_path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"Barrier.load: {text_path} is not JSON ({error})") from None
+        if not isinstance(text, dict) or text.get("kind") != "steerfast.barrier":
+            raise ValueError(f'Barrier.load: {text_path} is not a barrier ("kind" is not "steerfast.barrier")')
+        if text.get("schema") != SCHEMA:
+            raise ValueError(
+                f"Barrier.load: {text_path} has schema {text.get('schema')!r}; this version reads schema {SCHEMA}"
+            )
+        blob = blob_path.read_bytes()
+        if hashlib.sha256(blob).hexdigest() != text.get("tensors_sha256"):
+            raise ValueError(
+                f"Barrier.load: {blob_path} is not the file that {text_path} was written with; copy both again"
+            )
+        try:
+            return cls.restore(load_tensors(blob), text["barrier"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"Barrier.load: {text_path} does not describe a barrier of schema {SCHEMA}: {error}"
+            ) from None
+
+
+def _own(target: object, owner: str, names: tuple[str, ...]) -> None:
+    """Make the named fields finite float32 CPU tensors of their own."""
+    for name in names:
+        value = getattr(target, name)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{owner}: {name} must be a tensor; got {type(value).__name__}")
+        value = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+        if not value.isfinite().all():
+            raise ValueError(f"{owner}: {name} holds NaN or Inf")
+        object.__setattr__(target, name, value)
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,188 @@
+"""The activations that a barrier is fitted on: checked, of length 1, with groups that are held out together."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from steerfast.models.collect import Activations
+
+from .barrier import BarrierInfo
+
+SEARCHED = 1000
+"""Rows, drawn by group, on which settings are compared."""
+FOLDS = 5
+IDENTICAL = "fit_barrier: the two sides are identical, so no direction separates them"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Checked activations: rows of length 1 in float32, positives first."""
+
+    x: Tensor  # (n, d)
+    labels: Tensor  # (n,) bool
+    groups: Tensor  # (n,) int64
+    typical_norm: float
+    origin: dict[str, Any]
+    seed: int
+
+    @classmethod
+    def of(cls, pos: Any, neg: Any, groups: Iterable[Any] | None, seed: int) -> Data:
+        """Check both sides and put them together."""
+        (first, pos_texts), (second, neg_texts) = _origin(pos), _origin(neg)
+        origins = first, second
+        sides = [_activations("pos", pos), _activations("neg", neg)]
+        if sides[0].shape[1] != sides[1].shape[1]:
+            raise ValueError(
+                f"fit_barrier: pos has width {sides[0].shape[1]} and neg {sides[1].shape[1]}; both must come from one layer"
+            )
+        for name in ("layer", "site", "model"):
+            if None not in (a := [origin.get(name) for origin in origins]) and a[0] != a[1]:
+                raise ValueError(
+                    f"fit_barrier: pos comes from {name} {a[0]!r} and neg from {a[1]!r}; expected one {name}"
+                )
+        few = next(((name, len(side)) for name, side in zip(("pos", "neg"), sides, strict=True) if len(side) < 2), None)
+        if few is not None:
+            raise ValueError(f"fit_barrier: {few[0]} has {few[1]} row(s); expected at least 2 on each side")
+        prints = [sorted(hash(row.tobytes()) for row in side.numpy()) for side in sides]
+        if prints[0] == prints[1]:
+            raise ValueError(IDENTICAL)
+        x = torch.cat(sides)
+        if groups is not None:
+            names: list[Any] = list(groups.tolist() if isinstance(groups, Tensor) else groups)
+        elif pos_texts is not None and neg_texts is not None:
+            names = [(0, t) for t in pos_texts.tolist()] + [(1, t) for t in neg_texts.tolist()]
+        else:
+            names = list(range(len(x)))
+        if len(names) != len(x):
+            raise ValueError(
+                f"fit_barrier: groups has {len(names)} labels; expected {len(x)}, one per row of pos and then of neg"
+            )
+        codes = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        if groups is not None and len(codes) < 2:
+            raise ValueError(
+                "fit_barrier: all rows are in one group, so none can be held out; give two groups at least"
+            )
+        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return cls(
+            x / norms,
+            torch.arange(len(x)) < len(sides[0]),
+            torch.tensor([codes[name] for name in names]),
+            float(norms.double().mean()),
+            {
+                name: next((o[name] for o in origins if o.get(name) is not None), None)
+                for name in ("layer", "site", "model")
+            },
+            seed,
+        )
+
+    @property
+    def prior(self) -> float:
+        """log n₊/n₋, the share of the classes in a fitted log-odds."""
+        share = float(self.labels.double().mean())
+        return math.log(share / (1 - share))
+
+    def take(self, index: Tensor) -> Data:
+        """Some of the rows."""
+        return Data(self.x[index], self.labels[index], self.groups[index], self.typical_norm, self.origin, self.seed)
+
+    def searched(self) -> Data:
+        """At most `SEARCHED` rows, whole groups as far as they fit, in random order of the groups.
+
+        Each class has its share of them, and where it is rare a twentieth, or all that there is of it.
+        """
+        if len(self.x) <= SEARCHED:
+            return self
+        order = torch.randperm(int(self.groups.max()) + 1, generator=seeded(self.seed))[self.groups].argsort(
+            stable=True
+        )
+        side = self.labels[order]
+        count = torch.stack([(~side).sum(), side.sum()])  # of the negatives and the positives
+        rare = int(count.argmin())
+        kept = min(int(count[rare]), max(SEARCHED * int(count[rare]) // len(side), SEARCHED // 20))
+        place = torch.where(side, side.cumsum(0), (~side).cumsum(0))  # from 1, within its class
+        return self.take(order[place <= torch.where(side == bool(rare), kept, SEARCHED - kept)])
+
+    @functools.cached_property
+    def folds(self) -> list[tuple[Tensor, Tensor]]:
+        """(fitted, held out) rows; none where the groups are too few for both classes to be in every part."""
+        from sklearn.model_selection import StratifiedGroupKFold
+
+        count = min(FOLDS, *(len(self.groups[self.labels == side].unique()) for side in (True, False)))
+        if count < 2:
+            return []
+        parts = StratifiedGroupKFold(count, shuffle=True, random_state=self.seed).split(
+            self.x, self.labels, self.groups
+        )
+        found = [(torch.from_numpy(fitted), torch.from_numpy(held)) for fitted, held in parts]
+        return [(f, h) for f, h in found if 0 < int(self.labels[f].sum()) < len(f) and len(h)]
+
+    def info(self, kind: str, held: Held, h: Tensor, settings: dict[str, float]) -> BarrierInfo:
+        """What is known after a fit; h are the fitted log-odds of the rows."""
+        separable = bool(((h > 0) == self.labels).all())
+        if math.isnan(held.log_likelihood):
+            what, so = (
+                ("separable and too few", "the size of h is set by the penalty alone")
+                if separable
+                else ("too few, or in too few groups,", "the settings are the defaults and the accuracy is unknown")
+            )
+            warnings.warn(
+                f"fit_barrier: the {len(self.x)} rows are {what} to hold some out, so {so}; give more examples",
+                UserWarning,
+                stacklevel=4,
+            )
+        return BarrierInfo(
+            kind, **self.origin, typical_norm=self.typical_norm, log_likelihood=held.log_likelihood, accuracy=held.accuracy,
+            separable=separable, settings=settings,
+        )  # fmt: skip
+
+
+class Held(NamedTuple):
+    """What held-out rows say of a fit: mean log-likelihood, share on the right side, standard error of that mean."""
+
+    log_likelihood: float
+    accuracy: float
+    error: float
+
+
+UNKNOWN = Held(math.nan, math.nan, math.nan)
+
+
+def _origin(value: Any) -> tuple[dict[str, Any], Tensor | None]:
+    if not isinstance(value, Activations) or len(value) != 1:
+        return {}, None
+    return {"layer": next(iter(value)), "site": value.site, "model": value.model}, value.text_index
+
+
+def _activations(name: str, value: Any) -> Tensor:
+    if isinstance(value, dict):
+        if len(value) != 1:
+            raise ValueError(f"fit_barrier: {name} holds {len(value)} layers; pass one of them, such as acts[14]")
+        value = next(iter(value.values()))
+    rows = torch.as_tensor(value).detach().float().cpu()
+    if rows.dim() != 2 or rows.shape[0] == 0:
+        raise ValueError(f"fit_barrier: {name} has shape {tuple(rows.shape)}; expected (n, d) with n >= 1")
+    bad = (~rows.isfinite()).any(1) | (rows == 0).all(1)
+    if bad.any():
+        raise ValueError(f"fit_barrier: row {int(bad.nonzero()[0])} of {name} is zero or holds NaN or Inf; remove it")
+    return rows
+
+
+def not_flat(w: Tensor) -> float:
+    """The length of the fitted weights; sides that no direction separates are an error."""
+    length = float(w.norm())
+    if not length > 1e-9:
+        raise ValueError(IDENTICAL)
+    return length
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own, for draws that must not depend on what else is drawn."""
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,176 @@
+"""Fits of barriers: h = log p₊/p₋ from positive and negative activations, all but the network by logistic regression.
+
+Rows are scaled to length 1. Every kind but "mlp" is logistic regression on features φ(x̂), solved in the basis of their
+Gram matrix K, where n rows need at most n coordinates however many features there are: w = Φᵀβ. For the quadratic
+barrier K is the exact polynomial kernel (γ·x·y + c₀)² and β gives the polynomial itself,
+
+    A = γ²·X̂ᵀ diag(β) X̂,   b = 2γc₀·X̂ᵀβ,   c = c₀²·Σβ,
+
+so no feature is ever computed; above `EXACT` rows the kernel is taken on that many landmarks (Nyström).
+C, and γ and c₀ with it, are chosen by the log-likelihood of held-out groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerfast._checks import finite_number, one_of
+
+from .barrier import Barrier, Sketch
+from .data import Data, not_flat, seeded
+from .kernels import EXACT, Kernel, choose, product, regress
+from .projected import fit_fourier, fit_network
+from .rank import check_rank, cut_rank
+
+KINDS = ("linear", "quadratic", "sketch", "rff", "mlp")
+PUBLISHED = (0.1, 1.0)
+"""γ and c₀ of ODESteer; its C is 1."""
+COMPONENTS = 8000  # of the count sketch
+RATIOS = (10.0, 1.0, 0.1)  # c₀/γ; with C it is all that the quadratic kernel depends on
+
+
+def fit_barrier(
+    pos: Any,
+    neg: Any,
+    kind: str = "linear",
+    C: float | None = None,
+    groups: Iterable[Any] | None = None,
+    kernel: tuple[float, float] | None = None,
+    rank: int | str = "auto",
+    seed: int = 0,
+) -> Barrier:
+    """Fit h(a) = log p₊(a)/p₋(a) on two sets of activations; h sees a only through a/‖a‖.
+
+    "linear" is logistic regression. "quadratic" is logistic regression with the polynomial kernel (γ·x·y + c₀)², exact,
+    cut to the rank that leaves its flow as it is. "sketch" is the published way: the same kernel through a random count
+    sketch of 8000 components, full rank. "rff" (random Fourier features) and "mlp" (one hidden layer beside a linear term)
+    are fitted on a projection of the activations. The share of the classes in the data is taken out of h.
+
+    Args:
+        pos: Activations on the wanted side, (n, d): a tensor, or what `sf.collect` returns for one layer.
+        neg: Activations on the other side, (m, d).
+        kind: "linear", "quadratic", "sketch", "rff" or "mlp".
+        C: Inverse strength of the L2 penalty, as in scikit-learn. None: chosen by held-out log-likelihood, but 1 for
+            "sketch" and with the published kernel. For "mlp" its inverse is the weight decay.
+        groups: One label per row, those of pos first: rows that share one (such as prompts with the same word) are held
+            out together. None: every row by itself, or the rows of one text where `pos` and `neg` know their texts.
+        kernel: (γ, c₀) of "quadratic" and "sketch"; None: chosen by held-out log-likelihood, or `PUBLISHED` = (0.1, 1) for
+            "sketch".
+        rank: k, at most 64 but for "sketch"; "auto": by the displacement error that the cut causes (quadratic), 32 (rff,
+            mlp), d (sketch), 1 (linear).
+        seed: Of folds, landmarks, hashes and random features.
+
+    Returns:
+        A `Barrier`, with held-out accuracy and log-likelihood in its `info`.
+
+    Raises:
+        TypeError, ValueError: a side has fewer than 2 rows, NaN or a zero row; widths, layers or models differ; the sides are
+            identical; an argument does not fit the kind.
+        ModuleNotFoundError: scikit-learn is not installed.
+
+    Reference:
+        Zhao et al. 2026, ODESteer (arXiv:2602.17560); Pham & Pagh 2013, polynomial kernels by count sketches; Rahimi & Recht
+        2007, random features.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> pos, neg = torch.tensor([[1.0, 0.2], [1.0, -0.2]]), torch.tensor([[-1.0, 0.2], [-1.0, -0.2]])
+        >>> bool((sf.fit_barrier(pos, neg)(pos) > 0).all())
+        True
+    """
+    data = Data.of(pos, neg, groups, seed)
+    one_of("fit_barrier", "kind", kind, KINDS)
+    if C is not None and finite_number("fit_barrier", "C", C) <= 0:
+        raise ValueError(
+            f"fit_barrier: C is {C}; expected > 0, and finite: separable sides have no optimum without a penalty"
+        )
+    if kernel is not None and kind not in ("quadratic", "sketch"):
+        raise ValueError(f"fit_barrier: kernel={kernel} is for quadratic and sketch; leave it away for {kind!r}")
+    if kernel is not None:
+        pair = kernel if isinstance(kernel, (tuple, list)) else ()
+        numbers = tuple(finite_number("fit_barrier", "a number of kernel", value) for value in pair)
+        if len(numbers) != 2 or numbers[0] <= 0 or numbers[1] < 0:
+            raise ValueError(f"fit_barrier: kernel is {kernel}; expected (γ, c₀) with γ > 0 and c₀ >= 0")
+        kernel = numbers[0], numbers[1]
+    check_rank(kind, rank, *data.x.shape)
+    if C is None and (kind == "sketch" or kernel == PUBLISHED):
+        C = 1.0
+    fits: dict[str, Any] = {
+        "linear": _linear, "quadratic": _quadratic, "sketch": _sketch, "rff": fit_fourier, "mlp": fit_network,
+    }  # fmt: skip
+    found: Barrier = fits[kind](data, C, kernel, rank)
+    return found
+
+
+# --- the kinds ---------------------------------------------------------------------------------------------------------
+
+
+def _linear(data: Data, C: float | None, kernel: None, rank: int | str) -> Barrier:
+    _, C, held = choose(data, [None], lambda _, rows: rows @ rows.T, C)
+    if len(data.x) <= EXACT:
+        found = Kernel(product, data.x, data.x)
+        w, intercept = regress(found.coordinates, data.labels, C)
+        w = data.x.double().T @ found.dual(w)
+    else:
+        w, intercept = regress(data.x, data.labels, C)
+    length = not_flat(w)
+    h = data.x.double() @ w + intercept
+    info = data.info("linear", held, h, {"C": C})
+    return Barrier((w / length)[None], torch.zeros(1), torch.tensor([length]), intercept - data.prior, info)
+
+
+def _quadratic(data: Data, C: float | None, kernel: tuple[float, float] | None, rank: int | str) -> Barrier:
+    kernels = [(1.0 / ratio, 1.0) for ratio in RATIOS] if kernel is None else [kernel]
+    (gamma, coef0), C, held = choose(data, kernels, lambda k, rows: (k[0] * (rows @ rows.T) + k[1]) ** 2, C)
+    order = torch.randperm(len(data.x), generator=seeded(data.seed))
+    landmarks = data.x if len(data.x) <= EXACT else data.x[order[: EXACT // 2]]
+    found = Kernel(lambda a, b: (gamma * (a @ b.T) + coef0) ** 2, data.x, landmarks)
+    w, intercept = regress(found.coordinates, data.labels, C)
+    beta = found.dual(w)
+    span = torch.linalg.qr(landmarks.T)[0]  # (d, r) holds A and b
+    inside = landmarks.double() @ span.double()
+    A = gamma**2 * (inside.T * beta) @ inside
+    b = 2 * gamma * coef0 * (inside.T @ beta)
+    not_flat(torch.cat([A.flatten(), b]))
+    h = found.coordinates.double() @ w + intercept
+    offset = coef0**2 * float(beta.sum()) + intercept - data.prior
+    cut, eigenvalues, bias = cut_rank(A, b, data.x[order[:128]] @ span, rank)
+    info = data.info("quadratic", held, h, {"C": C, "gamma": gamma, "coef0": coef0})
+    return Barrier(_orthonormal(cut @ span.double().T), eigenvalues, bias, offset, info)
+
+
+def _sketch(data: Data, C: float | None, kernel: tuple[float, float] | None, rank: int | str) -> Barrier:
+    assert C is not None  # 1 unless given
+    gamma, coef0 = PUBLISHED if kernel is None else kernel
+    d = data.x.shape[1]
+    generator = seeded(data.seed)
+    hashes = torch.randint(0, COMPONENTS, (2, d + 1), generator=generator, dtype=torch.int32)
+    signs = (2 * torch.randint(0, 2, (2, d + 1), generator=generator) - 1).to(torch.int8)
+    empty = Sketch(hashes, signs, torch.zeros(COMPONENTS), gamma, coef0)
+    features = torch.cat([empty.features(part) for part in data.x.split(1024)])
+    _, C, held = choose(data, [None], lambda _, rows: (f := empty.features(rows)) @ f.T, C)
+    if len(features) <= EXACT:
+        found = Kernel(product, features, features)
+        w, intercept = regress(found.coordinates, data.labels, C)
+        w = features.double().T @ found.dual(w)
+    else:
+        w, intercept = regress(features, data.labels, C)
+    not_flat(w)
+    sketch = Sketch(hashes, signs, w.float(), gamma, coef0)
+    A, b, c = sketch.quadratic()
+    order = torch.randperm(len(data.x), generator=seeded(data.seed))
+    cut, eigenvalues, bias = cut_rank(A, b, data.x[order[:128]], d if rank == "auto" else rank)
+    h = features.double() @ w + intercept
+    settings = {"C": C, "gamma": gamma, "coef0": coef0, "components": COMPONENTS, "seed": data.seed}
+    info = data.info("sketch", held, h, settings)
+    return Barrier(_orthonormal(cut), eigenvalues, bias, c + intercept - data.prior, info, sketch=sketch)
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Rows that are orthonormal up to rounding, made so in float64."""
+    q, r = torch.linalg.qr(rows.double().T)
+    return (q * r.diagonal().sign()).T

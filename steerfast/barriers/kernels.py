@@ -1,0 +1,139 @@
+"""Logistic regression on a kernel, its settings chosen by held-out log-likelihood."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import UNKNOWN, Data, Held
+
+EXACT = 2000
+"""Up to this many rows a kernel is exact; above, Nyström with half as many landmarks."""
+NEWTON = 50  # steps at most; five or six are usual
+STRENGTHS = tuple(10.0**e for e in range(-1, 7))
+"""The grid of C, in units that make it comparable over kernels: of the kernel divided by its mean diagonal."""
+
+
+# --- logistic regression on a kernel -----------------------------------------------------------------------------------
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The plain kernel, x·y."""
+    return a @ b.T
+
+
+class Kernel:
+    """Coordinates of rows in which a kernel is the plain product: L with L·Lᵀ = K, from landmarks (all rows: exact)."""
+
+    def __init__(self, gram: Callable[[Tensor, Tensor], Tensor], rows: Tensor, landmarks: Tensor) -> None:
+        self.landmarks = landmarks
+        square = gram(landmarks, landmarks).double()
+        self.scale = float(square.diagonal().mean())
+        values, vectors = torch.linalg.eigh(square / self.scale)
+        kept = values > values[-1].clamp(min=1e-12) * 1e-8
+        self._to = (vectors[:, kept] * values[kept].rsqrt()) / math.sqrt(self.scale)
+        self.coordinates = gram(rows, landmarks) @ self._to.to(rows.dtype)  # (n, r)
+
+    def dual(self, w: Tensor) -> Tensor:
+        """β over the landmarks, such that the function is Σⱼ βⱼ·K(·, xⱼ)."""
+        return self._to @ w.double()
+
+
+def regress(features: Tensor, labels: Tensor, C: float) -> tuple[Tensor, float]:
+    """(w, intercept) of logistic regression with the penalty ‖w‖²/2C."""
+    LogisticRegression = scikit_learn()
+    narrow = features.shape[1] <= max(EXACT, 64)
+    solver = LogisticRegression(C=C, solver="newton-cholesky" if narrow else "lbfgs", max_iter=500)
+    wide = features.double() if narrow else features
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fold of separable data may stop early; its held-out likelihood says so
+        found = solver.fit(wide.numpy(), labels.numpy())
+    return torch.from_numpy(found.coef_[0]).double(), float(found.intercept_[0])
+
+
+def held_out(data: Data, folds: Sequence[Any], odds: Sequence[Tensor]) -> Held:
+    """What the log-odds of the rows that each fold holds out are worth."""
+    if not folds:
+        return UNKNOWN
+    z = torch.cat(list(odds)).double()
+    y = torch.cat([data.labels[fold[1]] for fold in folds])
+    each = torch.nn.functional.logsigmoid(torch.where(y, z, -z))
+    return Held(float(each.mean()), float(((z > 0) == y).double().mean()), float(each.std()) / math.sqrt(len(each)))
+
+
+def choose(
+    data: Data, kernels: Sequence[Any], gram: Callable[[Any, Tensor], Tensor], C: float | None
+) -> tuple[Any, float, Held]:
+    """The kernel and C with the best held-out log-likelihood, and that; what is given is not searched.
+
+    All folds and all C share one Gram matrix, and each C starts where the one before it ended.
+    """
+    part = data.searched()
+    if not part.folds:  # nothing can be held out: the published penalty
+        return kernels[0], 1.0 if C is None else C, UNKNOWN
+    tried: list[tuple[Any, float, Held]] = []
+    for kernel in kernels:
+        K = gram(kernel, part.x.double())
+        strengths = [C] if C is not None else [s / float(K.diagonal().mean()) for s in STRENGTHS]
+        paths = [_dual_path(K[fitted][:, fitted], part.labels[fitted], strengths) for fitted, _ in part.folds]
+        for i, strength in enumerate(strengths):
+            odds = [
+                K[held][:, fitted] @ path[i][0] + path[i][1]
+                for (fitted, held), path in zip(part.folds, paths, strict=True)
+            ]
+            tried.append((kernel, strength, held_out(part, part.folds, odds)))
+    return max(tried, key=lambda found: found[2])
+
+
+def _dual_path(K: Tensor, labels: Tensor, strengths: Sequence[float]) -> list[tuple[Tensor, float]]:
+    """(β, intercept) of kernel logistic regression, f = Kβ + intercept, for each C in turn.
+
+    Newton on C·Σ log(1 + exp(∓f)) + βᵀKβ/2 in its n dual coordinates: one Cholesky factor of I + √W·K·√W a step, where W is
+    C·p(1 - p) (Rasmussen & Williams 2006, algorithm 3.1, with a free intercept).
+    """
+    target, sign = labels.double(), 2 * labels.double() - 1
+    beta, intercept = torch.zeros(len(K), dtype=K.dtype), float(torch.logit(target.mean()))
+    found = []
+    for C in strengths:
+
+        def loss(beta: Tensor, inside: Tensor, intercept: float, C: float = C) -> float:
+            misses = torch.nn.functional.softplus(-sign * (inside + intercept)).sum()
+            return float(misses + beta @ inside / (2 * C)) / len(K)
+
+        inside = K @ beta  # f without its intercept
+        now = loss(beta, inside, intercept)
+        for _ in range(NEWTON):
+            f = inside + intercept
+            p = torch.sigmoid(f)
+            weight = (C * p * (1 - p)).clamp(min=1e-12 * C)
+            root = weight.sqrt()
+            factor = torch.linalg.cholesky((K * root).mul_(root[:, None]).add_(torch.eye(len(K), dtype=K.dtype)))
+            right = torch.stack([C * (target - p) + weight * f, weight], 1)
+            solved = right - root[:, None] * torch.cholesky_solve(root[:, None] * (K @ right), factor)
+            goal = float(solved[:, 0].sum() / solved[:, 1].sum())  # the intercept at which Σβ = 0
+            step, turn = solved[:, 0] - goal * solved[:, 1] - beta, goal - intercept
+            bent, share = K @ step, 1.0
+            while (
+                new := loss(beta + share * step, inside + share * bent, intercept + share * turn)
+            ) > now and share > 1e-3:
+                share /= 2
+            beta, inside, intercept = beta + share * step, inside + share * bent, intercept + share * turn
+            gain, now = now - new, new
+            if gain < 1e-4 * new:
+                break
+        found.append((beta, intercept))
+    return found
+
+
+def scikit_learn() -> Any:
+    """Its LogisticRegression, or an error that says how to install it."""
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('fit_barrier needs scikit-learn: pip install "steerfast[demo]"') from None
+    return LogisticRegression

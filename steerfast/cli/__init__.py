@@ -1,0 +1,1 @@
+"""The command `steerfast`: one file a command."""

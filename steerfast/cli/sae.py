@@ -1,0 +1,299 @@
+"""`steerfast sae train | eval | explain | steer | info`: the whole road of an SAE on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import textwrap
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steerfast.edits.features import Amplify, Calibrate, EditFeatures
+from steerfast.hooks.steer import steer
+from steerfast.models.layers import SITES
+from steerfast.plan import Plan
+from steerfast.sae.cache import ActivationCache, cache_activations
+from steerfast.sae.evaluate import evaluate_sae
+from steerfast.sae.explain import RANKINGS, Explanations, explain, observe
+from steerfast.sae.model import SAE
+from steerfast.sae.training.config import TrainConfig
+from steerfast.sae.training.corpus import read_texts, wikipedia
+from steerfast.sae.training.train import train_sae
+
+from . import shared
+
+DESCRIPTION = (
+    "Train, measure, explain and use a sparse autoencoder. Reads SAEs of every family that `sf.SAE.load` reads."
+)
+EXAMPLE = (
+    "steerfast sae train --preset smollm2 --out sae\n"
+    "steerfast sae eval sae demo --text wikitext.txt\n"
+    "steerfast sae explain sae demo --html features.html --save words.json\n"
+    'steerfast sae steer sae demo "The doctor put on a coat, because" --words herself --explanations words.json'
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A whole training run by name.
+
+    Attributes:
+        model: As MODEL on the command line.
+        place: (site, layer).
+        texts: Paragraphs of `corpus.wikipedia`; what comes after them is never trained on.
+        config: Of the training.
+    """
+
+    model: str
+    place: tuple[str, int]
+    texts: int
+    config: TrainConfig
+
+
+PRESETS = {
+    "smollm2": Preset(
+        "demo",
+        ("resid_post", 7),
+        15_500,
+        TrainConfig(features=8192, k=32, tokens=2_500_000, batch=1024, lr=1.5e-3, warmup=0.032),
+    )
+}
+_CHOICES = ("features", "k", "tokens", "batch", "lr", "k_start", "seed")  # what can be set on the command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `steerfast sae` to a parser."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="train|eval|explain|steer|info")
+    _train_arguments(_action(actions, "train", "train a Top-K SAE on a model's activations; run it again to go on"))
+    evaluated = _action(
+        actions, "eval", "variance explained, dead features and cross-entropy recovered on held-out text"
+    )
+    _sae_and_model(evaluated)
+    evaluated.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, not trained on")
+    evaluated.add_argument("--tokens", type=shared.positive, metavar="N", help="of the text, at most (default: all)")
+    evaluated.add_argument(
+        "--loss-tokens", type=shared.positive, default=20_000, metavar="N", help="default: %(default)s"
+    )
+    evaluated.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON, too")
+    explained = _action(actions, "explain", "say what the features mean, by words of a vocabulary")
+    _sae_and_model(explained)
+    explained.add_argument("--vocabulary", metavar="FILE", help="words, one per line (default: the tokenizer's own)")
+    explained.add_argument(
+        "--count", type=shared.positive, default=10, metavar="N", help="words per feature (default: 10)"
+    )
+    explained.add_argument("--ranking", choices=RANKINGS, default=RANKINGS[0], help="default: %(default)s")
+    explained.add_argument("--find", nargs="+", metavar="WORD", help="show the features that these words explain")
+    explained.add_argument(
+        "--cache", metavar="DIR", help="activations (of `train --cache`) for histograms and contexts"
+    )
+    explained.add_argument("--html", type=Path, metavar="FILE", help="write a page of features")
+    explained.add_argument("--save", type=Path, metavar="FILE", help="write everything as JSON; `steer` reads it")
+    steered = _action(actions, "steer", "generate with some features changed, beside the unsteered text")
+    _sae_and_model(steered)
+    _steer_arguments(steered)
+    shown = _action(actions, "info", "show what is in the file of an SAE")
+    shown.add_argument("sae", metavar="SAE", help="directory or file of an SAE")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `steerfast sae`; returns the exit code."""
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "explain": _explain,
+        "steer": _steer,
+        "info": _info,
+    }
+    return actions[args.action](args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    preset = PRESETS.get(args.preset)
+    if preset is None and (args.model is None or args.layer is None or args.text is None):
+        raise ValueError("sae train: give --preset, or MODEL with --layer and --text")
+    args.model = args.model or (preset.model if preset else None)
+    site, layer = preset.place if preset else (args.site, args.layer)
+    config = preset.config if preset else TrainConfig()
+    given = {name: value for name in _CHOICES if (value := getattr(args, name)) is not None}
+    config = TrainConfig(**{field.name: getattr(config, field.name) for field in fields(config)} | given)
+    texts = wikipedia(shared.progress)[: preset.texts] if preset and args.text is None else read_texts(args.text)
+    model, tokenizer = shared.load(args)
+    folder = args.cache or args.out / "activations"
+    cache = cache_activations(
+        model, tokenizer, texts, (site, layer), folder, context=args.context, progress=shared.progress
+    )
+    shared.say(f"{len(cache)} activations of width {cache.info.d} in {folder}")
+    del model  # its memory is better used for the rows
+    sae = train_sae(
+        cache, config, args.out / "checkpoints", progress=lambda report: shared.progress(str(report)),
+        checkpoint_every=args.checkpoint_every,
+    )  # fmt: skip
+    stored = sae.to(dtype=getattr(torch, args.store))
+    shared.say(f"{sae!r}\n\nSAE         {stored.save(args.out)}")
+    shared.say(f"Next        steerfast sae eval {args.out} {args.model} --text FILE")
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    texts = read_texts(args.text)
+    sae = SAE.load(args.sae)
+    model, tokenizer = shared.load(args)
+    found = evaluate_sae(
+        sae.to(model.device),
+        model,
+        tokenizer,
+        texts,
+        tokens=args.tokens,
+        loss_tokens=args.loss_tokens,
+        progress=shared.progress,
+    )
+    shared.say(str(found))
+    if args.out is not None:
+        digest = hashlib.sha256(Path(args.text).expanduser().read_bytes()).hexdigest()
+        about = {"sae": repr(sae), "model": args.model, "text": Path(args.text).name, "text_sha256": digest}
+        shared.say(f"\nNumbers     {found.save(args.out, about)}")
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    vocabulary = None if args.vocabulary is None else shared.texts("--vocabulary", [f"@{args.vocabulary}"])
+    sae = SAE.load(args.sae)
+    cache = None if args.cache is None else ActivationCache.open(args.cache)
+    model, tokenizer = shared.load(args)
+    shared.progress(f"explaining {sae.features} features")
+    found = explain(sae, model, tokenizer, vocabulary, args.count, ranking=args.ranking)
+    chosen = None if args.find is None else found.find(args.find)
+    if chosen == []:
+        raise ValueError(f"sae explain: no feature is explained by {', '.join(args.find)}; try other words")
+    shared.say(found.table(chosen))
+    if args.save is not None:
+        shared.say(f"\nWords       {found.save(args.save)}")
+    if args.html is not None:
+        usage = None if cache is None else observe(sae, cache, tokenizer)
+        shared.say(f"Page        {found.to_html(args.html, usage)}")
+    return 0
+
+
+def _steer(args: argparse.Namespace) -> int:
+    if (args.feature is None) == (args.words is None):
+        raise ValueError("sae steer: give --feature NUMBER ..., or --words WORD ...")
+    sae = SAE.load(args.sae)
+    if sae.place is None:
+        raise ValueError(f"sae steer: {args.sae} does not say where it belongs; save it with an Origin(place=...)")
+    model, tokenizer = shared.load(args)
+    chosen = args.feature
+    if args.words is not None:
+        known = Explanations.load(args.explanations) if args.explanations else explain(sae, model, tokenizer)
+        chosen = known.find(args.words)[: args.most]
+        if not chosen:
+            raise ValueError(f"sae steer: no feature is explained by {', '.join(args.words)}; try other words")
+        shared.say(known.table(chosen) + "\n")
+    outside = [feature for feature in chosen if not 0 <= feature < sae.features]
+    if outside:
+        raise ValueError(f"sae steer: feature {outside[0]} is out of range; there are {sae.features}, from 0")
+    rows = sae.w_dec[chosen].float()
+    if args.mode == "amplify":
+        edit: Any = Amplify(rows, alpha=args.value)
+    elif args.mode == "calibrate":
+        edit = Calibrate(rows, beta=args.value)
+    else:
+        edit = EditFeatures(sae, dict.fromkeys(chosen, args.value), mode=args.mode)
+    plan = Plan({sae.place: edit}, positions=args.positions, model=model)
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("the prompt has no tokens; give it content")
+    names = ("input_ids", "attention_mask")
+    options = {"max_new_tokens": args.tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    for title in ("unsteered", "steered"):
+        with nullcontext() if title == "unsteered" else steer(model, plan):
+            out = model.generate(**{name: inputs[name] for name in names}, **options)
+        text = tokenizer.decode(out[0], skip_special_tokens=True)
+        shared.say(f"[{title}]\n{textwrap.fill(text, shared.width())}\n")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    sae = SAE.load(args.sae)
+    origin = sae.origin
+    size = sum(tensor.numel() * tensor.element_size() for tensor in sae.tensors().values())
+    select = f"the {sae.k} largest" if sae.k is not None else sae.activation
+    place = f"{sae.place[0]} of layer {sae.place[1]}" if sae.place else origin.hook_name or "unknown"
+    lengths = sae.w_dec.float().norm(dim=1)
+    rows = {
+        "family": origin.source,
+        "features": f"{sae.features} of width {sae.d}, {shared.short(sae.w_enc.dtype)}, {size / 1e6:.1f} MB",
+        "selection": select,
+        "normalisation": sae.normalisation,
+        "place": place,
+        "model": origin.model or "unknown",
+        "decoder rows": f"length {float(lengths.min()):.4g} to {float(lengths.max()):.4g}",
+        "tied": "yes" if torch.equal(sae.w_enc, sae.w_dec) else "no",
+    }
+    for name, value in rows.items():
+        shared.say(f"{name:<15}{value}")
+    return 0
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = actions.add_parser(name, help=text, description=textwrap.fill(text, 100))
+    return made
+
+
+def _sae_and_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sae", metavar="SAE", help="directory or file of an SAE")
+    shared.model_arguments(parser)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    shared.model_arguments(parser)
+    model = next(action for action in parser._actions if action.dest == "model")
+    model.nargs, model.required = "?", False  # a preset names it
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="a whole run: model, place, texts and numbers")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="directory of the SAE and its checkpoints"
+    )
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text, paragraphs apart by empty lines")
+    parser.add_argument("--layer", type=int, metavar="N", help="0-based, negative from the end")
+    parser.add_argument("--site", default=SITES[1], choices=SITES, help="where in the layer (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="activations (default: DIR/activations)")
+    parser.add_argument(
+        "--context", type=shared.positive, default=256, metavar="N", help="tokens of a context (default: 256)"
+    )
+    kinds = {field.name: float if field.name == "lr" else int for field in fields(TrainConfig)}
+    meanings = {
+        "features": "F", "k": "features per token", "tokens": "rows seen in all", "batch": "rows of a step",
+        "lr": "learning rate", "k_start": "features per token at the beginning", "seed": "of weights and order",
+    }  # fmt: skip
+    for name, meaning in meanings.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kinds[name], metavar="X", help=meaning)
+    parser.add_argument("--checkpoint-every", type=shared.positive, default=50, metavar="N", help="steps (default: 50)")
+    stored = "of the weights in the file (default: %(default)s)"
+    parser.add_argument("--store", default="bfloat16", choices=("bfloat16", "float32"), help=stored)
+
+
+def _steer_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="what the text begins with")
+    parser.add_argument("--feature", type=int, nargs="+", metavar="N", help="numbers of features")
+    parser.add_argument("--words", nargs="+", metavar="WORD", help="take the features that these words explain")
+    parser.add_argument("--explanations", type=Path, metavar="FILE", help="what `explain --save` wrote; else made now")
+    parser.add_argument(
+        "--most", type=shared.positive, default=1, metavar="N", help="features at most (default: %(default)s)"
+    )
+    modes = ("set", "add", "scale", "min", "max", "amplify", "calibrate")
+    text = "of the value: see sf.EditFeatures; amplify: α; calibrate: β (default: %(default)s)"
+    parser.add_argument("--mode", default="add", choices=modes, help=text)
+    parser.add_argument("--value", type=float, default=20.0, metavar="X", help="default: %(default)s")
+    parser.add_argument(
+        "--positions", default="all", choices=shared.POSITIONS, help="tokens that are steered (default: all)"
+    )
+    parser.add_argument(
+        "--tokens", type=shared.positive, default=40, metavar="N", help="new tokens (default: %(default)s)"
+    )

@@ -1,0 +1,176 @@
+"""What the commands share: their arguments, models, texts, and the console."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+METHODS = ("mean_difference", "difference", "pca", "logistic")
+SITES = ("resid_post", "resid_pre", "attn_out", "mlp_out", "head_out")
+POSITIONS = ("all", "prompt", "generated", "last")
+COLUMNS = 100
+"""A terminal this wide shows two texts side by side."""
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, in eval mode and on its device, and its tokenizer."""
+    import torch
+
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Any = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    if args.model == "demo":
+        from steerfast.models import demo as demo_model
+
+        model, tokenizer = demo_model.load(dtype=torch.float32 if dtype == "auto" else dtype, progress=progress)
+        return model.to(args.device), tokenizer
+    looks_local = args.model.startswith((".", "/", "~")) or args.model.count("/") > 1
+    folder = Path(args.model).expanduser()
+    if looks_local and not folder.is_dir():
+        raise FileNotFoundError(f"MODEL: {args.model} is not a directory; give a saved model, a hub name, or demo")
+    progress(f"loading {args.model}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    name = folder if folder.is_dir() else args.model
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.eval().to(args.device), AutoTokenizer.from_pretrained(name)
+
+
+def folder(model: str) -> str:
+    """What an engine that loads models itself can open."""
+    if model != "demo":
+        return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+    from steerfast.models import demo as demo_model
+
+    return str(demo_model.path(progress=progress))
+
+
+def texts(option: str, values: Iterable[str]) -> list[str]:
+    """Texts as given; @file stands for the lines of a file that are not empty."""
+    texts: list[str] = []
+    for value in values:
+        if value.startswith("@"):
+            file = Path(value[1:]).expanduser()
+            if not file.is_file():
+                raise FileNotFoundError(f"{option}: {file} does not exist; after @ comes a file of texts, one a line")
+            texts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            texts.append(value)
+    if not texts:
+        raise ValueError(f"{option}: no texts in {' '.join(values)}; give at least one")
+    return texts
+
+
+def layers(spec: str, count: int) -> list[int]:
+    """Layers of "8", "-1", "6,8", "6-12", "all" or "middle"."""
+    if spec == "middle":
+        return [count // 2]
+    if spec == "all":
+        return list(range(count))
+    found: list[int] = []
+    for part in spec.split(","):
+        first, dash, last = part.strip().rpartition("-")
+        try:
+            found += range(int(first), int(last) + 1) if dash and first else [int(part)]
+        except ValueError:
+            raise ValueError(f"--layers: cannot read {spec!r}; write 8, -1, 6,8, 6-12, all or middle") from None
+    if not found:
+        raise ValueError(f"--layers: {spec!r} names no layer; the first comes before the last")
+    return found
+
+
+def position(value: str) -> str | int:
+    """A token's index, or the name of a rule."""
+    if value in ("last", "mean", "all"):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"--position: got {value!r}; expected last, mean, all or a token's index") from None
+
+
+def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str) -> Any:
+    """Add a command to the parser of all; returns its own parser."""
+    parser = commands.add_parser(
+        name,
+        help=text.partition(".")[0][0].lower() + text.partition(".")[0][1:],
+        description=textwrap.fill(text, 100),
+        epilog=f"example:\n{textwrap.indent(example, '  ')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def model_arguments(parser: Any) -> None:
+    """Add the arguments by which a command finds its model."""
+    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, name on the hub, or demo")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is one)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights (default: as they were saved)")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def temperature(text: str) -> float:
+    """A temperature, 0 or more."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a temperature; 0 or more")
+    return value
+
+
+# --- the console ------------------------------------------------------------------------------------------------------
+
+
+def width() -> int:
+    """Columns of the terminal, within bounds that read well."""
+    return max(40, min(shutil.get_terminal_size().columns, COLUMNS))
+
+
+def say(line: str) -> None:
+    """Print a line of the result."""
+    print(line, flush=True)
+
+
+def say_raw(text: str) -> None:
+    """Print a part of the result, without a line break."""
+    print(text, end="", flush=True)
+
+
+def note(line: str) -> None:
+    """Print a line to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def progress(line: str) -> None:
+    """Print what is going on to stderr."""
+    print(f"… {line}", file=sys.stderr, flush=True)
+
+
+def one_line(message: object) -> str:
+    """A message on one line."""
+    return " ".join(str(message).split()) or type(message).__name__
+
+
+def short(dtype: object) -> str:
+    """A dtype without its package."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,101 @@
+"""`steerfast sweep`: layers and strengths by measurement."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from steerfast.models.layers import SITES, find_layers
+from steerfast.tools.sweep import METHODS, NEUTRAL, UNITS, Cell, Grid, Probe, sweep
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+DESCRIPTION = (
+    "Choose layer and strength by measurement. Extracts a vector per layer from two sides of texts, steers with each "
+    "strength, and shows how much likelier wanted continuations became and what it cost in perplexity of neutral text. "
+    "Run it again to continue an interrupted sweep."
+)
+EXAMPLE = (
+    'steerfast sweep demo --positive "I love you" --negative "I hate you" --layers 4-16 \\\n'
+    '    --prompts "I think people are" "My boss is" --wanted " kind" " good" --unwanted " cruel" " bad" --out sweep'
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `steerfast sweep` to a parser."""
+    from . import shared
+
+    shared.model_arguments(parser)
+    texts = {
+        "positive": "texts with the property; @FILE: one per line",
+        "negative": "texts without it",
+        "prompts": "beginnings of texts, on which the effect is measured",
+        "wanted": "continuations that should become likelier; mind the leading space",
+        "unwanted": "continuations that should become less likely",
+    }
+    for name, meaning in texts.items():
+        parser.add_argument(f"--{name}", nargs="+", action="extend", required=True, metavar="TEXT", help=meaning)
+    neutral = "texts whose perplexity tells the damage (default: six plain sentences)"
+    parser.add_argument("--neutral", nargs="+", action="extend", metavar="TEXT", help=neutral)
+    parser.add_argument("--layers", default="all", metavar="LAYERS", help="8, 6,8, 6-12, all or middle (default: all)")
+    strengths = "default: %(default)s"
+    parser.add_argument("--strengths", nargs="+", type=float, default=list(Grid.strengths), metavar="C", help=strengths)
+    methods = "of extraction (default: mean_difference)"
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["mean_difference"], help=methods)
+    unit = "of the strengths: share of the stream's norm, or multiple of the vector (default: %(default)s)"
+    parser.add_argument("--unit", choices=UNITS, default="stream", help=unit)
+    parser.add_argument("--site", choices=SITES, default="resid_post", help="where (default: %(default)s)")
+    parser.add_argument(
+        "--damage", type=float, default=1.1, help="perplexity that is bearable, in multiples of the unsteered"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="texts per forward (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of sweep.json and sweep.png")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `steerfast sweep`; returns the exit code."""
+    from . import shared
+
+    read = {
+        n: shared.texts(f"--{n}", getattr(args, n)) for n in ("positive", "negative", "prompts", "wanted", "unwanted")
+    }
+    neutral = NEUTRAL if args.neutral is None else tuple(shared.texts("--neutral", args.neutral))
+    probe = Probe(tuple(read["prompts"]), tuple(read["wanted"]), tuple(read["unwanted"]), neutral)
+    model, tokenizer = shared.load(args)
+    layers = shared.layers(args.layers, find_layers(model, "sweep").count)
+    grid = Grid(tuple(layers), tuple(args.strengths), tuple(args.methods), args.unit, args.site)
+    shown = sys.stderr.isatty()
+    found = sweep(model, tokenizer, (read["positive"], read["negative"]), probe, grid, args.out, args.batch_size, shown)
+    shared.say(f"{found!r}\n")
+    best = found.best(args.damage)
+    if best is None:
+        shared.say(
+            f"No cell keeps the perplexity below {args.damage:g} times the unsteered one; try smaller strengths."
+        )
+    else:
+        gain, ratio = best.effect - found.baseline.effect, best.perplexity / found.baseline.perplexity
+        change = f"{gain:+.2f} nats, perplexity × {ratio:.2f}"
+        shared.say(f"Best        {best.method}, layer {best.layer}, strength {best.strength:g}: {change}")
+        shared.say(f"Next        steerfast {_next(args, best)} --out plan")
+    shared.say(f"Cells       {args.out / 'sweep.json'}")
+    try:
+        shared.say(f"Heat map    {found.heat_map(args.out / 'sweep.png')}")
+    except ImportError as error:
+        shared.say(f"No heat map: {error}")
+    return 0
+
+
+def _next(args: argparse.Namespace, best: Cell) -> str:
+    """The command that makes a plan of a cell."""
+    sides = ["--positive ...", "--negative ..."]
+    if best.method != "flow":
+        sign = "-" if best.strength < 0 else ""
+        dose = f"--layers {best.layer} --site {args.site} --method {best.method} --normalize --strength {sign}{best.norm:.4g}"
+        return f"extract {args.model} {' '.join(sides)} {dose}"
+    if best.strength < 0:  # a flow goes one way
+        sides = ["--positive (the negative ones)", "--negative (the positive ones)"]
+    length = f"{'--angle' if args.unit == 'stream' else '--T'} {abs(best.strength):g}"
+    return f"fit-ode {args.model} {' '.join(sides)} --layer {best.layer} --site {args.site} {length} --steer all"

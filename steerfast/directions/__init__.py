@@ -1,0 +1,1 @@
+"""Directions of the residual stream: made from activations, kept with their origin."""

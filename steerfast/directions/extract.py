@@ -1,0 +1,246 @@
+"""Activations of a model on prompts, and directions from them.
+
+`collect` reads a site of some layers on many texts. `difference`, `mean_difference`, `pca` and `logistic` turn two
+sides of activations into a `Direction` per layer. All arithmetic on the sides is float64; what is stored is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from steerfast.models.collect import Activations, typical_norm_of
+
+from .direction import ROUNDING, Direction, direction_matrix, orthogonal_to
+
+Side: TypeAlias = Tensor | Mapping[int, Tensor]
+Directions: TypeAlias = (
+    Any  # a Direction, or for several layers dict[int, Direction]: the data decide, no type can say it
+)
+_Method = Callable[[Tensor, Tensor], Tensor]
+
+
+def difference(pos: Side, neg: Side, *, normalize: bool = False, project_out: Any = None) -> Directions:
+    """Return the mean difference of pairs: row i of `pos` against row i of `neg`.
+
+        v = 1/n · Σᵢ (posᵢ − negᵢ)
+
+    The value is that of `mean_difference`; the pairing is checked. One pair is activation addition's love − hate.
+
+    Args:
+        pos: activations with the property, a tensor (n, d) or (d,), or `Activations`.
+        neg: activations without it, the same layers, site and number of rows.
+        normalize: scale to norm 1; the original norm stays in `norm`.
+        project_out: directions to remove from the result, a vector (d,) or rows (m, d).
+
+    Returns:
+        The direction; for activations of several layers a dict of layer -> direction.
+
+    Raises:
+        ValueError: sides that do not match, without rows, with NaN or Inf, or that do not differ.
+
+    Reference:
+        Turner et al. 2023, Activation Addition, arXiv:2308.10248.
+
+    Example:
+        >>> acts = sf.collect(model, tokenizer, ["Love", "Hate"], layers=[8])
+        >>> v = sf.extract.difference(acts[8][0], acts[8][1])
+        >>> plan = sf.Plan({8: sf.Add(v, 4.0)})
+    """
+    return _extract("difference", _mean_difference, pos, neg, normalize, project_out, paired=True)
+
+
+def mean_difference(pos: Side, neg: Side, *, normalize: bool = False, project_out: Any = None) -> Directions:
+    """Return the difference of the two sides' means; they may have different numbers of rows.
+
+        v = mean(pos) − mean(neg)
+
+    Args:
+        pos: activations with the property, a tensor (n, d) or (d,), or `Activations`.
+        neg: activations without it, (m, d), the same layers and site.
+        normalize: scale to norm 1; the original norm stays in `norm`.
+        project_out: directions to remove from the result, a vector (d,) or rows (m, d).
+
+    Returns:
+        The direction; for activations of several layers a dict of layer -> direction.
+
+    Raises:
+        ValueError: sides that do not match, without rows, with NaN or Inf, or that do not differ.
+
+    Reference:
+        Rimsky et al. 2023, Contrastive Activation Addition, arXiv:2312.06681; Arditi et al. 2024, refusal direction,
+        arXiv:2406.11717.
+
+    Example:
+        >>> pos = sf.collect(model, tokenizer, kind_texts, layers=[14])
+        >>> neg = sf.collect(model, tokenizer, rude_texts, layers=[14])
+        >>> v = sf.extract.mean_difference(pos, neg)
+    """
+    return _extract("mean_difference", _mean_difference, pos, neg, normalize, project_out)
+
+
+def pca(pos: Side, neg: Side, *, normalize: bool = False, project_out: Any = None) -> Directions:
+    """Return the first principal component of the paired differences, pointing from `neg` to `pos`.
+
+        v = argmax over ‖v‖ = 1 of Σᵢ ((posᵢ − negᵢ)·v)², with the sign for which the mean of (posᵢ − negᵢ)·v is
+        positive
+
+    Each pair is centred on its own middle; the mean difference is *not* subtracted, since it is what one looks for.
+    This is the convention of steering-vectors' `pca_aggregator` and of repeng's `pca_center`; repeng's default
+    `pca_diff` subtracts the mean difference as well.
+
+    Args:
+        pos: activations with the property, a tensor (n, d) or (d,), or `Activations`.
+        neg: activations without it, the same layers, site and number of rows.
+        normalize: scale to norm 1; a component has norm 1 already, so this matters only after `project_out`.
+        project_out: directions to remove from the result, a vector (d,) or rows (m, d).
+
+    Returns:
+        The direction, of norm 1; for activations of several layers a dict of layer -> direction.
+
+    Raises:
+        ValueError: sides that do not match, without rows, with NaN or Inf, or that do not differ.
+
+    Reference:
+        Zou et al. 2023, Representation Engineering, arXiv:2310.01405.
+
+    Example:
+        >>> pos = sf.collect(model, tokenizer, happy_texts, layers=range(10, 20))
+        >>> neg = sf.collect(model, tokenizer, sad_texts, layers=range(10, 20))
+        >>> directions = sf.extract.pca(pos, neg)
+    """
+    return _extract("pca", _first_component, pos, neg, normalize, project_out, paired=True)
+
+
+def logistic(pos: Side, neg: Side, *, C: float = 1.0, normalize: bool = False, project_out: Any = None) -> Directions:
+    """Return the weight of a logistic regression that tells `pos` from `neg`, in units of log-odds per unit of
+    activation.
+
+        log p(pos | x) / p(neg | x) = v·x + b,   penalty ‖s·v‖² / 2C,   s = root mean square of the centred activations
+
+    The activations are centred and divided by the one number s, so `C` means the same whatever their unit; v is in
+    the original unit.
+
+    Args:
+        pos: activations with the property, a tensor (n, d) or (d,), or `Activations`.
+        neg: activations without it, (m, d), the same layers and site.
+        C: inverse strength of the L2 penalty, as in scikit-learn.
+        normalize: scale to norm 1; the original norm stays in `norm`.
+        project_out: directions to remove from the result, a vector (d,) or rows (m, d).
+
+    Returns:
+        The direction; for activations of several layers a dict of layer -> direction.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: C not positive; sides that do not match, without rows, with NaN or Inf, or that do not differ.
+
+    Reference:
+        Li et al. 2023, Inference-Time Intervention, arXiv:2306.03341.
+
+    Example:
+        >>> pos = sf.collect(model, tokenizer, true_statements, layers=[12])
+        >>> neg = sf.collect(model, tokenizer, false_statements, layers=[12])
+        >>> v = sf.extract.logistic(pos, neg, C=0.1, normalize=True)
+    """
+    if not C > 0 or float("inf") == C:
+        raise ValueError(f"logistic: C must be positive and finite, got {C!r}")
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError("logistic: needs scikit-learn; pip install scikit-learn, or use mean_difference") from error
+
+    def weight(p: Tensor, n: Tensor) -> Tensor:
+        x = torch.cat([p, n])
+        x = x - x.mean(0)
+        scale = x.square().mean().sqrt()
+        fit = LogisticRegression(C=C, max_iter=1000).fit((x / scale).numpy(), [1] * len(p) + [0] * len(n))
+        return torch.from_numpy(fit.coef_[0]) / scale
+
+    return _extract("logistic", weight, pos, neg, normalize, project_out)
+
+
+def _mean_difference(p: Tensor, n: Tensor) -> Tensor:
+    return p.mean(0) - n.mean(0)
+
+
+def _first_component(p: Tensor, n: Tensor) -> Tensor:
+    delta = p - n
+    if len(delta) <= delta.shape[1]:  # the smaller of the two Gram matrices has the same leading eigenvector
+        component = delta.T @ torch.linalg.eigh(delta @ delta.T).eigenvectors[:, -1]
+    else:
+        component = torch.linalg.eigh(delta.T @ delta).eigenvectors[:, -1]
+    component = component / component.norm()
+    return -component if delta.mean(0) @ component < 0 else component
+
+
+def _extract(
+    name: str, method: _Method, pos: Side, neg: Side, normalize: bool, project_out: Any, *, paired: bool = False
+) -> Directions:
+    """Apply `method` to each layer of the two sides, and finish the result."""
+    if not isinstance(pos, Mapping) and not isinstance(neg, Mapping):
+        return _direction(name, method, pos, neg, normalize, project_out, paired)
+    if not (isinstance(pos, Mapping) and isinstance(neg, Mapping)):
+        raise ValueError(
+            f"{name}: pos is a {type(pos).__name__} and neg a {type(neg).__name__}; "
+            f"give both as activations or both as tensors"
+        )
+    _check_same_origin(name, pos, neg, paired)
+    directions = {}
+    for layer in pos:
+        direction = _direction(f"{name}: layer {layer}", method, pos[layer], neg[layer], normalize, project_out, paired)
+        origin: dict[str, Any] = {key: getattr(pos, key, None) for key in ("site", "position", "model")}
+        directions[layer] = replace(direction, method=name, layer=layer, **origin)
+    return directions if len(directions) != 1 else next(iter(directions.values()))
+
+
+def _check_same_origin(name: str, pos: Mapping[int, Tensor], neg: Mapping[int, Tensor], paired: bool) -> None:
+    if not pos:
+        raise ValueError(f"{name}: pos holds no layers")
+    if set(pos) != set(neg):
+        raise ValueError(
+            f"{name}: pos has layers {sorted(pos)} and neg {sorted(neg)}; collect the same layers for both"
+        )
+    if not (isinstance(pos, Activations) and isinstance(neg, Activations)):
+        return
+    for key in ("model", "site", "position"):
+        mine, other = getattr(pos, key), getattr(neg, key)
+        if mine != other:
+            raise ValueError(f"{name}: pos has {key} {mine!r} and neg {other!r}; collect both alike")
+    if paired and pos.position == "all" and not torch.equal(pos.text_index, neg.text_index):
+        raise ValueError(
+            f"{name}: needs pairs, but the texts of pos and neg differ in length at position 'all'; "
+            f"use 'last' or 'mean', or mean_difference"
+        )
+
+
+def _direction(
+    name: str, method: _Method, pos: Any, neg: Any, normalize: bool, project_out: Any, paired: bool
+) -> Direction:
+    p, n = direction_matrix(name, "pos", pos), direction_matrix(name, "neg", neg)
+    if p.shape[1] != n.shape[1]:
+        raise ValueError(
+            f"{name}: pos has width {p.shape[1]} and neg {n.shape[1]}; they must come from the same model and site"
+        )
+    if paired and len(p) != len(n):
+        raise ValueError(
+            f"{name}: needs pairs, got {len(p)} rows in pos and {len(n)} in neg; use mean_difference or logistic"
+        )
+    typical = typical_norm_of(torch.cat([p, n]))
+    apart = (p - n).norm(dim=1).max() if paired else _mean_difference(p, n).norm()
+    if apart <= ROUNDING * typical:
+        raise ValueError(
+            f"{name}: pos and neg do not differ (by {float(apart):.3g} at a typical norm of {typical:.3g}); "
+            f"check the texts and position"
+        )
+    vector = method(p, n)
+    if vector.norm() <= ROUNDING * typical and method is _mean_difference:
+        raise ValueError(f"{name}: the differences of pos and neg cancel to zero; try pca")
+    if project_out is not None:
+        vector = orthogonal_to(name, vector, project_out)
+    norm = float(vector.norm())
+    return Direction((vector / norm if normalize else vector).float(), name, norm, typical)

@@ -1,0 +1,1 @@
+"""Interventions: small immutable objects, one row of the method table each."""

@@ -1,0 +1,176 @@
+"""What every intervention is, and the checks and tables that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from steerfast._checks import ORTHONORMAL, direction_rows
+from steerfast.ops.slots import Slot
+
+ROUNDED = 1e-6
+"""Deviation from orthonormal rows that rounding to float32 explains."""
+
+OFFSET, SLOPE, BEND, KNOT, BEND2, KNOT2, JUMP, EDGE = range(8)
+"""Columns of a hinge: g = offset + slope·y + bend·relu(y - knot) + bend2·relu(y - knot2) + jump·[y > edge]."""
+
+DEPENDENT = 1e-4
+"""A row whose part outside the span of the earlier rows is shorter than this share of it counts as dependent."""
+
+
+class HasVector(Protocol):
+    """Anything that carries a vector (d,), such as a direction from `steerfast.extract`."""
+
+    vector: Tensor
+
+
+Directions = Tensor | HasVector
+
+
+Program = Callable[[Tensor, Tensor | float], Tensor]
+"""(x (..., d), scale: a number or one per row, (n,)) -> x'; a row of scale 0 is returned bit for bit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """Base of all interventions: an edit of rows of the stream that fits one slot."""
+
+    registry: ClassVar[dict[str, type[Intervention]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Intervention.registry[cls.__name__] = cls
+
+    @property
+    def width(self) -> int:
+        """d, the width of the stream that it edits."""
+        return self.slot().lift.shape[-1]
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """(site, layer) where it belongs, if it knows."""
+        return None
+
+    @property
+    def model(self) -> str | None:
+        """Class of the one model that it fits; None: any of its width."""
+        return None
+
+    def slot(self) -> Slot:
+        """The intervention as float32 CPU tensors; B and C are the same object where C = B."""
+        raise TypeError(f"{type(self).__name__} does not say how it edits the stream")
+
+    def program(self, device: torch.device) -> Program | None:
+        """What runs an edit that fits no slot, its tensors on that device; None: its slot says all."""
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by name."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    def numbers(self) -> dict[str, Any]:
+        """The fields that are not tensors, by name."""
+        return {f.name: value for f in fields(self) if not isinstance(value := getattr(self, f.name), Tensor)}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> Intervention:
+        """The inverse of `tensors` and `numbers`; everything is validated anew."""
+        return cls(**tensors, **numbers)
+
+    def __repr__(self) -> str:
+        shapes = [f"{name}: {'×'.join(map(str, value.shape))}" for name, value in self.tensors().items()]
+        return f"{type(self).__name__}({', '.join([*shapes, *(f'{k}={v!r}' for k, v in self.numbers().items())])})"
+
+
+def intervention_type(owner: str, name: str) -> type[Intervention]:
+    """The class of an intervention by its name: one of ours, imported where it lives, or a subclass defined elsewhere.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    import steerfast
+
+    if name not in Intervention.registry and name in steerfast.__all__:
+        getattr(steerfast, name)
+    if name not in Intervention.registry:
+        raise ValueError(
+            f"{owner}: unknown intervention {name!r}; known are {', '.join(sorted(Intervention.registry))}"
+        )
+    return Intervention.registry[name]
+
+
+def orthonormal(owner: str, name: str, rows: Tensor) -> Tensor:
+    """An orthonormal basis (m, d) of the span of m independent rows; a single row keeps its direction."""
+    count, width = rows.shape
+    if count > width:
+        raise ValueError(f"{owner}: {name} has {count} rows of width {width}; at most {width} can be independent")
+    wide = rows.double()
+    if (
+        wide @ wide.T - torch.eye(count)
+    ).abs().max() <= ROUNDED:  # already a basis: what was saved comes back as it was
+        return rows
+    basis, triangle = torch.linalg.qr((wide / wide.norm(dim=1, keepdim=True)).T)
+    diagonal = triangle.diagonal()
+    weakest = int(diagonal.abs().argmin())
+    if diagonal[weakest].abs() < DEPENDENT:
+        raise ValueError(
+            f"{owner}: row {weakest} of {name} lies in the span of the rows before it (only {diagonal[weakest].abs():.1e} "
+            "of its length is outside); remove it"
+        )
+    return (basis * diagonal.sign()).T.float().contiguous()
+
+
+def check_orthonormal(owner: str, name: str, rows: Tensor) -> None:
+    """Refuse rows that are not orthonormal, and say by how much."""
+    deviation = (rows.double() @ rows.double().T - torch.eye(rows.shape[0])).abs().max().item()
+    if rows.shape[0] > rows.shape[1] or deviation > ORTHONORMAL:
+        raise ValueError(
+            f"{owner}: the rows of {name} are not orthonormal (their products deviate from the identity by {deviation:.1e}); "
+            "orthonormalise them first, for instance with torch.linalg.qr"
+        )
+
+
+def float_table(owner: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A finite float32 CPU tensor of one shape."""
+    try:
+        table = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{owner}: {name} must be a tensor of shape {shape}; got {type(value).__name__}") from None
+    if tuple(table.shape) != shape or not table.is_floating_point():
+        raise ValueError(
+            f"{owner}: {name} has shape {tuple(table.shape)} and dtype {table.dtype}; expected {shape}, floating"
+        )
+    table = table.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if not table.isfinite().all():
+        raise ValueError(f"{owner}: {name} holds NaN or Inf")
+    return table
+
+
+def unit_row(owner: str, direction: Directions, name: str = "direction") -> Tensor:
+    """One direction (d,), scaled to length 1."""
+    row = direction_rows(owner, name, direction, one=True)[0].double()
+    return (row / row.norm()).float()
+
+
+def constants_row(T: float = 0.0, angle: float = 0.0, strength: float = 1.0) -> Tensor:
+    """A slot's row of constants; c₃ … c₇ are the mode's own."""
+    return torch.tensor([T, angle, strength, 0.0, 0.0, 0.0, 0.0, 0.0])
+
+
+def hinge_rows(rank: int, offset: float = 0.0, slope: float = 0.0, bend: float = 0.0, knot: float = 0.0) -> Tensor:
+    """The same hinge for every direction: g = offset + slope·y + bend·relu(y - knot)."""
+    return torch.tensor([[offset, slope, bend, knot, 0.0, 0.0, 0.0, 0.0]]).repeat(rank, 1)
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A field that __post_init__ has made a tensor."""
+    return value
+
+
+def set_field(target: object, name: str, value: Any) -> None:
+    """Set a field of a frozen object, from its __post_init__."""
+    object.__setattr__(target, name, value)

@@ -1,0 +1,1 @@
+"""The hook: plans put into a transformers model and taken out again."""

@@ -1,0 +1,53 @@
+"""The record of one call of `steer`: what is attached, under which slots, how strong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from steerfast.plan import Plan
+
+from .positions import Layer
+
+
+@dataclass(eq=False)
+class Attachment:
+    """What one call of `steer` has attached.
+
+    Attributes:
+        plans: One plan, or one (or None) per batch row.
+        per_row: Whether the plans belong to the rows of a batch.
+        strengths: The multiplier of each plan.
+        prompt_length: P of bare forward passes, one for all rows or one per row; None: not given.
+        slots: The slots of each plan, the same in every layer; given while it is attached.
+        gated: The slots behind a condition.
+        latched: Those whose condition is decided once per request.
+    """
+
+    plans: list[Plan | None]
+    per_row: bool
+    strengths: list[float]
+    prompt_length: tuple[int, ...] | None
+    slots: list[tuple[int, ...]] = field(default_factory=list)
+    gated: set[int] = field(default_factory=set)
+    latched: set[int] = field(default_factory=set)
+
+    @property
+    def all_slots(self) -> list[int]:
+        """The slots of all its plans."""
+        return [slot for slots in self.slots for slot in slots]
+
+    def layer(self, batch: int) -> Layer:
+        """The plans spread over the rows of a batch."""
+        if self.per_row and len(self.plans) != batch:
+            raise ValueError(
+                f"steer: {len(self.plans)} plans were given for a batch of {batch} prompts; give one per row, None for unsteered"
+            )
+        index = range(batch) if self.per_row else [0] * batch
+        positions = ["all" if (plan := self.plans[i]) is None else plan.positions for i in index]
+        return Layer(
+            [self.slots[i] for i in index],
+            [self.strengths[i] for i in index],
+            positions,
+            frozenset(self.latched),
+            frozenset(self.gated),
+        )

@@ -1,0 +1,132 @@
+"""From a plan to the columns of a row table, and what of a plan cannot be followed by a model. Nothing here runs one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+from steerfast.edits.base import Intervention
+from steerfast.edits.conditions import When
+from steerfast.models.layers import Layers
+from steerfast.plan import Plan
+
+from .attachment import Attachment
+from .gates import Place
+
+
+@dataclass
+class Layout:
+    """Columns of a row table, each with the condition (and the place it is read at) that all its slots share, or None."""
+
+    columns: list[tuple[When, Place] | None]
+    edits: dict[Place, dict[int, Intervention]]
+
+    def find(self, gate: tuple[When, Place] | None, first: int) -> int:
+        """The first column from `first` on with this condition; a new one at the end if there is none."""
+        for column in range(first, len(self.columns)):
+            if _same_gate(self.columns[column], gate):
+                return column
+        self.columns.append(gate)
+        return len(self.columns) - 1
+
+
+def layout_of(plan: Plan | None, layers: Layers) -> Layout:
+    """The columns that a plan needs in a row table, shared by all its places as far as their conditions agree."""
+    layout = Layout([], {})
+    for place, chain in ({} if plan is None else places_of(plan, layers)).items():
+        free = 0
+        for edit in chain:
+            gate = (edit, read_at(edit, place, layers)) if isinstance(edit, When) else None
+            column = layout.find(gate, free)
+            layout.edits.setdefault(place, {})[column] = edit
+            free = column + 1
+    return layout
+
+
+def places_of(plan: Plan, layers: Layers) -> dict[Place, tuple[Intervention, ...]]:
+    """(site, layer) to chain, layers counted from 0; two names of one layer are one chain."""
+    merged: dict[Place, tuple[Intervention, ...]] = {}
+    for (site, layer), chain in plan.edits.items():
+        place = site, layers.resolve(layer, "steer")
+        merged[place] = merged.get(place, ()) + chain
+    return merged
+
+
+def read_at(when: When, place: Place, layers: Layers) -> Place:
+    """Where a condition of an intervention at `place` is read."""
+    if when.layer is None:
+        return place
+    read = "resid_post", layers.resolve(when.layer, "steer")
+    if read[1] > place[1] or (read[1] == place[1] and place[0] != read[0]):
+        raise ValueError(
+            f"steer: {when!r} stands at {place[0]} {place[1]}, before layer {read[1]} where its condition is read; name "
+            "that layer or an earlier one"
+        )
+    if layers.point(read[1], read[0], "steer").width != when.width:
+        raise ValueError(f"steer: the condition of {when!r} does not have the width of {read[0]} {read[1]}")
+    return read
+
+
+def check_plan(plan: Plan, layers: Layers, prepared: Container[Place] | None) -> None:
+    """Refuse a plan that does not fit the model; `prepared` are the places of a prepared one, None for any other."""
+    card = plan.model
+    if card is not None and (card.width, card.layers) != (layers.d, layers.count):
+        raise ValueError(
+            f"steer: the plan was made for {card.name} (width {card.width}, {card.layers} layers); this model "
+            f"({layers.name}) has width {layers.d} and {layers.count} layers"
+        )
+    if card is not None and card.name.partition(":")[0] != layers.name:
+        warnings.warn(
+            f"steer: the plan was made for {card.name}, this model is a {layers.name}", UserWarning, stacklevel=4
+        )
+    for (site, layer), chain in places_of(plan, layers).items():
+        point = layers.point(layer, site, "steer")
+        for edit in chain:
+            if isinstance(edit, When):
+                if prepared is not None:
+                    raise ValueError(
+                        f"steer: {edit!r} on a prepared model; conditions are read by hooks that a compiled graph does not "
+                        "hold: steer a model that has not been prepared"
+                    )
+                read_at(edit, (site, layer), layers)
+            if edit.width != point.width:
+                raise ValueError(
+                    f"steer: {edit!r} at {site} {layer} has width {edit.width}; this model's {site} has {point.width}"
+                )
+            if edit.model not in (None, layers.name):
+                raise ValueError(f"steer: {edit!r} comes from activations of {edit.model}; this model is {layers.name}")
+        if prepared is not None and (site, layer) not in prepared:
+            raise RuntimeError(f"steer: {site} of layer {layer} was not prepared; name it in prepare before compiling")
+
+
+def check_lengths(lengths: tuple[int, ...] | None, active: Sequence[Attachment]) -> None:
+    """Refuse two lengths of one prompt."""
+    others = {one.prompt_length for one in active if one.prompt_length is not None}
+    if lengths is not None and others - {lengths}:
+        raise ValueError(
+            f"steer: prompt_length {lengths} differs from {others.pop()} of a handle that is active; a prompt has one length"
+        )
+
+
+def check_positions(plans: Sequence[Plan], layers: Layers, keeps_cache: bool, length_known: bool) -> None:
+    """Refuse positions that a model could never show; its prompt's length is known from `generate` or was given."""
+    named = [plan for plan in plans if not isinstance(plan.positions, str) or plan.positions != "all"]
+    if not named:
+        return
+    if not keeps_cache:
+        raise ValueError(
+            f"steer: positions={named[0].positions!r} needs a cache of keys and values to count tokens; {layers.name} "
+            'keeps another state: use positions="all"'
+        )
+    if not length_known:
+        raise ValueError(
+            f"steer: positions={named[0].positions!r} on a bare decoder ({layers.name}) needs prompt_length=, because "
+            "generate runs on the model around it; steer that model instead"
+        )
+
+
+def _same_gate(one: tuple[When, Place] | None, other: tuple[When, Place] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one[1] == other[1] and type(one[0]) is type(other[0]) and one[0].condition is other[0].condition

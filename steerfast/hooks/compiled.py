@@ -1,0 +1,106 @@
+"""Prepared models: a row table in buffers at fixed addresses, which a compiled graph gathers from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerfast._checks import MAX_SLOTS_PER_ROW
+
+from .attachment import Attachment
+from .positions import Pass, Prompt, Table, lengths_per_row
+
+
+class FixedTable:
+    """Owners of every position of every batch row, in tensors that are only ever written into.
+
+    Args:
+        batch: Most rows of a batch.
+        length: Longest prompt; one more column stands for every later position.
+        device: Where the compiled graph runs.
+    """
+
+    def __init__(self, batch: int, length: int, device: torch.device) -> None:
+        shape = (batch, length + 1, MAX_SLOTS_PER_ROW)
+        self.rows = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self.scale = torch.ones(batch, MAX_SLOTS_PER_ROW, device=device)
+        self.unplaced = False  # the positions need a prompt that only generate would show
+
+    @property
+    def batch(self) -> int:
+        """Most rows of a batch."""
+        return self.rows.shape[0]
+
+    def clear(self) -> None:
+        """Nobody is steered."""
+        self.rows.fill_(-1)
+        self.scale.fill_(1.0)
+
+    def publish(self, table: Table, copies: int) -> None:
+        """Copy a batch's table in, each of its rows `copies` times.
+
+        Raises:
+            ValueError: the batch is larger than what `prepare` made room for; nothing has been written.
+        """
+        batch, span, columns = table.rows.shape
+        room = self.rows.shape
+        if batch * copies > room[0] or span > room[1] or columns > room[2]:
+            raise ValueError(
+                f"steer: {batch * copies} rows, {span - 1} prompt tokens and {columns} interventions in a row; prepare "
+                f"made room for {room[0]}, {room[1] - 1} and {room[2]}"
+            )
+        self.clear()
+        rows = table.rows.repeat_interleave(copies, 0).to(self.rows.device)
+        self.rows[: batch * copies, :span, :columns] = rows
+        self.rows[: batch * copies, span:, :columns] = rows[:, -1:]
+        self.scale[: batch * copies, :columns] = table.scale.repeat_interleave(copies, 0).to(self.scale.device)
+
+    def publish_unprompted(self, attachments: Sequence[Attachment]) -> None:
+        """Fill the buffers for bare passes: what prompt_length, or positions="all", says without a prompt."""
+        self.clear()
+        given = next((one.prompt_length for one in attachments if one.prompt_length is not None), None)
+        plans = [plan for one in attachments for plan in one.plans if plan is not None]
+        self.unplaced = given is None and any(not isinstance(p.positions, str) or p.positions != "all" for p in plans)
+        if self.unplaced or not attachments:
+            return
+        rows = next((len(one.plans) for one in attachments if one.per_row), self.batch)
+        lengths = None if given is None else lengths_per_row(given, rows)
+        valid = torch.ones(rows, 0 if lengths is None else int(lengths.max()), dtype=torch.bool)
+        layers = [one.layer(rows) for one in attachments]
+        self.publish(Table(Prompt(valid, lengths), layers, self.rows.device), copies=1)
+
+    def trace(self, start: Any, tokens: Tensor, mask: Any) -> Pass:
+        """The pass over `tokens` (batch, tokens, …) as a part of the graph."""
+        if self.unplaced:
+            raise RuntimeError(
+                "steer: a compiled pass outside generate does not show its prompt; pass prompt_length= to steer"
+            )
+        batch, count = tokens.shape[:2]
+        return self.gather(start, batch, count, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+
+    def gather(self, start: Any, batch: int, tokens: int, mask: Tensor | None) -> Pass:
+        """The pass over positions [start, start + tokens) as a part of the graph; padding in a 2-D mask is left out."""
+        if batch > self.batch:
+            raise ValueError(f"steer: a batch of {batch}; prepare made room for {self.batch}")
+        position = start + torch.arange(tokens, device=self.rows.device)
+        rows = self.rows[:batch, position.clamp(max=self.rows.shape[1] - 1)]
+        if mask is not None:
+            rows = torch.where(mask[:, -tokens:, None] != 0, rows, -1)
+        columns = self.rows.shape[2]
+        scale = self.scale[:batch, None].expand(batch, tokens, columns)
+        return Pass(None, rows.reshape(-1, columns), scale.reshape(-1, columns))
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of the model, or generate's own copy of its forward, has been compiled."""
+    if getattr(model, "_compiled_call", None) is not None:
+        return True
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module, "_orig_mod")
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )

@@ -1,0 +1,72 @@
+"""Continuous batching of transformers: several requests in one row, and nothing that tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attachment import Attachment
+from .positions import Pass
+
+GRAPHS = (
+    "steer: continuous batching records CUDA graphs, which would not follow a plan; pass "
+    "continuous_batching_config=ContinuousBatchingConfig(use_cuda_graph=False), and destroy a cached manager first"
+)
+
+
+def pass_for_all(attachments: Sequence[Attachment], gated: bool, tokens: Tensor, last: Pass) -> Pass:
+    """A pass over (1, tokens) of all requests: everybody is steered alike. `last` is returned while nothing changes."""
+    check_paged(attachments, gated)
+    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(GRAPHS)
+    owners = tuple((slot, one.strengths[0]) for one in attachments for slot in one.slots[0] if one.strengths[0] != 0.0)
+    return last if last.owners == owners else Pass(owners)
+
+
+def check_paged(attachments: Sequence[Attachment], gated: bool) -> None:
+    """Refuse what continuous batching cannot follow."""
+    for one in attachments:
+        if one.per_row:
+            raise ValueError(
+                "steer: continuous batching mixes requests in one row and does not say whose token is whose, so a "
+                "plan per row cannot be followed; give one plan for all requests, or use generate"
+            )
+        if (positions := next(p.positions for p in one.plans if p is not None)) != "all":
+            raise ValueError(
+                f"steer: positions={positions!r} needs to know where each prompt ends, which continuous batching does "
+                "not show; use positions='all', or generate"
+            )
+    if gated:
+        raise ValueError(
+            "steer: a condition needs to know which request a token belongs to, which continuous batching does not "
+            "show; use generate"
+        )
+
+
+def new_manager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on_cuda: bool) -> Any:
+    """What the model's own entry makes; one that a plan could not follow is refused."""
+    if cached_manager(model) is not None:
+        raise RuntimeError(
+            "steer: a cached manager of continuous batching keeps keys and values of requests that ran under another "
+            "plan; call model.destroy_cached_continuous_batching_manager() first"
+        )
+    kind: Any = type(model)
+    manager = kind.init_continuous_batching(model, *args, **kwargs)
+    if on_cuda and _uses_graphs(manager):
+        raise RuntimeError(GRAPHS)
+    return manager
+
+
+def cached_manager(model: nn.Module) -> Any:
+    """The manager that generate_batch(persistent_manager=True) has left on a model."""
+    return vars(model).get("_cached_continuous_batching_manager")
+
+
+def _uses_graphs(manager: Any) -> bool:
+    """Whether a manager of continuous batching may record CUDA graphs; one that has not decided yet may."""
+    config = getattr(manager, "continuous_batching_config", manager)
+    used = getattr(config, "use_cuda_graph", None)
+    return any(used) if isinstance(used, tuple) else used is not False

@@ -1,0 +1,233 @@
+"""What one model knows of its steering: dispatchers, what is attached, and the passes that run.
+
+`generate` is shadowed on the model instance while a plan is active, because a hook alone sees neither the prompt's length
+nor, under a static cache, its padding; so is the entry of continuous batching, where a plan that cannot be followed must
+be refused before a background thread runs it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from steerfast.bank import Bank, Runs
+from steerfast.edits.base import Intervention
+from steerfast.edits.conditions import When
+from steerfast.models.layers import Layers, find_layers, stream_storage
+from steerfast.plan import Plan
+
+from .attachment import Attachment
+from .columns import check_lengths, check_plan, check_positions, layout_of
+from .compiled import FixedTable, is_compiled
+from .continuous import cached_manager, check_paged, new_manager
+from .dispatcher import Dispatcher
+from .gates import Place
+from .generation import announced
+from .passes import Passes
+
+_ATTRIBUTE = "_steerfast"
+
+
+def controller_of(model: nn.Module) -> Controller:
+    """The controller of a model; a new one is known to nobody until it attaches something."""
+    inner = getattr(model, "_orig_mod", model)
+    found = vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
+    if found is None:
+        layers = find_layers(model, "steer")
+        if getattr(inner.config, "is_encoder_decoder", False):
+            raise TypeError(f"steer: {layers.name} is an encoder-decoder; only decoders can be steered")
+        found = Controller(inner, layers)
+    if model is not inner and not found.prepared:
+        raise RuntimeError(
+            "steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before torch.compile"
+        )
+    return found
+
+
+class Controller:
+    """What one model knows of its steering: dispatchers, what is attached, and the passes that run."""
+
+    def __init__(self, model: nn.Module, layers: Layers) -> None:
+        self.model = model
+        self.layers = layers
+        self.dispatchers: dict[Place, Dispatcher] = {}
+        self.passes = Passes(model, layers)
+        self._runs = Runs(1 << 20)
+        self._originals: dict[str, tuple[Any, bool]] = {}  # what a shadow hides, and whether the instance had its own
+        self._batching = False  # continuous batching has run under a plan
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        """What is attached, in the order in which it acts."""
+        return self.passes.attachments
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the model has its dispatchers for good, so that a compiled graph may hold them."""
+        return self.passes.fixed is not None
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("steer: a model cannot be copied or pickled while it is steered or prepared; do that first")
+
+    # --- plans come and go -------------------------------------------------------------------------------------------
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan that does not fit the model, before anything is attached."""
+        check_plan(plan, self.layers, self.dispatchers if self.prepared else None)
+        if not self.prepared and is_compiled(self.model):
+            raise RuntimeError(
+                "steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before compiling"
+            )
+
+    def check_positions(self, plans: list[Plan], lengths: tuple[int, ...] | None) -> None:
+        """Refuse positions that this model could never show, and two lengths of one prompt."""
+        check_lengths(lengths, self.attachments)
+        known = lengths is not None or hasattr(self.model, "generate")
+        check_positions(plans, self.layers, self.passes.keeps_cache, known)
+
+    @torch.inference_mode(False)
+    def attach(self, new: Attachment) -> None:
+        """Give each plan its slots, the same in every layer, and start steering."""
+        layouts = [layout_of(plan, self.layers) for plan in new.plans]
+        wanted: dict[Place, dict[int, Intervention]] = {}
+        vars(self.model)[_ATTRIBUTE] = self
+        try:
+            for layout in layouts:
+                width = len(layout.columns)
+                first = self._runs.take(width, "slots") if width else 0
+                new.slots.append(tuple(range(first, first + width)))
+                for place, edits in layout.edits.items():
+                    wanted.setdefault(place, {}).update({first + column: edit for column, edit in edits.items()})
+                for slot, gate in enumerate(layout.columns, first):
+                    if gate is not None:
+                        self._install(new, slot, *gate)
+                        wanted.setdefault(gate[1], {})
+            for place in wanted:
+                self._dispatcher(place)
+            count = 1 + max(new.all_slots)
+            for place, dispatcher in self.dispatchers.items():  # one row table: every bank must know every slot
+                dispatcher.put(wanted.get(place, {}), count)
+                dispatcher.judges = self.passes.gates.at(place)
+            self.passes.watch()
+            self.attachments.append(new)
+            self.passes.refresh()
+            self._shadow()
+        except BaseException:
+            self.detach(new)
+            raise
+
+    @torch.inference_mode(False)
+    def detach(self, old: Attachment) -> None:
+        """Release the slots of an attachment; with the last one go the hooks and the shadow of generate."""
+        if old in self.attachments:
+            self.attachments.remove(old)
+        if not self.attachments:
+            self._unhook()
+        for slots in old.slots:
+            if slots:
+                self._runs.give(slots[0], len(slots))
+        self.passes.gates.drop(old.all_slots)
+        for place, dispatcher in list(self.dispatchers.items()):
+            dispatcher.take(old.all_slots)
+            dispatcher.judges = self.passes.gates.at(place)
+            if not dispatcher.edits and not dispatcher.judges and not self.prepared:
+                dispatcher.hook.remove()
+                del self.dispatchers[place]
+        self.passes.clear_counts(old.all_slots)
+        if self.attachments:
+            self.passes.refresh()
+
+    def _unhook(self) -> None:
+        """Nothing is steered any more: whatever else happens, the model is itself again."""
+        self.passes.forget()
+        for name, (original, own) in self._originals.items():
+            if own:
+                setattr(self.model, name, original)
+            else:
+                vars(self.model).pop(name, None)
+        self._originals.clear()
+        if self._batching and cached_manager(self.model) is not None:  # its prefix cache is steered
+            self.model.destroy_cached_continuous_batching_manager()  # type: ignore[operator]
+        self._batching = False
+        if self.prepared:
+            return
+        for dispatcher in self.dispatchers.values():
+            dispatcher.hook.remove()
+        self.dispatchers.clear()
+        self.passes.unwatch()
+        vars(self.model).pop(_ATTRIBUTE, None)
+
+    def _shadow(self) -> None:
+        """Put our entries of generation in front of the model's, on the instance."""
+        for name, shadow in {
+            "generate": self._generate,
+            "init_continuous_batching": self._init_continuous_batching,
+        }.items():
+            if name not in self._originals and hasattr(self.model, name):
+                self._originals[name] = getattr(self.model, name), name in vars(self.model)
+                setattr(self.model, name, shadow)
+
+    def _install(self, new: Attachment, slot: int, when: When, place: Place) -> None:
+        self.passes.gates.add(slot, when, place)
+        new.gated.add(slot)
+        if not when.per_token:
+            new.latched.add(slot)
+
+    def _dispatcher(self, place: Place) -> Dispatcher:
+        if place not in self.dispatchers:
+            point = self.layers.point(place[1], place[0], "steer")
+            empty = Bank(point.width, 1, 0, *stream_storage(self.layers.blocks[place[1]], self.model))
+            self.dispatchers[place] = Dispatcher(self.passes, place, point, empty, fixed=False)
+        return self.dispatchers[place]
+
+    def prepare(self, points: list[Place], batch: int, length: int, slots: int, directions: int, rank: int) -> None:
+        """Install inert dispatchers with banks of fixed size and a row table at a fixed address."""
+        if self.prepared:
+            raise RuntimeError(
+                "prepare: the model is already prepared; a second time would change what a compiled graph has seen"
+            )
+        if is_compiled(self.model):
+            raise RuntimeError("prepare: the model is already compiled; call prepare before torch.compile")
+        found = {place: self.layers.point(place[1], place[0], "prepare") for place in points}
+        blocks = self.layers.blocks
+        banks = {
+            place: Bank(point.width, slots, directions, *stream_storage(blocks[place[1]], self.model), rank=rank)
+            for place, point in found.items()
+        }
+        for place, point in found.items():
+            self.dispatchers[place] = Dispatcher(self.passes, place, point, banks[place], fixed=True)
+        self._runs = Runs(slots)
+        self.passes.fixed = FixedTable(batch, length, self.passes.device)
+        self.passes.make_counts(slots + 1)
+        self.passes.watch()
+        vars(self.model)[_ATTRIBUTE] = self
+
+    # --- shadows of the model's own entries --------------------------------------------------------------------------
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Shadow of the model's generate: announces the prompt, then runs the real one."""
+        generate, passes = self._originals["generate"][0], self.passes
+        if passes.generating == threading.get_ident():  # a model that is its own assistant generates inside generate
+            return generate(*args, **kwargs)
+        if passes.generating is not None:
+            raise RuntimeError(
+                "steer: generate is running in another thread; a steered model generates one batch at a time"
+            )
+        prompt, copies = announced(self.model, args, kwargs)
+        passes.generating = threading.get_ident()
+        try:
+            passes.announce(prompt, copies)
+            return generate(*args, **kwargs)
+        finally:
+            passes.generating = None
+            passes.retract()
+
+    def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Shadow of the entry of continuous batching: what its thread could not follow is refused here."""
+        check_paged(self.attachments, bool(self.passes.gates))
+        manager = new_manager(self.model, args, kwargs, self.passes.device.type == "cuda")
+        self._batching = True
+        return manager

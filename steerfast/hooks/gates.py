@@ -1,0 +1,117 @@
+"""Gates: what the conditions of the active plans have decided, for which request or token.
+
+A gate belongs to one slot. The dispatcher at the place where its condition is read calls `judge`, the dispatchers that
+hold the slot call `close`, which takes the slot out of the row table wherever the gate is shut. Everything happens on
+the device; where a static cache hides the position of a pass from the host, so does the decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steerfast.edits.conditions import When
+
+from .positions import Prompt, Table
+
+Place = tuple[str, int]
+
+
+@dataclass(eq=False)
+class Gate:
+    """One condition, and its state for the batch that is running."""
+
+    when: When
+    place: Place  # where the condition is read
+    prompt: Prompt | None = None  # the batch that `latch` belongs to
+    latch: Tensor | None = None  # bool (batch,): what was decided at each last prompt token
+    decided: Tensor | None = None  # bool (batch,), on the host; None where only the device knows
+    open: Tensor | None = None  # bool (n,): which tokens of this pass may be edited
+
+
+class Gates:
+    """The gates of one model."""
+
+    def __init__(self) -> None:
+        self._gates: dict[int, Gate] = {}
+        self._pass: tuple[Table, int | Tensor, int, int] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._gates)
+
+    def add(self, slot: int, when: When, place: Place) -> None:
+        """Give a slot its condition."""
+        self._gates[slot] = Gate(when, place)
+
+    def drop(self, slots: Iterable[int]) -> None:
+        """Forget the conditions of some slots."""
+        for slot in slots:
+            self._gates.pop(slot, None)
+
+    def at(self, place: Place) -> bool:
+        """Whether some condition is read at a place."""
+        return any(gate.place == place for gate in self._gates.values())
+
+    def begin(self, table: Table, start: int | Tensor, tokens: int, batch: int) -> None:
+        """A forward pass over positions [start, start + tokens) of every row begins."""
+        self._pass = table, start, tokens, batch
+        for gate in self._gates.values():
+            gate.open = None
+
+    def judge(self, place: Place, x: Tensor) -> None:
+        """Read the conditions of a place from the stream x (batch, tokens, d) that arrives there."""
+        for gate in self._gates.values():
+            if gate.place != place:
+                continue
+            if gate.when.per_token:
+                gate.open = gate.when.condition(x).reshape(-1)
+            else:
+                gate.open = self._latched(gate, x)
+
+    def close(self, rows: Tensor, slots: Iterable[int]) -> Tensor:
+        """The row table (n, P) without the slots among `slots` whose gate is shut."""
+        for slot in slots:
+            gate = self._gates.get(slot)
+            if gate is None:
+                continue
+            if gate.open is None:
+                raise RuntimeError(
+                    f"steer: {gate.when!r} is to act, but {gate.place[0]} {gate.place[1]} has not run in this pass"
+                )
+            rows = torch.where((rows == slot) & ~gate.open.to(rows.device)[:, None], -1, rows)
+        return rows
+
+    def decision(self, slot: int) -> Tensor | None:
+        """bool (batch,) on the CPU: what a latched condition has decided for the last batch; None before that."""
+        gate = self._gates.get(slot)
+        return None if gate is None or gate.latch is None else gate.latch.cpu()
+
+    def _latched(self, gate: Gate, x: Tensor) -> Tensor:
+        if self._pass is None:
+            raise RuntimeError("steer: a condition is read outside a forward pass of the decoder")
+        table, start, tokens, batch = self._pass
+        stream = x.reshape(batch, tokens, -1)
+        ends = table.ends.repeat_interleave(batch // table.prompt.batch)
+        if gate.prompt is not table.prompt or gate.latch is None or gate.latch.shape[0] != batch:
+            gate.prompt = table.prompt
+            gate.latch = torch.zeros(batch, dtype=torch.bool, device=x.device)
+            gate.decided = torch.zeros(batch, dtype=torch.bool)
+        if isinstance(start, int) and gate.decided is not None:
+            here = ((ends >= start) & (ends < start + tokens)).nonzero().flatten()
+            gate.decided[here] = True
+            if not bool(gate.decided[ends < start].all()):
+                raise ValueError(
+                    f"steer: {gate.when!r} is decided at the last prompt token, which lies before this forward pass; run "
+                    "the prompt while the plan is active, or use WhenToken"
+                )
+            if here.numel():
+                gate.latch[here.to(x.device)] = gate.when.condition(stream[here, (ends - start)[here]])
+        else:
+            position = torch.as_tensor(start, device=x.device) + torch.arange(tokens, device=x.device)
+            last = position == ends.to(x.device)[:, None]  # (batch, tokens)
+            gate.latch = torch.where(last.any(1), (gate.when.condition(stream) & last).any(1), gate.latch)
+            gate.decided = None
+        return gate.latch.repeat_interleave(tokens)

@@ -1,0 +1,215 @@
+"""The hook: puts plans into a transformers model and takes them out again.
+
+`steer` attaches plans and returns a handle; `prepare` installs inert dispatchers once, before torch.compile, after which
+only the contents of buffers change. What happens in between is the controller's (`steerfast.hooks.controller`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerfast._checks import finite_number
+from steerfast.plan import Plan, as_plan
+
+from .attachment import Attachment
+from .controller import Controller, controller_of
+
+
+def steer(
+    model: nn.Module,
+    plan: Plan | dict[Any, Any] | Sequence[Plan | dict[Any, Any] | None],
+    strength: float | Sequence[float] = 1.0,
+    prompt_length: int | Sequence[int] | None = None,
+) -> Steering:
+    """Steer a model until the returned handle is removed, or for a `with` block.
+
+    Args:
+        model: A transformers causal language model, or its decoder.
+        plan: A `Plan`, a dict that describes one, or a list with one plan or None per batch row.
+        strength: Multiplies every edit (for a flow its T); one number, or one per batch row.
+        prompt_length: P for bare forward passes, in tokens, padding included; one number, or one per batch row. Not
+            needed under `generate`, nor where the first pass from an empty cache is the whole prompt.
+
+    Returns:
+        A handle: `remove()`, `stats()`, `strength`, and a context manager.
+
+    Raises:
+        TypeError, ValueError: the plan does not fit the model; nothing has been attached.
+        RuntimeError: the model is already compiled and was not prepared.
+
+    Example:
+        >>> with sf.steer(model, {8: sf.Add(v, 2.0)}) as handle:  # doctest: +SKIP
+        ...     model.generate(**inputs)
+    """
+    controller = controller_of(model)
+    many = isinstance(plan, Sequence)
+    given: Sequence[Any] = plan if isinstance(plan, Sequence) else [plan]
+    plans = [None if one is None else as_plan("steer", one) for one in given]
+    if not any(plans):
+        raise ValueError("steer: no plan is given; pass a Plan, a dict, or a list with at least one plan")
+    for one in plans:
+        if one is not None:
+            controller.check(one)
+    lengths = _prompt_lengths(prompt_length)
+    controller.check_positions([one for one in plans if one is not None], lengths)
+    return Steering(controller, Attachment(plans, many, _strengths(strength, len(plans), many), lengths))
+
+
+def prepare(
+    model: nn.Module,
+    layers: Sequence[int] | None = None,
+    site: str = "resid_post",
+    batch: int = 16,
+    length: int = 4096,
+    slots: int = 64,
+    directions: int = 256,
+    rank: int = 8,
+) -> None:
+    """Install inert dispatchers before torch.compile; afterwards `steer` only changes the contents of buffers.
+
+    Args:
+        model: A transformers causal language model that has not been compiled yet.
+        layers: Which layers may be steered; None: all.
+        site: At which site.
+        batch: Largest batch, beams and samples included.
+        length: Longest prompt, in tokens.
+        slots: How many interventions can be active at one layer.
+        directions: How many rows of B and C each layer's bank holds.
+        rank: k, the largest rank of an intervention: the compiled kernels hold this many directions, so a small one is fast.
+
+    Raises:
+        TypeError, ValueError: a layer or site that the model does not have.
+        RuntimeError: the model is already compiled, or is being steered.
+
+    Example:
+        >>> sf.prepare(model)  # doctest: +SKIP
+        >>> model.forward = torch.compile(model.forward, fullgraph=True)  # doctest: +SKIP
+    """
+    controller = controller_of(model)
+    if controller.attachments:
+        raise RuntimeError("prepare: the model is being steered; remove the handles first")
+    for name, value in (
+        ("batch", batch),
+        ("length", length),
+        ("slots", slots),
+        ("directions", directions),
+        ("rank", rank),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"prepare: {name} is {value!r}; expected a whole number >= 1")
+    if layers is not None and (not isinstance(layers, Sequence) or not layers):
+        raise TypeError(f"prepare: layers is {layers!r}; expected a non-empty list of layers, or None for all")
+    chosen = range(controller.layers.count) if layers is None else layers
+    points = [(site, controller.layers.resolve(layer, "prepare")) for layer in chosen]
+    with torch.inference_mode(False):
+        controller.prepare(points, batch, length, slots, directions, rank)
+
+
+class Steering:
+    """A removable handle of one `steer` call, and a context manager."""
+
+    def __init__(self, controller: Controller, attachment: Attachment) -> None:
+        self._controller = controller
+        self._attachment = attachment
+        self.plans = attachment.plans
+        self._counts = [0] * len(attachment.plans)
+        self._decisions: list[list[Tensor | None]] = []
+        self._active = True
+        controller.attach(attachment)
+
+    @property
+    def strength(self) -> list[float]:
+        """The multiplier of each plan (or batch row); assign one number or a list to change it at once."""
+        return list(self._attachment.strengths)
+
+    @strength.setter
+    def strength(self, value: float | Sequence[float]) -> None:
+        self._check_active()
+        self._attachment.strengths = _strengths(value, len(self.plans), self._attachment.per_row)
+        self._controller.passes.refresh()
+
+    def stats(self) -> list[int]:
+        """How many tokens each plan has been applied to so far, counted once, not per layer.
+
+        A condition that held tokens back is not looked at: see `decisions`.
+        """
+        return [
+            count + self._controller.passes.counted(slots[0]) if self._active and slots else count
+            for count, slots in zip(self._counts, self._attachment.slots, strict=True)
+        ]
+
+    def decisions(self) -> list[list[Tensor | None]]:
+        """What the `When` conditions of each plan decided for the last batch: bool (rows,) each, None before a decision."""
+        if not self._active:
+            return self._decisions
+        found: list[list[Tensor | None]] = []
+        for index, slots in enumerate(self._attachment.slots):
+            latches = [
+                self._controller.passes.gates.decision(slot) for slot in slots if slot in self._attachment.latched
+            ]
+            found.append(
+                [one if one is None or not self._attachment.per_row else self._own(one, index) for one in latches]
+            )
+        return found
+
+    def _own(self, latch: Tensor, index: int) -> Tensor:
+        """The part of a decision (batch,) that belongs to plan `index` of a list: its row, repeated by generate."""
+        copies = latch.shape[0] // len(self.plans)
+        return latch[index * copies : (index + 1) * copies]
+
+    def remove(self) -> None:
+        """Detach: no hook remains, unless the model was prepared, and `generate` is restored. Safe to call twice."""
+        if self._detach() and not any(self._counts):
+            warnings.warn(
+                "steer: no token was edited; did the model run, and do the positions fit?", RuntimeWarning, stacklevel=2
+            )
+
+    def __enter__(self) -> Steering:
+        self._check_active()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.remove()
+        else:
+            self._detach()  # the run was cut short: no warning on top of its error
+
+    def _detach(self) -> bool:
+        if not self._active:
+            return False
+        self._counts, self._decisions = self.stats(), self.decisions()
+        self._active = False
+        self._controller.detach(self._attachment)
+        return True
+
+    def _check_active(self) -> None:
+        if not self._active:
+            raise RuntimeError("steer: this handle has been removed; call steer again")
+
+
+def _strengths(value: float | Sequence[float], count: int, per_row: bool) -> list[float]:
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        if not per_row or len(value) != count:
+            raise ValueError(
+                f"steer: {len(value)} strengths for {count} plan(s); give one number, or a list of plans with one strength each"
+            )
+        return [finite_number("steer", "strength", v) for v in value]
+    return [finite_number("steer", "strength", value)] * count
+
+
+def _prompt_lengths(value: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """prompt_length as given: one number for all rows, or one per row."""
+    if value is None:
+        return None
+    numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if not numbers or any(isinstance(number, bool) or not isinstance(number, int) or number < 1 for number in numbers):
+        raise ValueError(f"steer: prompt_length is {value!r}; expected a number of tokens >= 1, or one per batch row")
+    return numbers

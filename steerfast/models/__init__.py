@@ -1,0 +1,1 @@
+"""Models: their blocks and sites, their activations, their caches, and a small one to try things on."""

@@ -1,0 +1,89 @@
+"""Which implementation runs: Triton kernels on a GPU, the PyTorch reference elsewhere.
+
+`auto` takes the kernels for CUDA tensors and falls back, with one warning, where Triton is missing or a gradient is
+asked of a kernel that has none. A backend chosen by name that cannot run is an error, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch")
+_chosen: str | None = None
+
+
+def use_backend(name: str) -> None:
+    """Choose the backend of every op in this process: "auto", "triton" or "torch".
+
+    `STEERFAST_BACKEND` in the environment does the same for a process that does not call this function; it is read once.
+
+    Raises:
+        ValueError: the name is none of the three.
+
+    Example:
+        >>> import steerfast as sf
+        >>> sf.use_backend("torch")
+        >>> sf.use_backend("auto")
+    """
+    global _chosen
+    _chosen = _valid(name, "use_backend: name")
+
+
+def backend_of(x: Tensor) -> str:
+    """The backend that an op on x takes now: "triton" or "torch"."""
+    chosen = _chosen or _from_environment()
+    if chosen == "torch" or (chosen == "auto" and (not x.is_cuda or x.dtype == torch.float64)):
+        return "torch"
+    if chosen == "auto":
+        if not _has_triton():
+            _warn_once("steerfast: Triton is not installed, so CUDA tensors run on the PyTorch reference")
+            return "torch"
+        return "triton"
+    if not _has_triton():
+        raise RuntimeError(
+            'the "triton" backend was chosen, but Triton is not installed: pip install "steerfast[cpu-kernels]"'
+        )
+    if x.dtype == torch.float64:
+        raise TypeError(
+            'the "triton" backend computes in float32 and takes no float64; choose the "torch" backend for float64'
+        )
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f'the "triton" backend was chosen, but the tensor is on {x.device}: move it to a GPU, choose the "torch" '
+            "backend, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
+        )
+    return "triton"
+
+
+@functools.cache
+def kernels(name: str) -> ModuleType:
+    """One module of steerfast_kernels, imported at its first use because it imports Triton."""
+    return importlib.import_module(f"steerfast_kernels.{name}")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+@functools.cache
+def _from_environment() -> str:
+    return _valid(os.environ.get("STEERFAST_BACKEND", "auto"), "STEERFAST_BACKEND")
+
+
+def _valid(name: str, argument: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument}: got {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    return name

@@ -1,0 +1,183 @@
+"""Each op on a backend that has been chosen: the Triton kernel, or the PyTorch function of the same name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from .backends import kernels
+
+
+def add(backend: str, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Out of place, on a backend."""
+    if backend == "torch":
+        return torch_backend.add(x, vectors, rows, scale)
+    return kernels("add").add(x, vectors, rows, scale, out=empty_like(x))
+
+
+def add_(backend: str, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None) -> None:
+    """In place, on a backend."""
+    if backend == "torch" or not _dense(x):
+        x.copy_(add(backend, x, vectors, rows, scale))
+    else:
+        kernels("add").add(x, vectors, rows, scale, out=x)
+
+
+def subspace(
+    backend: str,
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    modes: int,
+    max_rank: int,
+) -> Tensor:
+    """Out of place, on a backend."""
+    if backend == "torch":
+        return torch_backend.subspace(x, vectors, coefficients, slots, rows, scale)
+    bank = vectors, coefficients, slots
+    return kernels("subspace").subspace(x, *bank, rows, scale, modes, max_rank, out=empty_like(x))
+
+
+def subspace_(
+    backend: str,
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    modes: int,
+    max_rank: int,
+) -> None:
+    """In place, on a backend."""
+    if backend == "torch" or not _dense(x):
+        x.copy_(subspace(backend, x, vectors, coefficients, slots, rows, scale, modes, max_rank))
+    else:
+        kernels("subspace").subspace(x, vectors, coefficients, slots, rows, scale, modes, max_rank, out=x)
+
+
+def subspace_probe(
+    backend: str,
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    modes: int,
+    max_rank: int,
+) -> tuple[Tensor, Tensor]:
+    """(x', y), on a backend."""
+    bank = vectors, coefficients, slots
+    if backend == "torch":
+        return torch_backend.subspace_probe(x, *bank, max_rank, rows, scale)
+    y = x.new_zeros(probed_shape(x, rows, max_rank), dtype=torch.float32)
+    return kernels("subspace").subspace(x, *bank, rows, scale, modes, max_rank, out=empty_like(x), probe=y), y
+
+
+def subspace_split_(
+    backend: str,
+    hidden: Tensor,
+    residual: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    modes: int,
+    max_rank: int,
+) -> None:
+    """In place on residual, on a backend."""
+    bank = vectors, coefficients, slots
+    if backend == "torch":
+        residual.copy_(torch_backend.subspace_split(hidden, residual, *bank, rows, scale))
+        return
+    out = residual if _dense(residual) else residual.contiguous()
+    kernels("subspace").subspace(out, *bank, rows, scale, modes, max_rank, out=out, hidden=hidden)
+    if out is not residual:
+        residual.copy_(out)
+
+
+def add_rms_norm(
+    backend: str,
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    vectors: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+) -> tuple[Tensor, Tensor]:
+    """(normed, stream), on a backend."""
+    if backend == "torch":
+        return torch_backend.add_rms_norm(hidden, residual, weight, vectors, rows, scale, eps, unit_offset)
+    return kernels("add").add_rms_norm(
+        hidden, residual, weight, vectors, rows, scale, eps, unit_offset, empty_like(residual), empty_like(residual)
+    )
+
+
+def sae_encode(backend: str, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """(values, indices) on a backend; float64 on PyTorch."""
+    if backend == "torch" or torch.float64 in (x.dtype, w_enc.dtype):
+        return torch_backend.sae_encode(x, w_enc, b_enc, k)
+    return kernels("sae_encode").sae_encode(x, w_enc, b_enc, k)
+
+
+def sae_encode_threshold(
+    backend: str, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, indices, counts) on a backend; float64 on PyTorch."""
+    if backend == "torch" or torch.float64 in (x.dtype, w_enc.dtype):
+        return torch_backend.sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
+    return kernels("sae_encode_threshold").sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
+
+
+def sae_decode(backend: str, values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """The reconstruction, on a backend; float64 on PyTorch."""
+    if backend == "torch" or torch.float64 in (values.dtype, w_dec.dtype):
+        return torch_backend.sae_decode(values, indices, w_dec, b_dec)
+    return kernels("sae_decode").sae_decode(values, indices, w_dec, b_dec)
+
+
+def sae_add(backend: str, x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, scale: Tensor | None) -> Tensor:
+    """Out of place, on a backend; float64 on PyTorch."""
+    if backend == "torch" or torch.float64 in (x.dtype, values.dtype, w_dec.dtype):
+        return torch_backend.sae_add(x, values, indices, w_dec, scale)
+    return kernels("sae_decode").sae_add(x, values, indices, w_dec, scale)
+
+
+def sae_edit(
+    backend: str,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    features: Tensor,
+    table: Tensor,
+    w_dec: Tensor,
+    scale: Tensor | None,
+) -> Tensor:
+    """Out of place, on a backend; float64 on PyTorch."""
+    if backend == "torch" or torch.float64 in (x.dtype, values.dtype, w_dec.dtype):
+        return torch_backend.sae_edit(x, values, indices, features, table, w_dec, scale)
+    return kernels("sae_edit").sae_edit(x, values, indices, features, table, w_dec, scale)
+
+
+def probed_shape(x: Tensor, rows: Tensor | None, max_rank: int) -> tuple[int, int, int]:
+    """Shape of what a probe returns: rows, columns of the row table, directions."""
+    columns = 1 if rows is None or rows.dim() == 1 else rows.shape[1]
+    return x.numel() // x.shape[-1], columns, max_rank
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """A contiguous tensor of the shape, dtype and device of x; its contents are arbitrary."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether x can be seen as (n, d) rows without a copy, so that a kernel can write into it."""
+    return x.stride(-1) == 1 and (x.dim() <= 2 or x.is_contiguous())

@@ -1,0 +1,460 @@
+"""Edits of a stream by one vector, one subspace, one set of features or one flow, each with its in-place twin."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from steerfast._checks import check_steps, finite_number, one_of, path_length
+
+from . import calls, torch_backend
+from .backends import backend_of, kernels
+from .slots import AFFINE, FLOW, HINGE, SOLVE
+from .solvers import SOLVERS, Field, Scheme, pack, scheme
+from .subspace import by_library, check_in_place, check_op, edited, edited_
+
+_UNIT = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # a slot's constants: strength 1
+_ERASE = (0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """Add a steering vector: x + scale · vectors[rows].
+
+    Args:
+        x: Residual stream, (..., d), n rows in all.
+        vectors: One vector (d,) or a bank of S vectors (S, d).
+        rows: int32 (n,) or (n, P), P ≤ 4: vectors added to each row, left to right; -1 = none. A row whose entries
+            are all -1 is returned bit for bit. None: vector 0 for every row.
+        scale: float32 of the shape of rows, or (n,) without rows: the strength c of each edit. None: 1.
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, width, device or table shape does not fit; the message names it.
+
+    Reference:
+        Turner et al. 2023, Activation Addition (arXiv:2308.10248).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.add(torch.zeros(2, 3), torch.ones(3), scale=torch.tensor([1.0, 2.0]))
+        tensor([[1., 1., 1.],
+                [2., 2., 2.]])
+    """
+    check_op("add", x, "vectors", vectors, rows, scale)
+    if torch.compiler.is_compiling():
+        return torch.ops.steerfast.add(x, vectors, rows, scale)
+    backend = backend_of(x)
+    if by_library(backend, x, vectors, scale):
+        return torch.ops.steerfast.add(x, vectors, rows, scale)
+    return calls.add(backend, x, vectors, rows, scale)
+
+
+def add_(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """`add`, written into x."""
+    check_op("add_", x, "vectors", vectors, rows, scale, in_place=True)
+    if torch.compiler.is_compiling():
+        torch.ops.steerfast.add_(x, vectors, rows, scale)
+    else:
+        calls.add_(backend_of(x), x, vectors, rows, scale)
+    return x
+
+
+def ablate(x: Tensor, basis: Tensor) -> Tensor:
+    """Remove a direction or a subspace: x - VVᵀx, V = basis.T.
+
+    Args:
+        x: Residual stream, (..., d).
+        basis: One unit direction (d,) or k orthonormal rows (k, d). Rows that are not orthonormal are the caller's
+            choice and give the formula as it stands; `sf.Ablate` orthonormalises.
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, width or device does not fit; the message names it.
+
+    Reference:
+        Arditi et al. 2024, Refusal in Language Models Is Mediated by a Single Direction (arXiv:2406.11717).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.ablate(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]))
+        tensor([[0., 4.]])
+    """
+    check_op("ablate", x, "basis", basis)
+    backend = backend_of(x)
+    return torch_backend.ablate(x, basis) if backend == "torch" else _one_slot(backend, x, basis, _ERASE)
+
+
+def ablate_(x: Tensor, basis: Tensor) -> Tensor:
+    """`ablate`, written into x."""
+    check_op("ablate_", x, "basis", basis, in_place=True)
+    backend = backend_of(x)
+    if backend == "torch":
+        return x.copy_(torch_backend.ablate(x, basis))
+    return _one_slot_(backend, x, basis, _ERASE)
+
+
+def amplify(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
+    """Amplify features where they are active: x + α · relu(xS)Sᵀ, S = features.T.
+
+    Args:
+        x: Residual stream, (..., d).
+        features: One feature direction (d,) or m of them (m, d), for instance decoder rows of an SAE.
+        alpha: α. -1 erases the active part only if the features are orthogonal: 150 random directions kept 47 %.
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, width or device does not fit, or α is not finite; the message names it.
+
+    Reference:
+        Wu et al. 2025, mutual-information explanations of sparse autoencoders (arXiv:2502.15576).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.amplify(torch.tensor([[2.0, -1.0]]), torch.eye(2), alpha=0.5)
+        tensor([[ 3., -1.]])
+    """
+    check_op("amplify", x, "features", features)
+    alpha = finite_number("amplify", "alpha", alpha)
+    backend = backend_of(x)
+    if backend == "torch":
+        return torch_backend.amplify(x, features, alpha)
+    return _one_slot(backend, x, features, (0.0, 0.0, alpha, 0.0, 0.0, 0.0, 0.0, 0.0))
+
+
+def amplify_(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
+    """`amplify`, written into x."""
+    check_op("amplify_", x, "features", features, in_place=True)
+    alpha = finite_number("amplify_", "alpha", alpha)
+    backend = backend_of(x)
+    if backend == "torch":
+        return x.copy_(torch_backend.amplify(x, features, alpha))
+    return _one_slot_(backend, x, features, (0.0, 0.0, alpha, 0.0, 0.0, 0.0, 0.0, 0.0))
+
+
+def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
+    """Replace the active part of features by a fixed one: x - relu(xS)Sᵀ + β · mean(S), S = features.T.
+
+    Args:
+        x: Residual stream, (..., d).
+        features: One feature direction (d,) or m of them (m, d).
+        beta: β, the multiple of the features' mean that is put in; its effect grows with the norm of mean(S).
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, width or device does not fit, or β is not finite; the message names it.
+
+    Reference:
+        Wu et al. 2025, mutual-information explanations of sparse autoencoders (arXiv:2502.15576).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.calibrate(torch.tensor([[2.0, -1.0]]), torch.eye(2), beta=2.0)
+        tensor([[1., 0.]])
+    """
+    check_op("calibrate", x, "features", features)
+    beta = finite_number("calibrate", "beta", beta)
+    backend = backend_of(x)
+    if backend == "torch":
+        return torch_backend.calibrate(x, features, beta)
+    return _one_slot(backend, x, features, _calibration(features, beta))
+
+
+def calibrate_(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
+    """`calibrate`, written into x."""
+    check_op("calibrate_", x, "features", features, in_place=True)
+    beta = finite_number("calibrate_", "beta", beta)
+    backend = backend_of(x)
+    if backend == "torch":
+        return x.copy_(torch_backend.calibrate(x, features, beta))
+    return _one_slot_(backend, x, features, _calibration(features, beta))
+
+
+def flow(
+    x: Tensor,
+    basis: Tensor,
+    eigenvalues: Tensor,
+    bias: Tensor,
+    T: float | None = None,
+    angle: float | None = None,
+    steps: int = 10,
+    method: str = "euler",
+) -> Tensor:
+    """Follow the gradient of a quadratic barrier: steps of da/dt = ∇h/‖∇h‖ over [0, T].
+
+    h(a) = x̂ᵀQΛQᵀx̂ + b̃ᵀQᵀx̂ with x̂ = a/‖a‖ and Q = basis.T. The trajectory stays in span(Q, a), so all steps are
+    taken on k + 1 numbers and lifted once: exact, not an approximation of the d-dimensional flow.
+
+    Args:
+        x: Residual stream, (..., d).
+        basis: Orthonormal rows (k, d) whose span holds the barrier. k = d: two matrix products around the steps.
+        eigenvalues: Λ's diagonal, (k,).
+        bias: b̃, the linear term in the coordinates of the basis, (k,).
+        T: Length of the path in units of x. Exactly one of T and angle.
+        angle: T/‖a‖ of each row, in radians.
+        steps: Number of steps, ≥ 1.
+        method: The solver, a name of `steerfast.ops.solvers.SOLVERS`, such as "euler", "geodesic" or "rk4".
+
+    Returns:
+        A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move. On a CPU one
+        row, a few rows and many take three ways through the same steps, so the last bit of a row may depend on their number.
+
+    Raises:
+        TypeError, ValueError: a dtype, width, device or number does not fit; the message names it.
+
+    Reference:
+        Zhao et al. 2026, ODESteer (arXiv:2602.17560); docs/flow.md derives the k + 1 numbers.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> x = torch.tensor([[3.0, 4.0]])
+        >>> sf.ops.flow(x, torch.tensor([[1.0, 0.0]]), torch.zeros(1), torch.ones(1), T=0.5, steps=1)
+        tensor([[3.4000, 3.7000]])
+    """
+    path, how = path_length("flow", T, angle), _check_flow("flow", x, basis, eigenvalues, bias, steps, method)
+    backend = backend_of(x)
+    if backend == "torch" and not torch.compiler.is_compiling():
+        return torch_backend.flow(x, basis, Field(eigenvalues, bias), path, how.count(steps), how)
+    bank = _flow_bank(x, basis, eigenvalues, bias, path, steps, method)
+    return edited(backend, x, bank, _flow_mode(how), bank[0].shape[0])
+
+
+def flow_(
+    x: Tensor,
+    basis: Tensor,
+    eigenvalues: Tensor,
+    bias: Tensor,
+    T: float | None = None,
+    angle: float | None = None,
+    steps: int = 10,
+    method: str = "euler",
+) -> Tensor:
+    """`flow`, written into x."""
+    path, how = path_length("flow_", T, angle), _check_flow("flow_", x, basis, eigenvalues, bias, steps, method)
+    check_in_place("flow_", x, basis, eigenvalues, bias)
+    backend = backend_of(x)
+    if backend == "torch" and not torch.compiler.is_compiling():
+        return x.copy_(torch_backend.flow(x, basis, Field(eigenvalues, bias), path, how.count(steps), how))
+    bank = _flow_bank(x, basis, eigenvalues, bias, path, steps, method)
+    return edited_(backend, x, bank, _flow_mode(how), bank[0].shape[0])
+
+
+def loreft(x: Tensor, R: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """Low-rank linear-subspace fine-tuning: x + Rᵀ(Wx + b - Rx), differentiable in all four.
+
+    Args:
+        x: Residual stream, (..., d).
+        R: Rows (r, d), orthonormal by the caller's care (torch.nn.utils.parametrizations.orthogonal keeps them so).
+        W: (r, d).
+        b: (r,).
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device does not fit; the message names it.
+
+    Reference:
+        Wu et al. 2024, ReFT: Representation Finetuning for Language Models (arXiv:2404.03592).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.loreft(torch.tensor([[3.0, 4.0]]), torch.eye(2)[:1], torch.zeros(1, 2), torch.tensor([1.0]))
+        tensor([[1., 4.]])
+    """
+    check_op("loreft", x, "R", R)
+    if R.dim() != 2 or W.shape != R.shape or b.shape != R.shape[:1]:
+        raise ValueError(
+            f"loreft: R has shape {tuple(R.shape)}, W {tuple(W.shape)} and b {tuple(b.shape)}; expected (r, d), (r, d) and (r,)"
+        )
+    rank = R.shape[0]
+    wide = torch.promote_types(R.dtype, torch.float32)
+    vectors = torch.cat([W.to(wide) - R.to(wide), R.to(wide)])
+    tables = _make_loreft_tables if torch.compiler.is_compiling() else _loreft_tables
+    head, slots = tables(rank, wide, x.device)
+    columns = torch.nn.functional.pad(torch.stack([b.to(wide), torch.ones_like(b, dtype=wide)], dim=1), (0, 6))
+    return edited(backend_of(x), x, (vectors, torch.cat([head, columns]), slots), HINGE, rank)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """An elementwise affine map: w ⊙ x + b.
+
+    Args:
+        x: Residual stream, (..., d).
+        weight: w, (d,).
+        bias: b, (d,).
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: a dtype, width or device does not fit; the message names it.
+
+    Reference:
+        Rodriguez et al. 2025, Linear-AcT (arXiv:2410.23054).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.affine(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.5]), torch.tensor([0.0, 1.0]))
+        tensor([[3., 3.]])
+    """
+    _check_affine("affine", x, weight, bias)
+    backend = backend_of(x)
+    if backend == "torch":
+        return torch_backend.affine(x, weight, bias)
+    return edited(backend, x, _affine_bank(x, weight, bias), AFFINE, 2)
+
+
+def affine_(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`affine`, written into x."""
+    _check_affine("affine_", x, weight, bias)
+    check_in_place("affine_", x, weight, bias)
+    backend = backend_of(x)
+    if backend == "torch":
+        return x.copy_(torch_backend.affine(x, weight, bias))
+    return edited_(backend, x, _affine_bank(x, weight, bias), AFFINE, 2)
+
+
+def similarity(x: Tensor, basis: Tensor, kind: str = "projection") -> Tensor:
+    """How much of a row lies in a subspace, as a cosine: the condition of conditional activation steering.
+
+    "projection": |cos(x, proj_W x)| = ‖Wx‖/‖x‖, the paper's. "tanh": cos(x, tanh(WᵀWx)), the released code's.
+
+    Args:
+        x: Residual stream, (..., d).
+        basis: W, one unit direction (d,) or m orthonormal rows (m, d).
+        kind: "projection" or "tanh".
+
+    Returns:
+        (...,) in float32 (float64 for a float64 x); 0 for a zero row.
+
+    Raises:
+        TypeError, ValueError: a dtype, width or device does not fit, or an unknown kind.
+
+    Reference:
+        Lee et al. 2024, Programming Refusal with Conditional Activation Steering (arXiv:2409.05907).
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> sf.ops.similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]))
+        tensor([0.6000])
+    """
+    check_op("similarity", x, "basis", basis)
+    squash = one_of("similarity", "kind", kind, ("projection", "tanh")) == "tanh"
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or basis.requires_grad)
+    if torch.compiler.is_compiling() or needs_grad or backend_of(x) == "torch":
+        return torch_backend.similarity(x, basis, squash)  # a compiler fuses it by itself
+    return kernels("similarity").similarity(x, basis, squash)
+
+
+def _check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    for name, vector in (("weight", weight), ("bias", bias)):
+        check_op(op, x, name, vector)
+        if vector.dim() != 1:
+            raise ValueError(f"{op}: {name} has shape {tuple(vector.shape)}; expected ({x.shape[-1]},)")
+
+
+def _affine_bank(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tables = _make_affine_tables if torch.compiler.is_compiling() else _affine_tables
+    wide = torch.promote_types(weight.dtype, torch.float32)  # w - 1 in 16 bits would lose what w is close to 1
+    return torch.stack([weight.to(wide) - 1, bias.to(wide)]), *tables(x.device)
+
+
+def _one_slot(backend: str, x: Tensor, directions: Tensor, numbers: tuple[float, ...]) -> Tensor:
+    bank = _one_slot_bank(x, directions, numbers)
+    return edited(backend, x, bank, HINGE, bank[0].shape[0])
+
+
+def _one_slot_(backend: str, x: Tensor, directions: Tensor, numbers: tuple[float, ...]) -> Tensor:
+    bank = _one_slot_bank(x, directions, numbers)
+    return edited_(backend, x, bank, HINGE, bank[0].shape[0])
+
+
+def _one_slot_bank(x: Tensor, directions: Tensor, numbers: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    vectors = directions.reshape(-1, directions.shape[-1])
+    tables = _make_hinge_tables if torch.compiler.is_compiling() else _hinge_tables
+    return vectors, *tables(vectors.shape[0], numbers, x.device)
+
+
+def _make_hinge_tables(rank: int, numbers: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tables of one slot whose directions share their eight numbers."""
+    coefficients = torch.tensor([_UNIT, *[numbers] * rank], dtype=torch.float32, device=device)
+    return coefficients, torch.tensor([[HINGE, rank, 0, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
+
+
+def _make_flow_tables(
+    rank: int, path: tuple[float, float], steps: int, method: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The constants, the further rows and the header of one flow."""
+    how = scheme(method)
+    constants = torch.tensor([[*path, 1, 0, 0, 0, 0, 0]], dtype=dtype, device=device)
+    extra = pack(Field(constants, constants), how)
+    more = constants[:0] if extra is None else extra.to(constants)
+    header = [FLOW if extra is None else SOLVE, rank, 0, 0, 0, how.count(steps), 0, more.shape[0]]
+    return constants, more, torch.tensor([header], dtype=torch.int32, device=device)
+
+
+def _make_affine_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tables of one elementwise affine map."""
+    coefficients = torch.tensor([_UNIT] * 3, dtype=torch.float32, device=device)
+    return coefficients, torch.tensor([[AFFINE, 2, 0, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
+
+
+def _make_loreft_tables(rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The constants and the header of one LoReFT: B in the first rows of vectors, C in the next."""
+    return (
+        torch.tensor([_UNIT], dtype=dtype, device=device),
+        torch.tensor([[HINGE, rank, 0, rank, 0, 0, 0, 0]], dtype=torch.int32, device=device),
+    )
+
+
+# Kept, so that a hot path allocates no constants; made outside inference mode, so that a later gradient can use them.
+_hinge_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_make_hinge_tables))
+_affine_tables = functools.lru_cache(maxsize=8)(torch.inference_mode(False)(_make_affine_tables))
+_loreft_tables = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(_make_loreft_tables))
+_flow_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_make_flow_tables))
+
+
+def _calibration(features: Tensor, beta: float) -> tuple[float, ...]:
+    count = features.numel() // features.shape[-1]
+    return (beta / count, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def _check_flow(
+    op: str, x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, steps: int, method: str
+) -> Scheme:
+    check_op(op, x, "basis", basis)
+    rank = basis.numel() // basis.shape[-1]
+    for name, numbers in (("eigenvalues", eigenvalues), ("bias", bias)):
+        if numbers.shape != (rank,) or numbers.device != x.device:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(numbers.shape)} on {numbers.device}; expected ({rank},) on {x.device}, "
+                "one number per row of basis"
+            )
+    check_steps(op, steps)
+    one_of(op, "method", method, tuple(SOLVERS))
+    return scheme(method)
+
+
+def _flow_mode(how: Scheme) -> int:
+    return FLOW if how.plain else SOLVE
+
+
+def _flow_bank(
+    x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, path: tuple[float, float], steps: int, method: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    vectors = basis.reshape(-1, basis.shape[-1])
+    tables = _make_flow_tables if torch.compiler.is_compiling() else _flow_tables  # a graph keeps what it makes
+    dtype = torch.promote_types(eigenvalues.dtype, torch.float32)
+    constants, more, slots = tables(vectors.shape[0], path, steps, method, dtype, x.device)
+    columns = torch.stack([eigenvalues, bias], dim=1).to(dtype)
+    return vectors, torch.cat([constants, torch.nn.functional.pad(columns, (0, 6)), more]), slots

@@ -1,0 +1,1 @@
+"""Training of Top-K sparse autoencoders."""

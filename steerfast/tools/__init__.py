@@ -1,0 +1,1 @@
+"""Tools around steering: doses, sweeps, baked weights, proofs, conversions, pictures."""

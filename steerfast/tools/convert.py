@@ -1,0 +1,180 @@
+"""`steerfast plan show | convert`: what is in a file of steering, and the same in another format."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from steerfast.directions.direction import Direction
+from steerfast.edits.base import Intervention
+from steerfast.edits.linear import Add
+from steerfast.plan import Plan
+
+if TYPE_CHECKING:
+    from steerfast.directions.sets import DirectionSet
+
+FORMATS = ("plan", "directions", "gguf", "steering-vectors", "lm-eval")
+_Path = str | os.PathLike[str]
+
+
+def show(path: _Path) -> str:
+    """Return a readable summary of a plan, or of vectors in any format that `load_vectors` reads.
+
+    Args:
+        path: The directory of a plan, or a directory or file of vectors.
+
+    Returns:
+        A few lines: the model, the positions, and one line per intervention with its norms.
+
+    Raises:
+        FileNotFoundError: there is nothing at that path.
+        ValueError: it is damaged, or of no known format.
+
+    Example:
+        >>> import tempfile, torch, steerfast as sf
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(show(sf.Plan({8: sf.Add(torch.tensor([3.0, 4.0]), 2.0)}).save(folder)).splitlines()[-1].split())
+        ['resid_post', '8', 'Add', '1', '×', '2', '5', 'strength=2,', '‖c·v‖', '=', '10']
+    """
+    found = _read(path)
+    return _describe(found) if isinstance(found, Plan) else repr(found)
+
+
+def convert(source: _Path, target: _Path, to: str, strength: float = 1.0) -> Path:
+    """Write a plan or vectors in another format.
+
+    Only `Add` without keep_norm is a vector in other formats: a plan's strengths are multiplied in. Several vectors at
+    one layer are refused where the format has one.
+
+    Args:
+        source: The directory of a plan, or vectors in any format that `load_vectors` reads.
+        target: What is written, a directory for "plan" and "directions" and else a file; it must not exist.
+        to: "plan", "directions" (ours), "gguf" (llama.cpp, repeng), "steering-vectors" or "lm-eval".
+        strength: Multiplies every vector.
+
+    Returns:
+        The target.
+
+    Raises:
+        FileExistsError: the target exists.
+        FileNotFoundError, ValueError: the source is missing, damaged, or holds what the format cannot.
+
+    Example:
+        >>> convert("love", "love.gguf", to="gguf")  # doctest: +SKIP
+    """
+    from steerfast.directions.sets import save_directions
+    from steerfast.integrations import gguf, lm_eval, steering_vectors
+
+    if to not in FORMATS:
+        raise ValueError(f"convert: to is {to!r}; expected one of {', '.join(FORMATS)}")
+    destination = Path(target)
+    if destination.exists():
+        raise FileExistsError(f"convert: {destination} exists; choose another name, or remove it")
+    found = _read(source)
+    if to == "plan":
+        return (_scaled(found, strength) if isinstance(found, Plan) else found.plan(strength)).save(destination)
+    vectors = _directions(found, strength, Path(source))
+    if to == "directions":
+        return save_directions(destination, vectors)
+    write: Any = {"gguf": gguf.write, "steering-vectors": steering_vectors.write, "lm-eval": lm_eval.write}[to]
+    return write(destination, vectors)
+
+
+def _read(path: _Path) -> Plan | DirectionSet:
+    from steerfast.integrations.read import load_vectors
+
+    source = Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"plan: {source} does not exist")
+    return Plan.load(source) if (source / "plan.json").exists() else load_vectors(source)
+
+
+def _scaled(plan: Plan, strength: float) -> Plan:
+    """The plan with every vector multiplied; other interventions have no one strength."""
+    if strength == 1.0:
+        return plan
+    edits: dict[Any, list[Intervention]] = {}
+    for place, chain in plan.edits.items():
+        for edit in chain:
+            if not isinstance(edit, Add):
+                raise ValueError(
+                    f"convert: {type(edit).__name__} at {place[0]} {place[1]} has no strength to multiply; use 1"
+                )
+            edits.setdefault(place, []).append(Add(edit.vector, edit.strength * strength, edit.keep_norm))
+    return Plan(edits, plan.positions, plan.model)
+
+
+def _directions(found: Plan | DirectionSet, strength: float, source: Path) -> DirectionSet:
+    """Everything as vectors that already carry their strength."""
+    from steerfast.directions.sets import DirectionSet
+
+    if not isinstance(found, Plan):
+        plan, model = found.plan(strength), found.model
+    else:
+        plan, model = _scaled(found, strength), found.model
+        if plan.positions != "all":
+            raise ValueError(
+                f"convert: {source} has positions={plan.positions!r}, which vectors cannot say; they steer every token"
+            )
+    vectors: list[Direction] = []
+    for (site, layer), chain in plan.edits.items():
+        if layer < 0:
+            raise ValueError(
+                f"convert: {site} {layer} counts from the end, which vectors cannot say; name the layer from 0"
+            )
+        for edit in chain:
+            if not isinstance(edit, Add) or edit.keep_norm:
+                raise ValueError(
+                    f"convert: {edit!r} at {site} {layer} is no vector that is added; only a plan can hold it"
+                )
+            vector = edit.tensors()["vector"] * edit.strength
+            norm = float(vector.norm())
+            origin = f"{model.name}" if model is not None else None
+            vectors.append(Direction(vector, "convert", norm, norm, layer, site, None, origin))
+    return DirectionSet(vectors, model)
+
+
+def _describe(plan: Plan) -> str:
+    card = plan.model
+    model = "any of this width" if card is None else f"{card.name} (width {card.width}, {card.layers} layers)"
+    positions = plan.positions
+    where = f"mask {tuple(positions.shape)}" if isinstance(positions, Tensor) else str(positions)
+    lines = [f"model      {model}", f"positions  {where}", ""]
+    lines.append(f"{'site':<12}{'layer':>5}  {'intervention':<14}{'tensor':>14}  {'norm of rows':<18} numbers")
+    for (site, layer), chain in plan.edits.items():
+        for edit in chain:
+            for i, (name, tensor) in enumerate(_tensors(edit)):
+                head = f"{site:<12}{layer:>5}  {type(edit).__name__:<14}" if i == 0 else " " * 33
+                shown = (
+                    f"{tensor.shape[0]} × {tensor.shape[1]}"
+                    if name in ("vector", "")
+                    else f"{name} {tensor.shape[0]} × {tensor.shape[1]}"
+                )
+                lines.append(f"{head}{shown:>14}  {_norms(tensor):<18} {_numbers(edit) if i == 0 else ''}".rstrip())
+    return "\n".join(lines)
+
+
+def _tensors(edit: Intervention) -> list[tuple[str, Tensor]]:
+    """The tensors of an intervention as rows of directions."""
+    rows = [(name, t.reshape(1, -1) if t.dim() < 2 else t) for name, t in edit.tensors().items()]
+    return rows or [("", edit.slot().lift)]
+
+
+def _norms(rows: Tensor) -> str:
+    norms = rows.float().norm(dim=-1)
+    low, high = float(norms.min()), float(norms.max())
+    return f"{low:.4g}" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.4g} to {high:.4g}"
+
+
+def _numbers(edit: Intervention) -> str:
+    numbers = [
+        f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
+        for k, v in edit.numbers().items()
+        if v not in (None, False)
+    ]
+    if isinstance(edit, Add):
+        numbers.append(f"‖c·v‖ = {abs(edit.strength) * float(edit.tensors()['vector'].norm()):.4g}")
+    return ", ".join(numbers)

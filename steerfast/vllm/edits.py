@@ -1,0 +1,222 @@
+"""What happens at one place of the model in one step: the edits that the row table names, from that place's bank.
+
+One opaque op per place, `steerfast::engine_edit_`, knows its place by a name, finds the rest in the engine's forward
+context, and so survives torch.compile and CUDA graphs: everything that changes between steps is in buffers. On a GPU it
+is one kernel. On a CPU the owners are sorted, and what is added to each token is gathered, only when the table has
+changed: while a batch decodes, additions of any number of different vectors and strengths are one sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steerfast import ops
+from steerfast.bank import Bank
+from steerfast.edits.base import Intervention
+from steerfast.ops import torch_backend
+from steerfast.ops.backends import backend_of
+from steerfast.ops.slots import ADD, KEEP_NORM
+
+from .table import RowTable
+
+CONTEXT = "steerfast"
+"""The name under which the engine's forward context holds the `Places` of its model."""
+
+KEPT = 512
+"""Up to so many tokens, those of decoding batches, what is added to each is kept from step to step; n · d floats a place."""
+
+_NONE, _SUM, _OTHER = 0, 1, 2  # what a slot is at a place: empty, a plain addition, anything else
+
+
+class Owned(NamedTuple):
+    """The tokens of one column of the row table that have an owner at a place; None stands for all tokens."""
+
+    summed: tuple[Tensor | None, Tensor] | None  # tokens, and what is added to each (m, d)
+    others: list[tuple[int, Tensor | None, Tensor]]  # slot, tokens, weights (m, 1)
+
+
+class Place:
+    """One layer and site: its bank, sized for the plans that may be loaded into it.
+
+    Args:
+        edits: Every intervention that may stand here.
+        slots: How many may stand here at once.
+        width: d.
+        dtype: Of the stream.
+        device: Of the stream.
+    """
+
+    def __init__(
+        self, edits: Sequence[Intervention], slots: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        specs = [edit.slot() for edit in edits]
+        self.modes = self.rank = 0  # what may ever occur: a captured graph cannot be told later
+        for spec in specs:
+            self.modes |= spec.mode | (KEEP_NORM if spec.keep_norm else 0)
+            self.rank = max(self.rank, spec.lift.shape[0])
+        rows = [spec.lift.shape[0] * (1 if spec.project is spec.lift else 2) for spec in specs]
+        numbers = [1 + spec.lift.shape[0] + (0 if spec.extra is None else spec.extra.shape[0]) for spec in specs]
+        largest = [sum(sorted(needs)[-slots:]) for needs in (rows, numbers)]
+        self.bank = Bank(width, slots, largest[0], dtype, device, largest[1])
+        self._loaded: dict[int, Intervention] = {}
+        self._kind = np.zeros(slots + 1, dtype=np.int8)  # the last entry stands for -1, nobody
+        self._row = np.zeros(slots + 1, dtype=np.int64)
+        self._strength = np.zeros(slots + 1, dtype=np.float32)
+        self._owned: list[Owned] = []
+        self._step = -1  # of the table that `_owned` belongs to
+
+    def load(self, slot: int, edit: Intervention) -> None:
+        """Put an intervention into a free slot. What is loaded moves together where free rows lie scattered."""
+        try:
+            self.bank.register(edit, slot)
+        except RuntimeError:
+            for other in self._loaded:
+                self.bank.release(other)
+            for other, loaded in (self._loaded | {slot: edit}).items():
+                self.bank.register(loaded, other)
+        self._loaded[slot] = edit
+        for held in self._loaded:
+            view = self.bank.view(held)
+            plain = view.mode == ADD and not view.keep_norm
+            self._kind[held] = _SUM if plain else _OTHER
+            self._row[held] = view.lift.storage_offset() // view.lift.shape[1]
+            self._strength[held] = self.bank.strength(held)
+        self._step = -1
+
+    def seal(self) -> None:
+        """Nothing will come or go any more: the plans' own copies are let go, the bank has what it needs."""
+        self._loaded.clear()
+
+    def unload(self, slot: int) -> None:
+        """Empty a slot; nothing happens if nothing stands there."""
+        if self._loaded.pop(slot, None) is not None:
+            self.bank.release(slot)
+            self._kind[slot] = _NONE
+            self._step = -1
+
+    def owned(self, table: RowTable) -> list[Owned]:
+        """The owners of a batch at this place, column by column of its table."""
+        if self._step == table.step:
+            return self._owned
+        found = self._sort(table.rows[: table.tokens].numpy(), table.scale[: table.tokens].numpy())
+        self._owned, self._step = (found, table.step) if table.tokens <= KEPT else ([], -1)
+        return found
+
+    def _sort(self, rows: np.ndarray, scale: np.ndarray) -> list[Owned]:
+        found = []
+        kinds = self._kind[rows]
+        for column in range(rows.shape[1]):
+            kind = kinds[:, column]
+            if not kind.any():
+                continue
+            slots, weights = rows[:, column], scale[:, column] * self._strength[rows[:, column]]
+            summed, others = None, []
+            if (kind == _SUM).any():
+                tokens = (kind == _SUM).nonzero()[0]
+                vectors = self.bank.vectors.index_select(0, torch.from_numpy(self._row[slots[tokens]]))
+                summed = _tokens(tokens, len(rows)), vectors.float().mul_(torch.from_numpy(weights[tokens, None]))
+            for slot in np.unique(slots[kind == _OTHER]):
+                tokens = (slots == slot).nonzero()[0]
+                others.append((int(slot), _tokens(tokens, len(rows)), torch.from_numpy(weights[tokens, None])))
+            found.append(Owned(summed, others))
+        return found
+
+
+class Places:
+    """All places of a model, and the row table that they share."""
+
+    def __init__(self, places: dict[str, Place], table: RowTable) -> None:
+        self.places = places
+        self.table = table
+
+    def edit_(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
+        """Edit stream (..., d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
+        table, count = self.table, stream.numel() // stream.shape[-1]
+        if count > table.rows.shape[0]:
+            raise RuntimeError(f"steerfast: {place} handles {count} tokens; the engine announced {table.rows.shape[0]}")
+        on_host = stream.device.type == "cpu"
+        if on_host and not table.tokens:
+            return  # nobody is steered; on a GPU the kernel sees so itself
+        stream = stream.view(count, -1)  # vLLM's backend for models of transformers has (1, n, d)
+        hidden = None if hidden is None else hidden.reshape(stream.shape)
+        here = self.places[place]
+        if on_host and backend_of(stream) == "torch":
+            self._edit_on_host(stream, hidden, here)
+            return
+        rows, scale = table.rows[:count], table.scale[:count]
+        bank = here.bank.vectors, here.bank.coefficients, here.bank.slots  # committed before the step
+        if hidden is None:
+            ops.subspace_(stream, *bank, rows, scale, here.modes, here.rank)
+        else:
+            ops.subspace_split_(hidden, stream, *bank, rows, scale, (here.modes, here.rank))
+
+    def _edit_on_host(self, stream: Tensor, hidden: Tensor | None, place: Place) -> None:
+        columns, count = place.owned(self.table), self.table.tokens
+        if not columns:
+            return
+        stream, hidden = stream[:count], None if hidden is None else hidden[:count]
+        if len(columns) == 1 and columns[0].summed is not None and not columns[0].others:
+            tokens, delta = columns[0].summed
+            if tokens is None:
+                stream.copy_(stream.float().add_(delta))  # summed in float32, rounded once
+            else:
+                stream.index_copy_(0, tokens, stream.index_select(0, tokens).float().add_(delta).to(stream.dtype))
+            return
+        wide = stream.float()
+        owned = torch.zeros(count, dtype=torch.bool)
+        for summed, others in columns:
+            if summed is not None:
+                tokens, delta = summed
+                if tokens is None:
+                    wide = wide + delta
+                else:
+                    wide.index_add_(0, tokens, delta)
+                owned[_all(tokens)] = True
+            for slot, tokens, weights in others:
+                index = _all(tokens)
+                half = wide[index]
+                x = half if hidden is None else half + hidden[index]
+                edited = torch_backend.edit(x, place.bank.view(slot), weights)
+                wide[index] = edited if hidden is None else half + (edited - x)
+                owned[index] = True
+        if bool(owned.all()):
+            stream.copy_(wide)
+        else:
+            stream[owned] = wide[owned].to(stream.dtype)
+
+
+def _tokens(tokens: np.ndarray, count: int) -> Tensor | None:
+    return None if len(tokens) == count else torch.from_numpy(tokens)
+
+
+def _all(tokens: Tensor | None) -> Any:
+    return slice(None) if tokens is None else tokens
+
+
+def _engine_edit_(stream: Tensor, hidden: Tensor | None, place: str) -> None:
+    _context()[CONTEXT].edit_(stream, hidden, place)
+
+
+def _no_engine() -> dict[str, Any]:
+    raise RuntimeError("steerfast::engine_edit_ runs inside an engine's forward pass only")
+
+
+_context: Callable[[], dict[str, Any]] = _no_engine
+
+
+def find_places_with(context: Callable[[], dict[str, Any]]) -> None:
+    """Tell the op how to reach the dict in which the running engine keeps its `Places` under CONTEXT."""
+    global _context
+    _context = context
+
+
+_library = torch.library.Library("steerfast", "FRAGMENT")
+_library.define("engine_edit_(Tensor(a!) stream, Tensor? hidden, str place) -> ()")
+for _key in ("CPU", "CUDA"):
+    _library.impl("engine_edit_", _engine_edit_, _key)
+torch.library.register_fake("steerfast::engine_edit_", lambda *_: None, lib=_library)

@@ -1,0 +1,121 @@
+"""The plans that an engine serves: read once from a directory, known by name, told apart by content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from steerfast._checks import MAX_SLOTS_PER_ROW
+from steerfast.bank import slot_in
+from steerfast.edits.base import Intervention
+from steerfast.edits.conditions import When
+from steerfast.plan import Plan
+
+SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+"""Where an engine can be steered; the heads of head_out are split over devices under tensor parallelism."""
+
+Chains = dict[tuple[str, int], tuple[Intervention, ...]]
+"""(site, layer) -> interventions in order, layers counted from 0; resid_pre of a later layer is resid_post of the one before."""
+
+
+@dataclass(frozen=True)
+class ServedPlan:
+    """What a server must know of a plan to answer requests; its vectors are in the banks.
+
+    Attributes:
+        name: Name of its folder.
+        fingerprint: SHA-256 of its content; equal content, equal fingerprint.
+        slots: Slots that it takes, the same numbers in every layer: the length of its longest chain.
+        positions: What it says itself; None: single positions or a mask, which a server does not follow.
+    """
+
+    name: str
+    fingerprint: str
+    slots: int
+    positions: str | None
+
+
+@dataclass(frozen=True)
+class Library:
+    """All plans of a directory, and why some of them cannot be used.
+
+    Attributes:
+        plans: By name, sorted.
+        refused: Name to the reason why no request may use it.
+    """
+
+    plans: dict[str, ServedPlan] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> int:
+        """Slots that all plans take together; equal contents share theirs."""
+        return sum({served.fingerprint: served.slots for served in self.plans.values()}.values())
+
+
+def load(
+    directory: str | os.PathLike[str], width: int, layers: int, dtype: torch.dtype = torch.float32
+) -> tuple[Library, dict[str, Chains]]:
+    """Read every plan of a directory, for a model of that width, number of layers and dtype of the stream.
+
+    A plan that is damaged or does not fit is refused by name; the others are served.
+
+    Raises:
+        ValueError: there is no such directory, or it holds no plan.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise ValueError(f"STEERFAST_PLANS: {str(root)!r} is not a directory; expected one with a folder per plan")
+    served: dict[str, ServedPlan] = {}
+    refused: dict[str, str] = {}
+    chains: dict[str, Chains] = {}
+    for folder in sorted(path for path in root.iterdir() if (path / "plan.json").is_file()):
+        name = folder.name
+        try:
+            plan = Plan.load(folder)
+            chains[name] = _fit(plan, width, layers, dtype)
+        except (ValueError, TypeError, OSError) as reason:
+            refused[name] = str(reason).replace(f"{root}{os.sep}", "")  # a client reads it: no path of the server
+            continue
+        slots = max(len(chain) for chain in chains[name].values())
+        # plan.json holds the hash of the tensors beside it, which loading has checked: its own hash covers both.
+        fingerprint = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
+        served[name] = ServedPlan(name, fingerprint, slots, plan.positions if isinstance(plan.positions, str) else None)
+    if not served and not refused:
+        raise ValueError(f"STEERFAST_PLANS: {str(root)!r} holds no plan; save one with plan.save(directory / name)")
+    return Library(served, refused), chains
+
+
+def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> Chains:
+    """The plan's chains in this model, or the reason why there are none."""
+    card = plan.model
+    if card is not None and (card.width, card.layers) != (width, layers):
+        raise ValueError(
+            f"made for width {card.width} and {card.layers} layers; this model has width {width} and {layers} layers"
+        )
+    chains: Chains = {}
+    # What enters a layer is what left the one before: its edits come after those at that output.
+    for (site, layer), chain in sorted(plan.edits.items(), key=lambda item: item[0][0] == "resid_pre"):
+        if not -layers <= layer < layers:
+            raise ValueError(f"layer {layer} is out of range; this model has {layers} layers, 0 to {layers - 1}")
+        if site not in SITES:
+            raise ValueError(f"site {site!r} cannot be steered inside vLLM; the sites are {', '.join(SITES)}")
+        for edit in chain:
+            if isinstance(edit, When):
+                raise ValueError(
+                    f"a condition ({type(edit).__name__}) is not decided inside vLLM; use sf.steer instead"
+                )
+            if edit.width != width:
+                raise ValueError(f"{edit!r} at {site} {layer} has width {edit.width}; this model has {width}")
+            slot_in(f"{site} {layer}", dtype, edit)  # what no bank could hold must not stop the engine later
+        index = layer % layers
+        place = ("resid_post", index - 1) if site == "resid_pre" and index else (site, index)
+        chains[place] = chains.get(place, ()) + chain
+    longest = max(len(chain) for chain in chains.values())
+    if longest > MAX_SLOTS_PER_ROW:
+        raise ValueError(f"{longest} interventions act in one place; a token takes at most {MAX_SLOTS_PER_ROW} there")
+    return chains
