@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -132,6 +135,68 @@ def finite_number(owner: str, name: str, value: Any) -> float:
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(f"{owner}: {name} must be finite; got {number}")
     return number
+
+
+def whole_number(owner: str, name: str, value: Any, least: int | None = None) -> int:
+    """A Python int of whatever is a whole number: int, a NumPy integer, an array or a tensor of one integer.
+
+    Raises:
+        TypeError: anything else; True and 3.0 are no whole numbers.
+        ValueError: it is less than `least`.
+    """
+    bound = "" if least is None else f" >= {least}"
+    try:
+        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+            raise TypeError
+        number = operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{owner}: {name} must be a whole number{bound}; got {value!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{owner}: {name} is {number}; expected a whole number{bound}")
+    return number
+
+
+def positive_integer(owner: str, name: str, value: Any) -> int:
+    """A Python int >= 1 of whatever is one, a NumPy integer too."""
+    try:
+        number = whole_number(owner, name, value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{owner}: {name} must be a positive integer, got {value!r}")
+    return number
+
+
+def whole_numbers(owner: str, name: str, value: Any, count: int) -> list[int]:
+    """Python ints of one whole number or several: an iterable, an array, a tensor, or a slice of `count` of them.
+
+    Negative numbers stay negative; a slice is one of range(count).
+
+    Raises:
+        TypeError: something in it is no whole number.
+        ValueError: a slice of step 0.
+    """
+    if isinstance(value, slice):
+        bounds = (value.start, value.stop, value.step)
+        start, stop, step = (None if b is None else whole_number(owner, name, b) for b in bounds)
+        if step == 0:
+            raise ValueError(f"{owner}: {name} is a slice of step 0; expected another step")
+        return list(range(count))[start:stop:step]
+    if getattr(value, "shape", None) is not None and hasattr(value, "tolist"):  # an array, a tensor, a NumPy number
+        if len(value.shape) > 1:
+            raise TypeError(f"{owner}: {name} has shape {tuple(value.shape)}; expected one number or a list of them")
+        value = value.tolist()
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        return [whole_number(owner, name, value)]
+    return [whole_number(owner, name, number) for number in value]
+
+
+def warn_user(message: str) -> None:
+    """Warn at the line outside steerfast that led here, however deep; Python shows a line's repeated warning once."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "steerfast":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def flag(owner: str, name: str, value: Any) -> bool:

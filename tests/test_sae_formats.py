@@ -37,6 +37,10 @@ class Made:
     place: tuple[str, int] | None
     hook_name: str = ""
     model: str = ""
+    scale: float | None = None
+
+    def load(self) -> sf.SAE:
+        return sf.SAE.load(self.path, scale=self.scale)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -54,7 +58,7 @@ def top_k(h: Tensor, k: int = K) -> Tensor:
 
 def saelens(path: Path, architecture: str = "standard", **settings: Any) -> Made:
     """SAELens 6: (x·scale or normalised) - b_dec·[apply] -> W_enc (d, F) + b_enc -> activation -> W_dec (F, d) + b_dec."""
-    scale = settings.pop("scaling_factor", None)
+    scale, given = settings.pop("scaling_factor", None), settings.pop("given", None)
     config = {
         "architecture": architecture, "d_in": D, "d_sae": F, "dtype": "float64", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
@@ -87,7 +91,7 @@ def saelens(path: Path, architecture: str = "standard", **settings: Any) -> Made
             deviation = (x - mean).std(-1, keepdim=True)
             z, factor = (x - mean) / (deviation + 1e-5), 1 / deviation
         else:
-            factor = torch.tensor(scale or 1.0, dtype=F64)
+            factor = torch.tensor(scale or given or 1.0, dtype=F64)
             z = x * factor
         z = z - t["b_dec"] * config["apply_b_dec_to_input"]
         if architecture == "gated":
@@ -104,7 +108,7 @@ def saelens(path: Path, architecture: str = "standard", **settings: Any) -> Made
         w_dec = t["W_dec"] / norm[:, None] if config.get("rescale_acts_by_decoder_norm") else t["W_dec"]
         return f, (f @ w_dec + t["b_dec"]) / factor + mean
 
-    return Made(path, forward, ("resid_pre", 3), "blocks.3.hook_resid_pre", "m")
+    return Made(path, forward, ("resid_pre", 3), "blocks.3.hook_resid_pre", "m", given)
 
 
 def saelens_old(path: Path) -> Made:
@@ -207,7 +211,7 @@ def llama_scope(path: Path, include_norm: bool = True, **settings: Any) -> Made:
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         h = (x * D**0.5 / 17.0) @ t["encoder.weight"].T + t["encoder.bias"]
         gate = h * t["decoder.weight"].norm(dim=0) if include_norm else h
-        f = top_k(torch.relu(h)) if config["act_fn"] == "topk" else torch.relu(h) * (gate > 0.6)
+        f = top_k(torch.relu(h)) if config["act_fn"] == "topk" else torch.relu(h) * (gate > 0.6 * D**0.5 / 17.0)
         return f, (f @ t["decoder.weight"].T + t["decoder.bias"]) * 9.0 / D**0.5
 
     return Made(path, forward, ("mlp_out", 15), hook)
@@ -294,7 +298,9 @@ MAKERS: dict[str, Callable[[Path], Made]] = {
     "SAELens jumprelu": lambda path: saelens(path, "jumprelu"),
     "SAELens gated": lambda path: saelens(path, "gated"),
     "SAELens scaled": lambda path: saelens(path, normalize_activations="expected_average_only_in", scaling_factor=0.37),
-    "SAELens scale folded": lambda path: saelens(path, normalize_activations="expected_average_only_in"),
+    "SAELens scale given": lambda path: saelens(path, normalize_activations="expected_average_only_in", given=0.37),
+    "SAELens scale given, jumprelu": lambda path: saelens(path, "jumprelu", normalize_activations=True, given=2.5),
+    "SAELens scale folded": lambda path: saelens(path, normalize_activations="expected_average_only_in", given=1.0),
     "SAELens constant norm": lambda path: saelens(path, "topk", normalize_activations="constant_norm_rescale"),
     "SAELens layer norm": lambda path: saelens(path, "jumprelu", normalize_activations="layer_norm"),
     "SAELens 5": saelens_old,
@@ -320,7 +326,7 @@ MAKERS: dict[str, Callable[[Path], Made]] = {
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_file_computes_what_its_family_computes(name, tmp_path):
     made = MAKERS[name](tmp_path / "sae")
-    sae = sf.SAE.load(made.path)
+    sae = made.load()
     x = 3 * draw(6, 2, D) + 0.5
     features, rebuilt = made.forward(x)
     assert (features > 0).any(-1).all()
@@ -338,7 +344,7 @@ def test_a_file_computes_what_its_family_computes(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "SAELens centred"])
 def test_saelens_writer(name, tmp_path):
     """Whatever was read can be written for SAELens; its reader, ours or theirs, sees the same SAE."""
-    sae = sf.SAE.load(MAKERS[name](tmp_path / "sae").path)
+    sae = MAKERS[name](tmp_path / "sae").load()
     back = sf.SAE.load(save_saelens(sae, tmp_path / "out"))
     x = draw(5, D)
     torch.testing.assert_close(back.encode(x), sae.encode(x), atol=0, rtol=0)
@@ -369,6 +375,75 @@ def test_one_attention_head_alone_has_no_place(tmp_path):
     assert sae.place is None
     with pytest.raises(ValueError, match="does not know its layer and site"):
         sf.Plan([sf.EditFeatures(sae, {1: 2.0})])
+
+
+def test_the_threshold_of_llama_scope_is_in_the_unit_of_the_stream(tmp_path):
+    """On where h > θ·s, s = √d / average norm, as SAELens reads it: one feature just on, one just off, by hand."""
+    made, d, lengths = tmp_path / "sae", 4, {"in": 8.0, "out": 8.0}  # s = 1/4
+    write_json(
+        made / "hyperparams.json",
+        {"d_model": d, "act_fn": "jumprelu", "jump_relu_threshold": 2.0, "dataset_average_activation_norm": lengths,
+         "norm_activation": "dataset-wise", "hook_point_in": "blocks.0.hook_resid_post"},
+    )  # fmt: skip
+    rows = torch.zeros(3, d)
+    rows[0, 0], rows[1, 1] = 1.0, 1.0
+    t = {"encoder.weight": rows, "encoder.bias": torch.zeros(3), "decoder.weight": rows.T.contiguous()}
+    save_file(t | {"decoder.bias": torch.zeros(d)}, made / "final.safetensors")
+    sae = sf.SAE.load(made)
+    x = torch.tensor([[2.04, 1.96, 9.0, 9.0]])  # h = x/4: 0.51 and 0.49 beside θ·s = 0.5
+    torch.testing.assert_close(sae.encode(x), torch.tensor([[0.51, 0.0, 0.0]]))
+    torch.testing.assert_close(sae.reconstruct(x), torch.tensor([[2.04, 0.0, 0.0, 0.0]]))
+
+
+SCALED = {"normalize_activations": "expected_average_only_in"}
+
+
+@pytest.mark.parametrize(
+    ("make", "scale", "message"),
+    [
+        (lambda p: saelens(p, **SCALED), None, r"activation_scaler.json with s; give SAE.load\(path, scale=s\), s = √d over"),
+        (lambda p: saelens(p, normalize_activations=True), None, "trained on s·x"),
+        (lambda p: saelens(p, **SCALED, scaling_factor=0.37), 0.37, "activation_scaler.json says scaling_factor 0.37; leave"),
+        (lambda p: saelens(p, **SCALED, scaling_factor=-1.0), None, "scaling_factor is -1.0; expected a number > 0"),
+        (lambda p: saelens(p, **SCALED, scaling_factor="0.3"), None, "scaling_factor is '0.3'; expected a number > 0"),
+        (saelens, 0.37, "normalize_activations is 'none', which needs no scale; leave scale=0.37 away"),
+        (gemma_scope_2, 2.0, "a file of Gemma Scope 2 needs no scale; leave scale=2.0 away"),
+        (lambda p: saelens(p, **SCALED), 0.0, "scale is 0.0; expected > 0"),
+        (lambda p: saelens(p, **SCALED), float("nan"), "scale must be finite"),
+    ],
+)  # fmt: skip
+def test_a_scale_that_is_missing_or_not_wanted_is_refused(make, scale, message, tmp_path):
+    path = make(tmp_path / "sae").path
+    with pytest.raises(ValueError, match=message):
+        sf.SAE.load(path, scale=scale)
+
+
+def test_a_scaler_that_was_never_estimated_is_none(tmp_path):
+    """SAELens writes {"scaling_factor": null} beside a checkpoint whose scale it folded in, or never measured."""
+    made = saelens(tmp_path, **SCALED)
+    write_json(tmp_path / "activation_scaler.json", {"scaling_factor": None})
+    with pytest.raises(ValueError, match=r"scale=1\.0 if you know that the weights have it folded in"):
+        sf.SAE.load(made.path)
+    assert torch.equal(sf.SAE.load(made.path, scale=np.float32(1)).b_dec, sf.SAE.load(made.path, scale=1).b_dec)
+
+
+@pytest.mark.parametrize("make", [saelens, gemma_scope, gemma_scope_2])
+def test_factors_of_a_finetuned_file_are_not_left_out(make, tmp_path):
+    made = make(tmp_path / "sae")
+    file = next(f for f in made.path.iterdir() if f.suffix in (".safetensors", ".npz"))
+
+    def add(factors: Tensor) -> None:
+        if file.suffix == ".npz":
+            np.savez(file, **{**dict(np.load(file)), "scaling_factor": factors.numpy()})
+        else:
+            save_file({**load_file(file), "scaling_factor": factors}, file)
+
+    before = made.load()
+    add(torch.ones(F, dtype=F64))
+    assert torch.equal(made.load().w_enc, before.w_enc)
+    add(torch.full((F,), 1.1, dtype=F64))
+    with pytest.raises(ValueError, match="scaling_factor"):
+        made.load()
 
 
 PEERS = sorted(path.parent for path in (Path(__file__).parent / "data" / "saes").rglob("expected.safetensors"))

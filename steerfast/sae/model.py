@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from steerfast import ops
-from steerfast._checks import check_dictionary, check_stream, finite_number, one_of
+from steerfast._checks import check_dictionary, check_stream, finite_number, one_of, whole_number, whole_numbers
 from steerfast.edits.base import as_tensor
 from steerfast.edits.features import Features, SelectedFeatures, normalised
 from steerfast.models.layers import SITES
@@ -46,9 +47,7 @@ class Origin:
         if self.place is not None:
             site, layer = self.place
             one_of("SAE", "site", site, SITES)
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-                raise ValueError(f"SAE: layer is {layer!r}; expected a whole number >= 0")
-            object.__setattr__(self, "place", (str(site), layer))
+            object.__setattr__(self, "place", (str(site), whole_number("SAE", "layer", layer, 0)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,8 +105,7 @@ class SAE:
                 raise ValueError(f"SAE: {name} holds NaN or Inf; the file is damaged or the training diverged")
         one_of("SAE", "normalisation", self.normalisation, NORMALISATIONS)
         if self.k is not None:
-            if isinstance(self.k, bool) or not isinstance(self.k, int):
-                raise TypeError(f"SAE: k must be a whole number; got {self.k!r}")
+            object.__setattr__(self, "k", whole_number("SAE", "k", self.k))
             if not 1 <= self.k <= features:
                 raise ValueError(f"SAE: k is {self.k}; expected 1 to F = {features}, the rows of w_enc")
             if self.threshold is not None:
@@ -227,16 +225,20 @@ class SAE:
         """decode(encode(x)) by the sparse road, in the dtype of w_dec."""
         return self.decode(*self.topk(x), x)
 
-    def rows(self, indices: list[int]) -> Features | SelectedFeatures:
+    def rows(self, indices: Iterable[int] | Tensor | slice) -> Features | SelectedFeatures:
         """Some features as `sf.EditFeatures` takes them.
 
         A threshold looks at one feature at a time, so their rows are enough (`Features`). Top-K compares all features, and
         a normalised row has a scale of its own: then the whole encoder comes along (`SelectedFeatures`), and an edit costs
         one fused encode per token; `approximate` avoids that.
 
+        Args:
+            indices: Their numbers, 0 to F − 1; also an array or a tensor of integers, or a slice.
+
         Raises:
-            ValueError: a number is out of range.
+            TypeError, ValueError: a number is not whole, or out of range.
         """
+        indices = whole_numbers("SAE.rows", "indices", indices, self.features)
         outside = [index for index in indices if not 0 <= index < self.features]
         if outside:
             raise ValueError(f"SAE: feature {outside[0]} is out of range; there are {self.features}, from 0")
@@ -270,11 +272,13 @@ class SAE:
         return dataclasses.replace(self, k=None, threshold=torch.full_like(as_tensor(self.b_enc), theta))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SAE:
+    def load(cls, path: str | os.PathLike[str], *, scale: float | None = None) -> SAE:
         """Read an SAE of any family: steerfast, SAELens, sparsify, Gemma Scope 1 and 2, Llama Scope, OpenAI, dictionary_learning.
 
         Args:
             path: The directory, or the file with the weights. The family is told by the names and contents of the files.
+            scale: s > 0 for a file of SAELens that was trained on s·x and does not say s: √d over the mean length of the
+                rows that it was trained on; 1.0 if it is folded into the weights already. Refused for any other file.
 
         Returns:
             The SAE on the CPU, in the dtype of the file.
@@ -282,10 +286,11 @@ class SAE:
         Raises:
             FileNotFoundError: nothing is there, or a file of the family is missing.
             ValueError: damaged, ambiguous, of an unknown family, or something this form cannot hold; the reason is given.
+                A scale that the file lacks, or does not want.
         """
         from steerfast.sae.formats import load
 
-        return load(Path(path))
+        return load(Path(path), scale)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write sae.json and sae.safetensors into a directory, each whole or not at all.

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
+from steerfast._checks import finite_number
 from steerfast.sae.model import SAE
 
 from . import dictionary_learning, gemma_scope, llama_scope, openai, own, saelens, sparsify
-from ._parts import read_json, read_tensors
+from ._parts import read_json, read_tensors, refuse
 from .own import save as save
 from .saelens import save_saelens as save_saelens
 
@@ -30,17 +28,19 @@ class Family:
         weights: Name of the file with the tensors, relative to the directory of the configuration.
         config: Name of the JSON beside it; None: the family has none.
         read: (configuration, tensors, path of the weights) -> SAE.
+        scaled: Whether its reader takes the scale of the data set, too.
     """
 
     name: str
     weights: str
     config: str | None
-    read: Callable[[dict[str, Any], dict[str, Tensor], Path], SAE]
+    read: Callable[..., SAE]
+    scaled: bool = False
 
 
 FAMILIES = (
     Family("steerfast", "sae.safetensors", "sae.json", own.read),
-    Family("SAELens", "sae_weights.safetensors", "cfg.json", saelens.read),
+    Family("SAELens", "sae_weights.safetensors", "cfg.json", saelens.read, scaled=True),
     Family("sparsify", "sae.safetensors", "cfg.json", sparsify.read),
     Family("Gemma Scope", "params.npz", None, gemma_scope.read_first),
     Family("Gemma Scope 2", "params.safetensors", "config.json", gemma_scope.read_second),
@@ -50,8 +50,10 @@ FAMILIES = (
 )
 
 
-def load(path: Path) -> SAE:
+def load(path: Path, scale: float | None = None) -> SAE:
     """Read an SAE from a directory, or from the file with its weights; see `SAE.load`."""
+    if scale is not None and (scale := finite_number("SAE.load", "scale", scale)) <= 0:
+        raise ValueError(f"SAE.load: scale is {scale}; expected > 0, √d over the mean length of a row")
     if not path.exists():
         raise FileNotFoundError(f"SAE.load: {path} does not exist; give a directory, or the file with the weights")
     found = _families_of_file(path) if path.is_file() else _families_of_directory(path)
@@ -59,7 +61,10 @@ def load(path: Path) -> SAE:
         names = " and ".join(f"{family.name} ({weights.name})" for family, weights, _ in found)
         raise ValueError(f"SAE.load: {path} is ambiguous, it holds {names}; give the file with the weights")
     family, weights, config = found[0]
-    return family.read({} if config is None else read_json(config), read_tensors(weights), weights)
+    if scale is not None and not family.scaled:
+        raise refuse(weights, f"a file of {family.name} needs no scale; leave scale={scale} away")
+    given = {} if scale is None else {"scale": scale}
+    return family.read({} if config is None else read_json(config), read_tensors(weights), weights, **given)
 
 
 Found = tuple[Family, Path, Path | None]

@@ -46,6 +46,9 @@ def read_second(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) 
 
 def _read(tensors: dict[str, Tensor], path: Path, names: tuple[str, str], origin: Any) -> SAE:
     d = width_of(tensors, "b_dec", path)
+    factors = tensors.get("scaling_factor")
+    if factors is not None and not bool((factors == 1).all()):
+        raise refuse(path, "it holds a scaling_factor per feature; fold it into the weights first")
     w_enc, w_dec = dictionary(tensors, names[0], d, path, transposed=True), dictionary(tensors, names[1], d, path)
     count = w_enc.shape[0]
     b_enc, threshold = vector(tensors, "b_enc", count, path), vector(tensors, "threshold", count, path)

@@ -1,4 +1,10 @@
-"""Llama Scope: hyperparams.json and final.safetensors, with the mean length of its data set on both sides."""
+"""Llama Scope: hyperparams.json and final.safetensors, with the mean length of its data set on both sides.
+
+**The unit of its threshold.** The encoder was trained on rows scaled by s = √d/‖x‖_mean, so a pre-activation h is in that
+unit. The one number `jump_relu_threshold`, θ, is very probably in that of the unscaled stream, and a feature is on where
+h > θ·s. Nothing says so and no weights could be had to try it; but SAELens multiplies, and the published θ grow with the
+length of the stream from layer to layer while θ·s is nearly constant (2.05, 1.95, 1.66).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,7 @@ from ._parts import dictionary, fold, place_of_hook, refuse, vector, whole, wide
 
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
-    """An SAE of Llama Scope: h = W·x·√d/‖x‖_mean + b, gated by h·‖W_dec‖ > θ; the scales are folded into the weights."""
+    """An SAE of Llama Scope: h = s·W·x + b, s = √d/‖x‖_mean, gated by h·‖W_dec‖ > θ·s or h > θ·s; s is folded in."""
     d = width_of(tensors, "decoder.bias", path)
     w_enc = dictionary(tensors, "encoder.weight", d, path)
     w_dec = dictionary(tensors, "decoder.weight", d, path, transposed=True)
@@ -31,10 +37,11 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     function, norms = str(config.get("act_fn", "jumprelu")).lower(), None
     if config.get("sparsity_include_decoder_norm", False):
         norms = wide(w_dec).norm(dim=1)
+    before, after = _scales(config, d, path)
     k: int | None = None
     threshold: Tensor | None = None  # ReLU
     if function == "jumprelu":
-        threshold = torch.full((count,), float(_setting(config, "jump_relu_threshold", path)))
+        threshold = torch.full((count,), float(_setting(config, "jump_relu_threshold", path)) * before)
         threshold = threshold if norms is None else threshold / norms
     elif function == "topk":
         if norms is not None:
@@ -42,7 +49,6 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
         k = whole(_setting(config, "top_k", path), "top_k", path)
     elif function != "relu":
         raise refuse(path, f"act_fn {function!r}; expected jumprelu, topk or relu")
-    before, after = _scales(config, d, path)
     if (before, after) != (1.0, 1.0):
         w_enc, w_dec, b_dec = wide(w_enc) * before, wide(w_dec) / after, wide(b_dec) / after
     origin = Origin(place_of_hook(hook), hook, str(config.get("model_name") or ""), "Llama Scope")

@@ -23,11 +23,12 @@ NOT_CENTRED = re.compile(r"llama|gemma|mistral|mixtral|qwen|smollm", re.IGNORECA
 OUR_SITES = {site: name for name, site in HOOKS.items()}
 
 
-def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
+def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path, scale: float | None = None) -> SAE:
     """An SAE of SAELens, with the scale of its data set, its decoder bias and its gates folded in."""
     config = _flat(config)
     kind = _architecture(config, path)
-    if config.get("finetuning_scaling_factor"):
+    factors = tensors.get("scaling_factor")
+    if config.get("finetuning_scaling_factor") or (factors is not None and not bool((factors == 1).all())):
         raise refuse(path, "finetuning_scaling_factor is set; fold it into the weights with SAELens first")
     d = width_of(tensors, "b_dec", path)
     w_enc = dictionary(tensors, "W_enc", d, path, transposed=True)
@@ -52,7 +53,7 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
         if config.get("rescale_acts_by_decoder_norm"):
             norm = wide(w_dec).norm(dim=1)
             w_enc, b_enc, w_dec = norm[:, None] * wide(w_enc), norm * wide(b_enc), wide(w_dec) / norm[:, None]
-    scale, normalisation = _normalisation(config, path)
+    scale, normalisation = _normalisation(config, path, scale)
     sae = fold(
         w_enc, w_dec, b_enc, b_dec,
         subtract=bool(config.get("apply_b_dec_to_input", True)),
@@ -146,16 +147,34 @@ def _architecture(config: dict[str, Any], path: Path) -> str:
     return kind
 
 
-def _normalisation(config: dict[str, Any], path: Path) -> tuple[float, str]:
+def _normalisation(config: dict[str, Any], path: Path, given: float | None) -> tuple[float, str]:
     """(scale of the data set, what is done to each row)."""
     name = config.get("normalize_activations") or "none"
-    if name is True or name == "expected_average_only_in":
-        scaler = path.parent / "activation_scaler.json"
+    name = "expected_average_only_in" if name is True else name
+    scaler = path.parent / "activation_scaler.json"
+    if name == "expected_average_only_in":
         factor = read_json(scaler).get("scaling_factor") if scaler.is_file() else None
-        return (1.0 if factor is None else float(factor)), "none"  # without a scale the weights have it folded in
+        if factor is None and given is None:  # SAELens marks a file "none" when it folds the scale in
+            raise refuse(
+                path,
+                f"normalize_activations is {name!r}, so it was trained on s·x, and there is no {scaler.name} with s; give "
+                "SAE.load(path, scale=s), s = √d over the mean length of the rows that it was trained on, or scale=1.0 if "
+                "you know that the weights have it folded in",
+            )
+        if factor is not None and given is not None:
+            raise refuse(path, f"{scaler.name} says scaling_factor {factor}; leave scale={given} away")
+        return _positive(factor if given is None else given, scaler), "none"
+    if given is not None:
+        raise refuse(path, f"normalize_activations is {name!r}, which needs no scale; leave scale={given} away")
     if name not in ("none", "constant_norm_rescale", "layer_norm"):
         raise refuse(path, f"normalize_activations is {name!r}, which is not known")
     return 1.0, str(name)
+
+
+def _positive(factor: Any, path: Path) -> float:
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+        raise refuse(path, f"scaling_factor is {factor!r}; expected a number > 0")
+    return float(factor)
 
 
 def _is_centred(config: dict[str, Any], path: Path) -> bool:
