@@ -638,3 +638,38 @@ def test_lm_eval_means_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(
         logits(model, ids, lm_eval.read_plan(tmp_path / "clamp.pt")), expected, rtol=0, atol=1e-5
     )
+
+
+# --- layers of zeros -------------------------------------------------------------------------------------------------
+
+
+def zeros_in(kind: str, zero: tuple[int, ...], path: Path) -> tuple[Any, Any]:
+    """(a function that reads vectors of three layers, of which some are all zero; the layers)."""
+    rows = {layer: torch.zeros(WIDTH) if layer in zero else row(layer) for layer in LAYERS}
+    if kind == "repeng":
+        return repeng.from_object, type("ControlVector", (), {"directions": rows, "model_type": "llama"})
+    if kind == "steering-vectors":
+        torch.save({"layer_activations": rows, "layer_type": "decoder_block"}, path)
+        return load_vectors, path
+    tensors = [tensor(f"direction.{layer}", WIDTH, i * 32) for i, layer in enumerate(LAYERS)]
+    path.write_bytes(gguf_bytes(tensors, data=b"".join(values.numpy().tobytes() for values in rows.values())))
+    return gguf.read, path
+
+
+@pytest.mark.parametrize("kind", ["gguf", "repeng", "steering-vectors"])
+def test_a_layer_of_zeros_is_left_out_and_named(kind: str, tmp_path: Path) -> None:
+    """llama.cpp takes such a file; a plan of it equals one of the other layers."""
+    read, given = zeros_in(kind, (3,), tmp_path / "file")
+    with pytest.warns(
+        UserWarning, match=r"the vector of layer 3 is all zero, which steers nothing; it is left out"
+    ) as seen:
+        found = read(given)
+    assert [w.filename for w in seen] == [__file__]
+    assert [direction.layer for direction in found.values()] == [1, 12]
+    assert all(torch.equal(found[f"resid_post.{layer}"].vector, row(layer)) for layer in (1, 12))
+    read, given = zeros_in(kind, (1, 12), tmp_path / "two")
+    with pytest.warns(UserWarning, match=r"the vectors of layers 1, 12 are all zero"):
+        assert list(read(given)) == ["resid_post.3"]
+    read, given = zeros_in(kind, LAYERS, tmp_path / "all")
+    with pytest.raises(ValueError, match=r"layer 1: .*all zero"):
+        read(given)

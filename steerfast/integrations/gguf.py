@@ -19,12 +19,14 @@ import mmap
 import os
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steerfast._checks import warn_user
 from steerfast.directions.direction import Direction
 from steerfast.directions.sets import DirectionSet, family
 from steerfast.files.replace import replace_file
@@ -52,7 +54,10 @@ def read(path: str | os.PathLike[str]) -> DirectionSet:
 
     Raises:
         ValueError: not a GGUF, truncated, a model instead of a vector, unknown keys or tensors, two vectors for one
-            layer, layer 0, another type or shape, NaN or Inf.
+            layer, layer 0, another type or shape, NaN or Inf, nothing but zeros.
+
+    Warns:
+        UserWarning: the vector of a layer is all zero, which llama.cpp adds without effect; it is left out.
 
     Reference:
         The file format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -151,7 +156,7 @@ class _Reader:
         hint = values.get(f"{kind}.model_hint")
         if hint is not None and not isinstance(hint, str):
             raise ValueError(f"{self.path}: {kind}.model_hint is {hint!r}; expected a text")
-        vectors = self._tensors(tensor_count, values.get("general.alignment", _ALIGNMENT))
+        vectors = without_zeros(self._tensors(tensor_count, values.get("general.alignment", _ALIGNMENT)), self.path)
         found = [foreign(v, ARCHITECTURES[kind], layer, "resid_post", hint, self.path) for layer, v in vectors.items()]
         return DirectionSet(sorted(found, key=lambda direction: direction.layer or 0))
 
@@ -268,6 +273,29 @@ class _Reader:
         if count * 8 > len(self.content) - self.position:
             raise ValueError(f"{self.path} is truncated or damaged: {key} declares {count} texts")
         return [self.string(key) for _ in range(count)]
+
+
+def without_zeros(rows: Mapping[Any, Any], path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """The vectors by layer but those that are all zero, of which a warning tells; all of them if none is left.
+
+    A layer of zeros adds nothing in its own library, and is no direction here.
+    """
+    zero = [layer for layer, row in rows.items() if _is_zero(row)]
+    if not zero or len(zero) == len(rows):
+        return dict(rows)
+    one = len(zero) == 1
+    what = f"vector of layer {zero[0]} is" if one else f"vectors of layers {', '.join(map(str, zero))} are"
+    warn_user(
+        f"{os.fspath(path)}: the {what} all zero, which steers nothing; {'it is' if one else 'they are'} left out"
+    )
+    return {layer: row for layer, row in rows.items() if layer not in zero}
+
+
+def _is_zero(row: Any) -> bool:
+    try:
+        return not bool(torch.as_tensor(row).any())
+    except (TypeError, ValueError, RuntimeError):  # whatever it is, `foreign` says so
+        return False
 
 
 def foreign(value: Any, kind: str, layer: int, site: str, model: str | None, path: str | os.PathLike[str]) -> Direction:

@@ -12,7 +12,7 @@ from typing import Any
 from steerfast.directions.direction import Direction
 from steerfast.directions.sets import DirectionSet, family
 
-from .gguf import foreign, single_site
+from .gguf import foreign, single_site, without_zeros
 
 
 def from_object(vector: Any) -> DirectionSet:
@@ -27,6 +27,9 @@ def from_object(vector: Any) -> DirectionSet:
     Raises:
         TypeError: it has not these two; ValueError: a negative layer, widths that differ, NaN or Inf.
 
+    Warns:
+        UserWarning: the vector of a layer is all zero; it is left out.
+
     Reference:
         https://github.com/vgel/repeng
 
@@ -37,7 +40,7 @@ def from_object(vector: Any) -> DirectionSet:
     if not isinstance(rows, Mapping) or not isinstance(model, str):
         raise TypeError(f"from_object: expected a ControlVector of repeng; got {type(vector).__name__}")
     found: list[Direction] = []
-    for layer, row in rows.items():
+    for layer, row in without_zeros(rows, "ControlVector").items():
         if isinstance(layer, bool) or not hasattr(layer, "__index__") or layer < 0:
             raise ValueError(f"from_object: {layer!r} is not a layer; expected a number counted from 0")
         found.append(foreign(row, "repeng", int(layer), "resid_post", model, "ControlVector"))

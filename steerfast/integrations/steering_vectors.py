@@ -34,7 +34,7 @@ from steerfast.directions.sets import DirectionSet
 from steerfast.files.replace import replace_file
 from steerfast.files.torch_file import as_vector, read_torch_file
 
-from .gguf import foreign, single_site
+from .gguf import foreign, single_site, without_zeros
 
 SITES = {"decoder_block": "resid_post", "self_attn": "attn_out", "mlp": "mlp_out"}
 _KIND = "steering-vectors"
@@ -64,7 +64,7 @@ def read(path: str | os.PathLike[str]) -> DirectionSet:
         ValueError: damaged, another content, unknown fields, a layer_type that is no site, NaN or Inf.
 
     Warns:
-        UserWarning: layer_type is "self_attn" or "mlp", see above.
+        UserWarning: layer_type is "self_attn" or "mlp", see above; the vector of a layer is all zero, and is left out.
 
     Reference:
         https://github.com/steering-vectors/steering-vectors
@@ -161,7 +161,7 @@ def _directions(activations: Any, layer_type: Any, path: Path | None, depth: int
     if not isinstance(activations, dict) or not activations:
         raise ValueError(f"{name}: layer_activations is {activations!r:.60}; expected a dict of layer -> tensor")
     found: list[Direction] = []
-    for layer, value in activations.items():
+    for layer, value in without_zeros(activations, name).items():
         if type(layer) is not int or layer < 0:
             raise ValueError(f"{name}: {layer!r} is not a layer; expected a number counted from 0")
         vector = value if path is None else as_vector(value, f"layer {layer}", path)
