@@ -96,7 +96,7 @@ def fit_barrier(
         if len(numbers) != 2 or numbers[0] <= 0 or numbers[1] < 0:
             raise ValueError(f"fit_barrier: kernel is {kernel}; expected (γ, c₀) with γ > 0 and c₀ >= 0")
         kernel = numbers[0], numbers[1]
-    check_rank(kind, rank, *data.x.shape)
+    rank = check_rank(kind, rank, *data.x.shape)
     if C is None and (kind == "sketch" or kernel == PUBLISHED):
         C = 1.0
     fits: dict[str, Any] = {

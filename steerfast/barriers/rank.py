@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from steerfast._checks import one_of, whole_number
 from steerfast.ops.solvers import Field, integrate
 
 MAX_RANK = 64
@@ -69,14 +70,14 @@ def _displacement(A: Tensor, b: Tensor, q: Tensor, start: Tensor) -> Tensor:
 # --- what goes in ------------------------------------------------------------------------------------------------------
 
 
-def check_rank(kind: str, rank: int | str, n: int, d: int) -> None:
-    """Refuse a rank that a kind cannot have on n rows of width d."""
-    if rank == "auto":
-        return
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f'fit_barrier: rank is {rank!r}; expected "auto" or a whole number >= 1')
+def check_rank(kind: str, rank: int | str, n: int, d: int) -> int | str:
+    """The rank as given; refused if it is one that a kind cannot have on n rows of width d."""
+    if isinstance(rank, str):
+        return one_of("fit_barrier", "rank", rank, ("auto",))
+    rank = whole_number("fit_barrier", "rank", rank, 1)
     most = {"linear": 1, "sketch": d}.get(kind, min(MAX_RANK, d, n))
     if rank > most:
         raise ValueError(
             f"fit_barrier: rank is {rank}; expected at most {most} for a {kind} barrier of width {d} on {n} rows"
         )
+    return rank

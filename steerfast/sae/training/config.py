@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steerfast._checks import finite_number
+from steerfast._checks import finite_number, whole_number
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ class TrainConfig:
         if self.tokens < self.batch:
             raise ValueError(f"TrainConfig: tokens is {self.tokens}; expected at least one batch, {self.batch}")
         for name in ("lr", "warmup", "decay", "k_anneal", "aux_weight"):
-            if finite_number("TrainConfig", name, getattr(self, name)) < 0:
-                raise ValueError(f"TrainConfig: {name} is {getattr(self, name)}; expected >= 0")
+            object.__setattr__(self, name, number := finite_number("TrainConfig", name, getattr(self, name)))
+            if number < 0:
+                raise ValueError(f"TrainConfig: {name} is {number}; expected >= 0")
         if self.lr == 0 or self.warmup + self.decay > 1 or self.k_anneal > 1:
             raise ValueError(
                 f"TrainConfig: lr {self.lr}, warmup {self.warmup}, decay {self.decay}, k_anneal {self.k_anneal}; "
@@ -90,11 +91,7 @@ class TrainConfig:
         return self.k + round(left * (self.k_start - self.k))
 
     def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"TrainConfig: {name} must be a whole number, got {value!r}")
-        if value < least:
-            raise ValueError(f"TrainConfig: {name} is {value}; expected >= {least}")
+        object.__setattr__(self, name, whole_number("TrainConfig", name, getattr(self, name), least))
 
 
 @dataclass(frozen=True)

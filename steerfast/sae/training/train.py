@@ -22,6 +22,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from steerfast._checks import whole_number
 from steerfast.sae.model import SAE, Origin
 
 from .checkpoints import Checkpoints
@@ -76,8 +77,7 @@ def train_sae(
         )
     data: Rows = Whole(source) if isinstance(source, Tensor) else source
     split = split or Alone()
-    if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
-        raise ValueError(f"train_sae: checkpoint_every is {checkpoint_every!r}; expected a whole number >= 1")
+    checkpoint_every = whole_number("train_sae", "checkpoint_every", checkpoint_every, 1)
     if sum(data.counts) < 2:
         raise ValueError(f"train_sae: source has {sum(data.counts)} rows; expected 2 at least")
     if origin is None:
