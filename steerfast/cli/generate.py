@@ -40,10 +40,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("--chat: this tokenizer has no chat template; leave --chat away")
         chat = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=not args.chat).to(model.device)
-    inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}  # a tokenizer may return more
-    if inputs["input_ids"].shape[1] == 0:
-        raise ValueError("the prompt has no tokens; give it content")
+    inputs = shared.prompt(tokenizer, prompt, model, chat=args.chat)
     shared.say(f"{args.prompt}\n")
     if sys.stdout.isatty() and shutil.get_terminal_size().columns >= shared.COLUMNS:
         _beside(model, tokenizer, inputs, plan, args)

@@ -204,14 +204,11 @@ def _steer(args: argparse.Namespace) -> int:
     else:
         edit = EditFeatures(sae, dict.fromkeys(chosen, args.value), mode=args.mode)
     plan = Plan({sae.place: edit}, positions=args.positions, model=model)
-    inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise ValueError("the prompt has no tokens; give it content")
-    names = ("input_ids", "attention_mask")
+    inputs = shared.prompt(tokenizer, args.prompt, model)
     options = {"max_new_tokens": args.tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     for title in ("unsteered", "steered"):
         with nullcontext() if title == "unsteered" else steer(model, plan):
-            out = model.generate(**{name: inputs[name] for name in names}, **options)
+            out = model.generate(**inputs, **options)
         text = tokenizer.decode(out[0], skip_special_tokens=True)
         shared.say(f"[{title}]\n{textwrap.fill(text, shared.width())}\n")
     return 0

@@ -47,6 +47,23 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     return model.eval().to(args.device), AutoTokenizer.from_pretrained(name)
 
 
+def prompt(tokenizer: Any, text: str, model: Any, *, chat: bool = False) -> dict[str, Any]:
+    """What `generate` takes, for one text that goes on; a chat's text has its special tokens already.
+
+    Raises:
+        ValueError: it has no tokens.
+    """
+    import torch
+
+    from steerfast.models.texts import TextReader
+
+    reader = TextReader.of(tokenizer, "prompt")
+    ids = torch.tensor([reader.bare(text) if chat else reader.beginning(text)], dtype=torch.long, device=model.device)
+    if ids.shape[1] == 0:
+        raise ValueError("the prompt has no tokens; give it content")
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def folder(model: str) -> str:
     """What an engine that loads models itself can open."""
     if model != "demo":

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steerfast._checks import positive_integer, whole_number, whole_numbers
+
 from .layers import Layers, Point, evaluating, find_layers
+from .texts import TextReader, short_text
 
 POSITIONS = ("last", "mean", "all")
+_MEDIA = re.compile(r"pixel|image|video|audio|patches|input_features")
 _WINDOW = 16  # batches that are sorted by length together: little padding, and only so many texts in memory
 
 
@@ -43,12 +50,13 @@ class Activations(dict[int, Tensor]):
 
 def collect(
     model: nn.Module,
-    tokenizer: Any,
-    texts: Iterable[str | Sequence[Mapping[str, Any]]],
-    layers: int | Iterable[int],
+    tokenizer: Any = None,
+    texts: Iterable[str | Sequence[Mapping[str, Any]]] | None = None,
+    layers: int | slice | Iterable[int] | Tensor | None = None,
     position: str | int = "last",
     site: str = "resid_post",
     *,
+    inputs: Iterable[Mapping[str, Any]] | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Activations:
@@ -64,11 +72,15 @@ def collect(
         tokenizer: the model's tokenizer.
         texts: strings, or chats (lists of messages with "role" and "content"; the chat template is applied, with the
             generation prompt unless the assistant has the last word). Any iterable; read a window of texts at a time.
-        layers: 0-based, negative from the end.
+        layers: 0-based, negative from the end: one, several (also an array or a tensor of integers), or a slice.
         position: "last" (last token), "mean" (over the tokens), "all" (a row per token), or an index into the
             tokens, negative from the end. Tokens count with the tokenizer's special tokens, without padding. The first
             token of a text often has an enormous norm (an attention sink), which also dominates "mean".
         site: "resid_pre", "resid_post", "attn_out", "mlp_out" or "head_out".
+        inputs: instead of tokenizer and texts, what the model's forward takes: ready dicts from a processor, for a model
+            that wants images or sounds beside the tokens. Each is one forward. `input_ids` is (rows, tokens), or `inputs_embeds`
+            (rows, tokens, d); every row counts as a text, whose tokens are those where `attention_mask`, (rows, tokens),
+            is not 0, on whichever side.
         batch_size: texts per forward.
         progress: show a progress bar on stderr.
 
@@ -77,38 +89,44 @@ def collect(
         `head_out` has its own width.
 
     Raises:
-        TypeError: model, texts, layers or position of the wrong type.
-        ValueError: an unknown layer, site or position; no texts; a text without tokens, too long, or too short for
-            the index.
+        TypeError: model, texts, inputs, layers or position of the wrong type.
+        ValueError: an unknown layer, site or position; no texts; texts and inputs; a text without tokens, too long, or
+            too short for the index.
+
+    Warns:
+        UserWarning: a text brings along a special token that the tokenizer adds itself; it is read once.
 
     Example:
         >>> acts = sf.collect(model, tokenizer, ["I love you", "I hate you"], layers=[14])
         >>> acts[14].shape
         torch.Size([2, 576])
+        >>> chat = [{"role": "user", "content": [{"type": "image", "url": "cat.png"}]}]  # doctest: +SKIP
+        >>> ready = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")  # doctest: +SKIP
+        >>> sf.collect(model, inputs=[ready], layers=[14])  # doctest: +SKIP
     """
-    _check_position(position)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"collect: batch_size must be a positive integer, got {batch_size!r}")
-    if isinstance(texts, (str, Mapping)):
-        raise TypeError(f"collect: texts must be several texts, got one {type(texts).__name__}; put it into a list")
+    position = _position(position)
+    batch_size = positive_integer("collect", "batch_size", batch_size)
     found = find_layers(model, "collect")
     wanted = _wanted_layers(found, layers)
     points = {layer: found.point(layer, site, "collect") for layer in wanted}
     model = getattr(model, "_orig_mod", model)  # a compiled graph ignores new hooks
-    tokens = _tokens(tokenizer, texts, position, _longest(model))
-
+    source = _source(tokenizer, texts, inputs)
     rows: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
     index: list[Tensor] = []
-    with evaluating(model), _progress_bar(texts, progress) as bar:
+    with evaluating(model), _progress_bar(source, progress) as bar:
+        if inputs is None:
+            tokens = _tokens(TextReader.of(tokenizer, "collect"), source, position, _longest(model))
+            parts = _read_texts(model, points, tokens, position, batch_size, bar)
+        else:
+            parts = _read_inputs(model, points, source, position, bar)
         done = 0
-        while window := list(islice(tokens, batch_size * _WINDOW)):
-            for layer, part in _read_window(model, points, window, position, batch_size, bar).items():
-                rows[layer].append(part)
-            counts = torch.tensor([len(ids) if position == "all" else 1 for ids in window])
-            index.append(torch.arange(done, done + len(window)).repeat_interleave(counts))
-            done += len(window)
+        for part, counts in parts:
+            for layer in wanted:
+                rows[layer].append(part[layer])
+            index.append(torch.arange(done, done + len(counts)).repeat_interleave(torch.tensor(counts)))
+            done += len(counts)
     if not done:
-        raise ValueError("collect: texts is empty; give at least one text")
+        raise ValueError(f"collect: {'texts' if inputs is None else 'inputs'} is empty; give at least one text")
     whole = {layer: torch.cat(rows.pop(layer)) for layer in wanted}  # pop: one layer at a time is held twice
     return Activations(whole, model=found.name, site=site, position=position, text_index=torch.cat(index))
 
@@ -117,20 +135,48 @@ class _Stop(Exception):
     """Leaves the forward after the deepest layer. Hooks registered with `always_call` still run."""
 
 
-def _check_position(position: str | int) -> None:
-    if isinstance(position, bool) or not isinstance(position, (str, int)):
-        raise TypeError(f"collect: position must be one of {', '.join(POSITIONS)} or an integer, got {position!r}")
-    if isinstance(position, str) and position not in POSITIONS:
-        raise ValueError(f"collect: unknown position {position!r}; use {', '.join(POSITIONS)} or an integer index")
+def _position(position: Any) -> str | int:
+    if isinstance(position, str):
+        if position not in POSITIONS:
+            raise ValueError(f"collect: unknown position {position!r}; use {', '.join(POSITIONS)} or an integer index")
+        return position
+    try:
+        return whole_number("collect", "position", position)
+    except TypeError:
+        raise TypeError(
+            f"collect: position must be one of {', '.join(POSITIONS)} or an integer, got {position!r}"
+        ) from None
 
 
-def _wanted_layers(found: Layers, layers: int | Iterable[int]) -> list[int]:
+def _wanted_layers(found: Layers, layers: Any) -> list[int]:
     """0-based layers in ascending order, each once."""
-    several: Iterable[Any] = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    wanted = sorted({found.resolve(layer, "collect") for layer in several})
+    if layers is None:
+        raise TypeError(f"collect: layers is missing; name one or several, 0 to {found.count - 1}")
+    numbers: list[Any] = (
+        [layers] if isinstance(layers, str) else whole_numbers("collect", "layers", layers, found.count)
+    )
+    wanted = sorted({found.resolve(number, "collect") for number in numbers})
     if not wanted:
         raise ValueError("collect: layers is empty; name at least one layer")
     return wanted
+
+
+def _source(tokenizer: Any, texts: Any, inputs: Any) -> Iterable[Any]:
+    """What is read: the texts, or the inputs that stand for them."""
+    name, given, what = ("texts", texts, "texts") if inputs is None else ("inputs", inputs, "dicts")
+    if texts is not None and inputs is not None:
+        raise ValueError("collect: got texts and inputs; give one of them")
+    if given is None:
+        raise TypeError("collect: give tokenizer and texts, or inputs")
+    if tokenizer is None and inputs is None:
+        raise TypeError("collect: tokenizer is missing; texts are read with it")
+    if isinstance(given, (str, Mapping)):
+        raise TypeError(f"collect: {name} must be several {what}, got one {type(given).__name__}; put it into a list")
+    if not isinstance(given, Iterable):
+        raise TypeError(
+            f"collect: {name} must be several {what}, in a list or another iterable, got {type(given).__name__}"
+        )
+    return given
 
 
 def _longest(model: Any) -> int | None:
@@ -138,29 +184,32 @@ def _longest(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _tokens(tokenizer: Any, texts: Iterable[Any], position: str | int, longest: int | None) -> Iterator[list[int]]:
+def _tokens(reader: TextReader, texts: Iterable[Any], position: str | int, longest: int | None) -> Iterator[list[int]]:
     """Token ids of each text, checked one at a time."""
     for number, text in enumerate(texts):
-        ids = _token_ids(tokenizer, text, number)
-        if longest is not None and len(ids) > longest:
-            raise ValueError(
-                f"collect: text {number} ({short_text(text)}) has {len(ids)} tokens; "
-                f"this model reads at most {longest}; shorten it"
-            )
-        if isinstance(position, int) and not -len(ids) <= position < len(ids):
-            raise ValueError(
-                f"collect: position {position} is out of range for text {number} ({short_text(text)}), "
-                f"which has {len(ids)} tokens, {-len(ids)} to {len(ids) - 1}"
-            )
+        ids = _token_ids(reader, text, number)
+        _check_length(f"text {number} ({short_text(text)})", len(ids), position, longest)
         yield ids
 
 
-def _token_ids(tokenizer: Any, text: Any, number: int) -> list[int]:
+def _check_length(what: str, count: int, position: str | int, longest: int | None) -> None:
+    if longest is not None and count > longest:
+        raise ValueError(f"collect: {what} has {count} tokens; this model reads at most {longest}; shorten it")
+    if isinstance(position, int) and not -count <= position < count:
+        raise ValueError(
+            f"collect: position {position} is out of range for {what}, which has {count} tokens, {-count} to {count - 1}"
+        )
+
+
+def _token_ids(reader: TextReader, text: Any, number: int) -> list[int]:
+    tokenizer = reader.tokenizer
     if isinstance(text, str):
-        ids = tokenizer(text)["input_ids"]
-        if set(ids) <= set(tokenizer.all_special_ids) and not tokenizer(text, add_special_tokens=False)["input_ids"]:
+        ids = reader.ids(text)
+        if set(ids) <= set(tokenizer.all_special_ids) and not reader.bare(text):
             raise ValueError(f"collect: text {number} ({short_text(text)}) has no tokens; remove it or give it content")
         return ids
+    if isinstance(text, Mapping) and "input_ids" in text:
+        raise TypeError(f"collect: text {number} is a dict with input_ids; pass ready dicts as inputs=[…]")
     if not isinstance(text, Sequence) or not all(isinstance(message, Mapping) for message in text):
         raise TypeError(
             f"collect: text {number} must be a string or a list of chat messages, got {type(text).__name__}"
@@ -174,7 +223,7 @@ def _token_ids(tokenizer: Any, text: Any, number: int) -> list[int]:
     prompt = tokenizer.apply_chat_template(
         text, tokenize=False, add_generation_prompt=text[-1].get("role") != "assistant"
     )
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = reader.bare(prompt)  # a template brings its own special tokens
     if not ids:
         raise ValueError(
             f"collect: text {number} ({short_text(text)}) has no tokens after its chat template; give it content"
@@ -182,17 +231,24 @@ def _token_ids(tokenizer: Any, text: Any, number: int) -> list[int]:
     return ids
 
 
-def short_text(text: Any) -> str:
-    """The beginning of a text, for a message."""
-    shown = repr(text)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
-
-
-def _progress_bar(texts: Iterable[Any], progress: bool) -> Any:
+def _progress_bar(source: Iterable[Any], progress: bool) -> Any:
     from tqdm.auto import tqdm
 
-    total = len(texts) if isinstance(texts, Sized) else None
+    total = len(source) if isinstance(source, Sized) else None
     return tqdm(total=total, desc="collect", unit="text", disable=not progress)
+
+
+_Parts = Iterator[tuple[dict[int, Tensor], list[int]]]
+"""Rows of some texts by layer, in the order of the texts, and how many rows each of them has."""
+
+
+def _read_texts(
+    model: Any, points: dict[int, Point], tokens: Iterator[list[int]], position: str | int, batch_size: int, bar: Any
+) -> _Parts:
+    """A window of texts at a time."""
+    while window := list(islice(tokens, batch_size * _WINDOW)):
+        rows = _read_window(model, points, window, position, batch_size, bar)
+        yield rows, [len(ids) if position == "all" else 1 for ids in window]
 
 
 def _read_window(
@@ -209,20 +265,90 @@ def _read_window(
     return {layer: torch.cat([of_text[i] for i in range(len(window))]) for layer, of_text in pieces.items()}
 
 
+def _read_inputs(model: Any, points: dict[int, Point], inputs: Iterable[Any], position: str | int, bar: Any) -> _Parts:
+    """A dict at a time, each one forward."""
+    longest = _longest(model)
+    for number, given in enumerate(inputs):
+        mask = _mask_of(given, number)
+        counts = mask.sum(1).tolist()
+        for row, count in enumerate(counts):
+            if not count:
+                raise ValueError(f"collect: inputs {number}: row {row} has no tokens; its attention_mask is all zero")
+            _check_length(f"row {row} of inputs {number}", count, position, longest)
+        moved = {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in given.items()}
+        rows = _read_forward(model, points, moved, mask, position)
+        yield (
+            {layer: torch.cat(parts) for layer, parts in rows.items()},
+            counts if position == "all" else [1] * len(counts),
+        )
+        bar.update(1)
+
+
+def _mask_of(given: Any, number: int) -> Tensor:
+    """Which tokens of a dict of inputs are real: bool (rows, tokens), on the CPU."""
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"collect: inputs {number} must be a dict of the forward's arguments, got {type(given).__name__}"
+        )
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if ids is None and isinstance(embeds := given.get("inputs_embeds"), Tensor) and embeds.dim() == 3:
+        ids = embeds[..., 0]
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        shown = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(
+            f"collect: inputs {number}: input_ids must be a tensor (rows, tokens), got {shown}; "
+            f"call the processor with return_tensors='pt'"
+        )
+    if mask is None:
+        return torch.ones(ids.shape, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        shown = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"collect: inputs {number}: attention_mask must be a tensor {tuple(ids.shape)} as input_ids, got {shown}"
+        )
+    return (mask != 0).cpu()
+
+
 def read_batch(
     model: Any, points: dict[int, Point], batch: list[list[int]], position: str | int
 ) -> dict[int, list[Tensor]]:
     """One forward; for each layer and text the rows of its position, (rows, width), float32 on the CPU."""
-    counts = [len(ids) for ids in batch]
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in batch], batch_first=True).to(model.device)
-    lengths = torch.tensor(counts, device=model.device)
-    mask = torch.arange(max(counts), device=model.device) < lengths[:, None]
-    select = _selector(position, mask, lengths)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in batch], batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(text) for text in batch])[:, None]
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device, torch.int64)}
+    try:
+        return _read_forward(model, points, inputs, mask, position)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        beside = [name for name in inspect.signature(model.forward).parameters if _MEDIA.search(name)]
+        if not beside or _is_ours(error):
+            raise
+        raise ValueError(
+            f"collect: {type(model).__name__} does not run on token ids alone ({type(error).__name__}: {error}); "
+            f"give what its processor makes, with {beside[0]}, as inputs=[…]"
+        ) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether steerfast itself refused something, such as the plan of a steered model."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).partition(".")[0] == "steerfast"
+
+
+def _read_forward(
+    model: Any, points: dict[int, Point], inputs: dict[str, Any], mask: Tensor, position: str | int
+) -> dict[int, list[Tensor]]:
+    """One forward; for each layer and row of the mask the stream's rows of the position, float32 on the CPU."""
+    select, counts = _selector(position, mask)
     kept: dict[int, Tensor] = {}
     deepest = max(points)
 
     def reader(layer: int) -> Callable[[Tensor], None]:
         def read(x: Tensor) -> None:
+            if x.numel() != mask.numel() * x.shape[-1]:
+                raise ValueError(
+                    f"collect: {points[layer].path} carries {tuple(x.shape)} for {tuple(mask.shape)} tokens of input_ids; "
+                    f"which rows are whose cannot be told"
+                )
             kept[layer] = select(
                 x.reshape(*mask.shape, x.shape[-1])
             )  # OPT's MLP sees the tokens of all texts as one list
@@ -231,14 +357,10 @@ def read_batch(
 
         return read
 
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
     # Outputs that the config asks for are refused: transformers 4.57 captures them by replacing the modules' forwards,
     # and leaves them replaced when it is interrupted.
-    inputs |= {
-        key: False
-        for key in ("output_hidden_states", "output_attentions", "output_router_logits")
-        if hasattr(model.config, key)
-    }
+    refused = ("output_hidden_states", "output_attentions", "output_router_logits")
+    inputs = inputs | {"use_cache": False} | {key: False for key in refused if hasattr(model.config, key)}
     handles = [point.attach(reader(layer)) for layer, point in points.items()]
     try:
         model(**inputs)
@@ -252,25 +374,29 @@ def read_batch(
             f"collect: the forward never ran {points[missing[0]].path}, so layer {missing[0]} cannot be read; "
             f"use resid_post"
         )
-    rows_of = counts if position == "all" else [1] * len(batch)
-    return {layer: list(rows.to("cpu", torch.float32).split(rows_of)) for layer, rows in kept.items()}
+    return {layer: list(rows.to("cpu", torch.float32).split(counts)) for layer, rows in kept.items()}
 
 
-def _selector(position: str | int, mask: Tensor, lengths: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function from (batch, tokens, width) to the rows of `position`: a new tensor, small, still on the device."""
+def _selector(position: str | int, mask: Tensor) -> tuple[Callable[[Tensor], Tensor], list[int]]:
+    """A function from (batch, tokens, width) to the rows of `position`, and how many of them each text has.
+
+    It returns a new tensor, small, still on the device. `mask` says which tokens are real, on whichever side they stand.
+    """
+    lengths = mask.sum(1)
     if position == "mean":
 
         def mean(x: Tensor) -> Tensor:
             real = mask.to(x.device)[..., None]
             return torch.where(real, x, 0).sum(1, dtype=torch.float32) / lengths.to(x.device)[:, None]
 
-        return mean
-    if position == "all":
-        text, token = mask.nonzero(as_tuple=True)
-    else:
+        return mean, [1] * len(mask)
+    text, token = mask.nonzero(as_tuple=True)
+    counts = lengths.tolist()
+    if position != "all":
         index = -1 if position == "last" else int(position)
-        text, token = torch.arange(len(lengths), device=lengths.device), index + lengths * (index < 0)
-    return lambda x: x[text.to(x.device), token.to(x.device)]
+        chosen = lengths.cumsum(0) - lengths + index + lengths * (index < 0)
+        text, token, counts = text[chosen], token[chosen], [1] * len(mask)
+    return lambda x: x[text.to(x.device), token.to(x.device)], counts
 
 
 def typical_norm_of(rows: Tensor) -> float:

@@ -4,8 +4,8 @@
     00000.safetensors …     activations (rows, d), tokens (contexts, length) int32, positions (rows,) int32
 
 Texts are packed: joined with the end-of-text token, cut into contexts of equal length, each begun with the beginning-of-text
-token (where the tokenizer has one). `positions` says where in `tokens`, flattened, a row was read. Rows of special tokens and
-the first position of every context are left out: their norm is many times that of text, and they mean nothing.
+token (where the tokenizer has one), once. `positions` says where in `tokens`, flattened, a row was read. Rows of special
+tokens and the first position of every context are left out: their norm is many times that of text, and they mean nothing.
 
 Every file is written whole or not at all, so that a killed collection goes on where it stopped.
 """
@@ -25,9 +25,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from steerfast._checks import whole_number
 from steerfast.files.replace import replace_file
 from steerfast.models.collect import read_batch
 from steerfast.models.layers import evaluating, find_layers
+from steerfast.models.texts import TextReader
 
 SCHEMA = 1
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -133,9 +135,11 @@ class ActivationStream:
     def __init__(
         self, model: nn.Module, tokenizer: Any, texts: Iterable[str], place: tuple[str, int], *, context: int = 256
     ) -> None:
-        site, layer = place
+        if not isinstance(place, tuple | list) or len(place) != 2:
+            raise TypeError(f"ActivationStream: place must be (site, layer), got {place!r}")
         found = find_layers(model, "ActivationStream")
-        layer = found.resolve(layer, "ActivationStream")
+        site, layer = place[0], found.resolve(whole_number("ActivationStream", "layer", place[1]), "ActivationStream")
+        context = whole_number("ActivationStream", "context", context)
         self._point = found.point(layer, site, "ActivationStream")
         self._model = getattr(model, "_orig_mod", model)
         self._tokens = pack(tokenizer, texts, context)
@@ -232,23 +236,33 @@ def pack(tokenizer: Any, texts: Iterable[str], context: int) -> Tensor:
     Raises:
         TypeError: texts is one string.
         ValueError: context is too short, or the texts do not fill one context.
+
+    Warns:
+        UserWarning: a text brings along a special token that the tokenizer adds itself; it is left out.
     """
     if isinstance(texts, str):
         raise TypeError("pack: texts must be several texts, got one string; put it into a list")
-    if not isinstance(context, int) or context < 8:
-        raise ValueError(f"pack: context is {context!r}; expected a whole number >= 8")
+    context = whole_number("pack", "context", context, 8)
+    reader = TextReader.of(tokenizer, "pack")
+    tokenizer = reader.tokenizer
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     room = context - len(first)
     stream: list[int] = []
     for window in _windows(texts, _TOKENIZED_AT_A_TIME):
-        for ids in tokenizer(window, add_special_tokens=False, verbose=False)["input_ids"]:
+        for ids in reader.own(window):
             stream += [*ids, *last]
-    count = len(stream) // room
-    if not count:
+    contexts, at = [], 0
+    while True:
+        begin = [] if stream[at : at + 1] == first else first  # a chat's first token, or an end of text that is both
+        until = at + context - len(begin)
+        if until > len(stream):
+            break
+        contexts.append([*begin, *stream[at:until]])
+        at = until
+    if not contexts:
         raise ValueError(f"pack: the texts have {len(stream)} tokens; expected {room} at least, one context: give more")
-    packed = torch.tensor(stream[: count * room], dtype=torch.int32).view(count, room)
-    return torch.cat([packed.new_tensor(first).expand(count, len(first)), packed], dim=1).contiguous()
+    return torch.tensor(contexts, dtype=torch.int32)
 
 
 def real_tokens(tokenizer: Any, contexts: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerfast._checks import whole_number
 from steerfast.files.replace import replace_file
 from steerfast.models.collect import read_batch
 from steerfast.models.layers import Point, evaluating, find_layers
@@ -125,9 +126,10 @@ def evaluate_sae(
             f"evaluate_sae: {sae} has width {sae.d}, {point.path} has {point.width}; is it another model's?"
         )
     sae = sae.to(dtype=torch.float32)  # the same numbers; rows are not rounded to the 16 bits of its file
+    loss_tokens = whole_number("evaluate_sae", "loss_tokens", loss_tokens)
     contexts = pack(tokenizer, texts, context)
     if tokens is not None:
-        contexts = contexts[: max(1, tokens // context)]
+        contexts = contexts[: max(1, whole_number("evaluate_sae", "tokens", tokens) // contexts.shape[1])]
     keep = real_tokens(tokenizer, contexts)
     model = getattr(model, "_orig_mod", model)
     with evaluating(model):

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import one_of
+from steerfast._checks import one_of, whole_number
 from steerfast.files.replace import replace_file
 from steerfast.models.layers import find_layers
+from steerfast.models.texts import TextReader
 
 from .model import SAE
 
@@ -212,8 +213,9 @@ def explain(
     """
     one_of("explain", "ranking", ranking, RANKINGS)
     names = vocabulary_of(tokenizer) if vocabulary is None else list(dict.fromkeys(word.strip() for word in vocabulary))
-    if not isinstance(words, int) or not 1 <= words <= len(names):
-        raise ValueError(f"explain: words is {words!r}; expected 1 to {len(names)}, the size of the vocabulary")
+    words = whole_number("explain", "words", words)
+    if not 1 <= words <= len(names):
+        raise ValueError(f"explain: words is {words}; expected 1 to {len(names)}, the size of the vocabulary")
     output, norm = _head(model)
     if output.shape[1] != sae.d:
         raise ValueError(f"explain: {sae} has width {sae.d}, the model {output.shape[1]}; is it another model's?")
@@ -318,10 +320,10 @@ def _blocks(features: Tensor, meanings: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def _word_rows(tokenizer: Any, names: list[str], output: Tensor) -> Tensor:
     """e_w, float32 (V, d): the mean output-embedding row of a word's tokens, as it stands inside a text."""
-    rows = []
+    rows, reader = [], TextReader.of(tokenizer, "explain")
     for start in range(0, len(names), 4096):
         part = [f" {name}" for name in names[start : start + 4096]]
-        tokens = tokenizer(part, add_special_tokens=False)["input_ids"]
+        tokens = reader.own(part)
         if empty := [name for name, ids in zip(part, tokens, strict=True) if not ids]:
             raise ValueError(f"explain: the word {empty[0].strip()!r} has no tokens; remove it from the vocabulary")
         flat = torch.tensor([token for ids in tokens for token in ids], device=output.device)

@@ -17,6 +17,7 @@ from steerfast.edits.linear import Add
 from steerfast.hooks.steer import steer
 from steerfast.models.caches import cache_in
 from steerfast.models.layers import Layers, evaluating, find_layers, verify_sites
+from steerfast.models.texts import TextReader
 from steerfast.plan import Plan
 
 ROUNDING = 8.0
@@ -80,7 +81,7 @@ def check(model: Any, tokenizer: Any, plan: Plan | None = None) -> Iterator[Find
         True
     """
     layers = find_layers(model, "check")
-    ids = tokenizer("The quick brown fox jumps over the lazy dog", return_tensors="pt")["input_ids"][:, :12]
+    ids = torch.tensor([TextReader.of(tokenizer, "check").ids("The quick brown fox jumps over the lazy dog")[:12]])
     if ids.shape[1] < 3:
         raise ValueError(f"check: the tokenizer made {ids.shape[1]} tokens of a sentence; at least 3 are needed")
     subject = _Subject(model, layers, ids.to(model.device), plan)

@@ -15,6 +15,7 @@ from steerfast.edits.base import Intervention
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
 from steerfast.models.layers import SITES, find_layers
+from steerfast.models.texts import TextReader
 from steerfast.ops import torch_backend
 from steerfast.plan import Plan, as_plan
 
@@ -132,6 +133,7 @@ def dose(
         >>> sf.dose(model, tokenizer, {8: sf.Add(v, 4.0)}, ["I went to the market."])  # doctest: +SKIP
     """
     limit = finite_number("dose", "limit", limit)
+    tokenizer = TextReader.of(tokenizer, "dose")  # one reader, so that `collect` does not warn at every place
     plan = plan.plan() if isinstance(plan, DirectionSet) else as_plan("dose", plan)
     layers = find_layers(model, "dose")
     edits: dict[Any, tuple[Intervention, ...]] = {}

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import finite_number, one_of
+from steerfast._checks import finite_number, one_of, positive_integer, whole_number, whole_numbers
 from steerfast.barriers.barrier import Barrier
 from steerfast.barriers.fit import fit_barrier
 from steerfast.directions import extract
@@ -33,6 +33,7 @@ from steerfast.edits.linear import Add
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
 from steerfast.models.layers import SITES, evaluating, find_layers
+from steerfast.models.texts import TextReader
 from steerfast.plan import Plan, card
 
 SCHEMA = 1
@@ -79,7 +80,7 @@ class Grid:
     """What is tried.
 
     Args:
-        layers: 0-based, negative from the end.
+        layers: 0-based, negative from the end; also an array or a tensor of integers, or a slice of all layers.
         strengths: In the given unit; negative ones steer the other way, 0 is the unsteered model.
         methods: Functions of `steerfast.extract`: "mean_difference", "difference", "pca", "logistic".
         unit: "stream": the added vector's length as a share of the stream's typical (median) norm at that layer, so
@@ -90,7 +91,7 @@ class Grid:
         TypeError, ValueError: an empty or repeated entry, an unknown word, or a strength that is not finite.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] | slice
     strengths: tuple[float, ...] = (-0.4, -0.2, -0.1, 0.1, 0.2, 0.4, 0.8)
     methods: tuple[str, ...] = ("mean_difference",)
     unit: str = "stream"
@@ -101,12 +102,11 @@ class Grid:
         one_of("Grid", "site", self.site, SITES)
         strengths = tuple(finite_number("Grid", "strengths", s) for s in _several("Grid", "strengths", self.strengths))
         methods = tuple(one_of("Grid", "methods", m, METHODS) for m in _several("Grid", "methods", self.methods))
-        for name, values in (
-            ("layers", _several("Grid", "layers", self.layers)),
-            ("strengths", strengths),
-            ("methods", methods),
-        ):
-            if len(set(values)) != len(values):
+        layers: Any = self.layers
+        if not isinstance(layers, slice):
+            layers = tuple(whole_number("Grid", "layers", layer) for layer in _several("Grid", "layers", layers))
+        for name, values in (("layers", layers), ("strengths", strengths), ("methods", methods)):
+            if not isinstance(values, slice) and len(set(values)) != len(values):
                 raise ValueError(f"Grid: {name} is {values}; name each once")
             object.__setattr__(self, name, values)
 
@@ -264,10 +264,13 @@ def sweep(
         >>> found = sf.sweep(model, tokenizer, (love, hate), probe, sf.Grid((6, 8)), out="sweep")  # doctest: +SKIP
         >>> found.best()  # doctest: +SKIP
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"sweep: batch_size must be a positive integer, got {batch_size!r}")
+    batch_size = positive_integer("sweep", "batch_size", batch_size)
     layers = find_layers(model, "sweep")
-    chosen = [layers.resolve(layer, "sweep") for layer in grid.layers]
+    given = whole_numbers("sweep", "layers", grid.layers, layers.count)
+    chosen = list(dict.fromkeys(layers.resolve(layer, "sweep") for layer in given))
+    if not chosen:
+        raise ValueError(f"sweep: {grid.layers} names none of the {layers.count} layers")
+    tokenizer = TextReader.of(tokenizer, "sweep")  # one reader, so that `collect` below does not warn again
     if len(sides) != 2:
         raise ValueError(f"sweep: sides must be (texts with the property, texts without it), got {len(sides)} items")
     both = [_texts("sweep", "sides", side) for side in sides]
@@ -305,27 +308,26 @@ class _Sequence:
     start: int
 
 
-def _sequences(tokenizer: Any, probe: Probe) -> list[_Sequence]:
+def _sequences(reader: TextReader, probe: Probe) -> list[_Sequence]:
     """Prompts with each continuation, prompt by prompt, then the neutral texts."""
     found = []
     for prompt in probe.prompts:
-        head = _ids(tokenizer, "prompts", prompt)
+        head = _filled("prompts", prompt, reader.beginning(prompt))
         for continuation in (*probe.wanted, *probe.unwanted):
-            tail = _ids(tokenizer, "wanted and unwanted", continuation, add_special_tokens=False)
+            tail = _filled("wanted and unwanted", continuation, reader.bare(continuation))
             found.append(_Sequence((*head, *tail), len(head)))
     for text in probe.neutral:
-        ids = _ids(tokenizer, "neutral", text)
+        ids = _filled("neutral", text, reader.ids(text))
         if len(ids) < 2:
             raise ValueError(f"sweep: {text!r} in neutral has one token; perplexity needs at least two")
         found.append(_Sequence(ids, 1))
     return found
 
 
-def _ids(tokenizer: Any, name: str, text: str, **options: Any) -> tuple[int, ...]:
-    ids = tuple(tokenizer(text, **options)["input_ids"])
+def _filled(name: str, text: str, ids: list[int]) -> tuple[int, ...]:
     if not ids:
         raise ValueError(f"sweep: {text!r} in {name} has no tokens; remove it or give it content")
-    return ids
+    return tuple(ids)
 
 
 def _measure(

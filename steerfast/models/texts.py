@@ -1,0 +1,112 @@
+"""Texts as token ids: the one place where a tokenizer is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steerfast._checks import warn_user
+
+_PROBES = ("a", "0", ".")
+"""Texts of one token or so, of which one at least has a token in any vocabulary."""
+_OTHER_PARTS = ("image_processor", "feature_extractor", "video_processor")
+"""What a processor has beside its tokenizer."""
+
+
+class TextReader:
+    """A tokenizer that adds its special tokens once, and says once if a text brought them along.
+
+    A chat template writes the beginning-of-text token into its text, and the tokenizer then adds it again: two of them
+    change every activation behind them (31 % of their length on a Llama). So a text that begins with what the tokenizer
+    adds in front, or ends with what it adds behind, is read as if it did not.
+
+    Args:
+        tokenizer: A tokenizer of `transformers`, or a callable like one.
+        owner: The public function that reads, for its messages.
+
+    Raises:
+        TypeError: it is no tokenizer, or a processor, whose tokenizer is what reads texts.
+
+    Example:
+        >>> TextReader(tokenizer, "collect").ids("I hate you")
+        [57, 13735, 346]
+    """
+
+    def __init__(self, tokenizer: Any, owner: str) -> None:
+        if not callable(tokenizer):
+            raise TypeError(f"{owner}: tokenizer must be a tokenizer of transformers; got {type(tokenizer).__name__}")
+        if any(hasattr(tokenizer, part) for part in _OTHER_PARTS):
+            raise TypeError(
+                f"{owner}: tokenizer is a {type(tokenizer).__name__}; pass its .tokenizer, which is what reads texts"
+            )
+        self.tokenizer, self.owner = tokenizer, owner
+        self._around: tuple[list[int], list[int]] | None = None
+        self._warned = False
+
+    @classmethod
+    def of(cls, tokenizer: Any, owner: str) -> TextReader:
+        """The reader of a tokenizer; a reader is its own, so that functions that call each other warn once."""
+        return tokenizer if isinstance(tokenizer, cls) else cls(tokenizer, owner)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text with the special tokens that the tokenizer adds, each once."""
+        return self._read(text, self._added()[1])
+
+    def beginning(self, text: str) -> list[int]:
+        """Token ids of a text that goes on: as `ids`, without the end-of-text token that some tokenizers add behind."""
+        return self._read(text, [])
+
+    def bare(self, text: str) -> list[int]:
+        """Token ids of a text as it stands: nothing is added, nothing left out."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def own(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text without what the tokenizer adds around it, for a caller who adds his own."""
+        found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [self._without(text, list(ids)) for text, ids in zip(texts, found, strict=True)]
+
+    def _read(self, text: str, end: list[int]) -> list[int]:
+        ids = list(self.tokenizer(text)["input_ids"])
+        front, behind = self._added()
+        stop = len(ids) - len(behind)
+        if stop < len(front) or ids[: len(front)] != front or ids[stop:] != behind:
+            return ids
+        return front + self._without(text, ids[len(front) : stop]) + end
+
+    def _without(self, text: str, ids: list[int]) -> list[int]:
+        """The ids of a text without those at its ends that the tokenizer adds itself."""
+        front, behind = self._added()
+        if front and ids[: len(front)] == front:
+            self._warn(text, "begins", front)
+            ids = ids[len(front) :]
+        if behind and ids[-len(behind) :] == behind:
+            self._warn(text, "ends", behind)
+            ids = ids[: -len(behind)]
+        return ids
+
+    def _added(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts in front of a text and behind it."""
+        if self._around is None:
+            self._around = [], []
+            for probe in _PROBES:
+                bare, whole = self.bare(probe), list(self.tokenizer(probe)["input_ids"])
+                places = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+                if bare and places:
+                    self._around = whole[: places[0]], whole[places[0] + len(bare) :]
+                    break
+        return self._around
+
+    def _warn(self, text: str, where: str, ids: list[int]) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        decode = getattr(self.tokenizer, "decode", str)
+        warn_user(
+            f"{self.owner}: a text {where} with {decode(ids)!r}, which the tokenizer adds itself "
+            f"({short_text(text)}); it is read once, here and in every such text"
+        )
+
+
+def short_text(text: Any) -> str:
+    """The beginning of a text, for a message."""
+    shown = repr(text)
+    return shown if len(shown) <= 40 else shown[:37] + "..."

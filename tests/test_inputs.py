@@ -1,0 +1,291 @@
+"""Ready inputs of a processor, and numbers from NumPy and PyTorch, wherever `collect` and its kin take them."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import IMAGE_TOKEN, build, randomise
+from test_texts import words
+from transformers import LlamaConfig
+
+import steerfast as sf
+from steerfast.sae.cache import pack
+from steerfast.sae.model import Origin
+
+TEXTS = ["w3 w4 w5 w6 w7", "w8 w9", "w10 w11 w12"]
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def image_inputs(batch: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Rows of 4 image tokens and some text, the first padded on the left and the second on the right."""
+    ids = torch.randint(3, 90, (batch, 9), generator=torch.Generator().manual_seed(seed))
+    ids[:, 3:7] = IMAGE_TOKEN
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    if batch > 1:
+        mask[1, 8:] = 0
+    pixels = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def shown(model: Any, inputs: Any) -> Any:
+    with torch.no_grad():
+        out = model(**inputs, output_hidden_states=True)
+    return getattr(out, "language_model_outputs", out).hidden_states
+
+
+@cache
+def blip() -> Any:
+    """A model that runs on no text alone: its queries stand in the place of the image tokens."""
+    vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    queries = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = LlamaConfig(
+        hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, vocab_size=101, pad_token_id=0
+    )
+    config = transformers.Blip2Config(
+        vision_config={**vision, "image_size": 16, "patch_size": 8},
+        qformer_config={**queries, "encoder_hidden_size": 32, "vocab_size": 101},
+        text_config=text.to_dict(), num_query_tokens=4, image_token_index=IMAGE_TOKEN,
+    )  # fmt: skip
+    model = transformers.Blip2ForConditionalGeneration._from_config(config)
+    randomise(model)
+    return model.float().eval()
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3_vl", "blip2"])
+def test_inputs_give_what_a_plain_forward_shows(name: str) -> None:
+    model = blip() if name == "blip2" else build(name)
+    given = [image_inputs(), image_inputs(1, seed=1)]
+    if name == "gemma3_vl":
+        given = [{**one, "token_type_ids": (one["input_ids"] == IMAGE_TOKEN).long()} for one in given]
+    states = [[state for one in given for state in shown(model, one)[layer + 1]] for layer in (0, 1)]
+    real = [row.bool() for one in given for row in one["attention_mask"]]
+    picks: Any = {
+        "all": lambda h: h,
+        "last": lambda h: h[-1:],
+        "mean": lambda h: h.mean(0, keepdim=True),
+        0: lambda h: h[:1],
+        -2: lambda h: h[-2:-1],
+    }
+    for position, pick in picks.items():
+        acts = sf.collect(model, inputs=given, layers=[0, 1], position=position, progress=False)
+        for layer in (0, 1):
+            close(acts[layer], torch.cat([pick(h[mask]) for h, mask in zip(states[layer], real, strict=True)]))
+        rows = [int(mask.sum()) if position == "all" else 1 for mask in real]
+        assert acts.text_index.tolist() == [i for i, count in enumerate(rows) for _ in range(count)]
+
+
+def test_what_a_processor_makes_goes_in_as_it_is() -> None:
+    image = pytest.importorskip("PIL.Image")
+    tokenizer = words()
+    tokenizer.add_tokens([f"w{IMAGE_TOKEN}"], special_tokens=True)
+    tokenizer.pad_token = "</s>"
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(**sizes), tokenizer, patch_size=8, vision_feature_select_strategy="default",
+        image_token=f"w{IMAGE_TOKEN}", num_additional_image_tokens=1,
+    )  # fmt: skip
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+    ready = processor(images=[image.fromarray(pixels)], text=[f"w{IMAGE_TOKEN} w3 w4"], return_tensors="pt")
+    model = build("llava")
+    acts = sf.collect(model, None, None, 1, "all", inputs=[ready, dict(ready)], progress=False)
+    state = shown(model, ready)[2][0]
+    assert len(state) == 1 + 4 + 2
+    close(acts[1], torch.cat([state, state]))
+    without = shown(model, {name: value for name, value in ready.items() if name != "pixel_values"})[2][0]
+    assert (without - state).abs().max() > 0.1  # the image counts
+    with pytest.raises(TypeError, match="collect: tokenizer is a LlavaProcessor; pass its"):
+        sf.collect(model, processor, TEXTS, 1, progress=False)
+
+
+def test_ids_alone_and_embeddings_are_inputs_too() -> None:
+    model, ids = build("llama"), torch.tensor([[3, 4, 5, 6]])
+    state = shown(model, {"input_ids": ids})[1][0]
+    for one in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids).detach()}):
+        close(sf.collect(model, inputs=(one for _ in range(2)), layers=0, progress=False)[0], state[[-1, -1]])
+
+
+def test_a_steered_model_and_every_site() -> None:
+    model, given = build("llava"), [image_inputs()]
+    v = torch.randn(48)
+    for site in ("resid_pre", "attn_out", "mlp_out"):
+        plain = sf.collect(model, inputs=given, layers=1, position="all", site=site, progress=False)
+        with sf.steer(model, {(site, 1): sf.Add(v)}):
+            steered = sf.collect(model, inputs=given, layers=1, position="all", site=site, progress=False)
+        close(steered[1], plain[1] + v)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"texts": TEXTS, "tokenizer": words()}, ValueError, "^collect: got texts and inputs; give one of them"),
+        ({"inputs": None}, TypeError, "^collect: give tokenizer and texts, or inputs"),
+        ({"inputs": None, "texts": TEXTS}, TypeError, "^collect: tokenizer is missing; texts are read with it"),
+        ({"inputs": image_inputs()}, TypeError, "inputs must be several dicts, got one dict; put it into a list"),
+        ({"inputs": 3}, TypeError, "inputs must be several dicts, in a list or another iterable, got int"),
+        ({"inputs": []}, ValueError, "inputs is empty"),
+        ({"inputs": ["w3"]}, TypeError, "inputs 0 must be a dict of the forward's arguments, got str"),
+        ({"inputs": [{"input_ids": [[3, 4]]}]}, TypeError, "input_ids must be a tensor .* got list; call the processor with"),
+        ({"inputs": [{"input_ids": torch.tensor([3])}]}, TypeError, r"\(rows, tokens\), got shape \(1,\)"),
+        ({"inputs": [{"pixel_values": torch.ones(1)}]}, TypeError, "inputs 0: input_ids must be a tensor"),
+        ({"inputs": [image_inputs() | {"attention_mask": torch.ones(2, 1, 9, 9)}]}, TypeError, r"\(2, 9\) as input_ids, got"),
+        ({"inputs": [image_inputs() | {"attention_mask": torch.zeros(2, 9)}]}, ValueError, "inputs 0: row 0 has no tokens"),
+        ({"position": 7}, ValueError, "position 7 is out of range for row 0 of inputs 0, which has 7 tokens, -7 to 6"),
+        ({"inputs": [{"input_ids": torch.full((1, 129), 5)}]}, ValueError, "inputs 0 has 129 tokens; this model reads at most"),
+        ({"layers": None}, TypeError, "^collect: layers is missing; name one or several, 0 to 2"),
+    ],
+)  # fmt: skip
+def test_wrong_use(change: Any, error: Any, message: Any) -> None:
+    arguments = {"inputs": [image_inputs()], "layers": 0, "progress": False} | change
+    with pytest.raises(error, match=message):
+        sf.collect(build("llava"), **arguments)
+
+
+def test_ready_dicts_as_texts_and_models_that_demand_an_image() -> None:
+    with pytest.raises(TypeError, match=r"text 0 is a dict with input_ids; pass ready dicts as inputs=\["):
+        sf.collect(build("llava"), words(), [image_inputs()], 0, progress=False)
+    with pytest.raises(
+        ValueError, match=r"^collect: Blip2.* does not run on token ids alone .* with pixel_values, as inputs=\["
+    ):
+        sf.collect(blip(), words(), TEXTS, 0, progress=False)
+
+
+def test_a_block_that_sees_more_tokens_than_the_ids_is_refused() -> None:
+    model = deepcopy(build("llama"))
+    model.model.layers[1].register_forward_pre_hook(
+        lambda _, args: (torch.cat([args[0][:, :2], args[0]], 1), *args[1:])
+    )
+    model.model.layers[1].forward = lambda x, *_, **__: x
+    for given in ({"inputs": [{"input_ids": torch.tensor([[3, 4, 5]])}]}, {"tokenizer": words(), "texts": ["w3 w4"]}):
+        with pytest.raises(ValueError, match=r"layers\.1 carries \(1, 5, 48\) for \(1, 3\) tokens"):
+            sf.collect(model, layers=1, progress=False, **given)
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------------
+
+LAYERS: dict[str, Any] = {
+    "NumPy integer": (np.int64(1), [1]),
+    "array": (np.array([0, -1]), [0, 2]),
+    "array of no dimension": (np.array(2), [2]),
+    "small array": (np.array([0, 2], dtype=np.int8), [0, 2]),
+    "unsigned": (np.arange(2, dtype=np.uint16), [0, 1]),
+    "NumPy integers in a list": ([np.int32(0), 1], [0, 1]),
+    "tensor": (torch.tensor([2, 0]), [0, 2]),
+    "tensor of no dimension": (torch.tensor(1), [1]),
+    "tensors in a tuple": ((torch.tensor(1), torch.tensor(2)), [1, 2]),
+    "slice": (slice(None), [0, 1, 2]),
+    "slice with a step": (slice(None, None, 2), [0, 2]),
+    "slice from the end": (slice(-2, None), [1, 2]),
+    "slice of NumPy integers": (slice(np.int64(1), np.int64(9)), [1, 2]),
+    "range": (range(2), [0, 1]),
+    "set": ({1, 2}, [1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_any_kind_of_number(name: str) -> None:
+    given, layers = LAYERS[name]
+    model = build("llama")
+    acts = sf.collect(model, words(), TEXTS, given, progress=False)
+    assert list(acts) == layers
+    assert all(type(layer) is int for layer in acts)
+    right = sf.collect(model, words(), TEXTS, layers, progress=False)
+    assert all(torch.equal(acts[layer], right[layer]) for layer in layers)
+    if isinstance(given, slice) or np.ndim(given) == 1:  # a set is no array to NumPy, and a grid has an order
+        grid = sf.Grid(layers=given, strengths=np.array([0.5], dtype=np.float32))
+        probe = sf.Probe(("w9 w10",), ("w11",), ("w12",), ("w15 w16",))
+        found = sf.sweep(model, words(), (["w3"], ["w4"]), probe, grid, batch_size=np.int64(4), progress=False)
+        assert sorted(cell.layer for cell in found) == layers
+        assert {type(cell.layer) for cell in found} == {int}
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        (1.0, TypeError, "layers must be a whole number; got 1.0"),
+        (np.float32(1), TypeError, "layers must be a whole number; got 1.0"),
+        (torch.tensor([1.0]), TypeError, "layers must be a whole number; got 1.0"),
+        (torch.tensor([True, False, True]), TypeError, "layers must be a whole number; got True"),
+        (np.array([True]), TypeError, "layers must be a whole number; got True"),
+        (np.array([[0, 1]]), TypeError, r"layers has shape \(1, 2\); expected one number or a list"),
+        ([None], TypeError, "layers must be a whole number; got None"),
+        (np.array([3]), ValueError, "layer 3 is out of range"),
+        (torch.tensor([], dtype=torch.int64), ValueError, "layers is empty"),
+        (slice(3, None), ValueError, "layers is empty"),
+        (slice(0, 1.5), TypeError, "layers must be a whole number; got 1.5"),
+        (slice(0, 2, 0), ValueError, "layers is a slice of step 0"),
+    ],
+)
+def test_what_is_no_layer(layers: Any, error: Any, message: Any) -> None:
+    with pytest.raises(error, match=f"^collect: {message}"):
+        sf.collect(build("llama"), words(), TEXTS, layers, progress=False)
+
+
+def test_positions_and_sizes_of_collect() -> None:
+    model = build("llama")
+    right = sf.collect(model, words(), TEXTS, 1, -2, progress=False)
+    for position in (np.int64(-2), torch.tensor(-2), np.array(-2)):
+        acts = sf.collect(model, words(), TEXTS, 1, position, batch_size=np.int32(2), progress=False)
+        close(acts[1], right[1])
+        assert type(acts.position) is int
+    with pytest.raises(TypeError, match=r"position must be one of .* got True"):
+        sf.collect(model, words(), TEXTS, 1, True, progress=False)
+
+
+def test_caches_take_them_and_save_plain_numbers(tmp_path: Any) -> None:
+    model, texts = build("llama"), TEXTS * 4
+    right = sf.cache_activations(model, words(), texts, ("resid_post", 2), tmp_path / "a", context=8)
+    for number, layer in enumerate((np.int64(-1), torch.tensor(2), np.array(2))):
+        folder = tmp_path / str(number)
+        found = sf.cache_activations(model, words(), texts, ("resid_post", layer), folder, context=np.int64(8))
+        assert found.info == right.info
+        assert sf.ActivationCache.open(folder).info == right.info
+        assert torch.equal(found.read(0), right.read(0))
+    for place in ("resid_post", 2, ("resid_post", 2.0), ("resid_post", True)):
+        with pytest.raises(TypeError, match=r"^ActivationStream: "):
+            sf.ActivationStream(model, words(), texts, place, context=8)
+    with pytest.raises(ValueError, match="pack: context is 4; expected a whole number >= 8"):
+        pack(words(), texts, np.int64(4))
+
+
+def test_strengths_and_doses_of_numpy(tmp_path: Any) -> None:
+    model, v = build("llama"), torch.randn(48)
+    right = sf.dose(model, words(), {1: sf.Add(v, 0.25)}, TEXTS, limit=9)
+    for strength in (np.float32(0.25), np.float64(0.25), torch.tensor(0.25), np.array(0.25)):
+        plan = sf.Plan({1: sf.Add(v, strength)})
+        assert list(sf.dose(model, words(), plan, TEXTS, limit=np.float32(9), batch_size=np.int64(8))) == list(right)
+        assert sf.Plan.load(plan.save(tmp_path / str(type(strength)))).edits["resid_post", 1][0].strength == 0.25
+    baked = deepcopy(build("gpt2"))
+    site = ("mlp_out", 1)
+    bias = sf.bake(baked, sf.Plan({site: sf.Add(v, np.float32(2.0))})).transformer.h[1].mlp.c_proj.bias
+    torch.testing.assert_close(bias, build("gpt2").transformer.h[1].mlp.c_proj.bias + 2 * v)
+
+
+def test_numbers_of_saes_and_barriers(tmp_path: Any) -> None:
+    rows = torch.randn(20, 8)
+    sae = sf.SAE(rows, rows, k=np.int64(3), origin=Origin(("resid_post", np.int64(1))))
+    again = sf.SAE.load(sae.save(tmp_path))
+    assert (again.k, again.place) == (3, ("resid_post", 1))
+    for indices in (np.array([4, 1]), torch.tensor([4, 1]), [np.int64(4), 1]):
+        assert torch.equal(sae.rows(indices).decoder, rows[[4, 1]])
+    assert torch.equal(sae.rows(slice(0, 2)).decoder, rows[:2])
+    config = sf.TrainConfig(
+        features=np.int64(16), k=np.int32(2), tokens=np.int64(64), batch=np.int64(32), lr=np.float32(1e-3)
+    )
+    assert json.loads(json.dumps(vars(config)))["features"] == 16
+    assert sf.train_sae(torch.randn(40, 8), config).k == 2
+    for wrong in (2.0, True, np.bool_(True), "2"):
+        with pytest.raises(TypeError, match="k must be a whole number"):
+            sf.SAE(rows, rows, k=wrong)
+    sides = torch.randn(30, 8) + 1, torch.randn(30, 8) - 1
+    assert sf.fit_barrier(*sides, kind="quadratic", rank=np.int64(2)).rank == 2
