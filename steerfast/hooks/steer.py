@@ -150,9 +150,7 @@ class Steering:
             return self._decisions
         found: list[list[Tensor | None]] = []
         for index, slots in enumerate(self._attachment.slots):
-            latches = [
-                self._controller.passes.gates.decision(slot) for slot in slots if slot in self._attachment.latched
-            ]
+            latches = [self._controller.passes.decision(slot) for slot in slots if slot in self._attachment.latched]
             found.append(
                 [one if one is None or not self._attachment.per_row else self._own(one, index) for one in latches]
             )

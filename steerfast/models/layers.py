@@ -33,6 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+IDS = ((5, 6, 7), (5, 6, 8))
+"""What a short forward reads: two rows of three tokens, so that axes tell each other apart; the rows differ in the last."""
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_out")
 
 _QKV = re.compile(r"^(q|k|v|qkv|kv)(_|$)|^(query|key|value)(_|$)|qkv|^c_attn$", re.IGNORECASE)
@@ -226,9 +228,13 @@ def find_layers(model: nn.Module, caller: str = "steer") -> Layers:
             f"{caller}: model must be a transformers model (a torch module with a config), got {type(model).__name__}"
         )
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    config: Any = model.config
-    config = config.get_text_config(decoder=True)
-    count, name = getattr(config, "decoder_layers", None) or config.num_hidden_layers, type(model).__name__
+    whole: Any = model.config
+    config, name = whole.get_text_config(decoder=True), type(model).__name__
+    if getattr(whole, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        raise TypeError(f"{caller}: {name} is an encoder-decoder; only decoders can be steered or read")
+    count = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
+    if count is None:
+        raise ValueError(f"{caller}: the config of {name} does not say how many blocks it has (num_hidden_layers)")
     for root in _decoder_roots(model):
         lists = _block_lists(root, count)
         if len(lists) == 1:
@@ -240,9 +246,46 @@ def find_layers(model: nn.Module, caller: str = "steer") -> Layers:
                 f"{caller}: {name} has {len(lists)} lists of {count} blocks ({', '.join(paths)}); "
                 f"cannot tell which is the decoder"
             )
+    calls = _most_calls(model)
+    if calls > 1:
+        raise ValueError(
+            f"{caller}: {name} is looped: it runs a block {calls} times in one pass, and an edit would act each time"
+        )
     raise ValueError(
         f"{caller}: {name} holds no list of {count} decoder blocks (its config's num_hidden_layers); is it a decoder?"
     )
+
+
+def read_ids(model: nn.Module, *modules: Any) -> bool:
+    """Run the first of some modules that takes plain token ids, (2, 3) of them; whether one did."""
+    device = next(model.parameters()).device
+    ids = torch.tensor(IDS, device=torch.device("cpu") if device.type == "meta" else device)
+    for module in modules:
+        try:
+            with evaluating(model):
+                module(input_ids=ids, use_cache=False)
+        except Exception:
+            continue
+        return True
+    return False
+
+
+def _most_calls(model: nn.Module) -> int:
+    """How often one pass runs the block that it runs most, in lists of any length."""
+    calls: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        calls[module] = calls.get(module, 0) + 1
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    blocks = {item for items in lists for item in items if _is_block(item)}
+    handles = [block.register_forward_hook(count) for block in blocks]
+    try:
+        read_ids(model, model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(calls.values(), default=0)
 
 
 def verify_sites(
