@@ -32,10 +32,20 @@ from .passes import Passes
 _ATTRIBUTE = "_steerfast"
 
 
+LOCK = threading.RLock()
+"""Held while something is attached or detached: two threads that steer one model share its controller."""
+
+
+def known_controller(model: nn.Module) -> Controller | None:
+    """The controller of a model that is steered or prepared; None for any other."""
+    inner = getattr(model, "_orig_mod", model)
+    return vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
+
+
 def controller_of(model: nn.Module) -> Controller:
     """The controller of a model; a new one is known to nobody until it attaches something."""
     inner = getattr(model, "_orig_mod", model)
-    found = vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
+    found = known_controller(model)
     if found is None:
         layers = find_layers(model, "steer")
         proof = Proof() if is_compiled(inner) else prove(inner, layers, "steer")  # a compiled one is refused below
@@ -219,7 +229,13 @@ class Controller:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """Shadow of the model's generate: announces the prompt, then runs the real one."""
-        generate, passes = self._originals["generate"][0], self.passes
+        passes = self.passes
+        if (
+            "generate" not in self._originals
+        ):  # kept from inside a block that has been left: the model's own, or a later one's
+            own: Any = self.model
+            return own.generate(*args, **kwargs)
+        generate = self._originals["generate"][0]
         if passes.generating == threading.get_ident():  # a model that is its own assistant generates inside generate
             return generate(*args, **kwargs)
         if passes.generating is not None:
@@ -237,6 +253,9 @@ class Controller:
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Shadow of the entry of continuous batching: what its thread could not follow is refused here."""
+        if "init_continuous_batching" not in self._originals:
+            own: Any = self.model
+            return own.init_continuous_batching(*args, **kwargs)
         check_paged(self.attachments, bool(self.passes.conditions))
         manager = new_manager(self.model, args, kwargs, self.passes.device.type == "cuda")
         self._batching = True

@@ -30,7 +30,6 @@ from .gates import Conditions, Gates
 from .generation import by_name, tokens_of, valid_tokens
 from .positions import IDLE, Owners, Pass, Prompt, Table, lengths_per_row
 
-
 _UNSEEN = object()
 
 
