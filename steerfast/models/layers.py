@@ -39,6 +39,9 @@ SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_out")
 
 _QKV = re.compile(r"^(q|k|v|qkv|kv)(_|$)|^(query|key|value)(_|$)|qkv|^c_attn$", re.IGNORECASE)
 MIXER = re.compile(r"attn|attention|mixer|mamba|ssm|conv|temporal", re.IGNORECASE)
+_RECURRENT = re.compile(
+    r"(^|[._])(conv|conv1d|A_log|dt|dt_bias|dt_proj|x_proj|in_proj|time|lambda|rg_lru|a_param)", re.IGNORECASE
+)
 _OUTPUT = re.compile(r"^(o|out|output|wo|dense|[oc]_proj|out_proj|out_lin)$")
 NORM = re.compile(r"norm|^ln(_|$)|(_|^)ln\d*$", re.IGNORECASE)
 _POST_MLP = re.compile(r"^post_(feedforward|feed_forward|mlp|ffn|ff)_(layernorm|layer_norm|norm)$")
@@ -100,6 +103,8 @@ class Point:
             raw = output[0] if isinstance(output, (tuple, list)) else output
             delta = new - self.read(args, kwargs, output)
             new = raw + (delta if self.scale == 1.0 else delta / self.scale)
+        if hasattr(output, "_fields"):  # a named tuple takes its fields one by one
+            return type(output)(new, *output[1:])
         if isinstance(output, (tuple, list)):
             return type(output)((new, *output[1:]))
         return new
@@ -224,8 +229,12 @@ def find_layers(model: nn.Module, caller: str = "steer") -> Layers:
         ('model.layers', 30, 576)
     """
     if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "get_text_config"):
+        inside = next(
+            (name for name in ("module", "original_model") if isinstance(_within(model, name), nn.Module)), None
+        )
+        hint = f"; it wraps one: pass its .{inside}" if inside else ""
         raise TypeError(
-            f"{caller}: model must be a transformers model (a torch module with a config), got {type(model).__name__}"
+            f"{caller}: model must be a transformers model (a torch module with a config), got {type(model).__name__}{hint}"
         )
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     whole: Any = model.config
@@ -268,6 +277,11 @@ def read_ids(model: nn.Module, *modules: Any) -> bool:
             continue
         return True
     return False
+
+
+def _within(model: Any, name: str) -> Any:
+    """What a wrapper (DistributedDataParallel, a TransformerLens bridge) holds under a name."""
+    return getattr(model, name, None) if isinstance(model, nn.Module) else None
 
 
 def _most_calls(model: nn.Module) -> int:
@@ -427,8 +441,8 @@ def _first_parameter(module: nn.Module) -> str:
     return next(iter(inspect.signature(module.forward).parameters))
 
 
-def _parts(block: nn.Module) -> tuple[str, str | None, list[str]]:
-    """Names of the attention, the MLP (None if there is none) and the norms among the block's children."""
+def _parts(block: nn.Module) -> tuple[str | None, str | None, list[str]]:
+    """Names of the attention, the MLP (None where there is none, but not both) and the norms among the block's children."""
     norms: list[str] = []
     sublayers: list[str] = []
     linears: list[str] = []
@@ -445,6 +459,8 @@ def _parts(block: nn.Module) -> tuple[str, str | None, list[str]]:
         if any(_QKV.search(leaf.rpartition(".")[2]) for leaf, _ in block.get_submodule(name).named_modules())
     ]
     attentions = attentions or [name for name in sublayers if MIXER.search(name)]
+    if len(sublayers) == 1 and not linears and attentions and not _attends(block.get_submodule(attentions[0])):
+        return None, attentions[0], norms  # hybrids with one part a block (Nemotron-H): an MLP under a mixer's name
     mlps = [name for name in sublayers if name not in attentions]
     if not mlps and len(linears) == 2:
         mlps, linears = linears[1:], []
@@ -453,6 +469,12 @@ def _parts(block: nn.Module) -> tuple[str, str | None, list[str]]:
             f"expected one attention and one MLP among its children, found {', '.join(sublayers + linears) or 'none'}"
         )
     return attentions[0], mlps[0] if mlps else None, norms
+
+
+def _attends(part: nn.Module) -> bool:
+    """Whether a part has queries, or what a recurrence or a convolution over tokens has; an MLP has none of it."""
+    names = [name for name, _ in part.named_parameters()]
+    return any(_QKV.search(leaf) for name in names for leaf in name.split(".")) or any(map(_RECURRENT.search, names))
 
 
 def post_norm(norms: list[str], *, mlp: bool) -> str | None:
@@ -476,7 +498,7 @@ def _added_point(block: nn.Module, path: str, d: int, *, mlp: bool) -> Point:
     attention_name, mlp_name, norms = _parts(block)
     name = mlp_name if mlp else attention_name
     if name is None:
-        raise Unresolved("it has no MLP of its own")
+        raise Unresolved(f"it has no {'MLP' if mlp else 'attention'} of its own")
     if extra := [key for key, value in (*block._parameters.items(), *block._buffers.items()) if value is not None]:
         raise Unresolved(f"it holds tensors of its own ({', '.join(extra)})")
     for attribute, value in vars(block).items():
@@ -496,6 +518,8 @@ def _added_point(block: nn.Module, path: str, d: int, *, mlp: bool) -> Point:
 def _head_point(block: nn.Module, path: str, d: int) -> Point:
     """The point before the attention's output projection: its last map to width d that makes no query, key or value."""
     attention_name, _, _ = _parts(block)
+    if attention_name is None:
+        raise Unresolved("it has no attention of its own")
     maps = [
         (name, module)
         for name, module in block.get_submodule(attention_name).named_modules()
