@@ -13,7 +13,7 @@ from steerfast import ops
 from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast.bank import Bank, fitting
 from steerfast.edits.base import Intervention, Program
-from steerfast.models.layers import Point
+from steerfast.models.points import Point
 from steerfast.models.proof import shape_refusal
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import Layers, Point, evaluating, find_layers
+from .layers import Layers, evaluating, find_layers
+from .points import Point
 
 POSITIONS = ("last", "mean", "all")
 _WINDOW = 16  # batches that are sorted by length together: little padding, and only so many texts in memory
