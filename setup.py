@@ -35,6 +35,7 @@ setup(
             "hypothesis>=6.100",
             "kernels>=0.12",  # the package that our folder of that name must not hide
             "mypy>=2.0",
+            "peft>=0.17",
             "pytest>=9.0",
             "pytest-benchmark>=5.0",
             "pytest-xdist>=3.6",

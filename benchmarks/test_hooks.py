@@ -19,7 +19,7 @@ from torch import nn
 import steerfast as sf
 from steerfast.hooks.dispatcher import Dispatcher
 from steerfast.hooks.positions import Pass
-from steerfast.models.layers import Point
+from steerfast.models.points import Point
 
 WIDTH = 576
 IMPORT = (

@@ -32,7 +32,9 @@ from .edits.rotations import Householder as Householder
 from .edits.rotations import Rotate as Rotate
 from .edits.rotations import Spherical as Spherical
 from .hooks.steer import Steering as Steering
+from .hooks.steer import active as active
 from .hooks.steer import prepare as prepare
+from .hooks.steer import reset as reset
 from .hooks.steer import steer as steer
 from .integrations.read import load_vectors as load_vectors
 from .models.collect import Activations as Activations

@@ -167,7 +167,7 @@ def test_a_block_that_sees_more_tokens_than_the_ids_is_refused() -> None:
     )
     model.model.layers[1].forward = lambda x, *_, **__: x
     for given in ({"inputs": [{"input_ids": torch.tensor([[3, 4, 5]])}]}, {"tokenizer": words(), "texts": ["w3 w4"]}):
-        with pytest.raises(ValueError, match=r"layers\.1 carries \(1, 5, 48\) for \(1, 3\) tokens"):
+        with pytest.raises(ValueError, match=r"layers\.1 runs 5 tokens where it is given 3"):
             sf.collect(model, layers=1, progress=False, **given)
 
 

@@ -14,7 +14,8 @@ import torch
 from families import FAMILIES, build, token_ids
 from torch import nn
 
-from steerfast.models.layers import SITES, find_layers, verify_sites
+from steerfast.models.layers import SITES, find_layers
+from steerfast.models.proof import prove, refuse_split
 
 LAYER = 1
 
@@ -215,29 +216,34 @@ def test_a_norm_on_the_stream_is_refused_where_a_real_config_asks_for_it() -> No
     assert find_layers(model).point(0, "head_out").width == 48
 
 
-def test_verify_sites_accepts_every_family(model: Any) -> None:
+def test_the_proof_accepts_every_family(model: Any) -> None:
     model.train()
     try:
-        verify_sites(model, token_ids())  # in evaluation: dropout would show as a difference
+        found = prove(model, find_layers(model), "check")  # in evaluation: dropout would show as a difference
         assert model.training
     finally:
         model.eval()
+    assert (found.refusal, found.virtual, found.idle, dict(found.split)) == ("", 0, frozenset(), {})
 
 
-def test_verify_sites_in_half_precision() -> None:
+def test_the_proof_in_half_precision() -> None:
     for name in ("bloom", "granite", "gemma3"):
-        verify_sites(deepcopy(build(name)).to(torch.bfloat16), token_ids())
+        model = deepcopy(build(name)).to(torch.bfloat16)
+        assert not prove(model, find_layers(model), "check").split
 
 
-def test_verify_sites_finds_what_no_name_shows() -> None:
+def test_the_proof_finds_what_no_name_shows() -> None:
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
     model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=101, n_embd=48, n_layer=2, n_head=4, n_positions=32))
-    find_layers(model).point(0, "attn_out")  # looks like any other block, but its norms act on the stream
+    layers = find_layers(model)
+    layers.point(0, "attn_out")  # looks like any other block, but its norms act on the stream
+    found = prove(model, layers, "check")
+    assert set(found.split) == {0, 1}
     with pytest.raises(
-        ValueError, match=r"^check: attn_out \+ mlp_out differs .* in layer 0, a Block \(OpenAIGPTLMHeadM"
+        ValueError, match=r"^check: cannot steer or read attn_out of layer 0 in a Block \(OpenAIGPTLMHeadM"
     ):
-        verify_sites(model, token_ids())
+        refuse_split(found, layers, 0, "attn_out", "check")
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 0
 
 
@@ -259,8 +265,8 @@ def test_the_text_decoder_of_a_multimodal_model_is_found() -> None:
 def test_the_docstrings_examples_run(smollm: Any) -> None:
     model, tokenizer = smollm
     runner = doctest.DocTestRunner()
-    for function in (find_layers, verify_sites):
-        names = {"find_layers": find_layers, "verify_sites": verify_sites, "model": model, "tokenizer": tokenizer}
+    for function in (find_layers,):
+        names = {"find_layers": find_layers, "model": model, "tokenizer": tokenizer}
         for example in doctest.DocTestFinder().find(function, globs=names):
             assert example.examples
             runner.run(example)

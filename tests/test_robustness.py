@@ -9,10 +9,9 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from families import build
 from families import token_ids as any_ids
-from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 import steerfast as sf
 
@@ -243,28 +242,6 @@ def test_a_cache_that_was_filled_before_steering_is_not_taken_for_the_last_promp
         ):
             model(token_ids(1, 5, 1), use_cache=True)
             model(token_ids(1, 1, 0), past_key_values=foreign)
-
-
-@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 asks a hub for Mamba's kernels")
-def test_models_without_keys_and_values():
-    config = MambaConfig(
-        vocab_size=101,
-        hidden_size=48,
-        num_hidden_layers=2,
-        state_size=4,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    mamba = MambaForCausalLM(config).eval()
-    with pytest.raises(ValueError, match="keeps another state"):
-        sf.steer(mamba, sf.Plan({1: sf.Add(v())}, positions="generated"))
-    with sf.steer(mamba, {1: sf.Add(v())}) as handle:
-        mamba.generate(token_ids(1, 6, 0), **GREEDY)
-    assert handle.stats() == [10]
-    ids, mask = padded()
-    with pytest.raises(ValueError, match="unpadded"), sf.steer(mamba, {1: sf.Add(v())}):
-        mamba.generate(ids, attention_mask=mask, **GREEDY)
 
 
 def test_an_encoder_decoder_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from steerfast.plan import Plan
 
@@ -21,6 +22,7 @@ class Attachment:
         slots: The slots of each plan, the same in every layer; given while it is attached.
         gated: The slots behind a condition.
         latched: Those whose condition is decided once per request.
+        handle: What the user holds of it.
     """
 
     plans: list[Plan | None]
@@ -30,6 +32,7 @@ class Attachment:
     slots: list[tuple[int, ...]] = field(default_factory=list)
     gated: set[int] = field(default_factory=set)
     latched: set[int] = field(default_factory=set)
+    handle: Any = None
 
     @property
     def all_slots(self) -> list[int]:

@@ -109,15 +109,15 @@ def check_lengths(lengths: tuple[int, ...] | None, active: Sequence[Attachment])
         )
 
 
-def check_positions(plans: Sequence[Plan], layers: Layers, keeps_cache: bool, length_known: bool) -> None:
+def check_positions(plans: Sequence[Plan], layers: Layers, counted: bool, length_known: bool) -> None:
     """Refuse positions that a model could never show; its prompt's length is known from `generate` or was given."""
     named = [plan for plan in plans if not isinstance(plan.positions, str) or plan.positions != "all"]
     if not named:
         return
-    if not keeps_cache:
+    if not counted:
         raise ValueError(
             f"steer: positions={named[0].positions!r} needs a cache of keys and values to count tokens; {layers.name} "
-            'keeps another state: use positions="all"'
+            'keeps another state, and has no generate that would show them: use positions="all"'
         )
     if not length_known:
         raise ValueError(

@@ -17,10 +17,11 @@ from steerfast.bank import Bank, Runs
 from steerfast.edits.base import Intervention
 from steerfast.edits.conditions import When
 from steerfast.models.layers import Layers, find_layers, stream_storage
+from steerfast.models.proof import Proof, prove, refuse_split
 from steerfast.plan import Plan
 
 from .attachment import Attachment
-from .columns import check_lengths, check_plan, check_positions, layout_of
+from .columns import check_lengths, check_plan, check_positions, layout_of, places_of
 from .compiled import FixedTable, is_compiled
 from .continuous import cached_manager, check_paged, new_manager
 from .dispatcher import Dispatcher
@@ -31,15 +32,24 @@ from .passes import Passes
 _ATTRIBUTE = "_steerfast"
 
 
+LOCK = threading.RLock()
+"""Held while something is attached or detached: two threads that steer one model share its controller."""
+
+
+def known_controller(model: nn.Module) -> Controller | None:
+    """The controller of a model that is steered or prepared; None for any other."""
+    inner = getattr(model, "_orig_mod", model)
+    return vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
+
+
 def controller_of(model: nn.Module) -> Controller:
     """The controller of a model; a new one is known to nobody until it attaches something."""
     inner = getattr(model, "_orig_mod", model)
-    found = vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
+    found = known_controller(model)
     if found is None:
         layers = find_layers(model, "steer")
-        if getattr(inner.config, "is_encoder_decoder", False):
-            raise TypeError(f"steer: {layers.name} is an encoder-decoder; only decoders can be steered")
-        found = Controller(inner, layers)
+        proof = Proof() if is_compiled(inner) else prove(inner, layers, "steer")  # a compiled one is refused below
+        found = Controller(inner, layers, proof)
     if model is not inner and not found.prepared:
         raise RuntimeError(
             "steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before torch.compile"
@@ -50,11 +60,12 @@ def controller_of(model: nn.Module) -> Controller:
 class Controller:
     """What one model knows of its steering: dispatchers, what is attached, and the passes that run."""
 
-    def __init__(self, model: nn.Module, layers: Layers) -> None:
+    def __init__(self, model: nn.Module, layers: Layers, proof: Proof) -> None:
         self.model = model
         self.layers = layers
+        self.proof = proof
         self.dispatchers: dict[Place, Dispatcher] = {}
-        self.passes = Passes(model, layers)
+        self.passes = Passes(model, layers, proof)
         self._runs = Runs(1 << 20)
         self._originals: dict[str, tuple[Any, bool]] = {}  # what a shadow hides, and whether the instance had its own
         self._batching = False  # continuous batching has run under a plan
@@ -69,14 +80,13 @@ class Controller:
         """Whether the model has its dispatchers for good, so that a compiled graph may hold them."""
         return self.passes.fixed is not None
 
-    def __reduce__(self) -> Any:
-        raise RuntimeError("steer: a model cannot be copied or pickled while it is steered or prepared; do that first")
-
     # --- plans come and go -------------------------------------------------------------------------------------------
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan that does not fit the model, before anything is attached."""
         check_plan(plan, self.layers, self.dispatchers if self.prepared else None)
+        for site, layer in places_of(plan, self.layers):
+            refuse_split(self.proof, self.layers, layer, site, "steer")
         if not self.prepared and is_compiled(self.model):
             raise RuntimeError(
                 "steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before compiling"
@@ -85,8 +95,8 @@ class Controller:
     def check_positions(self, plans: list[Plan], lengths: tuple[int, ...] | None) -> None:
         """Refuse positions that this model could never show, and two lengths of one prompt."""
         check_lengths(lengths, self.attachments)
-        known = lengths is not None or hasattr(self.model, "generate")
-        check_positions(plans, self.layers, self.passes.keeps_cache, known)
+        generates = hasattr(self.model, "generate")
+        check_positions(plans, self.layers, self.passes.keeps_cache or generates, generates or lengths is not None)
 
     @torch.inference_mode(False)
     def attach(self, new: Attachment) -> None:
@@ -110,7 +120,8 @@ class Controller:
             count = 1 + max(new.all_slots)
             for place, dispatcher in self.dispatchers.items():  # one row table: every bank must know every slot
                 dispatcher.put(wanted.get(place, {}), count)
-                dispatcher.judges = self.passes.gates.at(place)
+                dispatcher.judges = self._read_here(place)
+            self._count_places()
             self.passes.watch()
             self.attachments.append(new)
             self.passes.refresh()
@@ -129,13 +140,15 @@ class Controller:
         for slots in old.slots:
             if slots:
                 self._runs.give(slots[0], len(slots))
-        self.passes.gates.drop(old.all_slots)
+        for slot in old.all_slots:
+            self.passes.conditions.pop(slot, None)
         for place, dispatcher in list(self.dispatchers.items()):
             dispatcher.take(old.all_slots)
-            dispatcher.judges = self.passes.gates.at(place)
+            dispatcher.judges = self._read_here(place)
             if not dispatcher.edits and not dispatcher.judges and not self.prepared:
                 dispatcher.hook.remove()
                 del self.dispatchers[place]
+        self._count_places()
         self.passes.clear_counts(old.all_slots)
         if self.attachments:
             self.passes.refresh()
@@ -170,8 +183,15 @@ class Controller:
                 self._originals[name] = getattr(self.model, name), name in vars(self.model)
                 setattr(self.model, name, shadow)
 
+    def _read_here(self, place: Place) -> bool:
+        """Whether some condition is read at a place."""
+        return any(where == place for _, where in self.passes.conditions.values())
+
+    def _count_places(self) -> None:
+        self.passes.dispatchers = sum(bool(one.edits or one.judges) for one in self.dispatchers.values())
+
     def _install(self, new: Attachment, slot: int, when: When, place: Place) -> None:
-        self.passes.gates.add(slot, when, place)
+        self.passes.conditions[slot] = when, place
         new.gated.add(slot)
         if not when.per_token:
             new.latched.add(slot)
@@ -209,7 +229,13 @@ class Controller:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """Shadow of the model's generate: announces the prompt, then runs the real one."""
-        generate, passes = self._originals["generate"][0], self.passes
+        passes = self.passes
+        if (
+            "generate" not in self._originals
+        ):  # kept from inside a block that has been left: the model's own, or a later one's
+            own: Any = self.model
+            return own.generate(*args, **kwargs)
+        generate = self._originals["generate"][0]
         if passes.generating == threading.get_ident():  # a model that is its own assistant generates inside generate
             return generate(*args, **kwargs)
         if passes.generating is not None:
@@ -227,7 +253,10 @@ class Controller:
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Shadow of the entry of continuous batching: what its thread could not follow is refused here."""
-        check_paged(self.attachments, bool(self.passes.gates))
+        if "init_continuous_batching" not in self._originals:
+            own: Any = self.model
+            return own.init_continuous_batching(*args, **kwargs)
+        check_paged(self.attachments, bool(self.passes.conditions))
         manager = new_manager(self.model, args, kwargs, self.passes.device.type == "cuda")
         self._batching = True
         return manager

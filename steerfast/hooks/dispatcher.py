@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,14 +13,26 @@ from steerfast import ops
 from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast.bank import Bank, fitting
 from steerfast.edits.base import Intervention, Program
-from steerfast.models.layers import Point
+from steerfast.models.points import Point
+from steerfast.models.proof import shape_refusal
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import ALL_MODES, Slot
 
 from .gates import Place
-from .passes import Passes
+from .passes import Call, Passes
 from .positions import Pass
+
+
+class _Found(NamedTuple):
+    """What a pass does here; replaced whole, so that two threads never see half of it."""
+
+    now: Pass | None
+    direct: list[tuple[Slot | Program, float]]
+    table: tuple[Tensor, Tensor] | None
+
+
+_NOTHING = _Found(None, [], None)
 
 
 class Dispatcher:
@@ -32,10 +45,8 @@ class Dispatcher:
         self.bank = bank
         self.fixed = fixed
         self.edits: dict[int, Intervention] = {}
-        self._seen: Pass | None = None
+        self._found = _NOTHING
         self._programs: dict[int, Program] = {}  # of the edits that fit no slot
-        self._direct: list[tuple[Slot | Program, float]] = []
-        self._table: tuple[Tensor, Tensor] | None = None
         self.judges = False  # whether a condition is read here
         self.hook: RemovableHandle = point.attach(self, prepend=point.kind == "post")
 
@@ -62,7 +73,7 @@ class Dispatcher:
         self._programs.update(programs)
         self.edits.update(edits)
         self.bank.commit()  # a compiled graph reads the buffers and asks nobody
-        self._seen = None
+        self._found = _NOTHING
 
     def take(self, slots: Sequence[int]) -> None:
         """Release the slots that are here."""
@@ -70,55 +81,68 @@ class Dispatcher:
             if self.edits.pop(slot, None) is not None and self._programs.pop(slot, None) is None:
                 self.bank.release(slot)
         self.bank.commit()
-        self._seen = None
+        self._found = _NOTHING
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The steered stream, or None where nothing of it is."""
-        now = self.passes.now
-        if now is not self._seen:
-            self._look(now, x)
-        if self.judges and now.owners != ():
-            self.passes.gates.judge(self.place, x)
-        if self._table is not None:
-            return self._by_table(x, *self._table)
-        for edit, gain in self._direct:
+        if self.fixed and torch.compiler.is_compiling():  # one graph for all threads: what it gathers from is shared
+            found = self._look(self.passes.traced, x, None)
+            return self._by_table(x, self.passes.traced, found.table, None) if found.table else None
+        call = self.passes.call
+        call.ran.add(self)
+        found = self._found
+        if found.now is not call.now:
+            found = self._found = self._look(call.now, x, call)
+        if self.judges and call.now.owners != ():
+            call.gates.judge(self.place, x)
+        if found.table is not None:
+            return self._by_table(x, call.now, found.table, call)
+        for edit, gain in found.direct:
             x = edit(x, gain) if callable(edit) else torch_backend.edit(x, edit, gain)
-        return x if self._direct else None
+        return x if found.direct else None
 
-    def _look(self, now: Pass, x: Tensor) -> None:
+    def _look(self, now: Pass, x: Tensor, call: Call | None) -> _Found:
         """Decide once per pass, and once for all equal passes: nothing, a table, or the same slots for every token."""
-        self._direct, self._table = [], None
-        self._seen = None if self.fixed or torch.compiler.is_compiling() else now  # a compiled graph would guard on it
         if now.rows is not None and now.scale is not None:
-            self._table = (now.rows, now.scale) if self.fixed or self.edits else None
-            return
-        here = [(slot, weight) for slot, weight in now.owners or () if slot in self.edits]
-        if here and backend_of(x) == "torch":
-            self._direct = [
-                (self._programs[slot], weight)
-                if slot in self._programs
-                else (self.bank.view(slot), self.bank.strength(slot) * weight)
-                for slot, weight in here
-            ]
-        elif here:
-            self._table = self.passes.broadcast(now)
+            table = (now.rows, now.scale) if self.fixed or self.edits else None
+            found = _Found(now, [], table)
+        else:
+            here = [(slot, weight) for slot, weight in now.owners or () if slot in self.edits]
+            if here and backend_of(x) == "torch":
+                found = _Found(now, [self._effect(slot, weight) for slot, weight in here], None)
+            else:
+                found = _Found(now, [], self.passes.broadcast(now) if here else None)
+        if call is not None and (found.table is not None or found.direct or self.judges):
+            self._check_shape(x, *call.shape)
+        return found
 
-    def _by_table(self, x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
-        count = x.numel() // x.shape[-1]
-        if self.passes.now.owners is not None:  # one row for every token
+    def _effect(self, slot: int, weight: float) -> tuple[Slot | Program, float]:
+        """What a slot does to a row, and how strongly."""
+        if slot in self._programs:
+            return self._programs[slot], weight
+        return self.bank.view(slot), self.bank.strength(slot) * weight
+
+    def _check_shape(self, x: Tensor, rows: int, tokens: int) -> None:
+        """Refuse a stream that is not (rows, tokens, width), before anything of it is edited."""
+        if x.dim() == 2 and x.shape[0] == rows * tokens:  # OPT's MLP sees the tokens of all rows as one list
+            return
+        wrong = shape_refusal(tuple(x.shape), rows, tokens, self.point.width)
+        if wrong and x.dim() == 3 and x.shape[0] == rows and x.shape[-1] == self.point.width:
+            wrong += "; this layer reorders or splits its tokens, which per-token steering cannot follow"
+        if wrong:
+            raise RuntimeError(f"steer: {self.point.path} {wrong}")
+
+    def _by_table(self, x: Tensor, now: Pass, table: tuple[Tensor, Tensor], call: Call | None) -> Tensor:
+        count, (rows, scale) = x.numel() // x.shape[-1], table
+        if now.owners is not None:  # one row for every token
             rows, scale = rows.expand(count, -1), scale.expand(count, -1)
-        if rows.shape[0] != count:
-            raise RuntimeError(
-                f"steer: {self.point.path} handles {count} tokens in a pass of {rows.shape[0]}; this layer "
-                "reorders or splits its tokens, which per-token steering cannot follow"
-            )
         rows, scale = rows.to(x.device), scale.to(x.device)
-        if self.passes.gates:
-            rows = self.passes.gates.close(rows, self.edits)
+        if call is not None and call.gates:
+            rows = call.gates.close(rows, self.edits)
         if not self._programs:
             return self._by_slots(x, rows, scale)
         first = 0
-        for column, slot in sorted(self.passes.columns(self._programs)):
+        for column, slot in sorted(self.passes.columns(now, self._programs)):
             x = self._by_slots(x, rows[:, first:column], scale[:, first:column])
             x = self._programs[slot](x, torch.where(rows[:, column] == slot, scale[:, column], 0))
             first = column  # a slot for other rows may stand here; a program's own is empty

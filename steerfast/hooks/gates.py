@@ -1,4 +1,4 @@
-"""Gates: what the conditions of the active plans have decided, for which request or token.
+"""Gates: what the conditions of the active plans have decided, for which request or token, in one thread's passes.
 
 A gate belongs to one slot. The dispatcher at the place where its condition is read calls `judge`, the dispatchers that
 hold the slot call `close`, which takes the slot out of the row table wherever the gate is shut. Everything happens on
@@ -32,28 +32,28 @@ class Gate:
     open: Tensor | None = None  # bool (n,): which tokens of this pass may be edited
 
 
-class Gates:
-    """The gates of one model."""
+Conditions = dict[int, tuple[When, Place]]
+"""Slot -> its condition, and where it is read; one such table for all threads of a model."""
 
-    def __init__(self) -> None:
-        self._gates: dict[int, Gate] = {}
+
+class Gates:
+    """What the conditions of a model have decided in the passes of one thread."""
+
+    def __init__(self, conditions: Conditions) -> None:
+        self._conditions = conditions
+        self._known: dict[int, Gate] = {}
         self._pass: tuple[Table, int | Tensor, int, int] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._gates)
+        return bool(self._conditions)
 
-    def add(self, slot: int, when: When, place: Place) -> None:
-        """Give a slot its condition."""
-        self._gates[slot] = Gate(when, place)
-
-    def drop(self, slots: Iterable[int]) -> None:
-        """Forget the conditions of some slots."""
-        for slot in slots:
-            self._gates.pop(slot, None)
-
-    def at(self, place: Place) -> bool:
-        """Whether some condition is read at a place."""
-        return any(gate.place == place for gate in self._gates.values())
+    @property
+    def _gates(self) -> dict[int, Gate]:
+        """A gate for each slot that has a condition now; a slot that got another one begins anew."""
+        for slot, (when, place) in self._conditions.items():
+            if slot not in self._known or self._known[slot].when is not when:
+                self._known[slot] = Gate(when, place)
+        return {slot: self._known[slot] for slot in self._conditions}
 
     def begin(self, table: Table, start: int | Tensor, tokens: int, batch: int) -> None:
         """A forward pass over positions [start, start + tokens) of every row begins."""

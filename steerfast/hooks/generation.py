@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerfast.models.caches import cache_in
+
 from .positions import Prompt
 
 
@@ -33,6 +35,7 @@ def announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     mask = call.get("attention_mask")
     if mask is None and not given.is_floating_point():
         mask = _inferred_mask(model, given, call)
+    length = _whole_length(call, mask, length)
     return Prompt.whole(batch, length, None if mask is None else valid_tokens(mask, batch, length)), copies
 
 
@@ -77,6 +80,25 @@ def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     """The arguments of a call by name, wherever they stood."""
     names = [name for name in inspect.signature(type(model).generate).parameters if name != "self"]  # type: ignore[attr-defined]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _whole_length(call: dict[str, Any], mask: Any, length: int) -> int:
+    """Tokens of the whole prompt: beside a cache, generate may be given only what is new, with the mask of everything."""
+    found = cache_in(call)
+    held = 0 if found is None else int(found[1].get_seq_length())
+    if not held or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] == length:
+        if held >= length:
+            raise ValueError(
+                f"steer: generate was given a cache of {held} tokens and a prompt of {length}; pass the whole prompt, or the "
+                "new tokens with the attention_mask of all"
+            )
+        return length
+    if mask.shape[1] != held + length:
+        raise ValueError(
+            f"steer: generate was given a cache of {held} tokens, {length} ids and a mask of {mask.shape[1]}; the mask must "
+            "cover the ids, or the cache and the ids"
+        )
+    return held + length
 
 
 def _setting(model: nn.Module, call: dict[str, Any], name: str) -> Any:

@@ -25,15 +25,23 @@ class Prompt:
     Attributes:
         valid: bool (batch, P), False on padding.
         starts: int64 (batch,), the first generated position of each row; None if the prompt's length is unknown.
+        virtual: Positions in front that hold no token of the text (soft prompts): "all" has them, nothing else has.
     """
 
     valid: Tensor
     starts: Tensor | None
+    virtual: int = 0
 
     @property
     def batch(self) -> int:
         """Rows of the batch."""
         return self.valid.shape[0]
+
+    def behind(self, virtual: int) -> Prompt:
+        """The same prompt behind so many virtual tokens."""
+        front = self.valid.new_ones(self.batch, virtual)
+        starts = None if self.starts is None else self.starts + virtual
+        return Prompt(torch.cat([front, self.valid], dim=1), starts, self.virtual + virtual)
 
     @classmethod
     def whole(cls, batch: int, length: int, valid: Tensor | None = None) -> Prompt:
@@ -80,17 +88,20 @@ def allowed(prompt: Prompt, row: int, positions: Positions) -> Tensor:
             f"steer: positions={positions!r} needs the prompt's length, which this forward pass does not show (it starts from "
             "a filled cache): pass prompt_length= to steer, or use generate"
         )
-    start = int(prompt.starts[row])
+    start, front = int(prompt.starts[row]), prompt.virtual
+    valid = valid & (here >= front)
     real = (valid & (here < start)).nonzero().flatten()
     if isinstance(positions, Tensor):
         if positions.dim() == 2 and positions.shape[0] != prompt.batch:
             raise ValueError(f"steer: the mask has {positions.shape[0]} rows for a batch of {prompt.batch} prompts")
         mask = positions if positions.dim() == 1 else positions[row]
-        if mask.shape[0] > length or mask.shape[0] < min(start, length):
+        covered = mask.shape[0] + front
+        if covered > length or covered < min(start, length):
             raise ValueError(
-                f"steer: the mask covers {mask.shape[0]} positions; this prompt has {min(start, length)}, padding included"
+                f"steer: the mask covers {mask.shape[0]} positions; this prompt has {min(start, length) - front}, padding "
+                "included"
             )
-        return _with_later(valid & torch.nn.functional.pad(mask, (0, length - mask.shape[0])), False)
+        return _with_later(valid & torch.nn.functional.pad(mask, (front, length - covered)), False)
     if isinstance(positions, tuple):
         count = real.shape[0]
         outside = [p for p in positions if not -count <= p < count]

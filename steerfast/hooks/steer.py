@@ -6,6 +6,7 @@ only the contents of buffers change. What happens in between is the controller's
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
@@ -18,7 +19,7 @@ from steerfast._checks import finite_number
 from steerfast.plan import Plan, as_plan
 
 from .attachment import Attachment
-from .controller import Controller, controller_of
+from .controller import LOCK, Controller, controller_of, known_controller
 
 
 def steer(
@@ -47,18 +48,46 @@ def steer(
         >>> with sf.steer(model, {8: sf.Add(v, 2.0)}) as handle:  # doctest: +SKIP
         ...     model.generate(**inputs)
     """
-    controller = controller_of(model)
     many = isinstance(plan, Sequence)
     given: Sequence[Any] = plan if isinstance(plan, Sequence) else [plan]
     plans = [None if one is None else as_plan("steer", one) for one in given]
     if not any(plans):
         raise ValueError("steer: no plan is given; pass a Plan, a dict, or a list with at least one plan")
-    for one in plans:
-        if one is not None:
-            controller.check(one)
     lengths = _prompt_lengths(prompt_length)
-    controller.check_positions([one for one in plans if one is not None], lengths)
-    return Steering(controller, Attachment(plans, many, _strengths(strength, len(plans), many), lengths))
+    with LOCK:
+        controller = controller_of(model)
+        for one in plans:
+            if one is not None:
+                controller.check(one)
+        controller.check_positions([one for one in plans if one is not None], lengths)
+        return Steering(controller, Attachment(plans, many, _strengths(strength, len(plans), many), lengths))
+
+
+def active(model: nn.Module) -> list[Steering]:
+    """List the handles that steer a model now, in the order in which they act.
+
+    Args:
+        model: Any model; one that is not steered has none.
+
+    Example:
+        >>> sf.active(model)
+        []
+    """
+    controller = known_controller(model)
+    return [] if controller is None else [one.handle for one in controller.attachments]
+
+
+def reset(model: nn.Module) -> None:
+    """Remove every handle from a model: no hook remains, unless it was prepared, and `generate` is its own again.
+
+    Args:
+        model: Any model; one that is not steered stays as it is.
+
+    Example:
+        >>> sf.reset(model)
+    """
+    for handle in active(model):
+        handle.remove()
 
 
 def prepare(
@@ -121,6 +150,7 @@ class Steering:
         self._counts = [0] * len(attachment.plans)
         self._decisions: list[list[Tensor | None]] = []
         self._active = True
+        attachment.handle = self
         controller.attach(attachment)
 
     @property
@@ -150,9 +180,7 @@ class Steering:
             return self._decisions
         found: list[list[Tensor | None]] = []
         for index, slots in enumerate(self._attachment.slots):
-            latches = [
-                self._controller.passes.gates.decision(slot) for slot in slots if slot in self._attachment.latched
-            ]
+            latches = [self._controller.passes.decision(slot) for slot in slots if slot in self._attachment.latched]
             found.append(
                 [one if one is None or not self._attachment.per_row else self._own(one, index) for one in latches]
             )
@@ -165,6 +193,14 @@ class Steering:
 
     def remove(self) -> None:
         """Detach: no hook remains, unless the model was prepared, and `generate` is restored. Safe to call twice."""
+        running = self._controller.passes.generating
+        if self._active and running not in (None, threading.get_ident()):
+            warnings.warn(
+                "steer: generate is still running in another thread; from here on it is not steered: join the thread, or "
+                "read its streamer to the end, before the block is left",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         if self._detach() and not any(self._counts):
             warnings.warn(
                 "steer: no token was edited; did the model run, and do the positions fit?", RuntimeWarning, stacklevel=2
@@ -185,9 +221,10 @@ class Steering:
     def _detach(self) -> bool:
         if not self._active:
             return False
-        self._counts, self._decisions = self.stats(), self.decisions()
-        self._active = False
-        self._controller.detach(self._attachment)
+        with LOCK:
+            self._counts, self._decisions = self.stats(), self.decisions()
+            self._active = False
+            self._controller.detach(self._attachment)
         return True
 
     def _check_active(self) -> None:

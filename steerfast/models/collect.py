@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from steerfast._checks import positive_integer, whole_number, whole_numbers
 
-from .layers import Layers, Point, evaluating, find_layers
+from .layers import Layers, evaluating, find_layers
+from .points import Point
+from .proof import prove, refuse_split, shape_refusal, virtual_tokens
 from .texts import TextReader, short_text
 
 POSITIONS = ("last", "mean", "all")
@@ -107,9 +109,12 @@ def collect(
     position = _position(position)
     batch_size = positive_integer("collect", "batch_size", batch_size)
     found = find_layers(model, "collect")
+    model = getattr(model, "_orig_mod", model)  # a compiled graph ignores new hooks
+    proof = prove(model, found, "collect")
     wanted = _wanted_layers(found, layers)
     points = {layer: found.point(layer, site, "collect") for layer in wanted}
-    model = getattr(model, "_orig_mod", model)  # a compiled graph ignores new hooks
+    for layer in wanted:
+        refuse_split(proof, found, layer, site, "collect")
     source = _source(tokenizer, texts, inputs)
     rows: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
     index: list[Tensor] = []
@@ -316,10 +321,15 @@ def read_batch(
     ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in batch], batch_first=True)
     mask = torch.arange(ids.shape[1]) < torch.tensor([len(text) for text in batch])[:, None]
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device, torch.int64)}
+    accepted = inspect.signature(model.forward).parameters
+    if "token_type_ids" in accepted and hasattr(
+        model.config, "vision_config"
+    ):  # PaliGemma attends both ways without them
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     try:
         return _read_forward(model, points, inputs, mask, position)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        beside = [name for name in inspect.signature(model.forward).parameters if _MEDIA.search(name)]
+        beside = [name for name in accepted if _MEDIA.search(name)]
         if not beside or _is_ours(error):
             raise
         raise ValueError(
@@ -340,18 +350,15 @@ def _read_forward(
     """One forward; for each layer and row of the mask the stream's rows of the position, float32 on the CPU."""
     select, counts = _selector(position, mask)
     kept: dict[int, Tensor] = {}
-    deepest = max(points)
+    front, deepest = virtual_tokens(model), max(points)
 
     def reader(layer: int) -> Callable[[Tensor], None]:
         def read(x: Tensor) -> None:
-            if x.numel() != mask.numel() * x.shape[-1]:
-                raise ValueError(
-                    f"collect: {points[layer].path} carries {tuple(x.shape)} for {tuple(mask.shape)} tokens of input_ids; "
-                    f"which rows are whose cannot be told"
-                )
-            kept[layer] = select(
-                x.reshape(*mask.shape, x.shape[-1])
-            )  # OPT's MLP sees the tokens of all texts as one list
+            rows, tokens = mask.shape[0], mask.shape[1] + front
+            flat = x.dim() == 2 and x.shape[0] == rows * tokens  # OPT's MLP sees the tokens of all texts as one list
+            if not flat and (wrong := shape_refusal(tuple(x.shape), rows, tokens, points[layer].width)):
+                raise ValueError(f"collect: {points[layer].path} {wrong}")
+            kept[layer] = select(x.reshape(rows, tokens, x.shape[-1])[:, front:])
             if layer == deepest:
                 raise _Stop
 

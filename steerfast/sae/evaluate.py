@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from steerfast._checks import whole_number
 from steerfast.files.replace import replace_file
 from steerfast.models.collect import read_batch
-from steerfast.models.layers import Point, evaluating, find_layers
+from steerfast.models.layers import evaluating, find_layers
+from steerfast.models.points import Point
 
 from .cache import pack, real_tokens
 from .model import SAE

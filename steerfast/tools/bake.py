@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from steerfast._checks import FLOATS
 from steerfast.edits.base import Intervention
 from steerfast.edits.linear import Ablate, Add
-from steerfast.models.layers import Layers, Point, evaluating, find_layers
+from steerfast.models.layers import Layers, evaluating, find_layers
+from steerfast.models.points import Point
 from steerfast.plan import Plan, as_plan
 
 _PROBE = 8  # tokens of the forward that proves the places

@@ -16,7 +16,8 @@ from torch import Tensor
 from steerfast.edits.linear import Add
 from steerfast.hooks.steer import steer
 from steerfast.models.caches import cache_in
-from steerfast.models.layers import Layers, evaluating, find_layers, verify_sites
+from steerfast.models.layers import Layers, evaluating, find_layers
+from steerfast.models.proof import Proof, prove, refuse_split
 from steerfast.models.texts import TextReader
 from steerfast.plan import Plan
 
@@ -56,10 +57,18 @@ class _Subject:
     ids: Tensor  # (1, tokens)
     plan: Plan | None
 
+    proof: Proof
+
     @property
     def chosen(self) -> list[int]:
-        """First, middle and last layer."""
-        return sorted({0, self.layers.count // 2, self.layers.count - 1})
+        """First, middle and last of the layers that text runs."""
+        run = [layer for layer in range(self.layers.count) if layer not in self.proof.idle]
+        return sorted({run[0], run[len(run) // 2], run[-1]})
+
+    @property
+    def middle(self) -> int:
+        """One layer that text runs."""
+        return self.chosen[len(self.chosen) // 2]
 
 
 def check(model: Any, tokenizer: Any, plan: Plan | None = None) -> Iterator[Finding]:
@@ -74,17 +83,18 @@ def check(model: Any, tokenizer: Any, plan: Plan | None = None) -> Iterator[Find
         A finding per proof: prefill, cached decode, generate, batch-mates and padding, sites, the plan, removal.
 
     Raises:
-        TypeError, ValueError: no decoder blocks are found in the model.
+        TypeError, ValueError: no decoder blocks are found in the model, or they cannot be steered; the text says why.
 
     Example:
         >>> all(finding.outcome != "failed" for finding in check(model, tokenizer))
         True
     """
     layers = find_layers(model, "check")
+    found = prove(model, layers, "check")
     ids = torch.tensor([TextReader.of(tokenizer, "check").ids("The quick brown fox jumps over the lazy dog")[:12]])
     if ids.shape[1] < 3:
         raise ValueError(f"check: the tokenizer made {ids.shape[1]} tokens of a sentence; at least 3 are needed")
-    subject = _Subject(model, layers, ids.to(model.device), plan)
+    subject = _Subject(model, layers, ids.to(model.device), plan, found)
     proofs: list[tuple[str, Callable[[_Subject], str]]] = [
         ("prefill: every prompt token moves by v", _prefill),
         ("cached decode: the new token moves by v", _decode),
@@ -95,7 +105,11 @@ def check(model: Any, tokenizer: Any, plan: Plan | None = None) -> Iterator[Find
     if plan is not None:
         proofs.append(("the plan fits and changes the logits", _plan))
     with evaluating(model):
-        clean = model(subject.ids, use_cache=False).logits
+        try:
+            clean = _unsteered(lambda: model(subject.ids, use_cache=False).logits)
+        except _Skipped as reason:
+            yield Finding("the model reads plain text", "failed", str(reason))
+            return
         for name, proof in proofs:
             yield _finding(name, proof, subject)
         yield _finding("removal restores the logits bit for bit", lambda s: _removal(s, clean), subject)
@@ -106,8 +120,16 @@ def _finding(name: str, proof: Callable[[_Subject], str], subject: _Subject) -> 
         return Finding(name, "ok", proof(subject))
     except _Skipped as reason:
         return Finding(name, "skipped", str(reason))
-    except (_Failed, ValueError, RuntimeError) as reason:
+    except (_Failed, ValueError, RuntimeError, TypeError) as reason:
         return Finding(name, "failed", str(reason))
+
+
+def _unsteered(forward: Callable[[], Any]) -> Any:
+    """A pass of the model alone: what it raises is not about steering, and means that a proof cannot be made this way."""
+    try:
+        return forward()
+    except Exception as error:
+        raise _Skipped(f"the unsteered model raises {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _prefill(subject: _Subject) -> str:
@@ -133,7 +155,7 @@ def _decode(subject: _Subject) -> str:
             name, cache = found  # what a model returns under a name it takes under the same
             return model(ids[:, -1:], **{name: cache}, use_cache=True)
 
-        clean = _streams(subject, layer, two_passes)
+        clean = _unsteered(lambda at=layer, run=two_passes: _streams(subject, at, run))  # type: ignore[misc]
         with steer(model, Plan({layer: Add(vector)}, positions="generated")):
             seen = _streams(subject, layer, two_passes)
         if len(seen) != 2 or not torch.equal(clean[0], seen[0]):
@@ -145,11 +167,12 @@ def _decode(subject: _Subject) -> str:
 def _generate(subject: _Subject, tokens: int = 5) -> str:
     if not hasattr(subject.model, "generate"):
         raise _Skipped("the model has no generate")
-    layer = subject.layers.count // 2
+    layer = subject.middle
     vector, _ = _vector(subject, layer)
     options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens}
     options |= {"do_sample": False, "pad_token_id": 0, "use_cache": True}
     mask = torch.ones_like(subject.ids)
+    _unsteered(lambda: subject.model.generate(input_ids=subject.ids, attention_mask=mask, **options))
     counts = {}
     for positions, expected in (("generated", tokens - 1), ("all", subject.ids.shape[1] + tokens - 1)):
         with steer(subject.model, Plan({layer: Add(vector)}, positions=positions)) as handle:
@@ -162,7 +185,7 @@ def _generate(subject: _Subject, tokens: int = 5) -> str:
 
 def _mates(subject: _Subject) -> str:
     """Row 0 is left-padded and steered, row 1 is not: only the real tokens of row 0 may move."""
-    layer, model = subject.layers.count // 2, subject.model
+    layer, model = subject.middle, subject.model
     vector, _ = _vector(subject, layer)
     ids = subject.ids.repeat(2, 1)
     mask = torch.ones_like(ids)
@@ -172,7 +195,7 @@ def _mates(subject: _Subject) -> str:
         return model(ids, attention_mask=mask, use_cache=False)
 
     logits: list[Tensor] = []
-    clean = _stream(subject, layer, lambda: logits.append(forward().logits))
+    clean = _unsteered(lambda: _stream(subject, layer, lambda: logits.append(forward().logits)))
     with steer(model, [Plan({layer: Add(vector)}), None]):
         seen = _stream(subject, layer, lambda: logits.append(forward().logits))
     clean, seen = clean.reshape(2, ids.shape[1], -1), seen.reshape(2, ids.shape[1], -1)
@@ -196,8 +219,9 @@ def _sites(subject: _Subject) -> str:
                 subject.layers.point(layer, site, "check")
     except ValueError as reason:
         raise _Skipped(str(reason)) from None
-    verify_sites(subject.model, subject.ids)
-    return f"all {subject.layers.count} layers"
+    for layer in range(subject.layers.count):
+        refuse_split(subject.proof, subject.layers, layer, "attn_out", "check")
+    return f"all {subject.layers.count - len(subject.proof.idle)} layers that text runs"
 
 
 def _plan(subject: _Subject) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast.models.layers import MIXER, NORM, SCALE, Layers, Unresolved, post_norm
+from steerfast.models.layers import Layers
+from steerfast.models.points import MIXER, NORM, SCALE, Unresolved, post_norm
 
 from .edits import Place, Places
 from .plans import Chains, Library, ServedPlan
