@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -22,13 +22,13 @@ from steerfast.files.replace import replace_file
 from steerfast.models.layers import SITES
 
 from ._checks import one_of
+from ._positions import Selector, as_selector, normal, parse, resolved, special_ids
 
 SCHEMA = 1
-POSITIONS = ("all", "prompt", "generated", "last")
 
 Edits = Mapping[Any, Intervention | Sequence[Intervention]]
 """Layer L or (site, L) to one intervention or several."""
-Positions = str | Sequence[int] | Tensor
+Positions = str | int | slice | Sequence[int] | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,18 @@ class Plan:
         edits: Layer L, or (site, L), to one intervention or to a list that is applied in order. Layers are 0-based and
             may count from the end; the default site is "resid_post", the block's output. Or a list of interventions
             that know their place, such as `EditFeatures` of an SAE.
-        positions: "all"; "prompt" (positions < P, the prompt's length in tokens); "generated" (≥ P); "last" (≥ P - 1,
-            the last prompt token and every generated one); a list of positions in the prompt, counted over its real
-            tokens, negative from the end; or a bool mask (tokens,) or (batch, tokens) over the prompt as it is passed.
-            Padding is never steered.
+        positions: A selector: "all"; "prompt" (positions < P, the prompt's length in tokens); "generated" (≥ P); "last"
+            (≥ P - 1, the last prompt token and every generated one); an index "-1" or a window "0:8" of the prompt's real
+            tokens; "ids:5,7", every position whose input token is one of these; "special", every special token;
+            "after:ids:5", behind the first of these tokens; "between:ids:5..7", from each 5 to the next 7, both included;
+            joined by !, & and |, as in "all & !special" (docs/hooks.md). Or a list of indices, a slice, or a bool mask
+            (tokens,) or (batch, tokens) over the prompt as it is passed. Padding is never steered.
         model: The model or `ModelCard` that the plan is made for; another width or layer count is then refused.
+        special: The tokens that "special" means: a tokenizer, or their ids.
 
     Raises:
-        TypeError, ValueError: a key, an intervention or the positions are not of these forms; widths differ.
+        TypeError, ValueError: a key, an intervention or the positions are not of these forms; widths differ; positions name
+            "special", and special is not given.
 
     Example:
         >>> import torch, steerfast as sf
@@ -69,14 +73,22 @@ class Plan:
         Plan(resid_post 1: Ablate, Add; attn_out 0: Add; positions='last')
     """
 
-    def __init__(self, edits: Edits | Sequence[Intervention], positions: Positions = "all", model: Any = None) -> None:
+    def __init__(
+        self,
+        edits: Edits | Sequence[Intervention],
+        positions: Positions = "all",
+        model: Any = None,
+        special: Any = None,
+    ) -> None:
         given = _mapping(edits)
         self._edits = {_place(key): _chain(key, value) for key, value in given.items()}
         for place, chain in self._edits.items():
             _warn_misplaced(place, chain)
         if len(self._edits) != len(given):
             raise ValueError("Plan: a place is named twice; put its interventions into one list")
-        self._positions = _positions(positions)
+        self._positions = normal("Plan: positions", positions)
+        self._special = special_ids("Plan: special", special)
+        self._rule = _rule(self._positions, self._special)
         self._model = model if model is None or isinstance(model, ModelCard) else card(model)
         widths = {edit.width for (site, _), chain in self._edits.items() if site != "head_out" for edit in chain}
         if self._model is not None:
@@ -91,8 +103,13 @@ class Plan:
 
     @property
     def positions(self) -> str | tuple[int, ...] | Tensor:
-        """The positions as they were given; a list has become a tuple."""
+        """The positions as they were given: a selector, a tuple of indices, or a mask."""
         return self._positions
+
+    @property
+    def special(self) -> tuple[int, ...] | None:
+        """The ids that "special" means, sorted, if they were given."""
+        return self._special
 
     @property
     def model(self) -> ModelCard | None:
@@ -131,6 +148,7 @@ class Plan:
             "model": None if self._model is None else vars(self._model),
             "edits": places,
             "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+            **({} if self._special is None else {"special": list(self._special)}),
         }
         replace_file(target / "plan.safetensors", blob)
         replace_file(target / "plan.json", json.dumps(text, indent=2).encode())
@@ -174,7 +192,8 @@ class Plan:
                 raise KeyError("a place stands twice among the edits")
             positions = text["positions"]
             positions = tensors[positions["mask"]] if isinstance(positions, dict) else positions
-            return cls(edits, positions, None if text["model"] is None else ModelCard(**text["model"]))
+            model = None if text["model"] is None else ModelCard(**text["model"])
+            return cls(edits, positions, model, text.get("special"))
         except (KeyError, TypeError) as error:
             raise ValueError(f"Plan.load: {text_path} does not describe a plan of schema {SCHEMA}: {error}") from None
 
@@ -185,6 +204,11 @@ def card(model: Any) -> ModelCard:
 
     layers = find_layers(model, "Plan")
     return ModelCard(f"{layers.name}:{getattr(model.config, 'name_or_path', '')}", layers.d, layers.count)
+
+
+def rule_of(plan: Plan) -> Selector | Tensor:
+    """A plan's positions as whoever follows them reads them: a selector that holds no "special", or a mask."""
+    return plan._rule
 
 
 def as_plan(caller: str, value: Any) -> Plan:
@@ -250,21 +274,15 @@ def _chain(key: Any, value: Any) -> tuple[Intervention, ...]:
     return chain
 
 
-def _positions(positions: Any) -> str | tuple[int, ...] | Tensor:
-    if isinstance(positions, str):
-        return one_of("Plan", "positions", positions, POSITIONS)
+def _rule(positions: str | tuple[int, ...] | Tensor, special: tuple[int, ...] | None) -> Selector | Tensor:
     if isinstance(positions, Tensor):
-        if positions.dtype != torch.bool or positions.dim() not in (1, 2):
-            raise TypeError(
-                "Plan: positions as a mask must be bool, (tokens,) or (batch, tokens); "
-                f"got {positions.dtype} {tuple(positions.shape)}"
-            )
-        return positions.detach().cpu().clone()
-    if isinstance(positions, Sequence) and positions and all(type(p) is int for p in positions):
-        return tuple(positions)
-    raise TypeError(
-        f"Plan: positions is {positions!r}; expected one of {POSITIONS}, a list of integers, or a bool mask"
-    )
+        return positions
+    if isinstance(positions, tuple):
+        return as_selector(positions)
+    try:
+        return resolved(parse("Plan: positions", positions), special)
+    except ValueError as reason:
+        raise ValueError(f"Plan: {reason}") from None
 
 
 def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -287,5 +305,5 @@ def _check_text(path: Path, text: Any) -> None:
         raise ValueError(f'Plan.load: {path} is not a plan ("kind" is not "steerfast.plan")')
     if text.get("schema") != SCHEMA:
         raise ValueError(f"Plan.load: {path} has schema {text.get('schema')!r}; this version reads schema {SCHEMA}")
-    if set(text) != expected:
+    if set(text) - {"special"} != expected:
         raise ValueError(f"Plan.load: {path} has keys {sorted(text)}; expected {sorted(expected)}")

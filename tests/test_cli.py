@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import VOCAB, build
+from transformers import AutoTokenizer
 
 import steerfast as sf
 from steerfast.cli import demo, shared
@@ -119,6 +120,17 @@ def test_extract_options(saved, tmp_path: Path, options: list[str], site: tuple[
     assert place == site
     assert edit.vector.norm() == pytest.approx(length, rel=1e-5)
     assert plan.positions == ("generated" if "--steer" in options else "all")
+
+
+def test_extract_takes_any_selector_and_keeps_what_is_special(saved, tmp_path: Path, capsys) -> None:
+    model = saved("llama")
+    assert cli.main(extract(model, tmp_path, "--steer", "all&!special")) == 0
+    plan = sf.Plan.load(tmp_path)
+    assert plan.positions == "all & !special"
+    assert plan.special == sf.Plan(plan.edits, special=AutoTokenizer.from_pretrained(model)).special
+    with pytest.raises(SystemExit):
+        cli.main(extract(model, tmp_path, "--steer", "everywhere"))
+    assert "--steer: this is 'everywhere'; expected all, prompt, generated, last, special" in capsys.readouterr().err
 
 
 def test_texts_come_from_files(saved, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import steerfast
 
 PACKAGE = Path(steerfast.__file__).parent
 ROOMS = (
-    "_checks", "place", "files", "ops", "models", "barriers", "edits", "plan", "bank", "sae", "directions", "probes", "hooks",
-    "vllm", "integrations", "tools", "cli", "__main__",
+    "_checks", "_positions", "place", "files", "ops", "models", "barriers", "edits", "plan", "bank", "sae", "directions",
+    "probes", "hooks", "vllm", "integrations", "tools", "cli", "__main__",
 )  # fmt: skip
 """From the ground up: a room imports itself and those before it."""
 DELEGATED = {("steerfast.sae.model", "steerfast.sae.formats"), ("steerfast.sae.explain", "steerfast.sae.page")}

@@ -24,7 +24,7 @@ from steerfast.vllm import plans, routes, wire
 from steerfast.vllm.edits import Place, Places
 from steerfast.vllm.plans import Library, ServedPlan
 from steerfast.vllm.slots import Admission, Residents
-from steerfast.vllm.table import Owner, RowTable
+from steerfast.vllm.table import EVER, Owner, RowTable
 
 
 def unit(seed: int, d: int = D) -> torch.Tensor:
@@ -44,6 +44,9 @@ def folder(tmp_path: Path) -> Path:
         tmp_path / "two"
     )
     sf.Plan({0: sf.Add(unit(4))}, positions=[0, 1]).save(tmp_path / "single")
+    sf.Plan({0: sf.Add(unit(4))}, positions=torch.tensor([True, False])).save(tmp_path / "mask")
+    sf.Plan({0: sf.Add(unit(4))}, positions="all & !special", special=[1, 2]).save(tmp_path / "spares")
+    sf.Plan({0: sf.Add(unit(4))}, positions="after:ids:9").save(tmp_path / "after")
     return tmp_path
 
 
@@ -57,9 +60,12 @@ def library(folder: Path) -> Library:
 
 def test_a_plan_is_told_apart_by_its_content_and_takes_the_slots_of_its_longest_chain(folder: Path) -> None:
     first, chains = plans.load(folder, D, 4)
-    assert {name: served.slots for name, served in first.plans.items()} == {"one": 1, "single": 1, "two": 2}
+    slots = {"after": 1, "mask": 1, "one": 1, "single": 1, "spares": 1, "two": 2}
+    assert {name: served.slots for name, served in first.plans.items()} == slots
     assert first.plans["two"].positions == "last"
-    assert first.plans["single"].positions is None
+    assert first.plans["single"].positions == "0 | 1"
+    assert first.plans["mask"].positions is None
+    assert (first.plans["spares"].positions, first.plans["spares"].special) == ("all & !special", (1, 2))
     # what enters layer 3 is what left layer 2; -1 is layer 3 of 4
     assert {place: len(chain) for place, chain in chains["two"].items()} == {("resid_post", 3): 2, ("resid_post", 2): 1}
     before = first.plans["one"].fingerprint
@@ -97,7 +103,7 @@ def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
 def test_a_plan_that_does_not_fit_is_refused_by_name_and_the_others_are_served(folder: Path, plan, reason: str) -> None:
     plan().save(folder / "misfit")
     library, chains = plans.load(folder, D, 4, torch.float16)
-    assert set(library.plans) == {"one", "two", "single"} == set(chains)
+    assert set(library.plans) == {"after", "mask", "one", "single", "spares", "two"} == set(chains)
     with pytest.raises(ValueError, match=f"the plan 'misfit' cannot be used: .*{reason}"):
         wire.read({"steer": "misfit"}, library)
 
@@ -140,7 +146,7 @@ def test_a_request_that_says_nothing_takes_the_default_and_can_decline_it(librar
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"steer": "nobody"}, "there is no plan 'nobody'; this engine has 3 plans"),
+        ({"steer": "nobody"}, "there is no plan 'nobody'; this engine has 6 plans"),
         ({"steer": "../one"}, "there is no plan '../one'"),
         ({"steer": "one/../one"}, "there is no plan"),
         ({"steer": ["one"] * 10_000}, "steer names 10000 plans; at most 4"),
@@ -158,9 +164,29 @@ def test_a_request_that_says_nothing_takes_the_default_and_can_decline_it(librar
         ({"steer": "one", "steer_strength": None}, "steer_strength is None; expected a number"),
         ({"steer": "one", "steer_strength": [1, 2]}, "has 2 numbers for 1 plans"),
         ({"steer": ["one", "two"], "steer_strength": [1]}, "has 1 numbers for 2 plans"),
-        ({"steer": "one", "steer_positions": "everywhere"}, "expected one of all, prompt, generated, last"),
-        ({"steer": "one", "steer_positions": ["all"]}, "expected one of"),
-        ({"steer": "single"}, "names single positions, which a server does not follow; give steer_positions"),
+        (
+            {"steer": "one", "steer_positions": "everywhere"},
+            "steer_positions is 'everywhere'; expected all, prompt, generated",
+        ),
+        ({"steer": "one", "steer_positions": ["all"]}, r"steer_positions is \['all'\]; expected one selector"),
+        ({"steer": "one", "steer_positions": "ids:" + "1," * 500 + "1"}, "expected one selector, up to 500 characters"),
+        ({"steer": "one", "steer_positions": "|".join(map(str, range(9)))}, "joins 9 selectors; at most 8"),
+        (
+            {"steer": "one", "steer_positions": "0|2|4|6|8"},
+            "may fall into 5 pieces, .* of an intervention: 5 in all, at most 4",
+        ),
+        ({"steer": ["one", "two"], "steer_positions": "0 | last"}, "2 pieces, .*: 6 in all, at most 4"),
+        (
+            {"steer": "one", "steer_positions": "all & !special"},
+            "the plan 'one': positions='all & !special' names .* special=",
+        ),
+        (
+            {"steer": "one", "steer_positions": "after:ids:9"},
+            "'after:ids:9' must know the tokens before each one, which is not",
+        ),
+        ({"steer": "one", "steer_positions": "!between:ids:9..8"}, "must know the tokens before each one"),
+        ({"steer": "after"}, "'after:ids:9' must know the tokens before each one, which is not kept inside vLLM; name"),
+        ({"steer": "mask"}, "has a mask as its positions, which a server does not follow; give steer_positions"),
         ({"steering": "one"}, "unknown field 'steering'; the fields are steer, steer_strength, steer_positions"),
         ({"steer": "one", "steer_scale": 2}, "unknown field 'steer_scale'"),
         ({"steer_strength": 2}, "steer_strength is given without steer"),
@@ -202,10 +228,28 @@ def test_the_salt_differs_by_all_that_steers_and_by_the_users_own(library: Libra
         {"steer": ["two", "one"]},
         {"steer": "one", "steer_strength": 1.5},
         {"steer": "one", "steer_positions": "last"},
+        {"steer": "one", "steer_positions": "last & !ids:5"},
     ]
     salts = {wire.salt(own, wire.read(request, library)) for request in requests for own in (None, "", "user")}
     assert len(salts) == 3 * len(requests)
     assert wire.salt(None, wire.read({"steer": ["one"], "steer_strength": [1]}, library)) in salts
+    assert wire.salt(None, wire.read({"steer": "one", "steer_positions": " last&! ids:5 "}, library)) in salts
+
+
+def test_a_prompt_decides_what_fields_alone_do_not(library: Library) -> None:
+    parts = wire.read({"steer": "one", "steer_positions": "!5 & prompt"}, library)
+    wire.check_prompt(parts, [3] * 6, 6)
+    with pytest.raises(
+        ValueError, match="steer: '!5 & prompt': position 5 is out of range; this prompt has 5 tokens, 0 to 4"
+    ):
+        wire.check_prompt(parts, [3] * 5, 5)
+    parts = wire.read({"steer": "spares"}, library)
+    with pytest.raises(ValueError, match="'all & !special' looks at token ids, and this prompt is given as embeddings"):
+        wire.check_prompt(parts, None, 5)
+    assert parts[0].pieces(5) == ((0, EVER, (1, 2), False),)
+    assert parts[0].count([1, 3, 3, 2, 4, 9], 5, 3) == 3
+    (part,) = wire.read({"steer": "one", "steer_positions": "0 | last"}, library)
+    assert [part.count([], computed, 3) for computed in range(6)] == [0, 1, 1, 2, 3, 4]
 
 
 # --- slots -------------------------------------------------------------------------------------------------------------
@@ -279,6 +323,26 @@ def test_whatever_the_scheduler_admits_fits_beside_the_banks(seed: int) -> None:
 # --- the row table -----------------------------------------------------------------------------------------------------
 
 
+WORDS = ["all", "prompt", "generated", "last"]
+SELECTORS = [
+    *WORDS, "0", "-1 | generated", "!0:2", "-2: & !-1", "all & !ids:1", "ids:1,2", "ids:1 | last", "prompt & !special",
+    "generated & !ids:1 & !ids:9 | 0", "ids:80000 | 1",
+]  # fmt: skip
+
+
+def named(where: str, at: int, prompt: int, token: int) -> bool:
+    """The positions of the list above, each spelt out."""
+    special = token in (1, 9)
+    rules = {
+        "all": True, "prompt": at < prompt, "generated": at >= prompt, "last": at >= prompt - 1, "0": at == 0,
+        "-1 | generated": at >= prompt - 1, "!0:2": at >= 2, "-2: & !-1": at == prompt - 2, "all & !ids:1": token != 1,
+        "ids:1,2": token in (1, 2), "ids:1 | last": token == 1 or at >= prompt - 1,
+        "prompt & !special": at < prompt and not special,
+        "generated & !ids:1 & !ids:9 | 0": (at >= prompt and not special) or at == 0, "ids:80000 | 1": at == 1,
+    }  # fmt: skip
+    return rules[where]
+
+
 @pytest.mark.parametrize("where_it_runs", ["host", "device"])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_table_says_what_each_request_asked_for_at_each_position(seed: int, where_it_runs: str) -> None:
@@ -286,16 +350,16 @@ def test_the_table_says_what_each_request_asked_for_at_each_position(seed: int, 
     rng = random.Random(seed)
     table = RowTable(tokens=64, device=torch.device("cpu"))
     table._write = table._on_host if where_it_runs == "host" else table._on_device
-    library = Library({f"p{i}": ServedPlan(f"p{i}", "", 1, "all") for i in range(9)})
+    library = Library({f"p{i}": ServedPlan(f"p{i}", "", 1, "all", (1, 9)) for i in range(9)})
     asked = {}
     for i in range(70):  # more than the table first has lines for
         names = rng.sample(sorted(library.plans), rng.randint(0, 4))
-        where = rng.choice(["all", "prompt", "generated", "last"])
-        prompt = rng.randint(1, 9)
+        where = rng.choice(WORDS if len(names) > 1 else SELECTORS)
+        prompt = rng.randint(2, 9)
         parts = wire.read(
             {"steer": names, "steer_positions": where, "steer_strength": [rng.random() for _ in names]}, library
         )
-        owners = [Owner(int(p.served.name[1:]), p.strength, *p.span(prompt)) for p in parts]
+        owners = [Owner(int(p.served.name[1:]), p.strength, *piece) for p in parts for piece in p.pieces(prompt)]
         asked[f"r{i}"] = (owners, where, prompt)
         table.put(f"r{i}", owners)
         if rng.random() < 0.3:
@@ -310,23 +374,49 @@ def test_the_table_says_what_each_request_asked_for_at_each_position(seed: int, 
         total = int(starts[-1])
         for step in range(4 if goes_on else 1):
             positions = torch.cat([torch.arange(b, b + c) for b, c in zip(begins, counts, strict=True)]) + step
-            table.fill(batch, torch.cat([starts, starts[-1:]]), torch.cat([positions, torch.zeros(3).long()]), total)
+            said = torch.tensor([rng.choice([-1, 1, 2, 3, 9, 90000]) for _ in range(total + 3)], dtype=torch.int32)
+            padded = torch.cat([positions, torch.zeros(3).long()])
+            table.fill(batch, torch.cat([starts, starts[-1:]]), padded, total, said)
             for i, name in enumerate(batch):
                 owners, where, prompt = asked[name]
                 for token in range(int(starts[i]), int(starts[i + 1])):
                     p = int(positions[token])
-                    acts = {"all": True, "prompt": p < prompt, "generated": p >= prompt, "last": p >= prompt - 1}[where]
-                    found = [s for s in table.rows[token].tolist() if s >= 0]
-                    assert found == ([owner.slot for owner in owners] if acts else [])
-                    if acts:
-                        weights = table.scale[token, : len(owners)]
-                        assert torch.equal(weights, torch.tensor([owner.strength for owner in owners]))
+                    acts = named(where, p, prompt, int(said[token]))
+                    found = [
+                        (s, w)
+                        for s, w in zip(*(t[token].tolist() for t in (table.rows, table.scale)), strict=True)
+                        if s >= 0
+                    ]
+                    each = dict.fromkeys((o.slot, float(np.float32(o.strength))) for o in owners)
+                    assert found == ([*each] if acts else []), (where, p, prompt, int(said[token]))
             assert (table.rows[total:] == -1).all(), "what a graph is padded with is steered"
         if rng.random() < 0.3:  # one of them asks anew
             again = rng.choice(batch)
-            owners = [Owner(rng.randrange(9), rng.random(), *wire.Part(library.plans["p0"], 1.0, "prompt").span(4))]
+            owners = [
+                Owner(rng.randrange(9), rng.random(), *wire.Part(library.plans["p0"], 1.0, "prompt").pieces(4)[0])
+            ]
             asked[again] = (owners, "prompt", 4)
             table.put(again, owners)
+
+
+def test_sets_of_tokens_are_held_once_and_let_go() -> None:
+    table = RowTable(8, torch.device("cpu"))
+    for i in range(40):  # more than there is room for at first
+        table.put(f"r{i}", [Owner(0, 1.0, 0, 9, (i // 2, 7000 + i % 3), True)])
+    assert len(table._sets._numbers) == 40
+    for i in range(0, 40, 2):
+        table.put(f"r{i}", [Owner(0, 1.0, 0, 9)])
+    with pytest.raises(RuntimeError, match="looks for tokens, and this engine does not show them"):
+        table.fill(["r1"], torch.tensor([0, 1]), torch.zeros(1).long(), 1)
+    for i in (1, 39, 21):
+        for token in (i // 2, 7000 + i % 3, 3 + i, -1, 100_000):
+            table.fill([f"r{i}"], torch.tensor([0, 1]), torch.zeros(1).long(), 1, torch.tensor([token]))
+            assert (table.rows[0, 0] == 0) == (token in (i // 2, 7000 + i % 3)), (i, token)
+    for i in range(40):
+        table.drop(f"r{i}")
+    assert not table._sets
+    table.put("r", [Owner(0, 1.0, 0, 9)])
+    table.fill(["r"], torch.tensor([0, 1]), torch.zeros(1).long(), 1)  # nobody looks: no ids are needed
 
 
 # --- the edits ---------------------------------------------------------------------------------------------------------

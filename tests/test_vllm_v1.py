@@ -149,6 +149,20 @@ def test_chunked_prefill_means_the_same_positions(engine, truth, positions) -> N
     assert_like_transformers(engine, truth, output, LONG, [("love", 1.5)], positions)
 
 
+def test_selectors_mean_what_they_mean_in_hooks(engine, truth) -> None:
+    """Windows in pieces, and token ids of prompt and generation, beside requests that look for none."""
+    every = fields(("love", 1.5))
+    plain, steered = engine.run([(LONG, None), (LONG, every)])
+    spared = sorted({*plain.prompt_token_ids[3:40:6], *ids(steered)[:4]})
+    selectors = ["1:9 | last", "!-4:", f"all & !ids:{','.join(map(str, spared))}", f"ids:{spared[0]},{spared[-1]} | 0"]
+    requests = [(LONG, {**every, "steer_positions": selector}) for selector in selectors]
+    outputs = engine.run([(LONG, every), *requests, (LONG, None)])
+    for selector, output in zip(selectors, outputs[1:-1], strict=True):
+        assert_like_transformers(engine, truth, output, LONG, [("love", 1.5)], selector)
+        assert not torch.equal(logprobs(output), logprobs(steered)), selector
+    assert engine.idle()
+
+
 def test_traps_2_11_neighbours_are_bit_equal_to_the_same_batch_with_nobody_steered(engine) -> None:
     """Traps 2 and 11: an unsteered row keeps its bits, whoever is beside it, at whatever place of the batch."""
     prompts = [PROMPT, "Once upon a time", "The capital of France is", "2 + 2 ="]

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     edits: dict[int | tuple[str, int], Any] = {
         (args.site, layer): Add(d, strength=args.strength) for layer, d in directions.items()
     }
-    saved = Plan(edits, positions=args.steer, model=model).save(args.out)
+    known = shared.special(tokenizer, args.steer)
+    saved = Plan(edits, positions=args.steer, model=model, special=known).save(args.out)
     shared.say(
         f"{args.method}: {len(positive)} positive and {len(negative)} negative texts, {args.site}, position {position}"
     )
@@ -71,5 +72,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--normalize", action="store_true", help="scale every direction to length 1")
     parser.add_argument("--strength", type=float, default=1.0, metavar="C", help="c in x + c·v (default: %(default)s)")
-    steered = "tokens that the plan steers (default: %(default)s)"
-    parser.add_argument("--steer", default="all", choices=shared.POSITIONS, help=steered)
+    steered = "tokens that the plan steers, as generated, 0:8 or 'all & !special' (default: %(default)s)"
+    parser.add_argument("--steer", default="all", type=shared.selector, metavar="POSITIONS", help=steered)

@@ -41,9 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="of the solver (default: %(default)s)")
     parser.add_argument("--method", default="euler", choices=tuple(SOLVERS), help="the solver (default: %(default)s)")
     parser.add_argument("--level", type=float, metavar="H", help="stop where h reaches this (default: go all the way)")
-    parser.add_argument(
-        "--steer", default="last", choices=shared.POSITIONS, help="tokens that the plan steers (default: %(default)s)"
-    )
+    steered = "tokens that the plan steers, as generated, 0:8 or 'all & !special' (default: %(default)s)"
+    parser.add_argument("--steer", default="last", type=shared.selector, metavar="POSITIONS", help=steered)
     picture = "draw h along the path, from the negative texts, and its gain by the number of steps (needs matplotlib)"
     parser.add_argument("--plot", type=Path, metavar="PNG", help=picture)
 
@@ -77,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     flow = Flow(barrier, angle, T, args.steps, args.method, args.level)
     layer = next(iter(sides[0]))
     barrier.save(args.out / "barrier")
-    saved = Plan({(args.site, layer): flow}, positions=args.steer, model=model).save(args.out)
+    known = shared.special(tokenizer, args.steer)
+    saved = Plan({(args.site, layer): flow}, positions=args.steer, model=model, special=known).save(args.out)
     shared.say(
         f"{args.kind}: {len(positive)} positive and {len(negative)} negative texts, {args.site} of layer {layer}"
     )

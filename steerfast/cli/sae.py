@@ -203,7 +203,8 @@ def _steer(args: argparse.Namespace) -> int:
         edit = Calibrate(rows, beta=args.value)
     else:
         edit = EditFeatures(sae, dict.fromkeys(chosen, args.value), mode=args.mode)
-    plan = Plan({sae.place: edit}, positions=args.positions, model=model)
+    known_special = shared.special(tokenizer, args.positions)
+    plan = Plan({sae.place: edit}, positions=args.positions, model=model, special=known_special)
     inputs = shared.prompt(tokenizer, args.prompt, model)
     options = {"max_new_tokens": args.tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     for title in ("unsteered", "steered"):
@@ -288,9 +289,8 @@ def _steer_arguments(parser: argparse.ArgumentParser) -> None:
     text = "of the value: see sf.EditFeatures; amplify: α; calibrate: β (default: %(default)s)"
     parser.add_argument("--mode", default="add", choices=modes, help=text)
     parser.add_argument("--value", type=float, default=20.0, metavar="X", help="default: %(default)s")
-    parser.add_argument(
-        "--positions", default="all", choices=shared.POSITIONS, help="tokens that are steered (default: all)"
-    )
+    steered = "tokens that are steered, as generated, 0:8 or 'all & !special' (default: %(default)s)"
+    parser.add_argument("--positions", default="all", type=shared.selector, metavar="POSITIONS", help=steered)
     parser.add_argument(
         "--tokens", type=shared.positive, default=40, metavar="N", help="new tokens (default: %(default)s)"
     )

@@ -12,7 +12,6 @@ from typing import Any
 
 METHODS = ("mean_difference", "difference", "pca", "logistic")
 SITES = ("resid_post", "resid_pre", "attn_out", "mlp_out", "head_out")
-POSITIONS = ("all", "prompt", "generated", "last")
 COLUMNS = 100
 """A terminal this wide shows two texts side by side."""
 
@@ -62,6 +61,21 @@ def prompt(tokenizer: Any, text: str, model: Any, *, chat: bool = False) -> dict
     if ids.shape[1] == 0:
         raise ValueError("the prompt has no tokens; give it content")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def selector(text: str) -> str:
+    """Positions of a plan, as an argument."""
+    from steerfast._positions import parse
+
+    try:
+        return str(parse("this", text))
+    except ValueError as reason:
+        raise argparse.ArgumentTypeError(str(reason)) from None
+
+
+def special(tokenizer: Any, positions: str) -> Any:
+    """What a plan with these positions is given to know special tokens by."""
+    return tokenizer if "special" in positions else None
 
 
 def folder(model: str) -> str:

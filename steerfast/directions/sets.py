@@ -89,6 +89,7 @@ class DirectionSet(Mapping[str, Direction]):
         positions: Positions = "all",
         keep_norm: bool = False,
         model: nn.Module | None = None,
+        special: Any = None,
     ) -> Plan:
         """Return the plan that adds every direction at its own layer and site: x + c·v.
 
@@ -97,6 +98,7 @@ class DirectionSet(Mapping[str, Direction]):
             positions: as in `Plan`.
             keep_norm: give every row its old length back afterwards.
             model: the model to be steered. Another width or layer count is refused, another class is warned about.
+            special: as in `Plan`.
 
         Returns:
             The plan; directions of one layer and site are applied in the order of the set.
@@ -129,7 +131,7 @@ class DirectionSet(Mapping[str, Direction]):
             edits.setdefault(place, []).append(Add(direction.vector, wanted[name], keep_norm))
         if model is not None:
             self._check_model(model, edits)
-        return Plan(edits, positions, self._model if model is None else model)
+        return Plan(edits, positions, self._model if model is None else model, special)
 
     def save(self, path: _PathLike) -> Path:
         """Write the set; the same as `save_directions(path, self)`."""

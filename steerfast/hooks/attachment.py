@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from steerfast.plan import Plan
+from steerfast._positions import parse
+from steerfast.plan import Plan, rule_of
 
 from .positions import Layer
+
+EVERYWHERE = parse("steer", "all")
 
 
 @dataclass(eq=False)
@@ -46,11 +49,11 @@ class Attachment:
                 f"steer: {len(self.plans)} plans were given for a batch of {batch} prompts; give one per row, None for unsteered"
             )
         index = range(batch) if self.per_row else [0] * batch
-        positions = ["all" if (plan := self.plans[i]) is None else plan.positions for i in index]
+        rules = [EVERYWHERE if (plan := self.plans[i]) is None else rule_of(plan) for i in index]
         return Layer(
             [self.slots[i] for i in index],
             [self.strengths[i] for i in index],
-            positions,
+            rules,
             frozenset(self.latched),
             frozenset(self.gated),
         )

@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
+from steerfast._positions import Selector
 from steerfast.edits.base import Intervention
 from steerfast.edits.conditions import When
 from steerfast.models.layers import Layers
-from steerfast.plan import Plan
+from steerfast.plan import Plan, rule_of
 
 from .attachment import Attachment
 from .gates import Place
@@ -80,6 +81,12 @@ def check_plan(plan: Plan, layers: Layers, prepared: Container[Place] | None) ->
         warnings.warn(
             f"steer: the plan was made for {card.name}, this model is a {layers.name}", UserWarning, stacklevel=4
         )
+    rule = rule_of(plan)
+    if prepared is not None and isinstance(rule, Selector) and rule.reads_tokens:
+        raise ValueError(
+            f"steer: positions={plan.positions!r} on a prepared model; they look at token ids, which a compiled graph does not "
+            "compare: steer a model that has not been prepared"
+        )
     for (site, layer), chain in places_of(plan, layers).items():
         point = layers.point(layer, site, "steer")
         for edit in chain:
@@ -111,17 +118,19 @@ def check_lengths(lengths: tuple[int, ...] | None, active: Sequence[Attachment])
 
 def check_positions(plans: Sequence[Plan], layers: Layers, counted: bool, length_known: bool) -> None:
     """Refuse positions that a model could never show; its prompt's length is known from `generate` or was given."""
-    named = [plan for plan in plans if not isinstance(plan.positions, str) or plan.positions != "all"]
+    rules = [(plan.positions, rule_of(plan)) for plan in plans]
+    placed = [shown for shown, rule in rules if not isinstance(rule, Selector) or rule.needs_length]
+    named = placed + [shown for shown, rule in rules if isinstance(rule, Selector) and rule.remembers]
     if not named:
         return
     if not counted:
         raise ValueError(
-            f"steer: positions={named[0].positions!r} needs a cache of keys and values to count tokens; {layers.name} "
+            f"steer: positions={named[0]!r} needs a cache of keys and values to count tokens; {layers.name} "
             'keeps another state, and has no generate that would show them: use positions="all"'
         )
-    if not length_known:
+    if not length_known and placed:
         raise ValueError(
-            f"steer: positions={named[0].positions!r} on a bare decoder ({layers.name}) needs prompt_length=, because "
+            f"steer: positions={placed[0]!r} on a bare decoder ({layers.name}) needs prompt_length=, because "
             "generate runs on the model around it; steer that model instead"
         )
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import MAX_SLOTS_PER_ROW
+from steerfast._positions import Selector
+from steerfast.plan import rule_of
 
 from .attachment import Attachment
 from .positions import Pass, Prompt, Table, lengths_per_row
@@ -63,7 +65,9 @@ class FixedTable:
         self.clear()
         given = next((one.prompt_length for one in attachments if one.prompt_length is not None), None)
         plans = [plan for one in attachments for plan in one.plans if plan is not None]
-        self.unplaced = given is None and any(not isinstance(p.positions, str) or p.positions != "all" for p in plans)
+        self.unplaced = given is None and any(
+            not isinstance(rule, Selector) or rule.needs_length for rule in map(rule_of, plans)
+        )
         if self.unplaced or not attachments:
             return
         rows = next((len(one.plans) for one in attachments if one.per_row), self.batch)

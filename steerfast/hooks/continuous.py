@@ -36,8 +36,8 @@ def check_paged(attachments: Sequence[Attachment], gated: bool) -> None:
             )
         if (positions := next(p.positions for p in one.plans if p is not None)) != "all":
             raise ValueError(
-                f"steer: positions={positions!r} needs to know where each prompt ends, which continuous batching does "
-                "not show; use positions='all', or generate"
+                f"steer: positions={positions!r} needs to know where each prompt ends or which token it looks at, and "
+                "continuous batching shows requests mixed; use positions='all', or generate"
             )
     if gated:
         raise ValueError(

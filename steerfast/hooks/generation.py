@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steerfast.models.caches import cache_in
+from steerfast.models.proof import given_tokens
 
 from .positions import Prompt
 
@@ -22,7 +24,8 @@ def announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """
     call = _bound(model, args, kwargs)
     given = next((call[name] for name in ("inputs_embeds", "input_ids", "inputs") if call.get(name) is not None), None)
-    copies = max(int(_setting(model, call, name) or 1) for name in ("num_beams", "num_return_sequences"))
+    beams, samples = (int(_setting(model, call, name) or 1) for name in ("num_beams", "num_return_sequences"))
+    copies = max(beams, samples)
     if given is None:
         return Prompt.whole(1, 1), copies  # generate starts from the beginning-of-text token
     if not isinstance(given, Tensor) or given.dim() < 2:
@@ -35,8 +38,10 @@ def announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     mask = call.get("attention_mask")
     if mask is None and not given.is_floating_point():
         mask = _inferred_mask(model, given, call)
-    length = _whole_length(call, mask, length)
-    return Prompt.whole(batch, length, None if mask is None else valid_tokens(mask, batch, length)), copies
+    whole = _whole_length(call, mask, length)
+    valid = None if mask is None else valid_tokens(mask, batch, whole)
+    ids = given if whole == length and not given.is_floating_point() else None
+    return replace(Prompt.whole(batch, whole, valid), ids=ids, reorders=beams > 1), copies
 
 
 def valid_tokens(mask: Any, batch: int, length: int) -> Tensor:
@@ -66,10 +71,8 @@ def tokens_of(inputs: dict[str, Any]) -> Tensor:
     Raises:
         TypeError: neither ids nor embeddings are among its arguments.
     """
-    found = next(
-        (inputs[name] for name in ("input_ids", "inputs_embeds", "hidden_states") if inputs.get(name) is not None), None
-    )
-    if not isinstance(found, Tensor):
+    found = given_tokens(inputs)
+    if found is None:
         raise TypeError(
             "steer: this forward pass shows neither input_ids nor inputs_embeds, so its tokens cannot be counted"
         )

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from steerfast._positions import Selector
 from steerfast.models.caches import PAGED, cache_in, keeps_cache, past_length
 from steerfast.models.layers import Layers, stream_storage
 from steerfast.models.proof import Proof
+from steerfast.plan import rule_of
 
 from .attachment import Attachment
 from .compiled import FixedTable
@@ -59,7 +61,9 @@ class Call:
     seen: int = 0  # those that have been counted
     version: int = 0  # of what is attached, when the table was built
     given_mask: Any = _UNSEEN  # as the model around the decoder was given it, not yet prepared
-    given_ids: int | None = None  # tokens that it was given as ids; None: none, or the decoder is the model
+    given_ids: Tensor | None = (
+        None  # as that model was given them; None: it was given none, or the decoder is the model
+    )
 
 
 class Passes:
@@ -226,7 +230,7 @@ class Passes:
         inputs, call = by_name(names, args, kwargs), self.call
         call.given_mask = inputs.get("attention_mask")
         ids = inputs.get("input_ids")
-        call.given_ids = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        call.given_ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the decoder runs: decide who owns which token of this pass."""
@@ -242,6 +246,7 @@ class Passes:
         mask, call.given_mask = _mask(inputs, call.given_mask), _UNSEEN
         tokens = tokens_of(inputs)
         call.shape = batch, count = tokens.shape[0], tokens.shape[1]
+        ids = call.given_ids if tokens.is_floating_point() else tokens
         if inputs.keys() >= PAGED:
             call.now = pass_for_all(self.attachments, bool(self.conditions), tokens, call.now)
             return
@@ -256,7 +261,9 @@ class Passes:
         else:
             table = self._bare(call, inputs, mask, batch, count)
         start = call.start
-        call.now = table.at(start, count, batch) if isinstance(start, int) else table.gather(start, count, batch)
+        call.now = (
+            table.at(start, count, batch, ids) if isinstance(start, int) else table.gather(start, count, batch, ids)
+        )
         self.traced = call.now
         if self.conditions:
             call.gates.begin(table, start, count, batch)
@@ -343,7 +350,8 @@ class Passes:
             valid = nn.functional.pad(valid, (0, max(0, int(lengths.max()) - valid.shape[1])), value=True)
         prompt = Prompt(valid, lengths)
         prompt = prompt.behind(virtual) if virtual else prompt
-        return self._table_for(call, call.prompt if call.prompt is not None and _same(call.prompt, prompt) else prompt)
+        again = call.table is not None and not call.table.remembers and _same(call.table.prompt, prompt)
+        return self._table_for(call, call.table.prompt if again else prompt)  # type: ignore[union-attr]
 
     def _table_for(self, call: Call, prompt: Prompt) -> Table:
         return call.table if prompt is call.prompt and call.table is not None else self._build(call, prompt)
@@ -385,6 +393,12 @@ def _mask(inputs: dict[str, Any], given: Any) -> Any:
     if given is _UNSEEN or (isinstance(mask, Tensor) and mask.dim() == 2):
         return mask
     return given  # handed on as a prepared mask, or not at all
+
+
+def _needs_place(one: Attachment) -> bool:
+    """Whether a plan asks where in its text a token stands."""
+    rules = [rule_of(plan) for plan in one.plans if plan is not None]
+    return any(not isinstance(rule, Selector) or rule.needs_length or rule.remembers for rule in rules)
 
 
 def _same(one: Prompt, other: Prompt) -> bool:

@@ -3,17 +3,39 @@
 A prompt of P tokens has P + 1 columns in a table: one per prompt position, and one that every later position shares.
 The table is built once per prompt on the host; a forward pass over tokens [start, stop) is a slice of it, so that a
 decode step costs no tensor work at all, whatever the cache: dynamic, static, chunked prefill, assisted generation.
+
+A selector that looks at token ids has all its positions in the table, and each pass takes out those that its own tokens
+rule out. What it must know of earlier tokens ("after", "between") is one bit per position, kept with the prompt, so that a
+cache that steps back, as assisted generation makes it do, finds the bit that belongs there.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-Positions = str | tuple[int, ...] | Tensor
+from steerfast._positions import (
+    ALL,
+    After,
+    Between,
+    Ids,
+    Leaf,
+    Selector,
+    Special,
+    beyond,
+    evaluate,
+    out_of_range,
+    parse,
+    placed,
+    told,
+)
+
+Rule = Selector | Tensor
+"""A selector in which `special` is resolved, or a mask."""
 Owners = tuple[tuple[int, float], ...]
 """(slot, scale) applied to a token, left to right."""
 
@@ -25,11 +47,17 @@ class Prompt:
     Attributes:
         valid: bool (batch, P), False on padding.
         starts: int64 (batch,), the first generated position of each row; None if the prompt's length is unknown.
-        virtual: Positions in front that hold no token of the text (soft prompts): "all" has them, nothing else has.
+        ids: The tokens of a prompt that was announced before any of it ran; None: they are seen as they run.
+        reorders: Whether rows may change places after the prompt, as beams do.
+        memories: What selectors remember of its tokens, by leaf and number of rows.
+        virtual: Positions in front that hold no token of the text (soft prompts): "all" has them, the prompt does not.
     """
 
     valid: Tensor
     starts: Tensor | None
+    ids: Tensor | None = None
+    reorders: bool = False
+    memories: dict[tuple[Leaf, int], Memory] = field(default_factory=dict)
     virtual: int = 0
 
     @property
@@ -41,7 +69,8 @@ class Prompt:
         """The same prompt behind so many virtual tokens."""
         front = self.valid.new_ones(self.batch, virtual)
         starts = None if self.starts is None else self.starts + virtual
-        return Prompt(torch.cat([front, self.valid], dim=1), starts, self.virtual + virtual)
+        valid = torch.cat([front, self.valid], dim=1)
+        return replace(self, valid=valid, starts=starts, virtual=self.virtual + virtual, ids=None, memories={})
 
     @classmethod
     def whole(cls, batch: int, length: int, valid: Tensor | None = None) -> Prompt:
@@ -56,7 +85,7 @@ class Layer:
 
     slots: list[tuple[int, ...]]  # per batch row, () for an unsteered one
     scales: list[float]  # per batch row
-    positions: list[Positions]  # per batch row
+    rules: list[Rule]  # per batch row
     latched: frozenset[int] = frozenset()  # slots that a condition holds back before the last prompt token
     gated: frozenset[int] = frozenset()  # slots with a condition of either kind
 
@@ -73,28 +102,28 @@ class Pass:
 IDLE = Pass(owners=())
 
 
-def allowed(prompt: Prompt, row: int, positions: Positions) -> Tensor:
-    """bool (P + 1,): which positions of one batch row a plan acts on; the last entry stands for every later one.
+LAST = parse("steer", "last")
+
+
+def allowed(prompt: Prompt, row: int, rule: Rule) -> Tensor:
+    """bool (P + 1,): which positions of one batch row a rule names; the last entry stands for every later one.
+
+    Where a selector looks at tokens, these are all that it could name.
 
     Raises:
         ValueError: the prompt's length must be known and is not, an index is out of range, or a mask has another length.
     """
     valid, length = prompt.valid[row], prompt.valid.shape[1]
-    here = torch.arange(length)
-    if isinstance(positions, str) and positions == "all":
-        return _with_later(valid, True)
-    if prompt.starts is None:
-        raise ValueError(
-            f"steer: positions={positions!r} needs the prompt's length, which this forward pass does not show (it starts from "
-            "a filled cache): pass prompt_length= to steer, or use generate"
-        )
-    start, front = int(prompt.starts[row]), prompt.virtual
-    valid = valid & (here >= front)
-    real = (valid & (here < start)).nonzero().flatten()
-    if isinstance(positions, Tensor):
-        if positions.dim() == 2 and positions.shape[0] != prompt.batch:
-            raise ValueError(f"steer: the mask has {positions.shape[0]} rows for a batch of {prompt.batch} prompts")
-        mask = positions if positions.dim() == 1 else positions[row]
+    if isinstance(rule, Selector) and rule.reads_tokens:
+        _check_indices(prompt, row, rule)
+        return _with_later(valid, beyond(rule) is not False)
+    if isinstance(rule, Selector) and not rule.needs_length:
+        return _with_later(valid, True) & evaluate(rule, lambda leaf: torch.ones(length + 1, dtype=torch.bool))
+    start = _start(prompt, row, rule)
+    if isinstance(rule, Tensor):
+        if rule.dim() == 2 and rule.shape[0] != prompt.batch:
+            raise ValueError(f"steer: the mask has {rule.shape[0]} rows for a batch of {prompt.batch} prompts")
+        mask, front = rule if rule.dim() == 1 else rule[row], prompt.virtual
         covered = mask.shape[0] + front
         if covered > length or covered < min(start, length):
             raise ValueError(
@@ -102,20 +131,73 @@ def allowed(prompt: Prompt, row: int, positions: Positions) -> Tensor:
                 "included"
             )
         return _with_later(valid & torch.nn.functional.pad(mask, (front, length - covered)), False)
-    if isinstance(positions, tuple):
-        count = real.shape[0]
-        outside = [p for p in positions if not -count <= p < count]
-        if outside:
-            raise ValueError(
-                f"steer: position {outside[0]} is out of range; prompt {row} has {count} real tokens, 0 to {count - 1}"
+    _check_indices(prompt, row, rule)
+    real = _real(prompt, row)
+    return _with_later(valid, True) & evaluate(rule, lambda leaf: placed(leaf, real, start, length, prompt.virtual))
+
+
+def _start(prompt: Prompt, row: int, rule: Rule) -> int:
+    if prompt.starts is None:
+        named = f"positions={str(rule)!r}" if isinstance(rule, Selector) else "a mask"
+        raise ValueError(
+            f"steer: {named} needs the prompt's length, which this forward pass does not show (it starts from a filled "
+            "cache): pass prompt_length= to steer, or use generate"
+        )
+    return int(prompt.starts[row])
+
+
+def _real(prompt: Prompt, row: int) -> Tensor:
+    """The positions of the prompt's real tokens."""
+    valid, starts = prompt.valid[row], prompt.starts
+    here = torch.arange(valid.shape[0], device="cpu")
+    text = valid & (here >= prompt.virtual)
+    return (text if starts is None else text & (here < starts[row])).nonzero().flatten()
+
+
+def _check_indices(prompt: Prompt, row: int, rule: Selector) -> None:
+    if not rule.needs_length:
+        return
+    _start(prompt, row, rule)
+    count = len(_real(prompt, row))
+    outside = out_of_range(rule, count)
+    if outside is not None:
+        raise ValueError(
+            f"steer: position {outside} is out of range; prompt {row} has {count} real tokens, 0 to {count - 1}"
+        )
+
+
+@dataclass(eq=False)
+class Memory:
+    """Of one leaf and batch: whether it is open before each position."""
+
+    open: Tensor  # bool (batch, positions)
+    reached: int  # known up to here
+
+    @classmethod
+    def of(cls, leaf: After | Between, prompt: Prompt, copies: int, device: torch.device) -> Memory:
+        """What an announced prompt tells; for any other, that nothing is open before its first token."""
+        shut = torch.zeros(prompt.batch, 1, dtype=torch.bool)
+        known = shut
+        if prompt.ids is not None:
+            ids, real = prompt.ids.cpu(), prompt.valid[:, : prompt.ids.shape[1]]
+            behind = told(leaf, lambda wanted: torch.isin(ids, torch.tensor(wanted)) & real, shut[:, 0])[1]
+            known = torch.cat([shut, behind], 1)  # type: ignore[list-item]  # no `Ids`
+        return cls(known.repeat_interleave(copies, 0).to(device), known.shape[1] - 1)
+
+    def room(self, positions: int) -> None:
+        """Make room for that many positions."""
+        if self.open.shape[1] < positions:
+            self.open = torch.nn.functional.pad(
+                self.open, (0, max(positions, 2 * self.open.shape[1], 64) - self.open.shape[1])
             )
-        chosen = torch.zeros(length, dtype=torch.bool)
-        chosen[real[list(positions)]] = True
-        return _with_later(chosen, False)
-    if positions == "prompt":
-        return _with_later(valid & (here < start), False)
-    first = start if positions == "generated" else int(real[-1]) if real.numel() else start
-    return _with_later(valid & (here >= first), True)
+
+
+@dataclass(eq=False)
+class Reading:
+    """A selector that looks at tokens, and whose columns it rules."""
+
+    selector: Selector
+    governs: Tensor  # bool (batch, columns)
 
 
 class Table:
@@ -132,23 +214,30 @@ class Table:
         batch, span = prompt.batch, prompt.valid.shape[1] + 1
         rows = torch.full((batch, span, sum(widths)), -1, dtype=torch.int32)
         scale = torch.ones(batch, sum(widths))
+        readings: dict[Selector, Reading] = {}
         column = 0
         for layer, width in zip(layers, widths, strict=True):
             for row, slots in enumerate(layer.slots):
                 if not slots or layer.scales[row] == 0.0:
                     continue
-                where = allowed(prompt, row, layer.positions[row])
+                rule = layer.rules[row]
+                where = allowed(prompt, row, rule)
+                if isinstance(rule, Selector) and rule.reads_tokens:
+                    governs = torch.zeros(batch, sum(widths), dtype=torch.bool)
+                    governs = readings.setdefault(rule, Reading(rule, governs)).governs
+                    governs[row, column : column + len(slots)] = True
                 rows[row, where, column : column + len(slots)] = torch.tensor(slots, dtype=torch.int32)
                 scale[row, column : column + width] = layer.scales[row]
                 held = [column + i for i, slot in enumerate(slots) if slot in layer.latched]
                 if held:  # nothing is decided before the last prompt token
-                    rows[row, ~allowed(prompt, row, "last"), held[0] : held[-1] + 1] = -1
+                    rows[row, ~allowed(prompt, row, LAST), held[0] : held[-1] + 1] = -1
             column += width
         self.prompt = prompt
         self.rows, self.scale = rows, scale
         self._device = device
         gated = frozenset().union(*(layer.gated for layer in layers))
-        self._runs, owners = _runs(rows, scale, gated)
+        self._read = Readings(prompt, list(readings.values()), device) if readings else None
+        self._runs, owners = _runs(rows, scale, gated, None if self._read is None else self._read.dynamic)
         self._passes = [None if found is None else Pass(found) for found in owners]
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}
         self._later: dict[tuple[int, int], Pass] = {}
@@ -172,8 +261,22 @@ class Table:
             self._ends = torch.where(self.prompt.valid & (here < starts[:, None]), here, -1).amax(1)
         return self._ends
 
-    def at(self, start: int, tokens: int, batch: int) -> Pass:
-        """The pass over positions [start, start + tokens) of every row; rows may have been repeated by generate."""
+    @property
+    def remembers(self) -> bool:
+        """Whether a pass depends on the tokens of earlier ones."""
+        return self._read is not None and self._read.remembers
+
+    def at(self, start: int, tokens: int, batch: int, ids: Tensor | None = None) -> Pass:
+        """The pass over positions [start, start + tokens) of every row; rows may have been repeated by generate.
+
+        Args:
+            start: The first position.
+            tokens: How many.
+            batch: Rows of the pass.
+            ids: Its tokens (batch, tokens), where the pass shows them.
+        """
+        if self._read is not None and not (start >= self.span - 1 and self._read.settled):
+            return self._by_tokens(self._read, start, tokens, batch, ids)
         first, last = min(start, self.span - 1), min(max(start + tokens, 1), self.span)
         run = bisect_right(self._runs, first) - 1
         same = self._passes[run]
@@ -188,29 +291,177 @@ class Table:
         if start + tokens <= self.span:
             part = rows[:, start : start + tokens]
         else:
-            part = rows[:, torch.arange(start, start + tokens, device=rows.device).clamp(max=self.span - 1)]
+            part = rows[:, self._columns(start, tokens, rows.device)]
         return _flat(part, scale)
 
-    def gather(self, start: Tensor, tokens: int, batch: int) -> Pass:
-        """`at` for a start that only the device knows: no host sync."""
+    def gather(self, start: Tensor, tokens: int, batch: int, ids: Tensor | None = None) -> Pass:
+        """`at` for a start that only the device knows: no host sync, but for one a prompt where earlier tokens count."""
+        if self._read is not None:
+            return self._by_tokens(self._read, start, tokens, batch, ids)
         rows, scale = self._on_device(batch)
-        index = (start.to(rows.device) + torch.arange(tokens, device=rows.device)).clamp(max=self.span - 1)
-        return _flat(rows[:, index], scale)
+        return _flat(rows[:, self._columns(start, tokens, rows.device)], scale)
+
+    def _columns(self, start: int | Tensor, tokens: int, device: torch.device) -> Tensor:
+        """The table's columns of positions [start, start + tokens)."""
+        first = start.to(device) if isinstance(start, Tensor) else start
+        return (first + torch.arange(tokens, device=device)).clamp(max=self.span - 1)
+
+    @torch.inference_mode(False)
+    def _by_tokens(self, read: Readings, start: int | Tensor, tokens: int, batch: int, ids: Tensor | None) -> Pass:
+        """The pass where its tokens decide, too."""
+        rows, scale = self._on_device(batch)
+        if isinstance(start, int) and start >= self.span - 1:
+            return _flat(read.close(rows[:, -1:].expand(-1, tokens, -1), None, start, ids), scale)
+        columns = self._columns(start, tokens, rows.device)
+        return _flat(read.close(rows[:, columns], columns, start, ids), scale)
 
     def _on_device(self, batch: int) -> tuple[Tensor, Tensor]:
         """The tables on the device, with each prompt's row repeated for its beams or samples."""
-        if batch % self.prompt.batch:
-            raise ValueError(
-                f"steer: this forward pass has {batch} rows, but {self.prompt.batch} prompts were announced; rows must be "
-                "the prompts, each repeated equally often"
-            )
         if batch not in self._moved:
-            copies = batch // self.prompt.batch
+            copies = copies_of(self.prompt, batch)
             self._moved[batch] = tuple(  # type: ignore[assignment]
                 table.repeat_interleave(copies, 0).to(self._device, non_blocking=True)
                 for table in (self.rows, self.scale)
             )
         return self._moved[batch]
+
+
+class Readings:
+    """The selectors of a batch that look at tokens: what of a pass they rule out.
+
+    Args:
+        prompt: The batch.
+        readings: The selectors, each once.
+        device: Where the passes' tables are needed.
+
+    Attributes:
+        settled: Whether no generated token has to be looked at.
+        remembers: Whether earlier tokens count.
+        dynamic: bool (P + 1,), the columns of the table that do not tell by themselves.
+
+    Raises:
+        ValueError: earlier tokens count, and rows may change places.
+    """
+
+    def __init__(self, prompt: Prompt, readings: list[Reading], device: torch.device) -> None:
+        self._later = later = {reading.selector: beyond(reading.selector) for reading in readings}
+        self.settled = all(isinstance(left, bool) for left in later.values())
+        self.remembers = any(reading.selector.remembers for reading in readings)
+        self.dynamic = _with_later(torch.ones(prompt.valid.shape[1], dtype=torch.bool), not self.settled)
+        for selector, left in later.items():
+            if prompt.reorders and isinstance(left, Selector) and left.remembers:
+                raise ValueError(
+                    f"steer: positions={str(selector)!r} must know the tokens before each one, and beam search hands rows "
+                    "from one to the other; sample instead, or name single tokens with ids:"
+                )
+        self._prompt, self._readings, self._device = prompt, readings, device
+        self._fixed: dict[int, dict[Leaf, Tensor]] = {}
+        self._governs: dict[int, list[Tensor]] = {}
+        self._wanted: dict[tuple[int, ...], Tensor] = {}
+        self._trusted: set[tuple[Leaf, int]] = set()  # memories that no pass has been left out of
+
+    def close(self, part: Tensor, columns: Tensor | None, start: int | Tensor, ids: Tensor | None) -> Tensor:
+        """The rows (batch, tokens, slots) of a pass without those that its tokens rule out.
+
+        Args:
+            part: The rows.
+            columns: Which columns of the table they are; None: all its tokens are generated ones.
+            start: Its first position.
+            ids: Its tokens.
+        """
+        batch, tokens = part.shape[:2]
+        if ids is None or ids.shape[:2] != (batch, tokens):
+            raise ValueError(
+                f"steer: positions={str(self._readings[0].selector)!r} looks at token ids, which this forward pass does not "
+                "show (it is given embeddings); pass input_ids"
+            )
+        ids = ids.to(self._device)
+        fixed = self._fixed_for(batch)
+        here = {} if columns is None else {leaf: table[:, columns] for leaf, table in fixed.items()}
+        real = here.get(ALL)
+
+        def among(wanted: tuple[int, ...]) -> Tensor:
+            if wanted not in self._wanted:
+                self._wanted[wanted] = torch.tensor(wanted, device=self._device)
+            found = self._wanted[wanted]
+            hits = torch.isin(ids, found) if len(wanted) > 8 else (ids[..., None] == found).any(2)
+            return hits if real is None else hits & real
+
+        def value_of(leaf: Leaf) -> Tensor:
+            if leaf not in here:
+                here[leaf] = self._told(leaf, among, start, batch, tokens)
+            return here[leaf]
+
+        for reading, governs in zip(self._readings, self._governs[batch], strict=True):
+            selector = reading.selector if columns is not None else self._later[reading.selector]
+            if isinstance(selector, bool):
+                continue  # the table says so already
+            where = evaluate(selector, value_of)
+            part = torch.where(governs[:, None] & ~where[:, :, None], -1, part)
+        return part
+
+    def _told(self, leaf: Leaf, among: Callable[..., Tensor], start: int | Tensor, batch: int, tokens: int) -> Tensor:
+        """Where a leaf holds that tokens decide; what it remembers goes on behind them."""
+        if isinstance(leaf, Ids):
+            return told(leaf, among, None)[0]
+        memory = self._memory(leaf, start, batch)  # type: ignore[arg-type]  # no word, no index, no window
+        memory.room((start if isinstance(start, int) else memory.reached) + tokens + 1)
+        if isinstance(start, int):
+            holds, behind = told(leaf, among, memory.open[:, start])  # type: ignore[arg-type]
+            memory.open[:, start + 1 : start + tokens + 1] = behind  # type: ignore[assignment]
+            memory.reached = start + tokens
+            return holds
+        first = start.to(self._device).reshape(1)
+        holds, behind = told(leaf, among, memory.open.index_select(1, first)[:, 0])  # type: ignore[arg-type]
+        memory.open.index_copy_(1, first + torch.arange(1, tokens + 1, device=self._device), behind)  # type: ignore[arg-type]
+        memory.reached += tokens  # at most: only the device knows
+        return holds
+
+    def _memory(self, leaf: After | Between, start: int | Tensor, batch: int) -> Memory:
+        memories, key = self._prompt.memories, (leaf, batch)
+        if key not in memories:
+            memories[key] = Memory.of(leaf, self._prompt, copies_of(self._prompt, batch), self._device)
+        found = memories[key]
+        if isinstance(start, int) or key not in self._trusted:
+            first = int(start)  # of a static cache once, at the first pass
+            if first > found.reached:
+                raise ValueError(
+                    f"steer: positions with {str(leaf)!r} must know the {first} tokens before this forward pass, and only "
+                    f"{found.reached} of them ran under the plan; run the text from its start, or use generate"
+                )
+            if isinstance(start, Tensor):
+                found.reached = first
+            self._trusted.add(key)
+        return found
+
+    def _fixed_for(self, batch: int) -> dict[Leaf, Tensor]:
+        """bool (batch, P + 1) of each leaf that the prompt decides, and of what is real."""
+        if batch not in self._fixed:
+            prompt, copies, length = self._prompt, copies_of(self._prompt, batch), self._prompt.valid.shape[1]
+            leaves = {leaf for one in self._readings for leaf in one.selector.leaves} | {ALL}
+            tables: dict[Leaf, list[Tensor]] = {leaf: [] for leaf in leaves if not isinstance(leaf, _TOLD)}
+            for row in range(prompt.batch):
+                real, start = _real(prompt, row), 0 if prompt.starts is None else int(prompt.starts[row])
+                for leaf, rows in tables.items():
+                    rows.append(_with_later(prompt.valid[row], True) & placed(leaf, real, start, length))
+            self._fixed[batch] = {
+                leaf: torch.stack(rows).repeat_interleave(copies, 0).to(self._device) for leaf, rows in tables.items()
+            }
+            self._governs[batch] = [one.governs.repeat_interleave(copies, 0).to(self._device) for one in self._readings]
+        return self._fixed[batch]
+
+
+_TOLD = (Ids, Special, After, Between)
+
+
+def copies_of(prompt: Prompt, batch: int) -> int:
+    """How often each prompt's row is repeated in a pass of `batch` rows."""
+    if batch % prompt.batch:
+        raise ValueError(
+            f"steer: this forward pass has {batch} rows, but {prompt.batch} prompts were announced; rows must be the "
+            "prompts, each repeated equally often"
+        )
+    return batch // prompt.batch
 
 
 def lengths_per_row(lengths: tuple[int, ...], batch: int) -> Tensor:
@@ -230,14 +481,19 @@ def _flat(part: Tensor, scale: Tensor) -> Pass:
     return Pass(None, part.reshape(-1, columns), weights.reshape(-1, columns))
 
 
-def _runs(rows: Tensor, scale: Tensor, gated: frozenset[int]) -> tuple[list[int], list[Owners | None]]:
+def _runs(
+    rows: Tensor, scale: Tensor, gated: frozenset[int], dynamic: Tensor | None
+) -> tuple[list[int], list[Owners | None]]:
     """Runs of positions with equal columns: their first positions (and the end), and the owners where all rows agree.
 
-    A slot with a condition may be shut for one row and open for the next, so its runs have no common owners.
+    A slot with a condition may be shut for one row and open for the next, so its runs have no common owners; the same holds
+    where tokens decide (`dynamic`).
     """
     span = rows.shape[1]
-    changes = (rows[:, 1:] != rows[:, :-1]).any(2).any(0).nonzero().flatten() + 1
-    starts = [0, *changes.tolist()]
+    changed = (rows[:, 1:] != rows[:, :-1]).any(2).any(0)
+    if dynamic is not None:
+        changed |= dynamic[1:] != dynamic[:-1]
+    starts = [0, *(changed.nonzero().flatten() + 1).tolist()]
     agree = (rows == rows[:1]).all(2).all(0)
     same_scale = bool((scale == scale[:1]).all())
     owners: list[Owners | None] = []
@@ -245,7 +501,12 @@ def _runs(rows: Tensor, scale: Tensor, gated: frozenset[int]) -> tuple[list[int]
         idle = bool((rows[:, start] < 0).all())
         if idle:
             owners.append(())
-        elif agree[start] and same_scale and gated.isdisjoint(rows[0, start].tolist()):
+        elif (
+            (dynamic is None or not dynamic[start])
+            and agree[start]
+            and same_scale
+            and gated.isdisjoint(rows[0, start].tolist())
+        ):
             pairs = zip(rows[0, start].tolist(), scale[0].tolist(), strict=True)
             owners.append(tuple((slot, weight) for slot, weight in pairs if slot >= 0))
         else:

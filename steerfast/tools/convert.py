@@ -104,7 +104,7 @@ def _scaled(plan: Plan, strength: float) -> Plan:
                     f"convert: {type(edit).__name__} at {place[0]} {place[1]} has no strength to multiply; use 1"
                 )
             edits.setdefault(place, []).append(Add(edit.vector, edit.strength * strength, edit.keep_norm))
-    return Plan(edits, plan.positions, plan.model)
+    return Plan(edits, plan.positions, plan.model, plan.special)
 
 
 def _directions(found: Plan | DirectionSet, strength: float, source: Path) -> DirectionSet:

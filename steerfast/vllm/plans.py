@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from steerfast._checks import MAX_SLOTS_PER_ROW
+from steerfast._positions import as_selector
 from steerfast.bank import slot_in
 from steerfast.edits.base import Intervention
 from steerfast.edits.conditions import When
@@ -30,13 +32,15 @@ class ServedPlan:
         name: Name of its folder.
         fingerprint: SHA-256 of its content; equal content, equal fingerprint.
         slots: Slots that it takes, the same numbers in every layer: the length of its longest chain.
-        positions: What it says itself; None: single positions or a mask, which a server does not follow.
+        positions: What it says itself, as a selector; None: a mask, which a server does not follow.
+        special: The ids that "special" means, where the plan says.
     """
 
     name: str
     fingerprint: str
     slots: int
     positions: str | None
+    special: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,16 @@ def load(
         slots = max(len(chain) for chain in chains[name].values())
         # plan.json holds the hash of the tensors beside it, which loading has checked: its own hash covers both.
         fingerprint = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
-        served[name] = ServedPlan(name, fingerprint, slots, plan.positions if isinstance(plan.positions, str) else None)
+        served[name] = ServedPlan(name, fingerprint, slots, _selector(plan), plan.special)
     if not served and not refused:
         raise ValueError(f"STEERFAST_PLANS: {str(root)!r} holds no plan; save one with plan.save(directory / name)")
     return Library(served, refused), chains
+
+
+def _selector(plan: Plan) -> str | None:
+    """A plan's positions in the one form that a request has for them."""
+    given = plan.positions
+    return given if isinstance(given, str) else None if isinstance(given, Tensor) else str(as_selector(given))
 
 
 def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> Chains:

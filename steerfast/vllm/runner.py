@@ -84,7 +84,8 @@ class Steered:
         for part in parts:
             numbers = self._hold(part.served)
             if part.strength != 0.0:
-                owners += [Owner(slot, part.strength, *part.span(prompt)) for slot in numbers]
+                where = part.pieces(prompt)
+                owners += [Owner(slot, part.strength, *piece) for slot in numbers for piece in where]
         if parts:
             self._requests[request] = parts
         self.table.put(request, owners)
@@ -96,13 +97,15 @@ class Steered:
                 self._residents.release(part.served)
             self.table.drop(request)
 
-    def step(self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int) -> None:
+    def step(
+        self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int, ids: Tensor | None = None
+    ) -> None:
         """Before a batch runs: send what has changed to the device and write its row table."""
         if self._loaded:
             for place in self.places.places.values():
                 place.bank.commit()
             self._loaded = False
-        self.table.fill(requests, starts, positions, tokens)
+        self.table.fill(requests, starts, positions, tokens, ids)
         if TRACE in os.environ:
             self._trace(requests, starts, positions)
 

@@ -27,7 +27,7 @@ from .plans import Chains, Library, load
 from .routes import Strays
 from .runner import Steered
 from .slots import Admission
-from .wire import Part, read, salt, steer_fields
+from .wire import Part, check_prompt, read, salt, steer_fields
 
 TESTED = ("0.32.0",)
 _LEAST_SLOTS = 4  # what one request may ask for
@@ -239,6 +239,12 @@ def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **
         raise served.refusal("steer: a request whose prompt is still to grow cannot be steered; send it whole", given)
     request = original(processor, *args, **kwargs)
     if request.sampling_params is not None and parts:
+        ids, embeds = request.prompt_token_ids, getattr(request, "prompt_embeds", None)
+        length = len(ids) if ids is not None else 0 if embeds is None else len(embeds)
+        try:
+            check_prompt(parts, ids if embeds is None else None, length)
+        except ValueError as error:
+            raise served.refusal(str(error), given) from None
         request.cache_salt = salt(request.cache_salt, parts)
         for name in {part.served.name for part in parts}:
             served.counters.add("requests", name)
@@ -321,8 +327,7 @@ def _free(original: Callable[..., Any], scheduler: Any, request: Any, *args: Any
         if admission.free != free:
             count("slots", "", free - admission.free)
         for part in parts:
-            first, stop = part.span(request.num_prompt_tokens)
-            tokens = min(stop, request.num_computed_tokens) - first
+            tokens = part.count(request.all_token_ids, request.num_computed_tokens, request.num_prompt_tokens)
             if part.strength != 0.0 and tokens > 0:
                 count("tokens", part.served.name, tokens)
     return original(scheduler, request, *args, **kwargs)
@@ -348,6 +353,8 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
     if len(kinds) != 1:
         raise RuntimeError(f"steerfast: {type(runner).__name__} is no model runner that steering knows; {_ADVICE}")
     check_seam(runner, kinds[0])
+    if kinds[0] is _RUNNERS[0] and not hasattr(getattr(runner, "input_ids", None), "gpu"):
+        raise RuntimeError(f"steerfast: {type(runner).__name__} of this vLLM has no input_ids.gpu; {_ADVICE}")
     if not isinstance(config.additional_config, dict):
         raise RuntimeError(
             "steerfast: additional_config is no dict, so the compile cache cannot be keyed; leave it out"
@@ -376,7 +383,7 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
     def prepare_v1(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(scheduler_output, *args, **kwargs)
         tokens, starts = scheduler_output.total_num_scheduled_tokens, runner.query_start_loc.gpu
-        steered[0].step(runner.input_batch.req_ids, starts, runner.positions, tokens)
+        steered[0].step(runner.input_batch.req_ids, starts, runner.positions, tokens, runner.input_ids.gpu)
         return result
 
     def finish_requests(original: Callable[..., Any], scheduler_output: Any) -> Any:
@@ -390,7 +397,7 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
 
     def prepare_v2(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batch = original(*args, **kwargs)
-        steered[0].step(batch.req_ids, batch.query_start_loc, batch.positions, batch.num_tokens)
+        steered[0].step(batch.req_ids, batch.query_start_loc, batch.positions, batch.num_tokens, batch.input_ids)
         return batch
 
     added: dict[str, Callable[..., Any]] = {"load_model": load_model}

@@ -1,9 +1,9 @@
 """The row table of an engine step: which slots edit which token of the batch, in buffers that never move.
 
-What a request wants is one row of 16 numbers, written when it arrives: four slots, the first position that each acts on,
-the position where it stops, and its strength. A step gathers these rows by request, compares them with the positions
-that the engine itself has computed on its device, and writes the table: nothing is read back, and no count that is only
-a guess under speculation is used.
+What a request wants is one row of 20 numbers, written when it arrives: four slots, the first position that each acts on,
+the position where it stops, its strength, and which tokens it looks for. A step gathers these rows by request, compares
+them with the positions (and, where someone looks, the tokens) that the engine itself has on its device, and writes the
+table: nothing is read back, and no count that is only a guess under speculation is used.
 """
 
 from __future__ import annotations
@@ -16,19 +16,86 @@ import torch
 from torch import Tensor
 
 from steerfast._checks import MAX_SLOTS_PER_ROW
+from steerfast._positions import EVER
 
 WIDTH = MAX_SLOTS_PER_ROW
-EVER = 2**31 - 1
-"""Beyond the last position of any request."""
+EVERY_TOKEN = 1
+"""Of `TokenSets`: not in the empty set."""
+__all__ = ["EVER", "EVERY_TOKEN", "WIDTH", "Owner", "RowTable", "TokenSets"]
 
 
 class Owner(NamedTuple):
-    """One slot of a request: it edits positions [first, stop), multiplied by strength."""
+    """One slot of a request: it edits positions [first, stop), multiplied by strength.
+
+    With ids only where the token is among them, or where it is not.
+    """
 
     slot: int
     strength: float
     first: int
     stop: int
+    ids: tuple[int, ...] = ()
+    among: bool = False
+
+
+class TokenSets:
+    """Sets of token ids that requests in flight look for, each held once, on the device.
+
+    A set is known by a number whose last bit says that a token must not be in it: 1 is the complement of nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self._held: dict[tuple[int, ...], int] = {}
+        self._free: list[int] = []
+        self._members = torch.zeros(1, 1, dtype=torch.bool, device=device)  # the last column is for all larger ids
+        self._new: set[tuple[int, ...]] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._numbers)
+
+    def hold(self, ids: tuple[int, ...], among: bool) -> int:
+        """The number by which a request looks for these."""
+        if not ids:
+            return 0 if among else EVERY_TOKEN
+        if ids not in self._numbers:
+            if not self._free or max(ids) >= self._members.shape[1] - 1:
+                self._grow(max(ids) + 2)
+            self._numbers[ids] = self._free.pop()
+            self._new.add(ids)
+        self._held[ids] = self._held.get(ids, 0) + 1
+        return 2 * self._numbers[ids] + (not among)
+
+    def release(self, ids: tuple[int, ...]) -> None:
+        """A request that looked for these has left."""
+        if not ids:
+            return
+        self._held[ids] -= 1
+        if not self._held[ids]:
+            del self._held[ids]
+            self._new.discard(ids)
+            self._free.append(self._numbers.pop(ids))
+
+    def found(self, numbers: Tensor, tokens: Tensor) -> Tensor:
+        """bool, like numbers (tokens, WIDTH): whether each token is one that is looked for."""
+        for ids in self._new:
+            self._members[self._numbers[ids]].zero_().index_fill_(0, _send(ids, self._device), True)
+        self._new.clear()
+        last = self._members.shape[1] - 1
+        column = torch.where((tokens < 0) | (tokens > last), last, tokens).long()
+        return self._members[(numbers >> 1).long(), column[:, None]] ^ (numbers & 1).bool()
+
+    def _grow(self, width: int) -> None:
+        count, held = self._members.shape
+        rows, columns = (count if self._free else max(2 * count, 8)), max(width, held)
+        if rows > count:
+            self._free = [*range(rows - 1, count - 1, -1)]
+        if columns > held:
+            self._new.update(self._numbers)  # written anew
+            self._members = torch.zeros(rows, columns, dtype=torch.bool, device=self._device)
+        else:
+            self._members = torch.cat([self._members, self._members.new_zeros(rows - count, columns)])
 
 
 class RowTable:
@@ -45,15 +112,17 @@ class RowTable:
         self.tokens = 0  # of the running batch
         self.step = 0  # on the CPU: changes whenever the table does
         self._wanted = torch.zeros(
-            1, 4 * WIDTH, dtype=torch.int32, device=device
+            1, 5 * WIDTH, dtype=torch.int32, device=device
         )  # one line per request; no graph sees it
         self._wanted[0, :WIDTH] = -1  # whoever is not steered
+        self._sets = TokenSets(device)
+        self._looks: dict[str, list[tuple[int, ...]]] = {}  # what each request holds there
         self._free: list[int] = []
         self._line: dict[str, int] = {}
         self._new: dict[int, np.ndarray] = {}
         self._steady: list[int] | None = None  # the lines of a batch that may go on: a token each, what they want below
         self._reached = np.zeros((0, 1))  # on the host: where it was; nothing changes from there on
-        self._slots = self._first = self._stop = self.rows[
+        self._slots = self._first = self._stop = self._look = self.rows[
             :0
         ]  # on the device: gathered for its tokens, (tokens, WIDTH)
         self._count = torch.arange(tokens, device=device)
@@ -67,18 +136,23 @@ class RowTable:
         if not self._free:
             self._grow()
         line = self._line[request] = self._free.pop()
-        wanted = np.zeros((4, WIDTH), dtype=np.int32)
+        wanted = np.zeros((5, WIDTH), dtype=np.int32)
         wanted[0] = -1
         for column, owner in enumerate(owners):
-            wanted[:, column] = owner.slot, owner.first, owner.stop, 0
-            wanted[3:, column] = np.array([owner.strength], dtype=np.float32).view(np.int32)
+            number = self._sets.hold(owner.ids, owner.among)
+            wanted[:, column] = owner.slot, owner.first, owner.stop, 0, number
+            wanted[3, column] = np.array([owner.strength], dtype=np.float32).view(np.int32)[0]
         self._new[line] = wanted.reshape(-1)
+        if any(owner.ids for owner in owners):
+            self._looks[request] = [owner.ids for owner in owners]
 
     def drop(self, request: str) -> None:
         """A request has left; nothing happens if it was not steered."""
         line = self._line.pop(request, None)
         if line is not None:
             self._free.append(line)
+        for ids in self._looks.pop(request, ()):
+            self._sets.release(ids)
 
     def __contains__(self, request: str) -> bool:
         return request in self._line
@@ -86,7 +160,9 @@ class RowTable:
     def __len__(self) -> int:
         return len(self._line)
 
-    def fill(self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int) -> None:
+    def fill(
+        self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int, ids: Tensor | None = None
+    ) -> None:
         """Write the table of a batch.
 
         Args:
@@ -94,16 +170,19 @@ class RowTable:
             starts: First token of each in the batch, and one past the last: integer (requests + 1,), on the device.
             positions: Position of every token in its request, at least `tokens` of them, on the device.
             tokens: Tokens of the batch; what the engine pads it with stays unsteered.
+            ids: The token at each of these positions, on the device; needed while a request looks for some.
         """
+        if self._sets and ids is None:
+            raise RuntimeError("steerfast: a request looks for tokens, and this engine does not show them")
         lines = [self._line.get(request, 0) for request in requests] if self._line else []
         if any(lines):
-            self._write(lines, starts, positions, tokens)
+            self._write(lines, starts, positions, tokens, ids)
         elif self.tokens:
             self.rows[: self.tokens].fill_(-1)
             self.tokens = 0
             self.step += 1
 
-    def _on_device(self, lines: list[int], starts: Tensor, positions: Tensor, tokens: int) -> None:
+    def _on_device(self, lines: list[int], starts: Tensor, positions: Tensor, tokens: int, ids: Tensor | None) -> None:
         """A dozen launches, four while a batch decodes, and no word back: the device alone knows positions under speculation."""
         if self._new:
             self._wanted.index_copy_(0, self._send([*self._new]), self._send([*self._new.values()], np.int32))
@@ -115,17 +194,21 @@ class RowTable:
                     starts[1 : len(lines) + 1], self._count[:tokens].to(starts.dtype), right=True
                 )
                 index = index[owner.clamp_(max=len(lines) - 1)]
-            self._slots, self._first, self._stop, strength = self._wanted[index].view(-1, 4, WIDTH).unbind(1)
-            self.scale[:tokens] = strength.view(torch.float32)  # each of the four is (tokens, WIDTH)
+            self._slots, self._first, self._stop, strength, self._look = (
+                self._wanted[index].view(-1, 5, WIDTH).unbind(1)
+            )
+            self.scale[:tokens] = strength.view(torch.float32)  # each of the five is (tokens, WIDTH)
             self._steady = lines if tokens == len(lines) else None
         here = positions[:tokens, None]
         acting = (here >= self._first) & (here < self._stop)
+        if self._sets and ids is not None:
+            acting &= self._sets.found(self._look, ids[:tokens])
         self.rows[:tokens] = torch.where(acting, self._slots, -1)
         if self.tokens > tokens:
             self.rows[tokens : self.tokens].fill_(-1)
         self.tokens = tokens
 
-    def _on_host(self, lines: list[int], starts: Tensor, positions: Tensor, tokens: int) -> None:
+    def _on_host(self, lines: list[int], starts: Tensor, positions: Tensor, tokens: int, ids: Tensor | None) -> None:
         """The same where the engine runs on the CPU: NumPy's small calls cost a tenth. An equal table is left as it is."""
         here = positions.numpy()[:tokens, None]
         if lines == self._steady and not self._new and tokens == self.tokens and (here >= self._reached).all():
@@ -137,9 +220,12 @@ class RowTable:
         index = np.asarray(lines)
         if tokens != len(lines):
             index = np.repeat(index, np.diff(starts.numpy()[: len(lines) + 1]))
-        slots, first, stop, strength = wanted[index].reshape(-1, 4, WIDTH).transpose(1, 0, 2)
+        slots, first, stop, strength, look = wanted[index].reshape(-1, 5, WIDTH).transpose(1, 0, 2)
         begun, goes_on = here >= first, here < stop
         changes = ~begun | (goes_on & (stop < EVER))
+        if self._sets and ids is not None:
+            changes |= (look > EVERY_TOKEN) & goes_on
+            goes_on &= self._sets.found(torch.from_numpy(look), ids[:tokens]).numpy()
         self._steady = (
             lines if tokens == len(lines) and not changes.any() else None
         )  # while these decode, nothing changes
@@ -155,9 +241,13 @@ class RowTable:
 
     def _grow(self) -> None:
         count = self._wanted.shape[0]
-        self._wanted = torch.cat([self._wanted, self._wanted.new_zeros(max(count, 64), 4 * WIDTH)])
+        self._wanted = torch.cat([self._wanted, self._wanted.new_zeros(max(count, 64), 5 * WIDTH)])
         self._free = list(range(self._wanted.shape[0] - 1, count - 1, -1))
 
     def _send(self, values: Sequence[object], dtype: type = np.int64) -> Tensor:
-        host = torch.from_numpy(np.asarray(values, dtype=dtype))
-        return host.pin_memory().to(self.rows.device, non_blocking=True) if self.rows.is_cuda else host
+        return _send(values, self.rows.device, dtype)
+
+
+def _send(values: Sequence[object], device: torch.device, dtype: type = np.int64) -> Tensor:
+    host = torch.from_numpy(np.asarray(values, dtype=dtype))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -4,7 +4,7 @@
 |---|---|
 | `steer` | a plan's name, or a list of them, applied left to right; `[]`: this request is not steered |
 | `steer_strength` | a number, or one per plan, multiplying every edit of that plan (for a flow its T); default 1 |
-| `steer_positions` | "all", "prompt", "generated" or "last" for all of them; default: what each plan says |
+| `steer_positions` | a selector (`steerfast._positions`) for all of them; default: what each plan says |
 
 Names are looked up among the plans that the server has loaded: no path and nothing executable crosses the wire.
 """
@@ -14,17 +14,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from steerfast._checks import MAX_SLOTS_PER_ROW
-from steerfast.plan import POSITIONS
+from steerfast._positions import Selector, allowed, parse, resolved
 
+from .pieces import Piece, most_pieces, pieces
 from .plans import Library, ServedPlan
-from .table import EVER
 
 FIELDS = ("steer", "steer_strength", "steer_positions")
+LONGEST = 500
+"""Characters of a selector, and"""
+MOST = 8
+"""its parts: what a client sends is read in some milliseconds."""
 LARGEST_STRENGTH = 65504.0  # the largest float16: beyond it some engine dtype overflows
 
 
@@ -36,14 +41,21 @@ class Part:
     strength: float
     positions: str
 
-    def span(self, prompt: int) -> tuple[int, int]:
-        """[first, stop) of the positions it acts on, given the prompt's length in tokens."""
-        return {
-            "all": (0, EVER),
-            "prompt": (0, prompt),
-            "generated": (prompt, EVER),
-            "last": (max(prompt - 1, 0), EVER),
-        }[self.positions]
+    @property
+    def selector(self) -> Selector:
+        """Its positions as a tree, what the plan calls special among them."""
+        return resolved(parse("steer: steer_positions", self.positions), self.served.special)
+
+    def pieces(self, prompt: int) -> tuple[Piece, ...]:
+        """The positions it acts on, given the prompt's length in tokens."""
+        return pieces(self.selector, prompt)
+
+    def count(self, ids: Sequence[int], computed: int, prompt: int) -> int:
+        """How many of the first `computed` tokens it acts on."""
+        where = self.pieces(prompt)
+        if any(piece.ids for piece in where):
+            return int(allowed(self.selector, ids[:computed], prompt).sum())
+        return sum(max(min(piece.stop, computed) - piece.first, 0) for piece in where)
 
 
 def steer_fields(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -68,8 +80,8 @@ def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part,
     names = _names(fields["steer"])
     strengths = _strengths(fields.get("steer_strength", 1.0), len(names))
     positions = fields.get("steer_positions")
-    if positions is not None and positions not in POSITIONS:
-        raise ValueError(f"steer: steer_positions is {_short(positions)}; expected one of {', '.join(POSITIONS)}")
+    if positions is not None:
+        positions = _selector(positions)
     parts = tuple(
         Part(served := _served(name, library), strength, _positions(served, positions))
         for name, strength in zip(names, strengths, strict=True)
@@ -79,13 +91,68 @@ def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part,
         raise ValueError(
             f"steer: these plans apply {slots} interventions to a token; at most {MAX_SLOTS_PER_ROW} are possible: name fewer"
         )
+    for part in parts:
+        _check_followed(part)
+    columns = sum(part.served.slots * _most_pieces(part.selector) for part in parts)
+    if columns > MAX_SLOTS_PER_ROW:
+        split = max(parts, key=lambda part: _most_pieces(part.selector))
+        raise ValueError(
+            f"steer: {_short(split.positions)} may fall into {_most_pieces(split.selector)} pieces, each of which takes the room "
+            f"of an intervention: {columns} in all, at most {MAX_SLOTS_PER_ROW} are possible"
+        )
     return parts
+
+
+def check_prompt(parts: tuple[Part, ...], ids: Sequence[int] | None, length: int) -> None:
+    """Refuse what only a request's prompt shows.
+
+    Raises:
+        ValueError: an index that it does not have, or token ids that it does not show.
+    """
+    for part in parts:
+        if ids is None and part.selector.reads_tokens:
+            raise ValueError(
+                f"steer: {_short(part.positions)} looks at token ids, and this prompt is given as embeddings; send tokens"
+            )
+        try:
+            part.pieces(length)
+        except ValueError as reason:
+            raise ValueError(f"steer: {_short(part.positions)}: {reason}") from None
 
 
 def salt(given: str | None, parts: tuple[Part, ...]) -> str:
     """The key under which the engine may share this request's keys and values: its own salt and all that steers it."""
     steering = [(part.served.fingerprint, part.strength, part.positions) for part in parts]
     return "steerfast:" + hashlib.sha256(json.dumps([given, steering]).encode()).hexdigest()
+
+
+def _selector(value: Any) -> str:
+    """A client's positions as a selector is written."""
+    if not isinstance(value, str) or len(value) > LONGEST:
+        raise ValueError(
+            f"steer: steer_positions is {_short(value)}; expected one selector, up to {LONGEST} characters"
+        )
+    selector = parse("steer: steer_positions", value)
+    if len(selector.leaves) > MOST:
+        raise ValueError(f"steer: steer_positions joins {len(selector.leaves)} selectors; at most {MOST} are possible")
+    return str(selector)
+
+
+def _check_followed(part: Part) -> None:
+    try:
+        selector = part.selector
+    except ValueError as reason:
+        raise ValueError(f"steer: the plan {_short(part.served.name)}: {reason}") from None
+    if selector.remembers:
+        raise ValueError(
+            f"steer: {_short(part.positions)} must know the tokens before each one, which is not kept inside vLLM; name "
+            "tokens with ids:, or use sf.steer"
+        )
+
+
+@lru_cache(maxsize=1024)
+def _most_pieces(selector: Selector) -> int:
+    return most_pieces(selector)
 
 
 def _names(value: Any) -> list[str]:
@@ -130,7 +197,8 @@ def _positions(served: ServedPlan, positions: str | None) -> str:
     chosen = served.positions if positions is None else positions
     if chosen is None:
         raise ValueError(
-            f"steer: the plan {_short(served.name)} names single positions, which a server does not follow; give steer_positions"
+            f"steer: the plan {_short(served.name)} has a mask as its positions, which a server does not follow; give "
+            "steer_positions"
         )
     return chosen
 
