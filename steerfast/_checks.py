@@ -217,10 +217,21 @@ ORTHONORMAL = 1e-3
 """Largest entry of |QQᵀ - I| that still counts as an orthonormal basis in float32."""
 
 
-def check_steps(owner: str, steps: Any) -> None:
-    """steps is a whole number >= 1 that the header of a slot can hold."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 2**31:
+def step_count(owner: str, steps: Any) -> int:
+    """steps as a Python int >= 1 that the header of a slot can hold."""
+    try:
+        count = whole_number(owner, "steps", steps)
+    except TypeError:
+        count = 0
+    if not 1 <= count < 2**31:
         raise ValueError(f"{owner}: steps is {steps!r}; expected a whole number from 1 to 2**31 - 1")
+    return count
+
+
+def listed(value: Any) -> Any:
+    """An array or a tensor of several numbers as a list of them; anything else as it is."""
+    several = len(getattr(value, "shape", ())) > 0 and hasattr(value, "tolist")
+    return value.tolist() if several else value
 
 
 def path_length(owner: str, T: float | None, angle: float | None) -> tuple[float, float]:

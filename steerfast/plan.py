@@ -21,7 +21,7 @@ from steerfast.edits.base import Intervention, intervention_type
 from steerfast.files.replace import replace_file
 from steerfast.models.layers import SITES
 
-from ._checks import one_of
+from ._checks import one_of, whole_number
 from ._positions import Selector, as_selector, normal, parse, resolved, special_ids
 
 SCHEMA = 1
@@ -262,9 +262,11 @@ def _warn_misplaced(place: tuple[str, int], chain: Sequence[Intervention]) -> No
 
 def _place(key: Any) -> tuple[str, int]:
     site, layer = key if isinstance(key, tuple) and len(key) == 2 else ("resid_post", key)
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"Plan: key {key!r}; expected a layer number or (site, layer)")
-    return one_of("Plan", "site", site, SITES), layer
+    try:
+        number = whole_number("Plan", "layer", layer)
+    except TypeError:
+        raise TypeError(f"Plan: key {key!r}; expected a layer number or (site, layer)") from None
+    return one_of("Plan", "site", site, SITES), number
 
 
 def _chain(key: Any, value: Any) -> tuple[Intervention, ...]:

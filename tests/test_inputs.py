@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from families import IMAGE_TOKEN, build, randomise
+from families import IMAGE_TOKEN, build, randomise, token_ids
 from test_texts import words
 from transformers import LlamaConfig
 
@@ -289,3 +290,47 @@ def test_numbers_of_saes_and_barriers(tmp_path: Any) -> None:
             sf.SAE(rows, rows, k=wrong)
     sides = torch.randn(30, 8) + 1, torch.randn(30, 8) - 1
     assert sf.fit_barrier(*sides, kind="quadratic", rank=np.int64(2)).rank == 2
+
+
+def test_flows_take_any_kind_of_number_and_keep_plain_ones(tmp_path: Path) -> None:
+    barrier = sf.Barrier.linear(torch.randn(48, generator=torch.Generator().manual_seed(0)))
+    plain = sf.Flow(barrier, angle=0.5, steps=4)
+    for angle, steps in (
+        (np.float32(0.5), np.int64(4)),
+        (torch.tensor(0.5), torch.tensor(4)),
+        (np.array(0.5), np.array(4)),
+    ):
+        edit = sf.Flow(barrier, angle=angle, steps=steps)
+        assert (type(edit.angle), type(edit.steps)) == (float, int)
+        assert edit == plain or (edit.angle, edit.steps) == (plain.angle, plain.steps)
+    path = sf.Plan({np.int64(1): sf.Flow(barrier, T=np.float64(2.0)), (("resid_pre"), torch.tensor(0)): plain}).save(
+        tmp_path / "p"
+    )
+    loaded = sf.Plan.load(path)
+    assert set(loaded.edits) == {("resid_post", 1), ("resid_pre", 0)}
+    with pytest.raises(ValueError, match=r"steps is 2\.5"):
+        sf.Flow(barrier, angle=0.5, steps=2.5)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_strengths_and_lengths_of_rows_in_any_kind_of_list(kind: Any) -> None:
+    model, plan = build("llama"), sf.Plan({1: sf.Add(torch.ones(48))}, "prompt")
+    ids = token_ids(2, 6, 0)
+    with (
+        torch.no_grad(),
+        sf.steer(model, [plan, plan], strength=kind([2.0, 0.0]), prompt_length=kind([4, 6])) as handle,
+    ):
+        model(ids)
+        assert handle.strength == [2.0, 0.0]
+        assert handle.stats() == [4, 0]
+        handle.strength = kind([0.0, 1.0])
+        model(ids)
+    assert handle.stats() == [4, 6]
+
+
+def test_the_number_of_features_may_be_of_numpy() -> None:
+    x, w = torch.randn(3, 8), torch.randn(16, 8)
+    for one, other in zip(sf.ops.sae_encode(x, w, None, np.int64(4)), sf.ops.sae_encode(x, w, None, 4), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(TypeError, match="k must be a whole number"):
+        sf.ops.sae_encode(x, w, None, 4.0)

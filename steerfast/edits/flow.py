@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfast._checks import check_steps, check_stream, finite_number, one_of, path_length
+from steerfast._checks import check_stream, finite_number, one_of, path_length, step_count
 from steerfast.barriers.barrier import Barrier
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import FLOW, KEEP_NORM, SOLVE, Slot
 from steerfast.ops.solvers import SOLVERS, Field, Scheme, pack, scheme
 
-from .base import Intervention, Program, constants_row
+from .base import Intervention, Program, constants_row, set_field
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,7 +66,10 @@ class Flow(Intervention):
         if not isinstance(self.barrier, Barrier):
             raise TypeError(f"Flow: barrier must come from fit_barrier; got {type(self.barrier).__name__}")
         path_length("Flow", self.T, self.angle)
-        check_steps("Flow", self.steps)
+        for name in ("T", "angle"):
+            if getattr(self, name) is not None:
+                set_field(self, name, finite_number("Flow", name, getattr(self, name)))
+        set_field(self, "steps", step_count("Flow", self.steps))
         one_of("Flow", "method", self.method, tuple(SOLVERS))
         if SOLVERS[self.method].geodesic and self.barrier.raw:
             raise ValueError(f"Flow: method {self.method!r} follows great circles, but the barrier is raw; use 'euler'")

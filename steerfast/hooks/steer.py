@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import finite_number
+from steerfast._checks import finite_number, listed, whole_number
 from steerfast.plan import Plan, as_plan
 
 from .attachment import Attachment
@@ -232,7 +232,9 @@ class Steering:
             raise RuntimeError("steer: this handle has been removed; call steer again")
 
 
-def _strengths(value: float | Sequence[float], count: int, per_row: bool) -> list[float]:
+def _strengths(value: Any, count: int, per_row: bool) -> list[float]:
+    """One multiplier per plan, of one number or a list, an array or a tensor of them."""
+    value = listed(value)
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         if not per_row or len(value) != count:
             raise ValueError(
@@ -242,11 +244,16 @@ def _strengths(value: float | Sequence[float], count: int, per_row: bool) -> lis
     return [finite_number("steer", "strength", value)] * count
 
 
-def _prompt_lengths(value: int | Sequence[int] | None) -> tuple[int, ...] | None:
+def _prompt_lengths(value: Any) -> tuple[int, ...] | None:
     """prompt_length as given: one number for all rows, or one per row."""
     if value is None:
         return None
-    numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    if not numbers or any(isinstance(number, bool) or not isinstance(number, int) or number < 1 for number in numbers):
+    given = listed(value)
+    try:
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        numbers = tuple(whole_number("steer", "prompt_length", one) for one in (given if several else [given]))
+    except TypeError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
         raise ValueError(f"steer: prompt_length is {value!r}; expected a number of tokens >= 1, or one per batch row")
     return numbers

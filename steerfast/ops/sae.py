@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from steerfast._checks import FLOATS, check_dictionary, check_stream, check_table, check_width
+from steerfast._checks import FLOATS, check_dictionary, check_stream, check_table, check_width, whole_number
 
 from . import calls
 from .backends import backend_of
@@ -39,7 +41,7 @@ def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[
         >>> sf.ops.sae_encode(torch.tensor([[3.0, -1.0, 2.0]]), torch.eye(3), None, k=2)
         (tensor([[3., 2.]]), tensor([[0, 2]], dtype=torch.int32))
     """
-    _check_encoder("sae_encode", x, w_enc, b_enc, "k", k)
+    k = _check_encoder("sae_encode", x, w_enc, b_enc, "k", k)
     if _needs_library(x, w_enc, b_enc):
         return torch.ops.steerfast.sae_encode(x, w_enc, b_enc, k)
     return calls.sae_encode(backend_of(x), x, w_enc, b_enc, k)
@@ -74,7 +76,7 @@ def sae_encode_threshold(
         >>> sf.ops.sae_encode_threshold(torch.tensor([[3.0, 1.0, 2.0]]), torch.eye(3), None, torch.full((3,), 1.5), 2)
         (tensor([[3., 2.]]), tensor([[0, 2]], dtype=torch.int32), tensor([2], dtype=torch.int32))
     """
-    _check_encoder("sae_encode_threshold", x, w_enc, b_enc, "capacity", capacity)
+    capacity = _check_encoder("sae_encode_threshold", x, w_enc, b_enc, "capacity", capacity)
     if not isinstance(threshold, Tensor) or threshold.shape != (w_enc.shape[0],) or threshold.dtype not in FLOATS:
         got = f"{threshold.dtype} {tuple(threshold.shape)}" if isinstance(threshold, Tensor) else repr(threshold)
         raise TypeError(
@@ -208,14 +210,15 @@ def sae_edit(
     return calls.sae_edit(backend_of(x), x, values, indices, features, table, w_dec, scale)
 
 
-def _check_encoder(op: str, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, name: str, count: int) -> None:
+def _check_encoder(op: str, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, name: str, count: Any) -> int:
     check_stream(op, x)
     check_dictionary(op, "w_enc", w_enc, "b_enc", b_enc, bias_axis=0)
     check_width(op, "w_enc", w_enc, x)
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"{op}: {name} must be a whole number; got {count!r}")
+    if not isinstance(count, int) or isinstance(count, bool):  # a compiler's own kind of int stays what it is
+        count = whole_number(op, name, count)
     if not 1 <= count <= w_enc.shape[0]:
         raise ValueError(f"{op}: {name} is {count}; expected 1 to F = {w_enc.shape[0]}, the rows of w_enc")
+    return count
 
 
 def _check_sparse(op: str, values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None) -> None:

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from steerfast._checks import check_steps, finite_number, one_of, path_length
+from steerfast._checks import finite_number, one_of, path_length, step_count
 
 from . import calls, torch_backend
 from .backends import backend_of, kernels
@@ -440,7 +440,7 @@ def _check_flow(
                 f"{op}: {name} has shape {tuple(numbers.shape)} on {numbers.device}; expected ({rank},) on {x.device}, "
                 "one number per row of basis"
             )
-    check_steps(op, steps)
+    step_count(op, steps)
     one_of(op, "method", method, tuple(SOLVERS))
     return scheme(method)
 
