@@ -287,6 +287,19 @@ def test_padding_of_a_model_without_a_cache_is_left_alone() -> None:
         model(ids)
 
 
+@pytest.mark.skipif(not V5, reason="the state of transformers 4's RWKV is a list of another kind")
+def test_a_mask_that_only_the_outer_model_sees_leaves_padding_alone() -> None:
+    model = tiny("RwkvConfig", hidden_size=48, attention_hidden_size=48, num_hidden_layers=3, intermediate_size=80)
+    ids, mask = token_ids(2, 6, 0), torch.ones(2, 6, dtype=torch.long)
+    ids[0, :2], mask[0, :2] = 0, 0
+    with torch.no_grad(), moved(model, 1) as clean:
+        model(ids, attention_mask=mask)
+    with torch.no_grad(), sf.steer(model, {1: sf.Add(v())}) as handle, moved(model, 1) as seen:
+        model(ids, attention_mask=mask)
+    assert (seen[0] != clean[0]).any(-1).tolist() == mask.bool().tolist()
+    assert handle.stats() == [10]
+
+
 # --- threads, and what outlives a block ---------------------------------------------------------------------------------
 
 
