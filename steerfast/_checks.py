@@ -91,11 +91,26 @@ def check_dictionary(op: str, name: str, weights: Tensor, bias_name: str, bias: 
         )
 
 
+def tensor_of(value: Any) -> Tensor:
+    """A tensor as it is; numbers and arrays as one on the CPU, whatever the default device."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
+def no_gradient(owner: str, name: str, value: Any) -> None:
+    """Refuse a tensor that requires a gradient where a copy is made, which no gradient would reach."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{owner}: {name} requires a gradient, which would not reach it, because a copy is kept; pass it detached, "
+            f"{name}.detach()"
+        )
+
+
 def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> Tensor:
     """Directions as float32 CPU rows (m, d): finite, none of them zero. Takes a tensor or an object with `.vector`."""
     value = getattr(value, "vector", value)
+    no_gradient(owner, name, value)
     try:
-        rows = torch.as_tensor(value)
+        rows = tensor_of(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"{owner}: {name} must be a tensor, or carry one as .vector; got {type(value).__name__}"
@@ -110,7 +125,7 @@ def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> T
         rows = rows[None]
     if rows.dim() != 2 or rows.shape[-1] == 0 or rows.shape[0] == 0 or (one and rows.shape[0] != 1):
         expected = "(d,)" if one else "(d,) or (m, d), m >= 1"
-        raise ValueError(f"{owner}: {name} has shape {tuple(torch.as_tensor(value).shape)}; expected {expected}")
+        raise ValueError(f"{owner}: {name} has shape {tuple(given.shape)}; expected {expected}")
     bad = (~rows.isfinite()).any(1).nonzero().flatten().tolist()
     if bad and bool(given.isfinite().all()):
         raise ValueError(f"{owner}: {name} overflows float32 in row {bad[0]}; scale it towards length 1")
@@ -126,6 +141,7 @@ def finite_number(owner: str, name: str, value: Any) -> float:
     """A finite Python float."""
     if isinstance(value, (bool, str, bytes)):
         raise TypeError(f"{owner}: {name} must be a number; got {value!r}")
+    no_gradient(owner, name, value)
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):

@@ -381,14 +381,14 @@ def placed(leaf: Leaf, real: Tensor, start: int, length: int, front: int = 0) ->
         length: How many positions are told apart.
         front: How many of them stand in front of the prompt.
     """
-    here = torch.arange(length + 1)
+    here = torch.arange(length + 1, device="cpu")
     if isinstance(leaf, Word):
         last = int(real[-1]) if real.numel() else start
         first = {"all": 0, "prompt": 0, "generated": start, "last": last}[leaf.name]
         if leaf.name == "prompt":
             return (here >= front) & (here < start) & (here < length)
         return (here >= first) | (here == length)
-    chosen = torch.zeros(length + 1, dtype=torch.bool)
+    chosen = torch.zeros(length + 1, dtype=torch.bool, device="cpu")
     if isinstance(leaf, Index):
         chosen[real[leaf.at]] = True
     elif isinstance(leaf, Window):
@@ -447,14 +447,14 @@ def allowed(selector: Selector, ids: Sequence[int], prompt: int) -> Tensor:
     """
     if (outside := out_of_range(selector, prompt)) is not None:
         raise ValueError(f"position {outside} is out of range; the prompt has {prompt} tokens, 0 to {prompt - 1}")
-    tokens, real = torch.as_tensor(ids, dtype=torch.int64)[None], torch.arange(prompt)
+    tokens, real = torch.as_tensor(ids, dtype=torch.int64)[None], torch.arange(prompt, device="cpu")
 
     def value_of(leaf: Leaf) -> Tensor:
         if isinstance(leaf, (Word, Index, Window)):
             return placed(leaf, real, prompt, max(prompt, len(ids)))[: len(ids)]
         if isinstance(leaf, Special):
             raise ValueError(f"{selector} is not resolved")
-        nothing = torch.zeros(1, dtype=torch.bool)
-        return told(leaf, lambda wanted: torch.isin(tokens, torch.tensor(wanted)), nothing)[0][0]
+        nothing = torch.zeros(1, dtype=torch.bool, device="cpu")
+        return told(leaf, lambda wanted: torch.isin(tokens, torch.tensor(wanted, device="cpu")), nothing)[0][0]
 
     return evaluate(selector, value_of)

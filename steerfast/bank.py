@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steerfast.edits.base import Intervention
+from steerfast.edits.base import Intervention, untrained
 from steerfast.ops.slots import KEEP_NORM, Slot
 
 ALIGNED = 16  # bytes: what a vectorised load wants
@@ -213,7 +213,7 @@ class Bank:
         header = [spec.mode, rank, project, lift, start, spec.steps, int(spec.keep_norm), extra]
         self._write(self._host.vectors, project, rows, spec.lift if shared else torch.cat([spec.project, spec.lift]))
         self._write(self._host.coefficients, start, numbers, torch.cat(table))
-        self._write(self._host.slots, slot, 1, torch.tensor(header, dtype=torch.int32))
+        self._write(self._host.slots, slot, 1, torch.tensor(header, dtype=torch.int32, device="cpu"))
         end = start + 1 + rank
         view = spec._replace(
             project=self.vectors[project : project + rank],
@@ -248,6 +248,7 @@ def slot_in(owner: str, dtype: torch.dtype, intervention: Intervention) -> Slot:
         TypeError: the intervention has no slot.
         ValueError: a row overflows or vanishes in that dtype.
     """
+    untrained(owner, intervention)
     spec = intervention.slot()
     lift = spec.lift.to(dtype)
     project = lift if spec.project is spec.lift else spec.project.to(dtype)

@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from steerfast.edits.base import Intervention, intervention_type
+from steerfast.edits.base import Intervention, intervention_type, untrained
 from steerfast.files.replace import replace_file
 from steerfast.models.layers import SITES
 
@@ -289,6 +289,7 @@ def _rule(positions: str | tuple[int, ...] | Tensor, special: tuple[int, ...] | 
 
 def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The JSON of an intervention; its tensors go into the shared file under numbered names."""
+    untrained("Plan.save", edit)
     names = {}
     for name, value in edit.tensors().items():
         names[name] = next((key for key, other in tensors.items() if other is value), f"{len(tensors)}.{name}")

@@ -27,7 +27,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from steerfast._checks import ORTHONORMAL, direction_rows, finite_number, one_of
+from steerfast._checks import ORTHONORMAL, direction_rows, finite_number, no_gradient, one_of
 from steerfast.files.replace import replace_file
 
 SCHEMA = 1
@@ -180,7 +180,12 @@ class Barrier:
             raise ValueError(
                 f"Barrier: ridge has directions of width {self.ridge.directions.shape[1]}; expected {rank}, the rows of basis"
             )
-        deviation = (self.basis.double() @ self.basis.double().T - torch.eye(rank)).abs().max().item()
+        deviation = (
+            (self.basis.double() @ self.basis.double().T - torch.eye(rank, dtype=torch.float64, device="cpu"))
+            .abs()
+            .max()
+            .item()
+        )
         if deviation > ORTHONORMAL:
             raise ValueError(f"Barrier: the rows of basis are not orthonormal (QQᵀ deviates from I by {deviation:.1e})")
 
@@ -198,7 +203,13 @@ class Barrier:
         """
         row = direction_rows("Barrier.linear", "direction", direction, one=True).double()
         length = row.norm()
-        return cls((row / length).float(), torch.zeros(1), length.float()[None], offset, raw=raw)
+        return cls(
+            (row / length).float(),
+            torch.zeros(1, dtype=torch.float32, device="cpu"),
+            length.float()[None],
+            offset,
+            raw=raw,
+        )
 
     @property
     def rank(self) -> int:
@@ -340,6 +351,7 @@ def _own(target: object, owner: str, names: tuple[str, ...]) -> None:
         value = getattr(target, name)
         if not isinstance(value, Tensor):
             raise TypeError(f"{owner}: {name} must be a tensor; got {type(value).__name__}")
+        no_gradient(owner, name, value)
         value = value.detach().to("cpu", torch.float32, copy=True).contiguous()
         if not value.isfinite().all():
             raise ValueError(f"{owner}: {name} holds NaN or Inf")

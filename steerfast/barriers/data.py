@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from steerfast._checks import tensor_of
 from steerfast.models.collect import Activations
 
 from .barrier import BarrierInfo
@@ -73,8 +74,8 @@ class Data:
         norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         return cls(
             x / norms,
-            torch.arange(len(x)) < len(sides[0]),
-            torch.tensor([codes[name] for name in names]),
+            torch.arange(len(x), device="cpu") < len(sides[0]),
+            torch.tensor([codes[name] for name in names], device="cpu"),
             float(norms.double().mean()),
             {
                 name: next((o[name] for o in origins if o.get(name) is not None), None)
@@ -166,7 +167,7 @@ def _activations(name: str, value: Any) -> Tensor:
         if len(value) != 1:
             raise ValueError(f"fit_barrier: {name} holds {len(value)} layers; pass one of them, such as acts[14]")
         value = next(iter(value.values()))
-    rows = torch.as_tensor(value).detach().float().cpu()
+    rows = tensor_of(value).detach().float().cpu()
     if rows.dim() != 2 or rows.shape[0] == 0:
         raise ValueError(f"fit_barrier: {name} has shape {tuple(rows.shape)}; expected (n, d) with n >= 1")
     bad = (~rows.isfinite()).any(1) | (rows == 0).all(1)
@@ -185,4 +186,4 @@ def not_flat(w: Tensor) -> float:
 
 def seeded(seed: int) -> torch.Generator:
     """A generator of its own, for draws that must not depend on what else is drawn."""
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(seed)

@@ -120,7 +120,13 @@ def _linear(data: Data, C: float | None, kernel: None, rank: int | str) -> Barri
     length = not_flat(w)
     h = data.x.double() @ w + intercept
     info = data.info("linear", held, h, {"C": C})
-    return Barrier((w / length)[None], torch.zeros(1), torch.tensor([length]), intercept - data.prior, info)
+    return Barrier(
+        (w / length)[None],
+        torch.zeros(1, dtype=torch.float32, device="cpu"),
+        torch.tensor([length], dtype=torch.float32, device="cpu"),
+        intercept - data.prior,
+        info,
+    )
 
 
 def _quadratic(data: Data, C: float | None, kernel: tuple[float, float] | None, rank: int | str) -> Barrier:
@@ -148,9 +154,9 @@ def _sketch(data: Data, C: float | None, kernel: tuple[float, float] | None, ran
     gamma, coef0 = PUBLISHED if kernel is None else kernel
     d = data.x.shape[1]
     generator = seeded(data.seed)
-    hashes = torch.randint(0, COMPONENTS, (2, d + 1), generator=generator, dtype=torch.int32)
-    signs = (2 * torch.randint(0, 2, (2, d + 1), generator=generator) - 1).to(torch.int8)
-    empty = Sketch(hashes, signs, torch.zeros(COMPONENTS), gamma, coef0)
+    hashes = torch.randint(0, COMPONENTS, (2, d + 1), generator=generator, dtype=torch.int32, device="cpu")
+    signs = (2 * torch.randint(0, 2, (2, d + 1), generator=generator, device="cpu") - 1).to(torch.int8)
+    empty = Sketch(hashes, signs, torch.zeros(COMPONENTS, dtype=torch.float32, device="cpu"), gamma, coef0)
     features = torch.cat([empty.features(part) for part in data.x.split(1024)])
     _, C, held = choose(data, [None], lambda _, rows: (f := empty.features(rows)) @ f.T, C)
     if len(features) <= EXACT:

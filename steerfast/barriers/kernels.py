@@ -97,7 +97,7 @@ def _dual_path(K: Tensor, labels: Tensor, strengths: Sequence[float]) -> list[tu
     C·p(1 - p) (Rasmussen & Williams 2006, algorithm 3.1, with a free intercept).
     """
     target, sign = labels.double(), 2 * labels.double() - 1
-    beta, intercept = torch.zeros(len(K), dtype=K.dtype), float(torch.logit(target.mean()))
+    beta, intercept = torch.zeros(len(K), dtype=K.dtype, device=K.device), float(torch.logit(target.mean()))
     found = []
     for C in strengths:
 
@@ -112,7 +112,9 @@ def _dual_path(K: Tensor, labels: Tensor, strengths: Sequence[float]) -> list[tu
             p = torch.sigmoid(f)
             weight = (C * p * (1 - p)).clamp(min=1e-12 * C)
             root = weight.sqrt()
-            factor = torch.linalg.cholesky((K * root).mul_(root[:, None]).add_(torch.eye(len(K), dtype=K.dtype)))
+            factor = torch.linalg.cholesky(
+                (K * root).mul_(root[:, None]).add_(torch.eye(len(K), dtype=K.dtype, device=K.device))
+            )
             right = torch.stack([C * (target - p) + weight * f, weight], 1)
             solved = right - root[:, None] * torch.cholesky_solve(root[:, None] * (K @ right), factor)
             goal = float(solved[:, 0].sum() / solved[:, 1].sum())  # the intercept at which Σβ = 0

@@ -22,8 +22,8 @@ DECAYS = (1e-3, 1e-2, 1e-1)  # of the network's weights
 def fit_fourier(data: Data, C: float | None, kernel: None, rank: int | str) -> Barrier:
     """The barrier of random Fourier features (rff) on a projection of the activations."""
     project = _Projection.choose(data, rank)
-    omega = torch.randn(UNITS["rff"], project.rank, generator=seeded(data.seed))
-    phases = 2 * math.pi * torch.rand(UNITS["rff"], generator=seeded(data.seed))
+    omega = torch.randn(UNITS["rff"], project.rank, generator=seeded(data.seed), dtype=torch.float32, device="cpu")
+    phases = 2 * math.pi * torch.rand(UNITS["rff"], generator=seeded(data.seed), dtype=torch.float32, device="cpu")
     unit = math.sqrt(2 / UNITS["rff"])
 
     def features(at: _Projected, rows: Tensor, width: float) -> Tensor:
@@ -52,7 +52,7 @@ def fit_fourier(data: Data, C: float | None, kernel: None, rank: int | str) -> B
     directions = omega[:, : len(at.basis)] / (width * at.distance * at.size)
     ridge = Ridge(directions, phases - directions @ at.middle, unit * w.float(), "cos")
     info = data.info("rff", scores[width, C], found.double() @ w + intercept, {"C": C, "width": width * at.distance})
-    flat = torch.zeros(len(at.basis))
+    flat = torch.zeros(len(at.basis), dtype=torch.float32, device="cpu")
     return Barrier(at.basis, flat, flat, intercept - data.prior, info, ridge)
 
 
@@ -79,16 +79,18 @@ def fit_network(data: Data, C: float | None, kernel: None, rank: int | str) -> B
     ridge = Ridge(directions, phases - directions @ at.middle, weights, "tanh")
     info = data.info("mlp", scores[decay], _forward(z, parameters), {"C": 1 / decay})
     offset = float(intercept) - float(slope @ at.middle) / at.size - data.prior
-    return Barrier(at.basis, torch.zeros(len(at.basis)), slope / at.size, offset, info, ridge)
+    return Barrier(
+        at.basis, torch.zeros(len(at.basis), dtype=torch.float32, device="cpu"), slope / at.size, offset, info, ridge
+    )
 
 
 def _train(z: Tensor, labels: Tensor, decay: float, seed: int) -> list[Tensor]:
     """(ω, β, w, slope, intercept) of slope·z + Σ w·tanh(ωz + β) + intercept, by L-BFGS on all rows."""
     units, k = UNITS["mlp"], z.shape[1]
     generator = seeded(seed)
-    omega = torch.randn(units, k, generator=generator)
-    phases = torch.randn(units, generator=generator) / 2
-    parameters = [omega, phases, torch.zeros(units), torch.zeros(k), torch.zeros(())]
+    omega = torch.randn(units, k, generator=generator, dtype=torch.float32, device="cpu")
+    phases = torch.randn(units, generator=generator, dtype=torch.float32, device="cpu") / 2
+    parameters = [omega, phases, *(torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in (units, k, ()))]
     for parameter in parameters:
         parameter.requires_grad_()
     optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")

@@ -30,7 +30,7 @@ def cut_rank(A: Tensor, b: Tensor, sample: Tensor, rank: int | str) -> tuple[Ten
     if rank != "auto":
         return _within(A, b, vectors, int(rank))
     start = sample.double()
-    true = _displacement(A, b, torch.eye(len(b), dtype=torch.float64), start)
+    true = _displacement(A, b, torch.eye(len(b), dtype=torch.float64, device=b.device), start)
     size = true.norm(dim=1).clamp(min=1e-12)
     for k in sorted({min(r, full) for r in (1, 2, 3, 5, 9, 17, 25, 33, 49, full)}):
         found = _within(A, b, vectors, k)

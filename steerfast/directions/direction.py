@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfast._checks import direction_rows, finite_number
+from steerfast._checks import direction_rows, finite_number, tensor_of
 
 _LONGEST_METHOD = 500  # characters of an expression of directions that are kept
 ROUNDING = 1e-6  # a difference below this share of the activations' norm is float32 noise
@@ -201,7 +201,7 @@ def _common_origin(operation: str, a: Direction, b: Direction) -> dict[str, Any]
 
 def _fits(a: Direction, other: Direction | Tensor) -> bool:
     """Whether `other` has the width of `a`; if not, an error."""
-    width = torch.as_tensor(getattr(other, "vector", other)).shape[-1:]
+    width = tensor_of(getattr(other, "vector", other)).shape[-1:]
     if width != a.vector.shape:
         raise ValueError(
             f"Direction: {a!r} has width {len(a.vector)}, the other {tuple(width)}; they must come from one model"
@@ -216,7 +216,7 @@ def _factor(method: str) -> str:
 
 def direction_matrix(name: str, argument: str, side: Any) -> Tensor:
     """The rows (n, d) of one argument in float64 on the CPU, checked."""
-    rows = torch.as_tensor(getattr(side, "vector", side))
+    rows = tensor_of(getattr(side, "vector", side))
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2 or not rows.is_floating_point():
         raise ValueError(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from steerfast._checks import ORTHONORMAL, direction_rows
+from steerfast._checks import ORTHONORMAL, direction_rows, no_gradient, tensor_of
+from steerfast.ops import torch_backend
 from steerfast.ops.slots import Slot
 
 ROUNDED = 1e-6
@@ -60,13 +62,19 @@ class Intervention:
         """Class of the one model that it fits; None: any of its width."""
         return None
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The fields that require a gradient: live tensors, read anew by every forward pass; no copy is kept of them."""
+        tensors = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return tuple(name for name, value in tensors if isinstance(value, Tensor) and value.requires_grad)
+
     def slot(self) -> Slot:
-        """The intervention as float32 CPU tensors; B and C are the same object where C = B."""
+        """The intervention as float32 CPU tensors (live ones as they are); B and C are the same object where C = B."""
         raise TypeError(f"{type(self).__name__} does not say how it edits the stream")
 
     def program(self, device: torch.device) -> Program | None:
         """What runs an edit that fits no slot, its tensors on that device; None: its slot says all."""
-        return None
+        return partial(_edit_live, self) if self.trained else None
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are tensors, by name."""
@@ -110,7 +118,7 @@ def orthonormal(owner: str, name: str, rows: Tensor) -> Tensor:
         raise ValueError(f"{owner}: {name} has {count} rows of width {width}; at most {width} can be independent")
     wide = rows.double()
     if (
-        wide @ wide.T - torch.eye(count)
+        wide @ wide.T - torch.eye(count, dtype=wide.dtype, device="cpu")
     ).abs().max() <= ROUNDED:  # already a basis: what was saved comes back as it was
         return rows
     basis, triangle = torch.linalg.qr((wide / wide.norm(dim=1, keepdim=True)).T)
@@ -126,7 +134,12 @@ def orthonormal(owner: str, name: str, rows: Tensor) -> Tensor:
 
 def check_orthonormal(owner: str, name: str, rows: Tensor) -> None:
     """Refuse rows that are not orthonormal, and say by how much."""
-    deviation = (rows.double() @ rows.double().T - torch.eye(rows.shape[0])).abs().max().item()
+    deviation = (
+        (rows.double() @ rows.double().T - torch.eye(rows.shape[0], dtype=torch.float64, device="cpu"))
+        .abs()
+        .max()
+        .item()
+    )
     if rows.shape[0] > rows.shape[1] or deviation > ORTHONORMAL:
         raise ValueError(
             f"{owner}: the rows of {name} are not orthonormal (their products deviate from the identity by {deviation:.1e}); "
@@ -134,10 +147,69 @@ def check_orthonormal(owner: str, name: str, rows: Tensor) -> None:
         )
 
 
+def untrained(owner: str, edit: Intervention) -> None:
+    """Refuse an intervention with live tensors where copies of them are kept."""
+    if names := edit.trained:
+        raise ValueError(
+            f"{owner}: {', '.join(names)} of {edit!r} requires a gradient, which would not reach it, because a copy is kept "
+            f"here; build the intervention from {names[0]}.detach()"
+        )
+
+
+def live_rows(owner: str, name: str, value: Directions, *, one: bool = False, zero: bool = False) -> Tensor:
+    """`direction_rows`; but a tensor that requires a gradient stays the one that was given. `zero`: it may begin at zero."""
+    given = getattr(value, "vector", value)
+    if not isinstance(given, Tensor) or not given.requires_grad:
+        return direction_rows(owner, name, value, one=one)
+    now = given.detach()
+    direction_rows(owner, name, torch.ones_like(now) if zero and not now.any() else now, one=one)
+    return given
+
+
+def live_table(owner: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`float_table`; but a tensor that requires a gradient stays the one that was given."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return float_table(owner, name, value, shape)
+    float_table(owner, name, value.detach(), shape)
+    return value
+
+
+def beside(tensor: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The others on the device and in the dtype of a live tensor."""
+    return tuple(other.to(tensor.device, tensor.dtype) for other in others)
+
+
+def rows_of(value: Directions) -> Tensor:
+    """A field that holds one row (d,) or several (m, d), as rows."""
+    tensor = as_tensor(value)
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _edit_live(edit: Intervention, x: Tensor, scale: Tensor | float) -> Tensor:
+    """The edit by its tensors as they are now, differentiable in them: a `Program`."""
+    slot = edit.slot()
+    gain = scale * float(slot.constants[2])
+    if not isinstance(gain, Tensor):
+        return torch_backend.edit(x, _on(slot, x.device), gain)
+    moved = torch_backend.edit(x, _on(slot, x.device), gain[:, None])
+    return torch.where((gain == 0).view(*x.shape[:-1], 1), x, moved)
+
+
+def _on(slot: Slot, device: torch.device) -> Slot:
+    lift = slot.lift.to(device)
+    return slot._replace(
+        project=lift if slot.project is slot.lift else slot.project.to(device),
+        lift=lift,
+        constants=slot.constants.to(device),
+        coefficients=slot.coefficients.to(device),
+    )
+
+
 def float_table(owner: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A finite float32 CPU tensor of one shape."""
+    no_gradient(owner, name, value)
     try:
-        table = torch.as_tensor(value)
+        table = tensor_of(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{owner}: {name} must be a tensor of shape {shape}; got {type(value).__name__}") from None
     if tuple(table.shape) != shape or not table.is_floating_point():
@@ -158,12 +230,14 @@ def unit_row(owner: str, direction: Directions, name: str = "direction") -> Tens
 
 def constants_row(T: float = 0.0, angle: float = 0.0, strength: float = 1.0) -> Tensor:
     """A slot's row of constants; c₃ … c₇ are the mode's own."""
-    return torch.tensor([T, angle, strength, 0.0, 0.0, 0.0, 0.0, 0.0])
+    return torch.tensor([T, angle, strength, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float32, device="cpu")
 
 
 def hinge_rows(rank: int, offset: float = 0.0, slope: float = 0.0, bend: float = 0.0, knot: float = 0.0) -> Tensor:
     """The same hinge for every direction: g = offset + slope·y + bend·relu(y - knot)."""
-    return torch.tensor([[offset, slope, bend, knot, 0.0, 0.0, 0.0, 0.0]]).repeat(rank, 1)
+    return torch.tensor([[offset, slope, bend, knot, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float32, device="cpu").repeat(
+        rank, 1
+    )
 
 
 def as_tensor(value: Any) -> Tensor:

@@ -126,6 +126,11 @@ class When(Intervention):
         return self.then.place
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        """The fields of the intervention that require a gradient."""
+        return tuple(f"then.{name}" for name in self.then.trained)
+
+    @property
     def model(self) -> str | None:
         """Class of the one model that the intervention fits; None: any of its width."""
         return self.then.model

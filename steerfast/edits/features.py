@@ -31,6 +31,8 @@ from .base import (
     constants_row,
     float_table,
     hinge_rows,
+    live_rows,
+    rows_of,
     set_field,
 )
 
@@ -62,11 +64,11 @@ class Amplify(Intervention):
 
     def __post_init__(self) -> None:
         flag("Amplify", "keep_norm", self.keep_norm)
-        set_field(self, "features", direction_rows("Amplify", "features", self.features))
+        set_field(self, "features", live_rows("Amplify", "features", self.features))
         set_field(self, "alpha", finite_number("Amplify", "alpha", self.alpha))
 
     def slot(self) -> Slot:
-        rows = as_tensor(self.features)
+        rows = rows_of(self.features)
         return Slot(HINGE, 0, self.keep_norm, rows, rows, constants_row(), hinge_rows(rows.shape[0], bend=self.alpha))
 
 
@@ -97,11 +99,11 @@ class Calibrate(Intervention):
 
     def __post_init__(self) -> None:
         flag("Calibrate", "keep_norm", self.keep_norm)
-        set_field(self, "features", direction_rows("Calibrate", "features", self.features))
+        set_field(self, "features", live_rows("Calibrate", "features", self.features))
         set_field(self, "beta", finite_number("Calibrate", "beta", self.beta))
 
     def slot(self) -> Slot:
-        rows = as_tensor(self.features)
+        rows = rows_of(self.features)
         table = hinge_rows(rows.shape[0], offset=self.beta / rows.shape[0], bend=-1.0)
         return Slot(HINGE, 0, self.keep_norm, rows, rows, constants_row(), table)
 
@@ -134,7 +136,7 @@ class Features:
         set_field(self, "decoder", float_table("Features", "decoder", self.decoder, tuple(self.encoder.shape)))
         for name in ("bias", "threshold"):
             value = getattr(self, name)
-            value = torch.zeros(self.encoder.shape[0]) if value is None else value
+            value = torch.zeros(self.encoder.shape[0], dtype=torch.float32, device="cpu") if value is None else value
             set_field(self, name, float_table("Features", name, value, (self.encoder.shape[0],)))
         if (as_tensor(self.threshold) < 0).any():
             raise ValueError("Features: threshold is negative; a JumpReLU threshold is >= 0")
@@ -237,7 +239,7 @@ class EditFeatures(Intervention):
                 "EditFeatures: a Top-K or row-normalised SAE is edited exactly by a full encode, which fits no slot; use "
                 "sae.approximate(threshold) for a slot (Top-K without normalisation)"
             )
-        t = torch.tensor(list(self.values.values()))
+        t = torch.tensor(list(self.values.values()), dtype=torch.float32, device="cpu")
         table = _feature_table(self.mode, t, as_tensor(features.bias), as_tensor(features.threshold))
         return Slot(HINGE, 0, self.keep_norm, features.encoder, features.decoder, constants_row(), table)
 
@@ -316,7 +318,7 @@ class DeficitPush(Intervention):
         set_field(self, "target", finite_number("DeficitPush", "target", self.target))
         if self.target <= 0:
             raise ValueError(f"DeficitPush: target is {self.target}; expected > 0")
-        bias = torch.zeros(rows.shape[0]) if self.bias is None else self.bias
+        bias = torch.zeros(rows.shape[0], dtype=torch.float32, device="cpu") if self.bias is None else self.bias
         set_field(self, "bias", float_table("DeficitPush", "bias", bias, (rows.shape[0],)))
 
     def slot(self) -> Slot:
@@ -331,7 +333,7 @@ class DeficitPush(Intervention):
 
 def _feature_table(mode: str, t: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
     """t(f) - f as hinges in y = W_enc·x, where f = relu(y - κ) + θ·[y > κ], κ = θ - b."""
-    table = torch.zeros(t.shape[0], 8)
+    table = torch.zeros(t.shape[0], 8, dtype=torch.float32, device="cpu")
     table[:, KNOT] = table[:, EDGE] = threshold - bias
     table[:, KNOT2] = t - bias
     above = t >= threshold
@@ -432,7 +434,7 @@ class SelectedFeatures:
 
         def run(x: Tensor, scale: Tensor | float) -> Tensor:
             if not isinstance(scale, Tensor):
-                scale = torch.full((x.numel() // x.shape[-1],), scale, device=device)
+                scale = torch.full((x.numel() // x.shape[-1],), scale, dtype=torch.float32, device=device)
             out = here.edit(x, table, scale)
             if not keep_norm:
                 return out

@@ -124,7 +124,7 @@ class Flow(Intervention):
         """Rows Q, λ and b̃ per direction, and what else the solver and the barrier need."""
         rows, barrier = self.barrier.basis, self.barrier
         T, angle = path_length("Flow", self.T, self.angle)
-        table = torch.zeros(rows.shape[0], 8)
+        table = torch.zeros(rows.shape[0], 8, dtype=torch.float32, device="cpu")
         table[:, 0], table[:, 1] = barrier.eigenvalues, barrier.bias
         how = self.solver
         constants, extra = constants_row(T, angle), pack(field_of(barrier), how)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steerfast._checks import direction_rows, finite_number, flag
+from steerfast._checks import direction_rows, finite_number, flag, no_gradient
 from steerfast.ops.slots import ADD, AFFINE, HINGE, Slot
 
 from .base import (
@@ -25,11 +25,14 @@ from .base import (
     Directions,
     Intervention,
     as_tensor,
+    beside,
     check_orthonormal,
     constants_row,
-    float_table,
     hinge_rows,
+    live_rows,
+    live_table,
     orthonormal,
+    rows_of,
     set_field,
     unit_row,
 )
@@ -40,7 +43,7 @@ class Add(Intervention):
     """Add a steering vector: x + c·v.
 
     Args:
-        vector: v, (d,), or an object with `.vector`.
+        vector: v, (d,), or an object with `.vector`. One that requires a gradient is trained: see docs/hooks.md.
         strength: c. With unit v its unit is the length of the residual stream.
         keep_norm: Give every row its old length back afterwards.
 
@@ -62,11 +65,12 @@ class Add(Intervention):
 
     def __post_init__(self) -> None:
         flag("Add", "keep_norm", self.keep_norm)
-        set_field(self, "vector", direction_rows("Add", "vector", self.vector, one=True)[0])
+        rows = live_rows("Add", "vector", self.vector, one=True, zero=True)
+        set_field(self, "vector", rows if rows.requires_grad else rows[0])
         set_field(self, "strength", finite_number("Add", "strength", self.strength))
 
     def slot(self) -> Slot:
-        rows = as_tensor(self.vector)[None]
+        rows = rows_of(self.vector)
         return Slot(ADD, 0, self.keep_norm, rows, rows, constants_row(strength=self.strength), hinge_rows(1))
 
 
@@ -95,12 +99,14 @@ class Ablate(Intervention):
 
     def __post_init__(self) -> None:
         flag("Ablate", "keep_norm", self.keep_norm)
-        set_field(
-            self, "direction", orthonormal("Ablate", "direction", direction_rows("Ablate", "direction", self.direction))
-        )
+        rows = live_rows("Ablate", "direction", self.direction)
+        basis = orthonormal("Ablate", "direction", rows_of(rows.detach()).to("cpu", torch.float32))
+        set_field(self, "direction", rows if rows.requires_grad else basis)
 
     def slot(self) -> Slot:
-        rows = as_tensor(self.direction)
+        rows = rows_of(self.direction)
+        if rows.requires_grad:  # an optimizer may have moved them
+            rows = torch.linalg.qr(rows.to(torch.promote_types(rows.dtype, torch.float32)).T)[0].T
         return Slot(HINGE, 0, self.keep_norm, rows, rows, constants_row(), hinge_rows(rows.shape[0], slope=-1.0))
 
 
@@ -141,6 +147,7 @@ class AffineAblate(Intervention):
                 raise ValueError(
                     f"AffineAblate: baseline has shape {tuple(baseline.shape)}; expected a number or ({unit.numel()},)"
                 )
+            no_gradient("AffineAblate", "baseline", baseline)
             baseline = float(unit.double() @ baseline.detach().cpu().double())
         set_field(self, "baseline", finite_number("AffineAblate", "baseline", baseline))
         set_field(self, "offset", finite_number("AffineAblate", "offset", self.offset))
@@ -233,15 +240,18 @@ class Affine(Intervention):
         width = shaped.shape
         if len(width) != 1:
             raise ValueError(f"Affine: weight has shape {tuple(width)}; expected (d,)")
-        weight = weight if isinstance(weight, Tensor) else torch.full(width, weight)
-        bias = torch.zeros(width) if self.bias is None else self.bias
-        set_field(self, "weight", float_table("Affine", "weight", weight, tuple(width)))
-        set_field(self, "bias", float_table("Affine", "bias", bias, tuple(width)))
-        if bool((as_tensor(self.weight) == 1).all()) and not bool(as_tensor(self.bias).any()):
+        weight = weight if isinstance(weight, Tensor) else torch.full(width, weight, dtype=torch.float32, device="cpu")
+        bias = torch.zeros(width, dtype=torch.float32, device="cpu") if self.bias is None else self.bias
+        set_field(self, "weight", live_table("Affine", "weight", weight, tuple(width)))
+        set_field(self, "bias", live_table("Affine", "bias", bias, tuple(width)))
+        if not self.trained and bool((as_tensor(self.weight) == 1).all()) and not bool(as_tensor(self.bias).any()):
             raise ValueError("Affine: weight is one and bias zero everywhere, which changes nothing")
 
     def slot(self) -> Slot:
-        rows = torch.stack([self.weight - 1, as_tensor(self.bias)])
+        weight, bias = as_tensor(self.weight), as_tensor(self.bias)
+        if self.trained:
+            weight, bias = beside(weight if weight.requires_grad else bias, weight, bias)
+        rows = torch.stack([weight - 1, bias])
         return Slot(AFFINE, 0, self.keep_norm, rows, rows, constants_row(), hinge_rows(2))
 
 
@@ -275,12 +285,13 @@ class LoReFT(Intervention):
     def __post_init__(self) -> None:
         flag("LoReFT", "keep_norm", self.keep_norm)
         set_field(self, "R", direction_rows("LoReFT", "R", self.R))
-        set_field(self, "W", float_table("LoReFT", "W", self.W, tuple(self.R.shape)))
-        b = torch.zeros(self.R.shape[0]) if self.b is None else self.b
-        set_field(self, "b", float_table("LoReFT", "b", b, (self.R.shape[0],)))
+        set_field(self, "W", live_table("LoReFT", "W", self.W, tuple(self.R.shape)))
+        b = torch.zeros(self.R.shape[0], dtype=torch.float32, device="cpu") if self.b is None else self.b
+        set_field(self, "b", live_table("LoReFT", "b", b, (self.R.shape[0],)))
         check_orthonormal("LoReFT", "R", self.R)
 
     def slot(self) -> Slot:
         table = hinge_rows(self.R.shape[0], slope=1.0)
         table[:, OFFSET] = as_tensor(self.b)
-        return Slot(HINGE, 0, self.keep_norm, self.W - self.R, self.R, constants_row(), table)
+        (R,) = beside(self.W, self.R)
+        return Slot(HINGE, 0, self.keep_norm, self.W - R, R, constants_row(), table)

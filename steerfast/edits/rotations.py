@@ -120,7 +120,7 @@ class Spherical(Intervention):
 
     def slot(self) -> Slot:
         rows, constants = torch.stack([as_tensor(self.target), as_tensor(self.avoid)]), constants_row()
-        constants[3:6] = torch.tensor([self.alpha, self.beta, self.kappa])
+        constants[3:6] = torch.tensor([self.alpha, self.beta, self.kappa], dtype=torch.float32, device="cpu")
         return Slot(SLERP, 0, False, rows, rows, constants, hinge_rows(2))
 
 
@@ -174,7 +174,7 @@ class Householder(Intervention):
 
     def slot(self) -> Slot:
         rows, constants = torch.cat([as_tensor(self.normal)[None], self.W1]), constants_row()
-        constants[3:5] = torch.tensor([self.b2, self.offset])
+        constants[3:5] = torch.tensor([self.b2, self.offset], dtype=torch.float32, device="cpu")
         table = hinge_rows(rows.shape[0])
         table[1:, 0], table[1:, 1] = self.b1, self.w2
         return Slot(REFLECT, 0, False, rows, rows, constants, table)

@@ -13,7 +13,7 @@ from steerfast._positions import Selector
 from steerfast.plan import rule_of
 
 from .attachment import Attachment
-from .positions import Pass, Prompt, Table, lengths_per_row
+from .positions import Pass, Prompt, Table
 
 
 class FixedTable:
@@ -28,7 +28,7 @@ class FixedTable:
     def __init__(self, batch: int, length: int, device: torch.device) -> None:
         shape = (batch, length + 1, MAX_SLOTS_PER_ROW)
         self.rows = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self.scale = torch.ones(batch, MAX_SLOTS_PER_ROW, device=device)
+        self.scale = torch.ones(batch, MAX_SLOTS_PER_ROW, dtype=torch.float32, device=device)
         self.unplaced = False  # the positions need a prompt that only generate would show
 
     @property
@@ -72,7 +72,7 @@ class FixedTable:
             return
         rows = next((len(one.plans) for one in attachments if one.per_row), self.batch)
         lengths = None if given is None else lengths_per_row(given, rows)
-        valid = torch.ones(rows, 0 if lengths is None else int(lengths.max()), dtype=torch.bool)
+        valid = torch.ones(rows, 0 if lengths is None else int(lengths.max()), dtype=torch.bool, device="cpu")
         layers = [one.layer(rows) for one in attachments]
         self.publish(Table(Prompt(valid, lengths), layers, self.rows.device), copies=1)
 
@@ -96,6 +96,13 @@ class FixedTable:
         columns = self.rows.shape[2]
         scale = self.scale[:batch, None].expand(batch, tokens, columns)
         return Pass(None, rows.reshape(-1, columns), scale.reshape(-1, columns))
+
+
+def lengths_per_row(lengths: tuple[int, ...], batch: int) -> Tensor:
+    """int64 (batch,) of lengths as given: one for all rows, or one per row."""
+    if len(lengths) not in (1, batch):
+        raise ValueError(f"steer: prompt_length names {len(lengths)} rows; this batch has {batch}")
+    return torch.tensor(lengths, device="cpu").expand(batch).clone()
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import torch
 from torch import nn
 
 from steerfast.bank import Bank, Runs
@@ -21,6 +20,7 @@ from steerfast.models.proof import Proof, prove, refuse_split
 from steerfast.plan import Plan
 
 from .attachment import Attachment
+from .bookkeeping import bookkeeping
 from .columns import check_lengths, check_plan, check_positions, layout_of, places_of
 from .compiled import FixedTable, is_compiled
 from .continuous import cached_manager, check_paged, new_manager
@@ -98,7 +98,7 @@ class Controller:
         generates = hasattr(self.model, "generate")
         check_positions(plans, self.layers, self.passes.keeps_cache or generates, generates or lengths is not None)
 
-    @torch.inference_mode(False)
+    @bookkeeping
     def attach(self, new: Attachment) -> None:
         """Give each plan its slots, the same in every layer, and start steering."""
         layouts = [layout_of(plan, self.layers) for plan in new.plans]
@@ -130,7 +130,7 @@ class Controller:
             self.detach(new)
             raise
 
-    @torch.inference_mode(False)
+    @bookkeeping
     def detach(self, old: Attachment) -> None:
         """Release the slots of an attachment; with the last one go the hooks and the shadow of generate."""
         if old in self.attachments:

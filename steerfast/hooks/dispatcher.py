@@ -12,13 +12,14 @@ from torch.utils.hooks import RemovableHandle
 from steerfast import ops
 from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast.bank import Bank, fitting
-from steerfast.edits.base import Intervention, Program
+from steerfast.edits.base import Intervention, Program, untrained
 from steerfast.models.points import Point
 from steerfast.models.proof import shape_refusal
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import ALL_MODES, Slot
 
+from .bookkeeping import is_mapped
 from .gates import Place
 from .passes import Call, Passes
 from .positions import Pass
@@ -54,6 +55,8 @@ class Dispatcher:
         """Register interventions under their slot numbers, all or none; the bank has room for `slots` numbers."""
         device = self.bank.vectors.device
         programs = {slot: run for slot, edit in edits.items() if (run := edit.program(device)) is not None}
+        for edit in edits.values() if self.fixed else ():
+            untrained("steer, a prepared model", edit)
         if self.fixed and programs:
             raise ValueError(f"steer: {edits[min(programs)]!r} fits no slot, so a prepared model cannot take it up")
         if self.fixed:
@@ -139,6 +142,8 @@ class Dispatcher:
         rows, scale = rows.to(x.device), scale.to(x.device)
         if call is not None and call.gates:
             rows = call.gates.close(rows, self.edits)
+            if is_mapped(rows):
+                return self._by_masks(x, now, rows, scale)
         if not self._programs:
             return self._by_slots(x, rows, scale)
         first = 0
@@ -147,6 +152,17 @@ class Dispatcher:
             x = self._programs[slot](x, torch.where(rows[:, column] == slot, scale[:, column], 0))
             first = column  # a slot for other rows may stand here; a program's own is empty
         return self._by_slots(x, rows[:, first:], scale[:, first:])
+
+    def _by_masks(self, x: Tensor, now: Pass, rows: Tensor, scale: Tensor) -> Tensor:
+        """Where torch.vmap maps over what a condition decided, no host can read the table: each slot on every token."""
+        for column, slot in sorted(self.passes.columns(now, self.edits)):
+            weight = torch.where(rows[:, column] == slot, scale[:, column], 0)
+            if slot in self._programs:
+                x = self._programs[slot](x, weight)
+            else:
+                moved = torch_backend.edit(x, self.bank.view(slot), self.bank.strength(slot) * weight[:, None])
+                x = torch.where((weight == 0).view(*x.shape[:-1], 1), x, moved)
+        return x
 
     def _by_slots(self, x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
         modes = ALL_MODES if self.fixed else self.bank.modes

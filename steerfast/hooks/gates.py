@@ -15,6 +15,7 @@ from torch import Tensor
 
 from steerfast.edits.conditions import When
 
+from .bookkeeping import bookkeeping, is_mapped, settled
 from .positions import Prompt, Table
 
 Place = tuple[str, int]
@@ -67,7 +68,7 @@ class Gates:
             if gate.place != place:
                 continue
             if gate.when.per_token:
-                gate.open = gate.when.condition(x).reshape(-1)
+                gate.open = settled(gate.when.condition(x)).reshape(-1)
             else:
                 gate.open = self._latched(gate, x)
 
@@ -94,24 +95,38 @@ class Gates:
             raise RuntimeError("steer: a condition is read outside a forward pass of the decoder")
         table, start, tokens, batch = self._pass
         stream = x.reshape(batch, tokens, -1)
-        ends = table.ends.repeat_interleave(batch // table.prompt.batch)
-        if gate.prompt is not table.prompt or gate.latch is None or gate.latch.shape[0] != batch:
-            gate.prompt = table.prompt
-            gate.latch = torch.zeros(batch, dtype=torch.bool, device=x.device)
-            gate.decided = torch.zeros(batch, dtype=torch.bool)
-        if isinstance(start, int) and gate.decided is not None:
-            here = ((ends >= start) & (ends < start + tokens)).nonzero().flatten()
-            gate.decided[here] = True
-            if not bool(gate.decided[ends < start].all()):
-                raise ValueError(
-                    f"steer: {gate.when!r} is decided at the last prompt token, which lies before this forward pass; run "
-                    "the prompt while the plan is active, or use WhenToken"
-                )
+        latch, here, ends = self._before(gate, table, start, tokens, batch, x.device)
+        if here is not None and isinstance(start, int):
             if here.numel():
-                gate.latch[here.to(x.device)] = gate.when.condition(stream[here, (ends - start)[here]])
+                found = settled(gate.when.condition(stream[here, (ends - start)[here]]))
+                latch = latch.index_put((here.to(x.device),), found)
         else:
             position = torch.as_tensor(start, device=x.device) + torch.arange(tokens, device=x.device)
             last = position == ends.to(x.device)[:, None]  # (batch, tokens)
-            gate.latch = torch.where(last.any(1), (gate.when.condition(stream) & last).any(1), gate.latch)
+            found = settled(gate.when.condition(stream))
+            latch = torch.where(last.any(1), (found & last).any(1), latch)
+        latch = settled(latch)
+        gate.latch = None if is_mapped(latch) else latch  # a decision of every example that is mapped over ends with it
+        return latch[:, None].expand(batch, tokens).reshape(-1)
+
+    @bookkeeping
+    def _before(
+        self, gate: Gate, table: Table, start: int | Tensor, tokens: int, batch: int, device: torch.device
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What was latched before, the rows that this pass decides (None: only the device knows), where prompts end."""
+        ends = table.ends.repeat_interleave(batch // table.prompt.batch)
+        if gate.prompt is not table.prompt or gate.latch is None or gate.latch.shape[0] != batch:
+            gate.prompt = table.prompt
+            gate.latch = torch.zeros(batch, dtype=torch.bool, device=device)
+            gate.decided = torch.zeros(batch, dtype=torch.bool, device="cpu")
+        if not isinstance(start, int) or gate.decided is None:
             gate.decided = None
-        return gate.latch.repeat_interleave(tokens)
+            return gate.latch, None, ends
+        here = ((ends >= start) & (ends < start + tokens)).nonzero().flatten()
+        gate.decided[here] = True
+        if not bool(gate.decided[ends < start].all()):
+            raise ValueError(
+                f"steer: {gate.when!r} is decided at the last prompt token, which lies before this forward pass; run "
+                "the prompt while the plan is active, or use WhenToken"
+            )
+        return gate.latch, here, ends

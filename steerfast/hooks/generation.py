@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from steerfast.models.caches import cache_in
 from steerfast.models.proof import given_tokens
 
+from .bookkeeping import is_mapped
 from .positions import Prompt
 
 
@@ -51,11 +52,16 @@ def valid_tokens(mask: Any, batch: int, length: int) -> Tensor:
         ValueError: the mask is not (batch, tokens), so that padding cannot be told.
     """
     if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool)
+        return torch.ones(batch, length, dtype=torch.bool, device="cpu")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise ValueError(
             "steer: this forward pass comes with a prepared attention mask, which hides its padding; pass the 2-D mask "
             "(batch, tokens), or use generate"
+        )
+    if is_mapped(mask):
+        raise ValueError(
+            "steer: torch.vmap maps over the attention mask, so the host cannot see which tokens are padding; map over "
+            "inputs of one mask, or run the rows as a batch"
         )
     return mask.bool().cpu()
 

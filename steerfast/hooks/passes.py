@@ -26,11 +26,12 @@ from steerfast.models.proof import Proof
 from steerfast.plan import rule_of
 
 from .attachment import Attachment
-from .compiled import FixedTable
+from .bookkeeping import bookkeeping
+from .compiled import FixedTable, lengths_per_row
 from .continuous import pass_for_all
 from .gates import Conditions, Gates
 from .generation import by_name, tokens_of, valid_tokens
-from .positions import IDLE, Owners, Pass, Prompt, Table, lengths_per_row
+from .positions import IDLE, Owners, Pass, Prompt, Table
 
 _UNSEEN = object()
 
@@ -145,7 +146,7 @@ class Passes:
             self.fixed.unplaced = False
             self.fixed.clear()
 
-    @torch.inference_mode(False)
+    @bookkeeping
     def refresh(self) -> None:
         """What is attached has changed: this thread's table is built anew now, those of others when they run next."""
         self._version += 1
@@ -156,7 +157,7 @@ class Passes:
         elif self.fixed is not None:
             self.fixed.publish_unprompted(self.attachments)
 
-    @torch.inference_mode(False)
+    @bookkeeping
     def announce(self, prompt: Prompt, copies: int) -> None:
         """Generate begins with this prompt, each of its rows repeated `copies` times."""
         call = self._threads.call = Call(Gates(self.conditions), announced=True)
@@ -165,7 +166,7 @@ class Passes:
             self.fixed.unplaced = False
             self.fixed.publish(table, copies)
 
-    @torch.inference_mode(False)
+    @bookkeeping
     def retract(self) -> None:
         """Generate has ended."""
         self._threads.call = Call(Gates(self.conditions))
@@ -186,6 +187,7 @@ class Passes:
             before += max(len(chain) for chain in one.slots)
         return found
 
+    @bookkeeping
     def broadcast(self, now: Pass) -> tuple[Tensor, Tensor]:
         """The owners of a pass that treats every token alike, as tables with one row."""
         owners = now.owners or ()
@@ -319,7 +321,7 @@ class Passes:
             return start
         return 0
 
-    @torch.inference_mode(False)
+    @bookkeeping
     def _bare(self, call: Call, inputs: dict[str, Any], mask: Any, batch: int, count: int) -> Table:
         """The table of a forward pass outside generate, and where in it the pass begins."""
         if not self.keeps_cache and any(
@@ -361,7 +363,7 @@ class Passes:
         call.prompt, call.table, call.version = prompt, table, self._version
         return table
 
-    @torch.inference_mode(False)
+    @bookkeeping
     def _count(self, call: Call) -> None:
         """Tokens of the pass that has ended, once each, for the slots whose place it came by."""
         now, (batch, count) = call.now, call.shape

@@ -34,6 +34,8 @@ from steerfast._positions import (
     told,
 )
 
+from .bookkeeping import bookkeeping
+
 Rule = Selector | Tensor
 """A selector in which `special` is resolved, or a mask."""
 Owners = tuple[tuple[int, float], ...]
@@ -75,8 +77,8 @@ class Prompt:
     @classmethod
     def whole(cls, batch: int, length: int, valid: Tensor | None = None) -> Prompt:
         """A prompt that fills all positions below `length`."""
-        valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
-        return cls(valid, torch.full((batch,), length))
+        valid = torch.ones(batch, length, dtype=torch.bool, device="cpu") if valid is None else valid
+        return cls(valid, torch.full((batch,), length, device="cpu"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,9 @@ def allowed(prompt: Prompt, row: int, rule: Rule) -> Tensor:
         _check_indices(prompt, row, rule)
         return _with_later(valid, beyond(rule) is not False)
     if isinstance(rule, Selector) and not rule.needs_length:
-        return _with_later(valid, True) & evaluate(rule, lambda leaf: torch.ones(length + 1, dtype=torch.bool))
+        return _with_later(valid, True) & evaluate(
+            rule, lambda leaf: torch.ones(length + 1, dtype=torch.bool, device="cpu")
+        )
     start = _start(prompt, row, rule)
     if isinstance(rule, Tensor):
         if rule.dim() == 2 and rule.shape[0] != prompt.batch:
@@ -176,11 +180,13 @@ class Memory:
     @classmethod
     def of(cls, leaf: After | Between, prompt: Prompt, copies: int, device: torch.device) -> Memory:
         """What an announced prompt tells; for any other, that nothing is open before its first token."""
-        shut = torch.zeros(prompt.batch, 1, dtype=torch.bool)
+        shut = torch.zeros(prompt.batch, 1, dtype=torch.bool, device="cpu")
         known = shut
         if prompt.ids is not None:
             ids, real = prompt.ids.cpu(), prompt.valid[:, : prompt.ids.shape[1]]
-            behind = told(leaf, lambda wanted: torch.isin(ids, torch.tensor(wanted)) & real, shut[:, 0])[1]
+            behind = told(leaf, lambda wanted: torch.isin(ids, torch.tensor(wanted, device="cpu")) & real, shut[:, 0])[
+                1
+            ]
             known = torch.cat([shut, behind], 1)  # type: ignore[list-item]  # no `Ids`
         return cls(known.repeat_interleave(copies, 0).to(device), known.shape[1] - 1)
 
@@ -212,8 +218,8 @@ class Table:
     def __init__(self, prompt: Prompt, layers: list[Layer], device: torch.device) -> None:
         widths = [max((len(slots) for slots in layer.slots), default=0) for layer in layers]
         batch, span = prompt.batch, prompt.valid.shape[1] + 1
-        rows = torch.full((batch, span, sum(widths)), -1, dtype=torch.int32)
-        scale = torch.ones(batch, sum(widths))
+        rows = torch.full((batch, span, sum(widths)), -1, dtype=torch.int32, device="cpu")
+        scale = torch.ones(batch, sum(widths), dtype=torch.float32, device="cpu")
         readings: dict[Selector, Reading] = {}
         column = 0
         for layer, width in zip(layers, widths, strict=True):
@@ -223,10 +229,10 @@ class Table:
                 rule = layer.rules[row]
                 where = allowed(prompt, row, rule)
                 if isinstance(rule, Selector) and rule.reads_tokens:
-                    governs = torch.zeros(batch, sum(widths), dtype=torch.bool)
+                    governs = torch.zeros(batch, sum(widths), dtype=torch.bool, device="cpu")
                     governs = readings.setdefault(rule, Reading(rule, governs)).governs
                     governs[row, column : column + len(slots)] = True
-                rows[row, where, column : column + len(slots)] = torch.tensor(slots, dtype=torch.int32)
+                rows[row, where, column : column + len(slots)] = torch.tensor(slots, dtype=torch.int32, device="cpu")
                 scale[row, column : column + width] = layer.scales[row]
                 held = [column + i for i, slot in enumerate(slots) if slot in layer.latched]
                 if held:  # nothing is decided before the last prompt token
@@ -257,7 +263,7 @@ class Table:
                 raise ValueError(
                     "steer: a condition needs the prompt's length; pass prompt_length= to steer, or use generate"
                 )
-            here = torch.arange(self.prompt.valid.shape[1])
+            here = torch.arange(self.prompt.valid.shape[1], device="cpu")
             self._ends = torch.where(self.prompt.valid & (here < starts[:, None]), here, -1).amax(1)
         return self._ends
 
@@ -282,6 +288,11 @@ class Table:
         same = self._passes[run]
         if same is not None and last <= self._runs[run + 1]:
             return same
+        return self._part(start, tokens, batch)
+
+    @bookkeeping
+    def _part(self, start: int, tokens: int, batch: int) -> Pass:
+        """The pass over positions that have no common owners."""
         if start >= self.span - 1:  # generated positions share one column, so every decode step shares one pass
             if (tokens, batch) not in self._later:
                 rows, scale = self._on_device(batch)
@@ -294,6 +305,7 @@ class Table:
             part = rows[:, self._columns(start, tokens, rows.device)]
         return _flat(part, scale)
 
+    @bookkeeping
     def gather(self, start: Tensor, tokens: int, batch: int, ids: Tensor | None = None) -> Pass:
         """`at` for a start that only the device knows: no host sync, but for one a prompt where earlier tokens count."""
         if self._read is not None:
@@ -306,7 +318,7 @@ class Table:
         first = start.to(device) if isinstance(start, Tensor) else start
         return (first + torch.arange(tokens, device=device)).clamp(max=self.span - 1)
 
-    @torch.inference_mode(False)
+    @bookkeeping
     def _by_tokens(self, read: Readings, start: int | Tensor, tokens: int, batch: int, ids: Tensor | None) -> Pass:
         """The pass where its tokens decide, too."""
         rows, scale = self._on_device(batch)
@@ -347,7 +359,7 @@ class Readings:
         self._later = later = {reading.selector: beyond(reading.selector) for reading in readings}
         self.settled = all(isinstance(left, bool) for left in later.values())
         self.remembers = any(reading.selector.remembers for reading in readings)
-        self.dynamic = _with_later(torch.ones(prompt.valid.shape[1], dtype=torch.bool), not self.settled)
+        self.dynamic = _with_later(torch.ones(prompt.valid.shape[1], dtype=torch.bool, device="cpu"), not self.settled)
         for selector, left in later.items():
             if prompt.reorders and isinstance(left, Selector) and left.remembers:
                 raise ValueError(
@@ -464,15 +476,8 @@ def copies_of(prompt: Prompt, batch: int) -> int:
     return batch // prompt.batch
 
 
-def lengths_per_row(lengths: tuple[int, ...], batch: int) -> Tensor:
-    """int64 (batch,) of lengths as given: one for all rows, or one per row."""
-    if len(lengths) not in (1, batch):
-        raise ValueError(f"steer: prompt_length names {len(lengths)} rows; this batch has {batch}")
-    return torch.tensor(lengths).expand(batch).clone()
-
-
 def _with_later(mask: Tensor, later: bool) -> Tensor:
-    return torch.cat([mask, torch.tensor([later])])
+    return torch.cat([mask, torch.tensor([later], device="cpu")])
 
 
 def _flat(part: Tensor, scale: Tensor) -> Pass:

@@ -301,7 +301,9 @@ def _is_zero(row: Any) -> bool:
 def foreign(value: Any, kind: str, layer: int, site: str, model: str | None, path: str | os.PathLike[str]) -> Direction:
     """A direction that another library made; an error names the file."""
     try:
-        vector = (value.detach() if isinstance(value, Tensor) else torch.tensor(value)).to("cpu", torch.float32)
+        vector = (value.detach() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")).to(
+            "cpu", torch.float32
+        )
         return Direction(vector, kind, float(vector.double().norm()), None, layer, site, None, model)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)}: layer {layer}: {error}") from None

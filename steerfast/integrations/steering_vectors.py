@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerfast._checks import tensor_of
 from steerfast.directions.direction import Direction
 from steerfast.directions.sets import DirectionSet
 from steerfast.files.replace import replace_file
@@ -165,7 +166,7 @@ def _directions(activations: Any, layer_type: Any, path: Path | None, depth: int
         if type(layer) is not int or layer < 0:
             raise ValueError(f"{name}: {layer!r} is not a layer; expected a number counted from 0")
         vector = value if path is None else as_vector(value, f"layer {layer}", path)
-        found.append(foreign(torch.as_tensor(vector).flatten(), _KIND, layer, SITES[layer_type], None, name))
+        found.append(foreign(tensor_of(vector).flatten(), _KIND, layer, SITES[layer_type], None, name))
     if len(widths := {len(direction.vector) for direction in found}) > 1:
         raise ValueError(f"{name}: vectors have widths {sorted(widths)}; a SteeringVector is for one model")
     if layer_type != "decoder_block":

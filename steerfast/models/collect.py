@@ -128,7 +128,11 @@ def collect(
         for part, counts in parts:
             for layer in wanted:
                 rows[layer].append(part[layer])
-            index.append(torch.arange(done, done + len(counts)).repeat_interleave(torch.tensor(counts)))
+            index.append(
+                torch.arange(done, done + len(counts), device="cpu").repeat_interleave(
+                    torch.tensor(counts, device="cpu")
+                )
+            )
             done += len(counts)
     if not done:
         raise ValueError(f"collect: {'texts' if inputs is None else 'inputs'} is empty; give at least one text")
@@ -305,7 +309,7 @@ def _mask_of(given: Any, number: int) -> Tensor:
             f"call the processor with return_tensors='pt'"
         )
     if mask is None:
-        return torch.ones(ids.shape, dtype=torch.bool)
+        return torch.ones(ids.shape, dtype=torch.bool, device="cpu")
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         shown = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
@@ -318,8 +322,8 @@ def read_batch(
     model: Any, points: dict[int, Point], batch: list[list[int]], position: str | int
 ) -> dict[int, list[Tensor]]:
     """One forward; for each layer and text the rows of its position, (rows, width), float32 on the CPU."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in batch], batch_first=True)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([len(text) for text in batch])[:, None]
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(text, device="cpu") for text in batch], batch_first=True)
+    mask = torch.arange(ids.shape[1], device="cpu") < torch.tensor([len(text) for text in batch], device="cpu")[:, None]
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device, torch.int64)}
     accepted = inspect.signature(model.forward).parameters
     if "token_type_ids" in accepted and hasattr(

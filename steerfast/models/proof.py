@@ -188,9 +188,11 @@ def _off(streams: Mapping[tuple[int, str], Tensor], layer: int) -> str:
     post = found[3]
     if any(part is not None and part.numel() != post.numel() for part in found):
         return "what they show has another size than the stream"
-    attn, mlp, pre = (torch.zeros_like(post) if part is None else part.reshape(post.shape) for part in found[:3])
-    rounding = 16 * torch.finfo(post.dtype).eps * (attn.abs() + mlp.abs() + pre.abs() + post.abs()).float()
-    error = (attn.float() + mlp.float() - (post.float() - pre.float())).abs()
+    wide = torch.promote_types(post.dtype, torch.float32)
+    rest = (torch.zeros_like(post) if part is None else part.reshape(post.shape) for part in found[:3])
+    attn, mlp, pre, end = (part.to(wide) for part in (*rest, post))
+    rounding = 16 * torch.finfo(post.dtype).eps * (attn.abs() + mlp.abs() + pre.abs() + end.abs())
+    error = (attn + mlp - (end - pre)).abs()
     if bool((error <= rounding).all()) or not bool(error.isfinite().all()):
         return ""
     return f"attn_out + mlp_out is off by {float(error.max()):.3g} from what the block adds to the stream"

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "torch")
 _chosen: str | None = None
@@ -45,10 +46,18 @@ def backend_of(x: Tensor) -> str:
         if not _has_triton():
             _warn_once("steerfast: Triton is not installed, so CUDA tensors run on the PyTorch reference")
             return "torch"
+        if transformed():
+            _warn_once("steerfast: transforms of torch.func and forward-mode gradients run on the PyTorch reference")
+            return "torch"
         return "triton"
     if not _has_triton():
         raise RuntimeError(
             'the "triton" backend was chosen, but Triton is not installed: pip install "steerfast[cpu-kernels]"'
+        )
+    if transformed():
+        raise RuntimeError(
+            'the "triton" backend has no rules for transforms of torch.func and forward-mode gradients; choose the "torch" '
+            "backend for them"
         )
     if x.dtype == torch.float64:
         raise TypeError(
@@ -60,6 +69,11 @@ def backend_of(x: Tensor) -> str:
             "backend, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
         )
     return "triton"
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is on: a tensor is then more than its numbers."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @functools.cache

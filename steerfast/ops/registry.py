@@ -151,12 +151,17 @@ def _by_feature(indices: Tensor, features: int) -> Callable[[Tensor, Tensor], Te
 
 
 def _vjp(grad: Tensor, formula: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]:
+    twice = torch.is_grad_enabled()  # create_graph: the gradient will be differentiated itself
     with torch.enable_grad():
-        leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
+        leaves = [None if value is None else _leaf(value, twice) for value in inputs]
         out = formula(*leaves)
         present = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad(out, present, grad, materialize_grads=True))
+        found = iter(torch.autograd.grad(out, present, grad, create_graph=twice, materialize_grads=True))
     return [grad.new_empty(0) if leaf is None else next(found) for leaf in leaves]
+
+
+def _leaf(value: Tensor, twice: bool) -> Tensor:
+    return value.view_as(value) if twice and value.requires_grad else value.detach().requires_grad_()
 
 
 _ADD = "Tensor x, Tensor vectors, Tensor? rows, Tensor? scale"

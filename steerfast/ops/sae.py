@@ -10,7 +10,7 @@ from torch import Tensor
 from steerfast._checks import FLOATS, check_dictionary, check_stream, check_table, check_width, whole_number
 
 from . import calls
-from .backends import backend_of
+from .backends import backend_of, transformed
 
 
 def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -258,4 +258,6 @@ def _needs_library(*tensors: Tensor | None) -> bool:
     """Whether a sparse op must go through torch.library: while compiling, and for its sparse gradients on any backend."""
     if torch.compiler.is_compiling():
         return True
+    if transformed():  # the formula itself is differentiated
+        return False
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .backends import transformed
+
 SMALL = 1 << 13
 """Up to this many coordinates a flow on the CPU runs in NumPy."""
 OUTSIDE = 8.0
@@ -207,12 +209,14 @@ def pack(field: Field, how: Scheme) -> Tensor | None:
     units = 0 if field.directions is None else field.directions.shape[0]
     if how.plain and not units and not field.raw:
         return None
-    rows = torch.zeros(2 + len(how.stages), 8)
+    rows = torch.zeros(2 + len(how.stages), 8, dtype=torch.float32, device="cpu")
     rows[0, :7] = torch.tensor(
-        [len(how.stages), how.geodesic, how.order, how.tolerance, how.level, field.raw, field.offset]
+        [len(how.stages), how.geodesic, how.order, how.tolerance, how.level, field.raw, field.offset],
+        dtype=torch.float32,
+        device="cpu",
     )
-    rows[1, :3] = torch.tensor([float(units), float(field.cosine), how.factor])
-    rows[2:, :3] = torch.tensor(how.stages)
+    rows[1, :3] = torch.tensor([float(units), float(field.cosine), how.factor], dtype=torch.float32, device="cpu")
+    rows[2:, :3] = torch.tensor(how.stages, dtype=torch.float32, device="cpu")
     if not units:
         return rows
     terms = torch.cat([field.weights[:, None], field.phases[:, None], field.directions], 1)
@@ -502,4 +506,6 @@ def _dot(u: Any, v: Any) -> Any:
 
 
 def _needs_grad(*parts: Tensor | float) -> bool:
+    if transformed():
+        return True
     return torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in parts)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from .backends import transformed
 from .slots import ADD, AFFINE, FLOW, HINGE, PUSH, ROTATE, SLERP, SOLVE, Slot, slot_of
 from .solvers import EULER, Field, Scheme, are_few, few_eulers, integrate, unpack
 
@@ -394,6 +395,10 @@ def _walk(
     flat = _wide(x.reshape(-1, x.shape[-1]))
     flat = flat.to(torch.promote_types(flat.dtype, w_enc.dtype))
     n, features = flat.shape[0], w_enc.shape[0]
+    if transformed():
+        values, indices, counts = _sorted(flat, w_enc, b_enc, threshold, k)
+        shape = (*x.shape[:-1], k)
+        return values.view(shape), indices.to(torch.int32).view(shape), counts.to(torch.int32).view(x.shape[:-1])
     values, indices = flat.new_zeros(n, k), torch.zeros(n, k, dtype=torch.int64, device=x.device)
     counts = torch.zeros(n, dtype=torch.int64, device=x.device)
     start, width = 0, 256  # narrow at first: the k-th value rises fast
@@ -412,12 +417,27 @@ def _walk(
     return values.contiguous().view(shape), indices, counts.to(torch.int32).view(x.shape[:-1])
 
 
+def _sorted(
+    flat: Tensor, w_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_walk` finds, from the whole matrix (n, F) and without a look at its values, which a transform may hide."""
+    pre = flat @ w_enc.to(flat.dtype).T
+    pre = pre if b_enc is None else pre + b_enc.to(flat.dtype)
+    if threshold is not None:
+        pre = torch.where(pre <= threshold.to(flat.dtype), 0, pre)
+    pre = torch.where(pre <= 0, 0, pre)
+    values, indices = (part[:, :k] for part in pre.sort(dim=1, descending=True, stable=True))
+    return values, torch.where(values == 0, 0, indices), (pre != 0).sum(1)
+
+
 def _gather_sum(values: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:
     """Σⱼ values[j] · W_dec[indices[j]] in the dtype of the arithmetic."""
     k, d = values.shape[-1], w_dec.shape[-1]
     flat, places = values.reshape(-1, k), indices.reshape(-1, k)
     dtype = torch.promote_types(torch.promote_types(values.dtype, w_dec.dtype), torch.float32)
-    if w_dec.dtype == dtype:
+    if transformed():
+        out = (flat[:, None].to(dtype) @ w_dec[places.long()].to(dtype))[:, 0]
+    elif w_dec.dtype == dtype:
         out = torch.nn.functional.embedding_bag(places, w_dec, per_sample_weights=flat.to(dtype), mode="sum")
     else:
         step = SAE_ROWS // k or 1

@@ -248,12 +248,12 @@ class SAE:
         )  # others name no class
         w_enc, w_dec, b_enc, threshold = self.w_enc, self.w_dec[indices], as_tensor(self.b_enc), self.threshold
         if threshold is None:
-            numbers = torch.tensor(indices, dtype=torch.int32)
+            numbers = torch.tensor(indices, dtype=torch.int32, device="cpu")
             return SelectedFeatures(w_enc, b_enc, w_dec, numbers, None, self.k or 0, self.normalisation, *home)
         w_enc, b_enc, threshold = w_enc[indices], b_enc[indices], threshold[indices]
         if self.normalisation == "none":
             return Features(w_enc, w_dec, b_enc, threshold, *home)
-        numbers = torch.arange(len(indices), dtype=torch.int32)
+        numbers = torch.arange(len(indices), dtype=torch.int32, device="cpu")
         return SelectedFeatures(w_enc, b_enc, w_dec, numbers, threshold, 0, self.normalisation, *home)
 
     def approximate(self, threshold: float = 0.0) -> SAE:

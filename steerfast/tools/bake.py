@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import FLOATS
-from steerfast.edits.base import Intervention
+from steerfast.edits.base import Intervention, untrained
 from steerfast.edits.linear import Ablate, Add
 from steerfast.models.layers import Layers, evaluating, find_layers
 from steerfast.models.points import Point
@@ -188,6 +188,7 @@ def _by_writer(plan: Plan, layers: Layers) -> dict[tuple[str, int], list[Interve
 
 def _check_edit(edit: Intervention, site: str, layer: int) -> None:
     where = f"{type(edit).__name__} at {site} {layer}"
+    untrained("bake", edit)
     if not isinstance(edit, (Ablate, Add)):
         raise ValueError(
             f"bake: {where} is not linear in the stream; bake takes Ablate and Add, for the rest use steer"

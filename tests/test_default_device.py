@@ -1,0 +1,133 @@
+"""Another default device or dtype of PyTorch: what steering computes stays where the model is, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from families import build, token_ids
+from test_interventions import EXAMPLES
+
+import steerfast as sf
+
+D = 48
+PROMPT = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": 10_000}
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5), device="cpu")
+
+
+V, ROWS, IDS = drawn(D), drawn(5, D), token_ids(2, 6)
+PADDED = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+CHOSEN = torch.tensor([0, 0, 1, 1, 0, 0]).bool()
+NONE, ONE = torch.zeros(2), torch.ones(2)
+
+
+@contextmanager
+def elsewhere(default: str | torch.dtype) -> Iterator[None]:
+    """Another device, or another dtype, is the default."""
+    choose, before = (
+        (torch.set_default_device, None) if isinstance(default, str) else (torch.set_default_dtype, torch.float32)
+    )
+    choose(default)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        choose(before)  # type: ignore[arg-type]
+
+
+DEFAULTS = pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16], ids=str)
+
+
+def steered(model, plan) -> list[torch.Tensor]:
+    """Logits of a padded pass, tokens of generate, logits at another strength; counts."""
+    with torch.no_grad(), sf.steer(model, plan) as handle:
+        found = [model(IDS, attention_mask=PADDED).logits, model.generate(IDS, attention_mask=PADDED, **PROMPT)]
+        handle.strength = 0.5
+        found.append(model(IDS, attention_mask=PADDED, use_cache=False).logits)
+        found.append(torch.tensor(handle.stats(), device="cpu"))
+    return [*found, model(IDS).logits]
+
+
+def flow() -> sf.Flow:
+    return sf.Flow(sf.Barrier(torch.linalg.qr(ROWS[:2].T)[0].T, ONE, NONE), angle=0.3, method="heun", level=0.5)
+
+
+def gated() -> sf.Intervention:
+    return sf.When(sf.Condition(V, 0.05), sf.Add(V), layer=0)
+
+
+def selected() -> sf.Intervention:
+    return sf.EditFeatures(sf.SAE(ROWS, ROWS, k=2), {2: 8.0}, keep_norm=True)
+
+
+PLANS: dict[str, Callable[[], object]] = {
+    **{
+        f"{where}": lambda where=where: sf.Plan({1: sf.Ablate(ROWS), ("head_out", 2): sf.Add(V)}, where)
+        for where in ("all", "prompt", "generated", "last")
+    },
+    "indices": lambda: sf.Plan({1: sf.Add(V.numpy(), 2.0)}, [0, -1]),
+    "mask": lambda: sf.Plan({1: sf.Add(V, 2.0)}, CHOSEN),
+    "rows": lambda: [sf.Plan({1: [sf.Add(V), selected()]}, "last"), None],
+    "condition": lambda: {1: gated()},
+    "condition of a token": lambda: {1: sf.WhenToken(sf.Condition(V, 0.3, similarity="tanh"), sf.Amplify(ROWS))},
+    "flow": lambda: {1: flow()},
+    "features": lambda: {1: sf.EditFeatures(sf.Features(ROWS, ROWS), {2: 8.0, 0: 1.0}, mode="max")},
+    "selected features": lambda: {1: selected()},
+}
+
+
+@DEFAULTS
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_made_run_and_removed_under_another_default(name: str, default) -> None:
+    model = build("llama")
+    expected = steered(model, PLANS[name]())
+    with elsewhere(default):
+        found = steered(model, PLANS[name]())
+    for one, other in zip(found, expected, strict=True):
+        assert one.device == other.device
+        assert torch.equal(one, other)
+
+
+@DEFAULTS
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_intervention_is_made_under_another_default(name: str, default) -> None:
+    edit = EXAMPLES[name][0]
+    with elsewhere(default):
+        made = type(edit).restore(edit.tensors(), edit.numbers()).slot()
+    for one, other in zip(made, edit.slot(), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@DEFAULTS
+def test_a_prepared_model_under_another_default(default) -> None:
+    def run() -> list[torch.Tensor]:
+        model = copy.deepcopy(build("llama"))
+        sf.prepare(model, batch=2, length=16, slots=4, directions=16)
+        return steered(model, [sf.Plan({1: sf.Ablate(V)}, "last"), None])
+
+    expected = run()
+    with elsewhere(default):
+        found = run()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@DEFAULTS
+def test_a_saved_plan_and_a_bank_under_another_default(tmp_path: Path, default) -> None:
+    plan = sf.Plan({0: selected(), 1: flow(), 2: gated()}, CHOSEN)
+    expected = steered(build("llama"), plan)
+    with elsewhere(default):
+        plan.save(tmp_path)
+        found = steered(build("llama"), sf.Plan.load(tmp_path))
+        bank = sf.Bank(D, 2)
+        bank.replace(bank.register(sf.Add(V)), sf.Ablate(V))
+        bank.set_strength(0, 0.5)
+        edited = sf.ops.subspace(ROWS, *bank.tensors)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    unit = V / V.norm()
+    torch.testing.assert_close(edited, ROWS - 0.5 * (ROWS @ unit)[:, None] * unit)
