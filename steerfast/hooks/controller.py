@@ -15,7 +15,7 @@ from torch import nn
 from steerfast.bank import Bank, Runs
 from steerfast.edits.base import Intervention
 from steerfast.edits.conditions import When
-from steerfast.models.layers import Layers, find_layers, stream_storage
+from steerfast.models.layers import Layers, find_layers, refuse_flat, stream_storage
 from steerfast.models.proof import Proof, prove, refuse_split
 from steerfast.plan import Plan
 
@@ -48,8 +48,8 @@ def controller_of(model: nn.Module) -> Controller:
     found = known_controller(model)
     if found is None:
         layers = find_layers(model, "steer")
-        proof = Proof() if is_compiled(inner) else prove(inner, layers, "steer")  # a compiled one is refused below
-        found = Controller(inner, layers, proof)
+        refuse_flat(inner, "steer")
+        found = Controller(inner, layers, Proof() if is_compiled(inner) else prove(inner, layers, "steer"))
     if model is not inner and not found.prepared:
         raise RuntimeError(
             "steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before torch.compile"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from steerfast._checks import positive_integer, whole_number, whole_numbers
 
-from .layers import Layers, evaluating, find_layers
+from .layers import Layers, evaluating, find_layers, gathers_weights
 from .points import Point
 from .proof import prove, refuse_split, shape_refusal, virtual_tokens
 from .texts import TextReader, short_text
@@ -64,9 +64,9 @@ def collect(
 ) -> Activations:
     """Return a model's activations on texts, at one site of one or more layers.
 
-    The forward stops after the deepest layer asked for. Texts are padded on the right, whatever the tokenizer's side
-    or pad token, so that every position means the same as in a text run alone; the tokenizer is not changed. If the
-    model is steered, so are the activations.
+    The forward stops after the deepest layer asked for (under FSDP it runs to the end). Texts are padded on the right,
+    whatever the tokenizer's side or pad token, so that every position means the same as in a text run alone; the
+    tokenizer is not changed. If the model is steered, so are the activations.
 
     Args:
         model: a `transformers` causal language model. Evaluated without dropout and gradients; its training mode is
@@ -355,6 +355,7 @@ def _read_forward(
     select, counts = _selector(position, mask)
     kept: dict[int, Tensor] = {}
     front, deepest = virtual_tokens(model), max(points)
+    whole = gathers_weights(model)  # a pass that is left early leaves weights gathered, and FSDP inside its pass
 
     def reader(layer: int) -> Callable[[Tensor], None]:
         def read(x: Tensor) -> None:
@@ -363,7 +364,7 @@ def _read_forward(
             if not flat and (wrong := shape_refusal(tuple(x.shape), rows, tokens, points[layer].width)):
                 raise ValueError(f"collect: {points[layer].path} {wrong}")
             kept[layer] = select(x.reshape(rows, tokens, x.shape[-1])[:, front:])
-            if layer == deepest:
+            if layer == deepest and not whole:
                 raise _Stop
 
         return read

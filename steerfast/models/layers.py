@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .points import Point, Unresolved, added_point, has_matrix, head_point
 
@@ -109,17 +109,16 @@ def find_layers(model: nn.Module, caller: str = "steer") -> Layers:
         >>> layers.path, layers.count, layers.d
         ('model.layers', 30, 576)
     """
-    if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "get_text_config"):
-        inside = next(
-            (name for name in ("module", "original_model") if isinstance(_within(model, name), nn.Module)), None
-        )
+    inside = next((name for name in ("module", "original_model") if isinstance(_within(model, name), nn.Module)), None)
+    has_config = isinstance(model, nn.Module) and hasattr(getattr(model, "config", None), "get_text_config")
+    if not has_config or inside == "original_model":  # a bridge shows the config of what it wraps, and another forward
         hint = f"; it wraps one: pass its .{inside}" if inside else ""
         raise TypeError(
             f"{caller}: model must be a transformers model (a torch module with a config), got {type(model).__name__}{hint}"
         )
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     whole: Any = model.config
-    config, name = whole.get_text_config(decoder=True), type(model).__name__
+    config, name = whole.get_text_config(decoder=True), class_name(model)
     if getattr(whole, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise TypeError(f"{caller}: {name} is an encoder-decoder; only decoders can be steered or read")
     count = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
@@ -146,6 +145,12 @@ def find_layers(model: nn.Module, caller: str = "steer") -> Layers:
     )
 
 
+def class_name(model: nn.Module) -> str:
+    """The name of a model's class, which `fully_shard` does not change: it puts a class of its own in front."""
+    kind = type(model)
+    return kind.__bases__[-1].__name__ if "unshard" in vars(kind.__bases__[0]) else kind.__name__
+
+
 def read_ids(model: nn.Module, *modules: Any) -> bool:
     """Run the first of some modules that takes plain token ids, (2, 3) of them; whether one did."""
     device = next(model.parameters()).device
@@ -158,6 +163,31 @@ def read_ids(model: nn.Module, *modules: Any) -> bool:
             continue
         return True
     return False
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether something is a tensor of `torch.distributed.tensor`, which holds a part of its values in each process."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
+
+
+def gathers_weights(model: nn.Module) -> bool:
+    """Whether FSDP keeps a model's weights in parts and gathers them for each pass: `fully_shard`, or FSDP1 before it."""
+    return any(
+        hasattr(type(module), "unshard") or "_is_fsdp_managed_module" in vars(module) for module in model.modules()
+    )
+
+
+def refuse_flat(model: nn.Module, caller: str) -> None:
+    """Refuse FSDP1, whose wrapper shows flat weights and has no `generate` that gathers them.
+
+    Raises:
+        TypeError: the model is such a wrapper.
+    """
+    if "_fsdp_wrapped_module" in model._modules:
+        raise TypeError(
+            f"{caller}: {type(model).__name__} (FSDP1) keeps flat weights, and its generate does not gather them; use FSDP2, "
+            "torch.distributed.fsdp.fully_shard"
+        )
 
 
 def _within(model: Any, name: str) -> Any:

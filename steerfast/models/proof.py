@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .layers import IDS, Layers, read_ids
+from .layers import IDS, Layers, is_distributed, read_ids
 
 _proofs: WeakKeyDictionary[nn.Module, Proof] = WeakKeyDictionary()
 
@@ -31,12 +31,14 @@ class Proof:
         virtual: Tokens that the model puts in front of the text.
         idle: Layers that plain text does not run.
         split: Layer -> why attn_out and mlp_out are not what it adds to the stream.
+        parted: (layer, site) -> why no process holds that site's whole tensor.
     """
 
     refusal: str = ""
     virtual: int = 0
     idle: frozenset[int] = frozenset()
     split: Mapping[int, str] = field(default_factory=dict)
+    parted: Mapping[tuple[int, str], str] = field(default_factory=dict)
 
 
 def prove(model: nn.Module, layers: Layers, caller: str) -> Proof:
@@ -59,11 +61,16 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def refuse_split(proof: Proof, layers: Layers, layer: int, site: str, caller: str) -> None:
-    """Refuse attn_out or mlp_out where the two are not what a layer adds to the stream.
+    """Refuse attn_out or mlp_out where the two are not what a layer adds to the stream, and a site that is split over processes.
 
     Raises:
-        ValueError: with how far the sum is off.
+        ValueError: with how far the sum is off, or with the part that this process holds.
     """
+    if (layer, site) in proof.parted:
+        raise ValueError(
+            f"{caller}: cannot steer or read {site} of layer {layer} in a {type(layers.blocks[layer]).__name__} "
+            f"({layers.name}): {proof.parted[layer, site]}; use attn_out, mlp_out, resid_pre or resid_post, or one process"
+        )
     if site in ("attn_out", "mlp_out") and layer in proof.split:
         raise ValueError(
             f"{caller}: cannot steer or read {site} of layer {layer} in a {type(layers.blocks[layer]).__name__} "
@@ -111,11 +118,12 @@ class _Seen:
     calls: dict[int, int] = field(default_factory=dict)
     kinds: dict[int, Any] = field(default_factory=dict)  # what a block returned, as a type
     streams: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    parted: dict[tuple[int, str], str] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Begin anew, after a pass that broke off."""
         self.given = None
-        for seen in (self.calls, self.kinds, self.streams):
+        for seen in (self.calls, self.kinds, self.streams, self.parted):
             seen.clear()
 
 
@@ -127,12 +135,12 @@ def _look(model: nn.Module, layers: Layers) -> Proof:
         handles.append(decoder.register_forward_pre_hook(partial(_note_given, seen, names), with_kwargs=True))
         for layer, block in enumerate(layers.blocks):
             handles.append(block.register_forward_hook(partial(_note_output, seen, layer)))
-            for site in ("resid_pre", "attn_out", "mlp_out"):
+            for site in ("resid_pre", "attn_out", "mlp_out", "head_out"):
                 try:
                     point = layers.point(layer, site)
                 except ValueError:  # not offered there
                     continue
-                handles.append(point.attach(partial(_keep, seen, (layer, site))))
+                handles.append(point.attach(partial(_keep, seen, (layer, site), point.width)))
         for module in (model, decoder):
             if read_ids(model, module):
                 break
@@ -169,7 +177,7 @@ def _judge(seen: _Seen, layers: Layers) -> Proof:
             return Proof(wrong)
     idle = frozenset(set(range(layers.count)) - set(ran))
     split = {layer: reason for layer in ran if (reason := _off(seen.streams, layer))}
-    return Proof("", max(virtual, 0), idle, split)
+    return Proof("", max(virtual, 0), idle, split, seen.parted)
 
 
 def _in_front(stream: Tensor | None) -> bool:
@@ -208,12 +216,19 @@ def _note_given(
 def _note_output(seen: _Seen, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     seen.calls[layer] = seen.calls.get(layer, 0) + 1
     first = output[0] if isinstance(output, (tuple, list)) and output else output
-    if isinstance(first, Tensor):
+    if is_distributed(first):
+        seen.kinds[layer] = "a DTensor, split over processes"
+    elif isinstance(first, Tensor):
         seen.kinds[layer] = type(output)
         seen.streams[layer, "resid_post"] = first.detach().clone()
     else:
         seen.kinds[layer] = f"a {type(first).__name__}"
 
 
-def _keep(seen: _Seen, key: tuple[int, str], x: Tensor) -> None:
-    seen.streams[key] = x.detach().clone()
+def _keep(seen: _Seen, key: tuple[int, str], width: int, x: Tensor) -> None:
+    if is_distributed(x):
+        seen.parted[key] = "it is a DTensor, of which each process holds a part (tensor parallelism)"
+    elif key[1] != "head_out":
+        seen.streams[key] = x.detach().clone()
+    elif x.shape[-1] != width:
+        seen.parted[key] = f"a process holds {x.shape[-1]} of its {width} values (tensor parallelism)"

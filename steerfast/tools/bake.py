@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from steerfast._checks import FLOATS
 from steerfast.edits.base import Intervention, untrained
 from steerfast.edits.linear import Ablate, Add
-from steerfast.models.layers import Layers, evaluating, find_layers
+from steerfast.models.layers import Layers, evaluating, find_layers, gathers_weights, is_distributed, refuse_flat
 from steerfast.models.points import Point
 from steerfast.plan import Plan, as_plan
 
@@ -157,6 +157,7 @@ def _check_model(model: nn.Module, layers: Layers, plan: Plan) -> None:
     quantised = getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None)
     if any(found is not None for found in quantised):
         raise ValueError(f"bake: {layers.name} has quantised weights, which take no exact edit; load it unquantised")
+    _check_whole(model, layers)
     if plan.positions != "all":
         raise ValueError(f"bake: weights act at every position; this plan has positions={plan.positions!r}, use steer")
     if plan.model is not None and (plan.model.width, plan.model.layers) != (layers.d, layers.count):
@@ -167,6 +168,17 @@ def _check_model(model: nn.Module, layers: Layers, plan: Plan) -> None:
     widths = {edit.width for chain in plan.edits.values() for edit in chain}
     if widths != {layers.d}:
         raise ValueError(f"bake: the plan's directions have width {sorted(widths)}; {layers.name} has {layers.d}")
+
+
+def _check_whole(model: nn.Module, layers: Layers) -> None:
+    """Refuse weights of which each process holds a part; FSDP shows some whole between two passes, and forgets what they took."""
+    refuse_flat(model, "bake")
+    parted = [name for name, parameter in model.named_parameters() if is_distributed(parameter)]
+    if parted or gathers_weights(model):
+        raise ValueError(
+            f"bake: {layers.name} keeps its weights in parts{f' ({parted[0]})' if parted else ''}, one for each process; "
+            "bake in one process, save, and load what was saved in all of them"
+        )
 
 
 def _by_writer(plan: Plan, layers: Layers) -> dict[tuple[str, int], list[Intervention]]:
