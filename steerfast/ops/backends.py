@@ -83,6 +83,12 @@ def kernels(name: str) -> ModuleType:
 
 
 @functools.cache
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels: its products of bfloat16 tensors then multiply their bit patterns."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
-from .backends import kernels
+from .backends import interpreted, kernels
 
 
 def add(backend: str, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -39,6 +39,9 @@ def subspace(
     if backend == "torch":
         return torch_backend.subspace(x, vectors, coefficients, slots, rows, scale)
     bank = vectors, coefficients, slots
+    if _to_widen(x, vectors):
+        wide = x.float(), vectors.float(), coefficients, slots
+        return subspace(backend, *wide, rows, scale, modes, max_rank).to(x.dtype)
     return kernels("subspace").subspace(x, *bank, rows, scale, modes, max_rank, out=empty_like(x))
 
 
@@ -54,7 +57,7 @@ def subspace_(
     max_rank: int,
 ) -> None:
     """In place, on a backend."""
-    if backend == "torch" or not _dense(x):
+    if backend == "torch" or not _dense(x) or _to_widen(x, vectors):
         x.copy_(subspace(backend, x, vectors, coefficients, slots, rows, scale, modes, max_rank))
     else:
         kernels("subspace").subspace(x, vectors, coefficients, slots, rows, scale, modes, max_rank, out=x)
@@ -75,6 +78,10 @@ def subspace_probe(
     bank = vectors, coefficients, slots
     if backend == "torch":
         return torch_backend.subspace_probe(x, *bank, max_rank, rows, scale)
+    if _to_widen(x, vectors):
+        wide = x.float(), vectors.float(), coefficients, slots
+        moved, seen = subspace_probe(backend, *wide, rows, scale, modes, max_rank)
+        return moved.to(x.dtype), seen
     y = x.new_zeros(probed_shape(x, rows, max_rank), dtype=torch.float32)
     return kernels("subspace").subspace(x, *bank, rows, scale, modes, max_rank, out=empty_like(x), probe=y), y
 
@@ -95,6 +102,13 @@ def subspace_split_(
     bank = vectors, coefficients, slots
     if backend == "torch":
         residual.copy_(torch_backend.subspace_split(hidden, residual, *bank, rows, scale))
+        return
+    if _to_widen(residual, vectors):
+        out = residual.float()
+        subspace_split_(
+            backend, hidden.float(), out, vectors.float(), coefficients, slots, rows, scale, modes, max_rank
+        )
+        residual.copy_(out)
         return
     out = residual if _dense(residual) else residual.contiguous()
     kernels("subspace").subspace(out, *bank, rows, scale, modes, max_rank, out=out, hidden=hidden)
@@ -125,6 +139,7 @@ def sae_encode(backend: str, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: 
     """(values, indices) on a backend; float64 on PyTorch."""
     if backend == "torch" or torch.float64 in (x.dtype, w_enc.dtype):
         return torch_backend.sae_encode(x, w_enc, b_enc, k)
+    x = x.float() if _to_widen(x, w_enc) else x
     return kernels("sae_encode").sae_encode(x, w_enc, b_enc, k)
 
 
@@ -134,6 +149,7 @@ def sae_encode_threshold(
     """(values, indices, counts) on a backend; float64 on PyTorch."""
     if backend == "torch" or torch.float64 in (x.dtype, w_enc.dtype):
         return torch_backend.sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
+    x = x.float() if _to_widen(x, w_enc) else x
     return kernels("sae_encode_threshold").sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
 
 
@@ -176,6 +192,11 @@ def probed_shape(x: Tensor, rows: Tensor | None, max_rank: int) -> tuple[int, in
 def empty_like(x: Tensor) -> Tensor:
     """A contiguous tensor of the shape, dtype and device of x; its contents are arbitrary."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _to_widen(*tensors: Tensor) -> bool:
+    """Whether a kernel with a product would run on bfloat16 in Triton's interpreter."""
+    return interpreted() and any(tensor.dtype == torch.bfloat16 for tensor in tensors)
 
 
 def _dense(x: Tensor) -> bool:
