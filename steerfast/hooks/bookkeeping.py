@@ -28,6 +28,15 @@ def bookkeeping(function: Function) -> Function:
     return cast(Function, plainly)
 
 
+def refuse_tracing() -> None:
+    """Refuse a tracer that would record one pass and replay its plan, its positions and its padding for every input."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]  # public, but not re-exported
+        raise RuntimeError(
+            "steer: torch.jit.trace (and an ONNX export by it) would freeze this pass's plan and positions into the trace; "
+            "trace the model unsteered, use bake for weights that hold the edit, or prepare and torch.compile"
+        )
+
+
 def is_mapped(value: Any) -> bool:
     """Whether torch.vmap maps over a tensor: it has no one value that the host could read."""
     return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(settled(value))

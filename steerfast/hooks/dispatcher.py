@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from .bookkeeping import is_mapped
 from .gates import Place
 from .passes import Call, Passes
 from .positions import Pass
+from .recomputing import THREADS, Act, backward_pass, plainly_recorded
 
 
 class _Found(NamedTuple):
@@ -49,7 +51,7 @@ class Dispatcher:
         self._found = _NOTHING
         self._programs: dict[int, Program] = {}  # of the edits that fit no slot
         self.judges = False  # whether a condition is read here
-        self.hook: RemovableHandle = point.attach(self, prepend=point.kind == "post")
+        self.hook: RemovableHandle = self.attach()
 
     def put(self, edits: dict[int, Intervention], slots: int) -> None:
         """Register interventions under their slot numbers, all or none; the bank has room for `slots` numbers."""
@@ -70,8 +72,7 @@ class Dispatcher:
                     self.bank.release(slot)
                 raise
         else:
-            others = {**self._programs, **programs}
-            slotted = {slot: edit for slot, edit in {**self.edits, **edits}.items() if slot not in others}
+            slotted = self._slotted({**self.edits, **edits}, {**self._programs, **programs})
             self.bank = fitting(slotted, self.bank, slots)
         self._programs.update(programs)
         self.edits.update(edits)
@@ -80,29 +81,62 @@ class Dispatcher:
 
     def take(self, slots: Sequence[int]) -> None:
         """Release the slots that are here."""
-        for slot in slots:
-            if self.edits.pop(slot, None) is not None and self._programs.pop(slot, None) is None:
+        gone = [slot for slot in slots if self.edits.pop(slot, None) is not None]
+        held = [slot for slot in gone if self._programs.pop(slot, None) is None]
+        if self.fixed:
+            for slot in held:
                 self.bank.release(slot)
+        elif held:  # not in place: a backward pass may still need the old one
+            self.bank = fitting(self._slotted(self.edits, self._programs), self.bank, 0)
         self.bank.commit()
         self._found = _NOTHING
+
+    @staticmethod
+    def _slotted(edits: dict[int, Intervention], programs: dict[int, Program]) -> dict[int, Intervention]:
+        return {slot: edit for slot, edit in edits.items() if slot not in programs}
+
+    def attach(self) -> RemovableHandle:
+        """Hook the module of this place."""
+        return self.point.attach(self, prepend=self.point.kind == "post")
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The steered stream, or None where nothing of it is."""
         if self.fixed and torch.compiler.is_compiling():  # one graph for all threads: what it gathers from is shared
             found = self._look(self.passes.traced, x, None)
-            return self._by_table(x, self.passes.traced, found.table, None) if found.table else None
+            return self._by_table(x, *found.table, [], {}, self.bank) if found.table else None
+        thread = THREADS.own
+        if thread.region is not None:
+            return thread.region.edit(self, x)
+        doubtful = backward_pass() != thread.task or (thread.tracked and not plainly_recorded())
+        if doubtful and not self.passes.recomputing.runs_anew(self.point.path):
+            return None
         call = self.passes.call
+        found = self._decide(x, call)
+        if found.table is not None:
+            rows, scale = self._tables(x, found.table, call)
+            return self._by_table(x, rows, scale, self._columns(call.now, rows), self._programs, self.bank)
+        for edit, gain in found.direct:
+            x = edit(x, gain) if callable(edit) else torch_backend.edit(x, edit, gain)
+        return x if found.direct else None
+
+    def act(self, x: Tensor) -> Act | None:
+        """What this pass does here, for a backward pass to repeat whatever has changed by then; None: nothing."""
+        call = self.passes.call
+        found = self._decide(x, call)
+        if found.table is not None:
+            rows, scale = self._tables(x, found.table, call)
+            columns, programs, bank = self._columns(call.now, rows), dict(self._programs), self.bank
+            return lambda x: self._by_table(x, rows, scale, columns, programs, bank)
+        return partial(_directly, found.direct) if found.direct else None
+
+    def _decide(self, x: Tensor, call: Call) -> _Found:
         call.ran.add(self)
         found = self._found
         if found.now is not call.now:
             found = self._found = self._look(call.now, x, call)
         if self.judges and call.now.owners != ():
             call.gates.judge(self.place, x)
-        if found.table is not None:
-            return self._by_table(x, call.now, found.table, call)
-        for edit, gain in found.direct:
-            x = edit(x, gain) if callable(edit) else torch_backend.edit(x, edit, gain)
-        return x if found.direct else None
+        return found
 
     def _look(self, now: Pass, x: Tensor, call: Call | None) -> _Found:
         """Decide once per pass, and once for all equal passes: nothing, a table, or the same slots for every token."""
@@ -135,40 +169,67 @@ class Dispatcher:
         if wrong:
             raise RuntimeError(f"steer: {self.point.path} {wrong}")
 
-    def _by_table(self, x: Tensor, now: Pass, table: tuple[Tensor, Tensor], call: Call | None) -> Tensor:
+    def _tables(self, x: Tensor, table: tuple[Tensor, Tensor], call: Call) -> tuple[Tensor, Tensor]:
+        """The tables of this pass beside x, without what a condition has shut."""
         count, (rows, scale) = x.numel() // x.shape[-1], table
-        if now.owners is not None:  # one row for every token
+        if call.now.owners is not None:  # one row for every token
             rows, scale = rows.expand(count, -1), scale.expand(count, -1)
         rows, scale = rows.to(x.device), scale.to(x.device)
-        if call is not None and call.gates:
-            rows = call.gates.close(rows, self.edits)
-            if is_mapped(rows):
-                return self._by_masks(x, now, rows, scale)
-        if not self._programs:
-            return self._by_slots(x, rows, scale)
-        first = 0
-        for column, slot in sorted(self.passes.columns(now, self._programs)):
-            x = self._by_slots(x, rows[:, first:column], scale[:, first:column])
-            x = self._programs[slot](x, torch.where(rows[:, column] == slot, scale[:, column], 0))
-            first = column  # a slot for other rows may stand here; a program's own is empty
-        return self._by_slots(x, rows[:, first:], scale[:, first:])
+        return (call.gates.close(rows, self.edits) if call.gates else rows), scale
 
-    def _by_masks(self, x: Tensor, now: Pass, rows: Tensor, scale: Tensor) -> Tensor:
+    def _columns(self, now: Pass, rows: Tensor) -> list[tuple[int, int]]:
+        """(column, slot) of the programs here; of all edits where torch.vmap maps over the rows."""
+        wanted = self.edits if is_mapped(rows) else self._programs
+        return sorted(self.passes.columns(now, wanted)) if wanted else []
+
+    def _by_table(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        scale: Tensor,
+        columns: list[tuple[int, int]],
+        programs: dict[int, Program],
+        bank: Bank,
+    ) -> Tensor:
+        if columns and is_mapped(rows):
+            return self._by_masks(x, rows, scale, columns, programs, bank)
+        first = 0
+        for column, slot in columns:
+            x = self._by_slots(x, rows[:, first:column], scale[:, first:column], bank)
+            x = programs[slot](x, torch.where(rows[:, column] == slot, scale[:, column], 0))
+            first = column  # a slot for other rows may stand here; a program's own is empty
+        return self._by_slots(x, rows[:, first:], scale[:, first:], bank)
+
+    def _by_masks(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        scale: Tensor,
+        columns: list[tuple[int, int]],
+        programs: dict[int, Program],
+        bank: Bank,
+    ) -> Tensor:
         """Where torch.vmap maps over what a condition decided, no host can read the table: each slot on every token."""
-        for column, slot in sorted(self.passes.columns(now, self.edits)):
+        for column, slot in columns:
             weight = torch.where(rows[:, column] == slot, scale[:, column], 0)
-            if slot in self._programs:
-                x = self._programs[slot](x, weight)
+            if slot in programs:
+                x = programs[slot](x, weight)
             else:
-                moved = torch_backend.edit(x, self.bank.view(slot), self.bank.strength(slot) * weight[:, None])
+                moved = torch_backend.edit(x, bank.view(slot), bank.strength(slot) * weight[:, None])
                 x = torch.where((weight == 0).view(*x.shape[:-1], 1), x, moved)
         return x
 
-    def _by_slots(self, x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
-        modes = ALL_MODES if self.fixed else self.bank.modes
+    def _by_slots(self, x: Tensor, rows: Tensor, scale: Tensor, bank: Bank) -> Tensor:
+        modes = ALL_MODES if self.fixed else bank.modes
         if not modes:  # programs alone
             return x
         for first in range(0, rows.shape[1], MAX_SLOTS_PER_ROW):
             part = slice(first, first + MAX_SLOTS_PER_ROW)
-            x = ops.subspace(x, *self.bank.tensors, rows[:, part], scale[:, part], modes, self.bank.max_rank)
+            x = ops.subspace(x, *bank.tensors, rows[:, part], scale[:, part], modes, bank.max_rank)
         return x
+
+
+def _directly(edits: list[tuple[Slot | Program, float]], x: Tensor) -> Tensor:
+    for edit, gain in edits:
+        x = edit(x, gain) if callable(edit) else torch_backend.edit(x, edit, gain)
+    return x

@@ -62,6 +62,7 @@ class Gates:
         for gate in self._gates.values():
             gate.open = None
 
+    @torch.no_grad()
     def judge(self, place: Place, x: Tensor) -> None:
         """Read the conditions of a place from the stream x (batch, tokens, d) that arrives there."""
         for gate in self._gates.values():

@@ -26,12 +26,13 @@ from steerfast.models.proof import Proof
 from steerfast.plan import rule_of
 
 from .attachment import Attachment
-from .bookkeeping import bookkeeping
+from .bookkeeping import bookkeeping, refuse_tracing
 from .compiled import FixedTable, lengths_per_row
 from .continuous import pass_for_all
 from .gates import Conditions, Gates
 from .generation import by_name, tokens_of, valid_tokens
 from .positions import IDLE, Owners, Pass, Prompt, Table
+from .recomputing import Recomputing
 
 _UNSEEN = object()
 
@@ -87,6 +88,7 @@ class Passes:
         self.generating: int | None = None
         self.dispatchers = 0
         self.decoder = model.get_submodule(layers.path.rpartition(".")[0])
+        self.recomputing = Recomputing(self.decoder)
         self.keeps_cache = keeps_cache(model, self.decoder)
         self.latest = Call(Gates(self.conditions))  # of any thread
         self._model, self._layers, self._proof = model, layers, proof
@@ -132,6 +134,7 @@ class Passes:
 
     def unwatch(self) -> None:
         """Take the hooks off again."""
+        self.recomputing.end()
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -244,6 +247,8 @@ class Passes:
         if not self.attachments:
             call.now = self.traced = IDLE
             return
+        self.recomputing.begin(follow=self.fixed is None)
+        refuse_tracing()
         inputs = by_name(self._names, args, kwargs)
         mask, call.given_mask = _mask(inputs, call.given_mask), _UNSEEN
         tokens = tokens_of(inputs)
