@@ -261,6 +261,12 @@ class Passes:
             raise RuntimeError(
                 "steer: the model runs in two threads at once, and only one of them can be inside generate"
             )
+        given = call.given_ids
+        if given is not None and count > given.shape[1] + self._proof.virtual:
+            raise RuntimeError(
+                f"steer: {self._layers.name} runs {count} tokens where it is given {given.shape[1]} ids; which of them are "
+                "the text's cannot be said"
+            )
         if call.version != self._version and call.prompt is not None:
             self._build(call, call.prompt)
         if call.announced:

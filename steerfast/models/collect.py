@@ -264,6 +264,8 @@ def _read_window(
     model: Any, points: dict[int, Point], window: list[list[int]], position: str | int, batch_size: int, bar: Any
 ) -> dict[int, Tensor]:
     """The rows of a window of texts, in their own order; they run in batches of similar length."""
+    if virtual_tokens(model):  # such a model may take padding for text (CPM-Ant)
+        batch_size = 1
     by_length = sorted(range(len(window)), key=lambda i: len(window[i]))
     pieces: dict[int, dict[int, Tensor]] = {layer: {} for layer in points}
     for start in range(0, len(window), batch_size):

@@ -218,6 +218,8 @@ def _note_output(seen: _Seen, layer: int, module: nn.Module, args: tuple[Any, ..
     first = output[0] if isinstance(output, (tuple, list)) and output else output
     if is_distributed(first):
         seen.kinds[layer] = "a DTensor, split over processes"
+    elif hasattr(output, "_fields") and sum(isinstance(x, Tensor) and x.shape == first.shape for x in output) > 1:
+        seen.kinds[layer] = f"a {type(output).__name__} of several streams"  # reversible blocks (Reformer)
     elif isinstance(first, Tensor):
         seen.kinds[layer] = type(output)
         seen.streams[layer, "resid_post"] = first.detach().clone()

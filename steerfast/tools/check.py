@@ -129,7 +129,8 @@ def _unsteered(forward: Callable[[], Any]) -> Any:
     try:
         return forward()
     except Exception as error:
-        raise _Skipped(f"the unsteered model raises {type(error).__name__}: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        raise _Skipped(f"check: the unsteered model does not run this way ({type(error).__name__}: {said})") from error
 
 
 def _prefill(subject: _Subject) -> str:
