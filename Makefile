@@ -14,7 +14,7 @@ INPUTS := setup.py pyproject.toml constraints-common.txt
 # Triton 3.10 flips the default of floating-point fusion; stated here, the tolerances of the tests do not move.
 export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help setup demo test test-oldest test-newest test-vllm lint types bench bars evidence evidence-vllm dist clean
+.PHONY: help setup demo test test-oldest test-newest test-zoo test-vllm lint types bench bars evidence evidence-vllm dist clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test         the test suite; kernels under Triton's interpreter"
 	@echo "make test-oldest  the same with the oldest supported transformers and triton"
 	@echo "make test-newest  the whole suite with the newest releases, no pin kept; installed from scratch; before a release"
+	@echo "make test-zoo     every architecture of transformers, each in a process of its own; about 8 minutes"
 	@echo "make test-vllm    the plugin on a real vLLM engine, in an environment of its own"
 	@echo "make setup        environment in $(VENV) with the versions of constraints.txt"
 	@echo "make lint types   ruff; mypy"
@@ -75,7 +76,7 @@ demo: setup
 WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1
 define run_tests
-	$(PARALLEL) $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not interpreter and not gpu" $(2) $(PYTEST_ARGS)
+	$(PARALLEL) $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not interpreter and not gpu and not zoo" $(2) $(PYTEST_ARGS)
 	$(PARALLEL) TRITON_INTERPRET=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m interpreter $(2) $(PYTEST_ARGS)
 endef
 
@@ -97,6 +98,11 @@ OLDEST := $(addprefix tests/test_,ahead_of_time.py compile.py conditions.py demo
 	ops.py robustness.py sae_ops.py)
 test-oldest: $(VENV_OLDEST)/.installed
 	$(call run_tests,$(VENV_OLDEST),$(OLDEST))
+
+# Every architecture of transformers; `make test` tries a few of every kind. What changed for the better is written into
+# tests/data/zoo.json and docs/models.md by `python tests/zoo.py --write`.
+test-zoo: setup
+	$(PARALLEL) ZOO_JOBS=$(WORKERS) $(BIN)/python -m pytest -q -m zoo tests/test_zoo.py $(PYTEST_ARGS)
 
 # vLLM pins its own torch, so it has an environment of its own. A process per file: engines leave state behind.
 VENV_VLLM ?= .venv-vllm
