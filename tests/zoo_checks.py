@@ -262,14 +262,14 @@ def padding(subject: Subject) -> str:
     with _steer(subject, plan):
         after = _block_output(subject, layer, ids, mask)
     subject.one_stream()
-    wanted = moved(before, edits[layer], NOT_PADS(2, PROMPT), subject.front)
+    wanted = moved(before, edits[layer], NOT_PADS, 2, PROMPT, subject.front)
     off = float((after - wanted).abs().nan_to_num().max())
     if off > 1e-4 * max(1.0, float(wanted.abs().nan_to_num().max())):
         raise Wrong(f"one pass: block {layer} is off by {off:.2g}")
     outcome = generated(subject, "padded", plan, NOT_PADS, mask)
-    count = subject.counts["padded"]
-    if count != 2 * PROMPT - PADS + 2 * (NEW - 1):
-        raise Wrong(f"{count} tokens of a padded batch are counted, not {2 * PROMPT - PADS + 2 * (NEW - 1)}")
+    count, wanted = subject.counts["padded"], 2 * (subject.front + PROMPT + NEW - 1) - PADS
+    if count != wanted:
+        raise Wrong(f"{count} tokens of a padded batch are counted, not {wanted}")
     return outcome
 
 

@@ -214,23 +214,23 @@ def by_position(chosen: Callable[[Tensor], Tensor]) -> Where:
 EVERYWHERE = by_position(lambda here: here >= 0)
 FIRST_ROW: Where = lambda rows, tokens: (torch.arange(rows) == 0)[:, None].expand(rows, tokens)  # noqa: E731
 NOT_PADS: Where = lambda rows, tokens: (torch.arange(rows) > 0)[:, None] | (torch.arange(tokens) >= PADS)  # noqa: E731
+ALL = (EVERYWHERE, FIRST_ROW, NOT_PADS)
 
 
-def moved(tensor: Tensor, vector: Tensor, mask: Tensor, front: int = 0) -> Tensor:
-    """A stream with v added to the tokens of `mask`, bool (rows, tokens).
+def moved(tensor: Tensor, vector: Tensor, where: Where, rows: int, tokens: int, front: int = 0) -> Tensor:
+    """A stream with v added to the tokens that `where` names of (rows, tokens).
 
-    A model may put `front` tokens of its own before the text: they belong to "all", a mask that is True throughout. It may
-    pad the text behind, and it may run the text's last tokens only, as it does with a cache.
+    A model may put `front` tokens of its own before the text: they belong to "all", not to the prompt. It may pad the text
+    behind, and it may run the text's last tokens only, as it does with a cache.
     """
-    rows, tokens = mask.shape
-    weight = mask.to(tensor.dtype)
+    weight = where(rows, tokens).to(tensor.dtype)
     if tensor.ndim == 3 and tensor.shape[0] == rows:
         if tensor.shape[1] < tokens:
             weight = weight[:, tokens - tensor.shape[1] :]
         else:
-            before = weight.amin(1, keepdim=True).expand(rows, front)
+            steered = weight.amax(1, keepdim=True) if where in ALL else weight.new_zeros(rows, 1)
             behind = weight.new_zeros(rows, tensor.shape[1] - tokens - front)
-            weight = torch.cat([before, weight, behind], 1)
+            weight = torch.cat([steered.expand(rows, front), weight, behind], 1)
         return tensor + weight[:, :, None] * vector
     if tensor.ndim == 3 and tensor.shape[1] == rows and tensor.shape[0] <= tokens:  # tokens first
         return tensor + weight.T[tokens - tensor.shape[0] :, :, None] * vector
@@ -246,7 +246,7 @@ def plainly(subject: Subject, edits: list[tuple[int, str, Tensor]], where: Where
             block = subject.blocks[layer]
 
             def edit(tensor: Tensor, vector: Tensor = vector) -> Tensor:
-                return moved(tensor, vector, where(subject.rows, subject.tokens), front)
+                return moved(tensor, vector, where, subject.rows, subject.tokens, front)
 
             if site == "resid_post":
 

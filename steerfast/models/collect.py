@@ -334,13 +334,13 @@ def read_batch(
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     try:
         return _read_forward(model, points, inputs, mask, position)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        beside = [name for name in accepted if _MEDIA.search(name)]
-        if not beside or _is_ours(error):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or _is_ours(error):
             raise
+        beside = next((f", with {name}," for name in accepted if _MEDIA.search(name)), "")
         raise ValueError(
             f"collect: {type(model).__name__} does not run on token ids alone ({type(error).__name__}: {error}); "
-            f"give what its processor makes, with {beside[0]}, as inputs=[…]"
+            f"give what its processor makes{beside} as inputs=[…]"
         ) from error
 
 

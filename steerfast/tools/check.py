@@ -175,7 +175,10 @@ def _generate(subject: _Subject, tokens: int = 5) -> str:
     mask = torch.ones_like(subject.ids)
     _unsteered(lambda: subject.model.generate(input_ids=subject.ids, attention_mask=mask, **options))
     counts = {}
-    for positions, expected in (("generated", tokens - 1), ("all", subject.ids.shape[1] + tokens - 1)):
+    for positions, expected in (
+        ("generated", tokens - 1),
+        ("all", subject.proof.virtual + subject.ids.shape[1] + tokens - 1),
+    ):
         with steer(subject.model, Plan({layer: Add(vector)}, positions=positions)) as handle:
             subject.model.generate(input_ids=subject.ids, attention_mask=mask, **options)
         counts[positions] = handle.stats()[0]
@@ -199,7 +202,8 @@ def _mates(subject: _Subject) -> str:
     clean = _unsteered(lambda: _stream(subject, layer, lambda: logits.append(forward().logits)))
     with steer(model, [Plan({layer: Add(vector)}), None]):
         seen = _stream(subject, layer, lambda: logits.append(forward().logits))
-    clean, seen = clean.reshape(2, ids.shape[1], -1), seen.reshape(2, ids.shape[1], -1)
+    text = slice(subject.proof.virtual, None)  # a model may put tokens of its own before the text
+    clean, seen = clean.reshape(2, -1, clean.shape[-1])[:, text], seen.reshape(2, -1, seen.shape[-1])[:, text]
     if not _same(seen[1], clean[1]):
         raise _Failed("the unsteered row of a batch of two was edited")
     if not _same(seen[0, :2], clean[0, :2]):
