@@ -15,7 +15,7 @@ _HOMES = {
     "edits.flow": ["Flow", "flow"],
     "edits.linear": ["Ablate", "Add", "Affine", "AffineAblate", "Clamp", "LoReFT"],
     "edits.rotations": ["Householder", "Rotate", "Spherical"],
-    "hooks.steer": ["Steering", "active", "prepare", "reset", "steer"],
+    "hooks.steer": ["Steering", "active", "prepare", "reset", "steer", "unprepare"],
     "integrations.read": ["load_vectors"],
     "models.collect": ["Activations", "collect"],
     "ops.backends": ["use_backend"],

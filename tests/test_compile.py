@@ -23,7 +23,7 @@ def vector(seed: int = 0) -> torch.Tensor:
 
 
 def copy_of(name: str) -> torch.nn.Module:
-    """A model of its own: prepare is permanent."""
+    """A model of its own: a compiled forward stays."""
     model = build(name)
     twin = type(model)(model.config).eval()
     twin.load_state_dict(model.state_dict())
@@ -58,6 +58,44 @@ def test_a_prepared_model_compiles_once_and_follows_every_plan(name):
         with sf.steer(model, [sf.Plan({1: sf.Add(vector())}), None]):
             assert torch.equal(compiled(ids, use_cache=False).logits[1], clean[1])
     assert count.graphs == 1
+
+
+def test_an_unprepared_model_is_itself_again_and_can_be_prepared_anew():
+    model, ids = copy_of("llama"), token_ids(4, 6, 0)
+    hooks = sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
+    with torch.no_grad():
+        clean = model(ids, use_cache=False).logits
+        sf.prepare(model, layers=[1], batch=2, length=8)
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+        with sf.steer(model, {1: sf.Add(vector(), 2.0)}):
+            steered = model(ids[:2], use_cache=False).logits
+            with pytest.raises(RuntimeError, match="unprepare: the model is being steered"):
+                sf.unprepare(model)
+        sf.unprepare(model)
+        assert torch.equal(model(ids, use_cache=False).logits, clean)  # four rows: the old graph had room for two
+        assert "_steerfast" not in vars(model)
+        assert hooks == sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
+        with pytest.raises(RuntimeError, match="call prepare"):
+            sf.steer(model, {1: sf.Add(vector())})
+        del model.forward
+        with sf.steer(model, {1: sf.Add(vector(), 2.0)}):
+            torch.testing.assert_close(model(ids, use_cache=False).logits[:2], steered)
+        count = Counter()
+        sf.prepare(model, batch=4, length=32)
+        model.forward = torch.compile(model.forward, fullgraph=True, backend=count)
+        with sf.steer(model, {1: sf.Add(vector(), 2.0)}):
+            torch.testing.assert_close(model(ids, use_cache=False).logits[:2], steered)
+        assert torch.equal(model(ids, use_cache=False).logits, clean)
+    assert count.graphs == 1
+
+
+def test_unprepare_of_a_model_that_is_not_prepared_does_nothing():
+    model, ids = copy_of("llama"), token_ids(2, 6, 0)
+    sf.unprepare(model)
+    with sf.steer(model, {1: sf.Add(vector())}) as handle:
+        sf.unprepare(model)
+        model(ids, use_cache=False)
+    assert handle.stats() == [12]
 
 
 def test_left_padding_under_compile():

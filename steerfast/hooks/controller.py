@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import torch
 from torch import nn
 
 from steerfast.bank import Bank, Runs
@@ -30,7 +31,7 @@ from .generation import announced
 from .passes import Passes
 
 _ATTRIBUTE = "_steerfast"
-
+_COMPILED = "steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before that"
 
 LOCK = threading.RLock()
 """Held while something is attached or detached: two threads that steer one model share its controller."""
@@ -51,9 +52,7 @@ def controller_of(model: nn.Module) -> Controller:
         refuse_flat(inner, "steer")
         found = Controller(inner, layers, Proof() if is_compiled(inner) else prove(inner, layers, "steer"))
     if model is not inner and not found.prepared:
-        raise RuntimeError(
-            "steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before torch.compile"
-        )
+        raise RuntimeError(_COMPILED)
     return found
 
 
@@ -88,9 +87,7 @@ class Controller:
         for site, layer in places_of(plan, self.layers):
             refuse_split(self.proof, self.layers, layer, site, "steer")
         if not self.prepared and is_compiled(self.model):
-            raise RuntimeError(
-                "steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before compiling"
-            )
+            raise RuntimeError(_COMPILED)
 
     def check_positions(self, plans: list[Plan], lengths: tuple[int, ...] | None) -> None:
         """Refuse positions that this model could never show, and two lengths of one prompt."""
@@ -206,16 +203,13 @@ class Controller:
     def prepare(self, points: list[Place], batch: int, length: int, slots: int, directions: int, rank: int) -> None:
         """Install inert dispatchers with banks of fixed size and a row table at a fixed address."""
         if self.prepared:
-            raise RuntimeError(
-                "prepare: the model is already prepared; a second time would change what a compiled graph has seen"
-            )
+            raise RuntimeError("prepare: the model is already prepared; call unprepare(model) first")
         if is_compiled(self.model):
             raise RuntimeError("prepare: the model is already compiled; call prepare before torch.compile")
         found = {place: self.layers.point(place[1], place[0], "prepare") for place in points}
-        blocks = self.layers.blocks
         banks = {
-            place: Bank(point.width, slots, directions, *stream_storage(blocks[place[1]], self.model), rank=rank)
-            for place, point in found.items()
+            at: Bank(point.width, slots, directions, *stream_storage(self.layers.blocks[at[1]], self.model), rank=rank)
+            for at, point in found.items()
         }
         for place, point in found.items():
             self.dispatchers[place] = Dispatcher(self.passes, place, point, banks[place], fixed=True)
@@ -225,14 +219,18 @@ class Controller:
         self.passes.watch()
         vars(self.model)[_ATTRIBUTE] = self
 
+    def unprepare(self) -> None:
+        """Take the inert dispatchers out again, and drop the graphs that hold them."""
+        self.passes.fixed = None
+        self._unhook()
+        torch._dynamo.reset()  # a graph is kept by the code it was made of: a later one would be this one, with old buffers
+
     # --- shadows of the model's own entries --------------------------------------------------------------------------
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """Shadow of the model's generate: announces the prompt, then runs the real one."""
         passes = self.passes
-        if (
-            "generate" not in self._originals
-        ):  # kept from inside a block that has been left: the model's own, or a later one's
+        if "generate" not in self._originals:  # kept from a block that has been left: the model's own, or a later one's
             own: Any = self.model
             return own.generate(*args, **kwargs)
         generate = self._originals["generate"][0]

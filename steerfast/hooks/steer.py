@@ -140,6 +140,30 @@ def prepare(
         controller.prepare(points, batch, length, slots, directions, rank)
 
 
+def unprepare(model: nn.Module) -> None:
+    """Undo `prepare`: no hook remains, and what was compiled is compiled anew, without steering.
+
+    Graphs are dropped by `torch._dynamo.reset`, which drops those of other models, too; they come back at their next call.
+    To steer the model without torch.compile, or to prepare it again, take its compiled forward off first.
+
+    Args:
+        model: Any model; one that is not prepared stays as it is.
+
+    Raises:
+        RuntimeError: the model is prepared, and being steered.
+
+    Example:
+        >>> sf.unprepare(model)
+    """
+    controller = known_controller(model)
+    if controller is None or not controller.prepared:
+        return
+    if controller.attachments:
+        raise RuntimeError("unprepare: the model is being steered; remove the handles first, or call reset(model)")
+    with LOCK:
+        controller.unprepare()
+
+
 class Steering:
     """A removable handle of one `steer` call, and a context manager."""
 
