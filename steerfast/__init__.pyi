@@ -36,6 +36,7 @@ from .hooks.steer import active as active
 from .hooks.steer import prepare as prepare
 from .hooks.steer import reset as reset
 from .hooks.steer import steer as steer
+from .hooks.steer import unprepare as unprepare
 from .integrations.read import load_vectors as load_vectors
 from .models.collect import Activations as Activations
 from .models.collect import collect as collect
