@@ -131,3 +131,40 @@ def test_a_saved_plan_and_a_bank_under_another_default(tmp_path: Path, default) 
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     unit = V / V.norm()
     torch.testing.assert_close(edited, ROWS - 0.5 * (ROWS @ unit)[:, None] * unit)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_autocast_rounds_no_edit(name: str) -> None:
+    """A kernel knows nothing of autocast, so the reference must not either."""
+    edit, x = EXAMPLES[name][0], drawn(5, 12)
+
+    def run() -> torch.Tensor:
+        if (program := edit.program(x.device)) is not None:
+            return program(x, 1.0)
+        bank = sf.Bank(12, 1)
+        bank.register(edit)
+        return sf.ops.subspace(x, *bank.tensors)
+
+    expected = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(), expected)
+
+
+def test_autocast_rounds_no_op() -> None:
+    unit = torch.nn.functional.normalize(V, dim=0)
+    barrier = sf.Barrier(torch.linalg.qr(ROWS[:2].T)[0].T, ONE, NONE)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            values, indices = sf.ops.sae_encode(ROWS, ROWS, None, 3)
+            found.append(
+                [
+                    sf.ops.ablate(ROWS, unit),
+                    sf.ops.similarity(ROWS, unit, "tanh"),
+                    sf.ops.flow(ROWS, barrier.basis, ONE, ONE, T=0.5),
+                    sf.ops.sae_decode(values, indices, ROWS),
+                    selected().program(torch.device("cpu"))(ROWS, 1.0),
+                    barrier(ROWS),
+                ]
+            )
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -283,8 +283,21 @@ def test_a_prepared_model_that_checkpoints_is_refused() -> None:
     model = checkpointed()
     sf.prepare(model, layers=[1], site="attn_out", batch=2, length=8)
     handle = sf.steer(model, {("attn_out", 1): sf.Add(V)})
-    with handle, pytest.raises(RuntimeError, match="followed in a model that is not prepared"):
+    with handle, pytest.raises(RuntimeError, match="a prepared model that trains with gradient checkpointing"):
         loss(model)
+
+
+def test_a_compiled_model_that_checkpoints_is_refused() -> None:
+    """Its forward pass was not steered inside the checkpointed blocks, without a word."""
+    model = checkpointed()
+    sf.prepare(model, layers=[1], site="attn_out", batch=2, length=8)
+    plain = trained()
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    with sf.steer(model, {("attn_out", 1): sf.Add(V)}), sf.steer(plain, {("attn_out", 1): sf.Add(V)}):
+        with pytest.raises(RuntimeError, match="a prepared model that trains with gradient checkpointing"):
+            loss(model)
+        model.gradient_checkpointing_disable()
+        torch.testing.assert_close(loss(model), loss(plain))
 
 
 def test_nothing_keeps_a_model_alive() -> None:

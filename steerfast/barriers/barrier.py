@@ -29,6 +29,7 @@ from torch import Tensor
 
 from steerfast._checks import ORTHONORMAL, direction_rows, finite_number, no_gradient, one_of
 from steerfast.files.replace import replace_file
+from steerfast.ops.backends import in_full_precision
 
 SCHEMA = 1
 ACTIVATIONS = ("cos", "tanh")
@@ -221,6 +222,7 @@ class Barrier:
         """d, the width of the stream."""
         return self.basis.shape[1]
 
+    @in_full_precision
     def __call__(self, a: Tensor) -> Tensor:
         """h of activations (..., d), as (...,), in float32 or, for float64 activations, in float64; a zero row has z = 0."""
         if a.shape[-1:] != (self.width,):

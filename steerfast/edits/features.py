@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steerfast import ops
 from steerfast._checks import direction_rows, finite_number, flag, one_of
+from steerfast.ops.backends import in_full_precision
 from steerfast.ops.slots import HINGE, PUSH, Slot
 from steerfast.ops.torch_backend import restore_norm
 
@@ -466,6 +467,7 @@ class SelectedFeatures:
         values, indices = self._encode(inner)
         return ops.sae_edit(x, values, indices, self.features, table, self.decoder, scale)
 
+    @in_full_precision
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.threshold is None:
             return ops.sae_encode(x, self.encoder, self.bias, self.k)

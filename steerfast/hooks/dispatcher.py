@@ -24,7 +24,7 @@ from .bookkeeping import is_mapped
 from .gates import Place
 from .passes import Call, Passes
 from .positions import Pass
-from .recomputing import THREADS, Act, backward_pass, plainly_recorded
+from .recomputing import THREADS, Act, backward_pass, plainly_recorded, runs_hooks_again
 
 
 class _Found(NamedTuple):
@@ -49,6 +49,8 @@ class Dispatcher:
         self.fixed = fixed
         self.edits: dict[int, Intervention] = {}
         self._found = _NOTHING
+        if fixed and (not place[0].startswith("resid") or runs_hooks_again(point.module)):
+            passes.recomputing.prepared_inside = True
         self._programs: dict[int, Program] = {}  # of the edits that fit no slot
         self.judges = False  # whether a condition is read here
         self.hook: RemovableHandle = self.attach()

@@ -298,6 +298,7 @@ class Passes:
         """The pass as a part of the compiled graph: a gather from the table that `announce` or `refresh` fills."""
         if self.fixed is None:
             raise RuntimeError("steer: the model is being compiled; call prepare(model) before torch.compile")
+        self.recomputing.check_prepared()
         now = self.fixed.trace(past_length(inputs), tokens_of(inputs), inputs.get("attention_mask"))
         owned = now.rows.flatten().long() + 1  # type: ignore[union-attr]  # a fixed table is a table
         self._device_counts.index_add_(0, owned, torch.ones_like(owned))  # type: ignore[union-attr]

@@ -71,6 +71,11 @@ def plainly_recorded() -> bool:
     return _packing(False) is None and torch.is_grad_enabled()
 
 
+def runs_hooks_again(block: nn.Module) -> bool:
+    """Whether the hooks of a checkpointed block lie inside of what is run again, as they do up to transformers 5.23."""
+    return type(block).__call__ is not nn.Module.__call__ or not hasattr(block, "gradient_checkpointing")
+
+
 class Region:
     """What one call of checkpointing runs, at first and again: `run`, with what the dispatchers inside did."""
 
@@ -115,7 +120,8 @@ class Recomputing:
 
     def __init__(self, decoder: nn.Module) -> None:
         self._decoder = decoder
-        self._modules: list[nn.Module] | None = None
+        self._modules: list[Any] = [module for module in decoder.modules() if hasattr(module, "gradient_checkpointing")]
+        self.prepared_inside = False  # a dispatcher of a prepared model lies inside of a block
         self._unseen = False  # some block ran without gradients inside a pass with them, and nobody knows why
 
     def begin(self, follow: bool) -> None:
@@ -124,21 +130,31 @@ class Recomputing:
         thread.task, thread.tracked = backward_pass(), torch.is_grad_enabled()
         if thread.task != -1 and _inside_checkpoint():
             raise RuntimeError(f"steer: this forward pass {_FOREIGN}")
-        if not (thread.tracked and follow):
+        if not follow:
+            self.check_prepared()
             return
-        if self._modules is None:
-            self._modules = [module for module in self._decoder.modules() if hasattr(module, "gradient_checkpointing")]
+        if not thread.tracked:
+            return
         for module in self._modules:
             found = vars(module).get(_FUNCTION)
             if found is not None and not isinstance(found, _Shadow):
                 setattr(module, _FUNCTION, _Shadow(found))
 
+    def check_prepared(self) -> None:
+        """Refuse a prepared model that checkpoints: a compiler leaves out what hooks inside of the blocks do."""
+        trains = self.prepared_inside and self._decoder.training and torch.is_grad_enabled()
+        if trains and any(module.gradient_checkpointing for module in self._modules):
+            raise RuntimeError(
+                "steer: a prepared model that trains with gradient checkpointing cannot be steered inside its blocks; call "
+                "model.gradient_checkpointing_disable(), or steer a model that is neither prepared nor compiled"
+            )
+
     def end(self) -> None:
         """Nothing is steered any more."""
-        for module in self._modules or ():
+        for module in self._modules:
             if isinstance(found := vars(module).get(_FUNCTION), _Shadow):
                 setattr(module, _FUNCTION, found.original)
-        self._modules, self._unseen = None, False
+        self._unseen = False
 
     def runs_anew(self, path: str) -> bool:
         """Whether a dispatcher outside of any region runs in a pass, not in the repetition of one that we have not seen.

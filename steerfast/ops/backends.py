@@ -10,12 +10,16 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+_any_autocast = torch._C._is_any_autocast_enabled
 BACKENDS = ("auto", "triton", "torch")
 _chosen: str | None = None
 
@@ -69,6 +73,20 @@ def backend_of(x: Tensor) -> str:
             "backend, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
         )
     return "triton"
+
+
+def in_full_precision(function: Function) -> Function:
+    """A function whose products autocast leaves alone, as it does those of a kernel."""
+
+    @functools.wraps(function)
+    def exact(*args: Any, **kwargs: Any) -> Any:
+        if not _any_autocast():
+            return function(*args, **kwargs)
+        kind = next(value.device.type for value in args if isinstance(value, Tensor))
+        with torch.autocast(kind, enabled=False):
+            return function(*args, **kwargs)
+
+    return cast(Function, exact)
 
 
 def transformed() -> bool:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import transformed
+from .backends import in_full_precision, transformed
 from .slots import ADD, AFFINE, FLOW, HINGE, PUSH, ROTATE, SLERP, SOLVE, Slot, slot_of
 from .solvers import EULER, Field, Scheme, are_few, few_eulers, integrate, unpack
 
@@ -48,24 +48,28 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
     return (out if every else torch.where(owned.any(1, keepdim=True), out, x.reshape(flat.shape))).view_as(x)
 
 
+@in_full_precision
 def ablate(x: Tensor, basis: Tensor) -> Tensor:
     """x - VVᵀx, with orthonormal rows V = basis."""
     flat, rows = _rows(x), _rows(basis)
     return _lift(flat, -(flat @ rows.T), rows).to(x.dtype).view_as(x)
 
 
+@in_full_precision
 def amplify(x: Tensor, features: Tensor, alpha: float) -> Tensor:
     """x + α · relu(xS)Sᵀ, with S = features.T."""
     flat, rows = _rows(x), _rows(features)
     return _lift(flat, alpha * torch.relu(flat @ rows.T), rows).to(x.dtype).view_as(x)
 
 
+@in_full_precision
 def calibrate(x: Tensor, features: Tensor, beta: float) -> Tensor:
     """x - relu(xS)Sᵀ + β · mean(S), with S = features.T."""
     flat, rows = _rows(x), _rows(features)
     return _lift(flat, beta / rows.shape[0] - torch.relu(flat @ rows.T), rows).to(x.dtype).view_as(x)
 
 
+@in_full_precision
 def flow(
     x: Tensor, basis: Tensor, field: Field, length: tuple[float, float], steps: int, how: Scheme = EULER
 ) -> Tensor:
@@ -108,6 +112,7 @@ def subspace(
     return (out if whole else torch.where(_edited(table, slots), out, flat)).view_as(x)
 
 
+@in_full_precision
 def subspace_probe(
     x: Tensor,
     vectors: Tensor,
@@ -177,6 +182,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (wide * weight.to(wide.dtype) + bias.to(wide.dtype)).to(x.dtype).view_as(x)
 
 
+@in_full_precision
 def similarity(x: Tensor, basis: Tensor, squash: bool) -> Tensor:
     """‖Wx‖/‖x‖ = |cos(x, proj_W x)| for orthonormal rows W; squashed: cos(x, tanh(WᵀWx)). A zero row has similarity 0."""
     wide, rows = _rows(x), _wide(basis.reshape(-1, basis.shape[-1]))
@@ -265,12 +271,14 @@ def hinge(y: Tensor, c: Tensor) -> Tensor:
     return torch.addcmul(g, c6, (y > c7).to(y.dtype))
 
 
+@in_full_precision
 def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Top-K of relu(x W_encᵀ + b_enc), walking blocks of features: the matrix (n, F) never exists."""
     values, indices, _ = _walk(x, w_enc, b_enc, None, k)
     return values, indices
 
 
+@in_full_precision
 def sae_encode_threshold(
     x: Tensor, w_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,6 +291,7 @@ def sae_encode_threshold(
     return values.masked_fill(over, torch.nan), indices.masked_fill(over, 0), counts
 
 
+@in_full_precision
 def sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """Σⱼ values[j] · W_dec[indices[j]] + b_dec, a block of rows at a time."""
     out = _gather_sum(values, indices, w_dec)
@@ -291,6 +300,7 @@ def sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | N
     return out.to(w_dec.dtype)
 
 
+@in_full_precision
 def sae_add(x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, scale: Tensor | None = None) -> Tensor:
     """x + scale · Σⱼ values[j] · W_dec[indices[j]], rounded once; a row of scale 0 is copied bit for bit."""
     delta = _gather_sum(values, indices, w_dec)
@@ -300,6 +310,7 @@ def sae_add(x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, scale: Te
     return torch.where(weight == 0, x, (_wide(x) + weight * delta).to(x.dtype))
 
 
+@in_full_precision
 def sae_edit(
     x: Tensor,
     values: Tensor,
@@ -320,6 +331,7 @@ def sae_edit(
     return torch.where(weight == 0, x, (_wide(x) + weight * delta).to(x.dtype))
 
 
+@in_full_precision
 def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
     lift = slot.lift.to(x.dtype)
     if slot.mode == ADD:
