@@ -523,6 +523,8 @@ def main(words: list[str]) -> None:
     import zoo_table
 
     names = {word for word in words if not word.startswith("-")}
+    if names and "--write" in words:
+        raise SystemExit("--write needs every pair: name no types")
     mappings = {f"{kind} {name}": mapping for mapping, kind, name in pairs() if not names or {kind, name} & names}
     jobs = next((int(word.partition("=")[2]) for word in words if word.startswith("--jobs=")), 1)
     results = zoo_runner.run_all([tuple(pair.split()) for pair in mappings], jobs, progress=zoo_runner.say)
@@ -532,8 +534,6 @@ def main(words: list[str]) -> None:
         told = ", ".join(f"{outcome} {count}" for outcome, count in counts.most_common())
         zoo_runner.say(f"{check:20}{told}")
     if "--write" in words:
-        if names:
-            raise SystemExit("--write needs every pair")
         zoo_table.write(results, mappings, transformers.__version__)
 
 
