@@ -98,6 +98,29 @@ def test_unprepare_of_a_model_that_is_not_prepared_does_nothing():
     assert handle.stats() == [12]
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {1: sf.Add(vector(), 2.0)},
+        [sf.Plan({0: sf.Ablate(vector())}), None],
+        sf.Plan({2: sf.Add(vector(), 2.0)}, positions="prompt"),
+    ],
+)
+def test_blocks_compiled_one_by_one_follow_a_pass_that_is_not(plan):
+    eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    sf.prepare(model, batch=2, length=8)
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    with torch.no_grad():
+        with sf.steer(model, plan) as handle, sf.steer(eager, plan) as other:
+            got = model.generate(ids, return_dict_in_generate=True, **options).logits
+            expected = eager.generate(ids, return_dict_in_generate=True, **options).logits
+            assert handle.stats() == other.stats()
+        torch.testing.assert_close(torch.stack(got), torch.stack(expected))
+        assert torch.equal(model(ids, use_cache=False).logits, eager(ids, use_cache=False).logits)
+
+
 def test_left_padding_under_compile():
     eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
     mask = torch.ones_like(ids)

@@ -104,8 +104,11 @@ class Dispatcher:
     def __call__(self, x: Tensor) -> Tensor | None:
         """The steered stream, or None where nothing of it is."""
         if self.fixed and torch.compiler.is_compiling():  # one graph for all threads: what it gathers from is shared
-            found = self._look(self.passes.traced, x, None)
-            return self._by_table(x, *found.table, [], {}, self.bank) if found.table else None
+            now = self.passes.traced  # of the same graph; of an eager pass where only the blocks are compiled
+            found = self._look(now, x, None)
+            if found.table is not None:
+                return self._by_table(x, *_beside(x, found.table, now), [], {}, self.bank)
+            return _directly(found.direct, x) if found.direct else None
         thread = THREADS.own
         if thread.region is not None:
             return thread.region.edit(self, x)
@@ -117,9 +120,7 @@ class Dispatcher:
         if found.table is not None:
             rows, scale = self._tables(x, found.table, call)
             return self._by_table(x, rows, scale, self._columns(call.now, rows), self._programs, self.bank)
-        for edit, gain in found.direct:
-            x = edit(x, gain) if callable(edit) else torch_backend.edit(x, edit, gain)
-        return x if found.direct else None
+        return _directly(found.direct, x) if found.direct else None
 
     def act(self, x: Tensor) -> Act | None:
         """What this pass does here, for a backward pass to repeat whatever has changed by then; None: nothing."""
@@ -173,10 +174,7 @@ class Dispatcher:
 
     def _tables(self, x: Tensor, table: tuple[Tensor, Tensor], call: Call) -> tuple[Tensor, Tensor]:
         """The tables of this pass beside x, without what a condition has shut."""
-        count, (rows, scale) = x.numel() // x.shape[-1], table
-        if call.now.owners is not None:  # one row for every token
-            rows, scale = rows.expand(count, -1), scale.expand(count, -1)
-        rows, scale = rows.to(x.device), scale.to(x.device)
+        rows, scale = _beside(x, table, call.now)
         return (call.gates.close(rows, self.edits) if call.gates else rows), scale
 
     def _columns(self, now: Pass, rows: Tensor) -> list[tuple[int, int]]:
@@ -229,6 +227,14 @@ class Dispatcher:
             part = slice(first, first + MAX_SLOTS_PER_ROW)
             x = ops.subspace(x, *bank.tensors, rows[:, part], scale[:, part], modes, bank.max_rank)
         return x
+
+
+def _beside(x: Tensor, table: tuple[Tensor, Tensor], now: Pass) -> tuple[Tensor, Tensor]:
+    """The tables of a pass on the device of x, a row for each of its tokens."""
+    count, (rows, scale) = x.numel() // x.shape[-1], table
+    if now.owners is not None:  # one row for every token
+        rows, scale = rows.expand(count, -1), scale.expand(count, -1)
+    return rows.to(x.device), scale.to(x.device)
 
 
 def _directly(edits: list[tuple[Slot | Program, float]], x: Tensor) -> Tensor:

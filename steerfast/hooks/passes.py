@@ -286,7 +286,7 @@ class Passes:
         if torch.compiler.is_compiling() or not self.attachments:
             return
         call = self.call
-        if call.ran:
+        if call.ran or self.fixed is not None:  # compiled blocks do not say that they ran
             self._count(call)
         if call.announced or call.prompt is None:
             return
@@ -383,7 +383,7 @@ class Passes:
         if call.announced and isinstance(call.start, int):  # without a cache a text runs again and again
             skipped = min(count, max(0, call.seen - call.start))
             call.seen = max(call.seen, call.start + count)
-        every = len(call.ran) >= self.dispatchers
+        every = not call.ran or len(call.ran) >= self.dispatchers
         slots = set() if every else {slot for dispatcher in call.ran for slot in dispatcher.edits}
         if now.owners is not None:
             for slot, _ in now.owners:
