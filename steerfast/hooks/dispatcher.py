@@ -115,12 +115,17 @@ class Dispatcher:
         doubtful = backward_pass() != thread.task or (thread.tracked and not plainly_recorded())
         if doubtful and not self.passes.recomputing.runs_anew(self.point.path):
             return None
-        call = self.passes.call
-        found = self._decide(x, call)
+        call, found = self.passes.call, self._found
+        if found.now is call.now and not self.judges:  # what every pass but the first of its kind comes to
+            call.ran.add(self)
+        else:
+            found = self._decide(x, call)
         if found.table is not None:
             rows, scale = self._tables(x, found.table, call)
             return self._by_table(x, rows, scale, self._columns(call.now, rows), self._programs, self.bank)
-        return _directly(found.direct, x) if found.direct else None
+        for edit, gain in found.direct:
+            x = edit(x, gain) if callable(edit) else torch_backend.edit(x, edit, gain)
+        return x if found.direct else None
 
     def act(self, x: Tensor) -> Act | None:
         """What this pass does here, for a backward pass to repeat whatever has changed by then; None: nothing."""
