@@ -157,7 +157,7 @@ BAD = [
     ({"steer": "love", "steer_strength": 1e30}, "at most 65504"),
     ({"steer": "love", "steer_strength": "much"}, "expected a number"),
     ({"steer": "love", "steer_strength": [1, 2]}, "2 numbers for 1 plans"),
-    ({"steer": "love", "steer_positions": "sometimes"}, "expected one of all, prompt, generated, last"),
+    ({"steer": "love", "steer_positions": "sometimes"}, "expected all, prompt, generated, last"),
     ({"steer_strength": 2}, "without steer"),
     ({"steering": "love"}, "unknown field 'steering'"),
 ]
