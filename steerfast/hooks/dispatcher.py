@@ -24,7 +24,7 @@ from .bookkeeping import is_mapped
 from .gates import Place
 from .passes import Call, Passes
 from .positions import Pass
-from .recomputing import THREADS, Act, backward_pass, plainly_recorded, runs_hooks_again
+from .recomputing import Act, backward_pass, plainly_recorded, runs_hooks_again
 
 
 class _Found(NamedTuple):
@@ -109,13 +109,14 @@ class Dispatcher:
             if found.table is not None:
                 return self._by_table(x, *_beside(x, found.table, now), [], {}, self.bank)
             return _directly(found.direct, x) if found.direct else None
-        thread = THREADS.own
+        call = self.passes.threads.call
+        thread = call.thread
         if thread.region is not None:
             return thread.region.edit(self, x)
         doubtful = backward_pass() != thread.task or (thread.tracked and not plainly_recorded())
         if doubtful and not self.passes.recomputing.runs_anew(self.point.path):
             return None
-        call, found = self.passes.call, self._found
+        found = self._found
         if found.now is call.now and not self.judges:  # what every pass but the first of its kind comes to
             call.ran.add(self)
         else:
@@ -129,7 +130,7 @@ class Dispatcher:
 
     def act(self, x: Tensor) -> Act | None:
         """What this pass does here, for a backward pass to repeat whatever has changed by then; None: nothing."""
-        call = self.passes.call
+        call = self.passes.threads.call
         found = self._decide(x, call)
         if found.table is not None:
             rows, scale = self._tables(x, found.table, call)

@@ -32,7 +32,7 @@ from .continuous import pass_for_all
 from .gates import Conditions, Gates
 from .generation import by_name, tokens_of, valid_tokens
 from .positions import IDLE, Owners, Pass, Prompt, Table
-from .recomputing import Recomputing
+from .recomputing import THREADS, Recomputing, Thread
 
 _UNSEEN = object()
 
@@ -43,6 +43,7 @@ class Call:
 
     Attributes:
         gates: What the conditions have decided.
+        thread: What else that thread runs.
         now: The running pass.
         shape: (rows, tokens) of the stream in it.
         prompt: The batch of prompts; None: none is known.
@@ -52,6 +53,7 @@ class Call:
     """
 
     gates: Gates
+    thread: Thread
     now: Pass = IDLE
     shape: tuple[int, int] = (0, 0)
     prompt: Prompt | None = None
@@ -68,6 +70,13 @@ class Call:
     )
 
 
+class _Threads(threading.local):
+    """The call of each thread that asks."""
+
+    def __init__(self, conditions: Conditions) -> None:
+        self.call = Call(Gates(conditions), THREADS.own)
+
+
 class Passes:
     """What the dispatchers of one model see of the batches that are running.
 
@@ -75,6 +84,7 @@ class Passes:
         attachments: What is attached, in the order in which it acts.
         conditions: The conditions of what is attached.
         fixed: The row table of a prepared model; None: not prepared.
+        threads: `threads.call` is what this thread runs.
         traced: The pass that a prepared model's dispatchers apply.
         generating: The thread that is inside generate.
         dispatchers: How many places have an edit.
@@ -90,9 +100,9 @@ class Passes:
         self.decoder = model.get_submodule(layers.path.rpartition(".")[0])
         self.recomputing = Recomputing(self.decoder)
         self.keeps_cache = keeps_cache(model, self.decoder)
-        self.latest = Call(Gates(self.conditions))  # of any thread
+        self.threads = _Threads(self.conditions)
+        self.latest = self.threads.call  # of any thread
         self._model, self._layers, self._proof = model, layers, proof
-        self._threads = threading.local()
         self._names = list(inspect.signature(self.decoder.forward).parameters)
         self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
         self._version = 0
@@ -109,15 +119,6 @@ class Passes:
     def device(self) -> torch.device:
         """Where the stream enters the first block, and where tables are needed."""
         return stream_storage(self._layers.blocks[0], self._model)[1]
-
-    @property
-    def call(self) -> Call:
-        """What this thread runs."""
-        try:
-            return self._threads.call
-        except AttributeError:
-            self._threads.call = Call(Gates(self.conditions))
-            return self._threads.call
 
     # --- watching ----------------------------------------------------------------------------------------------------
 
@@ -141,7 +142,7 @@ class Passes:
     def forget(self) -> None:
         """Nothing is attached any more: no prompt, no table, nobody is steered."""
         self._version += 1
-        self._threads = threading.local()
+        self.threads = _Threads(self.conditions)
         self._broadcasts.clear()
         self._prompts.clear()
         self.traced = IDLE
@@ -155,15 +156,16 @@ class Passes:
         self._version += 1
         self._broadcasts.clear()
         self.make_counts(2 + max((slot for one in self.attachments for slot in one.all_slots), default=0))
-        if self.call.prompt is not None:
-            self._build(self.call, self.call.prompt)
+        call = self.threads.call
+        if call.prompt is not None:
+            self._build(call, call.prompt)
         elif self.fixed is not None:
             self.fixed.publish_unprompted(self.attachments)
 
     @bookkeeping
     def announce(self, prompt: Prompt, copies: int) -> None:
         """Generate begins with this prompt, each of its rows repeated `copies` times."""
-        call = self._threads.call = Call(Gates(self.conditions), announced=True)
+        call = self.threads.call = Call(Gates(self.conditions), THREADS.own, announced=True)
         table = self._build(call, prompt)
         if self.fixed is not None:
             self.fixed.unplaced = False
@@ -172,7 +174,7 @@ class Passes:
     @bookkeeping
     def retract(self) -> None:
         """Generate has ended."""
-        self._threads.call = Call(Gates(self.conditions))
+        self.threads.call = Call(Gates(self.conditions), THREADS.own)
         self.traced = IDLE
         if self.attachments and self.fixed is not None:
             self.fixed.publish_unprompted(self.attachments)
@@ -232,7 +234,7 @@ class Passes:
         """Before the whole model runs: its decoder may see a prepared mask, and embeddings with tokens of another's."""
         if torch.compiler.is_compiling() or not self.attachments:
             return
-        inputs, call = by_name(names, args, kwargs), self.call
+        inputs, call = by_name(names, args, kwargs), self.threads.call
         call.given_mask = inputs.get("attention_mask")
         ids = inputs.get("input_ids")
         call.given_ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
@@ -242,7 +244,7 @@ class Passes:
         if torch.compiler.is_compiling():
             self.traced = self._trace(by_name(self._names, args, kwargs))
             return
-        call = self.latest = self.call
+        call = self.latest = self.threads.call
         call.ran.clear()
         if not self.attachments:
             call.now = self.traced = IDLE
@@ -285,7 +287,7 @@ class Passes:
         """After the decoder ran: its tokens are counted, and a cache that it filled belongs to the prompt that it read."""
         if torch.compiler.is_compiling() or not self.attachments:
             return
-        call = self.call
+        call = self.threads.call
         if call.ran or self.fixed is not None:  # compiled blocks do not say that they ran
             self._count(call)
         if call.announced or call.prompt is None:

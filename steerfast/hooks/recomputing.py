@@ -43,7 +43,7 @@ class Recomputed(Protocol):
         ...
 
 
-class _Thread:
+class Thread:
     """What one thread is running."""
 
     __slots__ = ("region", "task", "tracked")
@@ -56,7 +56,7 @@ class _Thread:
 
 class _Threads(threading.local):
     def __init__(self) -> None:
-        self.own = _Thread()
+        self.own = Thread()
 
 
 THREADS = _Threads()
