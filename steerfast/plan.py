@@ -12,22 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from steerfast.edits.base import Intervention, intervention_type, untrained
+from steerfast.edits.linear import Add
 from steerfast.files.replace import replace_file
-from steerfast.models.layers import SITES
+from steerfast.place import Place, place_of
 
-from ._checks import one_of, whole_number
 from ._positions import Selector, as_selector, normal, parse, resolved, special_ids
 
 SCHEMA = 1
 
-Edits = Mapping[Any, Intervention | Sequence[Intervention]]
-"""Layer L or (site, L) to one intervention or several."""
+Edits = Mapping[Any, Any]
+"""A place to one intervention (or vector to add), or to several."""
 Positions = str | int | slice | Sequence[int] | np.ndarray | Tensor
 
 
@@ -50,9 +51,10 @@ class Plan:
     """Interventions by layer and site, with the token positions they act on.
 
     Args:
-        edits: Layer L, or (site, L), to one intervention or to a list that is applied in order. Layers are 0-based and
-            may count from the end; the default site is "resid_post", the block's output. Or a list of interventions
-            that know their place, such as `EditFeatures` of an SAE.
+        edits: Layer L, (site, L) or a name of TransformerLens ("blocks.8.hook_resid_post") to one intervention or to a
+            list that is applied in order. Layers are 0-based and may count from the end; the default site is
+            "resid_post", the block's output. A vector (d,), or a direction, stands for `sf.Add` of it at strength 1. Or a
+            list of interventions that know their place, such as `EditFeatures` of an SAE.
         positions: A selector: "all"; "prompt" (positions < P, the prompt's length in tokens); "generated" (≥ P); "last"
             (≥ P - 1, the last prompt token and every generated one); an index "-1" or a window "0:8" of the prompt's real
             tokens; "ids:5,7", every position whose input token is one of these; "special", every special token;
@@ -71,6 +73,8 @@ class Plan:
         >>> v = torch.tensor([1.0, 0.0])
         >>> sf.Plan({1: [sf.Ablate(v), sf.Add(v, 4.0)], ("attn_out", 0): sf.Add(v)}, positions="last")
         Plan(resid_post 1: Ablate, Add; attn_out 0: Add; positions='last')
+        >>> sf.Plan({1: sf.Ablate(v)}) | sf.Plan({1: v, 2: v})
+        Plan(resid_post 1: Ablate, Add; resid_post 2: Add; positions='all')
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class Plan:
         special: Any = None,
     ) -> None:
         given = _mapping(edits)
-        self._edits = {_place(key): _chain(key, value) for key, value in given.items()}
+        self._edits = {place_of("Plan", key): _chain(key, value) for key, value in given.items()}
         for place, chain in self._edits.items():
             _warn_misplaced(place, chain)
         if len(self._edits) != len(given):
@@ -96,8 +100,28 @@ class Plan:
         if len(widths) > 1:
             raise ValueError(f"Plan: interventions have different widths {sorted(widths)}; a plan steers one model")
 
+    def merge(self, *others: Plan | Edits) -> Plan:
+        """This plan and others as one: what stands at the same place is applied in the order of the plans. Also `a | b`.
+
+        Raises:
+            TypeError, ValueError: the plans differ in positions or in the model that they were made for: steer with one
+                handle for each, `sf.steer(model, a)` and `sf.steer(model, b)`, instead.
+        """
+        plans = [self, *(as_plan("Plan.merge", other) for other in others)]
+        edits: dict[Place, list[Intervention]] = {}
+        for plan in plans:
+            for place, chain in plan._edits.items():
+                edits.setdefault(place, []).extend(chain)
+        positions = _agreed("positions", plans, [plan._positions for plan in plans])
+        special = _agreed("special tokens", plans, [plan._special for plan in plans if plan._special is not None])
+        model = _agreed("models", plans, [plan._model for plan in plans if plan._model is not None])
+        return Plan(edits, positions, model, special)
+
+    def __or__(self, other: Plan | Edits) -> Plan:
+        return self.merge(other) if isinstance(other, (Plan, Mapping)) else NotImplemented
+
     @property
-    def edits(self) -> dict[tuple[str, int], tuple[Intervention, ...]]:
+    def edits(self) -> dict[Place, tuple[Intervention, ...]]:
         """(site, layer) -> interventions in order; layers as they were given."""
         return dict(self._edits)
 
@@ -220,6 +244,17 @@ def as_plan(caller: str, value: Any) -> Plan:
     raise TypeError(f"{caller}: expected a Plan or a dict of layer -> intervention; got {type(value).__name__}")
 
 
+def _agreed(what: str, plans: Sequence[Plan], values: Sequence[Any]) -> Any:
+    """The one value that plans to be merged have in common, None where none states it."""
+    for value in values[1:]:
+        masks = isinstance(value, Tensor) and isinstance(values[0], Tensor)
+        if not (torch.equal(value, values[0]) if masks else type(value) is type(values[0]) and value == values[0]):
+            raise ValueError(
+                f"Plan.merge: the plans have different {what}, {values[0]!r} and {value!r}; steer with one handle for each"
+            )
+    return values[0] if values else None
+
+
 def _mapping(edits: Any) -> Edits:
     if isinstance(edits, Sequence) and not isinstance(edits, str):
         return _by_place(edits)
@@ -232,7 +267,7 @@ def _mapping(edits: Any) -> Edits:
 
 def _by_place(chain: Sequence[Any]) -> Edits:
     """A list of interventions, each at the place that it knows."""
-    edits: dict[tuple[str, int], list[Intervention]] = {}
+    edits: dict[Any, list[Intervention]] = {}
     for edit in chain:
         if not isinstance(edit, Intervention):
             raise TypeError(f"Plan: a list must hold interventions; got {edit!r}")
@@ -246,34 +281,32 @@ def _by_place(chain: Sequence[Any]) -> Edits:
     return edits
 
 
-def _warn_misplaced(place: tuple[str, int], chain: Sequence[Intervention]) -> None:
-    """An SAE reads one place; the output of a block is the input of the next."""
+def _warn_misplaced(place: Place, chain: Sequence[Intervention]) -> None:
+    """Something that was made for one place is put at another."""
     for edit in chain:
         home = edit.place
-        same = {place, ("resid_pre", place[1] + 1) if place[0] == "resid_post" else place}
-        same |= {("resid_post", place[1] - 1)} if place[0] == "resid_pre" else set()
-        if home is not None and home not in same and place[1] >= 0:
+        if home is not None and place.layer >= 0 and not place.same_stream(Place(*home)):
             warnings.warn(
-                f"Plan: {edit!r} reads {home[0]} {home[1]} and is put at {place[0]} {place[1]}; sf.Plan([...]) finds its place",
+                f"Plan: {edit!r} belongs to {Place(*home)} and is put at {place}; sf.Plan([...]) finds its place",
                 UserWarning,
                 stacklevel=4,
             )
 
 
-def _place(key: Any) -> tuple[str, int]:
-    site, layer = key if isinstance(key, tuple) and len(key) == 2 else ("resid_post", key)
-    try:
-        number = whole_number("Plan", "layer", layer)
-    except TypeError:
-        raise TypeError(f"Plan: key {key!r}; expected a layer number or (site, layer)") from None
-    return one_of("Plan", "site", site, SITES), number
-
-
 def _chain(key: Any, value: Any) -> tuple[Intervention, ...]:
-    chain = (value,) if isinstance(value, Intervention) else tuple(value) if isinstance(value, Sequence) else None
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    chain = tuple(Add(one) if _is_vector(one) else one for one in (value if several else [value]))
     if not chain or not all(isinstance(edit, Intervention) for edit in chain):
-        raise TypeError(f"Plan: at {key!r} expected an intervention or a non-empty list of them; got {value!r}")
+        raise TypeError(
+            f"Plan: at {key!r} expected an intervention, a vector to add, or a non-empty list of them; got {value!r}"
+        )
     return chain
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray)) or (
+        isinstance(getattr(value, "vector", None), Tensor) and not isinstance(value, Intervention)
+    )
 
 
 def _rule(positions: str | tuple[int, ...] | Tensor, special: tuple[int, ...] | None) -> Selector | Tensor:

@@ -19,7 +19,8 @@ from steerfast.directions import extract
 from steerfast.directions.direction import Direction
 from steerfast.directions.extract import difference, logistic, mean_difference, pca
 from steerfast.models.collect import _WINDOW, Activations, collect
-from steerfast.models.layers import SITES, find_layers
+from steerfast.models.layers import find_layers
+from steerfast.place import SITES
 
 METHODS = (difference, mean_difference, pca, logistic)
 TEXTS = ["w3 w4 w5 w6 w7 w8 w9", "w10", "w11 w12 w13", "w14 w15 w16 w17 w18", "w19 w20", "w21 w22 w23 w24"]

@@ -8,6 +8,7 @@ from flowing import KINDS, barrier, by_reference, orthonormal, slerp
 from places import DTYPES, PLACES, assert_exact, backend, runs
 
 import steerfast as sf
+from steerfast.barriers.barrier import BarrierInfo
 from steerfast.ops.slots import FLOW, SOLVE
 from steerfast.ops.solvers import SOLVERS
 
@@ -415,7 +416,7 @@ def test_a_picture_shows_h_along_the_path(kind, tmp_path, monkeypatch):
     )
     h, x = barrier(kind, 12), stream(7, 12)
     flow = sf.Flow(h, T=2.0, steps=5, method="rk4")
-    path = sf.plot_flow(flow, x, tmp_path / "flow.png")
+    path = sf.tools.plot_flow(flow, x, tmp_path / "flow.png")
     assert path.read_bytes().startswith(b"\x89PNG\r\n")
     assert list(tmp_path.iterdir()) == [path]
     left, right = drawn[0].axes
@@ -430,7 +431,7 @@ def test_a_picture_shows_h_along_the_path(kind, tmp_path, monkeypatch):
     assert gains["euler"][1] == pytest.approx(one.mean().item())
     assert ("geodesic" in gains) == (kind != "raw")
     with pytest.raises(ValueError, match="the barrier has width 12 and x 8"):
-        sf.plot_flow(flow, x[:, :8], path)
+        sf.tools.plot_flow(flow, x[:, :8], path)
 
 
 def test_the_published_preset():
@@ -482,7 +483,7 @@ def test_barriers_that_do_not_fit_are_named(tiny):
     with pytest.raises(ValueError, match="has width 16"):
         sf.steer(tiny, {1: sf.Flow(barrier("linear", 16), T=1.0)})
     h = barrier("linear", 12)
-    origin = sf.BarrierInfo(layer=1, site="resid_post", model="OtherForCausalLM")
+    origin = BarrierInfo(layer=1, site="resid_post", model="OtherForCausalLM")
     other = sf.Barrier(h.basis, h.eigenvalues, h.bias, info=origin)
     assert sf.Flow(other, T=1.0).place == ("resid_post", 1)
     with pytest.raises(ValueError, match="comes from activations of OtherForCausalLM; this model is LlamaForCausalLM"):

@@ -14,8 +14,9 @@ import torch
 from families import FAMILIES, build, token_ids
 from torch import nn
 
-from steerfast.models.layers import SITES, find_layers
+from steerfast.models.layers import find_layers
 from steerfast.models.proof import prove, refuse_split
+from steerfast.place import SITES
 
 LAYER = 1
 

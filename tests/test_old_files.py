@@ -35,8 +35,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "saes": sf.SAE.load,
     "directions": sf.load_directions,
     "vectors": sf.load_vectors,  # the files of other libraries, as `sf.integrations` writes them
-    "explanations": sf.Explanations.load,
-    "caches": sf.ActivationCache.open,
+    "explanations": sf.sae.Explanations.load,
+    "caches": sf.sae.ActivationCache.open,
 }
 NAMES = [f"{kind}/{path.name}" for kind in READERS for path in sorted((OLD / kind).glob("*"))]
 BIT_FOR_BIT = {"saes", "directions", "vectors", "explanations", "caches"}
@@ -46,9 +46,9 @@ TEXTS = ["The cat sat on the mat.", "A dog ran over the hill.", "Rain fell all n
 PLACE = ("resid_post", 1)
 CONTEXT = 8
 SIDES = (["abc d", "bcd", "cc"], ["xyz", "zz y", "wxy"])
-PROBE = sf.Probe(("hello", "some more"), (" abc", " d"), (" xyz", " w", " zzz"), ("plain text", "the rest"))
-GRID = sf.Grid((0, -1), (-0.5, 0.0, 1.0), ("mean_difference", "flow"))
-CONFIG = sf.TrainConfig(
+PROBE = sf.tools.Question(("hello", "some more"), (" abc", " d"), (" xyz", " w", " zzz"), ("plain text", "the rest"))
+GRID = sf.tools.Grid((0, -1), (-0.5, 0.0, 1.0), ("mean_difference", "flow"))
+CONFIG = sf.sae.TrainConfig(
     features=16, k=2, tokens=96, batch=16, lr=0.01, k_start=4, k_anneal=0.5, dead_after=24, aux_k=2, seed=3
 )
 
@@ -106,16 +106,16 @@ def look(thing: Any) -> Any:
     if isinstance(thing, sf.SAE):
         x, wide = rows(thing.d), thing.to(dtype=torch.float64)
         values, indices = wide.topk(x)
-        sparse = {"values": values, "indices": indices, "decoded": wide.decode(values, indices, x)}
+        sparse = {"values": values, "indices": indices, "decoded": wide.decode_topk(values, indices, x)}
         return (
             fields(thing) | sparse | {"encoded": wide.encode(x), "activation": thing.activation, "place": thing.place}
         )
     if isinstance(thing, sf.DirectionSet):
         return {"directions": dict(thing), "model": thing.model}
-    if isinstance(thing, sf.ActivationCache):
+    if isinstance(thing, sf.sae.ActivationCache):
         shards = [(thing.read(shard), *thing.contexts(shard)) for shard in range(len(thing.counts))]
         return {"info": thing.info, "counts": thing.counts, "shards": shards, "length": len(thing)}
-    if isinstance(thing, sf.Sweep):
+    if isinstance(thing, sf.tools.Sweep):
         return {"cells": list(thing), "baseline": thing.baseline, "unit": thing.unit}
     return thing
 
@@ -237,13 +237,13 @@ def test_an_old_sweep_is_not_measured_again(idle: nn.Module, tmp_path: Path) -> 
 def test_an_old_cache_is_not_collected_again(idle: nn.Module, tmp_path: Path) -> None:
     folder = copied("caches/letters", tmp_path)
     assert_same(
-        sf.cache_activations(idle, Letters(), TEXTS, PLACE, folder, context=CONTEXT), "caches/letters", stored=0.0
+        sf.sae.cache_activations(idle, Letters(), TEXTS, PLACE, folder, context=CONTEXT), "caches/letters", stored=0.0
     )
 
 
 def test_an_old_checkpoint_is_trained_to_the_end(tmp_path: Path) -> None:
-    cache, reports = sf.ActivationCache.open(OLD / "caches" / "letters"), []
+    cache, reports = sf.sae.ActivationCache.open(OLD / "caches" / "letters"), []
     folder = copied("training", tmp_path)
-    sae = sf.train_sae(cache, CONFIG, folder, checkpoint_every=2, progress=reports.append)
+    sae = sf.sae.train_sae(cache, CONFIG, folder, checkpoint_every=2, progress=reports.append)
     assert [report.step for report in reports] == [4, 6]  # the checkpoint is of step 2
     assert_same(sae, "training")

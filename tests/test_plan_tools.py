@@ -11,6 +11,7 @@ import torch
 
 import steerfast as sf
 from steerfast.cli.plan import add_arguments, run
+from steerfast.plan import ModelCard
 from steerfast.tools import convert as plan_tools
 from steerfast.tools.convert import FORMATS, convert, show
 
@@ -20,7 +21,7 @@ U = torch.tensor([0.0, 1.0, 2.0])
 
 @pytest.fixture
 def plan(tmp_path: Any) -> Any:
-    return sf.Plan({1: sf.Add(V, 2.0), 2: sf.Add(U, -0.5)}, model=sf.ModelCard("LlamaForCausalLM:", 3, 4)).save(
+    return sf.Plan({1: sf.Add(V, 2.0), 2: sf.Add(U, -0.5)}, model=ModelCard("LlamaForCausalLM:", 3, 4)).save(
         tmp_path / "plan"
     )
 
@@ -28,7 +29,7 @@ def plan(tmp_path: Any) -> Any:
 def test_show_names_model_positions_and_norms(tmp_path: Any) -> None:
     edits = {1: [sf.Add(V, 2.0, keep_norm=True), sf.Amplify(torch.stack([V, U]), 0.5)], ("attn_out", 3): sf.Ablate(V)}
     flow = sf.Flow(sf.Barrier(torch.eye(3)[:1], torch.zeros(1), torch.ones(1)), angle=0.3)
-    saved = sf.Plan({**edits, 0: flow}, positions=[0, -1], model=sf.ModelCard("LlamaForCausalLM:", 3, 4)).save(
+    saved = sf.Plan({**edits, 0: flow}, positions=[0, -1], model=ModelCard("LlamaForCausalLM:", 3, 4)).save(
         tmp_path / "p"
     )
     lines = show(saved).splitlines()

@@ -47,7 +47,7 @@ PLACES: dict[str, tuple[str, ...] | None] = {
     "steerfast.sae.training.corpus": ("read_texts", "wikipedia"),
     "steerfast.sae.training.distributed": ("SplitData", "SplitFeatures"),
     "steerfast.sae.evaluate": ("Evaluation", "evaluate_sae"),
-    "steerfast.sae.explain": ("Explanations", "RANKINGS", "Usage", "explain", "observe", "vocabulary_of"),
+    "steerfast.sae.explanation": ("Explanations", "RANKINGS", "Usage", "explain", "observe", "vocabulary_of"),
     "steerfast.sae.formats": ("load", "save_saelens"),
     "steerfast.sae.model": ("NORMALISATIONS", "Origin", "SAE"),
     "steerfast.sae.training.config": ("TrainConfig", "TrainReport"),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from families import build
 
-from steerfast.sae import explain as module
+from steerfast.sae import explanation as module
 from steerfast.sae.cache import cache_activations
-from steerfast.sae.explain import Explanations, explain, observe, vocabulary_of
+from steerfast.sae.explanation import Explanations, explain, observe, vocabulary_of
 from steerfast.sae.model import SAE, Origin
 
 TEXTS = [

@@ -61,9 +61,9 @@ def test_both_roads_follow_the_definition(k, normalisation):
     assert values.shape[-1] == ((features > 0).sum(-1).max() if k is None else k)
     dense = torch.zeros_like(features).scatter_add_(-1, indices.long(), values)
     torch.testing.assert_close(dense, features, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(sae.decode(values, indices, x), rebuilt, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(sae.decode_dense(features, x), rebuilt, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(sae.reconstruct(x), rebuilt, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(sae.decode_topk(values, indices, x), rebuilt, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(sae.decode(features, x), rebuilt, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(sae(x), rebuilt, atol=1e-12, rtol=1e-12)
 
 
 def test_an_unused_place_does_not_erase_feature_zero():
@@ -87,9 +87,9 @@ def test_a_threshold_is_strict_and_more_active_features_than_expected_are_all_fo
 def test_a_normalised_row_is_not_decoded_without_itself():
     sae, x = make(7, "layer_norm"), torch.randn(2, 24, dtype=F64)
     with pytest.raises(
-        ValueError, match=r"SAE.decode: this SAE normalises each row \(layer_norm\); pass the rows as x="
+        ValueError, match=r"SAE.decode_topk: this SAE normalises each row \(layer_norm\); pass the rows as x="
     ):
-        sae.decode(*sae.topk(x))
+        sae.decode_topk(*sae.topk(x))
 
 
 def test_the_approximate_form_differs_only_in_its_selection():
@@ -113,7 +113,7 @@ def test_matrices_take_the_dtype_and_biases_stay_wide():
     wide = sae.to(dtype=torch.float32)
     torch.testing.assert_close(sae.encode(x.bfloat16()), wide.encode(x.bfloat16().float()), atol=1e-4, rtol=1e-4)
     assert sae.encode(x.bfloat16()).dtype == torch.float32
-    assert sae.reconstruct(x.bfloat16()).dtype == torch.bfloat16
+    assert sae(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
@@ -214,7 +214,7 @@ W, B = torch.randn(6, 4), torch.randn(6)
             ValueError,
             r"SAE.encode: x has shape \(3,\); expected \(..., d\)",
         ),
-        (lambda: sf.SAE(W, W).decode_dense(torch.ones(3)), ValueError, r"features has shape \(3,\).*with F = 6"),
+        (lambda: sf.SAE(W, W).decode(torch.ones(3)), ValueError, r"features has shape \(3,\).*with F = 6"),
         (lambda: sf.SAE(W, W).rows([6]), ValueError, "feature 6 is out of range; there are 6, from 0"),
         (lambda: sf.SAE(W, W, k=2).approximate(-1.0), ValueError, "threshold is negative"),
         (lambda: sf.SAE.load("/nowhere/at/all"), FileNotFoundError, "does not exist"),

@@ -32,8 +32,8 @@ def by_decoding(sae: sf.SAE, x: Tensor, changes: dict[int, float], mode: str) ->
             "set": torch.full_like(f, value), "add": f + value, "scale": f * value, "min": f.clamp(max=value),
             "max": f.clamp(min=value),
         }[mode]  # fmt: skip
-    error = x - sae.decode_dense(before, x)
-    return sae.decode_dense(after, x) + error
+    error = x - sae.decode(before, x)
+    return sae.decode(after, x) + error
 
 
 def edited(edit: sf.EditFeatures, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -150,7 +150,7 @@ def test_an_sae_of_a_blocks_input_edits_that_input(llama, k):
 
 def test_a_plan_that_puts_an_sae_elsewhere_warns():
     edit = sf.EditFeatures(make(place=("resid_pre", 2)), CHANGES)
-    with pytest.warns(UserWarning, match=r"reads resid_pre 2 and is put at resid_post 2"):
+    with pytest.warns(UserWarning, match=r"belongs to resid_pre 2 and is put at resid_post 2"):
         sf.Plan({2: edit})
     import warnings
 
@@ -395,7 +395,7 @@ def test_an_edit_knows_its_place_and_model_after_saving_too(tmp_path, llama, k):
         for given in (plan, again):
             with pytest.raises(ValueError, match=r"activations of GPT2LMHeadModel; this model is LlamaForCausalLM"):
                 sf.steer(llama, given)
-        with pytest.warns(UserWarning, match="reads resid_post 1 and is put at resid_post 3"):
+        with pytest.warns(UserWarning, match="belongs to resid_post 1 and is put at resid_post 3"):
             sf.Plan({3: one})
 
 

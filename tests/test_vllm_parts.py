@@ -20,6 +20,7 @@ from test_interventions import EXAMPLES, D
 
 import steerfast as sf
 from steerfast.ops import torch_backend as reference
+from steerfast.plan import ModelCard
 from steerfast.vllm import plans, routes, wire
 from steerfast.vllm.edits import Place, Places
 from steerfast.vllm.plans import Library, ServedPlan
@@ -91,7 +92,7 @@ def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
         (lambda: sf.Plan({0: sf.Add(unit(0, 5))}), "has width 5; this model has 12"),
         (lambda: sf.Plan({("head_out", 0): sf.Add(unit(0))}), "site 'head_out' cannot be steered inside vLLM"),
         (lambda: sf.Plan({0: [sf.Add(unit(i)) for i in range(5)]}), "5 interventions act in one place"),
-        (lambda: sf.Plan({0: sf.Add(unit(0))}, model=sf.ModelCard("M", D, 30)), "made for width 12 and 30 layers"),
+        (lambda: sf.Plan({0: sf.Add(unit(0))}, model=ModelCard("M", D, 30)), "made for width 12 and 30 layers"),
         (
             lambda: sf.Plan({0: sf.When(sf.Condition(unit(0), 0.1), sf.Add(unit(1)))}),
             "a condition .When. is not decided inside vLLM",

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from steerfast.models.collect import collect
     from steerfast.models.layers import find_layers
     from steerfast.plan import Plan
-    from steerfast.tools.plot_flow import plot_flow, require_matplotlib
+    from steerfast.tools.flow_plot import plot_flow, require_matplotlib
 
     from . import shared
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     info = barrier.info
     T = args.T if args.norms is None else args.norms * info.typical_norm
     angle = 0.4 if T is None and args.angle is None else args.angle
-    flow = Flow(barrier, angle, T, args.steps, args.method, args.level)
+    flow = Flow(barrier, angle=angle, T=T, steps=args.steps, method=args.method, level=args.level)
     layer = next(iter(sides[0]))
     barrier.save(args.out / "barrier")
     known = shared.special(tokenizer, args.steer)

@@ -15,11 +15,11 @@ import torch
 
 from steerfast.edits.features import Amplify, Calibrate, EditFeatures
 from steerfast.hooks.steer import steer
-from steerfast.models.layers import SITES
+from steerfast.place import SITES
 from steerfast.plan import Plan
 from steerfast.sae.cache import ActivationCache, cache_activations
 from steerfast.sae.evaluate import evaluate_sae
-from steerfast.sae.explain import RANKINGS, Explanations, explain, observe
+from steerfast.sae.explanation import RANKINGS, Explanations, explain, observe
 from steerfast.sae.model import SAE
 from steerfast.sae.training.config import TrainConfig
 from steerfast.sae.training.corpus import read_texts, wikipedia

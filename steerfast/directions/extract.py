@@ -17,6 +17,7 @@ from steerfast.models.collect import Activations, typical_norm_of
 
 from .direction import ROUNDING, Direction, direction_matrix, orthogonal_to
 
+METHODS = ("mean_difference", "difference", "pca", "logistic")
 Side: TypeAlias = Tensor | Mapping[int, Tensor]
 Directions: TypeAlias = (
     Any  # a Direction, or for several layers dict[int, Direction]: the data decide, no type can say it

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from steerfast.edits.base import Intervention
 from steerfast.edits.linear import Add
 from steerfast.files.replace import replace_file
-from steerfast.models.layers import SITES, find_layers
+from steerfast.models.layers import find_layers
+from steerfast.place import SITES
 from steerfast.plan import ModelCard, Plan, Positions, card
 
 from .direction import Direction

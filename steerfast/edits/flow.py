@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Flow(Intervention):
     """
 
     barrier: Barrier
+    _: KW_ONLY
     angle: float | None = None
     T: float | None = None
     steps: int = 10
@@ -181,8 +182,9 @@ class Flow(Intervention):
 def flow(
     x: Tensor,
     barrier: Barrier,
-    T: float | None = None,
+    *,
     angle: float | None = None,
+    T: float | None = None,
     steps: int = 10,
     method: str = "euler",
     level: float | None = None,
@@ -193,8 +195,8 @@ def flow(
     Args:
         x: Residual stream, (..., d).
         barrier: h, of width d.
-        T: Length of the path in units of x. Exactly one of T and angle.
-        angle: T/‖a‖ of each row, in radians.
+        angle: T/‖a‖ of each row, in radians. Exactly one of angle and T.
+        T: Length of the path in units of x.
         steps: Number of steps, ≥ 1.
         method: The solver, as in `Flow`.
         level: Stop where h reaches it, as in `Flow`; None: go all the way.
@@ -217,7 +219,7 @@ def flow(
         tensor([[3.5000, 4.0000]])
     """
     check_stream("flow", x)
-    edit = Flow(barrier, angle, T, steps, method, level, tolerance)
+    edit = Flow(barrier, angle=angle, T=T, steps=steps, method=method, level=level, tolerance=tolerance)
     if barrier.width != x.shape[-1]:
         raise ValueError(
             f"flow: the barrier has width {barrier.width} and x {x.shape[-1]}; fit it at this layer of this model"

@@ -225,7 +225,7 @@ class Steering:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        if self._detach() and not any(self._counts):
+        if self._detach() and any(self._attachment.strengths) and not any(self._counts):
             warnings.warn(
                 "steer: no token was edited; did the model run, and do the positions fit?", RuntimeWarning, stacklevel=2
             )

@@ -15,11 +15,12 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from steerfast.place import SITES
+
 from .points import Point, Unresolved, added_point, has_matrix, head_point
 
 IDS = ((5, 6, 7), (5, 6, 8))
 """What a short forward reads: two rows of three tokens, so that axes tell each other apart; the rows differ in the last."""
-SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_out")
 
 
 @dataclass(frozen=True, eq=False)

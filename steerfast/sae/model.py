@@ -21,7 +21,7 @@ from steerfast import ops
 from steerfast._checks import check_dictionary, check_stream, finite_number, one_of, whole_number, whole_numbers
 from steerfast.edits.base import as_tensor
 from steerfast.edits.features import Features, SelectedFeatures, normalised
-from steerfast.models.layers import SITES
+from steerfast.place import SITES
 
 NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
 BLOCK_F = 4096  # features of a dense encode computed at a time
@@ -121,6 +121,16 @@ class SAE:
             raise ValueError("SAE: threshold is negative; expected >= 0 (a negative one acts as 0: clamp it)")
 
     @property
+    def W_enc(self) -> Tensor:
+        """Encoder rows, (F, d): what SAELens calls W_enc, transposed (there it is (d, F))."""
+        return self.w_enc
+
+    @property
+    def W_dec(self) -> Tensor:
+        """Decoder rows, (F, d), as in SAELens."""
+        return self.w_dec
+
+    @property
     def d(self) -> int:
         """Width of the stream."""
         return self.w_enc.shape[1]
@@ -196,7 +206,7 @@ class SAE:
                 return values[..., :most], indices[..., :most]
             capacity = most
 
-    def decode(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
+    def decode_topk(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
         """The reconstruction from a few features: Σⱼ values[j]·W_dec[indices[j]] + b_dec, (..., k) -> (..., d).
 
         Args:
@@ -210,20 +220,20 @@ class SAE:
         Raises:
             ValueError: the SAE normalises each row, and x is not given.
         """
-        return self._denormalise("SAE.decode", ops.sae_decode(values, indices, self.w_dec, self.b_dec), x)
+        return self._denormalise("SAE.decode_topk", ops.sae_decode(values, indices, self.w_dec, self.b_dec), x)
 
-    def decode_dense(self, features: Tensor, x: Tensor | None = None) -> Tensor:
-        """The reconstruction from all features: features·W_dec + b_dec, (..., F) -> (..., d); x as in `decode`."""
+    def decode(self, features: Tensor, x: Tensor | None = None) -> Tensor:
+        """The reconstruction from all features: features·W_dec + b_dec, (..., F) -> (..., d); x as in `decode_topk`."""
         if features.shape[-1:] != (self.features,):
             raise ValueError(
-                f"SAE.decode_dense: features has shape {tuple(features.shape)}; expected (..., F) with F = {self.features}"
+                f"SAE.decode: features has shape {tuple(features.shape)}; expected (..., F) with F = {self.features}"
             )
         w, b = self.w_dec.to(features.dtype), as_tensor(self.b_dec).to(features.dtype)
-        return self._denormalise("SAE.decode_dense", features @ w + b, x)
+        return self._denormalise("SAE.decode", features @ w + b, x)
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """decode(encode(x)) by the sparse road, in the dtype of w_dec."""
-        return self.decode(*self.topk(x), x)
+    def __call__(self, x: Tensor) -> Tensor:
+        """The reconstruction decode(encode(x)) by the sparse road, (..., d) -> (..., d), in the dtype of w_dec."""
+        return self.decode_topk(*self.topk(x), x)
 
     def rows(self, indices: Iterable[int] | Tensor | slice) -> Features | SelectedFeatures:
         """Some features as `sf.EditFeatures` takes them.

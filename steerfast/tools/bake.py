@@ -67,7 +67,7 @@ def bake(model: nn.Module, plan: Plan | dict[Any, Any]) -> nn.Module:
         section 4.1.
 
     Example:
-        >>> sf.bake(model, sf.everywhere(model, sf.Ablate(r))).save_pretrained("ablated")  # doctest: +SKIP
+        >>> sf.bake(model, sf.tools.everywhere(model, sf.Ablate(r))).save_pretrained("ablated")  # doctest: +SKIP
     """
     layers = find_layers(model, "bake")
     model = getattr(model, "_orig_mod", model)
@@ -102,7 +102,7 @@ def everywhere(model: nn.Module, edit: Intervention) -> Plan:
             sites.
 
     Example:
-        >>> with sf.steer(model, sf.everywhere(model, sf.Ablate(r))):  # doctest: +SKIP
+        >>> with sf.steer(model, sf.tools.everywhere(model, sf.Ablate(r))):  # doctest: +SKIP
         ...     model.generate(**inputs)
     """
     layers = find_layers(model, "everywhere")

@@ -14,9 +14,10 @@ from steerfast.directions.sets import DirectionSet, text_table
 from steerfast.edits.base import Intervention
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
-from steerfast.models.layers import SITES, find_layers
+from steerfast.models.layers import find_layers
 from steerfast.models.texts import TextReader
 from steerfast.ops import torch_backend
+from steerfast.place import SITES
 from steerfast.plan import Plan, as_plan
 
 LARGE_DOSE = 0.5

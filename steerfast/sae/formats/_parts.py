@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,6 @@ from torch import Tensor
 
 from steerfast.files.torch_file import read_torch_file
 from steerfast.sae.model import SAE, Origin
-
-HOOKS = {
-    "hook_resid_pre": "resid_pre",
-    "hook_resid_post": "resid_post",
-    "hook_attn_out": "attn_out",
-    "hook_mlp_out": "mlp_out",
-    "attn.hook_z": "head_out",
-}
-"""TransformerLens's names of the sites; its hook_z, all heads side by side, is what the output projection reads."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -134,13 +124,6 @@ def product(rows: Tensor, vector: Tensor) -> Tensor:
 def wide(values: Tensor) -> Tensor:
     """At least float32: what is scaled or folded is not rounded to 16 bits again."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def place_of_hook(name: str) -> tuple[str, int] | None:
-    """(site, layer) of a TransformerLens name such as blocks.5.hook_resid_pre; None if no site of ours is that place."""
-    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    site = None if found is None else HOOKS.get(found[2])
-    return None if found is None or site is None else (site, int(found[1]))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

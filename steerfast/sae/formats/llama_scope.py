@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerfast.place import place_of_hook
 from steerfast.sae.model import SAE, Origin
 
-from ._parts import dictionary, fold, place_of_hook, refuse, vector, whole, wide, width_of
+from ._parts import dictionary, fold, refuse, vector, whole, wide, width_of
 
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:

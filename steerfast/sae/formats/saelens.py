@@ -12,15 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from steerfast.files.replace import replace_file
+from steerfast.place import Place, place_of_hook
 from steerfast.sae.model import SAE, Origin
 
-from ._parts import HOOKS, dictionary, fold, place_of_hook, read_json, refuse, vector, whole, wide, width_of
+from ._parts import dictionary, fold, read_json, refuse, vector, whole, wide, width_of
 
 CENTRED = re.compile(r"gpt2|pythia|gpt-neo|gpt-j", re.IGNORECASE)
 """Models with LayerNorm, whose writing weights TransformerLens centres when it is told to."""
 NOT_CENTRED = re.compile(r"llama|gemma|mistral|mixtral|qwen|smollm", re.IGNORECASE)
 """Models with RMSNorm, whose writing weights it leaves alone."""
-OUR_SITES = {site: name for name, site in HOOKS.items()}
 
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path, scale: float | None = None) -> SAE:
@@ -104,7 +104,7 @@ def save_saelens(sae: SAE, directory: str | os.PathLike[str]) -> Path:
         "metadata": {
             "sae_lens_version": "6.0.0",
             "model_name": sae.origin.model or None,
-            "hook_name": _hook_name(sae.place) or sae.origin.hook_name or None,
+            "hook_name": (sae.place and Place(*sae.place).hook_name) or sae.origin.hook_name or None,
             "hook_head_index": None,
         },
     }
@@ -206,7 +206,3 @@ def _origin(config: dict[str, Any], path: Path) -> Origin:
     place = place_of_hook(hook) if head is None else None  # one head alone is no site of ours
     name = hook if head is None else f"{hook} of head {head}"
     return Origin(place, name, str(config.get("model_name") or ""), "SAELens")
-
-
-def _hook_name(place: tuple[str, int] | None) -> str | None:
-    return None if place is None else f"blocks.{place[1]}.{OUR_SITES[place[0]]}"

@@ -68,7 +68,7 @@ def train_sae(
     Example:
         >>> import torch, steerfast as sf
         >>> x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
-        >>> sf.train_sae(x, sf.TrainConfig(features=64, k=4, tokens=20_000, batch=512)).features
+        >>> sf.sae.train_sae(x, sf.sae.TrainConfig(features=64, k=4, tokens=20_000, batch=512)).features
         64
     """
     if not isinstance(source, Tensor) and not hasattr(source, "counts"):
