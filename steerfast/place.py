@@ -1,11 +1,13 @@
-"""Where in a model something is read or steered: a site of a layer."""
+"""Where in a model something is read or steered, and where what is made of activations comes from."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ._checks import one_of, whole_number
+from ._checks import finite_number, one_of, whole_number
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_out")
 HOOKS = {
@@ -40,6 +42,80 @@ class Place(NamedTuple):
     def same_stream(self, other: Place) -> bool:
         """Whether both show the same tensor: the output of a block is the input of the next."""
         return _counted_from_outputs(self) == _counted_from_outputs(other)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where activations were read, as far as that is known, and how long they are there.
+
+    Args:
+        model: Class of the model, such as "LlamaForCausalLM", or the model type that another library's file names.
+        place: Site and layer; what else `place_of` takes, such as (site, layer) or a layer, is made a `Place`.
+        position: Which tokens: "last", "mean", "all" or an index.
+        typical_norm: Median L2 norm of the rows; the mean would follow the few tokens of enormous norm.
+
+    Raises:
+        TypeError, ValueError: a place that is none, or a norm that is negative or not finite.
+    """
+
+    model: str | None = None
+    place: Place | None = None
+    position: str | int | None = None
+    typical_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.place is not None:
+            object.__setattr__(self, "place", place_of("Origin", self.place))
+        if self.typical_norm is not None:
+            norm = finite_number("Origin", "typical_norm", self.typical_norm)
+            if norm < 0:
+                raise ValueError(f"Origin: typical_norm is {norm}; expected a length >= 0, or None where it is unknown")
+            object.__setattr__(self, "typical_norm", norm)
+
+    def __str__(self) -> str:
+        layer = None if self.place is None else f"layer {self.place.layer}, {self.place.site}"
+        return ", ".join(part for part in (self.model, layer) if part)
+
+
+UNKNOWN = Origin()
+
+
+def common_origin(owner: str, origins: Iterable[Origin]) -> Origin:
+    """The origin of what is made of several things.
+
+    A model or place that only some of them know is kept; two different ones are refused, because vectors of different
+    places live in different spaces. Two different positions leave none: they do not say where something can be used.
+    The typical norm is the mean of those that are known.
+
+    Args:
+        owner: Who asks, for the message.
+        origins: Theirs, one at least.
+
+    Raises:
+        ValueError: two models, or two places.
+    """
+    known = list(origins)
+    model, place = (_only(owner, name, [getattr(one, name) for one in known]) for name in ("model", "place"))
+    positions = {one.position for one in known}
+    norms = [one.typical_norm for one in known if one.typical_norm is not None]
+    position = positions.pop() if len(positions) == 1 else None
+    return Origin(model, place, position, sum(norms) / len(norms) if norms else None)
+
+
+def _only(owner: str, name: str, values: list[Any]) -> Any:
+    found = list(dict.fromkeys(value for value in values if value is not None))
+    if len(found) > 1:
+        raise ValueError(
+            f"{owner}: the {name} is {str(found[0])!r} of one and {str(found[1])!r} of another; such vectors live in "
+            f"different spaces (dataclasses.replace(v, origin=Origin()) forgets where v comes from)"
+        )
+    return found[0] if found else None
+
+
+def family(model: str) -> str:
+    """The family that a class name (LlamaForCausalLM) or a model type (llama) names, as one lower-case word."""
+    word = re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|Model|_text)$", "", model.partition(":")[0])
+    return re.sub(r"[^a-z0-9]", "", word.lower())
 
 
 def place_of(owner: str, key: Any) -> Place:

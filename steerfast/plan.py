@@ -271,11 +271,11 @@ def _by_place(chain: Sequence[Any]) -> Edits:
     for edit in chain:
         if not isinstance(edit, Intervention):
             raise TypeError(f"Plan: a list must hold interventions; got {edit!r}")
-        if edit.place is None:
+        if edit.origin.place is None:
             raise ValueError(
                 f"Plan: {edit!r} does not know its layer and site; pass a dict of layer -> intervention(s)"
             )
-        edits.setdefault(edit.place, []).append(edit)
+        edits.setdefault(edit.origin.place, []).append(edit)
     if not edits:
         raise ValueError("Plan: edits is empty; name at least one layer")
     return edits
@@ -284,10 +284,10 @@ def _by_place(chain: Sequence[Any]) -> Edits:
 def _warn_misplaced(place: Place, chain: Sequence[Intervention]) -> None:
     """Something that was made for one place is put at another."""
     for edit in chain:
-        home = edit.place
-        if home is not None and place.layer >= 0 and not place.same_stream(Place(*home)):
+        home = edit.origin.place
+        if home is not None and place.layer >= 0 <= home.layer and not place.same_stream(home):
             warnings.warn(
-                f"Plan: {edit!r} belongs to {Place(*home)} and is put at {place}; sf.Plan([...]) finds its place",
+                f"Plan: {edit!r} belongs to {home} and is put at {place}; sf.Plan([...]) finds its place",
                 UserWarning,
                 stacklevel=4,
             )

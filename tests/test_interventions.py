@@ -357,7 +357,7 @@ BAD = [
     (lambda: sf.Plan({"1": sf.Add(rows(1)[0])}), ValueError, "key '1'"),
     (lambda: sf.Plan({("middle", 1): sf.Add(rows(1)[0])}), ValueError, "site is 'middle'"),
     (lambda: sf.Plan({1: []}), TypeError, "non-empty list"),
-    (lambda: sf.Plan({1: 'v'}), TypeError, "expected an intervention"),
+    (lambda: sf.Plan({1: "v"}), TypeError, "expected an intervention"),
     (lambda: sf.Plan({1: sf.Add(rows(1)[0])}, positions="first"), ValueError, "positions is 'first'"),
     (lambda: sf.Plan({1: sf.Add(rows(1)[0])}, positions=[]), TypeError, "positions is"),
     (lambda: sf.Plan({1: sf.Add(rows(1)[0])}, positions=torch.ones(3)), TypeError, "must be bool"),

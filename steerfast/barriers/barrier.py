@@ -37,12 +37,10 @@ ACTIVATIONS = ("cos", "tanh")
 
 @dataclass(frozen=True)
 class BarrierInfo:
-    """Where a barrier comes from and how good it is.
+    """How a barrier was fitted and how good it is.
 
     Attributes:
         kind: "linear", "quadratic", "sketch", "rff" or "mlp"; "" if it was made by hand.
-        layer, site, model: Where its activations were read; None if they were plain tensors.
-        typical_norm: Mean ‖a‖ of the activations it was fitted on; 0 if unknown.
         accuracy: Share of held-out activations on the right side of h = 0; NaN if nothing was held out.
         log_likelihood: Mean log-likelihood per held-out example; NaN if nothing was held out.
         separable: Whether the fitted activations all lie on their own side: the size of h is then set by C alone.
@@ -50,10 +48,6 @@ class BarrierInfo:
     """
 
     kind: str = ""
-    layer: int | None = None
-    site: str | None = None
-    model: str | None = None
-    typical_norm: float = 0.0
     accuracy: float = math.nan
     log_likelihood: float = math.nan
     separable: bool = False

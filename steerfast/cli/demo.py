@@ -198,11 +198,11 @@ def _add(demo: Demo) -> Tensor:
     love = extract.difference(demo.activations(LOVE, LAYER_ADD), demo.activations(HATE, LAYER_ADD))
     notes = [
         f'love − hate: "{LOVE[0]}" minus "{HATE[0]}", last token, length {love.norm:.1f} '
-        f"(typical activation {love.activation_norm:.1f})"
+        f"(typical activation {love.origin.typical_norm:.1f})"
     ]
     plan = Plan({LAYER_ADD: Add(love, 2.0)}, model=demo.model)
     title = f"1  Add: x + 2·(love − hate) after layer {LAYER_ADD}"
-    demo.show("add", title, plan, notes, {"norm": love.norm, "activation_norm": love.activation_norm})
+    demo.show("add", title, plan, notes, {"norm": love.norm, "activation_norm": love.origin.typical_norm})
     return love.vector
 
 

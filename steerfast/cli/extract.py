@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         for texts in (positive, negative)
     ]
     found = getattr(extract, args.method)(*sides, normalize=args.normalize)
-    directions = found if isinstance(found, dict) else {found.layer: found}
+    directions = found if isinstance(found, dict) else {found.origin.place.layer: found}
     edits: dict[int | tuple[str, int], Any] = {
         (args.site, layer): Add(d, strength=args.strength) for layer, d in directions.items()
     }
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     )
     shared.say(f"\n{'layer':>7} {'norm':>10} {'typical activation':>20}")
     for layer, direction in directions.items():
-        shared.say(f"{layer:>7} {direction.norm:>10.4g} {direction.activation_norm:>20.4g}")
+        shared.say(f"{layer:>7} {direction.norm:>10.4g} {direction.origin.typical_norm:>20.4g}")
     shared.say(f"\nPlan        {saved} (strength {args.strength:g}{', unit vectors' if args.normalize else ''})")
     shared.say(f'Next        steerfast generate {args.model} "Your prompt" --plan {saved}')
     return 0

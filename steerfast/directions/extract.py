@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from steerfast.models.collect import Activations, typical_norm_of
+from steerfast.place import Origin, place_of
 
 from .direction import ROUNDING, Direction, direction_matrix, orthogonal_to
 
@@ -194,8 +195,9 @@ def _extract(
     directions = {}
     for layer in pos:
         direction = _direction(f"{name}: layer {layer}", method, pos[layer], neg[layer], normalize, project_out, paired)
-        origin: dict[str, Any] = {key: getattr(pos, key, None) for key in ("site", "position", "model")}
-        directions[layer] = replace(direction, method=name, layer=layer, **origin)
+        known = pos.origin(layer) if isinstance(pos, Activations) else Origin(place=place_of("extract", layer))
+        origin = replace(known, typical_norm=direction.origin.typical_norm)
+        directions[layer] = replace(direction, method=name, origin=origin)
     return directions if len(directions) != 1 else next(iter(directions.values()))
 
 
@@ -244,4 +246,4 @@ def _direction(
     if project_out is not None:
         vector = orthogonal_to(name, vector, project_out)
     norm = float(vector.norm())
-    return Direction((vector / norm if normalize else vector).float(), name, norm, typical)
+    return Direction((vector / norm if normalize else vector).float(), name, norm, Origin(typical_norm=typical))

@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from steerfast.edits.base import Intervention
 from steerfast.edits.linear import Add
 from steerfast.files.replace import replace_file
 from steerfast.models.layers import find_layers
-from steerfast.place import SITES
+from steerfast.place import SITES, Origin, Place
 from steerfast.plan import ModelCard, Plan, Positions, card
 
 from .direction import Direction
@@ -36,7 +36,6 @@ KIND = "steerfast.directions"
 JSON_NAME, TENSORS_NAME = "directions.json", "directions.safetensors"
 
 _NAME = re.compile(r"\w[\w .+\-]{0,127}")
-_TEXT_FIELDS = tuple(f.name for f in fields(Direction) if f.name != "vector")
 _PathLike = str | os.PathLike[str]
 
 
@@ -55,7 +54,7 @@ class DirectionSet(Mapping[str, Direction]):
 
     Example:
         >>> import torch
-        >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, 50.0, layer=8)
+        >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, Origin(place=8))
         >>> DirectionSet({"love - hate": v}).plan(strength=2.0)
         Plan(resid_post 8: Add; positions='all')
     """
@@ -64,7 +63,8 @@ class DirectionSet(Mapping[str, Direction]):
         self._directions = _named_directions(directions)
         self._model = model if model is None or isinstance(model, ModelCard) else card(model)
         for name, direction in self._directions.items():
-            if self._model is not None and direction.site != "head_out" and len(direction.vector) != self._model.width:
+            head = direction.origin.place is not None and direction.origin.place.site == "head_out"
+            if self._model is not None and not head and len(direction.vector) != self._model.width:
                 raise ValueError(
                     f"DirectionSet: {name!r} has width {len(direction.vector)}; "
                     f"{self._model.name} has {self._model.width}"
@@ -112,24 +112,23 @@ class DirectionSet(Mapping[str, Direction]):
 
         Example:
             >>> import torch
-            >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, 50.0)
+            >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0)
             >>> DirectionSet({4: v, 5: v}).plan({"resid_post.5": 3.0})
             Plan(resid_post 5: Add; positions='all')
         """
         wanted = strength if isinstance(strength, Mapping) else dict.fromkeys(self, strength)
         if unknown := [name for name in wanted if name not in self]:
             raise ValueError(f"plan: strength names {unknown[0]!r}; the set has {_short_list(self)}")
-        edits: dict[int | tuple[str, int], list[Intervention]] = {}
+        edits: dict[Place, list[Intervention]] = {}
         for name, direction in self.items():
             if name not in wanted:
                 continue
-            if direction.layer is None:
+            if direction.origin.place is None:
                 raise ValueError(
-                    f"plan: {name!r} does not know its layer; give it one with "
-                    f"dataclasses.replace(direction, layer=...), or write the Plan yourself"
+                    f"plan: {name!r} does not know its layer; give it one with dataclasses.replace(direction, "
+                    f"origin=Origin(place=8)), or write the Plan yourself"
                 )
-            place = direction.site or "resid_post", direction.layer
-            edits.setdefault(place, []).append(Add(direction.vector, wanted[name], keep_norm))
+            edits.setdefault(direction.origin.place, []).append(Add(direction, wanted[name], keep_norm))
         if model is not None:
             self._check_model(model, edits)
         return Plan(edits, positions, self._model if model is None else model, special)
@@ -148,17 +147,10 @@ class DirectionSet(Mapping[str, Direction]):
             )
         for site, layer in places:
             layers.point(layer, site, "plan")
-        names = {direction.model for direction in self.values() if direction.model is not None}
-        if others := sorted(name for name in names if family(name) != family(layers.name)):
-            warnings.warn(
-                f"plan: directions were made with {_short_list(others)}; this model is a {layers.name}",
-                UserWarning,
-                stacklevel=3,
-            )
 
     def __repr__(self) -> str:
         rows = [
-            [name, d.method, shown_number(d.layer), d.site or "", str(len(d.vector)), f"{d.norm:.4g}", d.model or ""]
+            [name, d.method, *_shown_place(d.origin), str(len(d.vector)), f"{d.norm:.4g}", d.origin.model or ""]
             for name, d in list(self.items())[:_SHOWN_ROWS]
         ]
         head = ["name", "method", "layer", "site", "d", "norm", "model"]
@@ -181,7 +173,7 @@ def save_directions(path: _PathLike, directions: Any, model: nn.Module | ModelCa
 
     Example:
         >>> import tempfile, torch
-        >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, 50.0, layer=8)
+        >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, Origin(place=8))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     float(load_directions(save_directions(folder, {"love": v}))["love"].vector[1])
         4.0
@@ -196,10 +188,7 @@ def save_directions(path: _PathLike, directions: Any, model: nn.Module | ModelCa
         "schema": SCHEMA,
         "kind": KIND,
         "model": None if checked.model is None else vars(checked.model),
-        "directions": {
-            name: {key: getattr(d, key) for key in _TEXT_FIELDS} | {"width": len(d.vector)}
-            for name, d in checked.items()
-        },
+        "directions": {name: _entry(d) for name, d in checked.items()},
         "tensors_sha256": hashlib.sha256(blob).hexdigest(),
     }
     target.mkdir(parents=True, exist_ok=True)
@@ -260,7 +249,7 @@ class DirectionInfo(NamedTuple):
         path: the folder of its set, for `load_directions`.
         name: its name in the set.
         width: d.
-        method, norm, activation_norm, layer, site, position, model: as in `Direction`.
+        method, norm, origin: as in `Direction`.
     """
 
     path: str
@@ -268,11 +257,7 @@ class DirectionInfo(NamedTuple):
     width: int
     method: str
     norm: float
-    activation_norm: float | None
-    layer: int | None
-    site: str | None
-    position: str | int | None
-    model: str | None
+    origin: Origin
 
 
 class Listing(list[DirectionInfo]):
@@ -294,11 +279,10 @@ class Listing(list[DirectionInfo]):
                 e.path,
                 e.name,
                 e.method,
-                shown_number(e.layer),
-                e.site or "",
+                *_shown_place(e.origin),
                 str(e.width),
                 f"{e.norm:.4g}",
-                e.model or "",
+                e.origin.model or "",
             ]
             for e in self[:_SHOWN_ROWS]
         ]
@@ -323,10 +307,10 @@ def list_directions(directory: _PathLike) -> Listing:
 
     Example:
         >>> import tempfile, torch
-        >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, 50.0, layer=8)
+        >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, Origin(place=8))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save_directions(f"{folder}/love", v)
-        ...     [(info.name, info.layer, info.width) for info in list_directions(folder)]
+        ...     [(info.name, info.origin.place.layer, info.width) for info in list_directions(folder)]
         [('resid_post.8', 8, 2)]
     """
     root = Path(directory)
@@ -339,7 +323,10 @@ def list_directions(directory: _PathLike) -> Listing:
         try:
             entries = _read_text(f"{folder}/{JSON_NAME}")["directions"]
             os.stat(f"{folder}/{TENSORS_NAME}")
-            found += [DirectionInfo(path=folder, name=name, **entry) for name, entry in entries.items()]
+            found += [
+                DirectionInfo(folder, name, entry["width"], entry["method"], entry["norm"], _origin(entry))
+                for name, entry in entries.items()
+            ]
         except FileNotFoundError as error:
             if not str(error.filename).endswith(JSON_NAME):  # a folder without the JSON is no set
                 damaged[folder] = f"{error.filename} is missing"
@@ -349,12 +336,6 @@ def list_directions(directory: _PathLike) -> Listing:
         reason = next(iter(damaged.values()))
         warnings.warn(f"list_directions: {len(damaged)} damaged: {reason}", RuntimeWarning, stacklevel=2)
     return Listing(found, damaged)
-
-
-def family(model: str) -> str:
-    """The family that a class name (LlamaForCausalLM) or a model type (llama) names, as one lower-case word."""
-    word = re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|Model|_text)$", "", model.partition(":")[0])
-    return re.sub(r"[^a-z0-9]", "", word.lower())
 
 
 def _named_directions(directions: Any) -> dict[str, Direction]:
@@ -387,13 +368,14 @@ def _named_directions(directions: Any) -> dict[str, Direction]:
 def _name(key: Any, direction: Direction) -> tuple[str, Direction]:
     """The name of a direction in its set; a key that is a layer tells the direction its layer."""
     if type(key) is int:
-        if direction.layer not in (None, key):
+        known = direction.origin.place
+        if known is not None and known.layer != key:
             raise ValueError(f"DirectionSet: {direction!r} is given for layer {key}")
-        values = {name: getattr(direction, name) for name in _TEXT_FIELDS}
-        direction = Direction(direction.vector, **(values | {"layer": key}))
-    if key is None and direction.layer is None:
+        direction = replace(direction, origin=replace(direction.origin, place=known or key))
+    place = direction.origin.place
+    if key is None and place is None:
         raise ValueError(f"DirectionSet: {direction!r} has neither name nor layer; give a dict of name -> direction")
-    name = f"{direction.site or 'resid_post'}.{direction.layer}" if key is None or type(key) is int else key
+    name = f"{place.site}.{place.layer}" if place is not None and (key is None or type(key) is int) else key
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
             f"DirectionSet: {name!r} cannot be a name; use 1 to 128 letters, digits, '_', '-', '+', '.' and spaces, "
@@ -448,7 +430,32 @@ def _rebuild(name: str, entry: dict[str, Any], vector: Tensor) -> Direction:
             f"direction {name!r} is {vector.dtype} {tuple(vector.shape)} in {TENSORS_NAME}; "
             f"expected float32 ({entry['width']},)"
         )
-    return Direction(vector, **{key: entry[key] for key in _TEXT_FIELDS})
+    return Direction(vector, entry["method"], entry["norm"], _origin(entry))
+
+
+def _entry(direction: Direction) -> dict[str, Any]:
+    """The JSON of a direction."""
+    origin = direction.origin
+    return {
+        "method": direction.method,
+        "norm": direction.norm,
+        "activation_norm": origin.typical_norm,
+        "layer": None if origin.place is None else origin.place.layer,
+        "site": None if origin.place is None else origin.place.site,
+        "position": origin.position,
+        "model": origin.model,
+        "width": len(direction.vector),
+    }
+
+
+def _origin(entry: Mapping[str, Any]) -> Origin:
+    place = None if entry["layer"] is None else Place(entry["site"] or "resid_post", entry["layer"])
+    return Origin(entry["model"], place, entry["position"], entry["activation_norm"])
+
+
+def _shown_place(origin: Origin) -> tuple[str, str]:
+    """Layer and site as two cells of a table."""
+    return ("", "") if origin.place is None else (str(origin.place.layer), origin.place.site)
 
 
 _SHOWN_ROWS = 20

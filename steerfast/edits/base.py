@@ -13,6 +13,7 @@ from torch import Tensor
 from steerfast._checks import ORTHONORMAL, direction_rows, no_gradient, tensor_of
 from steerfast.ops import torch_backend
 from steerfast.ops.slots import Slot
+from steerfast.place import UNKNOWN, Origin, common_origin
 
 ROUNDED = 1e-6
 """Deviation from orthonormal rows that rounding to float32 explains."""
@@ -27,7 +28,10 @@ DEPENDENT = 1e-4
 class HasVector(Protocol):
     """Anything that carries a vector (d,), such as a direction from `steerfast.extract`."""
 
-    vector: Tensor
+    @property
+    def vector(self) -> Tensor:
+        """The vector, (d,)."""
+        ...
 
 
 Directions = Tensor | HasVector
@@ -52,15 +56,16 @@ class Intervention:
         """d, the width of the stream that it edits."""
         return self.slot().lift.shape[-1]
 
-    @property
-    def place(self) -> tuple[str, int] | None:
-        """(site, layer) where it belongs, if it knows."""
-        return None
+    def __post_init__(self) -> None:
+        given = [getattr(self, f.name) for f in fields(self)]
+        several = [item for value in given for item in (value if isinstance(value, (list, tuple)) else [value])]
+        found = [one for item in several if isinstance(one := getattr(item, "origin", None), Origin)]
+        set_field(self, "_origin", common_origin(type(self).__name__, found) if found else UNKNOWN)
 
     @property
-    def model(self) -> str | None:
-        """Class of the one model that it fits; None: any of its width."""
-        return None
+    def origin(self) -> Origin:
+        """Where the direction, the barrier or the SAE that it was given comes from, as far as that is known."""
+        return vars(self)["_origin"]
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -102,6 +102,7 @@ class When(Intervention):
     per_token: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         owner = type(self).__name__
         if not isinstance(self.condition, Condition):
             raise TypeError(f"{owner}: condition must be a Condition; got {type(self.condition).__name__}")
@@ -121,19 +122,9 @@ class When(Intervention):
         return self.then.width
 
     @property
-    def place(self) -> tuple[str, int] | None:
-        """(site, layer) where the intervention belongs, if it knows."""
-        return self.then.place
-
-    @property
     def trained(self) -> tuple[str, ...]:
         """The fields of the intervention that require a gradient."""
         return tuple(f"then.{name}" for name in self.then.trained)
-
-    @property
-    def model(self) -> str | None:
-        """Class of the one model that the intervention fits; None: any of its width."""
-        return self.then.model
 
     def slot(self) -> Slot:
         return self.then.slot()

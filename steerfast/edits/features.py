@@ -15,6 +15,7 @@ from steerfast import ops
 from steerfast._checks import direction_rows, finite_number, flag, one_of
 from steerfast.ops.backends import in_full_precision
 from steerfast.ops.slots import HINGE, PUSH, Slot
+from steerfast.place import Origin, Place
 from steerfast.ops.torch_backend import restore_norm
 
 from .base import (
@@ -64,6 +65,7 @@ class Amplify(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("Amplify", "keep_norm", self.keep_norm)
         set_field(self, "features", live_rows("Amplify", "features", self.features))
         set_field(self, "alpha", finite_number("Amplify", "alpha", self.alpha))
@@ -99,6 +101,7 @@ class Calibrate(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("Calibrate", "keep_norm", self.keep_norm)
         set_field(self, "features", live_rows("Calibrate", "features", self.features))
         set_field(self, "beta", finite_number("Calibrate", "beta", self.beta))
@@ -197,6 +200,7 @@ class EditFeatures(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("EditFeatures", "keep_norm", self.keep_norm)
         one_of("EditFeatures", "mode", self.mode, ("set", "add", "scale", "min", "max"))
         if not isinstance(self.values, Mapping) or not self.values:
@@ -220,14 +224,10 @@ class EditFeatures(Intervention):
         return self._rows.decoder.shape[-1]
 
     @property
-    def place(self) -> tuple[str, int] | None:
-        """(site, layer) that the SAE reads and writes, if that is known."""
-        return self._rows.place
-
-    @property
-    def model(self) -> str | None:
-        """Class of the model whose stream the SAE was trained on, if that is known."""
-        return self._rows.model
+    def origin(self) -> Origin:
+        """The place that the SAE reads and writes, and the model that it was trained on, as far as they are known."""
+        place = self._rows.place
+        return Origin(self._rows.model, None if place is None else Place(*place))
 
     @property
     def _rows(self) -> Features | SelectedFeatures:
@@ -260,8 +260,8 @@ class EditFeatures(Intervention):
             "values": list(self.values.values()),
             "mode": self.mode,
             "keep_norm": self.keep_norm,
-            "place": self.place,
-            "model": self.model,
+            "place": self._rows.place,
+            "model": self._rows.model,
         }
         return numbers if isinstance(self._rows, Features) else {**numbers, "selection": self._rows.numbers()}
 
@@ -314,6 +314,7 @@ class DeficitPush(Intervention):
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rows = direction_rows("DeficitPush", "features", self.features)
         set_field(self, "features", rows)
         set_field(self, "target", finite_number("DeficitPush", "target", self.target))

@@ -64,6 +64,7 @@ class Flow(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.barrier, Barrier):
             raise TypeError(f"Flow: barrier must come from fit_barrier; got {type(self.barrier).__name__}")
         path_length("Flow", self.T, self.angle)
@@ -104,17 +105,6 @@ class Flow(Intervention):
     def width(self) -> int:
         """d, the width of the stream that it edits."""
         return self.barrier.width
-
-    @property
-    def place(self) -> tuple[str, int] | None:
-        """(site, layer) of the activations that the barrier was fitted on, if they are known."""
-        info = self.barrier.info
-        return None if info.layer is None or info.site is None else (info.site, info.layer)
-
-    @property
-    def model(self) -> str | None:
-        """Class of the model whose activations the barrier was fitted on, if it is known."""
-        return self.barrier.info.model
 
     @property
     def solver(self) -> Scheme:

@@ -64,6 +64,7 @@ class Add(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("Add", "keep_norm", self.keep_norm)
         rows = live_rows("Add", "vector", self.vector, one=True, zero=True)
         set_field(self, "vector", rows if rows.requires_grad else rows[0])
@@ -98,6 +99,7 @@ class Ablate(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("Ablate", "keep_norm", self.keep_norm)
         rows = live_rows("Ablate", "direction", self.direction)
         basis = orthonormal("Ablate", "direction", rows_of(rows.detach()).to("cpu", torch.float32))
@@ -138,6 +140,7 @@ class AffineAblate(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("AffineAblate", "keep_norm", self.keep_norm)
         unit = unit_row("AffineAblate", self.direction)
         set_field(self, "direction", unit)
@@ -183,6 +186,7 @@ class Clamp(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("Clamp", "keep_norm", self.keep_norm)
         set_field(self, "direction", unit_row("Clamp", self.direction))
         for name in ("low", "high"):
@@ -228,6 +232,7 @@ class Affine(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("Affine", "keep_norm", self.keep_norm)
         if not isinstance(self.bias, (Tensor, type(None))):
             raise TypeError(f"Affine: bias must be a tensor (d,) or None; got {self.bias!r}")
@@ -283,6 +288,7 @@ class LoReFT(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("LoReFT", "keep_norm", self.keep_norm)
         set_field(self, "R", direction_rows("LoReFT", "R", self.R))
         set_field(self, "W", live_table("LoReFT", "W", self.W, tuple(self.R.shape)))

@@ -10,6 +10,7 @@ from steerfast._positions import Selector
 from steerfast.edits.base import Intervention
 from steerfast.edits.conditions import When
 from steerfast.models.layers import Layers
+from steerfast.place import family
 from steerfast.plan import Plan, rule_of
 
 from .attachment import Attachment
@@ -101,8 +102,12 @@ def check_plan(plan: Plan, layers: Layers, prepared: Container[Place] | None) ->
                 raise ValueError(
                     f"steer: {edit!r} at {site} {layer} has width {edit.width}; this model's {site} has {point.width}"
                 )
-            if edit.model not in (None, layers.name):
-                raise ValueError(f"steer: {edit!r} comes from activations of {edit.model}; this model is {layers.name}")
+            if edit.origin.model is not None and family(edit.origin.model) not in ("unknown", family(layers.name)):
+                warnings.warn(
+                    f"steer: {edit!r} comes from activations of {edit.origin.model}; this model is a {layers.name}",
+                    UserWarning,
+                    stacklevel=4,
+                )
         if prepared is not None and (site, layer) not in prepared:
             raise RuntimeError(f"steer: {site} of layer {layer} was not prepared; name it in prepare before compiling")
 

@@ -412,8 +412,8 @@ def _edit(direction: Direction | Barrier, strength: float, unit: str) -> Add | F
     if isinstance(direction, Barrier):
         h = direction if strength > 0 else -direction
         return Flow(h, angle=abs(strength)) if unit == "stream" else Flow(h, T=abs(strength))
-    if unit == "stream" and direction.activation_norm is not None:
-        strength = strength * direction.activation_norm / float(direction.vector.norm())
+    if unit == "stream" and direction.origin.typical_norm is not None:
+        strength = strength * direction.origin.typical_norm / float(direction.vector.norm())
     return Add(direction.vector, strength=strength)
 
 
