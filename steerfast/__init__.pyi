@@ -10,7 +10,6 @@ from .directions.direction import Direction as Direction
 from .directions.pairs import directions_from as directions_from
 from .directions.sets import DirectionSet as DirectionSet
 from .directions.sets import list_directions as list_directions
-from .directions.sets import load_directions as load_directions
 from .directions.sets import save_directions as save_directions
 from .edits.base import Intervention as Intervention
 from .edits.conditions import Condition as Condition
@@ -38,7 +37,7 @@ from .hooks.steer import prepare as prepare
 from .hooks.steer import reset as reset
 from .hooks.steer import steer as steer
 from .hooks.steer import unprepare as unprepare
-from .integrations.read import load_vectors as load_vectors
+from .integrations.read import load_directions as load_directions
 from .models.collect import collect as collect
 from .ops.backends import use_backend as use_backend
 from .plan import Plan as Plan

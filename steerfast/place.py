@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,12 +72,23 @@ class Origin:
                 raise ValueError(f"Origin: typical_norm is {norm}; expected a length >= 0, or None where it is unknown")
             object.__setattr__(self, "typical_norm", norm)
 
+    def numbers(self) -> dict[str, Any]:
+        """Its fields, ready for JSON."""
+        return {**vars(self), "place": None if self.place is None else list(self.place)}
+
+    @classmethod
+    def restore(cls, numbers: Mapping[str, Any]) -> Origin:
+        """The inverse of `numbers`; everything is validated anew."""
+        place = numbers["place"]
+        return cls(**{**numbers, "place": None if place is None else Place(*place)})
+
     def __str__(self) -> str:
         layer = None if self.place is None else f"layer {self.place.layer}, {self.place.site}"
         return ", ".join(part for part in (self.model, layer) if part)
 
 
-UNKNOWN = Origin()
+NOWHERE = Origin()
+"""The origin of what says nothing of it."""
 
 
 def common_origin(owner: str, origins: Iterable[Origin]) -> Origin:

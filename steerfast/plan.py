@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,19 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from steerfast.edits.base import Intervention, intervention_type, untrained
 from steerfast.edits.linear import Add
-from steerfast.files.replace import replace_file
-from steerfast.place import Place, place_of
+from steerfast.edits.saes import Shelf, with_saes
+from steerfast.files import container
+from steerfast.place import NOWHERE, Origin, Place, place_of
 
 from ._positions import Selector, as_selector, normal, parse, resolved, special_ids
-
-SCHEMA = 1
 
 Edits = Mapping[Any, Any]
 """A place to one intervention (or vector to add), or to several."""
@@ -148,13 +142,16 @@ class Plan:
         return f"Plan({'; '.join(places)}; positions={self._positions!r})"
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write plan.json and plan.safetensors into a directory, each under a temporary name first.
+        """Write plan.json and plan.safetensors into a directory: both, or neither.
+
+        An edit of a Top-K SAE is written as the SAE's fingerprint and the features, without weights: `load` finds the SAE.
 
         Returns:
             The directory.
+
+        Raises:
+            ValueError: a tensor requires a gradient, or a number is not finite; a file stands where the directory should.
         """
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         places = [
             {"site": site, "layer": layer, "interventions": [_describe(edit, tensors) for edit in chain]}
@@ -164,62 +161,51 @@ class Plan:
         if isinstance(positions, Tensor):
             tensors["positions"] = positions
             positions = {"mask": "positions"}
-        blob = save_tensors(tensors)
         text = {
-            "schema": SCHEMA,
-            "kind": "steerfast.plan",
             "positions": positions,
             "model": None if self._model is None else vars(self._model),
             "edits": places,
-            "tensors_sha256": hashlib.sha256(blob).hexdigest(),
             **({} if self._special is None else {"special": list(self._special)}),
         }
-        replace_file(target / "plan.safetensors", blob)
-        replace_file(target / "plan.json", json.dumps(text, indent=2).encode())
-        return target
+        return container.write(container.PLAN, directory, text, tensors)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Plan:
+    def load(cls, directory: str | os.PathLike[str], saes: Any = None) -> Plan:
         """Read what `save` wrote. Nothing is executed, nothing is loaded in part.
 
+        Args:
+            directory: The directory.
+            saes: Where the SAEs are that its edits of Top-K SAEs name: an SAE, the path of one, the path of a folder of SAE
+                folders, or a list of these; None: the folder in the environment variable STEERFAST_SAES. An SAE of several
+                edits is loaded once.
+
         Raises:
-            FileNotFoundError: one of the two files is missing.
-            ValueError: a file is damaged, of another kind or schema, or holds an unknown intervention or key.
+            FileNotFoundError: one of the two files is missing, or an SAE that it names is in none of these places.
+            ValueError: a file is damaged, of another kind or a newer schema, or holds an unknown intervention or key.
         """
-        source = Path(directory)
-        text_path, blob_path = source / "plan.json", source / "plan.safetensors"
-        for path in (text_path, blob_path):
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"Plan.load: {path} does not exist; a plan is a directory with plan.json and plan.safetensors"
-                )
-        try:
-            text = json.loads(text_path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"Plan.load: {text_path} is not JSON ({error})") from None
-        blob = blob_path.read_bytes()
-        _check_text(text_path, text)
-        if hashlib.sha256(blob).hexdigest() != text["tensors_sha256"]:
-            raise ValueError(
-                f"Plan.load: {blob_path} is not the file that {text_path} was written with; copy both again"
-            )
-        try:
-            tensors = load_tensors(blob)
-        except SafetensorError as error:
-            raise ValueError(f"Plan.load: {blob_path} is damaged: {error}") from None
-        try:
+        shelf = saes if isinstance(saes, Shelf) else Shelf("Plan.load", saes)
+        text, tensors = container.read(container.PLAN, directory)
+        source = os.path.join(directory, container.PLAN.text_name)
+        with container.describing(container.PLAN, directory):
+            items = [item for place in text["edits"] for item in place["interventions"]]
+            names = dict.fromkeys(name for item in items for name in item["tensors"].values())
+            if isinstance(text["positions"], dict):
+                names[text["positions"]["mask"]] = None
+        container.expect(container.PLAN, directory, tensors, names)
+        with container.describing(container.PLAN, directory):
             edits = {
-                (place["site"], place["layer"]): [_rebuild(item, tensors) for item in place["interventions"]]
+                (place["site"], place["layer"]): [
+                    _rebuild(item, tensors, with_saes(item["numbers"], shelf, source))
+                    for item in place["interventions"]
+                ]
                 for place in text["edits"]
             }
             if len(edits) != len(text["edits"]):
-                raise KeyError("a place stands twice among the edits")
+                raise ValueError("a place stands twice among the edits")
             positions = text["positions"]
             positions = tensors[positions["mask"]] if isinstance(positions, dict) else positions
             model = None if text["model"] is None else ModelCard(**text["model"])
             return cls(edits, positions, model, text.get("special"))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"Plan.load: {text_path} does not describe a plan of schema {SCHEMA}: {error}") from None
 
 
 def card(model: Any) -> ModelCard:
@@ -285,12 +271,13 @@ def _warn_misplaced(place: Place, chain: Sequence[Intervention]) -> None:
     """Something that was made for one place is put at another."""
     for edit in chain:
         home = edit.origin.place
-        if home is not None and place.layer >= 0 <= home.layer and not place.same_stream(home):
-            warnings.warn(
-                f"Plan: {edit!r} belongs to {home} and is put at {place}; sf.Plan([...]) finds its place",
-                UserWarning,
-                stacklevel=4,
-            )
+        if home is None or edit.everywhere or min(place.layer, home.layer) < 0 or place.same_stream(home):
+            continue
+        warnings.warn(
+            f"Plan: {edit!r} belongs to {home} and is put at {place}; sf.Plan([...]) finds its place",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _chain(key: Any, value: Any) -> tuple[Intervention, ...]:
@@ -327,19 +314,11 @@ def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
     for name, value in edit.tensors().items():
         names[name] = next((key for key, other in tensors.items() if other is value), f"{len(tensors)}.{name}")
         tensors[names[name]] = value.contiguous()  # an object that stands in two places is written once
-    return {"type": type(edit).__name__, "tensors": names, "numbers": edit.numbers()}
+    known = {} if edit.origin == NOWHERE else {"origin": edit.origin.numbers()}
+    return {"type": type(edit).__name__, "tensors": names, "numbers": edit.numbers(), **known}
 
 
-def _rebuild(item: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
+def _rebuild(item: dict[str, Any], tensors: dict[str, Tensor], numbers: Any) -> Intervention:
     kind = intervention_type("Plan.load", item["type"])
-    return kind.restore({name: tensors[key] for name, key in item["tensors"].items()}, item["numbers"])
-
-
-def _check_text(path: Path, text: Any) -> None:
-    expected = {"schema", "kind", "positions", "model", "edits", "tensors_sha256"}
-    if not isinstance(text, dict) or text.get("kind") != "steerfast.plan":
-        raise ValueError(f'Plan.load: {path} is not a plan ("kind" is not "steerfast.plan")')
-    if text.get("schema") != SCHEMA:
-        raise ValueError(f"Plan.load: {path} has schema {text.get('schema')!r}; this version reads schema {SCHEMA}")
-    if set(text) - {"special"} != expected:
-        raise ValueError(f"Plan.load: {path} has keys {sorted(text)}; expected {sorted(expected)}")
+    edit = kind.restore({name: tensors[key] for name, key in item["tensors"].items()}, numbers)
+    return edit.known_from(Origin.restore(item["origin"])) if "origin" in item else edit

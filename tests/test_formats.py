@@ -25,7 +25,7 @@ import steerfast as sf
 from steerfast.directions.direction import Direction
 from steerfast.directions.sets import DirectionSet, save_directions
 from steerfast.integrations import gguf, lm_eval, repeng, steering_vectors
-from steerfast.integrations.read import load_vectors
+from steerfast.integrations.read import load_directions
 from steerfast.ops import torch_backend as reference
 
 DATA = Path(__file__).parent / "data"
@@ -68,7 +68,7 @@ def test_real_files(file: str, method: str, model: str | None, tmp_path: Path) -
     renamed = tmp_path / "no-extension"
     renamed.write_bytes((DATA / file).read_bytes())
     for path in (DATA / file, renamed):
-        found = load_vectors(path)
+        found = load_directions(path)
         assert [direction.layer for direction in found.values()] == list(LAYERS)
         for layer, direction in zip(LAYERS, found.values(), strict=True):
             assert torch.equal(direction.vector, row(layer))
@@ -77,24 +77,24 @@ def test_real_files(file: str, method: str, model: str | None, tmp_path: Path) -
 
 
 def test_real_files_of_other_kinds() -> None:
-    for layer, direction in zip(LAYERS, load_vectors(DATA / "gguf_float16.gguf").values(), strict=True):
+    for layer, direction in zip(LAYERS, load_directions(DATA / "gguf_float16.gguf").values(), strict=True):
         assert torch.equal(direction.vector, row(layer).half().float())
     with pytest.warns(UserWarning, match="'mlp' is read as mlp_out"):
-        found = load_vectors(DATA / "steering_vectors_mlp.pt")
+        found = load_directions(DATA / "steering_vectors_mlp.pt")
     assert list(found) == ["mlp_out.1", "mlp_out.3", "mlp_out.12"]
-    for layer, direction in zip(LAYERS, load_vectors(DATA / "lm_eval.pt").values(), strict=True):
+    for layer, direction in zip(LAYERS, load_directions(DATA / "lm_eval.pt").values(), strict=True):
         assert torch.equal(direction.vector, 2 * row(layer))
         assert direction.method == "2.0·(lm-eval)"
     with pytest.raises(
         ValueError, match=r"gguf_model.gguf is a GGUF of a 'llama' model with 1 tensors, not of a control"
     ):
-        load_vectors(DATA / "gguf_model.gguf")
+        load_directions(DATA / "gguf_model.gguf")
 
 
 def test_a_clamp_of_lm_eval_is_a_plan() -> None:
     path = DATA / "lm_eval_clamp.pt"
     with pytest.raises(ValueError, match=r"lm_eval\.read_plan"):
-        load_vectors(path)
+        load_directions(path)
     (edit,) = lm_eval.read_plan(path).edits["resid_post", 1]
     x, v, b = torch.randn(5, WIDTH), row(1), row(3)
     unit = v / v.norm()
@@ -117,13 +117,13 @@ def test_round_trips_are_exact(tmp_path: Path) -> None:
         for vectors in (given, DirectionSet(odd)):
             path = write(tmp_path / "file", vectors)
             assert [p.name for p in tmp_path.iterdir()] == ["file"]
-            for back in (read(path), load_vectors(path)):
+            for back in (read(path), load_directions(path)):
                 for x, y in zip(back.values(), vectors.values(), strict=True):
                     assert torch.equal(x.vector, y.vector)
                     assert x.layer == y.layer
     with pytest.warns(UserWarning, match="attn_out"):
-        equal(load_vectors(steering_vectors.write(tmp_path / "attn", some("attn_out"))), some("attn_out"))
-    equal(load_vectors(lm_eval.write(tmp_path / "gpt2", given, blocks="h")), given)
+        equal(load_directions(steering_vectors.write(tmp_path / "attn", some("attn_out"))), some("attn_out"))
+    equal(load_directions(lm_eval.write(tmp_path / "gpt2", given, blocks="h")), given)
     assert gguf.read(gguf.write(tmp_path / "hint", given))["resid_post.1"].model == "llama"
     assert gguf.read(gguf.write(tmp_path / "hint", given, "qwen2"))["resid_post.1"].model == "qwen2"
 
@@ -255,7 +255,7 @@ def test_bad_gguf(case: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        load_vectors(path)
+        load_directions(path)
     assert str(path) in str(error.value)
 
 
@@ -272,7 +272,7 @@ def test_a_gguf_with_other_general_keys_and_types_is_read(tmp_path: Path) -> Non
     values = torch.tensor([1.0, -2.0, 0.5, 3.0])
     path = tmp_path / "good"
     path.write_bytes(header + bytes(-len(header) % 64) + values.bfloat16().view(torch.int16).numpy().tobytes())
-    (direction,) = load_vectors(path).values()
+    (direction,) = load_directions(path).values()
     assert torch.equal(direction.vector, values)
     assert direction.layer == 2
 
@@ -285,11 +285,11 @@ def test_truncated_and_flipped_files_never_pass_for_whole(file: str, tmp_path: P
     for size in range(0, len(whole) - 20, step):  # the last tensor of a GGUF ends before its padding
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=file):
-            load_vectors(path)
+            load_directions(path)
     for position in range(0, len(whole), step):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         with contextlib.suppress(ValueError):  # any other error is a failure; what passes is one flipped number
-            assert all(direction.vector.isfinite().all() for direction in load_vectors(path).values())
+            assert all(direction.vector.isfinite().all() for direction in load_directions(path).values())
 
 
 # --- hostile torch files and pickles ---------------------------------------------------------------------------------
@@ -312,14 +312,14 @@ def test_malice_is_not_executed(tmp_path: Path) -> None:
     torch.save(harmful, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "bare.pkl").write_bytes(pickle.dumps(Malice(marker)))
     (tmp_path / "text.pkl").write_bytes(pickle.dumps(Malice(marker), protocol=0))
-    readers = (load_vectors, steering_vectors.read, lm_eval.read, lm_eval.read_plan, gguf.read)
+    readers = (load_directions, steering_vectors.read, lm_eval.read, lm_eval.read_plan, gguf.read)
     for name in ("new.pt", "old.pt", "bare.pkl", "text.pkl"):
         for read in readers:
             with pytest.raises(ValueError, match=name):
                 read(tmp_path / name)
     with pytest.raises(ValueError, match="bare pickle, which can run any program"):
-        load_vectors(tmp_path / "bare.pkl")
-    code = f"from steerfast.integrations import load_vectors; load_vectors({str(tmp_path / 'new.pt')!r})"
+        load_directions(tmp_path / "bare.pkl")
+    code = f"from steerfast.integrations import load_directions; load_directions({str(tmp_path / 'new.pt')!r})"
     environment = os.environ | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "cannot be read safely" in run.stderr
@@ -375,7 +375,7 @@ def test_bad_torch_files(case: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.pt"
     torch.save(content, path)
     with pytest.raises(ValueError, match=message) as error:
-        load_vectors(path)
+        load_directions(path)
     assert str(path) in str(error.value)
 
 
@@ -384,7 +384,7 @@ def test_archives_that_lie(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", "hello")
     with pytest.raises(ValueError, match=r"bad.pt is a zip archive, but none that torch.save wrote"):
-        load_vectors(path)
+        load_directions(path)
     torch.save({"layer_activations": {1: torch.ones(4096)}}, path)
     with zipfile.ZipFile(path) as whole:
         entries = {entry.filename: whole.read(entry) for entry in whole.infolist()}
@@ -392,15 +392,15 @@ def test_archives_that_lie(tmp_path: Path) -> None:
         for name, content in entries.items():
             archive.writestr(name, content)
     with pytest.raises(ValueError, match=r"bad.pt is a compressed archive"):
-        load_vectors(path)
+        load_directions(path)
     with zipfile.ZipFile(path, "w") as archive:  # the tensor is shorter than the pickle says
         for name, content in entries.items():
             archive.writestr(name, content[:64] if "/data/" in name else content)
     with pytest.raises(ValueError, match=r"bad.pt"):
-        load_vectors(path)
+        load_directions(path)
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     with pytest.raises(ValueError, match="TorchScript"):
-        load_vectors(path)
+        load_directions(path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         lm_eval.read(tmp_path / "nowhere")
 
@@ -429,7 +429,7 @@ def test_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         + 'sparsify,add,sae,layers.3,4,10.0,,,"dogs, mostly",\n'
         + f"sae_lens,add,{tmp_path / 'lens'},layers.5.mlp,0,-2.5,,layer_5/canonical,,\n"
     )
-    found = load_vectors(path)
+    found = load_directions(path)
     assert list(found) == ["resid_post.3", "mlp_out.5"]
     assert torch.equal(found["resid_post.3"].vector, 10 * first[4])
     assert torch.equal(found["mlp_out.5"].vector, -2.5 * second[0])
@@ -439,7 +439,7 @@ def test_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unit = first[4] / first[4].norm()
     assert edit.numbers()["low"] == pytest.approx(10 + float(unit.sum()), rel=1e-6)
     with pytest.raises(ValueError, match="line 2: action is 'clamp'"):
-        load_vectors(path)
+        load_directions(path)
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def test_bad_csv(rows: str, error: Any, message: str, tmp_path: Path, monkeypatc
     path = tmp_path / "steer.csv"
     path.write_bytes((HEADER + rows).encode("latin-1"))
     with pytest.raises(error, match=message) as raised:
-        load_vectors(path)
+        load_directions(path)
     assert "steer.csv" in str(raised.value)
 
 
@@ -486,10 +486,10 @@ def test_csv_columns(tmp_path: Path) -> None:
     path = tmp_path / "steer.csv"
     path.write_text("sparse_model,hookpoint,feature_index\n")
     with pytest.raises(ValueError, match="lacks the column 'steering_coefficient'"):
-        load_vectors(path)
+        load_directions(path)
     path.write_text("sparse_model,hookpoint,feature_index,steering_coefficient,mode\n")
     with pytest.raises(ValueError, match="unknown column 'mode'"):
-        load_vectors(path)
+        load_directions(path)
 
 
 # --- what is no vector file ------------------------------------------------------------------------------------------
@@ -510,7 +510,7 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     for name, (content, message) in contents.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message) as error:
-            load_vectors(tmp_path / name)
+            load_directions(tmp_path / name)
         assert str(tmp_path / name) in str(error.value)
     for file, message in (
         ("plan.json", "a plan: use Plan.load"),
@@ -521,10 +521,10 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / file).write_text("{}")
         with pytest.raises(ValueError, match=message):
-            load_vectors(folder)
+            load_directions(folder)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_vectors(tmp_path / "nowhere")
-    equal(load_vectors(save_directions(tmp_path / "ours", some())), some())
+        load_directions(tmp_path / "nowhere")
+    equal(load_directions(save_directions(tmp_path / "ours", some())), some())
 
 
 # --- the libraries themselves ----------------------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def test_steering_vectors_means_the_same(family: str, tmp_path: Path) -> None:
             expected = model(ids).logits
         torch.testing.assert_close(logits(model, ids, given.plan()), expected, rtol=0, atol=1e-5)
         torch.save(theirs, tmp_path / "theirs.pt")
-        for back in (load_vectors(tmp_path / "theirs.pt"), steering_vectors.from_object(theirs)):
+        for back in (load_directions(tmp_path / "theirs.pt"), steering_vectors.from_object(theirs)):
             equal(back, given)
 
 
@@ -574,7 +574,7 @@ def test_repeng_means_the_same(tmp_path: Path) -> None:
         wrapped.unwrap()
     torch.testing.assert_close(logits(model, ids, given.plan(0.7)), expected, rtol=0, atol=1e-5)
     theirs.export_gguf(tmp_path / "theirs.gguf")
-    equal(load_vectors(tmp_path / "theirs.gguf"), given)
+    equal(load_directions(tmp_path / "theirs.gguf"), given)
     equal(repeng.from_object(theirs), given)
     assert repeng.to_object(given) == theirs
 
@@ -650,7 +650,7 @@ def zeros_in(kind: str, zero: tuple[int, ...], path: Path) -> tuple[Any, Any]:
         return repeng.from_object, type("ControlVector", (), {"directions": rows, "model_type": "llama"})
     if kind == "steering-vectors":
         torch.save({"layer_activations": rows, "layer_type": "decoder_block"}, path)
-        return load_vectors, path
+        return load_directions, path
     tensors = [tensor(f"direction.{layer}", WIDTH, i * 32) for i, layer in enumerate(LAYERS)]
     path.write_bytes(gguf_bytes(tensors, data=b"".join(values.numpy().tobytes() for values in rows.values())))
     return gguf.read, path

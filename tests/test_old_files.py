@@ -34,7 +34,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "barriers": sf.Barrier.load,
     "saes": sf.SAE.load,
     "directions": sf.load_directions,
-    "vectors": sf.load_vectors,  # the files of other libraries, as `sf.integrations` writes them
+    "vectors": sf.load_directions,  # the files of other libraries, as `sf.integrations` writes them
     "explanations": sf.sae.Explanations.load,
     "caches": sf.sae.ActivationCache.open,
 }

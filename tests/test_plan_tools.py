@@ -70,7 +70,7 @@ def test_every_format_and_back_keeps_the_vectors(plan: Any, tmp_path: Any, to: s
 def test_strength_multiplies(plan: Any, tmp_path: Any) -> None:
     scaled = sf.Plan.load(convert(plan, tmp_path / "p", "plan", strength=3.0))
     assert [edit.strength for (edit,) in scaled.edits.values()] == [6.0, -1.5]
-    vectors = sf.load_vectors(convert(plan, tmp_path / "d", "directions", strength=3.0))
+    vectors = sf.load_directions(convert(plan, tmp_path / "d", "directions", strength=3.0))
     assert sorted(float(d.norm) for d in vectors.values()) == pytest.approx([1.5 * 5**0.5, 30.0])
 
 

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 import steerfast as sf
 from steerfast.directions import sets as vectors
 from steerfast.directions.direction import Direction
-from steerfast.directions.sets import DirectionSet, family, list_directions, load_directions, save_directions
-from steerfast.integrations.read import load_vectors
+from steerfast.directions.sets import DirectionSet, family, list_directions, save_directions
+from steerfast.integrations.read import load_directions
 from steerfast.models.layers import find_layers
 from steerfast.plan import ModelCard, card
 from steerfast.tools.dose import dose
@@ -173,7 +173,7 @@ def test_a_set_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(back[name].vector, expected.vector)
         for field in ("method", "norm", "activation_norm", "layer", "site", "position", "model"):
             assert getattr(back[name], field) == getattr(expected, field)
-    assert torch.equal(load_vectors(path)["愛"].vector, given["愛"].vector)
+    assert torch.equal(load_directions(path)["愛"].vector, given["愛"].vector)
     assert load_directions(back.save(tmp_path / "again"))["bare"].vector[0] > 0
 
 

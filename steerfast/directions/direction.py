@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steerfast._checks import direction_rows, finite_number, tensor_of
-from steerfast.place import UNKNOWN, Origin, common_origin
+from steerfast.place import NOWHERE, Origin, common_origin
 
 _LONGEST_METHOD = 500  # characters of an expression of directions that are kept
 ROUNDING = 1e-6  # a difference below this share of the activations' norm is float32 noise
@@ -43,7 +43,7 @@ class Direction:
     vector: Tensor = field(repr=False)
     method: str
     norm: float
-    origin: Origin = UNKNOWN
+    origin: Origin = NOWHERE
 
     __array_ufunc__ = None  # NumPy's scalars leave `numpy.float32(2) * direction` to this class
 

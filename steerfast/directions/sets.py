@@ -1,13 +1,11 @@
 """Sets of directions as files, plans from them, and the relative dose that a plan gives.
 
 A set on disk is a folder of two files: `directions.json` says what each direction is, `directions.safetensors` holds
-the numbers. Both are written under temporary names and renamed, the JSON last: it carries the checksum of the other.
+the numbers, as `steerfast.files.container` writes them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import warnings
@@ -16,31 +14,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from steerfast.edits.base import Intervention
 from steerfast.edits.linear import Add
-from steerfast.files.replace import replace_file
+from steerfast.files import container
 from steerfast.models.layers import find_layers
-from steerfast.place import SITES, Origin, Place
+from steerfast.place import SITES, Origin, Place, place_of
 from steerfast.plan import ModelCard, Plan, Positions, card
 
 from .direction import Direction
-
-SCHEMA = 1
-KIND = "steerfast.directions"
-JSON_NAME, TENSORS_NAME = "directions.json", "directions.safetensors"
 
 _NAME = re.compile(r"\w[\w .+\-]{0,127}")
 _PathLike = str | os.PathLike[str]
 
 
 class DirectionSet(Mapping[str, Direction]):
-    """Directions by name, immutable; what `load_directions` and `load_vectors` return.
+    """Directions by name, immutable; what `load_directions` returns.
 
     Args:
         directions: a dict of name -> direction; a dict of layer -> direction, as `steerfast.extract` returns for
@@ -137,6 +127,29 @@ class DirectionSet(Mapping[str, Direction]):
         """Write the set; the same as `save_directions(path, self)`."""
         return save_directions(path, self)
 
+    @classmethod
+    def load(cls, path: _PathLike) -> DirectionSet:
+        """Read what `save` wrote. Nothing is executed, nothing is loaded in part. `sf.load_directions` reads other files, too.
+
+        Args:
+            path: the folder.
+
+        Returns:
+            The set; vectors are equal bit for bit to what was saved.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing.
+            ValueError: a file is damaged, of another kind or a newer schema, has unknown keys, or does not belong to the other.
+        """
+        text, tensors = container.read(container.DIRECTIONS, path)
+        _check_entries(path, text)
+        entries = text["directions"]
+        shapes = {name: (entry["width"],) for name, entry in entries.items()}
+        container.expect(container.DIRECTIONS, path, tensors, shapes)
+        with container.describing(container.DIRECTIONS, path):
+            found = {n: Direction(tensors[n], e["method"], e["norm"], _origin(e)) for n, e in entries.items()}
+            return cls(found, None if text["model"] is None else ModelCard(**text["model"]))
+
     def _check_model(self, model: nn.Module, places: Iterable[Any]) -> None:
         layers = find_layers(model, "plan")
         made = self._model
@@ -175,71 +188,17 @@ def save_directions(path: _PathLike, directions: Any, model: nn.Module | ModelCa
         >>> import tempfile, torch
         >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, Origin(place=8))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     float(load_directions(save_directions(folder, {"love": v}))["love"].vector[1])
+        ...     float(DirectionSet.load(save_directions(folder, {"love": v}))["love"].vector[1])
         4.0
     """
     known = directions.model if model is None and isinstance(directions, DirectionSet) else model
     checked = DirectionSet(directions, known)
-    target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"save_directions: {target} is a file; a set of directions is a folder of two files")
-    blob = save_tensors({name: direction.vector.clone() for name, direction in checked.items()})
     text = {
-        "schema": SCHEMA,
-        "kind": KIND,
         "model": None if checked.model is None else vars(checked.model),
         "directions": {name: _entry(d) for name, d in checked.items()},
-        "tensors_sha256": hashlib.sha256(blob).hexdigest(),
     }
-    target.mkdir(parents=True, exist_ok=True)
-    replace_file(target / TENSORS_NAME, blob)
-    replace_file(target / JSON_NAME, json.dumps(text, indent=1, allow_nan=False).encode())
-    return target
-
-
-def load_directions(path: _PathLike) -> DirectionSet:
-    """Read what `save_directions` wrote. Nothing is executed, nothing is loaded in part.
-
-    Args:
-        path: the folder.
-
-    Returns:
-        The set; vectors are equal bit for bit to what was saved.
-
-    Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: a file is damaged, of another kind or schema, has unknown keys, or does not belong to the other.
-
-    Example:
-        >>> vectors = sf.load_directions("vectors/love")  # doctest: +SKIP
-        >>> with sf.steer(model, vectors.plan(strength=4.0)):  # doctest: +SKIP
-        ...     model.generate(**inputs)
-    """
-    source = Path(path)
-    text_path, blob_path = source / JSON_NAME, source / TENSORS_NAME
-    for file in (text_path, blob_path):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"load_directions: {file} does not exist; a set is a folder with {JSON_NAME} and {TENSORS_NAME}"
-            )
-    text = _read_text(text_path)
-    blob = blob_path.read_bytes()
-    if hashlib.sha256(blob).hexdigest() != text["tensors_sha256"]:
-        raise ValueError(
-            f"load_directions: {blob_path} is not the file that {text_path} was written with; copy both again"
-        )
-    try:
-        tensors = load_tensors(blob)
-    except SafetensorError as error:
-        raise ValueError(f"load_directions: {blob_path} is not a safetensors file ({error})") from None
-    entries = text["directions"]
-    if set(tensors) != set(entries):
-        raise ValueError(f"load_directions: {blob_path} and {text_path} name different directions")
-    try:
-        directions = {name: _rebuild(name, entry, tensors[name]) for name, entry in entries.items()}
-        return DirectionSet(directions, None if text["model"] is None else ModelCard(**text["model"]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"load_directions: {text_path}: {error}") from None
+    vectors = {name: direction.vector for name, direction in checked.items()}
+    return container.write(container.DIRECTIONS, path, text, vectors)
 
 
 class DirectionInfo(NamedTuple):
@@ -320,16 +279,18 @@ def list_directions(directory: _PathLike) -> Listing:
     found: list[DirectionInfo] = []
     damaged: dict[str, str] = {}
     for folder in folders:
+        if not os.path.isfile(f"{folder}/{container.DIRECTIONS.text_name}"):
+            continue
         try:
-            entries = _read_text(f"{folder}/{JSON_NAME}")["directions"]
-            os.stat(f"{folder}/{TENSORS_NAME}")
+            text = container.read_text(container.DIRECTIONS, folder)
+            _check_entries(folder, text)
+            os.stat(f"{folder}/{container.DIRECTIONS.tensors_name}")
             found += [
                 DirectionInfo(folder, name, entry["width"], entry["method"], entry["norm"], _origin(entry))
-                for name, entry in entries.items()
+                for name, entry in text["directions"].items()
             ]
         except FileNotFoundError as error:
-            if not str(error.filename).endswith(JSON_NAME):  # a folder without the JSON is no set
-                damaged[folder] = f"{error.filename} is missing"
+            damaged[folder] = f"{error.filename} is missing"
         except (OSError, ValueError) as error:
             damaged[folder] = str(error)
     if damaged:
@@ -371,7 +332,7 @@ def _name(key: Any, direction: Direction) -> tuple[str, Direction]:
         known = direction.origin.place
         if known is not None and known.layer != key:
             raise ValueError(f"DirectionSet: {direction!r} is given for layer {key}")
-        direction = replace(direction, origin=replace(direction.origin, place=known or key))
+        direction = replace(direction, origin=replace(direction.origin, place=known or place_of("DirectionSet", key)))
     place = direction.origin.place
     if key is None and place is None:
         raise ValueError(f"DirectionSet: {direction!r} has neither name nor layer; give a dict of name -> direction")
@@ -384,19 +345,9 @@ def _name(key: Any, direction: Direction) -> tuple[str, Direction]:
     return name, direction
 
 
-def _read_text(path: str | Path) -> dict[str, Any]:
-    """The JSON of a set, checked down to the types of its entries."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            text = json.loads(file.read())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(text, dict) or text.get("kind") != KIND:
-        raise ValueError(f'{path} is not a set of directions ("kind" is not {KIND!r})')
-    if text.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {text.get('schema')!r}; this version reads schema {SCHEMA}")
-    if text.keys() != _TOP_KEYS:
-        raise ValueError(f"{path} has keys {sorted(text)}; expected {sorted(_TOP_KEYS)}")
+def _check_entries(folder: _PathLike, text: dict[str, Any]) -> None:
+    """Refuse the JSON of a set whose entries are not of their types."""
+    path = f"load_directions: {os.path.join(folder, container.DIRECTIONS.text_name)}"
     if not isinstance(text["directions"], dict) or not text["directions"]:
         raise ValueError(f'{path}: "directions" must be an object with at least one direction')
     for name, entry in text["directions"].items():
@@ -407,10 +358,8 @@ def _read_text(path: str | Path) -> dict[str, Any]:
                 raise ValueError(f"{path}: {key} of direction {name!r} is {entry[key]!r}")
         if entry["site"] not in (None, *SITES):
             raise ValueError(f"{path}: site of direction {name!r} is {entry['site']!r}; expected one of {SITES}")
-    return text
 
 
-_TOP_KEYS = {"schema", "kind", "model", "directions", "tensors_sha256"}
 _NONE = type(None)
 _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "method": (str,),
@@ -422,15 +371,6 @@ _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "model": (str, _NONE),
     "width": (int,),
 }
-
-
-def _rebuild(name: str, entry: dict[str, Any], vector: Tensor) -> Direction:
-    if vector.dtype != torch.float32 or list(vector.shape) != [entry["width"]]:
-        raise ValueError(
-            f"direction {name!r} is {vector.dtype} {tuple(vector.shape)} in {TENSORS_NAME}; "
-            f"expected float32 ({entry['width']},)"
-        )
-    return Direction(vector, entry["method"], entry["norm"], _origin(entry))
 
 
 def _entry(direction: Direction) -> dict[str, Any]:

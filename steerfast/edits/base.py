@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -13,7 +14,7 @@ from torch import Tensor
 from steerfast._checks import ORTHONORMAL, direction_rows, no_gradient, tensor_of
 from steerfast.ops import torch_backend
 from steerfast.ops.slots import Slot
-from steerfast.place import UNKNOWN, Origin, common_origin
+from steerfast.place import NOWHERE, Origin, common_origin
 
 ROUNDED = 1e-6
 """Deviation from orthonormal rows that rounding to float32 explains."""
@@ -46,6 +47,8 @@ class Intervention:
     """Base of all interventions: an edit of rows of the stream that fits one slot."""
 
     registry: ClassVar[dict[str, type[Intervention]]] = {}
+    everywhere: ClassVar[bool] = False
+    """Whether a direction of one place is meant for any: a removal is, as published; what adds is not."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -60,12 +63,18 @@ class Intervention:
         given = [getattr(self, f.name) for f in fields(self)]
         several = [item for value in given for item in (value if isinstance(value, (list, tuple)) else [value])]
         found = [one for item in several if isinstance(one := getattr(item, "origin", None), Origin)]
-        set_field(self, "_origin", common_origin(type(self).__name__, found) if found else UNKNOWN)
+        set_field(self, "_origin", common_origin(type(self).__name__, found) if found else NOWHERE)
 
     @property
     def origin(self) -> Origin:
         """Where the direction, the barrier or the SAE that it was given comes from, as far as that is known."""
         return vars(self)["_origin"]
+
+    def known_from(self, origin: Origin) -> Intervention:
+        """The same edit with an origin: of a file, or of a direction that it was made from."""
+        known = copy(self)
+        set_field(known, "_origin", origin)
+        return known
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +16,8 @@ from steerfast import ops
 from steerfast._checks import direction_rows, finite_number, flag, one_of
 from steerfast.ops.backends import in_full_precision
 from steerfast.ops.slots import HINGE, PUSH, Slot
-from steerfast.place import Origin, Place
 from steerfast.ops.torch_backend import restore_norm
+from steerfast.place import Origin, Place
 
 from .base import (
     BEND,
@@ -221,7 +222,12 @@ class EditFeatures(Intervention):
     @property
     def width(self) -> int:
         """d, the width of the stream that it edits."""
-        return self._rows.decoder.shape[-1]
+        return self.decoder.shape[-1]
+
+    @property
+    def decoder(self) -> Tensor:
+        """W_dec of the features that it edits, (m, d)."""
+        return self._rows.decoder
 
     @property
     def origin(self) -> Origin:
@@ -250,11 +256,13 @@ class EditFeatures(Intervention):
         return self._rows.program(self.mode, list(self.values.values()), self.keep_norm, device)
 
     def tensors(self) -> dict[str, Tensor]:
-        if not isinstance(self._rows, Features):
-            return self._rows.tensors()
-        return {name: getattr(self.sae, name) for name in ("encoder", "decoder", "bias", "threshold")}
+        """The rows of the features; none where `numbers` names the SAE."""
+        if isinstance(self._rows, Features):
+            return {name: getattr(self.sae, name) for name in ("encoder", "decoder", "bias", "threshold")}
+        return self._rows.tensors() if self._rows.sae is None else {}
 
     def numbers(self) -> dict[str, Any]:
+        """All else; of a Top-K SAE its name, `{"fingerprint": …, "about": …}`, for which `restore` takes the SAE."""
         numbers = {
             "features": list(self.values),
             "values": list(self.values.values()),
@@ -263,19 +271,31 @@ class EditFeatures(Intervention):
             "place": self._rows.place,
             "model": self._rows.model,
         }
-        return numbers if isinstance(self._rows, Features) else {**numbers, "selection": self._rows.numbers()}
+        if isinstance(self._rows, Features):
+            return numbers
+        sae = self._rows.sae
+        if sae is None:
+            return {**numbers, "selection": self._rows.numbers()}
+        return {**numbers, "sae": {"fingerprint": sae.fingerprint, "about": repr(sae)}}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> EditFeatures:
-        """The inverse of `tensors` and `numbers`; everything is validated anew."""
+        """The inverse of `tensors` and `numbers`, with the SAE in place of its name; everything is validated anew."""
         rest = dict(numbers)
         names, values, selection = rest.pop("features"), rest.pop("values"), rest.pop("selection", None)
         if len(names) != len(values):
             raise ValueError(f"EditFeatures: {len(names)} features and {len(values)} values; expected as many")
         place, model = rest.pop("place", None), rest.pop("model", None)
         home = {"place": None if place is None else (place[0], place[1]), "model": model}
-        if selection is None:
-            features: HasFeatures = Features(**tensors, **home)  # type: ignore[arg-type]  # tensors by name
+        features: HasFeatures
+        if (sae := rest.pop("sae", None)) is not None:
+            if not hasattr(sae, "rows"):
+                raise TypeError(
+                    f"EditFeatures: sae is {sae!r}; expected the SAE itself, which Plan.load finds by its name"
+                )
+            features = replace(sae.rows(names), **home)
+        elif selection is None:
+            features = Features(**tensors, **home)  # type: ignore[arg-type]  # tensors by name
         else:
             features = SelectedFeatures.restore(tensors, {**selection, **home})
         made = cls(features, dict(enumerate(values)), **rest)
@@ -386,6 +406,13 @@ def edit_row(mode: str, value: float) -> list[float]:
     return rows[mode]
 
 
+SHARED = ("encoder", "bias")
+_COPIES: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[tuple[str, torch.device], Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+"""An SAE to its encoder on each device: one copy there for all edits, gone when nobody holds it."""
+
+
 @dataclass(frozen=True, eq=False)
 class SelectedFeatures:
     """Some features of an SAE, with all that their activations depend on; made by `SAE.rows`.
@@ -400,6 +427,8 @@ class SelectedFeatures:
         normalisation: As in `SAE`.
         place: (site, layer), if known.
         model: Class of the model, if known.
+        sae: The Top-K SAE that they are of: a file names it instead of its encoder. None: the file carries all tensors,
+            which are few with a threshold, and all of an encoder in a plan of release 0.1.
     """
 
     encoder: Tensor
@@ -411,6 +440,7 @@ class SelectedFeatures:
     normalisation: str = "none"
     place: tuple[str, int] | None = None
     model: str | None = None
+    sae: Any = None
 
     def __post_init__(self) -> None:
         count, width = self.decoder.shape
@@ -431,7 +461,7 @@ class SelectedFeatures:
 
     def program(self, mode: str, values: list[float], keep_norm: bool, device: torch.device) -> Program:
         """The edit of these features to or by `values` as a function of the stream, with its tensors on a device."""
-        here = self.restore({name: tensor.to(device) for name, tensor in self.tensors().items()}, self.numbers())
+        here = self._on(device)
         table = torch.tensor([edit_row(mode, value) for value in values], dtype=torch.float32, device=device)
 
         def run(x: Tensor, scale: Tensor | float) -> Tensor:
@@ -444,6 +474,19 @@ class SelectedFeatures:
             return torch.where(scale.view(*x.shape[:-1], 1) == 0, x, restored)
 
         return run
+
+    def _on(self, device: torch.device) -> SelectedFeatures:
+        """Themselves on a device; edits of one SAE share its encoder there."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items() if name not in SHARED}
+        moved |= {name: self._shared(name, device) for name in SHARED}
+        return self.restore(moved, self.numbers())
+
+    def _shared(self, name: str, device: torch.device) -> Tensor:
+        copies = _COPIES.setdefault(self if self.sae is None else self.sae, weakref.WeakValueDictionary())
+        found = copies.get((name, device))
+        if found is None:
+            found = copies[name, device] = getattr(self, name).to(device)
+        return found
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> SelectedFeatures:

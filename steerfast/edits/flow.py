@@ -86,7 +86,7 @@ class Flow(Intervention):
 
         Args:
             barrier: From `fit_barrier(pos, neg, kind="sketch")`.
-            T: Length of the path in units of the stream; a multiple of `barrier.info.typical_norm` carries over models.
+            T: Length of the path in units of the stream; a multiple of `barrier.origin.typical_norm` carries over models.
 
         Raises:
             ValueError: the barrier is of another kind.

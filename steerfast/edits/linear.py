@@ -8,6 +8,7 @@ a bank rounds them to the dtype of the stream.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -97,6 +98,8 @@ class Ablate(Intervention):
 
     direction: Directions
     keep_norm: bool = False
+
+    everywhere: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,7 @@ output is not what the block adds; see `steering_vectors`). With coefficient c, 
 | add | x + c·v | `Add(c·v)` |
 | clamp | x + (c − v̂·(x − b))·v̂ | `Clamp(v, low=t, high=t)`, t = c + v̂·b |
 
-A clamp is no direction: `read` and `load_vectors` refuse it, `read_plan` reads both. Single heads are refused.
+A clamp is no direction: `read` and `load_directions` refuse it, `read_plan` reads both. Single heads are refused.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ normalisation of each row.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -152,6 +155,21 @@ class SAE:
         """(site, layer) that the SAE reads and writes, if that is known."""
         return self.origin.place
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the SAE computes: k, normalisation, and the names, dtypes, shapes and bits of its tensors.
+
+        Saving and loading keep it, and so does another device or origin; another dtype is another SAE. A plan names the
+        SAE of a Top-K edit by it. Computed once, at the first use.
+        """
+        tensors = dict(sorted(self.tensors().items()))
+        shapes = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+        head = {"k": self.k, "normalisation": self.normalisation, "tensors": shapes}
+        digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+        for tensor in tensors.values():
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
         names = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
@@ -239,8 +257,8 @@ class SAE:
         """Some features as `sf.EditFeatures` takes them.
 
         A threshold looks at one feature at a time, so their rows are enough (`Features`). Top-K compares all features, and
-        a normalised row has a scale of its own: then the whole encoder comes along (`SelectedFeatures`), and an edit costs
-        one fused encode per token; `approximate` avoids that.
+        a normalised row has a scale of its own: then `SelectedFeatures`, and an edit costs one encode per token. Those of
+        a Top-K SAE hold the SAE, and a saved plan names it by its fingerprint; `approximate` avoids both.
 
         Args:
             indices: Their numbers, 0 to F − 1; also an array or a tensor of integers, or a slice.
@@ -259,7 +277,7 @@ class SAE:
         w_enc, w_dec, b_enc, threshold = self.w_enc, self.w_dec[indices], as_tensor(self.b_enc), self.threshold
         if threshold is None:
             numbers = torch.tensor(indices, dtype=torch.int32, device="cpu")
-            return SelectedFeatures(w_enc, b_enc, w_dec, numbers, None, self.k or 0, self.normalisation, *home)
+            return SelectedFeatures(w_enc, b_enc, w_dec, numbers, None, self.k or 0, self.normalisation, *home, self)
         w_enc, b_enc, threshold = w_enc[indices], b_enc[indices], threshold[indices]
         if self.normalisation == "none":
             return Features(w_enc, w_dec, b_enc, threshold, *home)
@@ -303,7 +321,7 @@ class SAE:
         return load(Path(path), scale)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write sae.json and sae.safetensors into a directory, each whole or not at all.
+        """Write sae.json and sae.safetensors into a directory: both, or neither.
 
         Returns:
             The directory.

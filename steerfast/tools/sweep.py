@@ -419,7 +419,7 @@ def _edit(direction: Direction | Barrier, strength: float, unit: str) -> Add | F
 
 def _length(edit: Add | Flow) -> float:
     if isinstance(edit, Flow):
-        return edit.T if edit.T is not None else float(edit.angle or 0.0) * edit.barrier.info.typical_norm
+        return edit.T if edit.T is not None else float(edit.angle or 0.0) * (edit.origin.typical_norm or 0.0)
     return abs(edit.strength) * float(edit.tensors()["vector"].norm())
 
 

@@ -15,6 +15,7 @@ from steerfast._positions import as_selector
 from steerfast.bank import slot_in
 from steerfast.edits.base import Intervention
 from steerfast.edits.conditions import When
+from steerfast.edits.saes import VARIABLE, Shelf
 from steerfast.plan import Plan
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
@@ -66,7 +67,8 @@ def load(
 ) -> tuple[Library, dict[str, Chains]]:
     """Read every plan of a directory, for a model of that width, number of layers and dtype of the stream.
 
-    A plan that is damaged or does not fit is refused by name; the others are served.
+    A plan that is damaged or does not fit is refused by name; the others are served. SAEs that plans name are looked for
+    where STEERFAST_SAES says.
 
     Raises:
         ValueError: there is no such directory, or it holds no plan.
@@ -77,13 +79,14 @@ def load(
     served: dict[str, ServedPlan] = {}
     refused: dict[str, str] = {}
     chains: dict[str, Chains] = {}
+    saes = Shelf("Plan.load")  # one for all plans, so that none is read twice
     for folder in sorted(path for path in root.iterdir() if (path / "plan.json").is_file()):
         name = folder.name
         try:
-            plan = Plan.load(folder)
+            plan = Plan.load(folder, saes)
             chains[name] = _fit(plan, width, layers, dtype)
         except (ValueError, TypeError, OSError) as reason:
-            refused[name] = str(reason).replace(f"{root}{os.sep}", "")  # a client reads it: no path of the server
+            refused[name] = _public(str(reason), root)
             continue
         slots = max(len(chain) for chain in chains[name].values())
         # plan.json holds the hash of the tensors beside it, which loading has checked: its own hash covers both.
@@ -92,6 +95,13 @@ def load(
     if not served and not refused:
         raise ValueError(f"STEERFAST_PLANS: {str(root)!r} holds no plan; save one with plan.save(directory / name)")
     return Library(served, refused), chains
+
+
+def _public(reason: str, root: Path) -> str:
+    """What a client may read of it: no path of the server."""
+    for path in (str(root), os.environ.get(VARIABLE, "").rstrip(os.sep)):
+        reason = reason.replace(f"{path}{os.sep}", "").replace(f"{VARIABLE}={path}", VARIABLE) if path else reason
+    return reason
 
 
 def _selector(plan: Plan) -> str | None:

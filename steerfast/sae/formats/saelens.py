@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steerfast.files.replace import replace_file
+from steerfast.files.replace import replace_files
 from steerfast.place import Place, place_of_hook
 from steerfast.sae.model import SAE, Origin
 
@@ -75,7 +75,7 @@ def save_saelens(sae: SAE, directory: str | os.PathLike[str]) -> Path:
 
     Args:
         sae: The SAE.
-        directory: Where to; it is made, and each file is written whole or not at all.
+        directory: Where to; it is made, and both files are written or neither.
 
     Returns:
         The directory.
@@ -115,8 +115,8 @@ def save_saelens(sae: SAE, directory: str | os.PathLike[str]) -> Path:
     blob = save_tensors(
         {name: value.detach().cpu().contiguous() for name, value in tensors.items() if value is not None}
     )
-    replace_file(target / "sae_weights.safetensors", blob)
-    replace_file(target / "cfg.json", json.dumps(config, indent=2).encode())
+    text = json.dumps(config, indent=2).encode()
+    replace_files(target, {"sae_weights.safetensors": blob, "cfg.json": text})
     return target
 
 
