@@ -8,9 +8,9 @@ from flowing import KINDS, barrier, by_reference, orthonormal, slerp
 from places import DTYPES, PLACES, assert_exact, backend, runs
 
 import steerfast as sf
-from steerfast.barriers.barrier import BarrierInfo
 from steerfast.ops.slots import FLOW, SOLVE
 from steerfast.ops.solvers import SOLVERS
+from steerfast.place import Origin, Place
 
 MODES = ("euler", "geodesic", "midpoint", "rk4", "ssp3", "adaptive")
 
@@ -36,9 +36,10 @@ def test_every_solver_and_barrier_is_as_exact_as_its_formula(place, kind):
             x = stream(2 if place == "interpreter" else 7, 40, dtype).to(device)
             for method in methods(kind, place):
                 for k in (3, rank) if kind in ("quadratic", "rff") and method in ("euler", "adaptive") else (3,):
-                    flow = sf.Flow(barrier(kind, 40, k), angle=0.4, steps=4, method=method, level=3.0, tolerance=1e-2)
+                    how = {"angle": 0.4, "steps": 4, "method": method, "level": 3.0, "tolerance": 1e-2}
+                    flow = sf.Flow(barrier(kind, 40, k), **how)
                     run = flow.alone(torch.device(device))
-                    true = by_reference(sf.flow, x.double().cpu(), flow.barrier, None, 0.4, 4, method, 3.0, 1e-2)
+                    true = by_reference(sf.flow, x.double().cpu(), flow.barrier, **how)
                     naive = by_reference(flow.alone(torch.device("cpu")), x.cpu(), 1.0)
                     assert_exact(run(x, 1.0), true, naive, f"{kind} {method} {dtype} rank {k}")
 
@@ -483,11 +484,12 @@ def test_barriers_that_do_not_fit_are_named(tiny):
     with pytest.raises(ValueError, match="has width 16"):
         sf.steer(tiny, {1: sf.Flow(barrier("linear", 16), T=1.0)})
     h = barrier("linear", 12)
-    origin = BarrierInfo(layer=1, site="resid_post", model="OtherForCausalLM")
-    other = sf.Barrier(h.basis, h.eigenvalues, h.bias, info=origin)
-    assert sf.Flow(other, T=1.0).place == ("resid_post", 1)
-    with pytest.raises(ValueError, match="comes from activations of OtherForCausalLM; this model is LlamaForCausalLM"):
-        sf.steer(tiny, {1: sf.Flow(other, T=1.0)})
+    other = sf.Barrier(h.basis, h.eigenvalues, h.bias, origin=Origin("OtherForCausalLM", Place("resid_post", 1)))
+    assert sf.Flow(other, T=1.0).origin.place == ("resid_post", 1)
+    with pytest.warns(
+        UserWarning, match="comes from activations of OtherForCausalLM; this model is a LlamaForCausalLM"
+    ):
+        sf.steer(tiny, {1: sf.Flow(other, T=1.0)}).remove()
     x = torch.ones(2, 12)
     with pytest.raises(ValueError, match="method is 'magic'"):
         sf.ops.flow(x, x[:1], torch.ones(1), torch.ones(1), T=1.0, method="magic")

@@ -27,6 +27,7 @@ from steerfast.directions.sets import DirectionSet, save_directions
 from steerfast.integrations import gguf, lm_eval, repeng, steering_vectors
 from steerfast.integrations.read import load_directions
 from steerfast.ops import torch_backend as reference
+from steerfast.place import Origin, Place
 
 DATA = Path(__file__).parent / "data"
 LAYERS, WIDTH = (1, 3, 12), 8
@@ -41,7 +42,10 @@ def some(site: str = "resid_post", width: int = 48, layers: tuple[int, ...] = (1
     generator = torch.Generator().manual_seed(len(site))
     rows = {layer: torch.randn(width, generator=generator) for layer in layers}
     return DirectionSet(
-        [Direction(v, "m", 1.0, 50.0, layer, site, "last", "LlamaForCausalLM") for layer, v in rows.items()]
+        [
+            Direction(v, "m", 1.0, Origin("LlamaForCausalLM", Place(site, layer), "last", 50.0))
+            for layer, v in rows.items()
+        ]
     )
 
 
@@ -49,7 +53,7 @@ def equal(got: DirectionSet, expected: DirectionSet) -> None:
     assert list(got) == list(expected)
     for name, direction in expected.items():
         assert torch.equal(got[name].vector, direction.vector)
-        assert (got[name].layer, got[name].site) == (direction.layer, direction.site)
+        assert got[name].origin.place == direction.origin.place
 
 
 # --- files that the libraries wrote ----------------------------------------------------------------------------------
@@ -69,11 +73,11 @@ def test_real_files(file: str, method: str, model: str | None, tmp_path: Path) -
     renamed.write_bytes((DATA / file).read_bytes())
     for path in (DATA / file, renamed):
         found = load_directions(path)
-        assert [direction.layer for direction in found.values()] == list(LAYERS)
+        assert [direction.origin.place.layer for direction in found.values()] == list(LAYERS)
         for layer, direction in zip(LAYERS, found.values(), strict=True):
             assert torch.equal(direction.vector, row(layer))
-            assert (direction.site, direction.method, direction.model) == ("resid_post", method, model)
-            assert direction.activation_norm is None
+            assert direction.method == method
+            assert direction.origin == Origin(model, Place("resid_post", layer))
 
 
 def test_real_files_of_other_kinds() -> None:
@@ -108,7 +112,7 @@ def test_a_clamp_of_lm_eval_is_a_plan() -> None:
 
 def test_round_trips_are_exact(tmp_path: Path) -> None:
     given = some()
-    odd = {"a": Direction(torch.tensor([1e-45, -3.4e38, 0.1]), "given", 1.0, None, layer=7)}
+    odd = {"a": Direction(torch.tensor([1e-45, -3.4e38, 0.1]), "given", 1.0, Origin(place=7))}
     for write, read in (
         (gguf.write, gguf.read),
         (steering_vectors.write, steering_vectors.read),
@@ -120,23 +124,23 @@ def test_round_trips_are_exact(tmp_path: Path) -> None:
             for back in (read(path), load_directions(path)):
                 for x, y in zip(back.values(), vectors.values(), strict=True):
                     assert torch.equal(x.vector, y.vector)
-                    assert x.layer == y.layer
+                    assert x.origin.place == y.origin.place
     with pytest.warns(UserWarning, match="attn_out"):
         equal(load_directions(steering_vectors.write(tmp_path / "attn", some("attn_out"))), some("attn_out"))
     equal(load_directions(lm_eval.write(tmp_path / "gpt2", given, blocks="h")), given)
-    assert gguf.read(gguf.write(tmp_path / "hint", given))["resid_post.1"].model == "llama"
-    assert gguf.read(gguf.write(tmp_path / "hint", given, "qwen2"))["resid_post.1"].model == "qwen2"
+    assert gguf.read(gguf.write(tmp_path / "hint", given))["resid_post.1"].origin.model == "llama"
+    assert gguf.read(gguf.write(tmp_path / "hint", given, "qwen2"))["resid_post.1"].origin.model == "qwen2"
 
 
 @pytest.mark.parametrize("write", [gguf.write, steering_vectors.write, lm_eval.write])
 def test_what_a_format_cannot_hold_is_refused(write: Any, tmp_path: Path) -> None:
     v = torch.ones(4)
-    twice = {name: Direction(v, "m", 1.0, None, 1) for name in ("a", "b")}
-    homeless = {"a": Direction(v, "m", 1.0, None)}
+    twice = {name: Direction(v, "m", 1.0, Origin(place=1)) for name in ("a", "b")}
+    homeless = {"a": Direction(v, "m", 1.0)}
     for vectors, message in (
-        (twice, "two directions are of layer 1"),
+        (twice, "two directions are (of layer 1|at layers.1)"),
         (homeless, "layer"),
-        ({"a": Direction(v, "m", 1.0, None, -1)}, "layer|would be at"),
+        ({"a": Direction(v, "m", 1.0, Origin(place=-1))}, "layer|would be at"),
         (some("resid_pre"), "resid_pre"),
         ({**some("mlp_out"), **some()}, "site"),
     ):
@@ -149,7 +153,7 @@ def test_llama_cpp_has_no_layer_0(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no control vector for layer 0"):
         gguf.write(tmp_path / "file", some(layers=(0, 1)))
     with pytest.raises(ValueError, match=r"widths \[3, 4\]"):
-        gguf.write(tmp_path / "file", [Direction(torch.ones(2 + i), "m", 1.0, None, i) for i in (1, 2)])
+        gguf.write(tmp_path / "file", [Direction(torch.ones(2 + i), "m", 1.0, Origin(place=i)) for i in (1, 2)])
 
 
 # --- hostile GGUF ----------------------------------------------------------------------------------------------------
@@ -274,7 +278,7 @@ def test_a_gguf_with_other_general_keys_and_types_is_read(tmp_path: Path) -> Non
     path.write_bytes(header + bytes(-len(header) % 64) + values.bfloat16().view(torch.int16).numpy().tobytes())
     (direction,) = load_directions(path).values()
     assert torch.equal(direction.vector, values)
-    assert direction.layer == 2
+    assert direction.origin.place.layer == 2
 
 
 @pytest.mark.parametrize("file", ["repeng.gguf", "steering_vectors.pt", "lm_eval.pt"])
@@ -587,7 +591,7 @@ def test_repeng_objects_without_repeng() -> None:
             self.directions = directions
 
     given = some(layers=(0, 2))
-    equal(repeng.from_object(ControlVector({d.layer: d.vector.numpy() for d in given.values()})), given)
+    equal(repeng.from_object(ControlVector({d.origin.place.layer: d.vector.numpy() for d in given.values()})), given)
     for directions, message in (
         ({-1: np.ones(3)}, "-1 is not a layer"),
         ({1: np.ones(3), 2: np.ones(4)}, "widths"),
@@ -665,7 +669,7 @@ def test_a_layer_of_zeros_is_left_out_and_named(kind: str, tmp_path: Path) -> No
     ) as seen:
         found = read(given)
     assert [w.filename for w in seen] == [__file__]
-    assert [direction.layer for direction in found.values()] == [1, 12]
+    assert [direction.origin.place.layer for direction in found.values()] == [1, 12]
     assert all(torch.equal(found[f"resid_post.{layer}"].vector, row(layer)) for layer in (1, 12))
     read, given = zeros_in(kind, (1, 12), tmp_path / "two")
     with pytest.warns(UserWarning, match=r"the vectors of layers 1, 12 are all zero"):

@@ -387,14 +387,14 @@ def test_an_edit_knows_its_place_and_model_after_saving_too(tmp_path, llama, k):
     edit = sf.EditFeatures(foreign, CHANGES)
     inside = sf.When(sf.Condition(torch.ones(48), 0.0), edit)
     for one in (edit, inside):
-        assert (one.place, one.model, one.width) == (("resid_post", 1), "GPT2LMHeadModel", 48)
+        assert (one.origin.place, one.origin.model, one.width) == (("resid_post", 1), "GPT2LMHeadModel", 48)
         plan = sf.Plan([one])
         plan.save(tmp_path / type(one).__name__)
         again = sf.Plan.load(tmp_path / type(one).__name__)
-        assert again.edits[("resid_post", 1)][0].place == ("resid_post", 1)
+        assert again.edits[("resid_post", 1)][0].origin.place == ("resid_post", 1)
         for given in (plan, again):
-            with pytest.raises(ValueError, match=r"activations of GPT2LMHeadModel; this model is LlamaForCausalLM"):
-                sf.steer(llama, given)
+            with pytest.warns(UserWarning, match="activations of GPT2LMHeadModel; this model is a LlamaForCausalLM"):
+                sf.steer(llama, given).remove()
         with pytest.warns(UserWarning, match="belongs to resid_post 1 and is put at resid_post 3"):
             sf.Plan({3: one})
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from steerfast._checks import warn_user
 from steerfast.edits.base import Intervention
 from steerfast.edits.linear import Add
 from steerfast.files import container
@@ -389,6 +390,8 @@ def _entry(direction: Direction) -> dict[str, Any]:
 
 
 def _origin(entry: Mapping[str, Any]) -> Origin:
+    if entry["layer"] is None and entry["site"] is not None:
+        warn_user(f"a direction of {entry['site']} without a layer is read without a place; give it one")
     place = None if entry["layer"] is None else Place(entry["site"] or "resid_post", entry["layer"])
     return Origin(entry["model"], place, entry["position"], entry["activation_norm"])
 
