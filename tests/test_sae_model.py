@@ -161,21 +161,24 @@ def change(path, **settings):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: change(path, schema=9), "schema 9; this version reads schema 1"),
-        (lambda path: change(path, kind="other"), '"kind" in sae.json is not "steerfast.sae"'),
-        (lambda path: change(path, extra=1), "are not those of schema 1"),
+        (
+            lambda path: change(path, schema=9),
+            "schema 9, newer than this version of steerfast, which reads 1 to 2: upgrade it",
+        ),
+        (lambda path: change(path, kind="other"), 'is not an SAE \\("kind" is not "steerfast.sae"\\)'),
+        (lambda path: change(path, extra=1), "has keys"),
         (lambda path: change(path, k=91), "k is 91; expected 1 to F = 90"),
-        (lambda path: change(path, features=89), "holds 90×24 weights; sae.json says 89×24"),
+        (lambda path: change(path, features=89), r"'w_enc' has shape \(90, 24\); sae.json says \(89, 24\)"),
         (lambda path: change(path, origin={"place": ["nowhere", 1]}), "site is 'nowhere'"),
         (lambda path: (path / "sae.json").write_text("{"), "is not JSON"),
-        (lambda path: save_file({"w_enc": torch.ones(90, 24)}, path / "sae.safetensors"), "are not those of schema 1"),
+        (lambda path: save_file({"w_enc": torch.ones(90, 24)}, path / "sae.safetensors"), "copy both again"),
         (
             lambda path: save_file(make().tensors(), path / "sae.safetensors"),
-            "not the file that sae.json was written with",
+            "not the file that sae.json beside it was written with",
         ),
         (
             lambda path: (path / "sae.safetensors").write_bytes((path / "sae.safetensors").read_bytes()[:-9]),
-            "truncated or damaged",
+            "copy both again",
         ),
     ],
 )

@@ -235,8 +235,9 @@ def test_a_prepared_model_refuses_a_program_and_takes_the_approximation(llama):
 
 @pytest.mark.parametrize(("k", "normalisation"), [(5, "none"), (5, "layer_norm"), (None, "layer_norm"), (None, "none")])
 def test_a_plan_with_an_sae_survives_its_file(tmp_path, llama, k, normalisation):
-    plan = sf.Plan([sf.EditFeatures(make(k, normalisation), CHANGES, "add", keep_norm=True)])
-    back = sf.Plan.load(plan.save(tmp_path))
+    sae = make(k, normalisation)
+    plan = sf.Plan([sf.EditFeatures(sae, CHANGES, "add", keep_norm=True)])
+    back = sf.Plan.load(plan.save(tmp_path), sae)
     assert repr(back) == repr(plan)
     logits = []
     for one in (plan, back):
@@ -390,7 +391,7 @@ def test_an_edit_knows_its_place_and_model_after_saving_too(tmp_path, llama, k):
         assert (one.place, one.model, one.width) == (("resid_post", 1), "GPT2LMHeadModel", 48)
         plan = sf.Plan([one])
         plan.save(tmp_path / type(one).__name__)
-        again = sf.Plan.load(tmp_path / type(one).__name__)
+        again = sf.Plan.load(tmp_path / type(one).__name__, sae)
         assert again.edits[("resid_post", 1)][0].place == ("resid_post", 1)
         for given in (plan, again):
             with pytest.raises(ValueError, match=r"activations of GPT2LMHeadModel; this model is LlamaForCausalLM"):
