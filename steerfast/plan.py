@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -187,21 +188,10 @@ class Plan:
         text, tensors = container.read(container.PLAN, directory)
         source = os.path.join(directory, container.PLAN.text_name)
         with container.describing(container.PLAN, directory):
-            items = [item for place in text["edits"] for item in place["interventions"]]
-            names = dict.fromkeys(name for item in items for name in item["tensors"].values())
-            if isinstance(text["positions"], dict):
-                names[text["positions"]["mask"]] = None
+            names = _tensor_names(text)
         container.expect(container.PLAN, directory, tensors, names)
         with container.describing(container.PLAN, directory):
-            edits = {
-                (place["site"], place["layer"]): [
-                    _rebuild(item, tensors, with_saes(item["numbers"], shelf, source))
-                    for item in place["interventions"]
-                ]
-                for place in text["edits"]
-            }
-            if len(edits) != len(text["edits"]):
-                raise ValueError("a place stands twice among the edits")
+            edits = _rebuild(text["edits"], tensors, shelf, source)
             positions = text["positions"]
             positions = tensors[positions["mask"]] if isinstance(positions, dict) else positions
             model = None if text["model"] is None else ModelCard(**text["model"])
@@ -313,12 +303,35 @@ def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
     names = {}
     for name, value in edit.tensors().items():
         names[name] = next((key for key, other in tensors.items() if other is value), f"{len(tensors)}.{name}")
-        tensors[names[name]] = value.contiguous()  # an object that stands in two places is written once
+        tensors[names[name]] = value  # an object that stands in two places is written once
     known = {} if edit.origin == NOWHERE else {"origin": edit.origin.numbers()}
     return {"type": type(edit).__name__, "tensors": names, "numbers": edit.numbers(), **known}
 
 
-def _rebuild(item: dict[str, Any], tensors: dict[str, Tensor], numbers: Any) -> Intervention:
-    kind = intervention_type("Plan.load", item["type"])
-    edit = kind.restore({name: tensors[key] for name, key in item["tensors"].items()}, numbers)
-    return edit.known_from(Origin.restore(item["origin"])) if "origin" in item else edit
+def _tensor_names(text: dict[str, Any]) -> dict[str, None]:
+    """The tensors that a plan's JSON names; an intervention that nobody knows is refused first."""
+    names: dict[str, None] = {}
+    for place in text["edits"]:
+        for item in place["interventions"]:
+            intervention_type("Plan.load", item["type"])
+            names |= dict.fromkeys(item["tensors"].values())
+    return names | ({text["positions"]["mask"]: None} if isinstance(text["positions"], dict) else {})
+
+
+def _rebuild(places: Any, tensors: dict[str, Tensor], shelf: Shelf, source: str) -> Edits:
+    """The edits of a plan's JSON; an intervention that stands in several places is one object again."""
+    made: dict[str, Intervention] = {}
+    edits: dict[tuple[str, int], list[Intervention]] = {}
+    for place in places:
+        chain = edits.setdefault((place["site"], place["layer"]), [])
+        if chain:
+            raise ValueError("a place stands twice among the edits")
+        for item in place["interventions"]:
+            key = json.dumps(item, sort_keys=True)
+            if key not in made:
+                parts = {name: tensors[stored] for name, stored in item["tensors"].items()}
+                numbers = with_saes(item["numbers"], shelf, source)
+                edit = intervention_type("Plan.load", item["type"]).restore(parts, numbers)
+                made[key] = edit.known_from(Origin.restore(item["origin"])) if "origin" in item else edit
+            chain.append(made[key])
+    return edits

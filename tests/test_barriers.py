@@ -260,7 +260,8 @@ def test_damaged_files_are_refused(fitted, tmp_path):
     fitted["linear"].save(tmp_path)
     text = json.loads((tmp_path / "barrier.json").read_text())
     for change, message in (
-        ({"kind": "steerfast.plan"}, "is not a barrier"),
+        ({"kind": "steerfast.plan"}, "holds a plan, not a barrier: read it with Plan.load"),
+        ({"kind": "other"}, "is not a barrier"),
         ({"schema": 99}, "has schema 99"),
         ({"tensors_sha256": "0"}, "is not the file"),
         ({"barrier": {}}, "does not describe a barrier"),

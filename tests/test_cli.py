@@ -18,6 +18,7 @@ from steerfast.cli import demo, shared
 from steerfast.cli import main as cli
 from steerfast.cli.generate import GAP, _Columns
 from steerfast.models.layers import find_layers
+from steerfast.place import Origin
 from steerfast.tools import check as proofs
 
 SENTENCE = "the quick brown fox jumps over the lazy dog kind rude love hate you i because people are good bad"
@@ -103,6 +104,41 @@ def test_extract_saves_what_the_library_computes(saved, tmp_path: Path, capsys: 
     assert (logits[0] - plain).abs().max() > 1e-3
     for layer, v in directions.items():
         assert re.search(rf"^ *{layer} +{re.escape(f'{v.norm:.4g}')} ", shown, re.MULTILINE)
+
+
+def test_extract_leaves_the_directions_beside_the_plan(saved, tmp_path: Path) -> None:
+    options = ["--layers", "0,2", "--strength", "3", "--steer", "last"]
+    assert cli.main(extract(saved("llama"), tmp_path / "love", *options)) == 0
+    found, plan = sf.load_directions(tmp_path / "love"), sf.Plan.load(tmp_path / "love")
+    assert list(found) == ["resid_post.0", "resid_post.2"]
+    assert found.model == plan.model
+    for direction in found.values():
+        (edit,) = plan.edits["resid_post", direction.layer]
+        assert torch.equal(edit.vector, direction.vector)
+        assert (edit.strength, direction.method, direction.model) == (3.0, "mean_difference", "LlamaForCausalLM")
+        assert direction.activation_norm > 0
+    assert cli.main(extract(saved("llama"), tmp_path / "love", "--layer", "1", "--site", "mlp_out")) == 0
+    (one,) = sf.load_directions(tmp_path / "love").values()
+    assert [(one.site, one.layer)] == list(sf.Plan.load(tmp_path / "love").edits) == [("mlp_out", 1)]
+
+
+def test_a_plan_of_a_top_k_sae_generates_with_its_sae(saved, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("STEERFAST_SAES", raising=False)
+    torch.manual_seed(0)
+    sae = sf.SAE(torch.randn(64, 48), torch.randn(64, 48), k=4, origin=Origin(place=("resid_post", 1)))
+    sae.save(tmp_path / "saes" / "mine")
+    sf.Plan([sf.EditFeatures(sae, dict.fromkeys(range(20), 30.0))]).save(tmp_path / "plan")
+    command = ["generate", saved("llama"), "love", "--plan", str(tmp_path / "plan"), "--tokens", "3"]
+    assert cli.main(command) == 2
+    assert sae.fingerprint in only_line(capsys)
+    assert cli.main([*command, "--saes", str(tmp_path / "saes")]) == 0
+    shown = capsys.readouterr().out
+    monkeypatch.setenv("STEERFAST_SAES", str(tmp_path / "saes"))
+    assert cli.main(command) == 0
+    texts = [re.sub(r"\(.*", "", text) for text in (shown, capsys.readouterr().out)]
+    assert texts[0] == texts[1]
+    proof = ["check", saved("llama"), "--plan", str(tmp_path / "plan"), "--saes", str(tmp_path / "saes" / "mine")]
+    assert cli.main(proof) == 0
 
 
 @pytest.mark.parametrize(
@@ -368,7 +404,7 @@ def test_check_finds_a_hook_left_behind(saved) -> None:
 
 SIDES = ["--positive", "love", "--negative", "hate", "--out", "TMP/p"]
 BAD = [
-    (["generate", "MODEL", "hello", "--plan", "TMP/none"], "does not exist; a plan is a directory with plan.json"),
+    (["generate", "MODEL", "hello", "--plan", "TMP/none"], "does not exist; a plan is a folder with plan.json"),
     (["extract", "MODEL", *SIDES, "--positive", "@TMP/none.txt"], "none.txt does not exist"),
     (["extract", "MODEL", *SIDES, "--layers", "40"], "layer 40 is out of range"),
     (["extract", "MODEL", *SIDES, "--layers", "one"], "cannot read 'one'"),

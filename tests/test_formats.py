@@ -517,7 +517,9 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
             load_directions(tmp_path / name)
         assert str(tmp_path / name) in str(error.value)
     for file, message in (
-        ("plan.json", "a plan: use Plan.load"),
+        ("plan.json", "is not a plan"),
+        ("barrier.json", "holds a barrier, not a set of directions: read it with Barrier.load"),
+        ("sae.json", "holds an SAE, not a set of directions: read it with SAE.load"),
         ("adapter_config.json", "PEFT"),
         ("x", "a folder without"),
     ):
@@ -529,6 +531,30 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_directions(tmp_path / "nowhere")
     equal(load_directions(save_directions(tmp_path / "ours", some())), some())
+
+
+def test_a_plan_that_only_adds_is_read_as_its_directions(tmp_path: Path) -> None:
+    given = some()
+    plan = DirectionSet(given, sf.ModelCard("LlamaForCausalLM:tiny", 48, 20)).plan(strength=2.0)
+    back = load_directions(plan.save(tmp_path / "plan"))
+    assert back.model == plan.model
+    for mine, other in zip(back.values(), given.values(), strict=True):
+        assert (mine.layer, mine.site, mine.model) == (other.layer, other.site, "LlamaForCausalLM")
+        assert torch.equal(mine.vector, 2 * other.vector)
+    for place, (edit,) in plan.edits.items():
+        assert torch.equal(back.plan().edits[place][0].vector, edit.strength * edit.vector)  # type: ignore[attr-defined]
+    for refused, message in (
+        (
+            sf.Plan({1: sf.Ablate(row(1))}),
+            r"Ablate\(.*\) at resid_post 1 is no vector that is added; only a plan can hold",
+        ),
+        (sf.Plan({1: sf.Add(row(1))}, "last"), "the plan has positions='last', which vectors cannot say"),
+        (sf.Plan({-1: sf.Add(row(1))}), "resid_post -1 counts from the end"),
+    ):
+        with pytest.raises(ValueError, match=f"^load_directions: {tmp_path / 'other'}: {message}"):
+            load_directions(refused.save(tmp_path / "other"))
+    save_directions(plan.save(tmp_path / "both"), {"mine": given["resid_post.1"]})
+    assert list(load_directions(tmp_path / "both")) == ["mine"]
 
 
 # --- the libraries themselves ----------------------------------------------------------------------------------------

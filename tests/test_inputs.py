@@ -17,8 +17,8 @@ from test_texts import words
 from transformers import LlamaConfig
 
 import steerfast as sf
+from steerfast.place import Origin
 from steerfast.sae.cache import pack
-from steerfast.sae.model import Origin
 
 TEXTS = ["w3 w4 w5 w6 w7", "w8 w9", "w10 w11 w12"]
 
@@ -274,7 +274,7 @@ def test_strengths_and_doses_of_numpy(tmp_path: Any) -> None:
 
 def test_numbers_of_saes_and_barriers(tmp_path: Any) -> None:
     rows = torch.randn(20, 8)
-    sae = sf.SAE(rows, rows, k=np.int64(3), origin=Origin(("resid_post", np.int64(1))))
+    sae = sf.SAE(rows, rows, k=np.int64(3), origin=Origin(place=("resid_post", np.int64(1))))
     again = sf.SAE.load(sae.save(tmp_path))
     assert (again.k, again.place) == (3, ("resid_post", 1))
     for indices in (np.array([4, 1]), torch.tensor([4, 1]), [np.int64(4), 1]):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import steerfast as sf
+from steerfast.files.container import BARRIER, DIRECTIONS, PLAN, SAE
 from steerfast.place import Origin
 
 OLD = Path(__file__).parent / "data" / "v0.1"
@@ -40,6 +41,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "caches": sf.sae.ActivationCache.open,
 }
 NAMES = [f"{kind}/{path.name}" for kind in READERS for path in sorted((OLD / kind).glob("*"))]
+CONTAINERS = {"plans": PLAN, "barriers": BARRIER, "saes": SAE, "directions": DIRECTIONS}
 BIT_FOR_BIT = {"saes", "directions", "vectors", "explanations", "caches"}
 
 # What the sweep, the cache and the training run of data/v0.1 were asked; going on with them asks the same.
@@ -115,6 +117,8 @@ def look(thing: Any) -> Any:
         x, wide = rows(thing.d), thing.to(dtype=torch.float64)
         values, indices = wide.topk(x)
         sparse = {"values": values, "indices": indices, "decoded": wide.decode_topk(values, indices, x)}
+        source = {"place": thing.place, "model": thing.source.model, "hook_name": thing.source.hook_name}
+        sparse |= {"origin": source | {"source": thing.source.library}}
         return (
             fields(thing) | sparse | {"encoded": wide.encode(x), "activation": thing.activation, "place": thing.place}
         )
@@ -207,6 +211,20 @@ def assert_holds(got: Any, wanted: Any, path: str) -> None:
 def test_an_old_file_means_what_it_meant(name: str) -> None:
     kind = name.partition("/")[0]
     assert_same(READERS[kind](OLD / name), name, stored=0.0 if kind in BIT_FOR_BIT else NEAR)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.partition("/")[0] in CONTAINERS])
+def test_an_old_file_that_is_saved_again_keeps_every_bit(name: str, tmp_path: Path) -> None:
+    """Its tensors are the same file, an embedded encoder among them; of the JSON only what a newer schema adds is new."""
+    old, kind = OLD / name, CONTAINERS[name.partition("/")[0]]
+    if not (old / kind.text_name).is_file():
+        pytest.skip("in the format of another library")
+    new = READERS[name.partition("/")[0]](old).save(tmp_path)
+    assert (new / kind.tensors_name).read_bytes() == (old / kind.tensors_name).read_bytes()
+    before, after = (json.loads((folder / kind.text_name).read_bytes()) for folder in (old, new))
+    assert (before.pop("schema"), after.pop("schema")) == (1, kind.schema)
+    after.pop("fingerprint", None)
+    assert after == before
 
 
 def test_every_file_has_its_numbers() -> None:

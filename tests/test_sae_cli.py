@@ -12,7 +12,8 @@ import steerfast as sf
 from steerfast.cli import main as cli
 from steerfast.cli import shared
 from steerfast.cli.sae import PRESETS
-from steerfast.sae.model import SAE, Origin
+from steerfast.place import Origin
+from steerfast.sae.model import SAE
 from steerfast.sae.training import corpus
 
 pytestmark = pytest.mark.model

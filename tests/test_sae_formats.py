@@ -333,9 +333,9 @@ def test_a_file_computes_what_its_family_computes(name, tmp_path):
     torch.testing.assert_close(sae.encode(x), features, atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(sae(x), rebuilt, atol=1e-10, rtol=1e-10)
     assert sae.place == made.place
-    assert sae.origin.hook_name == made.hook_name
-    assert sae.origin.model == made.model
-    assert name.startswith(sae.origin.source)
+    assert sae.source.hook_name == made.hook_name
+    assert sae.source.model == made.model
+    assert name.startswith(sae.source.library)
     again = sf.SAE.load(sae.save(tmp_path / "own"))
     assert torch.equal(again.encode(x), sae.encode(x))
     assert again.origin == sae.origin

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 import steerfast as sf
 from steerfast.edits.features import Features, SelectedFeatures
 from steerfast.files import replace as _files
-from steerfast.sae.model import Origin
+from steerfast.place import Origin
+from steerfast.sae.model import Source
 
 F64 = torch.float64
 NORMALISATIONS = ["none", "constant_norm_rescale", "layer_norm"]
@@ -23,7 +24,17 @@ def make(k: int | None = 7, normalisation: str = "none", dtype: torch.dtype = F6
     w_enc, w_dec = (torch.randn(features, 24, dtype=dtype) for _ in range(2))
     b_enc, b_dec = torch.randn(features, dtype=dtype), torch.randn(24, dtype=dtype)
     threshold = None if k is not None else torch.rand(features, dtype=dtype)
-    return sf.SAE(w_enc, w_dec, b_enc, b_dec, k, threshold, normalisation, Origin(("resid_pre", 3), "here", "m"))
+    return sf.SAE(
+        w_enc,
+        w_dec,
+        b_enc,
+        b_dec,
+        k,
+        threshold,
+        normalisation,
+        Origin("m", ("resid_pre", 3)),
+        Source("steerfast", "here", "m"),
+    )
 
 
 def naive(sae: sf.SAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,21 +172,24 @@ def change(path, **settings):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: change(path, schema=9), "schema 9; this version reads schema 1"),
-        (lambda path: change(path, kind="other"), '"kind" in sae.json is not "steerfast.sae"'),
-        (lambda path: change(path, extra=1), "are not those of schema 1"),
+        (
+            lambda path: change(path, schema=9),
+            "schema 9, newer than this version of steerfast, which reads 1 to 2: upgrade it",
+        ),
+        (lambda path: change(path, kind="other"), 'is not an SAE \\("kind" is not "steerfast.sae"\\)'),
+        (lambda path: change(path, extra=1), "has keys"),
         (lambda path: change(path, k=91), "k is 91; expected 1 to F = 90"),
-        (lambda path: change(path, features=89), "holds 90×24 weights; sae.json says 89×24"),
+        (lambda path: change(path, features=89), r"'w_enc' has shape \(90, 24\); sae.json says \(89, 24\)"),
         (lambda path: change(path, origin={"place": ["nowhere", 1]}), "site is 'nowhere'"),
         (lambda path: (path / "sae.json").write_text("{"), "is not JSON"),
-        (lambda path: save_file({"w_enc": torch.ones(90, 24)}, path / "sae.safetensors"), "are not those of schema 1"),
+        (lambda path: save_file({"w_enc": torch.ones(90, 24)}, path / "sae.safetensors"), "copy both again"),
         (
             lambda path: save_file(make().tensors(), path / "sae.safetensors"),
-            "not the file that sae.json was written with",
+            "not the file that sae.json beside it was written with",
         ),
         (
             lambda path: (path / "sae.safetensors").write_bytes((path / "sae.safetensors").read_bytes()[:-9]),
-            "truncated or damaged",
+            "copy both again",
         ),
     ],
 )
@@ -207,8 +221,8 @@ W, B = torch.randn(6, 4), torch.randn(6)
         (lambda: sf.SAE(W, W * torch.nan), ValueError, "w_dec holds NaN or Inf"),
         (lambda: sf.SAE(W, W, normalisation="batch"), ValueError, "normalisation is 'batch'; expected one of 'none'"),
         (lambda: sf.SAE(W.int(), W), TypeError, "w_enc has dtype torch.int32"),
-        (lambda: sf.SAE(W, W, origin=Origin(("middle", 3))), ValueError, "site is 'middle'; expected one of"),
-        (lambda: sf.SAE(W, W, origin=Origin(("resid_pre", -1))), ValueError, "layer is -1"),
+        (lambda: sf.SAE(W, W, origin=Origin(place=("middle", 3))), ValueError, "site is 'middle'; expected one of"),
+        (lambda: sf.SAE(W, W, origin=Origin(place=("resid_pre", -1))), ValueError, "layer is -1"),
         (
             lambda: sf.SAE(W, W).encode(torch.ones(3)),
             ValueError,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steerfast as sf
+from steerfast.place import Origin
 from steerfast.sae.formats import save_saelens
-from steerfast.sae.model import Origin
 
 MODES = ("set", "add", "scale", "min", "max")
 CHANGES = {3: 2.5, 50: 0.25, 7: 1.0}
@@ -19,7 +19,7 @@ CHANGES = {3: 2.5, 50: 0.25, 7: 1.0}
 def make(k: int | None = 5, normalisation: str = "none", place=("resid_pre", 1), width: int = 48) -> sf.SAE:
     w_enc, w_dec, b_enc = torch.randn(200, width) / 7, torch.randn(200, width), torch.randn(200) / 3
     threshold = None if k is not None else 0.3 * torch.rand(200)
-    return sf.SAE(w_enc, w_dec, b_enc, torch.randn(width), k, threshold, normalisation, Origin(place))
+    return sf.SAE(w_enc, w_dec, b_enc, torch.randn(width), k, threshold, normalisation, Origin(place=place))
 
 
 def by_decoding(sae: sf.SAE, x: Tensor, changes: dict[int, float], mode: str) -> Tensor:
@@ -235,8 +235,9 @@ def test_a_prepared_model_refuses_a_program_and_takes_the_approximation(llama):
 
 @pytest.mark.parametrize(("k", "normalisation"), [(5, "none"), (5, "layer_norm"), (None, "layer_norm"), (None, "none")])
 def test_a_plan_with_an_sae_survives_its_file(tmp_path, llama, k, normalisation):
-    plan = sf.Plan([sf.EditFeatures(make(k, normalisation), CHANGES, "add", keep_norm=True)])
-    back = sf.Plan.load(plan.save(tmp_path))
+    sae = make(k, normalisation)
+    plan = sf.Plan([sf.EditFeatures(sae, CHANGES, "add", keep_norm=True)])
+    back = sf.Plan.load(plan.save(tmp_path), sae)
     assert repr(back) == repr(plan)
     logits = []
     for one in (plan, back):
@@ -285,9 +286,7 @@ def file(smollm, tmp_path_factory):
         with torch.no_grad():
             w_dec /= w_dec.norm(dim=1, keepdim=True)
     bias = (b_enc - w_enc @ mean).detach()
-    sae = sf.SAE(
-        w_enc.detach(), w_dec.detach(), bias, mean, k=K, origin=Origin(("resid_post", LAYER), model="SmolLM2-135M")
-    )
+    sae = sf.SAE(w_enc.detach(), w_dec.detach(), bias, mean, k=K, origin=Origin("SmolLM2-135M", ("resid_post", LAYER)))
     path = save_saelens(sae, tmp_path_factory.mktemp("sae"))
     return path, topics, float(loss)
 
@@ -323,7 +322,7 @@ def test_a_real_file_steers_a_real_model(smollm, file):
     path, topics, loss = file
     assert loss < 0.1  # it explains the activations that it was fitted to
     sae = sf.SAE.load(path)
-    assert (sae.place, sae.k, sae.origin.source) == (("resid_post", LAYER), K, "SAELens")
+    assert (sae.place, sae.k, sae.source.library) == (("resid_post", LAYER), K, "SAELens")
     love, rest = topics["love"], [text for name, group in topics.items() if name != "love" for text in group]
     chosen = top_features(sae, model, tokenizer, love, rest, 6)
     text = love[0]
@@ -382,7 +381,7 @@ def test_a_real_file_steers_a_real_model(smollm, file):
 @pytest.mark.parametrize("k", [5, None])
 def test_an_edit_knows_its_place_and_model_after_saving_too(tmp_path, llama, k):
     sae = make(k)
-    home = Origin(("resid_post", 1), model="GPT2LMHeadModel")
+    home = Origin("GPT2LMHeadModel", ("resid_post", 1))
     foreign = sf.SAE(sae.w_enc, sae.w_dec, sae.b_enc, sae.b_dec, k, sae.threshold, origin=home)
     edit = sf.EditFeatures(foreign, CHANGES)
     inside = sf.When(sf.Condition(torch.ones(48), 0.0), edit)
@@ -390,7 +389,7 @@ def test_an_edit_knows_its_place_and_model_after_saving_too(tmp_path, llama, k):
         assert (one.origin.place, one.origin.model, one.width) == (("resid_post", 1), "GPT2LMHeadModel", 48)
         plan = sf.Plan([one])
         plan.save(tmp_path / type(one).__name__)
-        again = sf.Plan.load(tmp_path / type(one).__name__)
+        again = sf.Plan.load(tmp_path / type(one).__name__, sae)
         assert again.edits[("resid_post", 1)][0].origin.place == ("resid_post", 1)
         for given in (plan, again):
             with pytest.warns(UserWarning, match="activations of GPT2LMHeadModel; this model is a LlamaForCausalLM"):
@@ -403,7 +402,7 @@ def test_an_edit_knows_its_place_and_model_after_saving_too(tmp_path, llama, k):
 def test_the_dose_of_an_edit_that_fits_no_slot(smollm):
     model, tokenizer = smollm
     torch.manual_seed(0)
-    sae = sf.SAE(torch.randn(100, 576), torch.randn(100, 576), k=8, origin=Origin(("resid_post", 3)))
+    sae = sf.SAE(torch.randn(100, 576), torch.randn(100, 576), k=8, origin=Origin(place=("resid_post", 3)))
     plan = sf.Plan([sf.EditFeatures(sae, {5: 1e-3, 9: 1e-3}, mode="add")])
     row = sf.dose(model, tokenizer, plan, ["I went to the market."])[0]
     assert row.change == pytest.approx(float((1e-3 * sae.w_dec[[5, 9]].sum(0)).norm()), rel=0.05)

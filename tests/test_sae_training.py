@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import steerfast as sf
+from steerfast.place import Origin
 from steerfast.sae import cache as cache_module
 from steerfast.sae.cache import ActivationCache, cache_activations, pack, real_tokens
 from steerfast.sae.evaluate import evaluate_sae
-from steerfast.sae.model import SAE, Origin
+from steerfast.sae.model import SAE
 from steerfast.sae.training.checkpoints import Checkpoints
 from steerfast.sae.training.config import TrainConfig, TrainReport
 from steerfast.sae.training.distributed import Alone
@@ -494,7 +495,7 @@ def test_a_stream_trains_what_a_cache_trains(smollm, tmp_path: Path) -> None:
     assert stream.counts == cache.counts
     assert all(torch.equal(a, b) for a, b in zip(stream.contexts(0), cache.contexts(0), strict=True))
     assert equal(train_sae(stream, config), train_sae(cache, config))
-    assert train_sae(stream, config).origin == Origin(place, model=type(model).__name__)
+    assert train_sae(stream, config).origin == Origin(type(model).__name__, place)
 
 
 @pytest.mark.model

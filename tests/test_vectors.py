@@ -232,7 +232,8 @@ def edit_json(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "steerfast.plan"}, "not a set of directions"),
+        ({"kind": "steerfast.plan"}, "holds a plan, not a set of directions: read it with Plan.load"),
+        ({"kind": "other"}, "not a set of directions"),
         ({"schema": 2}, "schema 2"),
         ({"unknown": 1}, "exactly the keys"),
         ({"directions": {}}, "at least one"),
@@ -241,7 +242,7 @@ def edit_json(path: Path, **changes: Any) -> None:
         ({"layer": True}, "layer of direction 'a' is True"),
         ({"norm": None}, "norm of direction 'a'"),
         ({"site": "nowhere"}, "expected one of"),
-        ({"width": 47}, r"expected float32 \(47,\)"),
+        ({"width": 47}, r"'a' has shape \(48,\); directions.json says \(47,\)"),
         ({"model": {"name": "M"}}, "missing"),
         ({"model": {"name": "M", "width": 3, "layers": 2}}, "has width 48"),
         ({"tensors_sha256": "0" * 64}, "copy both again"),

@@ -97,7 +97,7 @@ def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
             lambda: sf.Plan({0: sf.When(sf.Condition(unit(0), 0.1), sf.Add(unit(1)))}),
             "a condition .When. is not decided inside vLLM",
         ),
-        (lambda: sf.Plan({0: top_k_edit()}), "Top-K"),
+        (lambda: sf.Plan({0: top_k_edit()}), "edits SAE.* was not given, and STEERFAST_SAES is not set"),
         (lambda: sf.Plan({0: sf.Add(1e6 * unit(0))}), "resid_post 0: .* does not fit torch.float16: a row overflows"),
     ],
 )
@@ -107,6 +107,20 @@ def test_a_plan_that_does_not_fit_is_refused_by_name_and_the_others_are_served(f
     assert set(library.plans) == {"after", "mask", "one", "single", "spares", "two"} == set(chains)
     with pytest.raises(ValueError, match=f"the plan 'misfit' cannot be used: .*{reason}"):
         wire.read({"steer": "misfit"}, library)
+
+
+def test_saes_are_looked_for_where_the_server_says_and_no_client_learns_where(folder: Path, monkeypatch) -> None:
+    edit = top_k_edit()
+    sf.Plan({0: edit}).save(folder / "topk")
+    saes = folder / "no plan" / "saes"
+    sf.SAE(torch.eye(D), torch.eye(D), k=3).save(saes / "another")
+    monkeypatch.setenv("STEERFAST_SAES", f"{saes}/")
+    reason = plans.load(folder, D, 4)[0].refused["topk"]
+    assert "is not among STEERFAST_SAES: another is " in reason
+    assert str(folder) not in reason
+    sf.SAE(torch.eye(D), torch.eye(D), k=2).save(saes / "the one")
+    reason = plans.load(folder, D, 4)[0].refused["topk"]
+    assert "a Top-K or row-normalised SAE is edited exactly by a full encode, which fits no slot" in reason
 
 
 def test_a_damaged_plan_is_refused_by_name(folder: Path) -> None:

@@ -6,7 +6,7 @@ import math
 import operator
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from steerfast._checks import direction_rows, finite_number, flag, one_of
 from steerfast.ops.backends import in_full_precision
 from steerfast.ops.slots import HINGE, PUSH, Slot
 from steerfast.ops.torch_backend import restore_norm
-from steerfast.place import Origin, Place
+from steerfast.place import NOWHERE, Origin, Place
 
 from .base import (
     BEND,
@@ -122,8 +122,7 @@ class Features:
         decoder: W_dec, (m, d).
         bias: b, (m,); None: zero.
         threshold: θ ≥ 0, (m,); None: ReLU.
-        place: (site, layer) that they read and write, if known: `sf.Plan([...])` puts them there.
-        model: Class of the model whose stream they read, if known; another one is then refused.
+        origin: The place that they read and write, and the model, if known: `sf.Plan([...])` puts them there.
 
     Raises:
         TypeError, ValueError: shapes do not fit, a value is not finite, or a threshold is negative.
@@ -133,8 +132,7 @@ class Features:
     decoder: Tensor
     bias: Tensor | None = None
     threshold: Tensor | None = None
-    place: tuple[str, int] | None = None
-    model: str | None = None
+    origin: Origin = NOWHERE
 
     def __post_init__(self) -> None:
         set_field(self, "encoder", direction_rows("Features", "encoder", self.encoder))
@@ -158,7 +156,7 @@ class Features:
                 f"EditFeatures: feature {outside[0]} is out of range; there are {self.encoder.shape[0]}, from 0"
             )
         bias, threshold = as_tensor(self.bias)[indices], as_tensor(self.threshold)[indices]
-        return Features(self.encoder[indices], self.decoder[indices], bias, threshold, self.place, self.model)
+        return Features(self.encoder[indices], self.decoder[indices], bias, threshold, self.origin)
 
 
 class HasFeatures(Protocol):
@@ -230,12 +228,6 @@ class EditFeatures(Intervention):
         return self._rows.decoder
 
     @property
-    def origin(self) -> Origin:
-        """The place that the SAE reads and writes, and the model that it was trained on, as far as they are known."""
-        place = self._rows.place
-        return Origin(self._rows.model, None if place is None else Place(*place))
-
-    @property
     def _rows(self) -> Features | SelectedFeatures:
         return self.sae  # type: ignore[return-value]  # __post_init__ has picked the rows
 
@@ -268,8 +260,6 @@ class EditFeatures(Intervention):
             "values": list(self.values.values()),
             "mode": self.mode,
             "keep_norm": self.keep_norm,
-            "place": self._rows.place,
-            "model": self._rows.model,
         }
         if isinstance(self._rows, Features):
             return numbers
@@ -285,19 +275,19 @@ class EditFeatures(Intervention):
         names, values, selection = rest.pop("features"), rest.pop("values"), rest.pop("selection", None)
         if len(names) != len(values):
             raise ValueError(f"EditFeatures: {len(names)} features and {len(values)} values; expected as many")
-        place, model = rest.pop("place", None), rest.pop("model", None)
-        home = {"place": None if place is None else (place[0], place[1]), "model": model}
+        place, model = rest.pop("place", None), rest.pop("model", None)  # in a plan of schema 1
+        origin = Origin(model, None if place is None else Place(*place))
         features: HasFeatures
         if (sae := rest.pop("sae", None)) is not None:
             if not hasattr(sae, "rows"):
                 raise TypeError(
                     f"EditFeatures: sae is {sae!r}; expected the SAE itself, which Plan.load finds by its name"
                 )
-            features = replace(sae.rows(names), **home)
+            features = sae.rows(names)
         elif selection is None:
-            features = Features(**tensors, **home)  # type: ignore[arg-type]  # tensors by name
+            features = Features(**tensors, origin=origin)
         else:
-            features = SelectedFeatures.restore(tensors, {**selection, **home})
+            features = SelectedFeatures.restore(tensors, {**selection, "origin": origin})
         made = cls(features, dict(enumerate(values)), **rest)
         set_field(made, "values", dict(zip(names, values, strict=True)))
         return made
@@ -425,8 +415,7 @@ class SelectedFeatures:
         threshold: θ, (m,); None: Top-K.
         k: Features per row of a Top-K SAE; 0 with a threshold.
         normalisation: As in `SAE`.
-        place: (site, layer), if known.
-        model: Class of the model, if known.
+        origin: Place and model, if known.
         sae: The Top-K SAE that they are of: a file names it instead of its encoder. None: the file carries all tensors,
             which are few with a threshold, and all of an encoder in a plan of release 0.1.
     """
@@ -438,8 +427,7 @@ class SelectedFeatures:
     threshold: Tensor | None = None
     k: int = 0
     normalisation: str = "none"
-    place: tuple[str, int] | None = None
-    model: str | None = None
+    origin: Origin = NOWHERE
     sae: Any = None
 
     def __post_init__(self) -> None:
@@ -490,7 +478,7 @@ class SelectedFeatures:
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> SelectedFeatures:
-        """The inverse of `tensors` and `numbers`; place and model are not among them, but may be given."""
+        """The inverse of `tensors` and `numbers`; the origin is not among them, but may be given."""
         arguments: dict[str, Any] = {**tensors, **numbers}
         return cls(**arguments)
 

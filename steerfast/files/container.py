@@ -88,10 +88,10 @@ SAE = Kind(
     "SAE.load",
     "SAE.save",
     frozenset({"features", "width", "k", "normalisation", "origin"}),
-    frozenset({"fingerprint"}),
+    frozenset({"fingerprint", "source"}),
     schema=2,
 )
-"""Schema 2 says the fingerprint, by which a plan finds it."""
+"""Schema 2 says the fingerprint, by which a plan finds it, and tells its origin from what its source says."""
 KINDS = (PLAN, DIRECTIONS, BARRIER, SAE)
 
 

@@ -110,9 +110,9 @@ def evaluate_sae(
         ValueError: the SAE has no place or another width than the model; too few texts.
 
     Example:
-        >>> from steerfast.sae.model import Origin
+        >>> from steerfast.place import Origin, Place
         >>> both = torch.cat([torch.eye(576), -torch.eye(576)])  # every number of the stream as one of two features
-        >>> sae = sf.SAE(both, both, k=576, origin=Origin(("resid_post", 0)))
+        >>> sae = sf.SAE(both, both, k=576, origin=Origin(place=Place("resid_post", 0)))
         >>> found = sf.sae.evaluate_sae(sae, model, tokenizer, true_statements, context=8, loss_tokens=8)
         >>> round(found.variance_explained, 4), round(found.loss_recovered, 2)
         (1.0, 1.0)

@@ -24,33 +24,25 @@ from steerfast import ops
 from steerfast._checks import check_dictionary, check_stream, finite_number, one_of, whole_number, whole_numbers
 from steerfast.edits.base import as_tensor
 from steerfast.edits.features import Features, SelectedFeatures, normalised
-from steerfast.place import SITES
+from steerfast.place import NOWHERE, Origin, Place
 
 NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
 BLOCK_F = 4096  # features of a dense encode computed at a time
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where an SAE reads and writes the stream, and where it comes from.
+class Source:
+    """What the file that an SAE was read from says, in the words of its own library.
 
     Attributes:
-        place: (site, layer) as `sf.Plan` names them; None if unknown, or if no site of steerfast carries it.
-        hook_name: The place as its own library writes it.
-        model: The model that it was trained on.
-        source: The family of the file that it was read from.
+        library: Which one wrote it.
+        hook_name: The place.
+        model: The model that it was trained on; a name, not a class.
     """
 
-    place: tuple[str, int] | None = None
+    library: str = "steerfast"
     hook_name: str = ""
     model: str = ""
-    source: str = "steerfast"
-
-    def __post_init__(self) -> None:
-        if self.place is not None:
-            site, layer = self.place
-            one_of("SAE", "site", site, SITES)
-            object.__setattr__(self, "place", (str(site), whole_number("SAE", "layer", layer, 0)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,7 +61,8 @@ class SAE:
         threshold: θ ≥ 0, (F,); None: zero. Not together with k.
         normalisation: What is done to each row first: "none"; "constant_norm_rescale", x·√d/‖x‖; "layer_norm",
             (x - mean)/(deviation + 1e-5), both undone on the reconstruction.
-        origin: Where it reads the stream, and where it comes from.
+        origin: Where it reads and writes the stream, as far as that is known and is a site of ours.
+        source: What the file says that it was read from.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, k or θ is out of range, a weight is NaN or Inf.
@@ -90,7 +83,8 @@ class SAE:
     k: int | None = None
     threshold: Tensor | None = None
     normalisation: str = "none"
-    origin: Origin = field(default_factory=Origin)
+    origin: Origin = NOWHERE
+    source: Source = field(default_factory=Source)
 
     def __post_init__(self) -> None:
         check_dictionary("SAE", "w_enc", self.w_enc, "b_enc", self.b_enc, bias_axis=0)
@@ -106,6 +100,8 @@ class SAE:
                 raise ValueError(f"SAE: {name} is on {tensor.device} and w_enc on {self.w_enc.device}; move one")
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"SAE: {name} holds NaN or Inf; the file is damaged or the training diverged")
+        if self.place is not None and self.place.layer < 0:
+            raise ValueError(f"SAE: layer is {self.place.layer}; expected one counted from 0")
         one_of("SAE", "normalisation", self.normalisation, NORMALISATIONS)
         if self.k is not None:
             object.__setattr__(self, "k", whole_number("SAE", "k", self.k))
@@ -151,8 +147,8 @@ class SAE:
         return "jumprelu" if bool((self.threshold > 0).any()) else "relu"
 
     @property
-    def place(self) -> tuple[str, int] | None:
-        """(site, layer) that the SAE reads and writes, if that is known."""
+    def place(self) -> Place | None:
+        """Site and layer that the SAE reads and writes, if that is known."""
         return self.origin.place
 
     @functools.cached_property
@@ -270,19 +266,17 @@ class SAE:
         outside = [index for index in indices if not 0 <= index < self.features]
         if outside:
             raise ValueError(f"SAE: feature {outside[0]} is out of range; there are {self.features}, from 0")
-        home = (
-            self.place,
-            (self.origin.model or None) if self.origin.source == "steerfast" else None,
-        )  # others name no class
         w_enc, w_dec, b_enc, threshold = self.w_enc, self.w_dec[indices], as_tensor(self.b_enc), self.threshold
         if threshold is None:
             numbers = torch.tensor(indices, dtype=torch.int32, device="cpu")
-            return SelectedFeatures(w_enc, b_enc, w_dec, numbers, None, self.k or 0, self.normalisation, *home, self)
+            return SelectedFeatures(
+                w_enc, b_enc, w_dec, numbers, None, self.k or 0, self.normalisation, self.origin, self
+            )
         w_enc, b_enc, threshold = w_enc[indices], b_enc[indices], threshold[indices]
         if self.normalisation == "none":
-            return Features(w_enc, w_dec, b_enc, threshold, *home)
+            return Features(w_enc, w_dec, b_enc, threshold, self.origin)
         numbers = torch.arange(len(indices), dtype=torch.int32, device="cpu")
-        return SelectedFeatures(w_enc, b_enc, w_dec, numbers, threshold, 0, self.normalisation, *home)
+        return SelectedFeatures(w_enc, b_enc, w_dec, numbers, threshold, 0, self.normalisation, self.origin)
 
     def approximate(self, threshold: float = 0.0) -> SAE:
         """A Top-K SAE as one with a threshold, so that an edit reads only the rows of the features that it names.

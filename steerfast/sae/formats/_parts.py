@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from steerfast.files.torch_file import read_torch_file
-from steerfast.sae.model import SAE, Origin
+from steerfast.place import Origin, Place
+from steerfast.sae.model import SAE, Source
+
+Home = tuple[Origin, Source]
+"""Where an SAE belongs, as we say it and as its file does."""
+
+
+def home_of(library: str, place: Place | None, hook_name: str = "", model: object = None) -> Home:
+    """What the file of a library says of the place; it names no class of a model."""
+    return Origin(place=place), Source(library, hook_name, str(model or ""))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -100,7 +109,7 @@ def fold(
     b_enc: Tensor,
     b_dec: Tensor,
     subtract: bool,
-    origin: Origin,
+    home: Home,
     k: int | None = None,
     threshold: Tensor | None = None,
     normalisation: str = "none",
@@ -113,7 +122,7 @@ def fold(
     if subtract:
         b_enc = (b_enc.double() - product(w_enc, b_dec.double())).to(b_enc.dtype)
     threshold = None if threshold is None else wide(threshold).clamp(min=0)
-    return SAE(w_enc, w_dec, b_enc, b_dec, k, threshold, normalisation, origin)
+    return SAE(w_enc, w_dec, b_enc, b_dec, k, threshold, normalisation, *home)
 
 
 def product(rows: Tensor, vector: Tensor) -> Tensor:

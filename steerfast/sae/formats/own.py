@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from steerfast.files import container
-from steerfast.sae.model import SAE, Origin
+from steerfast.place import Origin, Place
+from steerfast.sae.model import SAE, Source
 
 
 def save(sae: SAE, directory: Path) -> Path:
@@ -16,7 +18,8 @@ def save(sae: SAE, directory: Path) -> Path:
         "width": sae.d,
         "k": sae.k,
         "normalisation": sae.normalisation,
-        "origin": vars(sae.origin),
+        "origin": sae.origin.numbers(),
+        "source": vars(sae.source),
         "fingerprint": sae.fingerprint,
     }
     tensors = {name: value for name, value in sae.tensors().items() if not (tied and name == "w_dec")}
@@ -34,7 +37,14 @@ def read(directory: Path) -> SAE:
         shapes["threshold"] = (features,)
     container.expect(container.SAE, directory, tensors, shapes)
     with container.describing(container.SAE, directory):
-        origin = dict(text["origin"])
-        place = origin.pop("place")
-        home = Origin(None if place is None else tuple(place), **origin)
-        return SAE(**tensors, k=text["k"], normalisation=text["normalisation"], origin=home)
+        origin, source = _known(text)
+        return SAE(**tensors, k=text["k"], normalisation=text["normalisation"], origin=origin, source=source)
+
+
+def _known(text: dict[str, Any]) -> tuple[Origin, Source]:
+    if "source" in text:
+        return Origin.restore(text["origin"]), Source(**text["source"])
+    old = text["origin"]  # schema 1: only our own files name a class
+    place = None if old["place"] is None else Place(*old["place"])
+    source = Source(old["source"], old["hook_name"], old["model"])
+    return Origin((old["model"] or None) if old["source"] == "steerfast" else None, place), source

@@ -23,7 +23,8 @@ from pathlib import Path
 from torch import Tensor
 
 from steerfast._checks import whole_number
-from steerfast.sae.model import SAE, Origin
+from steerfast.place import Origin
+from steerfast.sae.model import SAE
 
 from .checkpoints import Checkpoints
 from .config import TrainConfig, TrainReport
