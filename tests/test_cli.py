@@ -113,13 +113,13 @@ def test_extract_leaves_the_directions_beside_the_plan(saved, tmp_path: Path) ->
     assert list(found) == ["resid_post.0", "resid_post.2"]
     assert found.model == plan.model
     for direction in found.values():
-        (edit,) = plan.edits["resid_post", direction.layer]
+        (edit,) = plan.edits[direction.origin.place]
         assert torch.equal(edit.vector, direction.vector)
         assert (edit.strength, direction.method, direction.model) == (3.0, "mean_difference", "LlamaForCausalLM")
-        assert direction.activation_norm > 0
+        assert direction.origin.typical_norm > 0
     assert cli.main(extract(saved("llama"), tmp_path / "love", "--layer", "1", "--site", "mlp_out")) == 0
     (one,) = sf.load_directions(tmp_path / "love").values()
-    assert [(one.site, one.layer)] == list(sf.Plan.load(tmp_path / "love").edits) == [("mlp_out", 1)]
+    assert [one.origin.place] == list(sf.Plan.load(tmp_path / "love").edits) == [("mlp_out", 1)]
 
 
 def test_a_plan_of_a_top_k_sae_generates_with_its_sae(saved, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -243,7 +243,7 @@ def test_fit_ode_saves_what_the_library_fits(flowing, tmp_path: Path, capsys: py
     torch.testing.assert_close(flow.barrier(x), expected(x))
     assert "4 positive and 4 negative texts, resid_post of layer 1" in shown
     assert f"accuracy {expected.info.accuracy:.1%}, log-likelihood {expected.info.log_likelihood:.3f}" in shown
-    typical = expected.info.typical_norm
+    typical = expected.origin.typical_norm
     assert cli.main([*argv, "--kind", "linear", "--norms", "2"]) == 0  # over what is there
     (again,) = sf.Plan.load(out).edits["resid_post", 1]
     assert again.T / typical == pytest.approx(2)

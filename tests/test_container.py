@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 import steerfast as sf
 from steerfast.files import container
 from steerfast.files.container import BARRIER, DIRECTIONS, KINDS, PLAN, SAE, Kind
+from steerfast.place import Origin
 
 V = torch.tensor([3.0, 4.0, 0.0, 1.0, 0.5])
 PLACE = ("resid_post", 1)
@@ -26,7 +27,7 @@ def plan(size: float = 1.0) -> sf.Plan:
 
 
 def directions(size: float = 1.0) -> sf.DirectionSet:
-    return sf.DirectionSet({"a": sf.Direction(size * V, "given", 1.0, None, 1)})
+    return sf.DirectionSet({"a": sf.Direction(size * V, "given", 1.0, Origin(place=1))})
 
 
 def barrier(size: float = 1.0) -> sf.Barrier:
@@ -290,8 +291,12 @@ class Anything(sf.Intervention):
 
 @pytest.fixture(autouse=True)
 def _registered() -> Any:
+    sf.Intervention.registry["Anything"] = Anything
     yield
-    sf.Intervention.registry.pop("Anything", None)
+    del sf.Intervention.registry["Anything"]
+
+
+del sf.Intervention.registry["Anything"]  # other tests list them
 
 
 def test_what_no_file_can_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:

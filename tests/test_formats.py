@@ -535,11 +535,11 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_plan_that_only_adds_is_read_as_its_directions(tmp_path: Path) -> None:
     given = some()
-    plan = DirectionSet(given, sf.ModelCard("LlamaForCausalLM:tiny", 48, 20)).plan(strength=2.0)
+    plan = DirectionSet(given, ModelCard("LlamaForCausalLM:tiny", 48, 20)).plan(strength=2.0)
     back = load_directions(plan.save(tmp_path / "plan"))
     assert back.model == plan.model
     for mine, other in zip(back.values(), given.values(), strict=True):
-        assert (mine.layer, mine.site, mine.model) == (other.layer, other.site, "LlamaForCausalLM")
+        assert (mine.origin.place, mine.origin.model) == (other.origin.place, "LlamaForCausalLM")
         assert torch.equal(mine.vector, 2 * other.vector)
     for place, (edit,) in plan.edits.items():
         assert torch.equal(back.plan().edits[place][0].vector, edit.strength * edit.vector)  # type: ignore[attr-defined]

@@ -147,7 +147,7 @@ def test_place_and_model_are_the_plans_own(tmp_path: Path) -> None:
     here = dataclasses.replace(make(), origin=Origin("GPT2LMHeadModel", ("resid_post", 3)))
     saved = sf.Plan([sf.EditFeatures(here, {1: 1.0})]).save(tmp_path / "plan")
     (edit,) = edits(sf.Plan.load(saved, make()))
-    assert (edit.place, edit.model) == (("resid_post", 3), "GPT2LMHeadModel")
+    assert (edit.origin.place, edit.origin.model) == (("resid_post", 3), "GPT2LMHeadModel")
 
 
 def test_one_sae_is_loaded_once_and_held_once(tmp_path: Path, monkeypatch) -> None:

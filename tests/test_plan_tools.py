@@ -11,6 +11,7 @@ import torch
 
 import steerfast as sf
 from steerfast.cli.plan import add_arguments, run
+from steerfast.place import Origin
 from steerfast.plan import ModelCard
 from steerfast.tools import convert as plan_tools
 from steerfast.tools.convert import FORMATS, convert, show
@@ -94,22 +95,23 @@ def test_what_a_vector_cannot_say_is_refused(made: Any, message: str, tmp_path: 
 
 def test_converted_vectors_belong_with_those_that_were_extracted(plan: Any, tmp_path: Any) -> None:
     converted = sf.load_directions(convert(plan, tmp_path / "d", "directions"))
-    assert converted.model == sf.ModelCard("LlamaForCausalLM:", 3, 4)
+    assert converted.model == ModelCard("LlamaForCausalLM:", 3, 4)
     v = converted["resid_post.1"]
-    assert (v.method, v.norm, v.model, v.activation_norm) == ("plan", 10.0, "LlamaForCausalLM", None)
+    assert (v.method, v.norm) == ("plan", 10.0)
+    assert v.origin == Origin("LlamaForCausalLM", ("resid_post", 1))
     with pytest.raises(ValueError, match="does not know the norm of the activations"):
         v.dose()
-    extracted = sf.Direction(U, "mean_difference", 2.0, 50.0, 1, "resid_post", "last", "LlamaForCausalLM")
+    extracted = sf.Direction(U, "mean_difference", 2.0, Origin("LlamaForCausalLM", 1, "last", 50.0))
     both = v - extracted
     assert torch.equal(both.vector, 2 * V - U)
-    assert (both.model, both.activation_norm) == ("LlamaForCausalLM", 50.0)
+    assert (both.origin.model, both.origin.typical_norm) == ("LlamaForCausalLM", 50.0)
 
 
 @pytest.mark.parametrize("to", FORMATS[1:])
 def test_additions_of_one_place_become_their_sum(tmp_path: Any, to: str) -> None:
     made = sf.Plan({2: [sf.Add(V, 2.0), sf.Add(U, -0.5), sf.Add(V, 0.0)], 1: [sf.Add(U)]})
     there = convert(made.save(tmp_path / "plan"), tmp_path / "there", to, strength=2.0)
-    vectors = {d.layer: d.vector for d in sf.load_directions(there).values()}
+    vectors = {d.origin.place.layer: d.vector for d in sf.load_directions(there).values()}
     assert vectors.keys() == {1, 2}
     assert torch.equal(vectors[2], 4 * V - U)
     assert torch.equal(vectors[1], 2 * U)
@@ -120,16 +122,16 @@ def test_additions_of_one_place_become_their_sum(tmp_path: Any, to: str) -> None
 
 
 def test_a_set_of_directions_stays_what_it_is(tmp_path: Any) -> None:
-    one, two = (sf.Direction(t, "pca", 7.0, 50.0, 1, "resid_post", "last", "M") for t in (V, U))
-    bare = sf.Direction(V, "given", 5.0, None)
-    sf.save_directions(tmp_path / "set", {"one": one, "two": two, "bare": bare}, sf.ModelCard("M:m", 3, 4))
+    one, two = (sf.Direction(t, "pca", 7.0, Origin("M", 1, "last", 50.0)) for t in (V, U))
+    bare = sf.Direction(V, "given", 5.0)
+    sf.save_directions(tmp_path / "set", {"one": one, "two": two, "bare": bare}, ModelCard("M:m", 3, 4))
     same = sf.load_directions(convert(tmp_path / "set", tmp_path / "same", "directions"))
-    assert (list(same), same.model) == (["one", "two", "bare"], sf.ModelCard("M:m", 3, 4))
-    origins = [(d.method, d.norm, d.activation_norm) for d in same.values()]
+    assert (list(same), same.model) == (["one", "two", "bare"], ModelCard("M:m", 3, 4))
+    origins = [(d.method, d.norm, d.origin.typical_norm) for d in same.values()]
     assert origins == [("pca", 7.0, 50.0), ("pca", 7.0, 50.0), ("given", 5.0, None)]
     tripled = sf.load_directions(convert(tmp_path / "set", tmp_path / "tripled", "directions", strength=3.0))
     assert torch.equal(tripled["two"].vector, 3 * U)
-    assert tripled["two"].activation_norm == 50.0
+    assert tripled["two"].origin.typical_norm == 50.0
     with pytest.raises(ValueError, match="convert: 'bare' does not know its layer"):
         convert(tmp_path / "set", tmp_path / "no.gguf", "gguf")
     sf.save_directions(tmp_path / "two", {"one": one, "two": two})

@@ -72,7 +72,7 @@ def test_cells_equal_one_text_at_a_time() -> None:
     assert found.baseline.effect == pytest.approx(one_by_one(None)[0], abs=1e-5)
     for cell in found:
         v = extract.mean_difference(pos[cell.layer], neg[cell.layer], normalize=True)
-        dose = cell.strength * v.activation_norm
+        dose = cell.strength * v.origin.typical_norm
         plan = None if cell.strength == 0 else {cell.layer: sf.Add(v, dose)}
         effect, perplexity = one_by_one(plan)
         assert cell.effect == pytest.approx(effect, abs=1e-4)
@@ -106,7 +106,7 @@ def test_a_flow_is_swept_by_its_angle_or_its_length() -> None:
             effect, perplexity = one_by_one({1: edit})
             assert cell.effect == pytest.approx(effect, abs=1e-4)
             assert cell.perplexity == pytest.approx(perplexity, rel=1e-4)
-            length = abs(cell.strength) * (h.info.typical_norm if unit == "stream" else 1.0)
+            length = abs(cell.strength) * (h.origin.typical_norm if unit == "stream" else 1.0)
             assert cell.norm == pytest.approx(length, rel=1e-5)
         assert len({round(cell.effect, 4) for cell in found} | {round(found.baseline.effect, 4)}) == 3
 

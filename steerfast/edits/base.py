@@ -68,7 +68,7 @@ class Intervention:
     @property
     def origin(self) -> Origin:
         """Where the direction, the barrier or the SAE that it was given comes from, as far as that is known."""
-        return vars(self)["_origin"]
+        return vars(self).get("_origin", NOWHERE)
 
     def known_from(self, origin: Origin) -> Intervention:
         """The same edit with an origin: of a file, or of a direction that it was made from."""
