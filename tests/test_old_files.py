@@ -196,16 +196,28 @@ def test_an_old_file_means_what_it_meant(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.partition("/")[0] in CONTAINERS])
 def test_an_old_file_that_is_saved_again_keeps_every_bit(name: str, tmp_path: Path) -> None:
-    """Its tensors are the same file, an embedded encoder among them; of the JSON only what a newer schema adds is new."""
+    """Its tensors, an embedded encoder among them, and its JSON, but for what a newer schema adds."""
     old, kind = OLD / name, CONTAINERS[name.partition("/")[0]]
     if not (old / kind.text_name).is_file():
         pytest.skip("in the format of another library")
     new = READERS[name.partition("/")[0]](old).save(tmp_path)
-    assert (new / kind.tensors_name).read_bytes() == (old / kind.tensors_name).read_bytes()
     before, after = (json.loads((folder / kind.text_name).read_bytes()) for folder in (old, new))
     assert (before.pop("schema"), after.pop("schema")) == (1, kind.schema)
     after.pop("fingerprint", None)
+    if kind is PLAN:  # an object inside two others is written with each of them: by name the tensors may differ
+        before, after = (with_bits(text, folder) for text, folder in ((before, old), (after, new)))
+    else:
+        assert (new / kind.tensors_name).read_bytes() == (old / kind.tensors_name).read_bytes()
     assert after == before
+
+
+def with_bits(text: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The JSON of a plan with tensors, dtype and bits, in place of their names."""
+    stored = load_file(folder / "plan.safetensors")
+    seen = {name: (t.dtype, t.shape, t.reshape(-1).view(torch.uint8).tolist()) for name, t in stored.items()}
+    for item in (item for place in text["edits"] for item in place["interventions"]):
+        item["tensors"] = {name: seen[key] for name, key in item["tensors"].items()}
+    return {**text, "tensors_sha256": None, "mask": seen.get("positions")}
 
 
 def test_every_file_has_its_numbers() -> None:

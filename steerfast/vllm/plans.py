@@ -99,8 +99,10 @@ def load(
 
 def _public(reason: str, root: Path) -> str:
     """What a client may read of it: no path of the server."""
-    for path in (str(root), os.environ.get(VARIABLE, "").rstrip(os.sep)):
-        reason = reason.replace(f"{path}{os.sep}", "").replace(f"{VARIABLE}={path}", VARIABLE) if path else reason
+    saes = Path(os.environ.get(VARIABLE, "")).expanduser()
+    reason = reason.replace(f"{VARIABLE}={saes}", VARIABLE)
+    for path in (saes, root):
+        reason = reason.replace(f"{path}{os.sep}", "")
     return reason
 
 
