@@ -99,11 +99,10 @@ def load(
 
 def _public(reason: str, root: Path) -> str:
     """What a client may read of it: no path of the server."""
-    saes = Path(os.environ.get(VARIABLE, "")).expanduser()
-    reason = reason.replace(f"{VARIABLE}={saes}", VARIABLE)
-    for path in (saes, root):
-        reason = reason.replace(f"{path}{os.sep}", "")
-    return reason
+    if named := os.environ.get(VARIABLE):
+        saes = Path(named).expanduser()
+        reason = reason.replace(f"{VARIABLE}={saes}", VARIABLE).replace(f"{saes}{os.sep}", "")
+    return reason.replace(f"{root}{os.sep}", "")
 
 
 def _selector(plan: Plan) -> str | None:
