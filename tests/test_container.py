@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -273,40 +274,39 @@ def test_a_file_in_the_way_is_refused(kind: Kind, make, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-class Anything(sf.Intervention):
+@pytest.fixture
+def anything() -> Iterator[Callable[[torch.Tensor, float], sf.Intervention]]:
     """What a user's own class may put into a plan."""
 
-    def __init__(self, values: torch.Tensor, number: float) -> None:
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "number", number)
+    @dataclass(frozen=True, eq=False)
+    class Anything(sf.Intervention):
+        values: torch.Tensor
+        number: float
 
-    width = 5  # type: ignore[assignment]
+        @property
+        def width(self) -> int:
+            return len(self.values)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"values": self.values}  # type: ignore[attr-defined]
-
-    def numbers(self) -> dict[str, Any]:
-        return {"number": self.number}  # type: ignore[attr-defined]
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> Any:
-    sf.Intervention.registry["Anything"] = Anything
-    yield
+    yield Anything
     del sf.Intervention.registry["Anything"]
 
 
-del sf.Intervention.registry["Anything"]  # other tests list them
-
-
-def test_what_no_file_can_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_what_no_file_can_hold_is_refused_before_anything_is_written(anything, tmp_path: Path) -> None:
     for made, message in (
-        (Anything(V / 0, 1.0), r"Plan\.save: '0\.values' holds NaN or Inf"),
-        (Anything(V, float("inf")), r"Plan\.save: a plan holds a number that is NaN or infinite"),
+        (anything(V / 0, 1.0), r"Plan\.save: '0\.values' holds NaN or Inf"),
+        (anything(V, float("inf")), r"Plan\.save: a plan holds a number that is NaN or infinite"),
     ):
         with pytest.raises(ValueError, match=message):
             sf.Plan({1: made}).save(tmp_path / "p")
     assert not (tmp_path / "p").exists()
+    (back,) = sf.Plan.load(sf.Plan({1: anything(V, 2.0)}).save(tmp_path / "p")).edits["resid_post", 1]
+    assert torch.equal(back.values, V)  # type: ignore[attr-defined]
+
+
+def test_the_one_name_that_safetensors_keeps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="save_directions: '__metadata__' is a name that safetensors keeps for itself"):
+        sf.save_directions(tmp_path / "new", {"__metadata__": directions()["a"]})
+    assert not (tmp_path / "new").exists()
 
 
 def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:

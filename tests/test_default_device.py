@@ -62,8 +62,12 @@ def gated() -> sf.Intervention:
     return sf.When(sf.Condition(V, 0.05), sf.Add(V), layer=0)
 
 
+def sae() -> sf.SAE:
+    return sf.SAE(ROWS, ROWS, k=2)
+
+
 def selected() -> sf.Intervention:
-    return sf.EditFeatures(sf.SAE(ROWS, ROWS, k=2), {2: 8.0}, keep_norm=True)
+    return sf.EditFeatures(sae(), {2: 8.0}, keep_norm=True)
 
 
 PLANS: dict[str, Callable[[], object]] = {
@@ -122,8 +126,9 @@ def test_a_saved_plan_and_a_bank_under_another_default(tmp_path: Path, default) 
     plan = sf.Plan({0: selected(), 1: flow(), 2: gated()}, CHOSEN)
     expected = steered(build("llama"), plan)
     with elsewhere(default):
-        plan.save(tmp_path)
-        found = steered(build("llama"), sf.Plan.load(tmp_path))
+        plan.save(tmp_path / "plan")
+        sae().save(tmp_path / "sae")
+        found = steered(build("llama"), sf.Plan.load(tmp_path / "plan", tmp_path / "sae"))
         bank = sf.Bank(D, 2)
         bank.replace(bank.register(sf.Add(V)), sf.Ablate(V))
         bank.set_strength(0, 0.5)

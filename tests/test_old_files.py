@@ -215,14 +215,27 @@ def test_an_old_file_means_what_it_meant(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.partition("/")[0] in CONTAINERS])
 def test_an_old_file_that_is_saved_again_keeps_every_bit(name: str, tmp_path: Path) -> None:
-    """Its tensors are the same file, an embedded encoder among them; what the newer JSON says is read as the old one was."""
+    """Its tensors, an embedded encoder among them; what the newer JSON says is read as the old one was."""
     old, kind = OLD / name, CONTAINERS[name.partition("/")[0]]
     if not (old / kind.text_name).is_file():
         pytest.skip("in the format of another library")
-    new = READERS[name.partition("/")[0]](old).save(tmp_path)
-    assert (new / kind.tensors_name).read_bytes() == (old / kind.tensors_name).read_bytes()
+    read = READERS[name.partition("/")[0]]
+    new = read(old).save(tmp_path)
     assert json.loads((new / kind.text_name).read_bytes())["schema"] == kind.schema
-    assert_same(READERS[name.partition("/")[0]](new), name, stored=0.0 if kind in (SAE, DIRECTIONS) else NEAR)
+    if kind is PLAN:  # an object inside two others is written with each of them: by name the tensors may differ
+        assert bits(new) == bits(old)
+    else:
+        assert (new / kind.tensors_name).read_bytes() == (old / kind.tensors_name).read_bytes()
+    assert_same(read(new), name, stored=0.0 if kind in (SAE, DIRECTIONS) else NEAR)
+
+
+def bits(folder: Path) -> list[Any]:
+    """The tensors of a plan, dtype and bits, in the order of its edits."""
+    stored = load_file(folder / "plan.safetensors")
+    seen = {name: (t.dtype, t.shape, t.reshape(-1).view(torch.uint8).tolist()) for name, t in stored.items()}
+    text = json.loads((folder / "plan.json").read_bytes())
+    items = [item for place in text["edits"] for item in place["interventions"]]
+    return [{name: seen[key] for name, key in item["tensors"].items()} for item in items] + [seen.get("positions")]
 
 
 def test_every_file_has_its_numbers() -> None:

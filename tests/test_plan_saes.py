@@ -265,7 +265,7 @@ def test_a_path_that_is_not_there_is_refused_even_if_no_sae_is_needed(tmp_path: 
 
 def test_restore_wants_the_sae_and_not_its_name() -> None:
     (edit, *_) = edits(plan(make()))
-    with pytest.raises(TypeError, match=r"expected the SAE itself, which Plan.load finds by its name"):
+    with pytest.raises(TypeError, match=r"expected the SAE itself, which Plan\.load finds by its name"):
         type(edit).restore(edit.tensors(), edit.numbers())
     back = type(edit).restore({}, {**edit.numbers(), "sae": make()})
     assert torch.equal(effect(back), effect(edit))

@@ -30,9 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other.add_argument(
         "--strength", type=float, default=1.0, metavar="C", help="multiplies every vector (default: %(default)s)"
     )
-
-    for parser_of_action in (shown, other):
-        shared.saes_argument(parser_of_action)
+    shared.saes_argument(shown)
+    shared.saes_argument(other)
 
 
 def run(args: argparse.Namespace) -> int:

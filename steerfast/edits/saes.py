@@ -37,8 +37,8 @@ class Shelf:
             )
         self._paths = [Path(item).expanduser() for item in given if isinstance(item, (str, os.PathLike))]
         self._objects = [item for item in given if not isinstance(item, (str, os.PathLike))]
-        for path in [] if self._named else self._paths:
-            if not path.exists():
+        for path in self._paths:
+            if not self._named and not path.exists():  # the variable may serve other plans
                 raise FileNotFoundError(
                     f"{caller}: saes: {path} does not exist; give the folder of an SAE, or one of such folders"
                 )
@@ -73,12 +73,9 @@ class Shelf:
         """What may be an SAE: first those of our own format, which say their fingerprint without being loaded."""
         found: list[Path] = []
         for root in self._paths:
-            below = (
-                []
-                if _is_ours(root) or not root.is_dir()
-                else [path for path in sorted(root.iterdir()) if path.is_dir()]
-            )
-            found += [root, *below]
+            found.append(root)
+            if root.is_dir() and not _is_ours(root):
+                found += [path for path in sorted(root.iterdir()) if path.is_dir()]
         yield from sorted(found, key=lambda path: not _is_ours(path))
 
     def _load(self, path: Path, wanted: str) -> Any:

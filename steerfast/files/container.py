@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -102,12 +103,14 @@ def write(kind: Kind, folder: PathLike, text: Mapping[str, Any], tensors: Mappin
         The folder.
 
     Raises:
-        ValueError: a file stands where the folder should, or a tensor or number is not finite.
+        ValueError: a file stands where the folder should, a tensor or number is not finite, or a name is not free.
         TypeError: something in `text` is nothing that JSON knows.
     """
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{kind.writer}: {target} is a file; {_form(kind)}")
+    if "__metadata__" in tensors:
+        raise ValueError(f"{kind.writer}: '__metadata__' is a name that safetensors keeps for itself; choose another")
     _check_finite(kind.writer, "", tensors)
     blob = save_tensors(_apart(tensors))
     whole = {"schema": kind.schema, "kind": kind.label, **text, "tensors_sha256": hashlib.sha256(blob).hexdigest()}
@@ -254,7 +257,7 @@ def _check_text(kind: Kind, folder: PathLike, path: str, text: Any) -> None:
 
 def _check_finite(owner: str, where: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if tensor.dtype in FLOATS and not bool(tensor.isfinite().all()):
+        if tensor.dtype in FLOATS and tensor.numel() and not all(map(math.isfinite, map(float, tensor.aminmax()))):
             raise ValueError(f"{owner}: {where}{name!r} holds NaN or Inf; nothing that steers may: make it anew")
 
 

@@ -99,9 +99,10 @@ def load(
 
 def _public(reason: str, root: Path) -> str:
     """What a client may read of it: no path of the server."""
-    for path in (str(root), os.environ.get(VARIABLE, "").rstrip(os.sep)):
-        reason = reason.replace(f"{path}{os.sep}", "").replace(f"{VARIABLE}={path}", VARIABLE) if path else reason
-    return reason
+    if named := os.environ.get(VARIABLE):
+        saes = Path(named).expanduser()
+        reason = reason.replace(f"{VARIABLE}={saes}", VARIABLE).replace(f"{saes}{os.sep}", "")
+    return reason.replace(f"{root}{os.sep}", "")
 
 
 def _selector(plan: Plan) -> str | None:
