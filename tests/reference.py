@@ -1,8 +1,8 @@
 """Every op once more as its formula: slow, plain, in float64, and for the tests of both backends alone.
 
 Each function takes the arguments of the op of its name and reads from top to bottom as what that op means. Tensors of any
-dtype and device come in; the sums are taken in float64 on the CPU, or in another dtype inside `arithmetic(dtype)`, which is
-how a test learns what rounding alone may cost. Nothing here is imported from `steerfast.ops`.
+dtype and device come in; the sums are taken in float64 on the CPU, or in another dtype by `naive`, which is how a test
+learns what rounding alone may cost. Nothing here is imported from `steerfast`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ def arithmetic(dtype: torch.dtype) -> Iterator[None]:
         _dtype = before
 
 
-def naive(formula: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The formula in float32 arithmetic (float64 for a float64 x), rounded once to the dtype of x."""
-    with arithmetic(torch.float64 if x.dtype == torch.float64 else torch.float32):
+def naive(
+    formula: Callable[..., Any], x: Tensor, *args: Any, within: torch.dtype = torch.float32, **kwargs: Any
+) -> Any:
+    """The formula in another arithmetic, rounded once to the dtype of x: what rounding alone may cost."""
+    with arithmetic(within):
         found = formula(x, *args, **kwargs)
     return tuple(part.to(x.dtype) for part in found) if isinstance(found, tuple) else found.to(x.dtype)
 
@@ -208,7 +210,7 @@ def flow(
     barrier, q = Barrier(number(eigenvalues), number(bias)), rows_of(basis)
     flat = rows_of(x)
     moved = [follow(a, q, barrier, (T or 0.0) + (angle or 0.0) * a.norm(), steps, WALKS[method]) for a in flat]
-    return torch.stack(moved or [*flat]).view(x.shape) if moved else number(x)
+    return torch.stack(moved).view(x.shape) if moved else number(x)
 
 
 def follow(a: Tensor, q: Tensor, barrier: Barrier, length: Any, steps: int, walk: Walk) -> Tensor:
@@ -240,7 +242,7 @@ def follow(a: Tensor, q: Tensor, barrier: Barrier, length: Any, steps: int, walk
         if walk.level < math.inf:  # no farther than where the slope says that the level lies
             point = a if barrier.raw or start == 0 else a / a.norm()
             below = sign * (walk.level - barrier.height(q @ point))
-            step = min(step, max(below / speed, 0 * step)) if speed > 0 else step if below > 0 else 0 * step
+            step = min(step, max(below / speed, 0 * step)) if speed > 0 else 0 * step
         move = sign * step
         if walk.great_circle:
             r = a.norm()
@@ -332,7 +334,7 @@ class Slot(NamedTuple):
     def read(cls, vectors: Tensor, coefficients: Tensor, header: list[int]) -> Slot:
         """The slot with this row of eight whole numbers."""
         mode, rank, project, lift, start, steps, keep_norm, extra = header
-        numbers, table, more = coefficients[start : start + 1 + rank + extra].split([1, rank, extra]) if rank else [coefficients[:1]] * 3
+        numbers, table, more = coefficients[start : start + 1 + rank + extra].split([1, rank, extra])
         b, c = vectors[project : project + rank], vectors[lift : lift + rank]
         return cls(mode, b, c, numbers[0], table, more, steps, keep_norm)
 
@@ -465,8 +467,9 @@ def _largest(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def sae_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """Σⱼ values[j] · W_dec[indices[j]] + b_dec."""
-    rows = number(w_dec)[indices.long().cpu()]
-    return (number(values)[..., None] * rows).sum(-2) + (0 if b_dec is None else number(b_dec))
+    values, w = number(values), number(w_dec)
+    out = sum(values[..., j, None] * w[indices[..., j].long().cpu()] for j in range(values.shape[-1]))
+    return out + (0 if b_dec is None else number(b_dec))
 
 
 def sae_add(x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, scale: Tensor | None = None) -> Tensor:

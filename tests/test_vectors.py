@@ -282,7 +282,9 @@ def test_listing_opens_one_file_a_set_and_no_tensor(tmp_path: Path, monkeypatch:
     opened: list[str] = []
     for owner in (builtins, io, os):
         run = owner.open
-        monkeypatch.setattr(owner, "open", lambda path, *args, run=run, **how: opened.append(path) or run(path, *args, **how))
+        monkeypatch.setattr(
+            owner, "open", lambda path, *args, run=run, **how: opened.append(path) or run(path, *args, **how)
+        )
     listing = list_directions(tmp_path)
     monkeypatch.undo()
     assert len(listing) == 600
