@@ -23,7 +23,7 @@ SIMILARITIES = ("projection", "tanh")
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Whether a row resembles a direction: similarity(x, W) > θ, or < θ.
+    """Whether a row resembles a direction: similarity(x, W) > θ, or < θ; neither side holds exactly at θ.
 
     "projection", the paper's: |cos(x, proj_W x)| = ‖Wx‖/‖x‖, between 0 and 1. "tanh", the released code's:
     cos(x, tanh(WᵀWx)), between -1 and 1; it depends on the size of x and on all of its entries.
@@ -31,7 +31,7 @@ class Condition:
     Args:
         direction: One condition vector (d,), or m independent ones (m, d), of any length; W is an orthonormal basis.
         threshold: θ, within the range of the similarity.
-        above: Act where the similarity is above θ; False: where it is below.
+        above: Act where the similarity is above θ; False: where it is below. A row exactly at θ is not acted on.
         similarity: "projection" or "tanh".
 
     Raises:
