@@ -16,7 +16,7 @@ from steerfast._checks import check_stream, direction_rows, finite_number, flag,
 from steerfast.ops.slots import Slot
 from steerfast.ops.stream import similarity
 
-from .base import Directions, Intervention, Program, as_tensor, intervention_type, orthonormal, set_field
+from .base import Directions, Intervention, Program, as_tensor, intervention_type, orthonormal, row_strengths, set_field
 
 SIMILARITIES = ("projection", "tanh")
 
@@ -170,17 +170,19 @@ class When(Intervention):
             raise ValueError(
                 f"{owner}: one token decides for a whole request; give read=, the stream (..., d) at the last prompt token"
             )
-        if x.dim() < 2 or read.shape != (*x.shape[:-2], x.shape[-1]):
-            raise ValueError(
-                f"{owner}: read has shape {tuple(read.shape)} and x {tuple(x.shape)}; expected (..., d) and (..., tokens, d)"
-            )
+        if x.dim() < 2:
+            raise ValueError(f"{owner}: x has shape {tuple(x.shape)}; expected (..., tokens, d)")
+        _check_read(owner, read, (*x.shape[:-2], x.shape[-1]))
         return self._apply_where(self.condition(read)[..., None].expand(x.shape[:-1]), x, strength)
 
     def _apply_where(self, meets: Tensor, x: Tensor, strength: Tensor | float) -> Tensor:
         """The edit of those rows of x that meet the condition, bool (...)."""
-        if not isinstance(strength, Tensor):
-            strength = x.new_tensor(finite_number(type(self).__name__, "strength", strength), dtype=torch.float32)
-        return self.then.apply(x, torch.where(meets.to(x.device), strength, 0))
+        owner = f"{type(self).__name__}.apply"
+        if isinstance(strength, Tensor):
+            weights = row_strengths(owner, strength, x).view(meets.shape)
+        else:
+            weights = x.new_tensor(finite_number(owner, "strength", strength), dtype=torch.float32)
+        return self.then.apply(x, torch.where(meets.to(x.device), weights, 0))
 
     def tensors(self) -> dict[str, Tensor]:
         inner = {f"then.{name}": value for name, value in self.then.tensors().items()}
@@ -258,6 +260,11 @@ class WhenToken(When):
         if read is None and self.layer is not None:
             raise ValueError(f"{owner}: the condition is read at layer {self.layer}; give read=, the stream there")
         read = x if read is None else read
-        if read.shape != x.shape:
-            raise ValueError(f"{owner}: read has shape {tuple(read.shape)}; expected {tuple(x.shape)}, that of x")
+        _check_read(owner, read, tuple(x.shape))
         return self._apply_where(self.condition(read), x, strength)
+
+
+def _check_read(owner: str, read: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(read, Tensor) or tuple(read.shape) != shape:
+        got = f"shape {tuple(read.shape)}" if isinstance(read, Tensor) else f"type {type(read).__name__}"
+        raise ValueError(f"{owner}: read has {got}; expected a tensor of shape {shape}, beside x")
