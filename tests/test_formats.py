@@ -26,8 +26,8 @@ from steerfast.directions.direction import Direction
 from steerfast.directions.sets import DirectionSet, save_directions
 from steerfast.integrations import gguf, lm_eval, repeng, steering_vectors
 from steerfast.integrations.read import load_directions
-from steerfast.ops import torch_backend as reference
 from steerfast.place import Origin, Place
+from steerfast.plan import ModelCard
 
 DATA = Path(__file__).parent / "data"
 LAYERS, WIDTH = (1, 3, 12), 8
@@ -103,7 +103,7 @@ def test_a_clamp_of_lm_eval_is_a_plan() -> None:
     x, v, b = torch.randn(5, WIDTH), row(1), row(3)
     unit = v / v.norm()
     expected = x + unit * (2.0 - ((x - b) * unit).sum(1, keepdim=True))  # lm-eval's formula, the bias put back
-    torch.testing.assert_close(reference.edit(x, edit.slot()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(edit.apply(x), expected, rtol=1e-5, atol=1e-5)
     assert [type(e).__name__ for (e,) in lm_eval.read_plan(DATA / "lm_eval.pt").edits.values()] == ["Add"] * 3
 
 

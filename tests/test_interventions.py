@@ -12,7 +12,6 @@ from places import assert_exact
 
 import steerfast as sf
 from steerfast.edits.base import Intervention
-from steerfast.ops import torch_backend as reference
 from steerfast.plan import ModelCard
 
 D = 12
@@ -164,8 +163,6 @@ def test_an_intervention_in_a_bank_is_its_formula(name):
     true = formula(x.double())
     assert_exact(got, true, (true + 1e-6 * true.abs().max()).float())  # float32 rows, summed in another order
     assert edit.width == D
-    view = reference.edit(x, bank.view(slot), bank.strength(slot))
-    torch.testing.assert_close(view, got, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", [n for n, (edit, _) in EXAMPLES.items() if "keep_norm" in edit.numbers()])

@@ -145,13 +145,8 @@ def shown(origin: Origin) -> dict[str, Any]:
 
 
 def effect(edit: sf.Intervention) -> Tensor:
-    """What an intervention makes of `rows`."""
-    x, run = rows(edit.width), edit.program(torch.device("cpu"))
-    if run is not None:
-        return run(x, 1.0)
-    bank = sf.Bank(edit.width, slots=1, dtype=torch.float64)
-    bank.register(edit)
-    return sf.ops.subspace(x, *bank.tensors)
+    """What an intervention makes of `rows`, whatever its condition."""
+    return (edit.then if isinstance(edit, sf.When) else edit).apply(rows(edit.width))
 
 
 def plain(seen: Any, tensors: dict[str, Tensor], path: str) -> Any:

@@ -36,15 +36,6 @@ def by_decoding(sae: sf.SAE, x: Tensor, changes: dict[int, float], mode: str) ->
     return sae.decode(after, x) + error
 
 
-def edited(edit: sf.EditFeatures, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    program = edit.program(x.device)
-    if program is not None:
-        return program(x, scale)
-    bank = sf.Bank(edit.width, 1)
-    bank.register(edit)
-    return sf.ops.subspace(x, *bank.tensors)
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("normalisation", ["none", "constant_norm_rescale", "layer_norm"])
 @pytest.mark.parametrize("k", [5, 200, None])
@@ -53,7 +44,7 @@ def test_an_edit_is_the_dense_one(k, normalisation, mode):
     x = torch.randn(4, 10, 48, dtype=torch.float64)
     changes = {**CHANGES, int(sae.topk(x)[1][0, 0, 0]): 0.5}  # one that is surely selected somewhere
     edit = sf.EditFeatures(sae, changes, mode)
-    got = edited(edit, x)
+    got = edit.apply(x)
     wide = k is not None and normalisation == "none"  # a bank keeps its tensors in float32, and an op its scales
     tolerance = 1e-10 if wide else 1e-5
     torch.testing.assert_close(got, by_decoding(sae, x, changes, mode), atol=tolerance, rtol=tolerance)
@@ -67,7 +58,7 @@ def test_the_exact_edit_runs_on_every_backend(place):
             sae = make(5, normalisation).to(device)
             x = torch.randn(6, 48, device=device)
             scale = torch.tensor([1.0, 0.0, 1, 1, 0, 1], device=device)
-            got = edited(sf.EditFeatures(sae, CHANGES), x, scale)
+            got = sf.EditFeatures(sae, CHANGES).apply(x, scale)
             wanted = by_decoding(sae, x, CHANGES, "set")
             torch.testing.assert_close(got[scale > 0], wanted[scale > 0], atol=2e-5, rtol=2e-5)
             assert torch.equal(got[scale == 0], x[scale == 0])
@@ -77,17 +68,17 @@ def test_a_top_k_edit_sees_the_selection_and_the_approximation_does_not():
     """A feature that is positive and not among the k counts as off in the exact form only."""
     sae = sf.SAE(torch.eye(4), torch.eye(4), k=1)
     x = torch.tensor([[3.0, 2.0, 0.0, 0.0]])
-    assert edited(sf.EditFeatures(sae, {1: 1.0}, "add"), x).tolist() == [[3, 3, 0, 0]]
-    assert edited(sf.EditFeatures(sae, {1: 1.0}), x).tolist() == [[3, 3, 0, 0]]  # from 0, not from 2
-    assert edited(sf.EditFeatures(sae.approximate(), {1: 1.0}), x).tolist() == [[3, 1, 0, 0]]
-    assert edited(sf.EditFeatures(sae.approximate(2.5), {1: 1.0}), x).tolist() == [[3, 3, 0, 0]]
+    assert sf.EditFeatures(sae, {1: 1.0}, "add").apply(x).tolist() == [[3, 3, 0, 0]]
+    assert sf.EditFeatures(sae, {1: 1.0}).apply(x).tolist() == [[3, 3, 0, 0]]  # from 0, not from 2
+    assert sf.EditFeatures(sae.approximate(), {1: 1.0}).apply(x).tolist() == [[3, 1, 0, 0]]
+    assert sf.EditFeatures(sae.approximate(2.5), {1: 1.0}).apply(x).tolist() == [[3, 3, 0, 0]]
 
 
 def test_the_norm_can_be_kept():
     sae, x = make(), torch.randn(6, 48)
     scale = torch.tensor([1.0, 0.0, 1, 1, 0, 1])
-    free = edited(sf.EditFeatures(sae, CHANGES), x, scale)
-    kept = edited(sf.EditFeatures(sae, CHANGES, keep_norm=True), x, scale)
+    free = sf.EditFeatures(sae, CHANGES).apply(x, scale)
+    kept = sf.EditFeatures(sae, CHANGES, keep_norm=True).apply(x, scale)
     torch.testing.assert_close(kept, free * (x.norm(dim=1) / free.norm(dim=1))[:, None])
     assert torch.equal(kept[scale == 0], x[scale == 0])
 

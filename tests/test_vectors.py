@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import doctest
+import io
 import json
+import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -276,16 +279,26 @@ def test_damaged_files(tmp_path: Path) -> None:
         save_directions(tmp_path / "file", direction(1))
 
 
-def test_ten_thousand_sets_are_listed(tmp_path: Path) -> None:
+def test_listing_opens_one_file_a_set_and_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = save_directions(tmp_path / "v0", {"a": direction(1), "b": direction(2, place=2)})
-    for i in range(1, 10_000):
+    for i in range(1, 300):
         folder = tmp_path / f"v{i}"
         folder.mkdir()
         for file in first.iterdir():
             shutil.copyfile(file, folder / file.name)
     (tmp_path / "empty").mkdir()
+    opened: list[str] = []
+    for owner in (builtins, io, os):
+        run = owner.open
+        monkeypatch.setattr(
+            owner, "open", lambda path, *args, run=run, **how: opened.append(path) or run(path, *args, **how)
+        )
     listing = list_directions(tmp_path)
-    assert len(listing) == 20_000
+    monkeypatch.undo()
+    assert len(listing) == 600
+    assert sorted(os.fspath(path) for path in opened) == sorted(
+        f"{folder}/directions.json" for folder in tmp_path.iterdir() if folder.name != "empty"
+    )
     assert listing[1] == (
         str(first),
         "b",
@@ -294,7 +307,7 @@ def test_ten_thousand_sets_are_listed(tmp_path: Path) -> None:
         listing[1].norm,
         replace(HERE, place=Place("resid_post", 2)),
     )
-    assert "… and 19980 more" in repr(listing)
+    assert "… and 580 more" in repr(listing)
     assert list_directions(first) == listing[:2]
 
 

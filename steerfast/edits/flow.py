@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerfast import ops
 from steerfast._checks import check_stream, finite_number, one_of, path_length, step_count
 from steerfast.barriers.barrier import Barrier
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
-from steerfast.ops.slots import FLOW, KEEP_NORM, SOLVE, Slot
+from steerfast.ops.slots import FLOW, SOLVE, Slot
 from steerfast.ops.solvers import SOLVERS, Field, Scheme, pack, scheme
 
 from .base import Intervention, Program, constants_row, set_field
@@ -128,22 +129,15 @@ class Flow(Intervention):
 
     def alone(self, device: torch.device) -> Program:
         """The flow by itself, through the op: (x, scale) -> x'."""
-        from steerfast import ops
-
         slot = self.slot()
-        rows = [slot.constants[None], slot.coefficients] + ([] if slot.extra is None else [slot.extra])
-        table = torch.cat(rows).to(device)
-        extra = 0 if slot.extra is None else len(slot.extra)
-        header = [slot.mode, self.barrier.rank, 0, 0, 0, slot.steps, int(slot.keep_norm), extra]
-        slots = torch.tensor([header], dtype=torch.int32, device=device)
-        modes = slot.mode | (KEEP_NORM if slot.keep_norm else 0)
+        numbers, header = slot.numbers.to(device), slot.header().tensor(device)
 
         def run(x: Tensor, scale: Tensor | float) -> Tensor:
             basis = self.barrier.basis_as(x.device, x.dtype)
             weights = None
             if isinstance(scale, Tensor) or scale != 1.0:
                 weights = torch.as_tensor(scale, dtype=torch.float32, device=device).expand(x.numel() // x.shape[-1])
-            return ops.subspace(x, basis, table, slots, None, weights, modes, self.barrier.rank)
+            return ops.subspace(x, basis, numbers, header, None, weights, slot.modes, slot.rank)
 
         return run
 

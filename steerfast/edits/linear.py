@@ -1,6 +1,6 @@
 """Interventions: small immutable objects that say what is done to the residual stream, validated on construction.
 
-Each one is a slot of a bank (see `steerfast.ops.torch_backend`): rows B to project on, rows C to lift with, eight numbers per
+Each one is a slot of a bank (see `steerfast.ops.slots`): rows B to project on, rows C to lift with, eight numbers per
 direction. A new method is a new class of a few lines here, not a new kernel. Tensors are kept as float32 on the CPU;
 a bank rounds them to the dtype of the stream.
 """

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from steerfast._checks import finite_number
 from steerfast.directions.sets import DirectionSet, text_table
 from steerfast.edits.base import Intervention
+from steerfast.edits.conditions import When
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
 from steerfast.models.layers import find_layers
 from steerfast.models.texts import TextReader
-from steerfast.ops import torch_backend
 from steerfast.place import SITES
 from steerfast.plan import Plan, as_plan
 
@@ -178,12 +178,9 @@ def _streams(
 def _layer_dose(place: tuple[str, int], chain: tuple[Intervention, ...], x: Tensor, steered: Tensor) -> LayerDose:
     edited = x
     for edit in chain:
-        program = edit.program(x.device)
-        if program is not None:
-            edited = program(edited, 1.0)
-        else:
-            slot = edit.slot()
-            edited = torch_backend.edit(edited, slot, float(slot.constants[2]))
+        edited = (
+            edit.then.apply(edited) if isinstance(edit, When) else edit.apply(edited)
+        )  # whether or not it would act
     norms = x.norm(dim=1)
     kept = norms > 0
     change = (edited - x).norm(dim=1)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast._positions import as_selector
-from steerfast.bank import slot_in
-from steerfast.edits.base import Intervention
+from steerfast.edits.base import Intervention, slot_in
 from steerfast.edits.conditions import When
 from steerfast.edits.saes import VARIABLE, Shelf
 from steerfast.plan import Plan
