@@ -63,6 +63,11 @@ class Intervention:
         return None
 
     @property
+    def by_token(self) -> tuple[Intervention | None, ...]:
+        """What it does to the prompt's real token 0, 1, … and to no other (None: nothing); (): to every token the same."""
+        return ()
+
+    @property
     def trained(self) -> tuple[str, ...]:
         """The fields that require a gradient: live tensors, read anew by every forward pass; no copy is kept of them."""
         tensors = ((f.name, getattr(self, f.name)) for f in fields(self))

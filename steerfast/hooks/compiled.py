@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import MAX_SLOTS_PER_ROW
-from steerfast._positions import Selector
-from steerfast.plan import rule_of
+from steerfast.plan import needs_prompt
 
 from .attachment import Attachment
 from .positions import Pass, Prompt, Table
@@ -65,9 +64,7 @@ class FixedTable:
         self.clear()
         given = next((one.prompt_length for one in attachments if one.prompt_length is not None), None)
         plans = [plan for one in attachments for plan in one.plans if plan is not None]
-        self.unplaced = given is None and any(
-            not isinstance(rule, Selector) or rule.needs_length for rule in map(rule_of, plans)
-        )
+        self.unplaced = given is None and any(map(needs_prompt, plans))
         if self.unplaced or not attachments:
             return
         rows = next((len(one.plans) for one in attachments if one.per_row), self.batch)

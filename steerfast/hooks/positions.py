@@ -90,6 +90,7 @@ class Layer:
     rules: list[Rule]  # per batch row
     latched: frozenset[int] = frozenset()  # slots that a condition holds back before the last prompt token
     gated: frozenset[int] = frozenset()  # slots with a condition of either kind
+    by_token: dict[int, range] = field(default_factory=dict)  # slots that stand for one per prompt token, to those
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +157,15 @@ def _real(prompt: Prompt, row: int) -> Tensor:
     here = torch.arange(valid.shape[0], device="cpu")
     text = valid & (here >= prompt.virtual)
     return (text if starts is None else text & (here < starts[row])).nonzero().flatten()
+
+
+def _by_token(prompt: Prompt, row: int, slots: range) -> Tensor:
+    """int32 (P + 1,): a slot for each of the prompt's first real tokens, and -1 behind them."""
+    _start(prompt, row, parse("steer", f"0:{len(slots)}"))
+    real = _real(prompt, row)[: len(slots)]
+    owners = torch.full((prompt.valid.shape[1] + 1,), -1, dtype=torch.int32, device="cpu")
+    owners[real] = torch.tensor(slots[: len(real)], dtype=torch.int32, device="cpu")
+    return owners
 
 
 def _check_indices(prompt: Prompt, row: int, rule: Selector) -> None:
@@ -237,6 +247,9 @@ class Table:
                 held = [column + i for i, slot in enumerate(slots) if slot in layer.latched]
                 if held:  # nothing is decided before the last prompt token
                     rows[row, ~allowed(prompt, row, LAST), held[0] : held[-1] + 1] = -1
+                for i, slot in enumerate(slots):
+                    if slot in layer.by_token:
+                        rows[row, :, column + i] = _by_token(prompt, row, layer.by_token[slot])
             column += width
         self.prompt = prompt
         self.rows, self.scale = rows, scale
