@@ -49,7 +49,9 @@ def columns_of(
         free = 0
         for edit in chain:
             gate, by_token = gate_of(place, edit), bool(edit.by_token)
-            fits = (i for i in range(free, len(columns)) if (columns[i].gate, columns[i].tokens > 0) == (gate, by_token))
+            fits = (
+                i for i in range(free, len(columns)) if (columns[i].gate, columns[i].tokens > 0) == (gate, by_token)
+            )
             index = next(fits, len(columns))
             if index == len(columns):
                 columns.append(Column(gate, {}))

@@ -12,7 +12,8 @@ from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast.plan import needs_prompt
 
 from .attachment import Attachment
-from .positions import Pass, Prompt, Table
+from .positions import Pass, Table
+from .prompts import Prompt
 
 
 class FixedTable:

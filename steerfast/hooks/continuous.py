@@ -38,8 +38,9 @@ def check_paged(attachments: Sequence[Attachment], gated: bool) -> None:
             )
         plan = next(p for p in one.plans if p is not None)
         if (what := needs_prompt(plan)) or plan.positions != "all":
+            what = what or f"positions={plan.positions!r}"
             raise ValueError(
-                f"steer: {what or f'positions={plan.positions!r}'} needs to know where each prompt ends or which token it looks at, and "
+                f"steer: {what} needs to know where each prompt ends or which token it looks at, and "
                 "continuous batching shows requests mixed; use positions='all', or generate"
             )
     if gated:

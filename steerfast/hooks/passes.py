@@ -31,7 +31,8 @@ from .compiled import FixedTable, lengths_per_row
 from .continuous import pass_for_all
 from .gates import Conditions, Gates
 from .generation import by_name, tokens_of, valid_tokens
-from .positions import IDLE, Owners, Pass, Prompt, Table
+from .positions import IDLE, Owners, Pass, Table
+from .prompts import Prompt
 from .recomputing import THREADS, Recomputing, Thread
 
 _UNSEEN = object()
@@ -188,7 +189,10 @@ class Passes:
         found, before = [], 0
         for one in self.attachments:
             places = {
-                slot: before + i for chain in one.slots for i, first in enumerate(chain) for slot in one.numbers([first])
+                slot: before + i
+                for chain in one.slots
+                for i, first in enumerate(chain)
+                for slot in one.numbers([first])
             }
             found += [(column, slot) for slot, column in places.items() if slot in slots]
             before += max(len(chain) for chain in one.slots)

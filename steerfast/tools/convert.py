@@ -130,6 +130,11 @@ def _directions(found: Plan | DirectionSet, strength: float, source: Path) -> Di
                 raise ValueError(
                     f"convert: {edit!r} at {site} {layer} is no vector that is added; only a plan can hold it"
                 )
+            if edit.by_token:
+                raise ValueError(
+                    f"convert: {edit!r} at {site} {layer} is added to the prompt's first tokens, a row to each, which vectors "
+                    "cannot say; they steer every token"
+                )
             vector = edit.tensors()["vector"] * edit.strength
             norm = float(vector.norm())
             origin = f"{model.name}" if model is not None else None
@@ -176,5 +181,6 @@ def _numbers(edit: Intervention) -> str:
         if v not in (None, False)
     ]
     if isinstance(edit, Add):
-        numbers.append(f"‖c·v‖ = {abs(edit.strength) * float(edit.tensors()['vector'].norm()):.4g}")
+        sizes = _norms(abs(edit.strength) * edit.tensors()["vector"].reshape(-1, edit.width))
+        numbers.append(f"‖c·v‖ = {sizes}" + (", one row per prompt token" if edit.by_token else ""))
     return ", ".join(numbers)
