@@ -80,8 +80,8 @@ def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
     sf.Plan({("resid_pre", 2): c, 1: a, -3: b}).save(tmp_path / "p")
     (edits,) = plans.load(tmp_path, D, 4)[1]["p"].values()
     assert [(number, type(edit)) for number, edit in edits.items()] == [(0, sf.Add), (1, sf.Ablate), (2, sf.Add)]
-    assert torch.equal(chain[0].vector, a.vector)
-    assert torch.equal(chain[2].vector, c.vector)
+    assert torch.equal(edits[0].vector, a.vector)
+    assert torch.equal(edits[2].vector, c.vector)
 
 
 @pytest.mark.parametrize(

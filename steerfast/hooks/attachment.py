@@ -36,7 +36,7 @@ class Attachment:
     strengths: list[float]
     prompt_length: tuple[int, ...] | None
     slots: list[tuple[int, ...]] = field(default_factory=list)
-    by_token: dict[int, range] = field(default_factory=dict)
+    by_token: dict[int, tuple[int, ...]] = field(default_factory=dict)
     gated: set[int] = field(default_factory=set)
     latched: set[int] = field(default_factory=set)
     handle: Any = None
@@ -56,7 +56,7 @@ class Attachment:
         for column in columns:
             slots.append(first)
             if column.tokens:
-                self.by_token[first] = range(first, first + column.tokens)
+                self.by_token[first] = tuple(range(first, first + column.tokens))
             first += column.slots
         self.slots.append(tuple(slots))
 

@@ -148,7 +148,7 @@ class Passes:
         self._prompts.clear()
         self.traced = IDLE
         if self.fixed is not None:
-            self.fixed.unplaced = False
+            self.fixed.unplaced = self.fixed.by_token = False
             self.fixed.clear()
 
     @bookkeeping
@@ -169,7 +169,7 @@ class Passes:
         call = self.threads.call = Call(Gates(self.conditions), THREADS.own, announced=True)
         table = self._build(call, prompt)
         if self.fixed is not None:
-            self.fixed.unplaced = False
+            self.fixed.unplaced = self.fixed.by_token = False
             self.fixed.publish(table, copies)
 
     @bookkeeping

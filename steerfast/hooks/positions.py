@@ -49,7 +49,9 @@ class Layer:
     rules: list[Rule]  # per batch row
     latched: frozenset[int] = frozenset()  # slots that a condition holds back before the last prompt token
     gated: frozenset[int] = frozenset()  # slots with a condition of either kind
-    by_token: dict[int, range] = field(default_factory=dict)  # slots that stand for one per prompt token, to those
+    by_token: dict[int, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # slots that stand for one per prompt token, to those
 
 
 @dataclass(frozen=True, eq=False)

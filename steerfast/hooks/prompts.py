@@ -15,7 +15,6 @@ from steerfast._positions import (
     beyond,
     evaluate,
     out_of_range,
-    parse,
     placed,
     told,
 )
@@ -124,9 +123,10 @@ def allowed(prompt: Prompt, row: int, rule: Rule) -> Tensor:
     return with_later(valid, True) & evaluate(rule, lambda leaf: placed(leaf, real, start, length, prompt.virtual))
 
 
-def _start(prompt: Prompt, row: int, rule: Rule) -> int:
+def _start(prompt: Prompt, row: int, rule: Rule | None) -> int:
     if prompt.starts is None:
         named = f"positions={str(rule)!r}" if isinstance(rule, Selector) else "a mask"
+        named = "a row for each of a prompt's first tokens" if rule is None else named
         raise ValueError(
             f"steer: {named} needs the prompt's length, which this forward pass does not show (it starts from a filled "
             "cache): pass prompt_length= to steer, or use generate"
@@ -142,9 +142,9 @@ def real_tokens(prompt: Prompt, row: int) -> Tensor:
     return (text if starts is None else text & (here < starts[row])).nonzero().flatten()
 
 
-def by_token(prompt: Prompt, row: int, slots: range) -> Tensor:
+def by_token(prompt: Prompt, row: int, slots: tuple[int, ...]) -> Tensor:
     """int32 (P + 1,): a slot for each of the prompt's first real tokens, and -1 behind them."""
-    _start(prompt, row, parse("steer", f"0:{len(slots)}"))
+    _start(prompt, row, None)
     real = real_tokens(prompt, row)[: len(slots)]
     owners = torch.full((prompt.valid.shape[1] + 1,), -1, dtype=torch.int32, device="cpu")
     owners[real] = torch.tensor(slots[: len(real)], dtype=torch.int32, device="cpu")
