@@ -435,9 +435,10 @@ def test_the_difference_of_two_prompts_token_by_token(name: str) -> None:
 def test_prompts_that_make_no_difference_are_refused() -> None:
     model, tokenizer = build("llama"), make_tokenizer()
     for texts, error, message in (
-        (("w3", "w3"), ValueError, r"both prompts have the tokens \[3\]"),
+        (("w3", "w3"), ValueError, r"both prompts are the tokens \[3\]"),
         (("w3", ["w4"]), TypeError, "against must be one text; got list"),
-        (("", ""), ValueError, r"both prompts have the tokens \[\]"),
+        (("", ""), ValueError, r"both prompts are the tokens \[\]"),
+        (("w3 </s>", "w3"), ValueError, r"both prompts are the tokens \[3, 2\]"),  # padded with the end-of-text token
     ):
         with pytest.raises(error, match=f"prompt_difference: {message}"):
             sf.extract.prompt_difference(model, tokenizer, *texts, layer=1)  # type: ignore[arg-type]

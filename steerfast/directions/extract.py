@@ -88,8 +88,8 @@ def prompt_difference(
 
     Raises:
         TypeError: a prompt is not a string; model or tokenizer of the wrong type.
-        ValueError: no prompt has a token, they have the same tokens, or their activations do not differ; an unknown layer or
-            site; a tokenizer without any token to pad with.
+        ValueError: no prompt has a token, they have the same tokens, or their activations do not differ; an unknown layer
+            or site; a tokenizer without any token to pad with.
 
     Reference:
         Turner et al. 2023, Activation Addition, arXiv:2308.10248, algorithm 1.
@@ -104,16 +104,13 @@ def prompt_difference(
             raise TypeError(f"prompt_difference: {name} must be one text; got {type(text).__name__}")
     sides = [reader.beginning(text) for text in (prompt, against)]
     length = max(map(len, sides))
-    if sides[0] == sides[1]:
-        raise ValueError(f"prompt_difference: both prompts have the tokens {sides[0]}; give two different ones")
     if len(sides[0]) != len(sides[1]):
         filler = _padding_token(reader)
         sides = [ids + [filler] * (length - len(ids)) for ids in sides]
-    device = next(model.parameters()).device
-    inputs = [
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        for ids in (torch.tensor([s], device=device) for s in sides)
-    ]
+    if sides[0] == sides[1]:
+        raise ValueError(f"prompt_difference: both prompts are the tokens {sides[0]}; give two different ones")
+    tokens = [torch.tensor([ids], device="cpu") for ids in sides]
+    inputs = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens]
     (rows,) = collect(model, layers=[layer], position="all", site=site, inputs=inputs, progress=False).values()
     plus, minus = rows.double().split(length)
     difference = plus - minus
