@@ -347,6 +347,38 @@ def test_continuous_batching_refuses_rows() -> None:
         check_paged([Attachment([plan], False, [1.0], None)], False)
 
 
+@pytest.mark.parametrize("start", [table(), torch.zeros(T, 48)], ids=["given", "zero"])
+def test_rows_that_require_a_gradient_are_trained(start: Tensor, tmp_path: Path) -> None:
+    """The gradient is that of a plain hook, an optimizer's step is seen by the next pass, and what keeps a copy refuses."""
+    model, (ids, mask) = build("llama"), padded()
+    V = start.clone().requires_grad_()
+    real = mask.cumsum(1) - 1
+    chosen = (torch.nn.functional.one_hot(real.clamp(0, T), T + 1)[..., :T] * mask[..., None]).float()
+
+    def plain(rows: Tensor) -> Tensor:
+        with edited(model, 1, 2 * chosen @ rows):
+            return model(ids, attention_mask=mask, use_cache=False).logits.square().mean()
+
+    optimizer = torch.optim.SGD([V], lr=0.1)
+    others, seen = [], []
+    with sf.steer(model, {1: [sf.Add(V, 2.0), sf.Add(vector())]}), sf.steer(model, {1: sf.Add(-vector())}):
+        for _ in range(3):
+            optimizer.zero_grad()
+            others.append(V.detach().clone().requires_grad_())
+            loss = model(ids, attention_mask=mask, use_cache=False).logits.square().mean()
+            loss.backward()
+            assert V.grad is not None
+            seen.append((loss.detach(), V.grad.clone()))
+            optimizer.step()
+    for other, (loss, found) in zip(others, seen, strict=True):
+        expected = plain(other)
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(found, torch.autograd.grad(expected, other)[0], rtol=1e-4, atol=1e-6)
+    assert not torch.equal(V, start)
+    with pytest.raises(ValueError, match=r"Plan.save: vector of Add\(vector: 4×48.*requires a gradient"):
+        sf.Plan({1: sf.Add(V)}).save(tmp_path / "p")
+
+
 # --- plans, files, tools -----------------------------------------------------------------------------------------------
 
 

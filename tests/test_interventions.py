@@ -319,7 +319,6 @@ BAD = [
     (lambda: sf.Add(torch.zeros(4)), ValueError, "Add: vector is all zero"),
     (lambda: sf.Add(rows(2)[None]), ValueError, r"Add: vector has shape \(1, 2, 12\); expected \(d,\) or \(m, d\)"),
     (lambda: sf.Add(torch.zeros(2, 12)), ValueError, "Add: vector is all zero in row 0"),
-    (lambda: sf.Add(rows(2).requires_grad_()), TypeError, "only one vector .* can be trained: pass it detached"),
     (
         lambda: sf.Bank(12).register(sf.Add(rows(2))),
         ValueError,

@@ -161,13 +161,15 @@ def untrained(owner: str, edit: Intervention) -> None:
         )
 
 
-def live_rows(owner: str, name: str, value: Directions, *, one: bool = False, zero: bool = False) -> Tensor:
+def live_rows(
+    owner: str, name: str, value: Directions, *, one: bool = False, zero: bool = False, gaps: bool = False
+) -> Tensor:
     """`direction_rows`; but a tensor that requires a gradient stays the one that was given. `zero`: it may begin at zero."""
     given = getattr(value, "vector", value)
     if not isinstance(given, Tensor) or not given.requires_grad:
-        return direction_rows(owner, name, value, one=one)
+        return direction_rows(owner, name, value, one=one, gaps=gaps)
     now = given.detach()
-    direction_rows(owner, name, torch.ones_like(now) if zero and not now.any() else now, one=one)
+    direction_rows(owner, name, torch.ones_like(now) if zero and not now.any() else now, one=one, gaps=gaps)
     return given
 
 

@@ -52,8 +52,8 @@ class Add(Intervention):
         keep_norm: Give every row its old length back afterwards.
 
     Raises:
-        TypeError, ValueError: v is not one finite non-zero row, V not finite rows of which one at least is not zero, V
-            requires a gradient, or c is not finite.
+        TypeError, ValueError: v is not one finite non-zero row, V not finite rows of which one at least is not zero, or c
+            is not finite.
 
     Reference:
         Turner et al. 2023, Activation Addition (arXiv:2308.10248); Rimsky et al. 2024, CAA (arXiv:2312.06681).
@@ -80,11 +80,13 @@ class Add(Intervention):
 
     @property
     def by_token(self) -> tuple[Add | None, ...]:
-        """An addition of one vector (d,) for each row of V, None for a row of zeros; () if the vector is (d,)."""
+        """An addition of one vector (d,) for each row of V, None for a row of zeros that stays so; () if the vector is (d,)."""
         rows = as_tensor(self.vector)
         if rows.dim() == 1:
             return ()
-        return tuple(Add(row, self.strength, self.keep_norm) if row.any() else None for row in rows)
+        acts = [rows.requires_grad or bool(row.any()) for row in rows.detach()]
+        with torch.enable_grad():  # a plan is attached without; a gradient must reach V through its rows
+            return tuple(Add(rows[i], self.strength, self.keep_norm) if acts[i] else None for i in range(len(rows)))
 
     def slot(self) -> Slot:
         if as_tensor(self.vector).dim() == 2:
@@ -100,12 +102,7 @@ def _one_or_by_token(value: Directions) -> Tensor:
     """A vector (d,), or rows (T, d), as they are kept; a vector that requires a gradient stays the one that was given."""
     given = getattr(value, "vector", value)
     if isinstance(given, Tensor) and given.requires_grad:
-        if given.dim() == 2:
-            raise TypeError(
-                "Add: vector has a row for each prompt token and requires a gradient; only one vector (d,) for all tokens "
-                "can be trained: pass it detached, vector.detach()"
-            )
-        return live_rows("Add", "vector", given, one=True, zero=True)
+        return live_rows("Add", "vector", given, one=given.dim() != 2, zero=True, gaps=True)
     rows = direction_rows("Add", "vector", given, gaps=True)
     return rows if tensor_of(given).dim() == 2 else rows[0]
 
