@@ -89,6 +89,12 @@ class Plan:
         self._special = special_ids("Plan: special", special)
         self._rule = _rule(self._positions, self._special)
         self._model = model if model is None or isinstance(model, ModelCard) else card(model)
+        self._by_token = next((edit for chain in self._edits.values() for edit in chain if edit.by_token), None)
+        if self._by_token is not None and self._positions != "all":
+            raise ValueError(
+                f"Plan: {self._by_token!r} is added to the prompt's first tokens, row by row, so positions="
+                f"{self._positions!r} cannot be followed; leave positions out, and put other edits into a plan of their own"
+            )
         widths = {edit.width for (site, _), chain in self._edits.items() if site != "head_out" for edit in chain}
         if self._model is not None:
             widths.add(self._model.width)
@@ -209,6 +215,14 @@ def card(model: Any) -> ModelCard:
 def rule_of(plan: Plan) -> Selector | Tensor:
     """A plan's positions as whoever follows them reads them: a selector that holds no "special", or a mask."""
     return plan._rule
+
+
+def needs_prompt(plan: Plan) -> str | None:
+    """What of a plan asks where in its prompt a token stands, in words; None: nothing does."""
+    if plan._by_token is not None:
+        return repr(plan._by_token)
+    named = not isinstance(plan._rule, Selector) or plan._rule.needs_length
+    return f"positions={plan._positions!r}" if named else None
 
 
 def as_plan(caller: str, value: Any) -> Plan:

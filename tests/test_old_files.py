@@ -117,7 +117,11 @@ def look(thing: Any) -> Any:
         x, wide = rows(thing.d), thing.to(dtype=torch.float64)
         values, indices = wide.topk(x)
         sparse = {"values": values, "indices": indices, "decoded": wide.decode_topk(values, indices, x)}
-        source = {"place": thing.place, "model": thing.source.model or thing.origin.model or "", "hook_name": thing.source.hook_name}
+        source = {
+            "place": thing.place,
+            "model": thing.source.model or thing.origin.model or "",
+            "hook_name": thing.source.hook_name,
+        }
         sparse |= {"origin": source | {"source": thing.source.library}}
         return (
             fields(thing) | sparse | {"encoded": wide.encode(x), "activation": thing.activation, "place": thing.place}

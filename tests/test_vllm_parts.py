@@ -80,10 +80,10 @@ def test_a_plan_is_told_apart_by_its_content_and_takes_the_slots_of_its_longest_
 def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
     a, b, c = sf.Add(unit(0)), sf.Ablate(unit(1)), sf.Add(unit(2))
     sf.Plan({("resid_pre", 2): c, 1: a, -3: b}).save(tmp_path / "p")
-    (chain,) = plans.load(tmp_path, D, 4)[1]["p"].values()
-    assert [type(edit) for edit in chain] == [sf.Add, sf.Ablate, sf.Add]
-    assert torch.equal(chain[0].vector, a.vector)
-    assert torch.equal(chain[2].vector, c.vector)
+    (edits,) = plans.load(tmp_path, D, 4)[1]["p"].values()
+    assert [(number, type(edit)) for number, edit in edits.items()] == [(0, sf.Add), (1, sf.Ablate), (2, sf.Add)]
+    assert torch.equal(edits[0].vector, a.vector)
+    assert torch.equal(edits[2].vector, c.vector)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_whatever_cannot_be_followed_is_refused_with_the_reason_in_a_line(librar
     )
 )
 def test_no_request_does_anything_but_be_read_or_refused(fields) -> None:
-    library = Library({"a": ServedPlan("a", "f", 1, "all")})
+    library = Library({"a": ServedPlan("a", "f", (0,), "all")})
     try:
         parts = wire.read(fields, library)
     except ValueError:
@@ -246,10 +246,10 @@ def test_the_salt_differs_by_all_that_steers_and_by_the_users_own(library: Libra
         {"steer": "one", "steer_positions": "last"},
         {"steer": "one", "steer_positions": "last & !ids:5"},
     ]
-    salts = {wire.salt(own, wire.read(request, library)) for request in requests for own in (None, "", "user")}
+    salts = {wire.salt(own, wire.read(request, library), 7) for request in requests for own in (None, "", "user")}
     assert len(salts) == 3 * len(requests)
-    assert wire.salt(None, wire.read({"steer": ["one"], "steer_strength": [1]}, library)) in salts
-    assert wire.salt(None, wire.read({"steer": "one", "steer_positions": " last&! ids:5 "}, library)) in salts
+    assert wire.salt(None, wire.read({"steer": ["one"], "steer_strength": [1]}, library), 7) in salts
+    assert wire.salt(None, wire.read({"steer": "one", "steer_positions": " last&! ids:5 "}, library), 7) in salts
 
 
 def test_a_prompt_decides_what_fields_alone_do_not(library: Library) -> None:
@@ -272,7 +272,7 @@ def test_a_prompt_decides_what_fields_alone_do_not(library: Library) -> None:
 
 
 def test_requests_wait_in_order_and_strengths_take_no_slot() -> None:
-    a, b, c = (ServedPlan(name, name, slots, "all") for name, slots in (("a", 1), ("b", 2), ("c", 1)))
+    a, b, c = (ServedPlan(name, name, (0,) * slots, "all") for name, slots in (("a", 1), ("b", 2), ("c", 1)))
     desk = Admission(2)
     assert all(desk.admit(f"a{i}", [a]) for i in range(1000))  # strengths and repetitions are free
     assert not desk.admit("b0", [b])
@@ -289,7 +289,7 @@ def test_requests_wait_in_order_and_strengths_take_no_slot() -> None:
     assert desk.admit("c0", [c])
     desk.release("c0")
     desk.release("never came")
-    twin = ServedPlan("another name of a", "a", 1, "all")
+    twin = ServedPlan("another name of a", "a", (0,), "all")
     assert desk.admit("a", [a])
     assert desk.admit("b", [twin, c])
     assert desk.free == 0, "one content, one slot"
@@ -302,7 +302,7 @@ def test_requests_wait_in_order_and_strengths_take_no_slot() -> None:
 def test_whatever_the_scheduler_admits_fits_beside_the_banks(seed: int) -> None:
     """Random traffic with aborts: the two counts agree, nobody is lost, nothing leaks."""
     rng = random.Random(seed)
-    offered = [ServedPlan(f"p{i}", f"{i}", rng.choice([1, 1, 1, 2, 3, 4]), "all") for i in range(12)]
+    offered = [ServedPlan(f"p{i}", f"{i}", (0,) * rng.choice([1, 1, 1, 2, 3, 4]), "all") for i in range(12)]
     desk, bank = Admission(6), Residents(6)
     waiting, running, done, owners = [], {}, 0, {}
     for i in range(300):
@@ -366,7 +366,7 @@ def test_the_table_says_what_each_request_asked_for_at_each_position(seed: int, 
     rng = random.Random(seed)
     table = RowTable(tokens=64, device=torch.device("cpu"))
     table._write = table._on_host if where_it_runs == "host" else table._on_device
-    library = Library({f"p{i}": ServedPlan(f"p{i}", "", 1, "all", (1, 9)) for i in range(9)})
+    library = Library({f"p{i}": ServedPlan(f"p{i}", "", (0,), "all", (1, 9)) for i in range(9)})
     asked = {}
     for i in range(70):  # more than the table first has lines for
         names = rng.sample(sorted(library.plans), rng.randint(0, 4))

@@ -43,6 +43,11 @@ def directions_of(owner: str, plan: Plan) -> DirectionSet:
                 raise ValueError(
                     f"{owner}: {edit!r} at {site} {layer} is no vector that is added; only a plan can hold it"
                 )
+            if edit.by_token:
+                raise ValueError(
+                    f"{owner}: {edit!r} at {site} {layer} is added to the prompt's first tokens, a row to each, which vectors "
+                    "cannot say; they steer every token"
+                )
             vector = edit.tensors()["vector"].double() * edit.strength
             if edit.strength != 0:
                 origin = replace(edit.origin, place=Place(site, layer), model=edit.origin.model or model)

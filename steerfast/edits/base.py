@@ -79,6 +79,11 @@ class Intervention:
         return known
 
     @property
+    def by_token(self) -> tuple[Intervention | None, ...]:
+        """What it does to the prompt's real token 0, 1, … and to no other (None: nothing); (): to every token the same."""
+        return ()
+
+    @property
     def trained(self) -> tuple[str, ...]:
         """The fields that require a gradient: live tensors, read anew by every forward pass; no copy is kept of them."""
         tensors = ((f.name, getattr(self, f.name)) for f in fields(self))
@@ -212,13 +217,15 @@ def untrained(owner: str, edit: Intervention) -> None:
         )
 
 
-def live_rows(owner: str, name: str, value: Directions, *, one: bool = False, zero: bool = False) -> Tensor:
+def live_rows(
+    owner: str, name: str, value: Directions, *, one: bool = False, zero: bool = False, gaps: bool = False
+) -> Tensor:
     """`direction_rows`; but a tensor that requires a gradient stays the one that was given. `zero`: it may begin at zero."""
     given = getattr(value, "vector", value)
     if not isinstance(given, Tensor) or not given.requires_grad:
-        return direction_rows(owner, name, value, one=one)
+        return direction_rows(owner, name, value, one=one, gaps=gaps)
     now = given.detach()
-    direction_rows(owner, name, torch.ones_like(now) if zero and not now.any() else now, one=one)
+    direction_rows(owner, name, torch.ones_like(now) if zero and not now.any() else now, one=one, gaps=gaps)
     return given
 
 

@@ -110,6 +110,11 @@ class When(Intervention):
             raise TypeError(f"{owner}: then must be an intervention such as Add; got {type(self.then).__name__}")
         if isinstance(self.then, When):
             raise ValueError(f"{owner}: a condition inside a condition; put both on the layer as a list instead")
+        if self.then.by_token:
+            raise ValueError(
+                f"{owner}: {self.then!r} adds a row of its own to each of a prompt's first tokens, and a condition cannot "
+                "hold it back; put it into the plan as it is"
+            )
         if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
             raise TypeError(f"{owner}: layer is {self.layer!r}; expected a layer number or None")
         width = as_tensor(self.condition.direction).shape[-1]

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steerfast._checks import direction_rows, finite_number, flag, no_gradient
+from steerfast._checks import direction_rows, finite_number, flag, no_gradient, tensor_of
 from steerfast.ops.slots import ADD, AFFINE, HINGE, Slot
 
 from .base import (
@@ -41,15 +41,20 @@ from .base import (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Add(Intervention):
-    """Add a steering vector: x + c·v.
+    """Add a steering vector: x + c·v; or, with one row per prompt token, x_i + c·V_i for the prompt's token i alone.
 
     Args:
-        vector: v, (d,), or an object with `.vector`. One that requires a gradient is trained: see docs/hooks.md.
+        vector: v, (d,), or an object with `.vector`; it is added at the plan's positions. One that requires a gradient
+            is trained: see docs/hooks.md. Or V, (T, d), as from `steerfast.extract.prompt_difference`: row i is added to
+            the prompt's i-th real token, i = 0 … T - 1, counted without padding, and to nothing behind; a row of zeros
+            leaves its token bit for bit as it is, and a prompt shorter than T takes the rows that it has tokens for.
+            The plan's positions are then "all", and no condition stands around it.
         strength: c. With unit v its unit is the length of the residual stream.
         keep_norm: Give every row its old length back afterwards.
 
     Raises:
-        TypeError, ValueError: v is not one finite non-zero row, or c is not finite.
+        TypeError, ValueError: v is not one finite non-zero row, V not finite rows of which one at least is not zero, or c
+            is not finite.
 
     Reference:
         Turner et al. 2023, Activation Addition (arXiv:2308.10248); Rimsky et al. 2024, CAA (arXiv:2312.06681).
@@ -67,13 +72,41 @@ class Add(Intervention):
     def __post_init__(self) -> None:
         super().__post_init__()
         flag("Add", "keep_norm", self.keep_norm)
-        rows = live_rows("Add", "vector", self.vector, one=True, zero=True)
-        set_field(self, "vector", rows if rows.requires_grad else rows[0])
+        set_field(self, "vector", _one_or_by_token(self.vector))
         set_field(self, "strength", finite_number("Add", "strength", self.strength))
 
+    @property
+    def width(self) -> int:
+        """d, the width of the stream that it edits."""
+        return as_tensor(self.vector).shape[-1]
+
+    @property
+    def by_token(self) -> tuple[Add | None, ...]:
+        """An addition of one vector (d,) for each row of V, None for a row of zeros that stays so; () if the vector is (d,)."""
+        rows = as_tensor(self.vector)
+        if rows.dim() == 1:
+            return ()
+        acts = [rows.requires_grad or bool(row.any()) for row in rows.detach()]
+        with torch.enable_grad():  # a plan is attached without; a gradient must reach V through its rows
+            return tuple(Add(rows[i], self.strength, self.keep_norm) if acts[i] else None for i in range(len(rows)))
+
     def slot(self) -> Slot:
+        if as_tensor(self.vector).dim() == 2:
+            raise ValueError(
+                f"{self!r} adds a row of its own to each prompt token, which is no single slot; steer with it, or register the "
+                "additions of its by_token one by one"
+            )
         rows = rows_of(self.vector)
         return Slot(ADD, 0, self.keep_norm, rows, rows, constants_row(strength=self.strength), hinge_rows(1))
+
+
+def _one_or_by_token(value: Directions) -> Tensor:
+    """A vector (d,), or rows (T, d), as they are kept; a vector that requires a gradient stays the one that was given."""
+    given = getattr(value, "vector", value)
+    if isinstance(given, Tensor) and given.requires_grad:
+        return live_rows("Add", "vector", given, one=given.dim() != 2, zero=True, gaps=True)
+    rows = direction_rows("Add", "vector", given, gaps=True)
+    return rows if tensor_of(given).dim() == 2 else rows[0]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

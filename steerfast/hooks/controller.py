@@ -15,6 +15,7 @@ from torch import nn
 
 from steerfast.bank import Bank, Runs
 from steerfast.edits.base import Intervention
+from steerfast.edits.columns import numbered
 from steerfast.edits.conditions import When
 from steerfast.models.layers import Layers, find_layers, refuse_flat, stream_storage
 from steerfast.models.proof import Proof, prove, refuse_split
@@ -102,16 +103,17 @@ class Controller:
         wanted: dict[Place, dict[int, Intervention]] = {}
         vars(self.model)[_ATTRIBUTE] = self
         try:
-            for layout in layouts:
-                width = len(layout.columns)
+            for columns in layouts:
+                width = sum(column.slots for column in columns)
                 first = self._runs.take(width, "slots") if width else 0
-                new.slots.append(tuple(range(first, first + width)))
-                for place, edits in layout.edits.items():
-                    wanted.setdefault(place, {}).update({first + column: edit for column, edit in edits.items()})
-                for slot, gate in enumerate(layout.columns, first):
-                    if gate is not None:
-                        self._install(new, slot, *gate)
-                        wanted.setdefault(gate[1], {})
+                new.take(first, columns)
+                for place, edits in numbered(columns).items():
+                    wanted.setdefault(place, {}).update({first + number: edit for number, edit in edits.items()})
+                for slot, column in zip(new.slots[-1], columns, strict=True):
+                    if column.gate is not None:
+                        read = column.gate[-1]
+                        self._install(new, slot, next(iter(column.edits.values())), read)  # type: ignore[arg-type]
+                        wanted.setdefault(read, {})
             for place in wanted:
                 self._dispatcher(place)
             count = 1 + max(new.all_slots)
@@ -136,7 +138,7 @@ class Controller:
             self._unhook()
         for slots in old.slots:
             if slots:
-                self._runs.give(slots[0], len(slots))
+                self._runs.give(slots[0], len(old.numbers(slots)))
         for slot in old.all_slots:
             self.passes.conditions.pop(slot, None)
         for place, dispatcher in list(self.dispatchers.items()):

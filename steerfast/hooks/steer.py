@@ -194,9 +194,14 @@ class Steering:
         A condition that held tokens back is not looked at: see `decisions`.
         """
         return [
-            count + self._controller.passes.counted(slots[0]) if self._active and slots else count
+            count + self._counted(slots) if self._active and slots else count
             for count, slots in zip(self._counts, self._attachment.slots, strict=True)
         ]
+
+    def _counted(self, slots: tuple[int, ...]) -> int:
+        """Tokens of the column that edits most of them."""
+        counted, numbers = self._controller.passes.counted, self._attachment.numbers
+        return max(sum(map(counted, numbers([slot]))) for slot in slots)
 
     def decisions(self) -> list[list[Tensor | None]]:
         """What the `When` conditions of each plan decided for the last batch: bool (rows,) each, None before a decision."""

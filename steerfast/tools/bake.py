@@ -205,6 +205,10 @@ def _check_edit(edit: Intervention, site: str, layer: int) -> None:
         raise ValueError(
             f"bake: {where} is not linear in the stream; bake takes Ablate and Add, for the rest use steer"
         )
+    if edit.by_token:
+        raise ValueError(
+            f"bake: {where} adds a row of its own to each prompt token, which no weight tells apart; use steer"
+        )
     if edit.keep_norm:
         raise ValueError(f"bake: {where} has keep_norm=True, which depends on each token's norm; use steer")
     if site == "head_out":

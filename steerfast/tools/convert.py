@@ -163,5 +163,6 @@ def _numbers(edit: Intervention) -> str:
     if isinstance(sae := edit.numbers().get("sae"), dict):
         numbers.append(f"{sae['about']} {sae['fingerprint'][:12]}…")
     if isinstance(edit, Add):
-        numbers.append(f"‖c·v‖ = {abs(edit.strength) * float(edit.tensors()['vector'].norm()):.4g}")
+        sizes = _norms(abs(edit.strength) * edit.tensors()["vector"].reshape(-1, edit.width))
+        numbers.append(f"‖c·v‖ = {sizes}" + (", one row per prompt token" if edit.by_token else ""))
     return ", ".join(numbers)
