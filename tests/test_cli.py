@@ -115,7 +115,7 @@ def test_extract_leaves_the_directions_beside_the_plan(saved, tmp_path: Path) ->
     for direction in found.values():
         (edit,) = plan.edits[direction.origin.place]
         assert torch.equal(edit.vector, direction.vector)
-        assert (edit.strength, direction.method, direction.model) == (3.0, "mean_difference", "LlamaForCausalLM")
+        assert (edit.strength, direction.method, direction.origin.model) == (3.0, "mean_difference", "LlamaForCausalLM")
         assert direction.origin.typical_norm > 0
     assert cli.main(extract(saved("llama"), tmp_path / "love", "--layer", "1", "--site", "mlp_out")) == 0
     (one,) = sf.load_directions(tmp_path / "love").values()

@@ -16,12 +16,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+import steerfast as sf
 from steerfast.directions import extract
 from steerfast.directions.direction import Direction
 from steerfast.directions.extract import difference, logistic, mean_difference, pca
 from steerfast.models.collect import _WINDOW, Activations, collect
 from steerfast.models.layers import find_layers
 from steerfast.place import SITES, Origin, Place
+from steerfast.plan import card
 
 METHODS = (difference, mean_difference, pca, logistic)
 TEXTS = ["w3 w4 w5 w6 w7 w8 w9", "w10", "w11 w12 w13", "w14 w15 w16 w17 w18", "w19 w20", "w21 w22 w23 w24"]
@@ -568,3 +570,36 @@ def test_the_docstrings_examples_run(smollm: Any) -> None:
             assert example.examples
             runner.run(example)
     assert runner.summarize().failed == 0
+
+
+def test_pairs_become_directions_in_one_call() -> None:
+    model, tokenizer = build("llama"), TOKENIZER
+    pairs = [("w3 w4 w5", "w6 w7"), ("w8 w9", "w10 w11 w12")]
+    found = sf.directions_from(model, tokenizer, pairs, [0, -1], "pca", position="mean", site="mlp_out", normalize=True)
+    sides = [
+        sf.collect(model, tokenizer, list(side), [0, -1], "mean", "mlp_out", progress=False) for side in zip(*pairs)
+    ]
+    expected = pca(*sides, normalize=True)
+    assert list(found) == ["mlp_out.0", "mlp_out.2"]
+    for one, two in zip(found.values(), expected.values(), strict=True):
+        assert torch.equal(one.vector, two.vector)
+        assert one.origin == two.origin
+    assert found.model == card(model)
+    assert len(sf.directions_from(model, tokenizer, pairs)) == 3  # every layer
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error", "message"),
+    [
+        ([], ValueError, "pairs is empty"),
+        ("love", TypeError, "expected a list of"),
+        (3, TypeError, "expected a list of"),
+        (["love", "hate"], TypeError, "'love' is no pair"),
+        ([("a", "b", "c")], TypeError, "is no pair"),
+    ],
+)
+def test_what_is_no_pair_is_refused(pairs: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"directions_from: .*{message}"):
+        sf.directions_from(None, None, pairs)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="method is 'magic'; expected one of"):
+        sf.directions_from(None, None, [("a", "b")], method="magic")  # type: ignore[arg-type]

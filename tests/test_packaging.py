@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import steerfast
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER_OF = {"steerfast": "steerfast", "steerfast_kernels": "kernels"}
 
@@ -118,6 +120,7 @@ def test_entry_points_work_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
 def test_installed_version_is_the_one_of_setup_py() -> None:
     stated = [line.strip() for line in (ROOT / "setup.py").read_text().splitlines() if "version=" in line]
     assert stated == [f'version="{importlib.metadata.version("steerfast")}",']
+    assert steerfast.__version__ == importlib.metadata.version("steerfast")
     assert "[project]" not in (ROOT / "pyproject.toml").read_text()
 
 

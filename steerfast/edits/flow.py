@@ -82,7 +82,7 @@ class Flow(Intervention):
             raise ValueError(f"Flow: tolerance is {self.tolerance}; expected > 0")
 
     @classmethod
-    def odesteer(cls, barrier: Barrier, T: float) -> Flow:
+    def odesteer(cls, barrier: Barrier, *, T: float) -> Flow:
         """The published preset: ten Euler steps of T/10, with the sketch barrier, at `positions="last"` of a plan.
 
         Args:

@@ -166,8 +166,9 @@ def flow(
     basis: Tensor,
     eigenvalues: Tensor,
     bias: Tensor,
-    T: float | None = None,
+    *,
     angle: float | None = None,
+    T: float | None = None,
     steps: int = 10,
     method: str = "euler",
 ) -> Tensor:
@@ -181,8 +182,8 @@ def flow(
         basis: Orthonormal rows (k, d) whose span holds the barrier. k = d: two matrix products around the steps.
         eigenvalues: Λ's diagonal, (k,).
         bias: b̃, the linear term in the coordinates of the basis, (k,).
-        T: Length of the path in units of x. Exactly one of T and angle.
-        angle: T/‖a‖ of each row, in radians.
+        angle: T/‖a‖ of each row, in radians. Exactly one of angle and T.
+        T: Length of the path in units of x.
         steps: Number of steps, ≥ 1.
         method: The solver, a name of `steerfast.ops.solvers.SOLVERS`, such as "euler", "geodesic" or "rk4".
 
@@ -215,8 +216,9 @@ def flow_(
     basis: Tensor,
     eigenvalues: Tensor,
     bias: Tensor,
-    T: float | None = None,
+    *,
     angle: float | None = None,
+    T: float | None = None,
     steps: int = 10,
     method: str = "euler",
 ) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from steerfast._checks import finite_number
 from steerfast.directions.sets import DirectionSet, text_table
 from steerfast.edits.base import Intervention
+from steerfast.edits.conditions import When
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
 from steerfast.models.layers import find_layers
