@@ -2,7 +2,7 @@
 
     python benchmarks/vllm_host.py --out benchmarks/results
 
-Wanted: 100 µs a step with 64 steered requests, 15 µs when nobody is steered, and at most twice a vector's size (in float32,
+Wanted: 100 µs a step with 64 steered requests, 15 µs when no request is steered, and at most twice a vector's size (in float32,
 as a plan holds it) in memory. The edits of 30 layers of width 576 in bfloat16 are shown beside it; on a GPU they are
 kernels and no host time.
 """

@@ -134,7 +134,7 @@ class Bank:
         self._registered("hold", slot).holders += 1
 
     def release(self, slot: int) -> None:
-        """One holder less; the last one empties the slot and hands its rows back. Tokens that still name it are left alone.
+        """Give up one reference; the last one empties the slot and hands its rows back. Tokens that still name it are left alone.
 
         Raises:
             ValueError: the slot is not registered.

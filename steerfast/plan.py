@@ -323,7 +323,7 @@ def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _tensor_names(text: dict[str, Any]) -> dict[str, None]:
-    """The tensors that a plan's JSON names; an intervention that nobody knows is refused first."""
+    """The tensors that a plan's JSON names; an unknown intervention is refused first."""
     names: dict[str, None] = {}
     for place in text["edits"]:
         for item in place["interventions"]:

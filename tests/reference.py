@@ -201,8 +201,9 @@ def flow(
     basis: Tensor,
     eigenvalues: Tensor,
     bias: Tensor,
-    T: float | None = None,
+    *,
     angle: float | None = None,
+    T: float | None = None,
     steps: int = 10,
     method: str = "euler",
 ) -> Tensor:

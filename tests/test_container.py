@@ -144,9 +144,9 @@ def test_a_file_that_is_cut_short_is_damaged_even_with_its_checksum(kind: Kind, 
 def test_a_tensor_of_another_shape(name: str, tensor: str, tmp_path: Path) -> None:
     kind, make, load = MAKERS[name]
     make().save(tmp_path)
-    rewrite(tmp_path, kind, first_tensor(tmp_path, kind)[1] | {tensor: torch.ones(3, 3)})
+    rewrite(tmp_path, kind, first_tensor(tmp_path, kind)[1] | {tensor: torch.ones(3, 3, 3)})
     shape = (
-        r"has shape \(3, 3\); .*json says"
+        r"has shape \(3, 3, 3\); .*json says"
         if kind in (DIRECTIONS, SAE)
         else f"does not describe {kind.noun}: .*{tensor[-4:]}"
     )

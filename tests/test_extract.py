@@ -577,7 +577,8 @@ def test_pairs_become_directions_in_one_call() -> None:
     pairs = [("w3 w4 w5", "w6 w7"), ("w8 w9", "w10 w11 w12")]
     found = sf.directions_from(model, tokenizer, pairs, [0, -1], "pca", position="mean", site="mlp_out", normalize=True)
     sides = [
-        sf.collect(model, tokenizer, list(side), [0, -1], "mean", "mlp_out", progress=False) for side in zip(*pairs)
+        sf.collect(model, tokenizer, list(side), [0, -1], "mean", "mlp_out", progress=False)
+        for side in zip(*pairs, strict=True)
     ]
     expected = pca(*sides, normalize=True)
     assert list(found) == ["mlp_out.0", "mlp_out.2"]

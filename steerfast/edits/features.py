@@ -400,7 +400,7 @@ SHARED = ("encoder", "bias")
 _COPIES: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[tuple[str, torch.device], Tensor]] = (
     weakref.WeakKeyDictionary()
 )
-"""An SAE to its encoder on each device: one copy there for all edits, gone when nobody holds it."""
+"""An SAE to its encoder on each device: one copy there for all edits, freed with its last reference."""
 
 
 @dataclass(frozen=True, eq=False)

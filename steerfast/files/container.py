@@ -174,7 +174,7 @@ def read_text(kind: Kind, folder: PathLike) -> dict[str, Any]:
 def expect(
     kind: Kind, folder: PathLike, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...] | None]
 ) -> None:
-    """Refuse a tensor that is missing, that nobody named, or that has another shape; None: any.
+    """Refuse a tensor that is missing, that the JSON does not name, or that has another shape; None: any.
 
     Raises:
         ValueError: which one, and in which file.

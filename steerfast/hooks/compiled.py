@@ -38,7 +38,7 @@ class FixedTable:
         return self.rows.shape[0]
 
     def clear(self) -> None:
-        """Nobody is steered."""
+        """No row is steered."""
         self.rows.fill_(-1)
         self.scale.fill_(1.0)
 

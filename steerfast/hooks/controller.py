@@ -45,7 +45,7 @@ def known_controller(model: nn.Module) -> Controller | None:
 
 
 def controller_of(model: nn.Module) -> Controller:
-    """The controller of a model; a new one is known to nobody until it attaches something."""
+    """The controller of a model; a new one is registered when it attaches something."""
     inner = getattr(model, "_orig_mod", model)
     found = known_controller(model)
     if found is None:

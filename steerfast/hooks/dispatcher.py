@@ -78,7 +78,7 @@ class Dispatcher:
             self.bank = fitting(slotted, self.bank, slots)
         self._programs.update(programs)
         self.edits.update(edits)
-        self.bank.commit()  # a compiled graph reads the buffers and asks nobody
+        self.bank.commit()  # a compiled graph reads the buffers directly
         self._found = _NOTHING
 
     def take(self, slots: Sequence[int]) -> None:
@@ -102,7 +102,7 @@ class Dispatcher:
         return self.point.attach(self, prepend=self.point.kind == "post")
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """The steered stream, or None where nothing of it is."""
+        """The steered stream, or None where no row is steered."""
         if self.fixed and torch.compiler.is_compiling():  # one graph for all threads: what it gathers from is shared
             now = self.passes.traced  # of the same graph; of an eager pass where only the blocks are compiled
             found = self._look(now, x, None)

@@ -1,4 +1,4 @@
-"""The forward passes of a model: which token of the running one is steered by whom.
+"""The forward passes of a model: which token of the running one is steered by which slot.
 
 That is decided once per pass, by a hook on the decoder, and read by every dispatcher. What a pass needs to know of its
 prompt comes from `generate`, which announces it, or from the pass itself (see `steerfast.hooks.positions`). Each thread has
@@ -50,7 +50,7 @@ class Call:
         prompt: The batch of prompts; None: none is known.
         table: Its owners.
         announced: Whether generate announced the prompt.
-        ran: The dispatchers that the running pass has come by.
+        ran: The dispatchers that the running pass has reached.
     """
 
     gates: Gates
@@ -141,7 +141,7 @@ class Passes:
             self._hooks.pop().remove()
 
     def forget(self) -> None:
-        """Nothing is attached any more: no prompt, no table, nobody is steered."""
+        """Nothing is attached any more: no prompt, no table."""
         self._version += 1
         self.threads = _Threads(self.conditions)
         self._broadcasts.clear()

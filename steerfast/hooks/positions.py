@@ -280,7 +280,7 @@ class Readings:
         for reading, governs in zip(self._readings, self._governs[batch], strict=True):
             selector = reading.selector if columns is not None else self._later[reading.selector]
             if isinstance(selector, bool):
-                continue  # the table says so already
+                continue  # the table has it already
             where = evaluate(selector, value_of)
             part = torch.where(governs[:, None] & ~where[:, :, None], -1, part)
         return part

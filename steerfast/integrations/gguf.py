@@ -297,7 +297,7 @@ def without_zeros(rows: Mapping[Any, Any], path: str | os.PathLike[str]) -> dict
 def _is_zero(row: Any) -> bool:
     try:
         return not bool(torch.as_tensor(row).any())
-    except (TypeError, ValueError, RuntimeError):  # whatever it is, `foreign` says so
+    except (TypeError, ValueError, RuntimeError):  # `foreign` reports what it is
         return False
 
 

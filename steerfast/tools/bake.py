@@ -374,7 +374,7 @@ def _config(model: Any) -> Any:
 
 
 def _untie(model: nn.Module, writers: list[_Writer]) -> None:
-    """Give the head its own copy of the embedding's weights, and say so."""
+    """Give the head its own copy of the embedding's weights, and warn."""
     head = _head(model)
     if head is None or all(head.weight is not writer.module.weight for writer in writers):
         return

@@ -62,7 +62,7 @@ class Place:
         directions, numbers = needs(specs, slots)
         self.bank = Bank(width, slots, directions, dtype, device, numbers)
         self._loaded: dict[int, Intervention] = {}
-        self._kind = np.zeros(slots + 1, dtype=np.int8)  # the last entry stands for -1, nobody
+        self._kind = np.zeros(slots + 1, dtype=np.int8)  # the last entry stands for -1, no slot
         self._row = np.zeros(slots + 1, dtype=np.int64)
         self._strength = np.zeros(slots + 1, dtype=np.float32)
         self._owned: list[Owned] = []
@@ -139,7 +139,7 @@ class Places:
             raise RuntimeError(f"steerfast: {place} handles {count} tokens; the engine announced {table.rows.shape[0]}")
         on_host = stream.device.type == "cpu"
         if on_host and not table.tokens:
-            return  # nobody is steered; on a GPU the kernel sees so itself
+            return  # no row is steered; on a GPU the kernel finds that itself
         stream = stream.view(count, -1)  # vLLM's backend for models of transformers has (1, n, d)
         hidden = None if hidden is None else hidden.reshape(stream.shape)
         here = self.places[place]

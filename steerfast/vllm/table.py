@@ -128,7 +128,7 @@ class RowTable:
             :0
         ]  # on the device: gathered for its tokens, (tokens, WIDTH)
         self._count = torch.arange(tokens, device=device)
-        self._runs = torch.zeros(runs, dtype=torch.int32, device=device)  # whom a slot stands for at a position
+        self._runs = torch.zeros(runs, dtype=torch.int32, device=device)  # the slot that acts at a position
         self._write = self._on_host if device.type == "cpu" else self._on_device
 
     def put(self, request: str, owners: Sequence[Owner]) -> None:
