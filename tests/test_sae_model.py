@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import steerfast as sf
-from steerfast.edits.features import Features, SelectedFeatures
+from steerfast.edits.features import Features
+from steerfast.edits.selected import SelectedFeatures
 from steerfast.files import replace as _files
 from steerfast.place import Origin
 from steerfast.sae.model import Source

@@ -23,7 +23,8 @@ from torch import Tensor
 from steerfast import ops
 from steerfast._checks import check_dictionary, check_stream, finite_number, one_of, whole_number, whole_numbers
 from steerfast.edits.base import as_tensor
-from steerfast.edits.features import Features, SelectedFeatures, normalised
+from steerfast.edits.features import Features
+from steerfast.edits.selected import SelectedFeatures, normalised
 from steerfast.place import NOWHERE, Origin, Place
 
 NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
