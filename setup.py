@@ -38,11 +38,13 @@ setup(
             "peft>=0.17",
             "pytest>=9.0",
             "pytest-benchmark>=5.0",
+            "pytest-cov>=7.0",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "setuptools>=77",
             "torchdiffeq>=0.2.5",
         ],
+        "docs": ["pdoc>=16.0"],
     },
     entry_points={
         "console_scripts": ["steerfast=steerfast.cli.main:main"],

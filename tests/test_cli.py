@@ -14,7 +14,7 @@ from families import VOCAB, build
 from transformers import AutoTokenizer
 
 import steerfast as sf
-from steerfast.cli import demo, shared
+from steerfast.cli import demo, demo_prompts, shared
 from steerfast.cli import main as cli
 from steerfast.cli.generate import GAP, _Columns
 from steerfast.models.layers import find_layers
@@ -455,6 +455,86 @@ def test_python_dash_m_is_the_command(tmp_path: Path) -> None:
     assert result.stdout == ""
 
 
+FUNCTION_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "this",
+        "that",
+        "it",
+        "its",
+        "i",
+        "me",
+        "my",
+        "you",
+        "your",
+        "he",
+        "him",
+        "his",
+        "she",
+        "her",
+        "we",
+        "us",
+        "our",
+        "they",
+        "them",
+        "their",
+        "what",
+        "who",
+        "every",
+        "all",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "am",
+        "do",
+        "does",
+        "did",
+        "to",
+        "of",
+        "in",
+        "at",
+        "on",
+        "by",
+        "for",
+        "with",
+        "from",
+        "and",
+        "or",
+        "but",
+        "so",
+        "not",
+        "no",
+        "the",
+    ]
+)
+
+
+def test_the_demo_tests_its_barrier_on_words_that_it_was_not_fitted_on() -> None:
+    """No content word in common, nor an inflection of one: the first five letters decide."""
+
+    def stems(texts: tuple[str, ...]) -> set[str]:
+        words = {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
+        return {word[:5] for word in words - FUNCTION_WORDS}
+
+    held_out = (*demo_prompts.KIND_HELD_OUT, *demo_prompts.UNKIND_HELD_OUT)
+    fitted = (*demo_prompts.KIND, *demo_prompts.UNKIND)
+    assert len(held_out) >= 40
+    assert len(demo_prompts.KIND_HELD_OUT) == len(demo_prompts.UNKIND_HELD_OUT)
+    assert len(set(held_out)) == len(held_out)
+    assert stems(held_out) & stems(fitted) == set()
+
+
+def test_the_demo_names_an_sae_that_is_not_there(tmp_path: Path, capsys) -> None:
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), "--sae", str(tmp_path / "none")]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.model
 @pytest.mark.slow
 def test_demo_steers_a_real_model(smollm, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -464,20 +544,26 @@ def test_demo_steers_a_real_model(smollm, tmp_path: Path, capsys, monkeypatch) -
     assert "\x1b" not in shown
     report = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     methods = report["methods"]
-    assert set(methods) == {"add", "ablate", "amplify", "calibrate", "flow"}
+    assert set(methods) == {"add", "ablate", "amplify", "calibrate", "flow", "sae"}
     hate = methods["add"]["texts"][0]
     assert hate["prompt"] == "I hate you because"
     assert "love" not in hate["unsteered"]
     assert "love" in hate["steered"]
-    for method in methods.values():
-        assert all(text["steered"] != text["unsteered"] for text in method["texts"])
+    for name in ("add", "ablate", "amplify", "calibrate", "flow"):
+        assert all(text["steered"] != text["unsteered"] for text in methods[name]["texts"])
     assert methods["ablate"]["numbers"]["projection_before"] > 1
     assert methods["ablate"]["numbers"]["projection_after"] < 1e-3
     assert methods["flow"]["numbers"]["h_after"] > methods["flow"]["numbers"]["h_before"]
+    assert methods["flow"]["numbers"]["held_out"] >= 40
+    assert methods["flow"]["numbers"]["accuracy"] >= 0.75
+    assert methods["sae"]["numbers"]["she_over_he_after"] > methods["sae"]["numbers"]["she_over_he_before"] + 0.3
+    doctor = methods["sae"]["texts"][0]
+    assert doctor["unsteered"].lstrip().startswith("he ")
+    assert doctor["steered"].lstrip().startswith("she ")
     assert report["backend"] in shown
     assert str(tmp_path / "results.json") in shown
     model, tokenizer = smollm
-    inputs = tokenizer(list(demo.PROMPTS), return_tensors="pt", padding=True, padding_side="left")
+    inputs = tokenizer(list(demo_prompts.PROMPTS), return_tensors="pt", padding=True, padding_side="left")
     with sf.steer(model, sf.Plan.load(tmp_path / methods["flow"]["plan"])):
         out = demo.greedy(model, inputs, 12, tokenizer.pad_token_id)
     again = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
