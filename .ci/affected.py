@@ -109,14 +109,16 @@ def _source(file: Path) -> str:
 
 @functools.cache
 def _homes(root: Path) -> dict[str, str]:
-    """Public name -> the module that the front door takes it from, by the stub."""
-    stub = ast.parse(_source(root / "steerfast/__init__.pyi"))
+    """Public name ("Plan", "sae.train_sae") -> the module that a package takes it from, by the packages' stubs."""
     homes = {}
-    for node in stub.body:
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                inner = ".".join(filter(None, ["steerfast", node.module, alias.name]))
-                homes[alias.asname or alias.name] = inner
+    for stub in sorted((root / "steerfast").rglob("__init__.pyi")):
+        package = _package(stub, root)
+        room = package.removeprefix("steerfast").lstrip(".")
+        for node in ast.parse(_source(stub)).body:
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    name = ".".join(filter(None, [room, alias.asname or alias.name]))
+                    homes[name] = ".".join(filter(None, [package, node.module, alias.name]))
     return homes
 
 
@@ -125,7 +127,8 @@ def _loads(file: Path, root: Path) -> tuple[Path, ...]:
     """Files of ours that one file loads."""
     source = _source(file)
     names = set(re.findall(r"\bsteerfast(?:\.\w+)+", source))
-    names |= {_homes(root)[name] for name in re.findall(r"\b(?:sf|steerfast)\.(\w+)", source) if name in _homes(root)}
+    for found in re.findall(r"\b(?:sf|steerfast)\.(\w+(?:\.\w+)?)", source):
+        names |= {_homes(root)[name] for name in (found, found.partition(".")[0]) if name in _homes(root)}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}

@@ -28,7 +28,6 @@ EVERY = set(ci.PARTS)
         ("benchmarks/test_add.py", set()),
         ("tests/test_sae_training.py", set()),
         ("steerfast/sae/training/trainer.py", set()),
-        ("steerfast/integrations/repeng.py", set()),
         ("steerfast/cli/demo.py", set()),
         ("steerfast/vllm/runner.py", {"vllm"}),
         ("steerfast/cli/check.py", {"vllm"}),
@@ -132,3 +131,15 @@ def test_an_unknown_base_runs_everything() -> None:
     )
     assert result.stdout.split() == list(ci.PARTS)
     assert "every part runs" in result.stderr
+
+
+def test_a_name_one_level_down_reaches_its_module(tmp_path: Path) -> None:
+    (tmp_path / "steerfast" / "sae").mkdir(parents=True)
+    for name in ("__init__.py", "sae/__init__.py", "sae/train.py", "sae/other.py"):
+        (tmp_path / "steerfast" / name).write_text("")
+    (tmp_path / "steerfast" / "__init__.pyi").write_text("from . import sae as sae\n")
+    (tmp_path / "steerfast" / "sae" / "__init__.pyi").write_text("from .train import train_sae as train_sae\n")
+    (tmp_path / "test.py").write_text("import steerfast as sf\n\nsf.sae.train_sae()\n")
+    found = ci._loads(tmp_path / "test.py", tmp_path)
+    assert tmp_path / "steerfast" / "sae" / "train.py" in found
+    assert tmp_path / "steerfast" / "sae" / "other.py" not in found

@@ -30,7 +30,7 @@ from steerfast.models import demo as demo_model
 from steerfast.models.collect import Activations, collect
 from steerfast.ops.backends import backend_of
 from steerfast.plan import Plan
-from steerfast.sae.explain import explain, vocabulary_of
+from steerfast.sae.explanation import explain, vocabulary_of
 from steerfast.sae.model import SAE
 
 from . import shared
