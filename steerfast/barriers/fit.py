@@ -98,7 +98,7 @@ def fit_barrier(
             raise ValueError(f"fit_barrier: kernel is {kernel}; expected (γ, c₀) with γ > 0 and c₀ >= 0")
         kernel = numbers[0], numbers[1]
     rank = check_rank(kind, rank, *data.x.shape)
-    if C is None and (kind == "sketch" or kernel == PUBLISHED):
+    if C is None and kernel == PUBLISHED:
         C = 1.0
     fits: dict[str, Any] = {
         "linear": _linear, "quadratic": _quadratic, "sketch": _sketch, "rff": fit_fourier, "mlp": fit_network,
@@ -151,7 +151,7 @@ def _quadratic(data: Data, C: float | None, kernel: tuple[float, float] | None, 
 
 
 def _sketch(data: Data, C: float | None, kernel: tuple[float, float] | None, rank: int | str) -> Barrier:
-    assert C is not None  # 1 unless given
+    C = 1.0 if C is None else C
     gamma, coef0 = PUBLISHED if kernel is None else kernel
     d = data.x.shape[1]
     generator = seeded(data.seed)

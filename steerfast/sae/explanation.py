@@ -277,20 +277,19 @@ def observe(sae: SAE, cache: Any, tokenizer: Any, contexts: int = 5, bins: int =
         raise ValueError(
             f"observe: the cache has rows of width {cache.info.d}, {sae} has {sae.d}; is it another model's?"
         )
-    edges: Tensor | None = None
+    edges = torch.empty(0)
     histogram = torch.zeros(sae.features, bins, dtype=torch.int64)
     best = torch.zeros(sae.features, contexts)
     where = torch.full((sae.features, contexts, 2), -1, dtype=torch.int64)  # shard, row
     for shard in range(len(cache.counts)):
         values, indices = (part.cpu() for part in sae.topk(cache.read(shard).to(sae.w_enc)))
-        if edges is None:
+        if not len(edges):
             edges = torch.linspace(0, max(float(values.max()), 1e-6), bins + 1)
         row, column = (values > 0).nonzero(as_tuple=True)
         value, feature = values[row, column], indices[row, column].long()
         cell = (torch.bucketize(value, edges) - 1).clamp(0, bins - 1)
         histogram.view(-1).index_add_(0, feature * bins + cell, torch.ones_like(cell))
         _keep_best(best, where, value, feature, row, shard)
-    assert edges is not None  # a cache has a shard
     density = histogram.sum(1).float() / len(cache)
     return Usage(len(cache), density, edges, histogram, _texts(cache, tokenizer, best, where))
 
