@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from steerfast._checks import direction_rows, finite_number, flag, one_of
+from steerfast._checks import direction_rows, finite_number, flag, one_of, whole_number
 from steerfast.ops.slots import Slot
 from steerfast.ops.stream import similarity
 
@@ -109,8 +109,8 @@ class When(Intervention):
             raise TypeError(f"{owner}: then must be an intervention such as Add; got {type(self.then).__name__}")
         if isinstance(self.then, When):
             raise ValueError(f"{owner}: a condition inside a condition; put both on the layer as a list instead")
-        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
-            raise TypeError(f"{owner}: layer is {self.layer!r}; expected a layer number or None")
+        if self.layer is not None:
+            set_field(self, "layer", whole_number(owner, "layer", self.layer))
         width = as_tensor(self.condition.direction).shape[-1]
         if width != self.then.width:
             raise ValueError(f"{owner}: the condition has width {width} and the intervention {self.then.width}")
