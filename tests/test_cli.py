@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -400,6 +401,27 @@ def test_check_finds_a_hook_left_behind(saved) -> None:
             left = find_layers(model).blocks[0].register_forward_hook(lambda m, a, out: out * 1.01)
     left.remove()
     assert outcomes == ["ok"] * 5 + ["failed"]
+
+
+def test_check_skips_a_site_that_only_numbers_refuse(saved) -> None:
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=101, n_embd=48, n_layer=2, n_head=4, n_positions=32)).eval()
+    found = list(proofs.check(model, AutoTokenizer.from_pretrained(saved("llama"))))
+    sites = next(one for one in found if one.name.startswith("attn_out + mlp_out"))
+    assert sites.outcome == "skipped"
+    assert re.search(r"cannot steer or read attn_out of layer 0 .* is off by", sites.detail)
+    assert "failed" not in [one.outcome for one in found]
+
+
+def test_check_fails_where_the_sites_add_up_on_three_tokens_alone(saved) -> None:
+    model = deepcopy(build("llama"))
+    block = find_layers(model).blocks[1]
+    block.register_forward_hook(lambda m, a, out: out + 1.0 if out.shape[1] > 3 else out)
+    found = {one.name: one for one in proofs.check(model, AutoTokenizer.from_pretrained(saved("llama")))}
+    sites = found.pop("attn_out + mlp_out = resid_post − resid_pre")
+    assert (sites.outcome, sites.detail[:8]) == ("failed", "layer 1:")
+    assert "is off by 1 from what the block adds" in sites.detail
 
 
 SIDES = ["--positive", "love", "--negative", "hate", "--out", "TMP/p"]

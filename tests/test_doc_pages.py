@@ -18,7 +18,10 @@ PAGES = [
     pytest.param(path, id=path.name, marks=[pytest.mark.model] if path.name in NEEDS_DEMO else [])
     for path in (
         ROOT / "README.md",
-        *(ROOT / "docs" / f"{name}.md" for name in ("methods", "migration", "tools", "sae", "flow", "distributed")),
+        *(
+            ROOT / "docs" / f"{name}.md"
+            for name in ("hooks", "methods", "migration", "tools", "sae", "flow", "distributed")
+        ),
     )
 ]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import LlamaConfig
 
 import steerfast as sf
 from steerfast.place import Origin
+from steerfast.plan import ModelCard
 from steerfast.sae.cache import pack
 
 TEXTS = ["w3 w4 w5 w6 w7", "w8 w9", "w10 w11 w12"]
@@ -143,6 +145,9 @@ def test_a_steered_model_and_every_site() -> None:
         ({"inputs": [image_inputs() | {"attention_mask": torch.zeros(2, 9)}]}, ValueError, "inputs 0: row 0 has no tokens"),
         ({"position": 7}, ValueError, "position 7 is out of range for row 0 of inputs 0, which has 7 tokens, -7 to 6"),
         ({"inputs": [{"input_ids": torch.full((1, 129), 5)}]}, ValueError, "inputs 0 has 129 tokens; this model reads at most"),
+        ({"inputs": [{"input_ids": torch.ones(1, 3)}]}, TypeError, r"input_ids has dtype torch\.float32; expected int64"),
+        ({"inputs": [image_inputs(), {"input_ids": torch.tensor([[3, 101]])}]}, ValueError, "inputs 1: .* the id 101, beyond"),
+        ({"inputs": [{"input_ids": torch.tensor([[-3, 5]])}]}, ValueError, "inputs 0: input_ids has the id -3, beyond the model"),
         ({"layers": None}, TypeError, "^collect: layers is missing; name one or several, 0 to 2"),
     ],
 )  # fmt: skip
@@ -159,6 +164,68 @@ def test_ready_dicts_as_texts_and_models_that_demand_an_image() -> None:
         ValueError, match=r"^collect: Blip2.* does not run on token ids alone .* with pixel_values, as inputs=\["
     ):
         sf.collect(blip(), words(), TEXTS, 0, progress=False)
+    without = {name: value for name, value in image_inputs().items() if name != "pixel_values"}
+    with pytest.raises(
+        ValueError,
+        match=r"^collect: Blip2.* does not run on inputs 0 \(input_ids, attention_mask\) .* makes, with pixel_values, as",
+    ):
+        sf.collect(blip(), inputs=[without], layers=0, progress=False)
+
+
+def test_a_tokenizer_that_is_larger_than_the_model() -> None:
+    """The cause is the text's id, whatever the model says of it; an id that its config names may stand for an image."""
+    model = deepcopy(build("llama"))
+    model.resize_token_embeddings(20)
+    with pytest.raises(
+        ValueError, match=r"^collect: text 1 \('w19 w20'\) has the token id 20, beyond the vocabulary of Llama"
+    ):
+        sf.collect(model, words(), ["w3 w19", "w19 w20"], 1, progress=False)
+    assert sf.collect(model, words(), ["w3 w19"], 1, progress=False)[1].shape == (1, 48)
+    model.config.image_token_id = 20  # as where an image's mark lies beyond the vocabulary, and is replaced
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, args: (args[0].where(args[0] < 20, 0),))
+    ids = torch.tensor([[3, 20]])
+    found = sf.collect(model, inputs=[{"input_ids": ids}], layers=1, progress=False)
+    close(found[1][0], shown(model, {"input_ids": ids})[2][0, -1])
+
+
+@cache
+def paligemma() -> Any:
+    """Its prefix attends both ways."""
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    text = {
+        "model_type": "gemma",
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "vocab_size": 101,
+    }
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "pad_token_id": 0}
+    config = transformers.PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, projection_dim=48
+    )
+    model = transformers.PaliGemmaForConditionalGeneration(config)
+    randomise(model)
+    return model.float().eval()
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_rows_beside_padding_are_as_alone_without_token_types(pixels: bool) -> None:
+    given = image_inputs()
+    if not pixels:
+        given.pop("pixel_values")
+        given["input_ids"] = given["input_ids"].where(given["input_ids"] != IMAGE_TOKEN, 7)
+    alone = []
+    for row in range(2):
+        one = {name: value[row : row + 1] for name, value in given.items() if name != "attention_mask"}
+        one["input_ids"] = one["input_ids"][:, given["attention_mask"][row].bool()]
+        alone.append(one)
+    layers = [0, 1, 2]
+    both = sf.collect(paligemma(), inputs=[given], layers=layers, position="all", progress=False)
+    single = sf.collect(paligemma(), inputs=alone, layers=layers, position="all", progress=False)
+    for layer in layers:
+        close(both[layer], single[layer])
 
 
 def test_a_block_that_sees_more_tokens_than_the_ids_is_refused() -> None:
@@ -270,6 +337,96 @@ def test_strengths_and_doses_of_numpy(tmp_path: Any) -> None:
     site = ("mlp_out", 1)
     bias = sf.bake(baked, sf.Plan({site: sf.Add(v, np.float32(2.0))})).transformer.h[1].mlp.c_proj.bias
     torch.testing.assert_close(bias, build("gpt2").transformer.h[1].mlp.c_proj.bias + 2 * v)
+
+
+def test_layers_and_room_of_a_prepared_model() -> None:
+    for given, layers in LAYERS.values():
+        model = deepcopy(build("llama"))
+        sf.prepare(
+            model, layers=given, batch=np.int64(2), length=torch.tensor(8), slots=np.int8(2), directions=4, rank=2
+        )
+        for layer in range(3):
+            if layer in layers:
+                sf.steer(model, sf.Plan({layer: sf.Add(torch.ones(48))}))
+                sf.reset(model)
+            else:
+                with pytest.raises(RuntimeError, match=f"layer {layer} was not prepared"):
+                    sf.steer(model, sf.Plan({layer: sf.Add(torch.ones(48))}))
+
+
+@pytest.mark.filterwarnings("ignore:steer. no token was edited")
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"layers": 1.0}, TypeError, "layers must be a whole number; got 1.0"),
+        ({"layers": "1"}, TypeError, "layers must be a whole number; got '1'"),
+        ({"layers": [True]}, TypeError, "layers must be a whole number; got True"),
+        ({"layers": []}, ValueError, r"layers is \[\], which names none of 3; pass None for all"),
+        ({"layers": slice(3, None)}, ValueError, "layers is slice.*, which names none of 3"),
+        ({"layers": [3]}, ValueError, "layer 3 is out of range"),
+        ({"site": "residual"}, ValueError, "unknown site 'residual'"),
+        ({"batch": 0}, ValueError, "batch is 0; expected a whole number >= 1"),
+        ({"length": 2.0}, TypeError, "length must be a whole number >= 1; got 2.0"),
+        ({"slots": True}, TypeError, "slots must be a whole number >= 1; got True"),
+        ({"model": torch.nn.Linear(2, 2)}, TypeError, "model must be a transformers model"),
+    ],
+)
+def test_what_prepare_refuses(change: Any, error: Any, message: Any) -> None:
+    with pytest.raises(error, match=f"^prepare: {message}"):
+        sf.prepare(**{"model": deepcopy(build("llama"))} | change)
+
+
+def test_prepare_refuses_a_compiled_model_in_its_own_name() -> None:
+    with pytest.raises(RuntimeError, match=r"^prepare: the model is already compiled"):
+        sf.prepare(torch.compile(deepcopy(build("llama"))))
+
+
+def test_layers_of_conditions() -> None:
+    condition, v = sf.Condition(torch.ones(48), 0.1), sf.Add(torch.ones(48))
+    for kind in (sf.When, sf.WhenToken):
+        for layer in (np.int64(1), torch.tensor(1), np.array(1)):
+            edit = kind(condition, v, layer=layer)
+            assert (type(edit.layer), edit.layer, repr(edit)) == (int, 1, repr(kind(condition, v, layer=1)))
+            json.dumps(edit.numbers())
+        for wrong in (1.0, "1", True, torch.tensor([1, 2])):
+            with pytest.raises(TypeError, match=f"^{kind.__name__}: layer must be a whole number"):
+                kind(condition, v, layer=wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"texts": "w3"}, TypeError, "texts must be several texts, got one str"),
+        ({"texts": None}, TypeError, "give tokenizer and texts"),
+        ({"texts": []}, ValueError, "texts is empty"),
+        ({"texts": ["w3", 5]}, TypeError, "text 1 must be a string or a list of chat messages"),
+        ({"texts": ["w3", ""]}, ValueError, r"text 1 \(''\) has no tokens"),
+        ({"texts": ["w3 " * 129]}, ValueError, "text 0 .* this model reads at most 128"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a positive integer"),
+        (
+            {"plan": {1: sf.Add(torch.ones(5))}},
+            ValueError,
+            "Add.* at resid_post 1 has width 5; this model's resid_post has 48",
+        ),
+        ({"plan": {3: sf.Add(torch.ones(48))}}, ValueError, "layer 3 is out of range"),
+        ({"limit": -1}, ValueError, "limit is -1; expected a relative dose, 0 or more"),
+        ({"model": torch.nn.Linear(2, 2)}, TypeError, "model must be a transformers model"),
+    ],
+)
+def test_what_dose_refuses(change: Any, error: Any, message: Any) -> None:
+    plan = {1: sf.Add(torch.ones(48))}
+    given = {"model": build("llama"), "tokenizer": words(), "plan": plan, "texts": TEXTS} | change
+    with pytest.raises(error, match=f"^dose: {message}"):
+        sf.dose(**given)
+
+
+def test_dose_warns_once_of_a_plan_for_another_model() -> None:
+    plan = sf.Plan({1: sf.Add(torch.ones(48), 0.01)}, model=ModelCard("GPT2LMHeadModel:", 48, 3))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        sf.dose(build("llama"), words(), plan, TEXTS)
+    said = [(str(w.message), w.filename) for w in seen]
+    assert said == [("dose: the plan was made for GPT2LMHeadModel:, this model is a LlamaForCausalLM", __file__)]
 
 
 def test_numbers_of_saes_and_barriers(tmp_path: Any) -> None:

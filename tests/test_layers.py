@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, build, token_ids
+from test_inputs import blip
 from torch import nn
 
+import steerfast as sf
 from steerfast.models.layers import find_layers
 from steerfast.models.proof import prove, refuse_split
 from steerfast.place import SITES
@@ -234,9 +236,7 @@ def test_the_proof_in_half_precision() -> None:
 
 
 def test_the_proof_finds_what_no_name_shows() -> None:
-    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
-
-    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=101, n_embd=48, n_layer=2, n_head=4, n_positions=32))
+    model = first_gpt()
     layers = find_layers(model)
     layers.point(0, "attn_out")  # looks like any other block, but its norms act on the stream
     found = prove(model, layers, "check")
@@ -246,6 +246,164 @@ def test_the_proof_finds_what_no_name_shows() -> None:
     ):
         refuse_split(found, layers, 0, "attn_out", "check")
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 0
+
+
+class Stop(Exception):
+    """What a user's hook leaves a pass with."""
+
+
+def first_gpt() -> Any:
+    """A model whose attn_out and mlp_out only its numbers refuse."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    return OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=101, n_embd=48, n_layer=2, n_head=4, n_positions=32)).eval()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        Stop("enough"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_proof_that_failed_for_a_reason_that_may_pass_is_not_kept(error: BaseException) -> None:
+    """The short forward breaks off once; the next look sees what the model does, and refuses what it refuses."""
+    model, v = first_gpt(), torch.ones(48)
+
+    def fail(module: Any, args: Any, output: Any) -> None:
+        raise error
+
+    hook = model.transformer.h[1].register_forward_hook(fail)
+    with pytest.raises(type(error)):
+        sf.steer(model, {("attn_out", 0): sf.Add(v)})
+    hook.remove()
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 0
+    with pytest.raises(ValueError, match=r"attn_out of layer 0 .* is off by"):
+        sf.steer(model, {("attn_out", 0): sf.Add(v)})
+
+
+def test_a_model_that_runs_on_no_ids_is_looked_at_once() -> None:
+    model, passes = deepcopy(blip()), []
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    layers = find_layers(model)
+    assert prove(model, layers, "check") is prove(model, layers, "check")
+    hook.remove()
+    assert len(passes) == 1
+
+
+def test_a_look_that_another_handle_refuses_says_so() -> None:
+    model = deepcopy(build("llama"))
+    sf.steer(model, sf.Plan({1: sf.Add(torch.ones(48))}, positions=[5]))
+    with pytest.raises(RuntimeError, match=r"^collect: the short forward .* position 5 is out of range.* remove"):
+        sf.collect(model.model, inputs=[{"input_ids": token_ids(1, 7)}], layers=0, progress=False)
+    with pytest.warns(RuntimeWarning, match="no token was edited"):
+        sf.reset(model)
+    assert prove(model.model, find_layers(model.model), "check").refusal == ""
+
+
+class Carrier:
+    """Two streams in one object."""
+
+    def __init__(self, hidden: Any, beside: Any) -> None:
+        self.hidden, self.beside = hidden, beside
+
+
+def carrying() -> Any:
+    """A Llama whose blocks hand an object on, as PEFT's Shadow does: wrapped before the first, unwrapped after the last."""
+    model = deepcopy(build("llama"))
+
+    def carry(block: Any, last: bool) -> None:
+        own = block.forward
+
+        def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+            hidden, beside = (x.hidden, x.beside) if isinstance(x, Carrier) else (x, x)
+            out = own(hidden, *args, **kwargs)
+            new = out[0] if isinstance(out, tuple) else out
+            new = new if last else Carrier(new, beside)
+            return (new, *out[1:]) if isinstance(out, tuple) else new
+
+        block.forward = forward
+
+    for block in model.model.layers:
+        carry(block, block is model.model.layers[-1])
+    return model
+
+
+def shadowed() -> Any:
+    peft = pytest.importorskip("peft")
+    if not hasattr(peft, "ShadowConfig"):
+        pytest.skip("this release of PEFT has no Shadow")
+    return peft.get_peft_model(deepcopy(build("llama")), peft.ShadowConfig(task_type="CAUSAL_LM")).eval()
+
+
+@pytest.mark.parametrize(("make", "kind"), [(carrying, "Carrier"), (shadowed, "ShadowCarrier")])
+def test_blocks_that_hand_an_object_on_are_refused_by_its_name(make: Any, kind: str) -> None:
+    from test_texts import words
+
+    from steerfast.tools.check import check
+
+    model = make()
+    calls = {
+        "steer": lambda: sf.steer(model, {1: sf.Add(torch.ones(48))}),
+        "prepare": lambda: sf.prepare(model),
+        "collect": lambda: sf.collect(model, words(), ["w3 w4"], 1, progress=False),
+        "dose": lambda: sf.dose(model, words(), {1: sf.Add(torch.ones(48))}, ["w3 w4"]),
+        "check": lambda: list(check(model, words())),
+    }
+    with torch.no_grad():
+        clean = model(input_ids=token_ids()).logits
+    for caller, call in calls.items():
+        with pytest.raises(
+            TypeError, match=f"^{caller}: .* has blocks that return a {kind}; a tensor, or a tuple that"
+        ):
+            call()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=token_ids()).logits, clean)
+
+
+def test_an_attention_that_returns_an_object_leaves_the_stream_to_be_steered() -> None:
+    class Pair:
+        def __init__(self, items: Any) -> None:
+            self.items = items
+
+        def __iter__(self) -> Any:
+            return iter(self.items)
+
+    model, v = deepcopy(build("llama")), torch.ones(48)
+    attention = model.model.layers[1].self_attn
+    own = attention.forward
+    attention.forward = lambda *args, **kwargs: Pair(own(*args, **kwargs))
+    for site in ("attn_out", "mlp_out"):
+        with pytest.raises(
+            ValueError, match=f"{site} of layer 1 .*: what attn_out shows is a Pair, no tensor; use resid"
+        ):
+            sf.steer(model, {(site, 1): sf.Add(v)})
+    hooked = attached([(find_layers(model).point(1, "attn_out"), lambda x: None)])
+    with pytest.raises(TypeError, match=r"^model\.layers\.1\.self_attn returns a Pair; a tensor, or a tuple"), hooked:
+        run(model)
+    with sf.steer(model, {1: sf.Add(v), ("attn_out", 0): sf.Add(v)}) as handle:
+        run(model)
+    assert handle.stats() == [14]
+
+
+def test_weights_that_have_not_been_loaded() -> None:
+    with torch.device("meta"):
+        model = type(build("llama"))(build("llama").config)
+    calls = {
+        "steer": lambda: sf.steer(model, {1: sf.Add(torch.ones(48))}),
+        "prepare": lambda: sf.prepare(model),
+        "collect": lambda: sf.collect(model, inputs=[{"input_ids": token_ids()}], layers=1, progress=False),
+    }
+    for caller, call in calls.items():
+        with pytest.raises(
+            ValueError, match=f"^{caller}: LlamaForCausalLM has weights on the meta device; load them first"
+        ):
+            call()
 
 
 def test_the_text_decoder_of_a_multimodal_model_is_found() -> None:

@@ -126,7 +126,9 @@ def test_what_cannot_be_followed_is_refused_by_its_own_name(name: str, settings:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_block_that_is_never_run_edits_nothing_and_says_so() -> None:
+@pytest.fixture
+def mllama() -> Any:
+    """Text does not run its second block."""
     config = transformers.models.mllama.MllamaTextConfig(
         **TOKENS | SMALL,
         num_key_value_heads=2,
@@ -134,11 +136,25 @@ def test_a_block_that_is_never_run_edits_nothing_and_says_so() -> None:
         rope_theta=1e4,
         rope_scaling={"rope_type": "default"},
     )
-    model = transformers.MllamaForCausalLM(config).eval()
+    return transformers.MllamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "head_out"])
+def test_a_block_that_is_never_run_cannot_be_read(mllama: Any, site: str) -> None:
+    given: Any = {"inputs": [{"input_ids": token_ids(1, 5, 0)}], "site": site, "progress": False}
+    with pytest.raises(
+        ValueError, match=r"^collect: .* layer 1 cannot be read; text does not run that block: leave"
+    ) as said:
+        sf.collect(mllama, layers=[0, 1], **given)
+    assert "resid_post" not in str(said.value)
+    assert list(sf.collect(mllama, layers=[0, 2], **given)) == [0, 2]
+
+
+def test_a_block_that_is_never_run_edits_nothing_and_says_so(mllama: Any) -> None:
     ids = token_ids(1, 5, 0)
-    handle = sf.steer(model, {1: sf.Add(v())})
+    handle = sf.steer(mllama, {1: sf.Add(v())})
     with torch.no_grad():
-        model(ids)
+        mllama(ids)
     with pytest.warns(RuntimeWarning, match="no token was edited"):
         handle.remove()
     assert handle.stats() == [0]
@@ -298,6 +314,31 @@ def test_a_mask_that_only_the_outer_model_sees_leaves_padding_alone() -> None:
         model(ids, attention_mask=mask)
     assert (seen[0] != clean[0]).any(-1).tolist() == mask.bool().tolist()
     assert handle.stats() == [10]
+
+
+# --- models that generate nothing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ("all", "111111"),
+        ("prompt", "111111"),
+        ("generated", "000000"),
+        ("last", "000001"),
+        ("0", "100000"),
+        ("-2", "000010"),
+    ],
+)
+def test_a_head_of_another_kind_shows_its_prompt_in_a_bare_pass(head: str, positions: str, expected: str) -> None:
+    torch.manual_seed(0)
+    model = getattr(transformers, f"LlamaFor{head}")(copy.deepcopy(build("llama").config)).eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        assert columns(model, positions, lambda: model(token_ids(1, 6, 0))) == expected
+    with pytest.raises(ValueError, match=r"on a bare decoder .* steer that model instead"):
+        sf.steer(model.base_model, sf.Plan({1: sf.Add(v())}, "last"))
 
 
 # --- threads, and what outlives a block ---------------------------------------------------------------------------------

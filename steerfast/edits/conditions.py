@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from steerfast._checks import check_stream, direction_rows, finite_number, flag, one_of
+from steerfast._checks import check_stream, direction_rows, finite_number, flag, one_of, whole_number
 from steerfast.ops.slots import Slot
 from steerfast.ops.stream import similarity
 
@@ -115,8 +115,8 @@ class When(Intervention):
                 f"{owner}: {self.then!r} adds a row of its own to each of a prompt's first tokens, and a condition cannot "
                 "hold it back; put it into the plan as it is"
             )
-        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
-            raise TypeError(f"{owner}: layer is {self.layer!r}; expected a layer number or None")
+        if self.layer is not None:
+            set_field(self, "layer", whole_number(owner, "layer", self.layer))
         width = as_tensor(self.condition.direction).shape[-1]
         if width != self.then.width:
             raise ValueError(f"{owner}: the condition has width {width} and the intervention {self.then.width}")

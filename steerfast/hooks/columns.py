@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Container, Sequence
 from typing import Any
 
+from steerfast._checks import warn_user
 from steerfast._positions import Selector
 from steerfast.edits.base import Intervention
 from steerfast.edits.columns import Column, columns_of
@@ -27,70 +27,68 @@ def layout_of(plan: Plan | None, layers: Layers) -> list[Column]:
     return [] if plan is None else columns_of(places_of(plan, layers), gate_of)
 
 
-def places_of(plan: Plan, layers: Layers) -> dict[Place, tuple[Intervention, ...]]:
+def places_of(plan: Plan, layers: Layers, caller: str = "steer") -> dict[Place, tuple[Intervention, ...]]:
     """(site, layer) to chain, layers counted from 0; two names of one layer are one chain."""
     merged: dict[Place, tuple[Intervention, ...]] = {}
     for (site, layer), chain in plan.edits.items():
-        place = site, layers.resolve(layer, "steer")
+        place = site, layers.resolve(layer, caller)
         merged[place] = merged.get(place, ()) + chain
     return merged
 
 
-def read_at(when: When, place: Place, layers: Layers) -> Place:
+def read_at(when: When, place: Place, layers: Layers, caller: str = "steer") -> Place:
     """Where a condition of an intervention at `place` is read."""
     if when.layer is None:
         return place
-    read = "resid_post", layers.resolve(when.layer, "steer")
+    read = "resid_post", layers.resolve(when.layer, caller)
     if read[1] > place[1] or (read[1] == place[1] and place[0] != read[0]):
         raise ValueError(
-            f"steer: {when!r} stands at {place[0]} {place[1]}, before layer {read[1]} where its condition is read; name "
+            f"{caller}: {when!r} stands at {place[0]} {place[1]}, before layer {read[1]} where its condition is read; name "
             "that layer or an earlier one"
         )
-    if layers.point(read[1], read[0], "steer").width != when.width:
-        raise ValueError(f"steer: the condition of {when!r} does not have the width of {read[0]} {read[1]}")
+    if layers.point(read[1], read[0], caller).width != when.width:
+        raise ValueError(f"{caller}: the condition of {when!r} does not have the width of {read[0]} {read[1]}")
     return read
 
 
-def check_plan(plan: Plan, layers: Layers, prepared: Container[Place] | None) -> None:
+def check_plan(plan: Plan, layers: Layers, prepared: Container[Place] | None, caller: str = "steer") -> None:
     """Refuse a plan that does not fit the model; `prepared` are the places of a prepared one, None for any other."""
     card = plan.model
     if card is not None and (card.width, card.layers) != (layers.d, layers.count):
         raise ValueError(
-            f"steer: the plan was made for {card.name} (width {card.width}, {card.layers} layers); this model "
+            f"{caller}: the plan was made for {card.name} (width {card.width}, {card.layers} layers); this model "
             f"({layers.name}) has width {layers.d} and {layers.count} layers"
         )
     if card is not None and card.name.partition(":")[0] != layers.name:
-        warnings.warn(
-            f"steer: the plan was made for {card.name}, this model is a {layers.name}", UserWarning, stacklevel=4
-        )
+        warn_user(f"{caller}: the plan was made for {card.name}, this model is a {layers.name}")
     rule = rule_of(plan)
     if prepared is not None and isinstance(rule, Selector) and rule.reads_tokens:
         raise ValueError(
-            f"steer: positions={plan.positions!r} on a prepared model; they look at token ids, which a compiled graph does not "
-            "compare: steer a model that has not been prepared"
+            f"{caller}: positions={plan.positions!r} on a prepared model; they look at token ids, which a compiled graph does "
+            "not compare: steer a model that has not been prepared"
         )
-    for (site, layer), chain in places_of(plan, layers).items():
-        point = layers.point(layer, site, "steer")
+    for (site, layer), chain in places_of(plan, layers, caller).items():
+        point = layers.point(layer, site, caller)
         for edit in chain:
             if isinstance(edit, When):
                 if prepared is not None:
                     raise ValueError(
-                        f"steer: {edit!r} on a prepared model; conditions are read by hooks that a compiled graph does not "
+                        f"{caller}: {edit!r} on a prepared model; conditions are read by hooks that a compiled graph does not "
                         "hold: steer a model that has not been prepared"
                     )
-                read_at(edit, (site, layer), layers)
+                read_at(edit, (site, layer), layers, caller)
             if edit.width != point.width:
                 raise ValueError(
-                    f"steer: {edit!r} at {site} {layer} has width {edit.width}; this model's {site} has {point.width}"
+                    f"{caller}: {edit!r} at {site} {layer} has width {edit.width}; this model's {site} has {point.width}"
                 )
             if edit.origin.model is not None and family(edit.origin.model) not in ("unknown", family(layers.name)):
-                warnings.warn(
-                    f"steer: {edit!r} comes from activations of {edit.origin.model}; this model is a {layers.name}",
-                    UserWarning,
-                    stacklevel=4,
+                warn_user(
+                    f"{caller}: {edit!r} comes from activations of {edit.origin.model}; this model is a {layers.name}"
                 )
         if prepared is not None and (site, layer) not in prepared:
-            raise RuntimeError(f"steer: {site} of layer {layer} was not prepared; name it in prepare before compiling")
+            raise RuntimeError(
+                f"{caller}: {site} of layer {layer} was not prepared; name it in prepare before compiling"
+            )
 
 
 def check_lengths(lengths: tuple[int, ...] | None, active: Sequence[Attachment]) -> None:

@@ -32,7 +32,7 @@ from .generation import announced
 from .passes import Passes
 
 _ATTRIBUTE = "_steerfast"
-_COMPILED = "steer: the model is already compiled, so a new hook would be ignored; call prepare(model) before that"
+_COMPILED = "{}: the model is already compiled, so a new hook would be ignored; call prepare(model) before that"
 
 LOCK = threading.RLock()
 """Held while something is attached or detached: two threads that steer one model share its controller."""
@@ -44,16 +44,16 @@ def known_controller(model: nn.Module) -> Controller | None:
     return vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
 
 
-def controller_of(model: nn.Module) -> Controller:
+def controller_of(model: nn.Module, caller: str = "steer") -> Controller:
     """The controller of a model; a new one is registered when it attaches something."""
     inner = getattr(model, "_orig_mod", model)
     found = known_controller(model)
     if found is None:
-        layers = find_layers(model, "steer")
-        refuse_flat(inner, "steer")
-        found = Controller(inner, layers, Proof() if is_compiled(inner) else prove(inner, layers, "steer"))
+        layers = find_layers(model, caller)
+        refuse_flat(inner, caller)
+        found = Controller(inner, layers, Proof() if is_compiled(inner) else prove(inner, layers, caller))
     if model is not inner and not found.prepared:
-        raise RuntimeError(_COMPILED)
+        raise RuntimeError(_COMPILED.format(caller))
     return found
 
 
@@ -88,13 +88,14 @@ class Controller:
         for site, layer in places_of(plan, self.layers):
             refuse_split(self.proof, self.layers, layer, site, "steer")
         if not self.prepared and is_compiled(self.model):
-            raise RuntimeError(_COMPILED)
+            raise RuntimeError(_COMPILED.format("steer"))
 
     def check_positions(self, plans: list[Plan], lengths: tuple[int, ...] | None) -> None:
         """Refuse positions that this model could never show, and two lengths of one prompt."""
         check_lengths(lengths, self.attachments)
         generates = hasattr(self.model, "generate")
-        check_positions(plans, self.layers, self.passes.keeps_cache or generates, generates or lengths is not None)
+        bare = not generates and getattr(self.model, "base_model", self.model) is self.model  # a part of what generates
+        check_positions(plans, self.layers, self.passes.keeps_cache or generates, not bare or lengths is not None)
 
     @bookkeeping
     def attach(self, new: Attachment) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import finite_number, listed, whole_number
+from steerfast._checks import finite_number, listed, whole_number, whole_numbers
 from steerfast.plan import Plan, as_plan
 
 from .attachment import Attachment
@@ -92,7 +92,7 @@ def reset(model: nn.Module) -> None:
 
 def prepare(
     model: nn.Module,
-    layers: Sequence[int] | None = None,
+    layers: int | slice | Iterable[int] | Tensor | None = None,
     site: str = "resid_post",
     batch: int = 16,
     length: int = 4096,
@@ -104,7 +104,7 @@ def prepare(
 
     Args:
         model: A transformers causal language model that has not been compiled yet.
-        layers: Which layers may be steered; None: all.
+        layers: Which layers may be steered: one, several (also an array or a tensor of integers), or a slice; None: all.
         site: At which site.
         batch: Largest batch, beams and samples included.
         length: Longest prompt, in tokens.
@@ -120,24 +120,18 @@ def prepare(
         >>> sf.prepare(model)  # doctest: +SKIP
         >>> model.forward = torch.compile(model.forward, fullgraph=True)  # doctest: +SKIP
     """
-    controller = controller_of(model)
+    controller = controller_of(model, "prepare")
     if controller.attachments:
         raise RuntimeError("prepare: the model is being steered; remove the handles first")
-    for name, value in (
-        ("batch", batch),
-        ("length", length),
-        ("slots", slots),
-        ("directions", directions),
-        ("rank", rank),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"prepare: {name} is {value!r}; expected a whole number >= 1")
-    if layers is not None and (not isinstance(layers, Sequence) or not layers):
-        raise TypeError(f"prepare: layers is {layers!r}; expected a non-empty list of layers, or None for all")
-    chosen = range(controller.layers.count) if layers is None else layers
+    rooms = {"batch": batch, "length": length, "slots": slots, "directions": directions, "rank": rank}
+    rooms = {name: whole_number("prepare", name, value, 1) for name, value in rooms.items()}
+    count = controller.layers.count
+    chosen = whole_numbers("prepare", "layers", slice(None) if layers is None else layers, count)
+    if not chosen:
+        raise ValueError(f"prepare: layers is {layers!r}, which names none of {count}; pass None for all")
     points = [(site, controller.layers.resolve(layer, "prepare")) for layer in chosen]
     with torch.inference_mode(False):
-        controller.prepare(points, batch, length, slots, directions, rank)
+        controller.prepare(points, **rooms)
 
 
 def unprepare(model: nn.Module) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from itertools import islice
-from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from steerfast._checks import positive_integer, whole_number, whole_numbers
 from steerfast.place import Origin, Place
 
-from .layers import Layers, evaluating, find_layers, gathers_weights
+from .layers import Layers, evaluating, find_layers, gathers_weights, is_ours
 from .points import Point
-from .proof import prove, refuse_split, shape_refusal, virtual_tokens
+from .proof import known_proof, prove, refuse_split, shape_refusal
 from .texts import TextReader, short_text
 
 POSITIONS = ("last", "mean", "all")
 _MEDIA = re.compile(r"pixel|image|video|audio|patches|input_features")
+_PLACEHOLDER = re.compile(r"token_(id|index)$")
+_UNFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 _WINDOW = 16  # batches that are sorted by length together: little padding, and only so many texts in memory
 
 
@@ -99,7 +101,7 @@ def collect(
     Raises:
         TypeError: model, texts, inputs, layers or position of the wrong type.
         ValueError: an unknown layer, site or position; no texts; texts and inputs; a text without tokens, too long, or
-            too short for the index.
+            too short for the index; an id beyond the vocabulary; inputs that the model does not run on.
 
     Warns:
         UserWarning: a text brings along a special token that the tokenizer adds itself; it is read once.
@@ -112,24 +114,26 @@ def collect(
         >>> ready = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")  # doctest: +SKIP
         >>> sf.collect(model, inputs=[ready], layers=[14])  # doctest: +SKIP
     """
-    position = _position(position)
-    batch_size = positive_integer("collect", "batch_size", batch_size)
-    found = find_layers(model, "collect")
+    caller = tokenizer.owner if isinstance(tokenizer, TextReader) else "collect"
+    position = _position(caller, position)
+    batch_size = positive_integer(caller, "batch_size", batch_size)
+    found = find_layers(model, caller)
     model = getattr(model, "_orig_mod", model)  # a compiled graph ignores new hooks
-    proof = prove(model, found, "collect")
-    wanted = _wanted_layers(found, layers)
-    points = {layer: found.point(layer, site, "collect") for layer in wanted}
+    proof = prove(model, found, caller)
+    wanted = _wanted_layers(caller, found, layers)
+    points = {layer: found.point(layer, site, caller) for layer in wanted}
     for layer in wanted:
-        refuse_split(proof, found, layer, site, "collect")
-    source = _source(tokenizer, texts, inputs)
+        refuse_split(proof, found, layer, site, caller)
+    source = _source(caller, tokenizer, texts, inputs)
+    reading = _Reading(caller, model, points, position)
     rows: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
     index: list[Tensor] = []
     with evaluating(model), _progress_bar(source, progress) as bar:
         if inputs is None:
-            tokens = _tokens(TextReader.of(tokenizer, "collect"), source, position, _longest(model))
-            parts = _read_texts(model, points, tokens, position, batch_size, bar)
+            tokens = _tokens(reading, TextReader.of(tokenizer, caller), source)
+            parts = _read_texts(reading, tokens, batch_size, bar)
         else:
-            parts = _read_inputs(model, points, source, position, bar)
+            parts = _read_inputs(reading, source, bar)
         done = 0
         for part, counts in parts:
             for layer in wanted:
@@ -141,79 +145,116 @@ def collect(
             )
             done += len(counts)
     if not done:
-        raise ValueError(f"collect: {'texts' if inputs is None else 'inputs'} is empty; give at least one text")
+        raise ValueError(f"{caller}: {'texts' if inputs is None else 'inputs'} is empty; give at least one text")
     whole = {layer: torch.cat(rows.pop(layer)) for layer in wanted}  # pop: one layer at a time is held twice
     return Activations(whole, model=found.name, site=site, position=position, text_index=torch.cat(index))
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What is read of a model, and for whom.
+
+    Attributes:
+        caller: the public function that asks, for its messages.
+        points: layer -> where its site is.
+        position: as in `collect`.
+    """
+
+    caller: str
+    model: Any
+    points: dict[int, Point]
+    position: str | int
+
+    @property
+    def longest(self) -> int | None:
+        """Number of tokens that the model was built for, None if its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def check_length(self, what: str, count: int) -> None:
+        """Refuse a text that is too long, or too short for the position."""
+        if self.longest is not None and count > self.longest:
+            raise ValueError(
+                f"{self.caller}: {what} has {count} tokens; this model reads at most {self.longest}; shorten it"
+            )
+        if isinstance(self.position, int) and not -count <= self.position < count:
+            raise ValueError(
+                f"{self.caller}: position {self.position} is out of range for {what}, which has {count} tokens, {-count} "
+                f"to {count - 1}"
+            )
 
 
 class _Stop(Exception):
     """Leaves the forward after the deepest layer. Hooks registered with `always_call` still run."""
 
 
-def _position(position: Any) -> str | int:
+def _position(caller: str, position: Any) -> str | int:
     if isinstance(position, str):
         if position not in POSITIONS:
-            raise ValueError(f"collect: unknown position {position!r}; use {', '.join(POSITIONS)} or an integer index")
+            raise ValueError(f"{caller}: unknown position {position!r}; use {', '.join(POSITIONS)} or an integer index")
         return position
     try:
-        return whole_number("collect", "position", position)
+        return whole_number(caller, "position", position)
     except TypeError:
         raise TypeError(
-            f"collect: position must be one of {', '.join(POSITIONS)} or an integer, got {position!r}"
+            f"{caller}: position must be one of {', '.join(POSITIONS)} or an integer, got {position!r}"
         ) from None
 
 
-def _wanted_layers(found: Layers, layers: Any) -> list[int]:
+def _wanted_layers(caller: str, found: Layers, layers: Any) -> list[int]:
     """0-based layers in ascending order, each once."""
     if layers is None:
-        raise TypeError(f"collect: layers is missing; name one or several, 0 to {found.count - 1}")
-    numbers: list[Any] = (
-        [layers] if isinstance(layers, str) else whole_numbers("collect", "layers", layers, found.count)
-    )
-    wanted = sorted({found.resolve(number, "collect") for number in numbers})
+        raise TypeError(f"{caller}: layers is missing; name one or several, 0 to {found.count - 1}")
+    numbers: list[Any] = [layers] if isinstance(layers, str) else whole_numbers(caller, "layers", layers, found.count)
+    wanted = sorted({found.resolve(number, caller) for number in numbers})
     if not wanted:
-        raise ValueError("collect: layers is empty; name at least one layer")
+        raise ValueError(f"{caller}: layers is empty; name at least one layer")
     return wanted
 
 
-def _source(tokenizer: Any, texts: Any, inputs: Any) -> Iterable[Any]:
+def _source(caller: str, tokenizer: Any, texts: Any, inputs: Any) -> Iterable[Any]:
     """What is read: the texts, or the inputs that stand for them."""
     name, given, what = ("texts", texts, "texts") if inputs is None else ("inputs", inputs, "dicts")
     if texts is not None and inputs is not None:
-        raise ValueError("collect: got texts and inputs; give one of them")
+        raise ValueError(f"{caller}: got texts and inputs; give one of them")
     if given is None:
-        raise TypeError("collect: give tokenizer and texts, or inputs")
+        raise TypeError(f"{caller}: give tokenizer and texts, or inputs")
     if tokenizer is None and inputs is None:
-        raise TypeError("collect: tokenizer is missing; texts are read with it")
+        raise TypeError(f"{caller}: tokenizer is missing; texts are read with it")
     if isinstance(given, (str, Mapping)):
-        raise TypeError(f"collect: {name} must be several {what}, got one {type(given).__name__}; put it into a list")
+        raise TypeError(f"{caller}: {name} must be several {what}, got one {type(given).__name__}; put it into a list")
     if not isinstance(given, Iterable):
         raise TypeError(
-            f"collect: {name} must be several {what}, in a list or another iterable, got {type(given).__name__}"
+            f"{caller}: {name} must be several {what}, in a list or another iterable, got {type(given).__name__}"
         )
     return given
 
 
-def _longest(model: Any) -> int | None:
-    """Number of tokens that the model was built for, None if its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _tokens(reader: TextReader, texts: Iterable[Any], position: str | int, longest: int | None) -> Iterator[list[int]]:
+def _tokens(reading: _Reading, reader: TextReader, texts: Iterable[Any]) -> Iterator[list[int]]:
     """Token ids of each text, checked one at a time."""
+    known = _known_ids(reading.model)
     for number, text in enumerate(texts):
-        ids = _token_ids(reader, text, number)
-        _check_length(f"text {number} ({short_text(text)})", len(ids), position, longest)
+        ids, what = _token_ids(reader, text, number), f"text {number} ({short_text(text)})"
+        reading.check_length(what, len(ids))
+        if unknown := [one for one in ids if not known(one)]:
+            raise ValueError(
+                f"{reading.caller}: {what} has the token id {unknown[0]}, beyond the vocabulary of "
+                f"{type(reading.model).__name__}; is the tokenizer another model's, or has it tokens that the model was not "
+                "resized for?"
+            )
         yield ids
 
 
-def _check_length(what: str, count: int, position: str | int, longest: int | None) -> None:
-    if longest is not None and count > longest:
-        raise ValueError(f"collect: {what} has {count} tokens; this model reads at most {longest}; shorten it")
-    if isinstance(position, int) and not -count <= position < count:
-        raise ValueError(
-            f"collect: position {position} is out of range for {what}, which has {count} tokens, {-count} to {count - 1}"
-        )
+def _known_ids(model: Any) -> Callable[[int], bool]:
+    """Whether a model has an embedding for an id, or its config names it: the mark of an image stands for others."""
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if size is not None and isinstance(embedding, nn.Module):  # of more than one table in Idefics and Molmo
+        size = max(size, sum(table.shape[0] for table in embedding.parameters() if table.dim() == 2))
+    named = {v for name, v in vars(model.config).items() if _PLACEHOLDER.search(name) and isinstance(v, int)}
+    return lambda one: size is None or 0 <= one < size or one in named
 
 
 def _token_ids(reader: TextReader, text: Any, number: int) -> list[int]:
@@ -221,19 +262,21 @@ def _token_ids(reader: TextReader, text: Any, number: int) -> list[int]:
     if isinstance(text, str):
         ids = reader.ids(text)
         if set(ids) <= set(tokenizer.all_special_ids) and not reader.bare(text):
-            raise ValueError(f"collect: text {number} ({short_text(text)}) has no tokens; remove it or give it content")
+            raise ValueError(
+                f"{reader.owner}: text {number} ({short_text(text)}) has no tokens; remove it or give it content"
+            )
         return ids
     if isinstance(text, Mapping) and "input_ids" in text:
-        raise TypeError(f"collect: text {number} is a dict with input_ids; pass ready dicts as inputs=[…]")
+        raise TypeError(f"{reader.owner}: text {number} is a dict with input_ids; pass ready dicts as inputs=[…]")
     if not isinstance(text, Sequence) or not all(isinstance(message, Mapping) for message in text):
         raise TypeError(
-            f"collect: text {number} must be a string or a list of chat messages, got {type(text).__name__}"
+            f"{reader.owner}: text {number} must be a string or a list of chat messages, got {type(text).__name__}"
         )
     if not text:
-        raise ValueError(f"collect: text {number} is a chat without messages; remove it or give it content")
+        raise ValueError(f"{reader.owner}: text {number} is a chat without messages; remove it or give it content")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"collect: text {number} is a chat, but the tokenizer has no chat template; set one or pass strings"
+            f"{reader.owner}: text {number} is a chat, but the tokenizer has no chat template; set one or pass strings"
         )
     prompt = tokenizer.apply_chat_template(
         text, tokenize=False, add_generation_prompt=text[-1].get("role") != "assistant"
@@ -241,7 +284,7 @@ def _token_ids(reader: TextReader, text: Any, number: int) -> list[int]:
     ids = reader.bare(prompt)  # a template brings its own special tokens
     if not ids:
         raise ValueError(
-            f"collect: text {number} ({short_text(text)}) has no tokens after its chat template; give it content"
+            f"{reader.owner}: text {number} ({short_text(text)}) has no tokens after its chat template; give it content"
         )
     return ids
 
@@ -257,72 +300,74 @@ _Parts = Iterator[tuple[dict[int, Tensor], list[int]]]
 """Rows of some texts by layer, in the order of the texts, and how many rows each of them has."""
 
 
-def _read_texts(
-    model: Any, points: dict[int, Point], tokens: Iterator[list[int]], position: str | int, batch_size: int, bar: Any
-) -> _Parts:
+def _read_texts(reading: _Reading, tokens: Iterator[list[int]], batch_size: int, bar: Any) -> _Parts:
     """A window of texts at a time."""
     while window := list(islice(tokens, batch_size * _WINDOW)):
-        rows = _read_window(model, points, window, position, batch_size, bar)
-        yield rows, [len(ids) if position == "all" else 1 for ids in window]
+        rows = _read_window(reading, window, batch_size, bar)
+        yield rows, [len(ids) if reading.position == "all" else 1 for ids in window]
 
 
-def _read_window(
-    model: Any, points: dict[int, Point], window: list[list[int]], position: str | int, batch_size: int, bar: Any
-) -> dict[int, Tensor]:
+def _read_window(reading: _Reading, window: list[list[int]], batch_size: int, bar: Any) -> dict[int, Tensor]:
     """The rows of a window of texts, in their own order; they run in batches of similar length."""
-    if virtual_tokens(model):  # such a model may take padding for text (CPM-Ant)
+    if known_proof(reading.model).virtual:  # such a model may take padding for text (CPM-Ant)
         batch_size = 1
     by_length = sorted(range(len(window)), key=lambda i: len(window[i]))
-    pieces: dict[int, dict[int, Tensor]] = {layer: {} for layer in points}
+    pieces: dict[int, dict[int, Tensor]] = {layer: {} for layer in reading.points}
     for start in range(0, len(window), batch_size):
         batch = by_length[start : start + batch_size]
-        for layer, parts in read_batch(model, points, [window[i] for i in batch], position).items():
+        for layer, parts in _read_padded(reading, [window[i] for i in batch]).items():
             pieces[layer].update(zip(batch, parts, strict=True))
         bar.update(len(batch))
     return {layer: torch.cat([of_text[i] for i in range(len(window))]) for layer, of_text in pieces.items()}
 
 
-def _read_inputs(model: Any, points: dict[int, Point], inputs: Iterable[Any], position: str | int, bar: Any) -> _Parts:
+def _read_inputs(reading: _Reading, inputs: Iterable[Any], bar: Any) -> _Parts:
     """A dict at a time, each one forward."""
-    longest = _longest(model)
+    model, known = reading.model, _known_ids(reading.model)
     for number, given in enumerate(inputs):
-        mask = _mask_of(given, number)
+        mask = _mask_of(reading.caller, given, number, known)
         counts = mask.sum(1).tolist()
         for row, count in enumerate(counts):
             if not count:
-                raise ValueError(f"collect: inputs {number}: row {row} has no tokens; its attention_mask is all zero")
-            _check_length(f"row {row} of inputs {number}", count, position, longest)
+                raise ValueError(
+                    f"{reading.caller}: inputs {number}: row {row} has no tokens; its attention_mask is all zero"
+                )
+            reading.check_length(f"row {row} of inputs {number}", count)
         moved = {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in given.items()}
-        rows = _read_forward(model, points, moved, mask, position)
+        rows = _run(reading, moved, mask, f"inputs {number} ({', '.join(given)})")
         yield (
             {layer: torch.cat(parts) for layer, parts in rows.items()},
-            counts if position == "all" else [1] * len(counts),
+            counts if reading.position == "all" else [1] * len(counts),
         )
         bar.update(1)
 
 
-def _mask_of(given: Any, number: int) -> Tensor:
+def _mask_of(caller: str, given: Any, number: int, known: Callable[[int], bool]) -> Tensor:
     """Which tokens of a dict of inputs are real: bool (rows, tokens), on the CPU."""
+    where = f"{caller}: inputs {number}"
     if not isinstance(given, Mapping):
-        raise TypeError(
-            f"collect: inputs {number} must be a dict of the forward's arguments, got {type(given).__name__}"
-        )
+        raise TypeError(f"{where} must be a dict of the forward's arguments, got {type(given).__name__}")
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     if ids is None and isinstance(embeds := given.get("inputs_embeds"), Tensor) and embeds.dim() == 3:
-        ids = embeds[..., 0]
+        ids = torch.zeros(embeds.shape[:2], dtype=torch.int64, device="cpu")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         shown = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(
-            f"collect: inputs {number}: input_ids must be a tensor (rows, tokens), got {shown}; "
-            f"call the processor with return_tensors='pt'"
+            f"{where}: input_ids must be a tensor (rows, tokens), got {shown}; call the processor with return_tensors='pt'"
+        )
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{where}: input_ids has dtype {ids.dtype}; expected int64, token ids; embeddings are inputs_embeds"
+        )
+    if unknown := [one for one in ids.unique().tolist() if not known(one)]:
+        raise ValueError(
+            f"{where}: input_ids has the id {unknown[0]}, beyond the model's vocabulary; is it another model's?"
         )
     if mask is None:
         return torch.ones(ids.shape, dtype=torch.bool, device="cpu")
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         shown = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(
-            f"collect: inputs {number}: attention_mask must be a tensor {tuple(ids.shape)} as input_ids, got {shown}"
-        )
+        raise TypeError(f"{where}: attention_mask must be a tensor {tuple(ids.shape)} as input_ids, got {shown}")
     return (mask != 0).cpu()
 
 
@@ -330,40 +375,44 @@ def read_batch(
     model: Any, points: dict[int, Point], batch: list[list[int]], position: str | int
 ) -> dict[int, list[Tensor]]:
     """One forward; for each layer and text the rows of its position, (rows, width), float32 on the CPU."""
+    return _read_padded(_Reading("collect", model, points, position), batch)
+
+
+def _read_padded(reading: _Reading, batch: list[list[int]]) -> dict[int, list[Tensor]]:
+    """One forward over texts, padded on the right."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(text, device="cpu") for text in batch], batch_first=True)
     mask = torch.arange(ids.shape[1], device="cpu") < torch.tensor([len(text) for text in batch], device="cpu")[:, None]
-    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device, torch.int64)}
-    accepted = inspect.signature(model.forward).parameters
-    if "token_type_ids" in accepted and hasattr(
-        model.config, "vision_config"
-    ):  # PaliGemma attends both ways without them
-        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    device = reading.model.device
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device, torch.int64)}
+    return _run(reading, inputs, mask, "token ids alone")
+
+
+def _run(reading: _Reading, inputs: dict[str, Any], mask: Tensor, what: str) -> dict[int, list[Tensor]]:
+    """One forward, whose failure says what the model was given."""
+    model, accepted = reading.model, inspect.signature(reading.model.forward).parameters
+    if "token_type_ids" in accepted and hasattr(model.config, "vision_config") and "token_type_ids" not in inputs:
+        # PaliGemma attends both ways without them where a batch has no padding, and else not
+        inputs["token_type_ids"] = torch.zeros(mask.shape, dtype=torch.int64, device=model.device)
     try:
-        return _read_forward(model, points, inputs, mask, position)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        return _read_forward(reading, inputs, mask)
+    except _UNFIT as error:
         codebooks = getattr(model.config, "num_codebooks", 1)
-        if (isinstance(error, RuntimeError) and codebooks == 1) or _is_ours(error):  # a device fails so, too
+        if (isinstance(error, RuntimeError) and codebooks == 1) or is_ours(error):  # a device fails so, too
             raise
-        beside = next((f", with {name}," for name in accepted if _MEDIA.search(name)), "")
+        beside = next((f", with {name}," for name in accepted if _MEDIA.search(name) and name not in inputs), "")
         raise ValueError(
-            f"collect: {type(model).__name__} does not run on token ids alone ({type(error).__name__}: {error}); "
+            f"{reading.caller}: {type(model).__name__} does not run on {what} ({type(error).__name__}: {error}); "
             f"give what its processor makes{beside} as inputs=[…]"
         ) from error
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether steerfast itself refused something, such as the plan of a steered model."""
-    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    return bool(frames) and str(frames[-1].f_globals.get("__name__")).partition(".")[0] == "steerfast"
-
-
-def _read_forward(
-    model: Any, points: dict[int, Point], inputs: dict[str, Any], mask: Tensor, position: str | int
-) -> dict[int, list[Tensor]]:
+def _read_forward(reading: _Reading, inputs: dict[str, Any], mask: Tensor) -> dict[int, list[Tensor]]:
     """One forward; for each layer and row of the mask the stream's rows of the position, float32 on the CPU."""
-    select, counts = _selector(position, mask)
+    model, points, caller = reading.model, reading.points, reading.caller
+    select, counts = _selector(reading.position, mask)
     kept: dict[int, Tensor] = {}
-    front, deepest = virtual_tokens(model), max(points)
+    proof, deepest = known_proof(model), max(points)
+    front = proof.virtual
     whole = gathers_weights(model)  # a pass that is left early leaves weights gathered, and FSDP inside its pass
 
     def reader(layer: int) -> Callable[[Tensor], None]:
@@ -371,7 +420,7 @@ def _read_forward(
             rows, tokens = mask.shape[0], mask.shape[1] + front
             flat = x.dim() == 2 and x.shape[0] == rows * tokens  # OPT's MLP sees the tokens of all texts as one list
             if not flat and (wrong := shape_refusal(tuple(x.shape), rows, tokens, points[layer].width)):
-                raise ValueError(f"collect: {points[layer].path} {wrong}")
+                raise ValueError(f"{caller}: {points[layer].path} {wrong}")
             kept[layer] = select(x.reshape(rows, tokens, x.shape[-1])[:, front:])
             if layer == deepest and not whole:
                 raise _Stop
@@ -391,9 +440,11 @@ def _read_forward(
         for handle in handles:
             handle.remove()
     if missing := [layer for layer in points if layer not in kept]:
+        instead = "use resid_post if the block runs without it, else leave the layer out"
+        if missing[0] in proof.idle:
+            instead = "text does not run that block: leave the layer out, or give inputs= that run it, such as an image"
         raise ValueError(
-            f"collect: the forward never ran {points[missing[0]].path}, so layer {missing[0]} cannot be read; "
-            f"use resid_post"
+            f"{caller}: the forward never ran {points[missing[0]].path}, so layer {missing[0]} cannot be read; {instead}"
         )
     return {layer: list(rows.to("cpu", torch.float32).split(counts)) for layer, rows in kept.items()}
 

@@ -7,9 +7,11 @@ list is not one. `layers.point(layer, site)` says which module carries a site an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from traceback import walk_tb
 from typing import Any, SupportsIndex
 
 import torch
@@ -21,6 +23,11 @@ from .points import Point, Unresolved, added_point, has_matrix, head_point
 
 IDS = ((5, 6, 7), (5, 6, 8))
 """What a short forward reads: two rows of three tokens, so that axes tell each other apart; the rows differ in the last."""
+_UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""Errors of a model that is given token ids and wants something else."""
+_MACHINE = re.compile(
+    r"out of memory|not enough memory|allocate memory|(cuda|hip|nccl|cublas|cudnn) error", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +143,7 @@ def find_layers(model: nn.Module, caller: str = "steer") -> Layers:
                 f"{caller}: {name} has {len(lists)} lists of {count} blocks ({', '.join(paths)}); "
                 f"cannot tell which is the decoder"
             )
-    calls = _most_calls(model)
+    calls = _most_calls(model, caller)
     if calls > 1:
         raise ValueError(
             f"{caller}: {name} is looped: it runs a block {calls} times in one pass, and an edit would act each time"
@@ -152,18 +159,59 @@ def class_name(model: nn.Module) -> str:
     return kind.__bases__[-1].__name__ if "unshard" in vars(kind.__bases__[0]) else kind.__name__
 
 
-def read_ids(model: nn.Module, *modules: Any) -> bool:
-    """Run the first of some modules that takes plain token ids, (2, 3) of them; whether one did."""
+def read_ids(model: nn.Module, modules: Sequence[Any], caller: str) -> bool:
+    """Run the first of some modules that takes plain token ids, (2, 3) of them; whether one did.
+
+    Raises:
+        RuntimeError: hooks of steerfast stand on them already, and refuse this pass.
+        Exception: an error that does not say that they take none: no memory, a device's own, a run that a hook stopped.
+    """
     device = next(model.parameters()).device
     ids = torch.tensor(IDS, device=torch.device("cpu") if device.type == "meta" else device)
     for module in modules:
         try:
             with evaluating(model):
                 module(input_ids=ids, use_cache=False)
-        except Exception:
+        except _UNFIT as error:
+            if may_pass(error):
+                raise
+            if is_ours(error):
+                raise RuntimeError(
+                    f"{caller}: the short forward that shows what {class_name(model)} does was refused ({error}); remove "
+                    "the handle that steers it first"
+                ) from error
             continue
         return True
     return False
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error is the machine's and no fault of what was run: another time it may not come."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _MACHINE.search(str(error)) is not None
+    )
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether a hook of steerfast raised an error, and not the module that it stands on."""
+    for frame, _ in reversed(list(walk_tb(error.__traceback__))):
+        name = str(frame.f_globals.get("__name__"))
+        if name == nn.Module.__module__:
+            return False
+        if name.partition(".")[0] == "steerfast":
+            return True
+    return False
+
+
+def refuse_unloaded(model: nn.Module, layers: Layers, caller: str) -> None:
+    """Refuse blocks without weights, unless accelerate brings those before a block runs.
+
+    Raises:
+        ValueError: weights are on the meta device.
+    """
+    meta = any(parameter.is_meta for block in layers.blocks for parameter in block.parameters())
+    if meta and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(f"{caller}: {layers.name} has weights on the meta device; load them first")
 
 
 def is_distributed(tensor: Any) -> bool:
@@ -196,7 +244,7 @@ def _within(model: Any, name: str) -> Any:
     return getattr(model, name, None) if isinstance(model, nn.Module) else None
 
 
-def _most_calls(model: nn.Module) -> int:
+def _most_calls(model: nn.Module, caller: str) -> int:
     """How often one pass runs the block that it runs most, in lists of any length."""
     calls: dict[nn.Module, int] = {}
 
@@ -207,7 +255,7 @@ def _most_calls(model: nn.Module) -> int:
     blocks = {item for items in lists for item in items if _is_block(item)}
     handles = [block.register_forward_hook(count) for block in blocks]
     try:
-        read_ids(model, model)
+        read_ids(model, [model], caller)
     finally:
         for handle in handles:
             handle.remove()

@@ -20,7 +20,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -69,10 +69,15 @@ class Point:
     scale: float = 1.0
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Tensor:
-        """Return the site's tensor, given what the module was called with and, if kind is "post", what it returned."""
+        """Return the site's tensor, given what the module was called with and, if kind is "post", what it returned.
+
+        Raises:
+            NoStream: there is no tensor.
+        """
         if self.kind == "pre":
-            return args[0] if args else kwargs[_first_parameter(self.module)]
-        raw = output[0] if isinstance(output, (tuple, list)) else output
+            given = args[0] if args else kwargs.get(_first_parameter(self.module))
+            return given if isinstance(given, Tensor) else self._refuse("is given", given)
+        raw = self._first(output)
         if self.residual is not None:
             raw = raw - (args[self.residual] if self.residual < len(args) else kwargs["residual"])
         return raw if self.scale == 1.0 else raw * self.scale
@@ -88,7 +93,7 @@ class Point:
                 return (new, *args[1:]), kwargs
             return args, {**kwargs, _first_parameter(self.module): new}
         if self.residual is not None or self.scale != 1.0:
-            raw = output[0] if isinstance(output, (tuple, list)) else output
+            raw = self._first(output)
             delta = new - self.read(args, kwargs, output)
             new = raw + (delta if self.scale == 1.0 else delta / self.scale)
         if hasattr(output, "_fields"):  # a named tuple takes its fields one by one
@@ -117,7 +122,7 @@ class Point:
             def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
                 if isinstance(output, Tensor):
                     return fn(output)
-                new = fn(output[0])
+                new = fn(self._first(output))
                 return None if new is None else self.write(new, args, {}, output)
 
             return self.module.register_forward_hook(after, prepend=prepend)
@@ -127,6 +132,28 @@ class Point:
             return None if new is None else self.write(new, args, kwargs, output)
 
         return self.module.register_forward_hook(after_with_arguments, prepend=prepend, with_kwargs=True)
+
+    def _first(self, output: Any) -> Tensor:
+        """What a module returned, or the first item of it."""
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        return first if isinstance(first, Tensor) else self._refuse("returns", first)
+
+    def _refuse(self, what: str, found: Any) -> NoReturn:
+        raise NoStream(self.path, what, f"a {type(found).__name__}")
+
+
+class NoStream(TypeError):
+    """A module passes on something else where a tensor is needed, such as an object that carries two streams.
+
+    Attributes:
+        kind: What it is.
+    """
+
+    def __init__(self, path: str, what: str, kind: str) -> None:
+        super().__init__(
+            f"{path} {what} {kind}; a tensor, or a tuple that begins with one, is needed to steer or read it"
+        )
+        self.kind = kind
 
 
 class Unresolved(Exception):

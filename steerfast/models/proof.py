@@ -2,7 +2,8 @@
 
 Steering reads and writes a tensor (batch, tokens, d) behind every block, once a pass. Some models carry several streams at
 once, run tokens first, run their blocks twice, skip some, or put tokens of their own in front. `prove` looks, once per
-model; what it cannot run on plain token ids (a model that demands an image) is looked at in its first pass instead.
+model; what it cannot run on plain token ids (a model that demands an image) is looked at in its first pass instead. An error
+that may pass, such as no memory, proves nothing: it is raised, and the model is looked at anew the next time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .layers import IDS, Layers, is_distributed, read_ids
+from .layers import IDS, Layers, is_distributed, read_ids, refuse_unloaded
+from .points import NoStream, Point
 
 _proofs: WeakKeyDictionary[nn.Module, Proof] = WeakKeyDictionary()
 
@@ -46,18 +48,21 @@ def prove(model: nn.Module, layers: Layers, caller: str) -> Proof:
 
     Raises:
         TypeError: its blocks cannot be steered or read; the text says what they do instead.
+        ValueError: its weights have not been loaded.
+        Exception: the short forward failed for a reason that may pass; nothing is kept of it.
     """
     if model not in _proofs:
-        _proofs[model] = _look(model, layers)
+        refuse_unloaded(model, layers, caller)
+        _proofs[model] = _look(model, layers, caller)
     found = _proofs[model]
     if found.refusal:
         raise TypeError(f"{caller}: {layers.name} {found.refusal}")
     return found
 
 
-def virtual_tokens(model: nn.Module) -> int:
-    """Tokens that a model puts in front of the text, as far as it has been looked at."""
-    return _proofs[model].virtual if model in _proofs else 0
+def known_proof(model: nn.Module) -> Proof:
+    """What is known of a model, as far as it has been looked at."""
+    return _proofs.get(model, Proof())
 
 
 def refuse_split(proof: Proof, layers: Layers, layer: int, site: str, caller: str) -> None:
@@ -119,15 +124,16 @@ class _Seen:
     kinds: dict[int, Any] = field(default_factory=dict)  # what a block returned, as a type
     streams: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     parted: dict[tuple[int, str], str] = field(default_factory=dict)
+    odd: dict[tuple[int, str], str] = field(default_factory=dict)  # what stands where a tensor is needed
 
     def forget(self) -> None:
         """Begin anew, after a pass that broke off."""
         self.given = None
-        for seen in (self.calls, self.kinds, self.streams, self.parted):
+        for seen in (self.calls, self.kinds, self.streams, self.parted, self.odd):
             seen.clear()
 
 
-def _look(model: nn.Module, layers: Layers) -> Proof:
+def _look(model: nn.Module, layers: Layers, caller: str) -> Proof:
     decoder = model.get_submodule(layers.path.rpartition(".")[0])
     seen, handles = _Seen(), []
     names = list(inspect.signature(decoder.forward).parameters)
@@ -140,9 +146,13 @@ def _look(model: nn.Module, layers: Layers) -> Proof:
                     point = layers.point(layer, site)
                 except ValueError:  # not offered there
                     continue
-                handles.append(point.attach(partial(_keep, seen, (layer, site), point.width)))
+                keep = partial(_keep, seen, (layer, site), point)
+                if point.kind == "pre":
+                    handles.append(point.module.register_forward_pre_hook(keep, with_kwargs=True))
+                else:
+                    handles.append(point.module.register_forward_hook(keep, with_kwargs=True))
         for module in (model, decoder):
-            if read_ids(model, module):
+            if read_ids(model, [module], caller):
                 break
             seen.forget()
         else:
@@ -167,6 +177,8 @@ def _judge(seen: _Seen, layers: Layers) -> Proof:
             return Proof(
                 f"has blocks that return {seen.kinds[layer]}; a tensor, or a tuple that begins with one, is needed"
             )
+        if (layer, "resid_pre") in seen.odd:
+            return Proof(f"has blocks that are given {seen.odd[layer, 'resid_pre']}; a tensor is needed")
     shape = tuple(seen.streams[ran[0], "resid_post"].shape)
     virtual = shape[1] - tokens if len(shape) == 3 and shape[0] == rows and shape[2] == layers.d else 0
     if virtual > 0 and not (seen.given == shape[1] and _in_front(seen.streams.get((ran[0], "resid_pre")))):
@@ -176,7 +188,7 @@ def _judge(seen: _Seen, layers: Layers) -> Proof:
         if wrong:
             return Proof(wrong)
     idle = frozenset(set(range(layers.count)) - set(ran))
-    split = {layer: reason for layer in ran if (reason := _off(seen.streams, layer))}
+    split = {layer: reason for layer in ran if (reason := _off(seen, layer))}
     return Proof("", max(virtual, 0), idle, split, seen.parted)
 
 
@@ -188,8 +200,21 @@ def _in_front(stream: Tensor | None) -> bool:
     return bool(differs[-1]) and not bool(differs[:-1].any())
 
 
-def _off(streams: Mapping[tuple[int, str], Tensor], layer: int) -> str:
+def _off(seen: _Seen, layer: int) -> str:
     """Why attn_out + mlp_out is not resid_post - resid_pre; "" if it is, or if the two are not offered together."""
+    for site in ("attn_out", "mlp_out"):
+        if (layer, site) in seen.odd:
+            return f"what {site} shows is {seen.odd[layer, site]}, no tensor"
+    return sum_error(seen.streams, layer)
+
+
+def sum_error(streams: Mapping[tuple[int, str], Tensor], layer: int) -> str:
+    """Why what a pass showed at attn_out and mlp_out does not add up to resid_post - resid_pre; "" if it does.
+
+    Args:
+        streams: (layer, site) -> (batch, tokens, d), of the four sites; a block may have one of the two alone.
+        layer: Which of them.
+    """
     found = [streams.get((layer, site)) for site in ("attn_out", "mlp_out", "resid_pre", "resid_post")]
     if found[0] is None or found[2] is None or found[3] is None:
         return ""
@@ -227,10 +252,23 @@ def _note_output(seen: _Seen, layer: int, module: nn.Module, args: tuple[Any, ..
         seen.kinds[layer] = f"a {type(first).__name__}"
 
 
-def _keep(seen: _Seen, key: tuple[int, str], width: int, x: Tensor) -> None:
+def _keep(
+    seen: _Seen,
+    key: tuple[int, str],
+    point: Point,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any = None,
+) -> None:
+    try:
+        x = point.read(args, kwargs, output)
+    except NoStream as found:
+        seen.odd[key] = found.kind
+        return
     if is_distributed(x):
         seen.parted[key] = "it is a DTensor, of which each process holds a part (tensor parallelism)"
     elif key[1] != "head_out":
         seen.streams[key] = x.detach().clone()
-    elif x.shape[-1] != width:
-        seen.parted[key] = f"a process holds {x.shape[-1]} of its {width} values (tensor parallelism)"
+    elif x.shape[-1] != point.width:
+        seen.parted[key] = f"a process holds {x.shape[-1]} of its {point.width} values (tensor parallelism)"

@@ -17,7 +17,7 @@ from steerfast.edits.linear import Add
 from steerfast.hooks.steer import steer
 from steerfast.models.caches import cache_in
 from steerfast.models.layers import Layers, evaluating, find_layers
-from steerfast.models.proof import Proof, prove, refuse_split
+from steerfast.models.proof import Proof, prove, refuse_split, sum_error
 from steerfast.models.texts import TextReader
 from steerfast.plan import Plan
 
@@ -218,15 +218,38 @@ def _mates(subject: _Subject) -> str:
 
 
 def _sites(subject: _Subject) -> str:
+    """As the model was proven on three tokens, so on these; a site that is refused cannot be used wrongly."""
+    layers = subject.layers
     try:
         for layer in subject.chosen:
             for site in ("attn_out", "mlp_out"):
-                subject.layers.point(layer, site, "check")
+                layers.point(layer, site, "check")
+        for layer in range(layers.count):
+            for site in ("attn_out", "mlp_out"):
+                refuse_split(subject.proof, layers, layer, site, "check")
     except ValueError as reason:
         raise _Skipped(str(reason)) from None
-    for layer in range(subject.layers.count):
-        refuse_split(subject.proof, subject.layers, layer, "attn_out", "check")
-    return f"all {subject.layers.count - len(subject.proof.idle)} layers that text runs"
+    streams: dict[tuple[int, str], Tensor] = {}
+    handles = []
+    try:
+        for layer in subject.chosen:
+            for site in ("attn_out", "mlp_out", "resid_pre", "resid_post"):
+                handles.append(layers.point(layer, site, "check").attach(_keep_in(streams, (layer, site))))
+        subject.model(subject.ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in subject.chosen:
+        if wrong := sum_error(streams, layer):
+            raise _Failed(f"layer {layer}: {wrong}")
+    return f"all {layers.count - len(subject.proof.idle)} layers that text runs; on this text {_list(subject.chosen)}"
+
+
+def _keep_in(streams: dict[tuple[int, str], Tensor], key: tuple[int, str]) -> Callable[[Tensor], None]:
+    def keep(x: Tensor) -> None:
+        streams[key] = x.clone()  # Falcon adds to its MLP's output in place
+
+    return keep
 
 
 def _plan(subject: _Subject) -> str:

@@ -14,6 +14,7 @@ from steerfast._checks import finite_number
 from steerfast.directions.sets import DirectionSet, text_table
 from steerfast.edits.base import Intervention
 from steerfast.edits.conditions import When
+from steerfast.hooks.columns import check_plan, places_of
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
 from steerfast.models.layers import find_layers
@@ -116,7 +117,7 @@ def dose(
         tokenizer: its tokenizer.
         plan: a `Plan`, a dict that describes one, or a `DirectionSet` (at strength 1).
         texts: strings or chats of the kind that will be steered, as in `collect`; a dozen are enough.
-        limit: warn above this dose; 0.5, from where on ordinary text becomes clearly less likely.
+        limit: warn above this dose, 0 or more; 0.5, from where on ordinary text becomes clearly less likely.
         batch_size: texts per forward.
         progress: show progress bars on stderr.
 
@@ -124,7 +125,7 @@ def dose(
         A table with one row per site and layer of the plan, in the order of the layers.
 
     Raises:
-        TypeError, ValueError: the plan does not fit the model, or there are no texts.
+        TypeError, ValueError: the plan does not fit the model, there are no texts, or the limit is negative.
 
     Warns:
         UserWarning: a dose, own or accumulated, lies above `limit`.
@@ -136,15 +137,16 @@ def dose(
         >>> sf.dose(model, tokenizer, {8: sf.Add(v, 4.0)}, ["I went to the market."])  # doctest: +SKIP
     """
     limit = finite_number("dose", "limit", limit)
+    if limit < 0:
+        raise ValueError(f"dose: limit is {limit:g}; expected a relative dose, 0 or more")
     tokenizer = TextReader.of(tokenizer, "dose")  # one reader, so that `collect` does not warn at every place
     plan = plan.plan() if isinstance(plan, DirectionSet) else as_plan("dose", plan)
     layers = find_layers(model, "dose")
-    edits: dict[Any, tuple[Intervention, ...]] = {}
-    for (site, layer), chain in plan.edits.items():
-        place = site, layers.resolve(layer, "dose")
-        edits[place] = edits.get(place, ()) + chain
-    texts = list(texts) if not isinstance(texts, (str, Mapping)) else texts
-    everywhere = Plan(edits, "all", plan.model)
+    check_plan(plan, layers, None, "dose")
+    edits = places_of(plan, layers, "dose")
+    if isinstance(texts, Iterable) and not isinstance(texts, (str, Mapping)):
+        texts = list(texts)  # they are read twice
+    everywhere = Plan(edits, "all")
     before, at = _streams(model, tokenizer, edits, texts, batch_size, progress)
     with steer(model, everywhere):
         after, _ = _streams(model, tokenizer, edits, texts, batch_size, progress)
