@@ -13,7 +13,8 @@ from steerfast._positions import Selector
 from steerfast.plan import rule_of
 
 from .attachment import Attachment
-from .positions import Pass, Prompt, Table
+from .positions import Pass, Table
+from .prompts import Prompt
 
 
 class FixedTable:
