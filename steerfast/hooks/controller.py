@@ -149,7 +149,7 @@ class Controller:
                 dispatcher.hook.remove()
                 del self.dispatchers[place]
         self._count_places()
-        self.passes.clear_counts(old.all_slots)
+        self.passes.counts.clear(old.all_slots)
         if self.attachments:
             self.passes.refresh()
 
@@ -189,6 +189,7 @@ class Controller:
 
     def _count_places(self) -> None:
         self.passes.dispatchers = sum(bool(one.edits or one.judges) for one in self.dispatchers.values())
+        self.passes.watched.watch([dispatcher.point for dispatcher in self.dispatchers.values()])
 
     def _install(self, new: Attachment, slot: int, when: When, place: Place) -> None:
         self.passes.conditions[slot] = when, place
@@ -218,7 +219,7 @@ class Controller:
             self.dispatchers[place] = Dispatcher(self.passes, place, point, banks[place], fixed=True)
         self._runs = Runs(slots)
         self.passes.fixed = FixedTable(batch, length, self.passes.device)
-        self.passes.make_counts(slots + 1)
+        self.passes.counts.make_room(slots + 1, self.passes.device)
         self.passes.watch()
         vars(self.model)[_ATTRIBUTE] = self
 
@@ -237,20 +238,15 @@ class Controller:
             own: Any = self.model
             return own.generate(*args, **kwargs)
         generate = self._originals["generate"][0]
-        if passes.generating == threading.get_ident():  # a model that is its own assistant generates inside generate
-            return generate(*args, **kwargs)
-        if passes.generating is not None:
+        if passes.generating not in (None, threading.get_ident()):
             raise RuntimeError(
                 "steer: generate is running in another thread; a steered model generates one batch at a time"
             )
-        prompt, copies = announced(self.model, args, kwargs)
-        passes.generating = threading.get_ident()
-        try:
-            passes.announce(prompt, copies)
+        told = announced(self.model, args, kwargs)
+        if passes.shares(told):  # a model that is its own assistant generates inside generate
             return generate(*args, **kwargs)
-        finally:
-            passes.generating = None
-            passes.retract()
+        with passes.generation(told):
+            return generate(*args, **kwargs)
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Shadow of the entry of continuous batching: what its thread could not follow is refused here."""

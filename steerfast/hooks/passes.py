@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,13 +30,24 @@ from .attachment import Attachment
 from .bookkeeping import bookkeeping, refuse_tracing
 from .compiled import FixedTable, lengths_per_row
 from .continuous import pass_for_all
+from .counts import Counts
 from .gates import Conditions, Gates
-from .generation import by_name, tokens_of, valid_tokens
+from .generation import Announcement, by_name, tokens_of, valid_tokens
 from .positions import IDLE, Owners, Pass, Table
 from .prompts import Prompt
 from .recomputing import THREADS, Recomputing, Thread
+from .texts import Batch, Texts
+from .watched import Watched
 
 _UNSEEN = object()
+
+
+@dataclass(frozen=True, eq=False)
+class _Filled:
+    """Whose text a cache holds."""
+
+    prompt: Prompt
+    mark: tuple[int, int] | None  # of its counter, where that is a tensor
 
 
 @dataclass(eq=False)
@@ -49,8 +61,11 @@ class Call:
         shape: (rows, tokens) of the stream in it.
         prompt: The batch of prompts; None: none is known.
         table: Its owners.
-        announced: Whether generate announced the prompt.
+        batch: What generate has announced; None: it is not running.
         ran: The dispatchers that the running pass has reached.
+        other: The call of all other texts that run inside of generate.
+        texts: Of that one: those that run without a cache.
+        outer: Of that one, while it runs: the call to come back to.
     """
 
     gates: Gates
@@ -59,12 +74,15 @@ class Call:
     shape: tuple[int, int] = (0, 0)
     prompt: Prompt | None = None
     table: Table | None = None
-    announced: bool = False
+    batch: Batch | None = None
     ran: set[Any] = field(default_factory=set)
+    other: Call | None = None
+    texts: Texts | None = None
+    outer: Call | None = None
     start: int | Tensor = 0  # position of the running pass's first token
-    done: int = 0  # positions of the announced prompt that have run
-    seen: int = 0  # those that have been counted
+    seen: int = 0  # positions that have been counted
     version: int = 0  # of what is attached, when the table was built
+    reorders: bool = False  # rows of its texts may change places
     given_mask: Any = _UNSEEN  # as the model around the decoder was given it, not yet prepared
     given_ids: Tensor | None = (
         None  # as that model was given them; None: it was given none, or the decoder is the model
@@ -89,6 +107,8 @@ class Passes:
         traced: The pass that a prepared model's dispatchers apply.
         generating: The thread that is inside generate.
         dispatchers: How many places have an edit.
+        counts: Tokens that each slot has been applied to.
+        watched: The modules that carry dispatchers.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, proof: Proof) -> None:
@@ -98,6 +118,8 @@ class Passes:
         self.traced: Pass = IDLE
         self.generating: int | None = None
         self.dispatchers = 0
+        self.counts = Counts()
+        self.watched = Watched(model)
         self.decoder = model.get_submodule(layers.path.rpartition(".")[0])
         self.recomputing = Recomputing(self.decoder)
         self.keeps_cache = keeps_cache(model, self.decoder)
@@ -107,11 +129,8 @@ class Passes:
         self._names = list(inspect.signature(self.decoder.forward).parameters)
         self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
         self._version = 0
-        self._prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()  # by the cache that a bare pass filled
+        self._prompts: WeakKeyDictionary[Any, _Filled] = WeakKeyDictionary()  # by the cache that a bare pass filled
         self._broadcasts: dict[Owners, tuple[Tensor, Tensor]] = {}
-        self._host_counts: dict[int, int] = {}
-        self._device_counts: Tensor | None = None
-        self._ones = torch.empty(0, device="cpu")
 
     def __reduce__(self) -> Any:
         raise RuntimeError("steer: a model cannot be copied or pickled while it is steered or prepared; do that first")
@@ -133,6 +152,7 @@ class Passes:
                 names = list(inspect.signature(self._model.forward).parameters)
                 note = partial(self._note_given, names)
                 self._hooks.append(self._model.register_forward_pre_hook(note, with_kwargs=True))
+                self._hooks.append(self._model.register_forward_hook(self._forget_given, always_call=True))
 
     def unwatch(self) -> None:
         """Take the hooks off again."""
@@ -156,29 +176,66 @@ class Passes:
         """What is attached has changed: this thread's table is built anew now, those of others when they run next."""
         self._version += 1
         self._broadcasts.clear()
-        self.make_counts(2 + max((slot for one in self.attachments for slot in one.all_slots), default=0))
+        slots = (slot for one in self.attachments for slot in one.all_slots)
+        self.counts.make_room(2 + max(slots, default=0), self.device)
         call = self.threads.call
         if call.prompt is not None:
             self._build(call, call.prompt)
         elif self.fixed is not None:
             self.fixed.publish_unprompted(self.attachments)
 
-    @bookkeeping
-    def announce(self, prompt: Prompt, copies: int) -> None:
-        """Generate begins with this prompt, each of its rows repeated `copies` times."""
-        call = self.threads.call = Call(Gates(self.conditions), THREADS.own, announced=True)
-        table = self._build(call, prompt)
-        if self.fixed is not None:
-            self.fixed.unplaced = self.fixed.by_token = False
-            self.fixed.publish(table, copies)
+    def shares(self, told: Announcement) -> bool:
+        """Whether a call of generate inside generate runs the text that this thread has announced."""
+        batch = self.threads.call.batch
+        return self.generating == threading.get_ident() and batch is not None and batch.shares(told.prompt)
+
+    @contextmanager
+    def generation(self, told: Announcement) -> Iterator[None]:
+        """While generate runs with this batch; inside another generate, which goes on behind it."""
+        before, running = self.threads.call, self.generating
+        self.generating = threading.get_ident()
+        try:
+            self._announce(told)
+            yield
+        finally:
+            self.generating = running
+            self._retract(None if running is None else before)
 
     @bookkeeping
-    def retract(self) -> None:
-        """Generate has ended."""
-        self.threads.call = Call(Gates(self.conditions), THREADS.own)
-        self.traced = IDLE
-        if self.attachments and self.fixed is not None:
+    def _announce(self, told: Announcement) -> None:
+        call = self.threads.call = Call(Gates(self.conditions), THREADS.own, batch=Batch(told))
+        if self.fixed is not None and told.guided:
+            raise ValueError(
+                "steer: guidance_scale runs a second text beside each prompt, which a compiled graph cannot tell from the first; "
+                "steer a model that has not been prepared"
+            )
+        if self.fixed is not None and told.prompt is None:
             self.fixed.publish_unprompted(self.attachments)
+            if self.fixed.unplaced:
+                raise ValueError(
+                    "steer: the arguments of generate do not show its prompt, which a prepared model must be told; pass it as "
+                    "input_ids"
+                )
+        if told.prompt is not None:
+            self._build(call, told.prompt)
+            self._publish(call)
+
+    @bookkeeping
+    def _retract(self, before: Call | None) -> None:
+        """Generate has ended; `before` is the call of the one that goes on."""
+        self.threads.call = Call(Gates(self.conditions), THREADS.own) if before is None else before
+        self.traced = IDLE
+        if before is not None:
+            self.latest = before
+            self._publish(before)
+        elif self.attachments and self.fixed is not None:
+            self.fixed.publish_unprompted(self.attachments)
+
+    def _publish(self, call: Call) -> None:
+        """A prepared model's buffers hold the announced batch."""
+        if self.fixed is not None and call.batch is not None and call.table is not None:
+            self.fixed.unplaced = self.fixed.by_token = False
+            self.fixed.publish(call.table, call.batch.told.copies)
 
     # --- what dispatchers and handles ask ----------------------------------------------------------------------------
 
@@ -214,26 +271,6 @@ class Passes:
         """bool (batch,) on the CPU: what a latched condition decided in the pass that began last."""
         return self.latest.gates.decision(slot)
 
-    def counted(self, slot: int) -> int:
-        """Tokens that a slot has been applied to."""
-        on_device = 0 if self._device_counts is None else int(self._device_counts[slot + 1])
-        return self._host_counts.get(slot, 0) + on_device
-
-    def make_counts(self, size: int) -> None:
-        """Room on the device for the tokens of that many slots; what is there is kept."""
-        if self._device_counts is None or self._device_counts.shape[0] < size:
-            counts = torch.zeros(size, dtype=torch.int64, device=self.device)
-            if self._device_counts is not None:
-                counts[: self._device_counts.shape[0]] = self._device_counts
-            self._device_counts = counts
-
-    def clear_counts(self, slots: list[int]) -> None:
-        """The next owner of these slots counts from zero."""
-        for slot in slots:
-            self._host_counts.pop(slot, None)
-            if self._device_counts is not None and slot + 1 < self._device_counts.shape[0]:
-                self._device_counts[slot + 1] = 0
-
     # --- one pass ----------------------------------------------------------------------------------------------------
 
     def _note_given(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -244,6 +281,11 @@ class Passes:
         call.given_mask = inputs.get("attention_mask")
         ids = inputs.get("input_ids")
         call.given_ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
+
+    def _forget_given(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the whole model ran: its decoder may be called by itself."""
+        if not torch.compiler.is_compiling() and self.attachments:
+            self.threads.call.given_mask, self.threads.call.given_ids = _UNSEEN, None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the decoder runs: decide who owns which token of this pass."""
@@ -257,11 +299,12 @@ class Passes:
             return
         self.recomputing.begin(follow=self.fixed is None)
         refuse_tracing()
+        self.watched.check()
         inputs = by_name(self._names, args, kwargs)
-        mask, call.given_mask = _mask(inputs, call.given_mask), _UNSEEN
-        tokens = tokens_of(inputs)
+        mask = _mask(inputs, call.given_mask)
+        tokens, given = tokens_of(inputs), call.given_ids
         call.shape = batch, count = tokens.shape[0], tokens.shape[1]
-        ids = call.given_ids if tokens.is_floating_point() else tokens
+        ids = given if tokens.is_floating_point() else tokens
         if inputs.keys() >= PAGED:
             call.now = pass_for_all(self.attachments, bool(self.conditions), tokens, call.now)
             return
@@ -269,25 +312,52 @@ class Passes:
             raise RuntimeError(
                 "steer: the model runs in two threads at once, and only one of them can be inside generate"
             )
-        given = call.given_ids
         if given is not None and count > given.shape[1] + self._proof.virtual:
             raise RuntimeError(
                 f"steer: {self._layers.name} runs {count} tokens where it is given {given.shape[1]} ids; which of them are "
                 "the text's cannot be said"
             )
+        live = self._position(call, inputs, count)
+        start = live.clone() if isinstance(live, Tensor) else live  # the first block moves the cache's own counter on
+        if call.batch is not None and not call.batch.owns(inputs, tokens, ids, mask, start):
+            call = self._aside(call)
+            call.shape, call.given_ids = (batch, count), given
         if call.version != self._version and call.prompt is not None:
             self._build(call, call.prompt)
-        if call.announced:
-            table = self._generated(call, inputs, batch, count)
+        if call.batch is not None:
+            table = self._generated(call, start, count)
         else:
-            table = self._bare(call, inputs, mask, batch, count)
+            table = self._bare(call, inputs, mask, ids, live if isinstance(live, Tensor) else start)
         start = call.start
-        call.now = (
-            table.at(start, count, batch, ids) if isinstance(start, int) else table.gather(start, count, batch, ids)
-        )
+        if table.repeats_virtual(start, tokens, ids):
+            call.now = table.behind_virtual(count, batch)
+        else:
+            call.now = (
+                table.at(start, count, batch, ids) if isinstance(start, int) else table.gather(start, count, batch, ids)
+            )
         self.traced = call.now
         if self.conditions:
             call.gates.begin(table, start, count, batch)
+        self.threads.call = call
+
+    def _position(self, call: Call, inputs: dict[str, Any], count: int) -> int | Tensor:
+        """The position of a pass's first token; a tensor is the cache's own."""
+        if self.keeps_cache:
+            return past_length(inputs)
+        done = 0 if call.batch is None else call.batch.done
+        return (
+            0 if count > done else done
+        )  # a model that keeps no cache is given the whole text again, or its next token
+
+    def _aside(self, call: Call) -> Call:
+        """The call of a pass inside generate that runs another text than the announced one."""
+        if call.other is None:
+            told = call.batch.told  # type: ignore[union-attr]  # generate is running
+            call.other = Call(Gates(self.conditions), call.thread, texts=Texts())
+            call.other.reorders = told.prompt is None and told.reorders
+        call.other.ran.clear()
+        call.other.outer = call
+        return call.other
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the decoder ran: its tokens are counted, and a cache that it filled belongs to the prompt that it read."""
@@ -296,11 +366,17 @@ class Passes:
         call = self.threads.call
         if call.ran or self.fixed is not None:  # compiled blocks do not say that they ran
             self._count(call)
-        if call.announced or call.prompt is None:
+        if call.outer is not None:
+            self.threads.call, call.outer = call.outer, None
+        if call.prompt is None or (call.batch is not None and call.batch.caches):
             return
         found = cache_in(output) if isinstance(output, Mapping) else None
-        if found is not None:
-            self._prompts[found[1]] = call.prompt
+        if found is None:
+            return
+        if call.batch is not None:  # a cache that the decoder has made itself
+            call.batch.caches[id(found[1])] = found[1]
+        else:
+            self._prompts[found[1]] = _Filled(call.prompt, _mark(found[1].get_seq_length()))
 
     def _trace(self, inputs: dict[str, Any]) -> Pass:
         """The pass as a part of the compiled graph: a gather from the table that `announce` or `refresh` fills."""
@@ -309,24 +385,20 @@ class Passes:
         self.recomputing.check_prepared()
         now = self.fixed.trace(past_length(inputs), tokens_of(inputs), inputs.get("attention_mask"))
         owned = now.rows.flatten().long() + 1  # type: ignore[union-attr]  # a fixed table is a table
-        self._device_counts.index_add_(0, owned, torch.ones_like(owned))  # type: ignore[union-attr]
+        self.counts.on_device.index_add_(0, owned, torch.ones_like(owned))  # type: ignore[union-attr]
         return now
 
-    def _generated(self, call: Call, inputs: dict[str, Any], batch: int, count: int) -> Table:
-        """The table of a pass inside generate, and where in it the pass begins."""
-        prompt = call.prompt
-        if prompt is None or call.table is None:
+    def _generated(self, call: Call, start: int | Tensor, count: int) -> Table:
+        """The table of a pass over the batch that generate has announced."""
+        batch, prompt = call.batch, call.prompt
+        if prompt is None or batch is None or call.table is None:
             raise RuntimeError("steer: the model runs inside generate, but no prompt was announced")
-        if self.keeps_cache:
-            start = past_length(inputs)
-        else:  # a model that keeps no cache is given the whole text again, or its next token
-            start = 0 if count > call.done else call.done
-        if call.done == 0 and isinstance(start, int):
+        if batch.done == 0 and isinstance(start, int):
             virtual = self._virtual(call, prompt, start, count)
             if virtual:
                 self._build(call, prompt.behind(virtual))
         if isinstance(start, int):
-            call.done = max(call.done, start + count)
+            batch.done = max(batch.done, start + count)
         call.start = start
         return call.table
 
@@ -342,8 +414,8 @@ class Passes:
         return 0
 
     @bookkeeping
-    def _bare(self, call: Call, inputs: dict[str, Any], mask: Any, batch: int, count: int) -> Table:
-        """The table of a forward pass outside generate, and where in it the pass begins."""
+    def _bare(self, call: Call, inputs: dict[str, Any], mask: Any, ids: Tensor | None, start: int | Tensor) -> Table:
+        """The table of a pass over a text that was not announced; `start` may be its cache's own counter."""
         if not self.keeps_cache and any(
             plan.positions != "all" or needs_prompt(plan) for one in self.attachments for plan in one.plans if plan
         ):
@@ -351,27 +423,36 @@ class Passes:
                 f"steer: {self._layers.name} keeps no cache that counts its tokens, so a bare pass does not show where it "
                 'begins; use generate, or positions="all"'
             )
-        start: int | Tensor = past_length(inputs) if self.keeps_cache else 0
-        found = cache_in(inputs)
-        known = None if found is None else self._prompts.get(found[1])
-        if isinstance(start, Tensor) and known is None:
-            start = int(start)  # once per prompt: a static cache that we have not seen may be empty or not
-        call.start = start
-        if known is not None and known.batch == batch and (isinstance(start, Tensor) or start > 0):
+        (batch, count), found = call.shape, cache_in(inputs)
+        filled = None if found is None else self._prompts.get(found[1])
+        known = filled.prompt if filled is not None and filled.prompt.batch == batch else None
+        if isinstance(start, Tensor):  # read once per prompt: a static cache that we have not seen may be empty or not
+            unmoved = known is not None and filled is not None and _unmoved(start, filled.mark, count)
+            start = start.clone() if unmoved else int(start)
+        call.start, call.seen = start, 0
+        if known is not None and (isinstance(start, Tensor) or start > 0):
             return self._table_for(call, known)
-        virtual = self._proof.virtual if int(start) == 0 and call.given_ids is not None else 0
-        if isinstance(mask, Tensor) and mask.dim() == 2 and virtual and mask.shape[1] == int(start) + count:
+        start = int(start)
+        virtual = self._proof.virtual if start == 0 and call.given_ids is not None else 0
+        if isinstance(mask, Tensor) and mask.dim() == 2 and virtual and mask.shape[1] == start + count:
             mask = mask[:, virtual:]
-        valid = valid_tokens(mask, batch, int(start) + count - virtual)
+        valid = valid_tokens(mask, batch, start + count - virtual)
+        texts = call.texts if found is None and ids is not None and not virtual else None
+        longer = None if texts is None or ids is None else texts.find(ids, valid)
+        if longer is not None:
+            prompt, call.seen = longer
+            return self._table_for(call, prompt)
         given = next((one.prompt_length for one in self.attachments if one.prompt_length is not None), None)
         if given is None:
             here = torch.arange(1, valid.shape[1] + 1, device="cpu")
-            lengths = None if int(start) > 0 else torch.where(valid, here, 0).amax(1)
+            lengths = None if start > 0 else torch.where(valid, here, 0).amax(1)
         else:
             lengths = lengths_per_row(given, batch)
             valid = nn.functional.pad(valid, (0, max(0, int(lengths.max()) - valid.shape[1])), value=True)
-        prompt = Prompt(valid, lengths)
+        prompt = Prompt(valid, lengths, reorders=call.reorders)
         prompt = prompt.behind(virtual) if virtual else prompt
+        if texts is not None and ids is not None:
+            texts.keep(ids, prompt)
         again = call.table is not None and not call.table.remembers and _same(call.table.prompt, prompt)
         return self._table_for(call, call.table.prompt if again else prompt)  # type: ignore[union-attr]
 
@@ -383,30 +464,29 @@ class Passes:
         call.prompt, call.table, call.version = prompt, table, self._version
         return table
 
-    @bookkeeping
     def _count(self, call: Call) -> None:
         """Tokens of the pass that has ended, once each, for the slots whose place it came by."""
-        now, (batch, count) = call.now, call.shape
-        skipped = 0
-        if call.announced and isinstance(call.start, int):  # without a cache a text runs again and again
-            skipped = min(count, max(0, call.seen - call.start))
+        count, skipped = call.shape[1], 0
+        if (call.batch is not None or call.texts is not None) and isinstance(call.start, int):
+            skipped = min(count, max(0, call.seen - call.start))  # without a cache a text runs again and again
             call.seen = max(call.seen, call.start + count)
         every = not call.ran or len(call.ran) >= self.dispatchers
-        slots = set() if every else {slot for dispatcher in call.ran for slot in dispatcher.edits}
-        if now.owners is not None:
-            for slot, _ in now.owners:
-                if every or slot in slots:
-                    self._host_counts[slot] = self._host_counts.get(slot, 0) + batch * (count - skipped)
-        elif now.rows is not None and self._device_counts is not None:
-            rows = now.rows
-            if skipped:
-                rows = rows.view(batch, count, -1)[:, skipped:]
-            if not every:
-                rows = torch.where(torch.isin(rows, torch.tensor(sorted(slots), device=rows.device)), rows, -1)
-            owned = rows.reshape(-1).long() + 1
-            if self._ones.shape[0] < owned.shape[0] or self._ones.device != owned.device:
-                self._ones = torch.ones(owned.shape[0], dtype=torch.int64, device=owned.device)
-            self._device_counts.index_add_(0, owned, self._ones[: owned.shape[0]])
+        slots = None if every else {slot for dispatcher in call.ran for slot in dispatcher.edits}
+        self.counts.add(call.now, call.shape, skipped, slots)
+
+
+def _mark(counter: int | Tensor) -> tuple[int, int] | None:
+    """By what a cache's own counter shows that nobody has written into it since; None: it does not."""
+    if not isinstance(counter, Tensor) or counter.is_inference():
+        return None
+    return id(counter), counter._version
+
+
+def _unmoved(counter: Tensor, mark: tuple[int, int] | None, count: int) -> bool:
+    """Whether a cache holds what the last pass left in it, without reading it from the device."""
+    if counter.is_inference():  # has no version; a text of several tokens may be a new one
+        return count == 1
+    return mark is not None and mark == _mark(counter)
 
 
 def _mask(inputs: dict[str, Any], given: Any) -> Any:

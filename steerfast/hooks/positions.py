@@ -163,6 +163,25 @@ class Table:
             return same
         return self._part(start, tokens, batch)
 
+    def repeats_virtual(self, start: int | Tensor, tokens: Tensor, ids: Tensor | None) -> bool:
+        """Whether a pass behind the prompt has the virtual tokens in front once more, as embeddings without ids show."""
+        virtual = self.prompt.virtual
+        return (
+            virtual > 0
+            and ids is None
+            and isinstance(start, int)
+            and start >= self.span - 1
+            and tokens.shape[1] > virtual
+        )
+
+    @bookkeeping
+    def behind_virtual(self, tokens: int, batch: int) -> Pass:
+        """The pass over generated tokens with the virtual ones in front once more."""
+        rows, scale = self._on_device(batch)
+        virtual = self.prompt.virtual
+        later = rows[:, -1:].expand(-1, tokens - virtual, -1)
+        return _flat(torch.cat([rows[:, :virtual], later], 1), scale)
+
     @bookkeeping
     def _part(self, start: int, tokens: int, batch: int) -> Pass:
         """The pass over positions that have no common owners."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -86,8 +87,9 @@ def reset(model: nn.Module) -> None:
     Example:
         >>> sf.reset(model)
     """
-    for handle in active(model):
-        handle.remove()
+    with ExitStack() as stack:  # a warning of one may be an error, and the others are removed all the same
+        for handle in active(model):
+            stack.callback(handle.remove)
 
 
 def prepare(
@@ -194,7 +196,7 @@ class Steering:
 
     def _counted(self, slots: tuple[int, ...]) -> int:
         """Tokens of the column that edits most of them."""
-        counted, numbers = self._controller.passes.counted, self._attachment.numbers
+        counted, numbers = self._controller.passes.counts.of, self._attachment.numbers
         return max(sum(map(counted, numbers([slot]))) for slot in slots)
 
     def decisions(self) -> list[list[Tensor | None]]:
@@ -217,14 +219,16 @@ class Steering:
     def remove(self) -> None:
         """Detach: no hook remains, unless the model was prepared, and `generate` is restored. Safe to call twice."""
         running = self._controller.passes.generating
-        if self._active and running not in (None, threading.get_ident()):
+        if not self._detach():
+            return
+        if running not in (None, threading.get_ident()):
             warnings.warn(
                 "steer: generate is still running in another thread; from here on it is not steered: join the thread, or "
                 "read its streamer to the end, before the block is left",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        if self._detach() and any(self._attachment.strengths) and not any(self._counts):
+        if any(self._attachment.strengths) and not any(self._counts):
             warnings.warn(
                 "steer: no token was edited; did the model run, and do the positions fit?", RuntimeWarning, stacklevel=2
             )
