@@ -376,7 +376,7 @@ def test_what_prepare_refuses(change: Any, error: Any, message: Any) -> None:
 
 
 def test_prepare_refuses_a_compiled_model_in_its_own_name() -> None:
-    with pytest.raises(RuntimeError, match="^prepare: the model is already compiled"):
+    with pytest.raises(RuntimeError, match=r"^prepare: the model is already compiled"):
         sf.prepare(torch.compile(deepcopy(build("llama"))))
 
 
