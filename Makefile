@@ -7,25 +7,27 @@ VENV_NEWEST ?= .venv-newest
 PIP_ARGS ?=
 NEWEST ?=
 PYTEST_ARGS ?=
-EXTRAS := demo,sae,bench,dev
+EXTRAS := demo,sae,bench,dev,docs
 BIN := $(VENV)/bin
 INPUTS := setup.py pyproject.toml constraints-common.txt
 
 # Triton 3.10 flips the default of floating-point fusion; stated here, the tolerances of the tests do not move.
 export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help setup demo test test-oldest test-newest test-zoo test-vllm lint types bench bars evidence evidence-vllm dist clean
+.PHONY: help setup demo test test-ops test-rest coverage test-oldest test-newest test-zoo test-vllm lint types docs bench bars evidence evidence-vllm dist clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         steer a real language model (sets everything up first)"
 	@echo "make test         the test suite; kernels under Triton's interpreter"
+	@echo "make coverage     the same, and the share of steerfast's lines that it runs; test-ops, test-rest: its halves"
 	@echo "make test-oldest  the same with the oldest supported transformers and triton"
 	@echo "make test-newest  the whole suite with the newest releases, no pin kept; installed from scratch; before a release"
 	@echo "make test-zoo     every architecture of transformers, each in a process of its own; about 8 minutes"
 	@echo "make test-vllm    the plugin on a real vLLM engine, in an environment of its own"
 	@echo "make setup        environment in $(VENV) with the versions of constraints.txt"
 	@echo "make lint types   ruff; mypy"
+	@echo "make docs         the API reference, as pages in build/docs"
 	@echo "make bench        benchmarks on this machine, at most 15 minutes; bench-add, bench-flow, … one suite"
 	@echo "make bars         every number the project set itself: wanted, measured, met or not"
 	@echo "make evidence     what takes hours: scaling, SAE training, the quality study; TEXT=FILE also measures the SAE on it"
@@ -75,9 +77,11 @@ demo: setup
 # one thread each: the models under test are tiny, and threads that wait for each other cost more than they bring.
 WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1
+run_plain = $(PARALLEL) $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not interpreter and not gpu and not zoo" $(2) $(PYTEST_ARGS)
+run_interpreted = $(PARALLEL) TRITON_INTERPRET=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m interpreter $(2) $(PYTEST_ARGS)
 define run_tests
-	$(PARALLEL) $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not interpreter and not gpu and not zoo" $(2) $(PYTEST_ARGS)
-	$(PARALLEL) TRITON_INTERPRET=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m interpreter $(2) $(PYTEST_ARGS)
+	$(run_plain)
+	$(run_interpreted)
 endef
 
 # Quantised layers are steered, too. Their packages speak up wherever transformers is imported, so only the tests see them.
@@ -88,6 +92,23 @@ endef
 
 test: $(VENV)/quantised/.installed
 	$(call run_tests,PYTHONPATH=$(abspath $(<D)) $(VENV))
+
+# The same tests in two halves, for CI: the ops first, and how much of steerfast all of them run. Only the plain run is measured.
+# The kernels are no part of the number: that a line of theirs ran under the interpreter says little about a GPU, and measuring
+# there costs more than half as much time again.
+OPS := $(addprefix tests/test_,ops.py stream_ops.py sae_ops.py solvers.py)
+COVER := --cov --cov-report= --cov-fail-under=0
+test-ops: $(VENV)/quantised/.installed
+	$(call run_plain,PYTHONPATH=$(abspath $(<D)) $(VENV),$(COVER) $(OPS))
+
+test-rest: $(VENV)/quantised/.installed
+	$(call run_plain,PYTHONPATH=$(abspath $(<D)) $(VENV),$(COVER) --cov-append $(addprefix --ignore=,$(OPS)))
+	$(BIN)/python -m coverage report
+	$(call run_interpreted,PYTHONPATH=$(abspath $(<D)) $(VENV))
+
+coverage:
+	$(MAKE) test-ops
+	$(MAKE) test-rest
 
 test-newest: $(VENV_NEWEST)/quantised/.installed
 	@PYTHONPATH=$(abspath $(<D)) $(VENV_NEWEST)/bin/python tests/releases.py
@@ -128,6 +149,11 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# The reference of every public module, from the docstrings; a warning of the generator is an error.
+docs: setup
+	rm -rf build/docs
+	$(BIN)/python docs/reference.py build/docs
 
 bench: setup
 	@series=$$(date -u +%Y-%m-%dT%H:%M:%S+00:00); status=0; \

@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="steerfast",
-    version="0.1.0",
+    version="0.2.0",
     description="Fused GPU kernels for steering language models, with a PyTorch reference and a thin hook API",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -20,7 +20,7 @@ setup(
     # The folder must never be importable as `kernels`: transformers itself imports a package of that name.
     packages=[*find_packages(include=["steerfast", "steerfast.*"]), "steerfast_kernels"],
     package_dir={"steerfast": "steerfast", "steerfast_kernels": "kernels"},
-    package_data={"steerfast": ["py.typed", "*.pyi"], "steerfast_kernels": ["README.md"]},
+    package_data={"steerfast": ["py.typed", "*.pyi", "sae/*.pyi", "tools/*.pyi"], "steerfast_kernels": ["README.md"]},
     # A CUDA build of torch pins its own triton exactly, so triton is no requirement of ours.
     install_requires=["torch>=2.10", "transformers>=4.57", "safetensors>=0.6", "numpy>=1.26", "tqdm>=4.66"],
     extras_require={
@@ -38,11 +38,13 @@ setup(
             "peft>=0.17",
             "pytest>=9.0",
             "pytest-benchmark>=5.0",
+            "pytest-cov>=7.0",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "setuptools>=77",
             "torchdiffeq>=0.2.5",
         ],
+        "docs": ["pdoc>=16.0"],
     },
     entry_points={
         "console_scripts": ["steerfast=steerfast.cli.main:main"],

@@ -19,7 +19,7 @@ from lab.rows import append_row, circumstances
 
 import steerfast as sf
 from steerfast.models import demo as demo_model
-from steerfast.sae import explain as explaining
+from steerfast.sae import explanation as explaining
 from steerfast.sae.evaluate import evaluate_sae
 from steerfast.sae.training.corpus import read_texts
 

@@ -1,4 +1,4 @@
-"""What steering costs inside vLLM, always against the same engine with the same flags and nobody steered.
+"""What steering costs inside vLLM, always against the same engine with the same flags and no request steered.
 
     python benchmarks/vllm_cost.py --out benchmarks/results
 

@@ -1,6 +1,6 @@
 """The acts of project → act → lift: device functions that turn y = Bᵀx and ‖x‖ into (s, g), for rows and for tiles.
 
-They read a slot's numbers and no row of the stream. The formulas are those of `steerfast.ops.torch_backend`, mode by mode.
+They read a slot's numbers and no row of the stream. `steerfast.ops.torch_backend` has the same, mode by mode.
 """
 
 from __future__ import annotations

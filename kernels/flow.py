@@ -2,7 +2,7 @@
 
 `euler` and `integrate` are device functions of the subspace kernels: they read and write no row of the stream. `flow`
 serves full-rank barriers, k = d: z = Qx by a matrix product, all steps on z in one kernel (reads 4d and writes |x|d bytes
-a token), x + Qᵀ(z_T - z₀) by another product. The specification is `steerfast.ops.solvers.integrate`.
+a token), x + Qᵀ(z_T - z₀) by another product. `steerfast.ops.solvers.integrate` is the same in PyTorch.
 Paper: ODESteer, arXiv:2602.17560.
 """
 

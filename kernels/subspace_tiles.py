@@ -23,7 +23,7 @@ TILE_STAGES = 3
 
 @triton.jit
 def owners_of(slots_ptr, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n):
-    """Who owns the rows of a tile, -1 for nobody or an empty slot, and the scale of each row."""
+    """The slot that owns each row of a tile, -1 for none or an empty one, and the scale of each row."""
     if rows_ptr is None:
         owner = tl.where(mask_n, 0, -1)
     else:
@@ -99,7 +99,7 @@ def tile_moved(
 
 @triton.jit
 def copy_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, offs_n, mask_n, first, last, BLOCK_D: tl.constexpr):
-    """Rows that nobody edits, bit for bit."""
+    """Rows without an edit, bit for bit."""
     for d in range(first, last, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         mask = mask_n[:, None] & (offs_d < last)[None, :]

@@ -1,15 +1,15 @@
 from . import integrations as integrations
 from . import ops as ops
+from . import sae as sae
+from . import tools as tools
 from .bank import Bank as Bank
 from .barriers.barrier import Barrier as Barrier
-from .barriers.barrier import BarrierInfo as BarrierInfo
 from .barriers.fit import fit_barrier as fit_barrier
 from .directions import extract as extract
 from .directions.direction import Direction as Direction
-from .directions.sets import DirectionInfo as DirectionInfo
+from .directions.pairs import directions_from as directions_from
 from .directions.sets import DirectionSet as DirectionSet
 from .directions.sets import list_directions as list_directions
-from .directions.sets import load_directions as load_directions
 from .directions.sets import save_directions as save_directions
 from .edits.base import Intervention as Intervention
 from .edits.conditions import Condition as Condition
@@ -37,32 +37,15 @@ from .hooks.steer import prepare as prepare
 from .hooks.steer import reset as reset
 from .hooks.steer import steer as steer
 from .hooks.steer import unprepare as unprepare
-from .integrations.read import load_vectors as load_vectors
-from .models.collect import Activations as Activations
+from .integrations.read import load_directions as load_directions
 from .models.collect import collect as collect
 from .ops.backends import use_backend as use_backend
-from .plan import ModelCard as ModelCard
 from .plan import Plan as Plan
-from .sae.cache import ActivationCache as ActivationCache
-from .sae.cache import ActivationStream as ActivationStream
-from .sae.cache import cache_activations as cache_activations
-from .sae.evaluate import Evaluation as Evaluation
-from .sae.evaluate import evaluate_sae as evaluate_sae
-from .sae.explain import Explanations as Explanations
-from .sae.explain import explain as explain
+from .sae.explanation import explain as explain
 from .sae.model import SAE as SAE
-from .sae.training.config import TrainConfig as TrainConfig
-from .sae.training.distributed import SplitData as SplitData
-from .sae.training.distributed import SplitFeatures as SplitFeatures
-from .sae.training.train import train_sae as train_sae
 from .tools.bake import bake as bake
-from .tools.bake import everywhere as everywhere
-from .tools.dose import DoseTable as DoseTable
 from .tools.dose import dose as dose
-from .tools.plot_flow import plot_flow as plot_flow
-from .tools.sweep import Grid as Grid
-from .tools.sweep import Probe as Probe
-from .tools.sweep import Sweep as Sweep
 from .tools.sweep import sweep as sweep
 
+__version__: str
 __all__: list[str]

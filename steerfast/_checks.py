@@ -105,8 +105,8 @@ def no_gradient(owner: str, name: str, value: Any) -> None:
         )
 
 
-def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> Tensor:
-    """Directions as float32 CPU rows (m, d): finite, none of them zero. Takes a tensor or an object with `.vector`."""
+def direction_rows(owner: str, name: str, value: Any, *, one: bool = False, gaps: bool = False) -> Tensor:
+    """Directions as float32 CPU rows (m, d): finite, none zero (`gaps`: not all). Takes a tensor or what has `.vector`."""
     value = getattr(value, "vector", value)
     no_gradient(owner, name, value)
     try:
@@ -132,7 +132,7 @@ def direction_rows(owner: str, name: str, value: Any, *, one: bool = False) -> T
     if bad:
         raise ValueError(f"{owner}: {name} holds NaN or Inf in row {bad[0]}; check the activations it came from")
     zero = (rows == 0).all(1).nonzero().flatten().tolist()
-    if zero:
+    if zero and not (gaps and len(zero) < len(rows)):
         raise ValueError(f"{owner}: {name} is all zero in row {zero[0]}; a zero direction steers nothing")
     return rows.contiguous()
 

@@ -292,7 +292,7 @@ def resolved(selector: Selector, special: tuple[int, ...] | None) -> Selector:
     """The selector with `special` read as these ids.
 
     Raises:
-        ValueError: it names `special`, and nobody has said which ids these are.
+        ValueError: it names `special`, and its ids are not given.
     """
     if Special() not in selector.leaves:
         return selector

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steerfast.edits.base import Intervention, untrained
-from steerfast.ops.slots import KEEP_NORM, Slot
+from steerfast.edits.base import Intervention, slot_in
+from steerfast.ops.slots import Slot, needs, slot_at
 
 ALIGNED = 16  # bytes: what a vectorised load wants
 
@@ -82,7 +82,7 @@ class Bank:
         """The modes of the registered slots, or-ed, with KEEP_NORM where one of them restores a length."""
         modes = 0
         for held in self._held.values():
-            modes |= held.view.mode | (KEEP_NORM if held.view.keep_norm else 0)
+            modes |= held.view.modes
         return modes
 
     @property
@@ -90,7 +90,7 @@ class Bank:
         """The largest rank that a slot has, or may have where the bank was built for one."""
         if self._rank is not None:
             return self._rank
-        return max((held.view.lift.shape[0] for held in self._held.values()), default=0)
+        return max((held.view.rank for held in self._held.values()), default=0)
 
     def register(self, intervention: Intervention, slot: int | None = None) -> int:
         """Put an intervention into a free slot (or into the named one), held once, and return the slot's number.
@@ -134,7 +134,7 @@ class Bank:
         self._registered("hold", slot).holders += 1
 
     def release(self, slot: int) -> None:
-        """One holder less; the last one empties the slot and hands its rows back. Tokens that still name it are left alone.
+        """Give up one reference; the last one empties the slot and hands its rows back. Tokens that still name it are left alone.
 
         Raises:
             ValueError: the slot is not registered.
@@ -190,39 +190,28 @@ class Bank:
             raise ValueError(
                 f"Bank.register: {intervention!r} has width {spec.lift.shape[-1]}; this bank has {self.width}"
             )
-        if self._rank is not None and spec.lift.shape[0] > self._rank:
+        if self._rank is not None and spec.rank > self._rank:
             raise ValueError(
-                f"Bank.register: {intervention!r} has rank {spec.lift.shape[0]}; this bank was built for rank <= {self._rank} "
+                f"Bank.register: {intervention!r} has rank {spec.rank}; this bank was built for rank <= {self._rank} "
                 "(rank= of prepare, or of Bank)"
             )
         return spec
 
     def _store(self, slot: int, spec: Slot, holders: int) -> _Held:
         """Write a slot whose number is free; a bank without room for it is left as it is."""
-        shared = spec.project is spec.lift
-        rank, extra = spec.lift.shape[0], 0 if spec.extra is None else spec.extra.shape[0]
-        rows, numbers = rank if shared else 2 * rank, 1 + rank + extra
-        project = self._vector_rows.take(rows, "directions")
+        rows, numbers = spec.size
+        first = self._vector_rows.take(rows, "directions")
         try:
             start = self._coefficient_rows.take(numbers, "coefficients")
         except RuntimeError:
-            self._vector_rows.give(project, rows)
+            self._vector_rows.give(first, rows)
             raise
-        lift = project + rows - rank
-        table = [spec.constants[None], spec.coefficients] + ([] if spec.extra is None else [spec.extra])
-        header = [spec.mode, rank, project, lift, start, spec.steps, int(spec.keep_norm), extra]
-        self._write(self._host.vectors, project, rows, spec.lift if shared else torch.cat([spec.project, spec.lift]))
-        self._write(self._host.coefficients, start, numbers, torch.cat(table))
-        self._write(self._host.slots, slot, 1, torch.tensor(header, dtype=torch.int32, device="cpu"))
-        end = start + 1 + rank
-        view = spec._replace(
-            project=self.vectors[project : project + rank],
-            lift=self.vectors[lift : lift + rank],
-            constants=self.coefficients[start],
-            coefficients=self.coefficients[start + 1 : end],
-            extra=self.coefficients[end : end + extra] if extra else None,
-        )
-        return _Held(view, float(spec.constants[2]), (project, rows), (start, numbers), holders)
+        header = spec.header(first, start)
+        self._write(self._host.vectors, first, rows, spec.directions)
+        self._write(self._host.coefficients, start, numbers, spec.numbers)
+        self._write(self._host.slots, slot, 1, header.tensor())
+        view = slot_at(self.vectors, self.coefficients, header)
+        return _Held(view, float(spec.constants[2]), (first, rows), (start, numbers), holders)
 
     def _give(self, held: _Held) -> None:
         self._vector_rows.give(*held.vector_rows)
@@ -239,27 +228,6 @@ class Bank:
         last = first + count * table.shape[1] * size
         low, high = (first, last) if self._dirty is None else self._dirty
         self._dirty = min(first, low), max(last, high)
-
-
-def slot_in(owner: str, dtype: torch.dtype, intervention: Intervention) -> Slot:
-    """The slot of an intervention with its rows in a dtype.
-
-    Raises:
-        TypeError: the intervention has no slot.
-        ValueError: a row overflows or vanishes in that dtype.
-    """
-    untrained(owner, intervention)
-    spec = intervention.slot()
-    lift = spec.lift.to(dtype)
-    project = lift if spec.project is spec.lift else spec.project.to(dtype)
-    for part, given in ((lift, spec.lift), (project, spec.project)):
-        vanished = (part == 0).all(1) & (given != 0).any(1)
-        if not part.isfinite().all() or vanished.any():
-            raise ValueError(
-                f"{owner}: {intervention!r} does not fit {dtype}: a row overflows or vanishes there; "
-                "scale the vector towards length 1 and put its size into the strength"
-            )
-    return spec._replace(project=project, lift=lift)
 
 
 class _Buffers(NamedTuple):
@@ -299,9 +267,7 @@ class _Buffers(NamedTuple):
 
 def fitting(interventions: dict[int, Intervention], like: Bank, slots: int) -> Bank:
     """A bank of `slots` slots that holds exactly these interventions, with the width, dtype and device of another."""
-    specs = [intervention.slot() for intervention in interventions.values()]
-    directions = sum(spec.lift.shape[0] * (1 if spec.project is spec.lift else 2) for spec in specs)
-    numbers = sum(1 + spec.lift.shape[0] + (0 if spec.extra is None else spec.extra.shape[0]) for spec in specs)
+    directions, numbers = needs(intervention.slot() for intervention in interventions.values())
     slots = max(slots, like.slots.shape[0])
     bank = Bank(like.width, slots, directions, like.vectors.dtype, like.vectors.device, numbers)
     for slot, intervention in interventions.items():

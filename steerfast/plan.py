@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -12,22 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+import torch
 from torch import Tensor
 
 from steerfast.edits.base import Intervention, intervention_type, untrained
-from steerfast.files.replace import replace_file
-from steerfast.models.layers import SITES
+from steerfast.edits.linear import Add
+from steerfast.edits.saes import Shelf, with_saes
+from steerfast.files import container
+from steerfast.place import NOWHERE, Origin, Place, place_of
 
-from ._checks import one_of, whole_number
 from ._positions import Selector, as_selector, normal, parse, resolved, special_ids
 
-SCHEMA = 1
-
-Edits = Mapping[Any, Intervention | Sequence[Intervention]]
-"""Layer L or (site, L) to one intervention or several."""
+Edits = Mapping[Any, Any]
+"""A place to one intervention (or vector to add), or to several."""
 Positions = str | int | slice | Sequence[int] | np.ndarray | Tensor
 
 
@@ -50,9 +46,10 @@ class Plan:
     """Interventions by layer and site, with the token positions they act on.
 
     Args:
-        edits: Layer L, or (site, L), to one intervention or to a list that is applied in order. Layers are 0-based and
-            may count from the end; the default site is "resid_post", the block's output. Or a list of interventions
-            that know their place, such as `EditFeatures` of an SAE.
+        edits: Layer L, (site, L) or a name of TransformerLens ("blocks.8.hook_resid_post") to one intervention or to a
+            list that is applied in order. Layers are 0-based and may count from the end; the default site is
+            "resid_post", the block's output. A vector (d,), or a direction, stands for `sf.Add` of it at strength 1. Or a
+            list of interventions that know their place, such as `EditFeatures` of an SAE.
         positions: A selector: "all"; "prompt" (positions < P, the prompt's length in tokens); "generated" (≥ P); "last"
             (≥ P - 1, the last prompt token and every generated one); an index "-1" or a window "0:8" of the prompt's real
             tokens; "ids:5,7", every position whose input token is one of these; "special", every special token;
@@ -71,6 +68,8 @@ class Plan:
         >>> v = torch.tensor([1.0, 0.0])
         >>> sf.Plan({1: [sf.Ablate(v), sf.Add(v, 4.0)], ("attn_out", 0): sf.Add(v)}, positions="last")
         Plan(resid_post 1: Ablate, Add; attn_out 0: Add; positions='last')
+        >>> sf.Plan({1: sf.Ablate(v)}) | sf.Plan({1: v, 2: v})
+        Plan(resid_post 1: Ablate, Add; resid_post 2: Add; positions='all')
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class Plan:
         special: Any = None,
     ) -> None:
         given = _mapping(edits)
-        self._edits = {_place(key): _chain(key, value) for key, value in given.items()}
+        self._edits = {place_of("Plan", key): _chain(key, value) for key, value in given.items()}
         for place, chain in self._edits.items():
             _warn_misplaced(place, chain)
         if len(self._edits) != len(given):
@@ -90,14 +89,40 @@ class Plan:
         self._special = special_ids("Plan: special", special)
         self._rule = _rule(self._positions, self._special)
         self._model = model if model is None or isinstance(model, ModelCard) else card(model)
+        self._by_token = next((edit for chain in self._edits.values() for edit in chain if edit.by_token), None)
+        if self._by_token is not None and self._positions != "all":
+            raise ValueError(
+                f"Plan: {self._by_token!r} is added to the prompt's first tokens, row by row, so positions="
+                f"{self._positions!r} cannot be followed; leave positions out, and put other edits into a plan of their own"
+            )
         widths = {edit.width for (site, _), chain in self._edits.items() if site != "head_out" for edit in chain}
         if self._model is not None:
             widths.add(self._model.width)
         if len(widths) > 1:
             raise ValueError(f"Plan: interventions have different widths {sorted(widths)}; a plan steers one model")
 
+    def merge(self, *others: Plan | Edits) -> Plan:
+        """This plan and others as one: what stands at the same place is applied in the order of the plans. Also `a | b`.
+
+        Raises:
+            TypeError, ValueError: the plans differ in positions or in the model that they were made for: steer with one
+                handle for each, `sf.steer(model, a)` and `sf.steer(model, b)`, instead.
+        """
+        plans = [self, *(as_plan("Plan.merge", other) for other in others)]
+        edits: dict[Place, list[Intervention]] = {}
+        for plan in plans:
+            for place, chain in plan._edits.items():
+                edits.setdefault(place, []).extend(chain)
+        positions = _agreed("positions", plans, [plan._positions for plan in plans])
+        special = _agreed("special tokens", plans, [plan._special for plan in plans if plan._special is not None])
+        model = _agreed("models", plans, [plan._model for plan in plans if plan._model is not None])
+        return Plan(edits, positions, model, special)
+
+    def __or__(self, other: Plan | Edits) -> Plan:
+        return self.merge(other) if isinstance(other, (Plan, Mapping)) else NotImplemented
+
     @property
-    def edits(self) -> dict[tuple[str, int], tuple[Intervention, ...]]:
+    def edits(self) -> dict[Place, tuple[Intervention, ...]]:
         """(site, layer) -> interventions in order; layers as they were given."""
         return dict(self._edits)
 
@@ -124,13 +149,16 @@ class Plan:
         return f"Plan({'; '.join(places)}; positions={self._positions!r})"
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write plan.json and plan.safetensors into a directory, each under a temporary name first.
+        """Write plan.json and plan.safetensors into a directory: both, or neither.
+
+        An edit of a Top-K SAE is written as the SAE's fingerprint and the features, without weights: `load` finds the SAE.
 
         Returns:
             The directory.
+
+        Raises:
+            ValueError: a tensor requires a gradient, or a number is not finite; a file stands where the directory should.
         """
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         places = [
             {"site": site, "layer": layer, "interventions": [_describe(edit, tensors) for edit in chain]}
@@ -140,62 +168,40 @@ class Plan:
         if isinstance(positions, Tensor):
             tensors["positions"] = positions
             positions = {"mask": "positions"}
-        blob = save_tensors(tensors)
         text = {
-            "schema": SCHEMA,
-            "kind": "steerfast.plan",
             "positions": positions,
             "model": None if self._model is None else vars(self._model),
             "edits": places,
-            "tensors_sha256": hashlib.sha256(blob).hexdigest(),
             **({} if self._special is None else {"special": list(self._special)}),
         }
-        replace_file(target / "plan.safetensors", blob)
-        replace_file(target / "plan.json", json.dumps(text, indent=2).encode())
-        return target
+        return container.write(container.PLAN, directory, text, tensors)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Plan:
+    def load(cls, directory: str | os.PathLike[str], saes: Any = None) -> Plan:
         """Read what `save` wrote. Nothing is executed, nothing is loaded in part.
 
+        Args:
+            directory: The directory.
+            saes: Where the SAEs are that its edits of Top-K SAEs name: an SAE, the path of one, the path of a folder of SAE
+                folders, or a list of these; None: the folder in the environment variable STEERFAST_SAES. An SAE of several
+                edits is loaded once.
+
         Raises:
-            FileNotFoundError: one of the two files is missing.
-            ValueError: a file is damaged, of another kind or schema, or holds an unknown intervention or key.
+            FileNotFoundError: one of the two files is missing, or an SAE that it names is in none of these places.
+            ValueError: a file is damaged, of another kind or a newer schema, or holds an unknown intervention or key.
         """
-        source = Path(directory)
-        text_path, blob_path = source / "plan.json", source / "plan.safetensors"
-        for path in (text_path, blob_path):
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"Plan.load: {path} does not exist; a plan is a directory with plan.json and plan.safetensors"
-                )
-        try:
-            text = json.loads(text_path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"Plan.load: {text_path} is not JSON ({error})") from None
-        blob = blob_path.read_bytes()
-        _check_text(text_path, text)
-        if hashlib.sha256(blob).hexdigest() != text["tensors_sha256"]:
-            raise ValueError(
-                f"Plan.load: {blob_path} is not the file that {text_path} was written with; copy both again"
-            )
-        try:
-            tensors = load_tensors(blob)
-        except SafetensorError as error:
-            raise ValueError(f"Plan.load: {blob_path} is damaged: {error}") from None
-        try:
-            edits = {
-                (place["site"], place["layer"]): [_rebuild(item, tensors) for item in place["interventions"]]
-                for place in text["edits"]
-            }
-            if len(edits) != len(text["edits"]):
-                raise KeyError("a place stands twice among the edits")
+        shelf = saes if isinstance(saes, Shelf) else Shelf("Plan.load", saes)
+        text, tensors = container.read(container.PLAN, directory)
+        source = os.path.join(directory, container.PLAN.text_name)
+        with container.describing(container.PLAN, directory):
+            names = _tensor_names(text)
+        container.expect(container.PLAN, directory, tensors, names)
+        with container.describing(container.PLAN, directory):
+            edits = _rebuild(text["edits"], tensors, shelf, source)
             positions = text["positions"]
             positions = tensors[positions["mask"]] if isinstance(positions, dict) else positions
             model = None if text["model"] is None else ModelCard(**text["model"])
             return cls(edits, positions, model, text.get("special"))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"Plan.load: {text_path} does not describe a plan of schema {SCHEMA}: {error}") from None
 
 
 def card(model: Any) -> ModelCard:
@@ -211,6 +217,14 @@ def rule_of(plan: Plan) -> Selector | Tensor:
     return plan._rule
 
 
+def needs_prompt(plan: Plan) -> str | None:
+    """What of a plan asks where in its prompt a token stands, in words; None: nothing does."""
+    if plan._by_token is not None:
+        return repr(plan._by_token)
+    named = not isinstance(plan._rule, Selector) or plan._rule.needs_length
+    return f"positions={plan._positions!r}" if named else None
+
+
 def as_plan(caller: str, value: Any) -> Plan:
     """A plan, or a dict that describes one."""
     if isinstance(value, Plan):
@@ -218,6 +232,17 @@ def as_plan(caller: str, value: Any) -> Plan:
     if isinstance(value, Mapping):
         return Plan(value)
     raise TypeError(f"{caller}: expected a Plan or a dict of layer -> intervention; got {type(value).__name__}")
+
+
+def _agreed(what: str, plans: Sequence[Plan], values: Sequence[Any]) -> Any:
+    """The one value that plans to be merged have in common, None where none states it."""
+    for value in values[1:]:
+        masks = isinstance(value, Tensor) and isinstance(values[0], Tensor)
+        if not (torch.equal(value, values[0]) if masks else type(value) is type(values[0]) and value == values[0]):
+            raise ValueError(
+                f"Plan.merge: the plans have different {what}, {values[0]!r} and {value!r}; steer with one handle for each"
+            )
+    return values[0] if values else None
 
 
 def _mapping(edits: Any) -> Edits:
@@ -232,48 +257,47 @@ def _mapping(edits: Any) -> Edits:
 
 def _by_place(chain: Sequence[Any]) -> Edits:
     """A list of interventions, each at the place that it knows."""
-    edits: dict[tuple[str, int], list[Intervention]] = {}
+    edits: dict[Any, list[Intervention]] = {}
     for edit in chain:
         if not isinstance(edit, Intervention):
             raise TypeError(f"Plan: a list must hold interventions; got {edit!r}")
-        if edit.place is None:
+        if edit.origin.place is None:
             raise ValueError(
                 f"Plan: {edit!r} does not know its layer and site; pass a dict of layer -> intervention(s)"
             )
-        edits.setdefault(edit.place, []).append(edit)
+        edits.setdefault(edit.origin.place, []).append(edit)
     if not edits:
         raise ValueError("Plan: edits is empty; name at least one layer")
     return edits
 
 
-def _warn_misplaced(place: tuple[str, int], chain: Sequence[Intervention]) -> None:
-    """An SAE reads one place; the output of a block is the input of the next."""
+def _warn_misplaced(place: Place, chain: Sequence[Intervention]) -> None:
+    """Something that was made for one place is put at another."""
     for edit in chain:
-        home = edit.place
-        same = {place, ("resid_pre", place[1] + 1) if place[0] == "resid_post" else place}
-        same |= {("resid_post", place[1] - 1)} if place[0] == "resid_pre" else set()
-        if home is not None and home not in same and place[1] >= 0:
-            warnings.warn(
-                f"Plan: {edit!r} reads {home[0]} {home[1]} and is put at {place[0]} {place[1]}; sf.Plan([...]) finds its place",
-                UserWarning,
-                stacklevel=4,
-            )
-
-
-def _place(key: Any) -> tuple[str, int]:
-    site, layer = key if isinstance(key, tuple) and len(key) == 2 else ("resid_post", key)
-    try:
-        number = whole_number("Plan", "layer", layer)
-    except TypeError:
-        raise TypeError(f"Plan: key {key!r}; expected a layer number or (site, layer)") from None
-    return one_of("Plan", "site", site, SITES), number
+        home = edit.origin.place
+        if home is None or edit.everywhere or min(place.layer, home.layer) < 0 or place.same_stream(home):
+            continue
+        warnings.warn(
+            f"Plan: {edit!r} belongs to {home} and is put at {place}; sf.Plan([...]) finds its place",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _chain(key: Any, value: Any) -> tuple[Intervention, ...]:
-    chain = (value,) if isinstance(value, Intervention) else tuple(value) if isinstance(value, Sequence) else None
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    chain = tuple(Add(one) if _is_vector(one) else one for one in (value if several else [value]))
     if not chain or not all(isinstance(edit, Intervention) for edit in chain):
-        raise TypeError(f"Plan: at {key!r} expected an intervention or a non-empty list of them; got {value!r}")
+        raise TypeError(
+            f"Plan: at {key!r} expected an intervention, a vector to add, or a non-empty list of them; got {value!r}"
+        )
     return chain
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray)) or (
+        isinstance(getattr(value, "vector", None), Tensor) and not isinstance(value, Intervention)
+    )
 
 
 def _rule(positions: str | tuple[int, ...] | Tensor, special: tuple[int, ...] | None) -> Selector | Tensor:
@@ -293,20 +317,35 @@ def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
     names = {}
     for name, value in edit.tensors().items():
         names[name] = next((key for key, other in tensors.items() if other is value), f"{len(tensors)}.{name}")
-        tensors[names[name]] = value.contiguous()  # an object that stands in two places is written once
-    return {"type": type(edit).__name__, "tensors": names, "numbers": edit.numbers()}
+        tensors[names[name]] = value  # an object that stands in two places is written once
+    known = {} if edit.origin == NOWHERE else {"origin": edit.origin.numbers()}
+    return {"type": type(edit).__name__, "tensors": names, "numbers": edit.numbers(), **known}
 
 
-def _rebuild(item: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
-    kind = intervention_type("Plan.load", item["type"])
-    return kind.restore({name: tensors[key] for name, key in item["tensors"].items()}, item["numbers"])
+def _tensor_names(text: dict[str, Any]) -> dict[str, None]:
+    """The tensors that a plan's JSON names; an unknown intervention is refused first."""
+    names: dict[str, None] = {}
+    for place in text["edits"]:
+        for item in place["interventions"]:
+            intervention_type("Plan.load", item["type"])
+            names |= dict.fromkeys(item["tensors"].values())
+    return names | ({text["positions"]["mask"]: None} if isinstance(text["positions"], dict) else {})
 
 
-def _check_text(path: Path, text: Any) -> None:
-    expected = {"schema", "kind", "positions", "model", "edits", "tensors_sha256"}
-    if not isinstance(text, dict) or text.get("kind") != "steerfast.plan":
-        raise ValueError(f'Plan.load: {path} is not a plan ("kind" is not "steerfast.plan")')
-    if text.get("schema") != SCHEMA:
-        raise ValueError(f"Plan.load: {path} has schema {text.get('schema')!r}; this version reads schema {SCHEMA}")
-    if set(text) - {"special"} != expected:
-        raise ValueError(f"Plan.load: {path} has keys {sorted(text)}; expected {sorted(expected)}")
+def _rebuild(places: Any, tensors: dict[str, Tensor], shelf: Shelf, source: str) -> Edits:
+    """The edits of a plan's JSON; an intervention that stands in several places is one object again."""
+    made: dict[str, Intervention] = {}
+    edits: dict[tuple[str, int], list[Intervention]] = {}
+    for place in places:
+        chain = edits.setdefault((place["site"], place["layer"]), [])
+        if chain:
+            raise ValueError("a place stands twice among the edits")
+        for item in place["interventions"]:
+            key = json.dumps(item, sort_keys=True)
+            if key not in made:
+                parts = {name: tensors[stored] for name, stored in item["tensors"].items()}
+                numbers = with_saes(item["numbers"], shelf, source)
+                edit = intervention_type("Plan.load", item["type"]).restore(parts, numbers)
+                made[key] = edit.known_from(Origin.restore(item["origin"])) if "origin" in item else edit
+            chain.append(made[key])
+    return edits

@@ -1,18 +1,16 @@
-"""Barriers of every kind with random numbers, and a flow that knows nothing of the small space: for every test of flows."""
+"""Barriers of every kind with random numbers, and flows in all dimensions, which know nothing of the small space."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
+import reference
 import torch
 from torch import Tensor
 
 import steerfast as sf
 from steerfast.barriers.barrier import Ridge
-from steerfast.ops import backends as _backends
-from steerfast.ops.solvers import Tableau
 
 KINDS = ("linear", "raw", "quadratic", "full", "rff", "mlp")
 
@@ -39,14 +37,24 @@ def barrier(kind: str, d: int, rank: int = 3, seed: int = 0) -> sf.Barrier:
     return sf.Barrier(orthonormal(rank, d, seed), eigenvalues, bias, 0.25, ridge=ridge, raw=kind == "raw")
 
 
-def by_reference(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """A call on the PyTorch backend, whatever the test has chosen."""
-    chosen = _backends._chosen or "auto"
-    sf.use_backend("torch")
-    try:
-        return function(*args, **kwargs)
-    finally:
-        sf.use_backend(chosen)
+def formula(h: sf.Barrier) -> reference.Barrier:
+    """A barrier as the reference takes it."""
+    ridge = h.ridge
+    terms = None if ridge is None else tuple(map(reference.number, (ridge.weights, ridge.phases, ridge.directions)))
+    cosine = ridge is None or ridge.activation == "cos"
+    return reference.Barrier(*map(reference.number, (h.eigenvalues, h.bias)), h.offset, h.raw, terms, cosine)
+
+
+def by_hand(x: Tensor, edit: sf.Flow, scale: float = 1.0) -> Tensor:
+    """Rows (n, d) after a flow, followed in all d dimensions."""
+    level = math.inf if edit.level is None else edit.level
+    walk = reference.WALKS[edit.method]._replace(level=level, tolerance=edit.tolerance)
+    q, h, out = reference.rows_of(edit.barrier.basis), formula(edit.barrier), []
+    for a in reference.rows_of(x):
+        length = scale * (edit.T or 0.0) + scale * (edit.angle or 0.0) * a.norm()
+        moved = reference.follow(a, q, h, length, edit.steps, walk)
+        out.append(moved * (a.norm() / moved.norm()) if edit.keep_norm else moved)
+    return torch.stack(out).view(x.shape)
 
 
 def unit_gradient(h: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
@@ -55,26 +63,6 @@ def unit_gradient(h: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
         leaf = a.detach().requires_grad_()
         gradient = torch.autograd.grad(h(leaf).sum(), leaf)[0]
     return gradient / gradient.norm(dim=-1, keepdim=True)
-
-
-def runge_kutta(h: sf.Barrier, a: Tensor, length: Tensor, steps: int, tableau: Tableau) -> Tensor:
-    """A Runge-Kutta scheme by its textbook formula, in all d dimensions."""
-    step = length / steps
-    for _ in range(steps):
-        slopes: list[Tensor] = []
-        for row in tableau.a:
-            slopes.append(unit_gradient(h, a + step * sum((w * k for w, k in zip(row, slopes, strict=True)), 0 * a)))
-        a = a + step * sum(w * k for w, k in zip(tableau.b, slopes, strict=True))
-    return a
-
-
-def great_circles(h: sf.Barrier, a: Tensor, length: Tensor, steps: int) -> Tensor:
-    """Steps along the great circle that the gradient points to, in all d dimensions."""
-    for _ in range(steps):
-        r = a.norm(dim=-1, keepdim=True)
-        t = length / steps / r
-        a = torch.cos(t) * a + r * torch.sin(t) * unit_gradient(h, a)
-    return a
 
 
 def slerp(a: Tensor, v: Tensor, angle: float) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
+from test_interventions import EXAMPLES
 
 import steerfast as sf
 from steerfast.bank import Runs, _Buffers
-from steerfast.ops import torch_backend as reference
+from steerfast.ops.slots import needs, slot_of
 
 D = 12
 
@@ -209,7 +211,7 @@ def test_a_captured_graph_follows_every_change_of_the_bank(columns):
         bank.commit()
         static.copy_(x)
         graph.replay()
-        expected = reference.subspace(x.double().cpu(), *(t.cpu() for t in tensors), rows.cpu(), scale.double().cpu())
+        expected = reference.subspace(x, *tensors, rows, scale)
         torch.testing.assert_close(static.double().cpu(), expected, atol=0.1, rtol=2e-2)
         idle = (rows < 0).all(1)
         assert torch.equal(static[idle], x[idle])
@@ -225,3 +227,28 @@ def test_a_captured_graph_follows_every_change_of_the_bank(columns):
     check()
     bank.release(first)
     check()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_slot_is_read_as_it_was_written(name):
+    """Alone and behind others: its header, its rows and its size say the same."""
+    slot = EXAMPLES[name][0].slot()
+    bank = sf.Bank(D, slots=3)
+    bank.register(EXAMPLES["LoReFT"][0])
+    number = bank.register(EXAMPLES[name][0])
+    for tables, index in ((slot.tables(), 0), (bank.tensors, number)):
+        back = slot_of(*tables, index)
+        assert (back.mode, back.steps, back.keep_norm) == (slot.mode, slot.steps, slot.keep_norm)
+        assert (back.size, back.modes, back.rank) == (slot.size, slot.modes, slot.rank)
+        assert (back.project is back.lift) == (slot.project is slot.lift)
+        for ours, theirs in ((back.directions, slot.directions), (back.numbers, slot.numbers)):
+            assert torch.equal(ours, theirs)
+    assert slot.size == (len(slot.tables()[0]), len(slot.tables()[1]))
+
+
+def test_slots_need_the_room_of_the_largest():
+    slots = [sf.Add(rows(1)[0]).slot(), EXAMPLES["LoReFT"][0].slot(), sf.Ablate(rows(3)).slot()]
+    assert [slot.size for slot in slots] == [(1, 2), (4, 3), (3, 4)]
+    assert needs(slots) == (8, 9)
+    assert needs(slots, 1) == (4, 4)
+    assert needs([]) == (0, 0)

@@ -80,7 +80,7 @@ def test_every_kind_finds_what_separates_the_sides(kind, sides, fitted):
     assert new > (0.55 if kind == "linear" else 0.6)
     assert h.rank == {"linear": 1, "sketch": D}.get(kind, h.rank) <= rank.MAX_RANK
     x = torch.cat(sides)
-    assert h.info.typical_norm == pytest.approx(x.norm(dim=1).mean().item(), rel=1e-5)
+    assert h.origin.typical_norm == pytest.approx(x.norm(dim=1).median().item(), rel=1e-5)
     if kind == "quadratic":
         assert new > torch.cat([fitted["linear"](pos) > 0, fitted["linear"](neg) <= 0]).double().mean().item() + 0.1
         assert h.info.log_likelihood > fitted["linear"].info.log_likelihood + 0.1
@@ -213,7 +213,7 @@ def test_the_sketch_is_the_published_map(sides, fitted):
     def published(a):
         return h.sketch.features(a / a.norm(dim=-1, keepdim=True)) @ h.sketch.weights.to(a)
 
-    T = 0.4 * h.info.typical_norm
+    T = 0.4 * h.origin.typical_norm
     span = torch.tensor([0.0, T])
     path = odeint(lambda _, y: unit_gradient(published, y), a, span, method="euler", options={"step_size": T / 10})[-1]
     got = sf.Flow.odesteer(h, T=T).alone(a.device)(a, 1.0)
@@ -260,7 +260,8 @@ def test_damaged_files_are_refused(fitted, tmp_path):
     fitted["linear"].save(tmp_path)
     text = json.loads((tmp_path / "barrier.json").read_text())
     for change, message in (
-        ({"kind": "steerfast.plan"}, "is not a barrier"),
+        ({"kind": "steerfast.plan"}, "holds a plan, not a barrier: read it with Plan.load"),
+        ({"kind": "other"}, "is not a barrier"),
         ({"schema": 99}, "has schema 99"),
         ({"tensors_sha256": "0"}, "is not the file"),
         ({"barrier": {}}, "does not describe a barrier"),
@@ -312,7 +313,7 @@ def test_groups_are_held_out_together():
     ]
     h = sf.fit_barrier(*acts, C=1e4)
     assert h.info.accuracy == pytest.approx(honest.accuracy, abs=0.1)
-    assert (h.info.layer, h.info.site, h.info.model) == (3, "resid_post", "Tiny")
+    assert (h.origin.place, h.origin.model) == (("resid_post", 3), "Tiny")
 
 
 def test_separable_sides_are_said_to_be():
@@ -374,9 +375,9 @@ def test_layers_and_models_must_be_one():
             {layer: torch.randn(3, D)}, model=model, site="resid_post", position="last", text_index=torch.arange(3)
         )
 
-    with pytest.raises(ValueError, match="pos comes from layer 3 and neg from 4"):
+    with pytest.raises(ValueError, match="the place is 'resid_post 3' of one and 'resid_post 4' of another"):
         sf.fit_barrier(acts(3), acts(4))
-    with pytest.raises(ValueError, match="from model 'Tiny' and neg from 'Other'"):
+    with pytest.raises(ValueError, match="the model is 'Tiny' of one and 'Other' of another"):
         sf.fit_barrier(acts(3), acts(3, "Other"))
     with pytest.raises(ValueError, match="holds 2 layers"):
         sf.fit_barrier({1: torch.ones(2, D), 2: torch.ones(2, D)}, torch.ones(2, D))
@@ -439,8 +440,8 @@ def test_on_activations_of_a_real_model(smollm, monkeypatch):
     assert ((one - two).norm(dim=1) / one.norm(dim=1)).mean() < 0.01
     assert cut.info.accuracy > 0.7
     assert cut.info.log_likelihood > -math.log(2)
-    assert (cut.info.layer, cut.info.site) == (14, "resid_post")
-    assert cut.info.model == type(model).__name__
+    assert cut.origin.place == ("resid_post", 14)
+    assert cut.origin.model == type(model).__name__
 
 
 @pytest.mark.model

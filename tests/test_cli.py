@@ -15,10 +15,11 @@ from families import VOCAB, build
 from transformers import AutoTokenizer
 
 import steerfast as sf
-from steerfast.cli import demo, shared
+from steerfast.cli import demo, demo_prompts, shared
 from steerfast.cli import main as cli
 from steerfast.cli.generate import GAP, _Columns
 from steerfast.models.layers import find_layers
+from steerfast.place import Origin
 from steerfast.tools import check as proofs
 
 SENTENCE = "the quick brown fox jumps over the lazy dog kind rude love hate you i because people are good bad"
@@ -104,6 +105,41 @@ def test_extract_saves_what_the_library_computes(saved, tmp_path: Path, capsys: 
     assert (logits[0] - plain).abs().max() > 1e-3
     for layer, v in directions.items():
         assert re.search(rf"^ *{layer} +{re.escape(f'{v.norm:.4g}')} ", shown, re.MULTILINE)
+
+
+def test_extract_leaves_the_directions_beside_the_plan(saved, tmp_path: Path) -> None:
+    options = ["--layers", "0,2", "--strength", "3", "--steer", "last"]
+    assert cli.main(extract(saved("llama"), tmp_path / "love", *options)) == 0
+    found, plan = sf.load_directions(tmp_path / "love"), sf.Plan.load(tmp_path / "love")
+    assert list(found) == ["resid_post.0", "resid_post.2"]
+    assert found.model == plan.model
+    for direction in found.values():
+        (edit,) = plan.edits[direction.origin.place]
+        assert torch.equal(edit.vector, direction.vector)
+        assert (edit.strength, direction.method, direction.origin.model) == (3.0, "mean_difference", "LlamaForCausalLM")
+        assert direction.origin.typical_norm > 0
+    assert cli.main(extract(saved("llama"), tmp_path / "love", "--layer", "1", "--site", "mlp_out")) == 0
+    (one,) = sf.load_directions(tmp_path / "love").values()
+    assert [one.origin.place] == list(sf.Plan.load(tmp_path / "love").edits) == [("mlp_out", 1)]
+
+
+def test_a_plan_of_a_top_k_sae_generates_with_its_sae(saved, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("STEERFAST_SAES", raising=False)
+    torch.manual_seed(0)
+    sae = sf.SAE(torch.randn(64, 48), torch.randn(64, 48), k=4, origin=Origin(place=("resid_post", 1)))
+    sae.save(tmp_path / "saes" / "mine")
+    sf.Plan([sf.EditFeatures(sae, dict.fromkeys(range(20), 30.0))]).save(tmp_path / "plan")
+    command = ["generate", saved("llama"), "love", "--plan", str(tmp_path / "plan"), "--tokens", "3"]
+    assert cli.main(command) == 2
+    assert sae.fingerprint in only_line(capsys)
+    assert cli.main([*command, "--saes", str(tmp_path / "saes")]) == 0
+    shown = capsys.readouterr().out
+    monkeypatch.setenv("STEERFAST_SAES", str(tmp_path / "saes"))
+    assert cli.main(command) == 0
+    texts = [re.sub(r"\(.*", "", text) for text in (shown, capsys.readouterr().out)]
+    assert texts[0] == texts[1]
+    proof = ["check", saved("llama"), "--plan", str(tmp_path / "plan"), "--saes", str(tmp_path / "saes" / "mine")]
+    assert cli.main(proof) == 0
 
 
 @pytest.mark.parametrize(
@@ -208,7 +244,7 @@ def test_fit_ode_saves_what_the_library_fits(flowing, tmp_path: Path, capsys: py
     torch.testing.assert_close(flow.barrier(x), expected(x))
     assert "4 positive and 4 negative texts, resid_post of layer 1" in shown
     assert f"accuracy {expected.info.accuracy:.1%}, log-likelihood {expected.info.log_likelihood:.3f}" in shown
-    typical = expected.info.typical_norm
+    typical = expected.origin.typical_norm
     assert cli.main([*argv, "--kind", "linear", "--norms", "2"]) == 0  # over what is there
     (again,) = sf.Plan.load(out).edits["resid_post", 1]
     assert again.T / typical == pytest.approx(2)
@@ -390,7 +426,7 @@ def test_check_fails_where_the_sites_add_up_on_three_tokens_alone(saved) -> None
 
 SIDES = ["--positive", "love", "--negative", "hate", "--out", "TMP/p"]
 BAD = [
-    (["generate", "MODEL", "hello", "--plan", "TMP/none"], "does not exist; a plan is a directory with plan.json"),
+    (["generate", "MODEL", "hello", "--plan", "TMP/none"], "does not exist; a plan is a folder with plan.json"),
     (["extract", "MODEL", *SIDES, "--positive", "@TMP/none.txt"], "none.txt does not exist"),
     (["extract", "MODEL", *SIDES, "--layers", "40"], "layer 40 is out of range"),
     (["extract", "MODEL", *SIDES, "--layers", "one"], "cannot read 'one'"),
@@ -441,6 +477,86 @@ def test_python_dash_m_is_the_command(tmp_path: Path) -> None:
     assert result.stdout == ""
 
 
+FUNCTION_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "this",
+        "that",
+        "it",
+        "its",
+        "i",
+        "me",
+        "my",
+        "you",
+        "your",
+        "he",
+        "him",
+        "his",
+        "she",
+        "her",
+        "we",
+        "us",
+        "our",
+        "they",
+        "them",
+        "their",
+        "what",
+        "who",
+        "every",
+        "all",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "am",
+        "do",
+        "does",
+        "did",
+        "to",
+        "of",
+        "in",
+        "at",
+        "on",
+        "by",
+        "for",
+        "with",
+        "from",
+        "and",
+        "or",
+        "but",
+        "so",
+        "not",
+        "no",
+        "the",
+    ]
+)
+
+
+def test_the_demo_tests_its_barrier_on_words_that_it_was_not_fitted_on() -> None:
+    """No content word in common, nor an inflection of one: the first five letters decide."""
+
+    def stems(texts: tuple[str, ...]) -> set[str]:
+        words = {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
+        return {word[:5] for word in words - FUNCTION_WORDS}
+
+    held_out = (*demo_prompts.KIND_HELD_OUT, *demo_prompts.UNKIND_HELD_OUT)
+    fitted = (*demo_prompts.KIND, *demo_prompts.UNKIND)
+    assert len(held_out) >= 40
+    assert len(demo_prompts.KIND_HELD_OUT) == len(demo_prompts.UNKIND_HELD_OUT)
+    assert len(set(held_out)) == len(held_out)
+    assert stems(held_out) & stems(fitted) == set()
+
+
+def test_the_demo_names_an_sae_that_is_not_there(tmp_path: Path, capsys) -> None:
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), "--sae", str(tmp_path / "none")]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.model
 @pytest.mark.slow
 def test_demo_steers_a_real_model(smollm, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -450,20 +566,26 @@ def test_demo_steers_a_real_model(smollm, tmp_path: Path, capsys, monkeypatch) -
     assert "\x1b" not in shown
     report = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     methods = report["methods"]
-    assert set(methods) == {"add", "ablate", "amplify", "calibrate", "flow"}
+    assert set(methods) == {"add", "ablate", "amplify", "calibrate", "flow", "sae"}
     hate = methods["add"]["texts"][0]
     assert hate["prompt"] == "I hate you because"
     assert "love" not in hate["unsteered"]
     assert "love" in hate["steered"]
-    for method in methods.values():
-        assert all(text["steered"] != text["unsteered"] for text in method["texts"])
+    for name in ("add", "ablate", "amplify", "calibrate", "flow"):
+        assert all(text["steered"] != text["unsteered"] for text in methods[name]["texts"])
     assert methods["ablate"]["numbers"]["projection_before"] > 1
     assert methods["ablate"]["numbers"]["projection_after"] < 1e-3
     assert methods["flow"]["numbers"]["h_after"] > methods["flow"]["numbers"]["h_before"]
+    assert methods["flow"]["numbers"]["held_out"] >= 40
+    assert methods["flow"]["numbers"]["accuracy"] >= 0.75
+    assert methods["sae"]["numbers"]["she_over_he_after"] > methods["sae"]["numbers"]["she_over_he_before"] + 0.3
+    doctor = methods["sae"]["texts"][0]
+    assert doctor["unsteered"].lstrip().startswith("he ")
+    assert doctor["steered"].lstrip().startswith("she ")
     assert report["backend"] in shown
     assert str(tmp_path / "results.json") in shown
     model, tokenizer = smollm
-    inputs = tokenizer(list(demo.PROMPTS), return_tensors="pt", padding=True, padding_side="left")
+    inputs = tokenizer(list(demo_prompts.PROMPTS), return_tensors="pt", padding=True, padding_side="left")
     with sf.steer(model, sf.Plan.load(tmp_path / methods["flow"]["plan"])):
         out = demo.greedy(model, inputs, 12, tokenizer.pad_token_id)
     again = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -483,12 +605,12 @@ def test_the_lines_of_the_readme_run(smollm, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_the_readme_is_short_and_its_links_hold() -> None:
     text = README.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 90
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (README.parent / target).exists(), target
 
 
-def test_the_readme_names_every_intervention() -> None:
-    text = README.read_text(encoding="utf-8")
+def test_the_table_of_methods_names_every_intervention() -> None:
+    text = (README.parent / "docs" / "methods.md").read_text(encoding="utf-8")
     public = [name for name in sf.Intervention.registry if name in sf.__all__]
-    assert [name for name in public if f"| `sf.{name}` |" not in text] == []
+    assert [name for name in public if f"| [`sf.{name}`](#{name.lower()}) |" not in text] == []

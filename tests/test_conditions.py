@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from families import VOCAB, build, token_ids
+from places import PLACES, backend
 
 import steerfast as sf
 from steerfast.models.layers import find_layers
@@ -96,6 +99,55 @@ def test_a_request_is_steered_from_its_last_prompt_token_if_it_meets_the_conditi
     assert torch.equal(out.sequences[~meets], plain[~meets])
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_exactly_at_its_threshold_a_condition_is_off_on_both_sides(place):
+    """By similarities that are exact in float32: 1/2, 0 of a zero row, and 1; and by one that is rounded, 3/5."""
+    with backend(place) as device:
+        w, one = torch.eye(4)[0], torch.tensor(1.0)
+        half, fifths = torch.ones(4), torch.tensor([3.0, 4.0, 0.0, 0.0])
+        for kind, x, theta in (
+            ("projection", half, 0.5),
+            ("projection", 0 * half, 0.0),
+            ("projection", w, 1.0),
+            ("projection", fifths, 0.6),
+            ("tanh", 2 * w, 1.0),
+        ):
+            x = x.to(device).expand(3, 4)
+            lower, upper = (float(torch.nextafter(torch.tensor(theta), to)) for to in (-one, 2 * one))
+            for above in (True, False):
+                assert not sf.Condition(w, theta, above, kind)(x).any(), (kind, theta, above)
+            if theta > 0:
+                assert sf.Condition(w, lower, True, kind)(x).all(), (kind, theta)
+            if theta < 1:
+                assert sf.Condition(w, upper, False, kind)(x).all(), (kind, theta)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("gate", [sf.When, sf.WhenToken])
+def test_exactly_at_its_threshold_nothing_is_steered(llama, place, gate):
+    """The threshold is the similarity that the last token of one request has, to the bit."""
+    with backend(place) as device:
+        ids, condition, v = setup(llama)
+        model, ids = deepcopy(llama).to(device), ids.to(device)
+        x = stream(model, ids, READ)
+        seen = sf.ops.similarity(x if gate.per_token else x[:, -1], condition.direction.to(device))
+        theta = (seen[1, -1] if gate.per_token else seen[1]).cpu()
+        assert 0 < theta < 1
+        with torch.no_grad():
+            plain = model(ids).logits[1, -1]
+            for threshold, above, acts in (
+                (theta, True, False),
+                (theta, False, False),
+                (torch.nextafter(theta, 0 * theta), True, True),
+                (torch.nextafter(theta, 1 + theta), False, True),
+            ):
+                when = gate(sf.Condition(condition.direction, float(threshold), above), sf.Add(v), layer=READ)
+                plan = sf.Plan({ACT: [when, sf.Add(1e-30 * v)]}, positions=[-1])
+                with sf.steer(model, plan, prompt_length=ids.shape[1]):
+                    moved = not torch.allclose(model(ids).logits[1, -1], plain, atol=1e-5)
+                assert moved == acts, (threshold, above)
+
+
 def test_left_padding_and_repeated_rows(llama):
     ids, condition, v = setup(llama)
     mask = torch.ones_like(ids)
@@ -174,7 +226,7 @@ def test_what_cannot_be_followed_is_refused(llama):
         sf.steer(llama, {ACT: sf.When(condition, sf.Add(v), layer=40)})
     with torch.no_grad(), sf.steer(llama, {ACT: sf.When(condition, sf.Add(v), layer=READ)}, prompt_length=3):
         cache = None
-        with pytest.warns(RuntimeWarning), sf.steer(llama, {READ: sf.Add(v)}, strength=0.0):
+        with sf.steer(llama, {READ: sf.Add(v)}, strength=0.0):
             pass
         out = llama(ids[:, :4], use_cache=True)
         cache = out.past_key_values
@@ -187,8 +239,6 @@ def test_what_cannot_be_followed_is_refused(llama):
 
 
 def test_a_prepared_model_refuses_conditions():
-    from copy import deepcopy
-
     model = deepcopy(build("llama"))
     sf.prepare(model)
     ids, condition, v = (

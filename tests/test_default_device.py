@@ -62,8 +62,12 @@ def gated() -> sf.Intervention:
     return sf.When(sf.Condition(V, 0.05), sf.Add(V), layer=0)
 
 
+def sae() -> sf.SAE:
+    return sf.SAE(ROWS, ROWS, k=2)
+
+
 def selected() -> sf.Intervention:
-    return sf.EditFeatures(sf.SAE(ROWS, ROWS, k=2), {2: 8.0}, keep_norm=True)
+    return sf.EditFeatures(sae(), {2: 8.0}, keep_norm=True)
 
 
 PLANS: dict[str, Callable[[], object]] = {
@@ -122,8 +126,9 @@ def test_a_saved_plan_and_a_bank_under_another_default(tmp_path: Path, default) 
     plan = sf.Plan({0: selected(), 1: flow(), 2: gated()}, CHOSEN)
     expected = steered(build("llama"), plan)
     with elsewhere(default):
-        plan.save(tmp_path)
-        found = steered(build("llama"), sf.Plan.load(tmp_path))
+        plan.save(tmp_path / "plan")
+        sae().save(tmp_path / "sae")
+        found = steered(build("llama"), sf.Plan.load(tmp_path / "plan", tmp_path / "sae"))
         bank = sf.Bank(D, 2)
         bank.replace(bank.register(sf.Add(V)), sf.Ablate(V))
         bank.set_strength(0, 0.5)
@@ -135,15 +140,11 @@ def test_a_saved_plan_and_a_bank_under_another_default(tmp_path: Path, default) 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_autocast_rounds_no_edit(name: str) -> None:
-    """A kernel knows nothing of autocast, so the reference must not either."""
+    """A kernel knows nothing of autocast, so the other backend must not either."""
     edit, x = EXAMPLES[name][0], drawn(5, 12)
 
     def run() -> torch.Tensor:
-        if (program := edit.program(x.device)) is not None:
-            return program(x, 1.0)
-        bank = sf.Bank(12, 1)
-        bank.register(edit)
-        return sf.ops.subspace(x, *bank.tensors)
+        return (edit.then if isinstance(edit, sf.When) else edit).apply(x)
 
     expected = run()
     with torch.autocast("cpu", torch.bfloat16):
@@ -163,7 +164,7 @@ def test_autocast_rounds_no_op() -> None:
                     sf.ops.similarity(ROWS, unit, "tanh"),
                     sf.ops.flow(ROWS, barrier.basis, ONE, ONE, T=0.5),
                     sf.ops.sae_decode(values, indices, ROWS),
-                    selected().program(torch.device("cpu"))(ROWS, 1.0),
+                    selected().apply(ROWS),
                     barrier(ROWS),
                 ]
             )

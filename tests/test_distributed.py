@@ -47,7 +47,7 @@ def answers(model: Any, strength: float = 3.0) -> dict[str, Any]:
         found[site] = logits, tokens, counts, acts
     found["after"] = model(input_ids=IDS, attention_mask=MASK).logits
     for name, action in (
-        ("bake", lambda: sf.bake(model, sf.everywhere(model, sf.Ablate(VECTOR)))),
+        ("bake", lambda: sf.bake(model, sf.tools.everywhere(model, sf.Ablate(VECTOR)))),
         ("collect", lambda: sf.collect(model, inputs=[inputs], layers=[LAYER], site="head_out", progress=False)),
     ):
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +16,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+import steerfast as sf
 from steerfast.directions import extract
 from steerfast.directions.direction import Direction
 from steerfast.directions.extract import difference, logistic, mean_difference, pca
 from steerfast.models.collect import _WINDOW, Activations, collect
-from steerfast.models.layers import SITES, find_layers
+from steerfast.models.layers import find_layers
+from steerfast.place import SITES, Origin, Place
+from steerfast.plan import card
 
 METHODS = (difference, mean_difference, pca, logistic)
 TEXTS = ["w3 w4 w5 w6 w7 w8 w9", "w10", "w11 w12 w13", "w14 w15 w16 w17 w18", "w19 w20", "w21 w22 w23 w24"]
@@ -371,10 +375,8 @@ def test_methods_against_float64(method: Any, shape: Any) -> None:
     assert direction.norm == pytest.approx(np.linalg.norm(expected), rel=tolerance)
     assert direction.vector.dtype == torch.float32
     assert direction.method == method.__name__
-    assert direction.activation_norm == pytest.approx(torch.cat([pos, neg]).norm(dim=1).median().item())
-    assert direction.layer is None
-    assert direction.site is None
-    assert direction.model is None
+    assert direction.origin.typical_norm == pytest.approx(torch.cat([pos, neg]).norm(dim=1).median().item())
+    assert replace(direction.origin, typical_norm=None) == Origin()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -403,7 +405,7 @@ def test_project_out_and_normalize(method: Any) -> None:
     assert unit.norm == pytest.approx(rest.norm)
     one = method(pos, neg, project_out=remove[0])
     assert abs(float(one.vector @ remove[0])) < 1e-5 * plain.norm * float(remove[0].norm())
-    assert torch.equal(method(pos, neg, project_out=Direction(remove[0], "given", 1.0, 1.0)).vector, one.vector)
+    assert torch.equal(method(pos, neg, project_out=Direction(remove[0], "given", 1.0)).vector, one.vector)
 
 
 def test_unequal_counts() -> None:
@@ -445,24 +447,21 @@ def activations(rows: Any, **kwargs: Any) -> Any:
 def test_activations_give_a_direction_per_layer_that_knows_its_origin() -> None:
     pos, neg, _ = sides()
     single = mean_difference(activations({14: pos}), activations({14: neg}))
-    assert (single.layer, single.site, single.position, single.model, single.method) == (
-        14,
-        "resid_post",
-        "last",
-        "M",
-        "mean_difference",
-    )
+    typical = torch.cat([pos, neg]).norm(dim=1).median().item()
+    assert single.method == "mean_difference"
+    assert single.origin.typical_norm == pytest.approx(typical)
+    assert replace(single.origin, typical_norm=None) == Origin("M", Place("resid_post", 14), "last")
     assert torch.equal(single.vector, mean_difference(pos, neg).vector)
     several = mean_difference(activations({14: pos, 3: 2 * pos}), activations({14: neg, 3: 2 * neg}))
     assert list(several) == [14, 3]
-    assert several[3].layer == 3
+    assert several[3].origin.place.layer == 3
     torch.testing.assert_close(several[3].vector, 2 * single.vector)
     np.testing.assert_array_equal(np.asarray(single), single.vector.numpy())
     assert np.asarray(single, dtype=np.float64).dtype == np.float64
     assert repr(single).startswith("Direction(mean_difference of M, layer 14, resid_post: d 19, norm ")
     plain = mean_difference({14: pos}, {14: neg})  # any dict of layer -> tensor
-    assert plain.layer == 14
-    assert plain.site is None
+    assert plain.origin.place == ("resid_post", 14)
+    assert plain.origin.model is None
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -522,7 +521,7 @@ def test_more_direction_errors(monkeypatch: Any) -> None:
     tokens = [activations({0: pos[:3] + i}, position="all", text_index=index) for i, index in enumerate(ragged)]
     with pytest.raises(ValueError, match=r"^difference: needs pairs, but the texts of pos and neg differ in length"):
         difference(*tokens)
-    assert mean_difference(*tokens).position == "all"
+    assert mean_difference(*tokens).origin.position == "all"
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
     with pytest.raises(
         ImportError, match="logistic: needs scikit-learn; pip install scikit-learn, or use mean_difference"
@@ -546,7 +545,7 @@ def test_love_minus_hate_on_a_real_model(smollm: Any) -> None:
     assert pos[layer].shape == (3, 576)
     for method in METHODS:
         direction = method(pos, neg)
-        assert (direction.layer, direction.model) == (layer, type(model).__name__)
+        assert (direction.origin.place.layer, direction.origin.model) == (layer, type(model).__name__)
         assert ((test_pos[layer] - test_neg[layer]) @ direction.vector > 0).all()
 
 
@@ -571,3 +570,37 @@ def test_the_docstrings_examples_run(smollm: Any) -> None:
             assert example.examples
             runner.run(example)
     assert runner.summarize().failed == 0
+
+
+def test_pairs_become_directions_in_one_call() -> None:
+    model, tokenizer = build("llama"), TOKENIZER
+    pairs = [("w3 w4 w5", "w6 w7"), ("w8 w9", "w10 w11 w12")]
+    found = sf.directions_from(model, tokenizer, pairs, [0, -1], "pca", position="mean", site="mlp_out", normalize=True)
+    sides = [
+        sf.collect(model, tokenizer, list(side), [0, -1], "mean", "mlp_out", progress=False)
+        for side in zip(*pairs, strict=True)
+    ]
+    expected = pca(*sides, normalize=True)
+    assert list(found) == ["mlp_out.0", "mlp_out.2"]
+    for one, two in zip(found.values(), expected.values(), strict=True):
+        assert torch.equal(one.vector, two.vector)
+        assert one.origin == two.origin
+    assert found.model == card(model)
+    assert len(sf.directions_from(model, tokenizer, pairs)) == 3  # every layer
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error", "message"),
+    [
+        ([], ValueError, "pairs is empty"),
+        ("love", TypeError, "expected a list of"),
+        (3, TypeError, "expected a list of"),
+        (["love", "hate"], TypeError, "'love' is no pair"),
+        ([("a", "b", "c")], TypeError, "is no pair"),
+    ],
+)
+def test_what_is_no_pair_is_refused(pairs: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"directions_from: .*{message}"):
+        sf.directions_from(None, None, pairs)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="method is 'magic'; expected one of"):
+        sf.directions_from(None, None, [("a", "b")], method="magic")  # type: ignore[arg-type]

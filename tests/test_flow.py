@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
-from flowing import KINDS, barrier, by_reference, orthonormal, slerp
+from flowing import KINDS, barrier, by_hand, orthonormal, slerp
 from places import DTYPES, PLACES, assert_exact, backend, runs
 
 import steerfast as sf
 from steerfast.ops.slots import FLOW, SOLVE
 from steerfast.ops.solvers import SOLVERS
+from steerfast.place import Origin, Place
 
 MODES = ("euler", "geodesic", "midpoint", "rk4", "ssp3", "adaptive")
 
@@ -35,11 +37,11 @@ def test_every_solver_and_barrier_is_as_exact_as_its_formula(place, kind):
             x = stream(2 if place == "interpreter" else 7, 40, dtype).to(device)
             for method in methods(kind, place):
                 for k in (3, rank) if kind in ("quadratic", "rff") and method in ("euler", "adaptive") else (3,):
-                    flow = sf.Flow(barrier(kind, 40, k), angle=0.4, steps=4, method=method, level=3.0, tolerance=1e-2)
+                    how = {"angle": 0.4, "steps": 4, "method": method, "level": 3.0, "tolerance": 1e-2}
+                    flow = sf.Flow(barrier(kind, 40, k), **how)
                     run = flow.alone(torch.device(device))
-                    true = by_reference(sf.flow, x.double().cpu(), flow.barrier, None, 0.4, 4, method, 3.0, 1e-2)
-                    naive = by_reference(flow.alone(torch.device("cpu")), x.cpu(), 1.0)
-                    assert_exact(run(x, 1.0), true, naive, f"{kind} {method} {dtype} rank {k}")
+                    naive = reference.naive(by_hand, x, flow)
+                    assert_exact(run(x, 1.0), by_hand(x, flow), naive, f"{kind} {method} {dtype} rank {k}")
 
 
 def test_a_default_device_elsewhere_does_not_move_a_flow_on_a_cpu():
@@ -69,12 +71,7 @@ def test_rows_of_a_bank_have_their_own_barrier_solver_length_and_level(place):
         scale = torch.tensor([1.0, 0.5, 1.0, 2.0, 0.75, 1.0], device=device)
         got = sf.ops.subspace(x, *bank.tensors, rows, scale, bank.modes, bank.max_rank)
         for i, flow in enumerate(flows):
-            path = {"T": None if flow.T is None else flow.T * scale[i].item()}
-            path["angle"] = None if flow.angle is None else flow.angle * scale[i].item()
-            how = {"steps": flow.steps, "method": flow.method, "level": flow.level}
-            alone = by_reference(sf.flow, x[i].double().cpu(), flow.barrier, **path, **how)
-            if flow.keep_norm:
-                alone = alone * x[i].double().cpu().norm() / alone.norm()
+            alone = by_hand(x[i], flow, scale[i].item())
             torch.testing.assert_close(got[i].double().cpu(), alone, atol=2e-5, rtol=2e-5)
         assert torch.equal(got[5], x[5])
 
@@ -91,11 +88,8 @@ def test_a_full_rank_flow_is_two_products_around_its_steps(place):
         rows = torch.tensor([[1, -1], [-1, -1], [0, 1], [1, 1], [-1, 2]], dtype=torch.int32, device=device)
         scale = torch.tensor([[1.0, 1], [1, 1], [1, 0.5], [1, 0.25], [1, 1]], device=device)
         got = sf.ops.subspace(x, *bank.tensors, rows, scale, bank.modes, bank.max_rank)
-        once, half = (
-            by_reference(sf.flow, x.double().cpu(), flow.barrier, angle=angle, steps=5, method="midpoint")
-            for angle in (0.4, 0.2)
-        )
-        twice = by_reference(sf.flow, once, flow.barrier, angle=0.1, steps=5, method="midpoint")
+        once, half = by_hand(x, flow), by_hand(x, flow, 0.5)
+        twice = by_hand(once, flow, 0.25)
         for i, expected in ((0, once[0]), (2, half[2]), (3, twice[3])):
             torch.testing.assert_close(got[i].double().cpu(), expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(got.view(torch.int32)[[1, 4]], x.view(torch.int32)[[1, 4]])
@@ -262,8 +256,7 @@ def test_as_many_directions_as_the_stream_is_wide_are_no_flow_of_full_rank(place
         got = sf.ops.subspace(x, *bank.tensors, rows, modes=bank.modes)
         sf.ops.subspace_(twin, *bank.tensors, rows, modes=bank.modes)
         for i, flow in enumerate(flows):
-            true = by_reference(sf.flow, x[i].double().cpu(), flow.barrier, angle=0.4, steps=4)
-            torch.testing.assert_close(got[i].double().cpu(), true, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got[i].double().cpu(), by_hand(x[i], flow), atol=1e-5, rtol=1e-5)
         assert torch.equal(twin, got)
 
 
@@ -278,7 +271,7 @@ def test_a_basis_that_rounds_still_moves_rows_to_the_right_place(place, rank):
         for dtype in (t for t in DTYPES[1:] if runs(place, t)):
             x = stream(7, 40, dtype).to(device)
             start = x.double().cpu()
-            true = by_reference(sf.flow, start, flow.barrier, angle=0.4, steps=5) - start
+            true = by_hand(x, flow) - start
             moved = flow.alone(torch.device(device))(x, 1.0).double().cpu() - start
             error = (moved - true).norm(dim=1) / true.norm(dim=1)
             assert error.max() < 2.5 * torch.finfo(dtype).eps, (dtype, error.max())
@@ -318,7 +311,7 @@ def test_a_captured_graph_replays_a_full_rank_flow(dtype, method):
         x = stream(9, 64, dtype, seed).cuda()
         static.copy_(x)
         graph.replay()
-        true = by_reference(sf.flow, x.double().cpu(), flow.barrier, angle=0.4, steps=5, method=method)
+        true = by_hand(x, flow)
         moved = (true - x.double().cpu()).norm(dim=1)
         assert ((out.double().cpu() - true).norm(dim=1) / moved).max() < 4 * torch.finfo(dtype).eps + 1e-5
 
@@ -415,7 +408,7 @@ def test_a_picture_shows_h_along_the_path(kind, tmp_path, monkeypatch):
     )
     h, x = barrier(kind, 12), stream(7, 12)
     flow = sf.Flow(h, T=2.0, steps=5, method="rk4")
-    path = sf.plot_flow(flow, x, tmp_path / "flow.png")
+    path = sf.tools.plot_flow(flow, x, tmp_path / "flow.png")
     assert path.read_bytes().startswith(b"\x89PNG\r\n")
     assert list(tmp_path.iterdir()) == [path]
     left, right = drawn[0].axes
@@ -430,7 +423,7 @@ def test_a_picture_shows_h_along_the_path(kind, tmp_path, monkeypatch):
     assert gains["euler"][1] == pytest.approx(one.mean().item())
     assert ("geodesic" in gains) == (kind != "raw")
     with pytest.raises(ValueError, match="the barrier has width 12 and x 8"):
-        sf.plot_flow(flow, x[:, :8], path)
+        sf.tools.plot_flow(flow, x[:, :8], path)
 
 
 def test_the_published_preset():
@@ -482,11 +475,12 @@ def test_barriers_that_do_not_fit_are_named(tiny):
     with pytest.raises(ValueError, match="has width 16"):
         sf.steer(tiny, {1: sf.Flow(barrier("linear", 16), T=1.0)})
     h = barrier("linear", 12)
-    origin = sf.BarrierInfo(layer=1, site="resid_post", model="OtherForCausalLM")
-    other = sf.Barrier(h.basis, h.eigenvalues, h.bias, info=origin)
-    assert sf.Flow(other, T=1.0).place == ("resid_post", 1)
-    with pytest.raises(ValueError, match="comes from activations of OtherForCausalLM; this model is LlamaForCausalLM"):
-        sf.steer(tiny, {1: sf.Flow(other, T=1.0)})
+    other = sf.Barrier(h.basis, h.eigenvalues, h.bias, origin=Origin("OtherForCausalLM", Place("resid_post", 1)))
+    assert sf.Flow(other, T=1.0).origin.place == ("resid_post", 1)
+    with pytest.warns(
+        UserWarning, match="comes from activations of OtherForCausalLM; this model is a LlamaForCausalLM"
+    ):
+        sf.steer(tiny, {1: sf.Flow(other, T=1.0)}).remove()
     x = torch.ones(2, 12)
     with pytest.raises(ValueError, match="method is 'magic'"):
         sf.ops.flow(x, x[:1], torch.ones(1), torch.ones(1), T=1.0, method="magic")

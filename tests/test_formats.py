@@ -25,8 +25,9 @@ import steerfast as sf
 from steerfast.directions.direction import Direction
 from steerfast.directions.sets import DirectionSet, save_directions
 from steerfast.integrations import gguf, lm_eval, repeng, steering_vectors
-from steerfast.integrations.read import load_vectors
-from steerfast.ops import torch_backend as reference
+from steerfast.integrations.read import load_directions
+from steerfast.place import Origin, Place
+from steerfast.plan import ModelCard
 
 DATA = Path(__file__).parent / "data"
 LAYERS, WIDTH = (1, 3, 12), 8
@@ -41,7 +42,10 @@ def some(site: str = "resid_post", width: int = 48, layers: tuple[int, ...] = (1
     generator = torch.Generator().manual_seed(len(site))
     rows = {layer: torch.randn(width, generator=generator) for layer in layers}
     return DirectionSet(
-        [Direction(v, "m", 1.0, 50.0, layer, site, "last", "LlamaForCausalLM") for layer, v in rows.items()]
+        [
+            Direction(v, "m", 1.0, Origin("LlamaForCausalLM", Place(site, layer), "last", 50.0))
+            for layer, v in rows.items()
+        ]
     )
 
 
@@ -49,7 +53,7 @@ def equal(got: DirectionSet, expected: DirectionSet) -> None:
     assert list(got) == list(expected)
     for name, direction in expected.items():
         assert torch.equal(got[name].vector, direction.vector)
-        assert (got[name].layer, got[name].site) == (direction.layer, direction.site)
+        assert got[name].origin.place == direction.origin.place
 
 
 # --- files that the libraries wrote ----------------------------------------------------------------------------------
@@ -68,38 +72,38 @@ def test_real_files(file: str, method: str, model: str | None, tmp_path: Path) -
     renamed = tmp_path / "no-extension"
     renamed.write_bytes((DATA / file).read_bytes())
     for path in (DATA / file, renamed):
-        found = load_vectors(path)
-        assert [direction.layer for direction in found.values()] == list(LAYERS)
+        found = load_directions(path)
+        assert [direction.origin.place.layer for direction in found.values()] == list(LAYERS)
         for layer, direction in zip(LAYERS, found.values(), strict=True):
             assert torch.equal(direction.vector, row(layer))
-            assert (direction.site, direction.method, direction.model) == ("resid_post", method, model)
-            assert direction.activation_norm is None
+            assert direction.method == method
+            assert direction.origin == Origin(model, Place("resid_post", layer))
 
 
 def test_real_files_of_other_kinds() -> None:
-    for layer, direction in zip(LAYERS, load_vectors(DATA / "gguf_float16.gguf").values(), strict=True):
+    for layer, direction in zip(LAYERS, load_directions(DATA / "gguf_float16.gguf").values(), strict=True):
         assert torch.equal(direction.vector, row(layer).half().float())
     with pytest.warns(UserWarning, match="'mlp' is read as mlp_out"):
-        found = load_vectors(DATA / "steering_vectors_mlp.pt")
+        found = load_directions(DATA / "steering_vectors_mlp.pt")
     assert list(found) == ["mlp_out.1", "mlp_out.3", "mlp_out.12"]
-    for layer, direction in zip(LAYERS, load_vectors(DATA / "lm_eval.pt").values(), strict=True):
+    for layer, direction in zip(LAYERS, load_directions(DATA / "lm_eval.pt").values(), strict=True):
         assert torch.equal(direction.vector, 2 * row(layer))
         assert direction.method == "2.0·(lm-eval)"
     with pytest.raises(
         ValueError, match=r"gguf_model.gguf is a GGUF of a 'llama' model with 1 tensors, not of a control"
     ):
-        load_vectors(DATA / "gguf_model.gguf")
+        load_directions(DATA / "gguf_model.gguf")
 
 
 def test_a_clamp_of_lm_eval_is_a_plan() -> None:
     path = DATA / "lm_eval_clamp.pt"
     with pytest.raises(ValueError, match=r"lm_eval\.read_plan"):
-        load_vectors(path)
+        load_directions(path)
     (edit,) = lm_eval.read_plan(path).edits["resid_post", 1]
     x, v, b = torch.randn(5, WIDTH), row(1), row(3)
     unit = v / v.norm()
     expected = x + unit * (2.0 - ((x - b) * unit).sum(1, keepdim=True))  # lm-eval's formula, the bias put back
-    torch.testing.assert_close(reference.edit(x, edit.slot()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(edit.apply(x), expected, rtol=1e-5, atol=1e-5)
     assert [type(e).__name__ for (e,) in lm_eval.read_plan(DATA / "lm_eval.pt").edits.values()] == ["Add"] * 3
 
 
@@ -108,7 +112,7 @@ def test_a_clamp_of_lm_eval_is_a_plan() -> None:
 
 def test_round_trips_are_exact(tmp_path: Path) -> None:
     given = some()
-    odd = {"a": Direction(torch.tensor([1e-45, -3.4e38, 0.1]), "given", 1.0, None, layer=7)}
+    odd = {"a": Direction(torch.tensor([1e-45, -3.4e38, 0.1]), "given", 1.0, Origin(place=7))}
     for write, read in (
         (gguf.write, gguf.read),
         (steering_vectors.write, steering_vectors.read),
@@ -117,26 +121,26 @@ def test_round_trips_are_exact(tmp_path: Path) -> None:
         for vectors in (given, DirectionSet(odd)):
             path = write(tmp_path / "file", vectors)
             assert [p.name for p in tmp_path.iterdir()] == ["file"]
-            for back in (read(path), load_vectors(path)):
+            for back in (read(path), load_directions(path)):
                 for x, y in zip(back.values(), vectors.values(), strict=True):
                     assert torch.equal(x.vector, y.vector)
-                    assert x.layer == y.layer
+                    assert x.origin.place == y.origin.place
     with pytest.warns(UserWarning, match="attn_out"):
-        equal(load_vectors(steering_vectors.write(tmp_path / "attn", some("attn_out"))), some("attn_out"))
-    equal(load_vectors(lm_eval.write(tmp_path / "gpt2", given, blocks="h")), given)
-    assert gguf.read(gguf.write(tmp_path / "hint", given))["resid_post.1"].model == "llama"
-    assert gguf.read(gguf.write(tmp_path / "hint", given, "qwen2"))["resid_post.1"].model == "qwen2"
+        equal(load_directions(steering_vectors.write(tmp_path / "attn", some("attn_out"))), some("attn_out"))
+    equal(load_directions(lm_eval.write(tmp_path / "gpt2", given, blocks="h")), given)
+    assert gguf.read(gguf.write(tmp_path / "hint", given))["resid_post.1"].origin.model == "llama"
+    assert gguf.read(gguf.write(tmp_path / "hint", given, "qwen2"))["resid_post.1"].origin.model == "qwen2"
 
 
 @pytest.mark.parametrize("write", [gguf.write, steering_vectors.write, lm_eval.write])
 def test_what_a_format_cannot_hold_is_refused(write: Any, tmp_path: Path) -> None:
     v = torch.ones(4)
-    twice = {name: Direction(v, "m", 1.0, None, 1) for name in ("a", "b")}
-    homeless = {"a": Direction(v, "m", 1.0, None)}
+    twice = {name: Direction(v, "m", 1.0, Origin(place=1)) for name in ("a", "b")}
+    homeless = {"a": Direction(v, "m", 1.0)}
     for vectors, message in (
-        (twice, "two directions are of layer 1"),
+        (twice, "two directions are (of layer 1|at layers.1)"),
         (homeless, "layer"),
-        ({"a": Direction(v, "m", 1.0, None, -1)}, "layer|would be at"),
+        ({"a": Direction(v, "m", 1.0, Origin(place=-1))}, "layer|would be at"),
         (some("resid_pre"), "resid_pre"),
         ({**some("mlp_out"), **some()}, "site"),
     ):
@@ -149,7 +153,7 @@ def test_llama_cpp_has_no_layer_0(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no control vector for layer 0"):
         gguf.write(tmp_path / "file", some(layers=(0, 1)))
     with pytest.raises(ValueError, match=r"widths \[3, 4\]"):
-        gguf.write(tmp_path / "file", [Direction(torch.ones(2 + i), "m", 1.0, None, i) for i in (1, 2)])
+        gguf.write(tmp_path / "file", [Direction(torch.ones(2 + i), "m", 1.0, Origin(place=i)) for i in (1, 2)])
 
 
 # --- hostile GGUF ----------------------------------------------------------------------------------------------------
@@ -255,7 +259,7 @@ def test_bad_gguf(case: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        load_vectors(path)
+        load_directions(path)
     assert str(path) in str(error.value)
 
 
@@ -272,9 +276,9 @@ def test_a_gguf_with_other_general_keys_and_types_is_read(tmp_path: Path) -> Non
     values = torch.tensor([1.0, -2.0, 0.5, 3.0])
     path = tmp_path / "good"
     path.write_bytes(header + bytes(-len(header) % 64) + values.bfloat16().view(torch.int16).numpy().tobytes())
-    (direction,) = load_vectors(path).values()
+    (direction,) = load_directions(path).values()
     assert torch.equal(direction.vector, values)
-    assert direction.layer == 2
+    assert direction.origin.place.layer == 2
 
 
 @pytest.mark.parametrize("file", ["repeng.gguf", "steering_vectors.pt", "lm_eval.pt"])
@@ -285,11 +289,11 @@ def test_truncated_and_flipped_files_never_pass_for_whole(file: str, tmp_path: P
     for size in range(0, len(whole) - 20, step):  # the last tensor of a GGUF ends before its padding
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=file):
-            load_vectors(path)
+            load_directions(path)
     for position in range(0, len(whole), step):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         with contextlib.suppress(ValueError):  # any other error is a failure; what passes is one flipped number
-            assert all(direction.vector.isfinite().all() for direction in load_vectors(path).values())
+            assert all(direction.vector.isfinite().all() for direction in load_directions(path).values())
 
 
 # --- hostile torch files and pickles ---------------------------------------------------------------------------------
@@ -312,14 +316,14 @@ def test_malice_is_not_executed(tmp_path: Path) -> None:
     torch.save(harmful, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "bare.pkl").write_bytes(pickle.dumps(Malice(marker)))
     (tmp_path / "text.pkl").write_bytes(pickle.dumps(Malice(marker), protocol=0))
-    readers = (load_vectors, steering_vectors.read, lm_eval.read, lm_eval.read_plan, gguf.read)
+    readers = (load_directions, steering_vectors.read, lm_eval.read, lm_eval.read_plan, gguf.read)
     for name in ("new.pt", "old.pt", "bare.pkl", "text.pkl"):
         for read in readers:
             with pytest.raises(ValueError, match=name):
                 read(tmp_path / name)
     with pytest.raises(ValueError, match="bare pickle, which can run any program"):
-        load_vectors(tmp_path / "bare.pkl")
-    code = f"from steerfast.integrations import load_vectors; load_vectors({str(tmp_path / 'new.pt')!r})"
+        load_directions(tmp_path / "bare.pkl")
+    code = f"from steerfast.integrations import load_directions; load_directions({str(tmp_path / 'new.pt')!r})"
     environment = os.environ | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "cannot be read safely" in run.stderr
@@ -375,7 +379,7 @@ def test_bad_torch_files(case: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.pt"
     torch.save(content, path)
     with pytest.raises(ValueError, match=message) as error:
-        load_vectors(path)
+        load_directions(path)
     assert str(path) in str(error.value)
 
 
@@ -384,7 +388,7 @@ def test_archives_that_lie(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", "hello")
     with pytest.raises(ValueError, match=r"bad.pt is a zip archive, but none that torch.save wrote"):
-        load_vectors(path)
+        load_directions(path)
     torch.save({"layer_activations": {1: torch.ones(4096)}}, path)
     with zipfile.ZipFile(path) as whole:
         entries = {entry.filename: whole.read(entry) for entry in whole.infolist()}
@@ -392,15 +396,15 @@ def test_archives_that_lie(tmp_path: Path) -> None:
         for name, content in entries.items():
             archive.writestr(name, content)
     with pytest.raises(ValueError, match=r"bad.pt is a compressed archive"):
-        load_vectors(path)
+        load_directions(path)
     with zipfile.ZipFile(path, "w") as archive:  # the tensor is shorter than the pickle says
         for name, content in entries.items():
             archive.writestr(name, content[:64] if "/data/" in name else content)
     with pytest.raises(ValueError, match=r"bad.pt"):
-        load_vectors(path)
+        load_directions(path)
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     with pytest.raises(ValueError, match="TorchScript"):
-        load_vectors(path)
+        load_directions(path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         lm_eval.read(tmp_path / "nowhere")
 
@@ -429,7 +433,7 @@ def test_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         + 'sparsify,add,sae,layers.3,4,10.0,,,"dogs, mostly",\n'
         + f"sae_lens,add,{tmp_path / 'lens'},layers.5.mlp,0,-2.5,,layer_5/canonical,,\n"
     )
-    found = load_vectors(path)
+    found = load_directions(path)
     assert list(found) == ["resid_post.3", "mlp_out.5"]
     assert torch.equal(found["resid_post.3"].vector, 10 * first[4])
     assert torch.equal(found["mlp_out.5"].vector, -2.5 * second[0])
@@ -439,7 +443,7 @@ def test_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unit = first[4] / first[4].norm()
     assert edit.numbers()["low"] == pytest.approx(10 + float(unit.sum()), rel=1e-6)
     with pytest.raises(ValueError, match="line 2: action is 'clamp'"):
-        load_vectors(path)
+        load_directions(path)
 
 
 @pytest.mark.parametrize(
@@ -478,7 +482,7 @@ def test_bad_csv(rows: str, error: Any, message: str, tmp_path: Path, monkeypatc
     path = tmp_path / "steer.csv"
     path.write_bytes((HEADER + rows).encode("latin-1"))
     with pytest.raises(error, match=message) as raised:
-        load_vectors(path)
+        load_directions(path)
     assert "steer.csv" in str(raised.value)
 
 
@@ -486,10 +490,10 @@ def test_csv_columns(tmp_path: Path) -> None:
     path = tmp_path / "steer.csv"
     path.write_text("sparse_model,hookpoint,feature_index\n")
     with pytest.raises(ValueError, match="lacks the column 'steering_coefficient'"):
-        load_vectors(path)
+        load_directions(path)
     path.write_text("sparse_model,hookpoint,feature_index,steering_coefficient,mode\n")
     with pytest.raises(ValueError, match="unknown column 'mode'"):
-        load_vectors(path)
+        load_directions(path)
 
 
 # --- what is no vector file ------------------------------------------------------------------------------------------
@@ -510,10 +514,12 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     for name, (content, message) in contents.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message) as error:
-            load_vectors(tmp_path / name)
+            load_directions(tmp_path / name)
         assert str(tmp_path / name) in str(error.value)
     for file, message in (
-        ("plan.json", "a plan: use Plan.load"),
+        ("plan.json", "is not a plan"),
+        ("barrier.json", "holds a barrier, not a set of directions: read it with Barrier.load"),
+        ("sae.json", "holds an SAE, not a set of directions: read it with SAE.load"),
         ("adapter_config.json", "PEFT"),
         ("x", "a folder without"),
     ):
@@ -521,10 +527,34 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / file).write_text("{}")
         with pytest.raises(ValueError, match=message):
-            load_vectors(folder)
+            load_directions(folder)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_vectors(tmp_path / "nowhere")
-    equal(load_vectors(save_directions(tmp_path / "ours", some())), some())
+        load_directions(tmp_path / "nowhere")
+    equal(load_directions(save_directions(tmp_path / "ours", some())), some())
+
+
+def test_a_plan_that_only_adds_is_read_as_its_directions(tmp_path: Path) -> None:
+    given = some()
+    plan = DirectionSet(given, ModelCard("LlamaForCausalLM:tiny", 48, 20)).plan(strength=2.0)
+    back = load_directions(plan.save(tmp_path / "plan"))
+    assert back.model == plan.model
+    for mine, other in zip(back.values(), given.values(), strict=True):
+        assert (mine.origin.place, mine.origin.model) == (other.origin.place, "LlamaForCausalLM")
+        assert torch.equal(mine.vector, 2 * other.vector)
+    for place, (edit,) in plan.edits.items():
+        assert torch.equal(back.plan().edits[place][0].vector, edit.strength * edit.vector)  # type: ignore[attr-defined]
+    for refused, message in (
+        (
+            sf.Plan({1: sf.Ablate(row(1))}),
+            r"Ablate\(.*\) at resid_post 1 is no vector that is added; only a plan can hold",
+        ),
+        (sf.Plan({1: sf.Add(row(1))}, "last"), "the plan has positions='last', which vectors cannot say"),
+        (sf.Plan({-1: sf.Add(row(1))}), "resid_post -1 counts from the end"),
+    ):
+        with pytest.raises(ValueError, match=f"^load_directions: {tmp_path / 'other'}: {message}"):
+            load_directions(refused.save(tmp_path / "other"))
+    save_directions(plan.save(tmp_path / "both"), {"mine": given["resid_post.1"]})
+    assert list(load_directions(tmp_path / "both")) == ["mine"]
 
 
 # --- the libraries themselves ----------------------------------------------------------------------------------------
@@ -551,7 +581,7 @@ def test_steering_vectors_means_the_same(family: str, tmp_path: Path) -> None:
             expected = model(ids).logits
         torch.testing.assert_close(logits(model, ids, given.plan()), expected, rtol=0, atol=1e-5)
         torch.save(theirs, tmp_path / "theirs.pt")
-        for back in (load_vectors(tmp_path / "theirs.pt"), steering_vectors.from_object(theirs)):
+        for back in (load_directions(tmp_path / "theirs.pt"), steering_vectors.from_object(theirs)):
             equal(back, given)
 
 
@@ -574,7 +604,7 @@ def test_repeng_means_the_same(tmp_path: Path) -> None:
         wrapped.unwrap()
     torch.testing.assert_close(logits(model, ids, given.plan(0.7)), expected, rtol=0, atol=1e-5)
     theirs.export_gguf(tmp_path / "theirs.gguf")
-    equal(load_vectors(tmp_path / "theirs.gguf"), given)
+    equal(load_directions(tmp_path / "theirs.gguf"), given)
     equal(repeng.from_object(theirs), given)
     assert repeng.to_object(given) == theirs
 
@@ -587,7 +617,7 @@ def test_repeng_objects_without_repeng() -> None:
             self.directions = directions
 
     given = some(layers=(0, 2))
-    equal(repeng.from_object(ControlVector({d.layer: d.vector.numpy() for d in given.values()})), given)
+    equal(repeng.from_object(ControlVector({d.origin.place.layer: d.vector.numpy() for d in given.values()})), given)
     for directions, message in (
         ({-1: np.ones(3)}, "-1 is not a layer"),
         ({1: np.ones(3), 2: np.ones(4)}, "widths"),
@@ -650,7 +680,7 @@ def zeros_in(kind: str, zero: tuple[int, ...], path: Path) -> tuple[Any, Any]:
         return repeng.from_object, type("ControlVector", (), {"directions": rows, "model_type": "llama"})
     if kind == "steering-vectors":
         torch.save({"layer_activations": rows, "layer_type": "decoder_block"}, path)
-        return load_vectors, path
+        return load_directions, path
     tensors = [tensor(f"direction.{layer}", WIDTH, i * 32) for i, layer in enumerate(LAYERS)]
     path.write_bytes(gguf_bytes(tensors, data=b"".join(values.numpy().tobytes() for values in rows.values())))
     return gguf.read, path
@@ -665,7 +695,7 @@ def test_a_layer_of_zeros_is_left_out_and_named(kind: str, tmp_path: Path) -> No
     ) as seen:
         found = read(given)
     assert [w.filename for w in seen] == [__file__]
-    assert [direction.layer for direction in found.values()] == [1, 12]
+    assert [direction.origin.place.layer for direction in found.values()] == [1, 12]
     assert all(torch.equal(found[f"resid_post.{layer}"].vector, row(layer)) for layer in (1, 12))
     read, given = zeros_in(kind, (1, 12), tmp_path / "two")
     with pytest.warns(UserWarning, match=r"the vectors of layers 1, 12 are all zero"):

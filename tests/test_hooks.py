@@ -13,6 +13,7 @@ from families import CORE, VOCAB, build, token_ids
 
 import steerfast as sf
 from steerfast.models.layers import find_layers
+from steerfast.plan import ModelCard
 
 NEW = 6
 EOS = VOCAB - 1
@@ -492,9 +493,9 @@ def test_an_empty_prompt_is_refused(llama):
 
 
 def test_a_plan_for_another_model_is_refused(llama):
-    made_for_gpt2 = sf.Plan({1: sf.Add(vector(48))}, model=sf.ModelCard("GPT2LMHeadModel:", 48, 12))
+    made_for_gpt2 = sf.Plan({1: sf.Add(vector(48))}, model=ModelCard("GPT2LMHeadModel:", 48, 12))
     with pytest.raises(ValueError, match="12 layers"):
         sf.steer(llama, made_for_gpt2)
-    renamed = sf.Plan({1: sf.Add(vector(48))}, model=sf.ModelCard("OtherForCausalLM:", 48, 3))
+    renamed = sf.Plan({1: sf.Add(vector(48))}, model=ModelCard("OtherForCausalLM:", 48, 3))
     with pytest.warns(UserWarning, match="was made for OtherForCausalLM"):
         sf.steer(llama, renamed).__exit__(KeyError, KeyError(), None)

@@ -18,8 +18,8 @@ from test_texts import words
 from transformers import LlamaConfig
 
 import steerfast as sf
+from steerfast.place import Origin
 from steerfast.sae.cache import pack
-from steerfast.sae.model import Origin
 
 TEXTS = ["w3 w4 w5 w6 w7", "w8 w9", "w10 w11 w12"]
 
@@ -269,9 +269,9 @@ def test_layers_of_any_kind_of_number(name: str) -> None:
     right = sf.collect(model, words(), TEXTS, layers, progress=False)
     assert all(torch.equal(acts[layer], right[layer]) for layer in layers)
     if isinstance(given, slice) or np.ndim(given) == 1:  # a set is no array to NumPy, and a grid has an order
-        grid = sf.Grid(layers=given, strengths=np.array([0.5], dtype=np.float32))
-        probe = sf.Probe(("w9 w10",), ("w11",), ("w12",), ("w15 w16",))
-        found = sf.sweep(model, words(), (["w3"], ["w4"]), probe, grid, batch_size=np.int64(4), progress=False)
+        grid = sf.tools.Grid(layers=given, strengths=np.array([0.5], dtype=np.float32))
+        question = sf.tools.Question(("w9 w10",), ("w11",), ("w12",), ("w15 w16",))
+        found = sf.sweep(model, words(), (["w3"], ["w4"]), question, grid, batch_size=np.int64(4), progress=False)
         assert sorted(cell.layer for cell in found) == layers
         assert {type(cell.layer) for cell in found} == {int}
 
@@ -311,16 +311,16 @@ def test_positions_and_sizes_of_collect() -> None:
 
 def test_caches_take_them_and_save_plain_numbers(tmp_path: Any) -> None:
     model, texts = build("llama"), TEXTS * 4
-    right = sf.cache_activations(model, words(), texts, ("resid_post", 2), tmp_path / "a", context=8)
+    right = sf.sae.cache_activations(model, words(), texts, ("resid_post", 2), tmp_path / "a", context=8)
     for number, layer in enumerate((np.int64(-1), torch.tensor(2), np.array(2))):
         folder = tmp_path / str(number)
-        found = sf.cache_activations(model, words(), texts, ("resid_post", layer), folder, context=np.int64(8))
+        found = sf.sae.cache_activations(model, words(), texts, ("resid_post", layer), folder, context=np.int64(8))
         assert found.info == right.info
-        assert sf.ActivationCache.open(folder).info == right.info
+        assert sf.sae.ActivationCache.open(folder).info == right.info
         assert torch.equal(found.read(0), right.read(0))
     for place in ("resid_post", 2, ("resid_post", 2.0), ("resid_post", True)):
         with pytest.raises(TypeError, match=r"^ActivationStream: "):
-            sf.ActivationStream(model, words(), texts, place, context=8)
+            sf.sae.ActivationStream(model, words(), texts, place, context=8)
     with pytest.raises(ValueError, match="pack: context is 4; expected a whole number >= 8"):
         pack(words(), texts, np.int64(4))
 
@@ -425,22 +425,22 @@ def test_dose_warns_once_of_a_plan_for_another_model() -> None:
         warnings.simplefilter("always")
         sf.dose(build("llama"), words(), plan, TEXTS)
     said = [(str(w.message), w.filename) for w in seen]
-    assert said == [("dose: the plan was made for GPT2LMHeadModel:, this model is a LlamaForCausalLM", __file__)]
+    assert said == [("steer: the plan was made for GPT2LMHeadModel:, this model is a LlamaForCausalLM", __file__)]
 
 
 def test_numbers_of_saes_and_barriers(tmp_path: Any) -> None:
     rows = torch.randn(20, 8)
-    sae = sf.SAE(rows, rows, k=np.int64(3), origin=Origin(("resid_post", np.int64(1))))
+    sae = sf.SAE(rows, rows, k=np.int64(3), origin=Origin(place=("resid_post", np.int64(1))))
     again = sf.SAE.load(sae.save(tmp_path))
     assert (again.k, again.place) == (3, ("resid_post", 1))
     for indices in (np.array([4, 1]), torch.tensor([4, 1]), [np.int64(4), 1]):
         assert torch.equal(sae.rows(indices).decoder, rows[[4, 1]])
     assert torch.equal(sae.rows(slice(0, 2)).decoder, rows[:2])
-    config = sf.TrainConfig(
+    config = sf.sae.TrainConfig(
         features=np.int64(16), k=np.int32(2), tokens=np.int64(64), batch=np.int64(32), lr=np.float32(1e-3)
     )
     assert json.loads(json.dumps(vars(config)))["features"] == 16
-    assert sf.train_sae(torch.randn(40, 8), config).k == 2
+    assert sf.sae.train_sae(torch.randn(40, 8), config).k == 2
     for wrong in (2.0, True, np.bool_(True), "2"):
         with pytest.raises(TypeError, match="k must be a whole number"):
             sf.SAE(rows, rows, k=wrong)

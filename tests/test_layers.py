@@ -16,8 +16,9 @@ from test_inputs import blip
 from torch import nn
 
 import steerfast as sf
-from steerfast.models.layers import SITES, find_layers
+from steerfast.models.layers import find_layers
 from steerfast.models.proof import prove, refuse_split
+from steerfast.place import SITES
 
 LAYER = 1
 

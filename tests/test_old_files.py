@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import steerfast as sf
+from steerfast.files.container import BARRIER, DIRECTIONS, PLAN, SAE
+from steerfast.place import Origin
 
 OLD = Path(__file__).parent / "data" / "v0.1"
 D, HEAD = 12, 8  # widths of the stream and of a head
@@ -34,11 +36,12 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "barriers": sf.Barrier.load,
     "saes": sf.SAE.load,
     "directions": sf.load_directions,
-    "vectors": sf.load_vectors,  # the files of other libraries, as `sf.integrations` writes them
-    "explanations": sf.Explanations.load,
-    "caches": sf.ActivationCache.open,
+    "vectors": sf.load_directions,  # the files of other libraries, as `sf.integrations` writes them
+    "explanations": sf.sae.Explanations.load,
+    "caches": sf.sae.ActivationCache.open,
 }
 NAMES = [f"{kind}/{path.name}" for kind in READERS for path in sorted((OLD / kind).glob("*"))]
+CONTAINERS = {"plans": PLAN, "barriers": BARRIER, "saes": SAE, "directions": DIRECTIONS}
 BIT_FOR_BIT = {"saes", "directions", "vectors", "explanations", "caches"}
 
 # What the sweep, the cache and the training run of data/v0.1 were asked; going on with them asks the same.
@@ -46,11 +49,14 @@ TEXTS = ["The cat sat on the mat.", "A dog ran over the hill.", "Rain fell all n
 PLACE = ("resid_post", 1)
 CONTEXT = 8
 SIDES = (["abc d", "bcd", "cc"], ["xyz", "zz y", "wxy"])
-PROBE = sf.Probe(("hello", "some more"), (" abc", " d"), (" xyz", " w", " zzz"), ("plain text", "the rest"))
-GRID = sf.Grid((0, -1), (-0.5, 0.0, 1.0), ("mean_difference", "flow"))
-CONFIG = sf.TrainConfig(
+PROBE = sf.tools.Question(("hello", "some more"), (" abc", " d"), (" xyz", " w", " zzz"), ("plain text", "the rest"))
+GRID = sf.tools.Grid((0, -1), (-0.5, 0.0, 1.0), ("mean_difference", "flow"))
+CONFIG = sf.sae.TrainConfig(
     features=16, k=2, tokens=96, batch=16, lr=0.01, k_start=4, k_anneal=0.5, dead_after=24, aux_k=2, seed=3
 )
+
+
+MEAN = "a mean, which is not read"
 
 
 class Letters:
@@ -92,30 +98,41 @@ def look(thing: Any) -> Any:
             "positions": thing.positions, "model": thing.model,
         }  # fmt: skip
     if isinstance(thing, sf.Intervention):
-        found = fields(thing) | {"is": type(thing).__name__, "place": thing.place, "effect": effect(thing)}
+        found = fields(thing) | {"is": type(thing).__name__, "place": thing.origin.place, "effect": effect(thing)}
         found.pop("sae", None)  # how features are kept is nobody's business: their effect is
+        if isinstance(thing, sf.Flow):
+            found |= {"barrier": look(thing.barrier)}
         if isinstance(thing, sf.When):
             found |= {"then": look(thing.then), "decisions": thing.condition(rows(thing.width))}
         return found
     if isinstance(thing, sf.Barrier):
         x = rows(thing.width)
+        origin = {name: value for name, value in shown(thing.origin).items() if name in ("layer", "site", "model")}
         found = fields(thing) | {"value": thing(x), "step": sf.flow(x, thing, T=0.5, steps=1)}
+        found |= {"info": fields(thing.info) | origin | {"typical_norm": MEAN}}
         return found | (
             {} if thing.sketch is None else {"sketched": thing.sketch.features(x) @ thing.sketch.weights.double()}
         )
     if isinstance(thing, sf.SAE):
         x, wide = rows(thing.d), thing.to(dtype=torch.float64)
         values, indices = wide.topk(x)
-        sparse = {"values": values, "indices": indices, "decoded": wide.decode(values, indices, x)}
+        sparse = {"values": values, "indices": indices, "decoded": wide.decode_topk(values, indices, x)}
+        source = {
+            "place": thing.place,
+            "model": thing.source.model or thing.origin.model or "",
+            "hook_name": thing.source.hook_name,
+        }
+        sparse |= {"origin": source | {"source": thing.source.library}}
         return (
             fields(thing) | sparse | {"encoded": wide.encode(x), "activation": thing.activation, "place": thing.place}
         )
     if isinstance(thing, sf.DirectionSet):
-        return {"directions": dict(thing), "model": thing.model}
-    if isinstance(thing, sf.ActivationCache):
+        directions = {n: fields(one) | shown(one.origin) for n, one in thing.items()}
+        return {"directions": directions, "model": thing.model}
+    if isinstance(thing, sf.sae.ActivationCache):
         shards = [(thing.read(shard), *thing.contexts(shard)) for shard in range(len(thing.counts))]
         return {"info": thing.info, "counts": thing.counts, "shards": shards, "length": len(thing)}
-    if isinstance(thing, sf.Sweep):
+    if isinstance(thing, sf.tools.Sweep):
         return {"cells": list(thing), "baseline": thing.baseline, "unit": thing.unit}
     return thing
 
@@ -124,14 +141,16 @@ def fields(thing: Any) -> dict[str, Any]:
     return {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
 
 
+def shown(origin: Origin) -> dict[str, Any]:
+    """An origin in the words of release 0.1."""
+    site, layer = origin.place or (None, None)
+    found = {"layer": layer, "site": site, "model": origin.model}
+    return found | {"position": origin.position, "activation_norm": origin.typical_norm}
+
+
 def effect(edit: sf.Intervention) -> Tensor:
-    """What an intervention makes of `rows`."""
-    x, run = rows(edit.width), edit.program(torch.device("cpu"))
-    if run is not None:
-        return run(x, 1.0)
-    bank = sf.Bank(edit.width, slots=1, dtype=torch.float64)
-    bank.register(edit)
-    return sf.ops.subspace(x, *bank.tensors)
+    """What an intervention makes of `rows`, whatever its condition."""
+    return (edit.then if isinstance(edit, sf.When) else edit).apply(rows(edit.width))
 
 
 def plain(seen: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -179,7 +198,8 @@ def assert_holds(got: Any, wanted: Any, path: str) -> None:
     elif isinstance(wanted, list) and isinstance(got, list) and len(got) == len(wanted):
         for i, value in enumerate(wanted):
             assert_holds(got[i], value, f"{path}/{i}")
-    else:
+    # A site without a layer is no place any more; a layer without a site meant resid_post.
+    elif got != MEAN and not (path.endswith("/site") and (got is None or wanted is None)):
         assert got == wanted, f"{path}: {got!r}, was {wanted!r}"
 
 
@@ -190,6 +210,31 @@ def assert_holds(got: Any, wanted: Any, path: str) -> None:
 def test_an_old_file_means_what_it_meant(name: str) -> None:
     kind = name.partition("/")[0]
     assert_same(READERS[kind](OLD / name), name, stored=0.0 if kind in BIT_FOR_BIT else NEAR)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.partition("/")[0] in CONTAINERS])
+def test_an_old_file_that_is_saved_again_keeps_every_bit(name: str, tmp_path: Path) -> None:
+    """Its tensors, an embedded encoder among them; what the newer JSON says is read as the old one was."""
+    old, kind = OLD / name, CONTAINERS[name.partition("/")[0]]
+    if not (old / kind.text_name).is_file():
+        pytest.skip("in the format of another library")
+    read = READERS[name.partition("/")[0]]
+    new = read(old).save(tmp_path)
+    assert json.loads((new / kind.text_name).read_bytes())["schema"] == kind.schema
+    if kind is PLAN:  # an object inside two others is written with each of them: by name the tensors may differ
+        assert bits(new) == bits(old)
+    else:
+        assert (new / kind.tensors_name).read_bytes() == (old / kind.tensors_name).read_bytes()
+    assert_same(read(new), name, stored=0.0 if kind in (SAE, DIRECTIONS) else NEAR)
+
+
+def bits(folder: Path) -> list[Any]:
+    """The tensors of a plan, dtype and bits, in the order of its edits."""
+    stored = load_file(folder / "plan.safetensors")
+    seen = {name: (t.dtype, t.shape, t.reshape(-1).view(torch.uint8).tolist()) for name, t in stored.items()}
+    text = json.loads((folder / "plan.json").read_bytes())
+    items = [item for place in text["edits"] for item in place["interventions"]]
+    return [{name: seen[key] for name, key in item["tensors"].items()} for item in items] + [seen.get("positions")]
 
 
 def test_every_file_has_its_numbers() -> None:
@@ -237,13 +282,13 @@ def test_an_old_sweep_is_not_measured_again(idle: nn.Module, tmp_path: Path) -> 
 def test_an_old_cache_is_not_collected_again(idle: nn.Module, tmp_path: Path) -> None:
     folder = copied("caches/letters", tmp_path)
     assert_same(
-        sf.cache_activations(idle, Letters(), TEXTS, PLACE, folder, context=CONTEXT), "caches/letters", stored=0.0
+        sf.sae.cache_activations(idle, Letters(), TEXTS, PLACE, folder, context=CONTEXT), "caches/letters", stored=0.0
     )
 
 
 def test_an_old_checkpoint_is_trained_to_the_end(tmp_path: Path) -> None:
-    cache, reports = sf.ActivationCache.open(OLD / "caches" / "letters"), []
+    cache, reports = sf.sae.ActivationCache.open(OLD / "caches" / "letters"), []
     folder = copied("training", tmp_path)
-    sae = sf.train_sae(cache, CONFIG, folder, checkpoint_every=2, progress=reports.append)
+    sae = sf.sae.train_sae(cache, CONFIG, folder, checkpoint_every=2, progress=reports.append)
     assert [report.step for report in reports] == [4, 6]  # the checkpoint is of step 2
     assert_same(sae, "training")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,23 +16,18 @@ from places import DTYPES, PLACES, assert_exact, backend, runs
 from torch import Tensor
 
 import steerfast as sf
-from steerfast.ops import torch_backend as reference
-from steerfast.ops.slots import ADD, FLOW, HINGE, PUSH, ROTATE
+from steerfast.ops import slots, torch_backend
 
 ANGLE, STEPS = 0.4, 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op, its in-place twin, and its formula in plain PyTorch of any dtype."""
+    """An op, its in-place twin, and its formula."""
 
     op: Callable[[Tensor, Tensor], Tensor]
     twin: Callable[[Tensor, Tensor], Tensor]
     formula: Callable[[Tensor, Tensor], Tensor]
-
-
-def relu_lift(x: Tensor, s: Tensor) -> Tensor:
-    return torch.relu(x @ s.T) @ s
 
 
 def flow_numbers(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,35 +37,25 @@ def flow_numbers(q: Tensor) -> tuple[Tensor, Tensor]:
     return ((k % 3) - 1).to(dtype) / 4, (0.5 + (k % 2)).to(dtype)
 
 
-def direct_flow(a: Tensor, q: Tensor) -> Tensor:
-    """The flow in all d dimensions: a += ε·∇h/‖∇h‖ with ∇h = (I - x̂x̂ᵀ)(2QΛQᵀx̂ + Qb̃)/‖a‖."""
-    eigenvalues, bias = (numbers.to(a.dtype) for numbers in flow_numbers(q))
-    step = ANGLE * a.norm(dim=-1, keepdim=True) / STEPS
-    for _ in range(STEPS):
-        unit = a / a.norm(dim=-1, keepdim=True)
-        u = (2 * eigenvalues * (unit @ q.T) + bias) @ q
-        tangent = u - (u * unit).sum(-1, keepdim=True) * unit
-        a = a + step * tangent / tangent.norm(dim=-1, keepdim=True)
-    return a
-
-
 CASES = {
-    "add": Case(lambda x, s: sf.ops.add(x, s[0]), lambda x, s: sf.ops.add_(x, s[0]), lambda x, s: x + s[0]),
-    "ablate": Case(sf.ops.ablate, sf.ops.ablate_, lambda x, s: x - (x @ s.T) @ s),
+    "add": Case(
+        lambda x, s: sf.ops.add(x, s[0]), lambda x, s: sf.ops.add_(x, s[0]), lambda x, s: reference.add(x, s[0])
+    ),
+    "ablate": Case(sf.ops.ablate, sf.ops.ablate_, reference.ablate),
     "amplify": Case(
         lambda x, s: sf.ops.amplify(x, s, 0.75),
         lambda x, s: sf.ops.amplify_(x, s, 0.75),
-        lambda x, s: x + 0.75 * relu_lift(x, s),
+        lambda x, s: reference.amplify(x, s, 0.75),
     ),
     "calibrate": Case(
         lambda x, s: sf.ops.calibrate(x, s, 1.5),
         lambda x, s: sf.ops.calibrate_(x, s, 1.5),
-        lambda x, s: x - relu_lift(x, s) + 1.5 * s.mean(0),
+        lambda x, s: reference.calibrate(x, s, 1.5),
     ),
     "flow": Case(
         lambda x, s: sf.ops.flow(x, s, *flow_numbers(s), angle=ANGLE, steps=STEPS),
         lambda x, s: sf.ops.flow_(x, s, *flow_numbers(s), angle=ANGLE, steps=STEPS),
-        direct_flow,
+        lambda x, s: reference.flow(x, s, *flow_numbers(s), angle=ANGLE, steps=STEPS),
     ),
 }
 
@@ -107,8 +94,8 @@ def test_every_op_is_as_exact_as_its_formula(place):
             before = x.clone()
             got = case.op(x, s)
             assert torch.equal(x, before), name  # out of place
-            true = case.formula(x.double(), s.double()).cpu()
-            assert_exact(got, true, case.formula(x, s), f"{name} {dtype} {shape} rank {rank}")
+            naive = reference.naive(case.formula, x, s, within=dtype)
+            assert_exact(got, case.formula(x, s), naive, f"{name} {dtype} {shape} rank {rank}")
             assert torch.equal(case.twin(before, s), got), (name, dtype, shape)
             assert before.data_ptr() != got.data_ptr()
 
@@ -182,11 +169,8 @@ def test_a_bank_of_all_methods_against_float64(place, columns):
             rows = torch.randint(-1, 9, shape, dtype=torch.int32, device=device)
             scale = torch.rand(shape, device=device) + 0.5
             got = sf.ops.subspace(x, *bank.tensors, rows, scale)
-            true = reference.subspace(
-                x.double(), bank.vectors.double(), bank.coefficients.double(), bank.slots, rows, scale.double()
-            ).cpu()
-            naive = reference.subspace(x, *bank.tensors, rows, scale)
-            assert_exact(got, true, naive)
+            args = x, *bank.tensors, rows, scale
+            assert_exact(got, reference.subspace(*args), reference.naive(reference.subspace, *args))
             idle = ((rows < 0) | (rows == 8)).reshape(n, -1).all(1)
             assert torch.equal(got[idle], x[idle])
             twin = x.clone()
@@ -248,7 +232,7 @@ def test_mixed_dtypes_of_stream_and_bank(place):
         bank = mixed_bank(40, device)
         rows = torch.arange(5, dtype=torch.int32, device=device)
         got = sf.ops.subspace(x, *bank.tensors, rows)
-        true = reference.subspace(x.double(), bank.vectors.double(), bank.coefficients.double(), bank.slots, rows).cpu()
+        true = reference.subspace(x, *bank.tensors, rows)
         assert got.dtype == torch.float16
         assert_exact(got, true, true.half())
 
@@ -335,22 +319,22 @@ def test_gradients(name):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_gradients_of_the_kernel_are_the_references(place):
+def test_both_backends_have_one_gradient(place):
     with backend(place) as device:
         bank = mixed_bank(40, device)
         rows = torch.tensor([0, 1, 2, 3, 4, 5, -1], dtype=torch.int32, device=device)
         grads = {}
-        for kind in ("op", "reference"):
+        for kind in ("op", "torch"):
             tensors = [
                 torch.linspace(-1, 1, 280, device=device).reshape(7, 40).requires_grad_(),
                 bank.vectors.clone().requires_grad_(),
             ]
             tensors += [bank.coefficients.clone().requires_grad_(), torch.ones(7, device=device, requires_grad=True)]
             x, vectors, coefficients, scale = tensors
-            function = sf.ops.subspace if kind == "op" else reference.subspace
+            function = sf.ops.subspace if kind == "op" else torch_backend.subspace
             (function(x, vectors, coefficients, bank.slots, rows, scale) ** 2).sum().backward()
             grads[kind] = [t.grad for t in tensors]
-        for got, expected in zip(grads["op"], grads["reference"], strict=True):
+        for got, expected in zip(grads["op"], grads["torch"], strict=True):
             torch.testing.assert_close(got, expected)
 
 
@@ -376,8 +360,36 @@ def test_in_place_twins_refuse_what_would_break_a_gradient(name):
         CASES[name].twin(x, torch.eye(6)[:2])
 
 
+MODES = ("ADD", "HINGE", "FLOW", "ROTATE", "PUSH", "SLERP", "REFLECT", "AFFINE", "SOLVE")
+
+
 def test_modes_are_one_bit_each():
-    assert [ADD, HINGE, FLOW, ROTATE, PUSH] == [1, 2, 4, 8, 16]  # the kernel has its own copy of these numbers
+    bits = [getattr(slots, name) for name in (*MODES, "KEEP_NORM")]
+    assert all(bit.bit_count() == 1 for bit in bits)
+    assert sum(bits) == slots.ALL_MODES == 2 ** len(bits) - 1
+    assert all(getattr(reference, name) == getattr(slots, name) for name in MODES)
+
+
+def test_the_kernels_have_the_same_modes():
+    """They know nothing of `steerfast`, so they have the numbers once more; and two masks made of them."""
+    act = pytest.importorskip("steerfast_kernels.act")
+    for name in (*MODES, "KEEP_NORM"):
+        assert getattr(act, name).value == getattr(slots, name), name
+    assert act.MODE.value == slots.ALL_MODES & ~slots.KEEP_NORM
+    assert act.COUPLED.value == act.MODE.value & ~(slots.ADD | slots.HINGE | slots.AFFINE)
+    own = {
+        name for name, value in vars(act).items() if name.isupper() and isinstance(getattr(value, "value", None), int)
+    }
+    assert own == {*MODES, "KEEP_NORM", "MODE", "COUPLED"}  # no mode of the kernels' own
+
+
+def test_every_op_has_its_formula():
+    """Under its own name, with its arguments in the same order."""
+    for name in {name.rstrip("_") for name in sf.ops.__all__}:
+        formula = getattr(reference, name)
+        if name != "subspace_split":
+            theirs, ours = (list(inspect.signature(f).parameters) for f in (formula, getattr(sf.ops, name)))
+            assert theirs == [argument for argument in ours if argument != "modes"][: len(theirs)], name
 
 
 BAD = [

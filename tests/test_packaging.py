@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import steerfast
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER_OF = {"steerfast": "steerfast", "steerfast_kernels": "kernels"}
 
@@ -91,7 +93,7 @@ def test_wheel_is_pure(wheel: Path) -> None:
 
 
 def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
-    expected = {"steerfast/py.typed", "steerfast/__init__.pyi"}
+    expected = {"steerfast/py.typed", *(f"steerfast/{room}__init__.pyi" for room in ("", "sae/", "tools/"))}
     for package, folder in FOLDER_OF.items():
         for file in (ROOT / folder).rglob("*.py"):
             expected.add(f"{package}/{file.relative_to(ROOT / folder).as_posix()}")
@@ -118,6 +120,7 @@ def test_entry_points_work_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
 def test_installed_version_is_the_one_of_setup_py() -> None:
     stated = [line.strip() for line in (ROOT / "setup.py").read_text().splitlines() if "version=" in line]
     assert stated == [f'version="{importlib.metadata.version("steerfast")}",']
+    assert steerfast.__version__ == importlib.metadata.version("steerfast")
     assert "[project]" not in (ROOT / "pyproject.toml").read_text()
 
 

@@ -11,6 +11,8 @@ import torch
 
 import steerfast as sf
 from steerfast.cli.plan import add_arguments, run
+from steerfast.place import Origin
+from steerfast.plan import ModelCard
 from steerfast.tools import convert as plan_tools
 from steerfast.tools.convert import FORMATS, convert, show
 
@@ -20,7 +22,7 @@ U = torch.tensor([0.0, 1.0, 2.0])
 
 @pytest.fixture
 def plan(tmp_path: Any) -> Any:
-    return sf.Plan({1: sf.Add(V, 2.0), 2: sf.Add(U, -0.5)}, model=sf.ModelCard("LlamaForCausalLM:", 3, 4)).save(
+    return sf.Plan({1: sf.Add(V, 2.0), 2: sf.Add(U, -0.5)}, model=ModelCard("LlamaForCausalLM:", 3, 4)).save(
         tmp_path / "plan"
     )
 
@@ -28,7 +30,7 @@ def plan(tmp_path: Any) -> Any:
 def test_show_names_model_positions_and_norms(tmp_path: Any) -> None:
     edits = {1: [sf.Add(V, 2.0, keep_norm=True), sf.Amplify(torch.stack([V, U]), 0.5)], ("attn_out", 3): sf.Ablate(V)}
     flow = sf.Flow(sf.Barrier(torch.eye(3)[:1], torch.zeros(1), torch.ones(1)), angle=0.3)
-    saved = sf.Plan({**edits, 0: flow}, positions=[0, -1], model=sf.ModelCard("LlamaForCausalLM:", 3, 4)).save(
+    saved = sf.Plan({**edits, 0: flow}, positions=[0, -1], model=ModelCard("LlamaForCausalLM:", 3, 4)).save(
         tmp_path / "p"
     )
     lines = show(saved).splitlines()
@@ -69,7 +71,7 @@ def test_every_format_and_back_keeps_the_vectors(plan: Any, tmp_path: Any, to: s
 def test_strength_multiplies(plan: Any, tmp_path: Any) -> None:
     scaled = sf.Plan.load(convert(plan, tmp_path / "p", "plan", strength=3.0))
     assert [edit.strength for (edit,) in scaled.edits.values()] == [6.0, -1.5]
-    vectors = sf.load_vectors(convert(plan, tmp_path / "d", "directions", strength=3.0))
+    vectors = sf.load_directions(convert(plan, tmp_path / "d", "directions", strength=3.0))
     assert sorted(float(d.norm) for d in vectors.values()) == pytest.approx([1.5 * 5**0.5, 30.0])
 
 
@@ -89,6 +91,86 @@ def test_what_a_vector_cannot_say_is_refused(made: Any, message: str, tmp_path: 
             convert(saved, tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
     assert repr(sf.Plan.load(convert(saved, tmp_path / "again", "plan"))) == repr(made())
+
+
+def test_converted_vectors_belong_with_those_that_were_extracted(plan: Any, tmp_path: Any) -> None:
+    converted = sf.load_directions(convert(plan, tmp_path / "d", "directions"))
+    assert converted.model == ModelCard("LlamaForCausalLM:", 3, 4)
+    v = converted["resid_post.1"]
+    assert (v.method, v.norm) == ("plan", 10.0)
+    assert v.origin == Origin("LlamaForCausalLM", ("resid_post", 1))
+    with pytest.raises(ValueError, match="does not know the norm of the activations"):
+        v.dose()
+    extracted = sf.Direction(U, "mean_difference", 2.0, Origin("LlamaForCausalLM", 1, "last", 50.0))
+    both = v - extracted
+    assert torch.equal(both.vector, 2 * V - U)
+    assert (both.origin.model, both.origin.typical_norm) == ("LlamaForCausalLM", 50.0)
+
+
+@pytest.mark.parametrize("to", FORMATS[1:])
+def test_additions_of_one_place_become_their_sum(tmp_path: Any, to: str) -> None:
+    made = sf.Plan({2: [sf.Add(V, 2.0), sf.Add(U, -0.5), sf.Add(V, 0.0)], 1: [sf.Add(U)]})
+    there = convert(made.save(tmp_path / "plan"), tmp_path / "there", to, strength=2.0)
+    vectors = {d.origin.place.layer: d.vector for d in sf.load_directions(there).values()}
+    assert vectors.keys() == {1, 2}
+    assert torch.equal(vectors[2], 4 * V - U)
+    assert torch.equal(vectors[1], 2 * U)
+    cancelled = sf.Plan({2: [sf.Add(V, 2.0), sf.Add(2 * V, -1.0)]}).save(tmp_path / "cancelled")
+    with pytest.raises(ValueError, match="cancels to zero"):
+        convert(cancelled, tmp_path / "nothing", to)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_set_of_directions_stays_what_it_is(tmp_path: Any) -> None:
+    one, two = (sf.Direction(t, "pca", 7.0, Origin("M", 1, "last", 50.0)) for t in (V, U))
+    bare = sf.Direction(V, "given", 5.0)
+    sf.save_directions(tmp_path / "set", {"one": one, "two": two, "bare": bare}, ModelCard("M:m", 3, 4))
+    same = sf.load_directions(convert(tmp_path / "set", tmp_path / "same", "directions"))
+    assert (list(same), same.model) == (["one", "two", "bare"], ModelCard("M:m", 3, 4))
+    origins = [(d.method, d.norm, d.origin.typical_norm) for d in same.values()]
+    assert origins == [("pca", 7.0, 50.0), ("pca", 7.0, 50.0), ("given", 5.0, None)]
+    tripled = sf.load_directions(convert(tmp_path / "set", tmp_path / "tripled", "directions", strength=3.0))
+    assert torch.equal(tripled["two"].vector, 3 * U)
+    assert tripled["two"].origin.typical_norm == 50.0
+    with pytest.raises(ValueError, match="convert: 'bare' does not know its layer"):
+        convert(tmp_path / "set", tmp_path / "no.gguf", "gguf")
+    sf.save_directions(tmp_path / "two", {"one": one, "two": two})
+    (summed,) = sf.load_directions(convert(tmp_path / "two", tmp_path / "sum.gguf", "gguf")).values()
+    assert torch.equal(summed.vector, V + U)
+
+
+def test_a_plan_of_a_top_k_sae_is_shown_where_the_sae_is_known(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("STEERFAST_SAES", raising=False)
+    sae = sf.SAE(torch.randn(9, 3), torch.eye(3).repeat(3, 1) * 2, k=2)
+    saved, folder = (
+        sf.Plan({1: sf.EditFeatures(sae, {4: 1.0, 2: 0.0})}).save(tmp_path / "plan"),
+        sae.save(tmp_path / "sae"),
+    )
+    with pytest.raises(FileNotFoundError, match="set STEERFAST_SAES"):
+        show(saved)
+    row = show(saved, sae).splitlines()[-1]
+    assert row.split()[:7] == ["resid_post", "1", "EditFeatures", "decoder", "2", "×", "3"]
+    assert f"SAE(F=9, d=3, k=2, place=None, torch.float32) {sae.fingerprint[:12]}…" in row
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = [
+        "convert",
+        str(saved),
+        str(tmp_path / "copy"),
+        "--to",
+        "plan",
+        "--saes",
+        str(tmp_path),
+        "--saes",
+        str(folder),
+    ]
+    assert run(parser.parse_args(arguments)) == 0
+    assert sae.fingerprint[:12] in capsys.readouterr().out
+    assert (tmp_path / "copy" / "plan.json").read_bytes() == (saved / "plan.json").read_bytes()
+    with pytest.raises(ValueError, match=r"EditFeatures\(.*\) at resid_post 1 is no vector that is added"):
+        convert(saved, tmp_path / "d", "directions", saes=sae)
 
 
 def test_bad_input(plan: Any, tmp_path: Any) -> None:

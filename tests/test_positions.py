@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import steerfast as sf
 from steerfast import _positions as language
-from steerfast.hooks.positions import Layer, Prompt, Table
+from steerfast.hooks.positions import Layer, Table
+from steerfast.hooks.prompts import Prompt
 from steerfast.plan import rule_of
 from steerfast.vllm.pieces import most_pieces, pieces
 

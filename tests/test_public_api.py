@@ -35,6 +35,13 @@ MEANT = "if that is meant, `python tests/test_public_api.py` writes tests/data/p
 PLACES: dict[str, tuple[str, ...] | None] = {
     "steerfast": None,
     "steerfast.ops": None,
+    "steerfast.sae": None,
+    "steerfast.tools": None,
+    "steerfast.place": ("Origin", "Place", "place_of"),
+    "steerfast.plan": ("ModelCard",),
+    "steerfast.barriers.barrier": ("BarrierInfo",),
+    "steerfast.models.collect": ("Activations",),
+    "steerfast.directions.sets": ("DirectionInfo",),
     "steerfast.directions.extract": ("difference", "logistic", "mean_difference", "pca"),
     "steerfast.integrations": None,
     "steerfast.integrations.gguf": ("read", "write"),
@@ -43,15 +50,12 @@ PLACES: dict[str, tuple[str, ...] | None] = {
     "steerfast.integrations.steering_vectors": ("from_object", "read", "to_object", "write"),
     "steerfast.models.demo": ("load", "path"),
     "steerfast.cli.main": ("main",),
-    "steerfast.sae.cache": ("ActivationCache", "ActivationStream", "CacheInfo", "cache_activations"),
+    "steerfast.sae.cache": ("CacheInfo",),
     "steerfast.sae.training.corpus": ("read_texts", "wikipedia"),
-    "steerfast.sae.training.distributed": ("SplitData", "SplitFeatures"),
-    "steerfast.sae.evaluate": ("Evaluation", "evaluate_sae"),
-    "steerfast.sae.explain": ("Explanations", "RANKINGS", "Usage", "explain", "observe", "vocabulary_of"),
+    "steerfast.sae.explanation": ("RANKINGS", "Usage", "vocabulary_of"),
     "steerfast.sae.formats": ("load", "save_saelens"),
-    "steerfast.sae.model": ("NORMALISATIONS", "Origin", "SAE"),
-    "steerfast.sae.training.config": ("TrainConfig", "TrainReport"),
-    "steerfast.sae.training.train": ("train_sae",),
+    "steerfast.sae.model": ("NORMALISATIONS", "SAE", "Source"),
+    "steerfast.sae.training.config": ("TrainReport",),
 }  # fmt: skip
 
 # What users hold without importing it: results and their parts, and what an argument may be. Found by name, wherever it lives.

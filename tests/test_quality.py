@@ -15,7 +15,6 @@ import torch
 from families import build
 
 import steerfast as sf
-from steerfast.ops import torch_backend
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import quality
@@ -185,7 +184,7 @@ def test_every_method_moves_the_unwanted_side_toward_the_wanted_one(key: str) ->
     made = sample()
     x = made.neg.mean(0, keepdim=True) + 0.1
     edit = METHODS[key].build(made)["resid_post", 1]
-    moved = torch_backend.edit(x, edit.slot(), 0.5)
+    moved = edit.apply(x, 0.5)
     assert float((moved - x)[0] @ made.mean_difference) > 0.05
 
 

@@ -358,10 +358,10 @@ def test_strengths_are_not_rounded_to_sixteen_bits(model, dtype):
     x = torch.ones(2, 3, 48, dtype=dtype)
     bank = sf.Bank(48, slots=1, dtype=dtype)
     bank.register(sf.Add(v()))
-    from steerfast.ops import torch_backend as reference
-
-    direct = reference.edit(x, bank.view(0), 257.0)
+    direct = sf.Add(v()).apply(x, 257.0)
+    per_row = sf.Add(v()).apply(x, torch.full((2, 3), 257.0))
     true = x.double() + 257 * bank.vectors[:1].double()
+    assert torch.equal(per_row, direct)
     assert torch.equal(direct, true.to(dtype))
 
 

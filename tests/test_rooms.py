@@ -13,11 +13,12 @@ import steerfast
 
 PACKAGE = Path(steerfast.__file__).parent
 ROOMS = (
-    "_checks", "_positions", "place", "files", "ops", "models", "barriers", "edits", "plan", "bank", "sae", "directions",
+    "_names", "_checks", "_positions", "place",
+    "files", "ops", "models", "barriers", "edits", "plan", "bank", "sae", "directions",
     "probes", "hooks", "vllm", "integrations", "tools", "cli", "__main__",
 )  # fmt: skip
 """From the ground up: a room imports itself and those before it."""
-DELEGATED = {("steerfast.sae.model", "steerfast.sae.formats"), ("steerfast.sae.explain", "steerfast.sae.page")}
+DELEGATED = {("steerfast.sae.model", "steerfast.sae.formats"), ("steerfast.sae.explanation", "steerfast.sae.page")}
 """A method that hands its work on (SAE.load, Explanations.to_html) imports when it is called; this closes a circle."""
 
 

@@ -12,7 +12,8 @@ import steerfast as sf
 from steerfast.cli import main as cli
 from steerfast.cli import shared
 from steerfast.cli.sae import PRESETS
-from steerfast.sae.model import SAE, Origin
+from steerfast.place import Origin
+from steerfast.sae.model import SAE
 from steerfast.sae.training import corpus
 
 pytestmark = pytest.mark.model
@@ -63,9 +64,9 @@ def test_train_writes_an_sae_in_bfloat16(trained: Path) -> None:
     sae = SAE.load(trained / "sae")
     assert (sae.features, sae.d, sae.k, sae.place) == (256, 576, 8, ("resid_post", 1))
     assert (sae.w_enc.dtype, sae.b_enc.dtype) == (torch.bfloat16, torch.float32)
-    cache = sf.ActivationCache.open(trained / "sae" / "activations")
+    cache = sf.sae.ActivationCache.open(trained / "sae" / "activations")
     x = cache.read(0).float()
-    error = (sae.reconstruct(x).float() - x).square().sum() / (x - x.mean(0)).square().sum()
+    error = (sae(x).float() - x).square().sum() / (x - x.mean(0)).square().sum()
     assert error < 0.3
 
 
@@ -121,7 +122,7 @@ def test_explain_and_steer(smollm, trained: Path, tmp_path: Path, capsys: pytest
     cache = ["--cache", str(trained / "sae" / "activations")]
     arguments = ["sae", "explain", str(trained / "sae"), "demo", "--vocabulary", str(words), "--count", "2"]
     assert cli.main([*arguments, *files, *cache]) == 0
-    found = sf.Explanations.load(tmp_path / "words.json")
+    found = sf.sae.Explanations.load(tmp_path / "words.json")
     assert found.table() in capsys.readouterr().out
     assert "<svg" in (tmp_path / "page.html").read_text(encoding="utf-8")
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from families import build
 
-from steerfast.sae import explain as module
+from steerfast.place import Origin
+from steerfast.sae import explanation as module
 from steerfast.sae.cache import cache_activations
-from steerfast.sae.explain import Explanations, explain, observe, vocabulary_of
-from steerfast.sae.model import SAE, Origin
+from steerfast.sae.explanation import Explanations, explain, observe, vocabulary_of
+from steerfast.sae.model import SAE
 
 TEXTS = [
     "The orchestra played a slow piece of music while the rain fell on the roof of the old theatre.",
@@ -49,7 +50,7 @@ def test_planted_words_are_found(smollm) -> None:
     rows = torch.nn.functional.normalize(rows, dim=1)
     noise = torch.nn.functional.normalize(torch.randn_like(rows), dim=1)
     planted = rows + 0.5 * noise
-    sae = SAE(planted, planted, k=8, origin=Origin(("resid_post", 7)))
+    sae = SAE(planted, planted, k=8, origin=Origin(place=("resid_post", 7)))
 
     found = explain(sae, model, tokenizer)
     in_ten = sum(word in found[i] for i, word in enumerate(chosen)) / len(chosen)
@@ -143,7 +144,7 @@ def test_how_features_are_used(smollm, tmp_path: Path) -> None:
         cache = cache_activations(model, tokenizer, TEXTS, ("resid_post", 1), tmp_path / "cache", context=32)
     assert len(cache.counts) > 1
     w = torch.randn(40, 576)
-    sae = SAE(w, w, k=4, origin=Origin(("resid_post", 1)))
+    sae = SAE(w, w, k=4, origin=Origin(place=("resid_post", 1)))
     usage = observe(sae, cache, tokenizer, contexts=3, bins=8)
 
     dense = torch.cat([sae.encode(cache.read(shard).float()) for shard in range(len(cache.counts))])

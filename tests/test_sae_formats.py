@@ -331,11 +331,11 @@ def test_a_file_computes_what_its_family_computes(name, tmp_path):
     features, rebuilt = made.forward(x)
     assert (features > 0).any(-1).all()
     torch.testing.assert_close(sae.encode(x), features, atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(sae.reconstruct(x), rebuilt, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(sae(x), rebuilt, atol=1e-10, rtol=1e-10)
     assert sae.place == made.place
-    assert sae.origin.hook_name == made.hook_name
-    assert sae.origin.model == made.model
-    assert name.startswith(sae.origin.source)
+    assert sae.source.hook_name == made.hook_name
+    assert sae.source.model == made.model
+    assert name.startswith(sae.source.library)
     again = sf.SAE.load(sae.save(tmp_path / "own"))
     assert torch.equal(again.encode(x), sae.encode(x))
     assert again.origin == sae.origin
@@ -348,7 +348,7 @@ def test_saelens_writer(name, tmp_path):
     back = sf.SAE.load(save_saelens(sae, tmp_path / "out"))
     x = draw(5, D)
     torch.testing.assert_close(back.encode(x), sae.encode(x), atol=0, rtol=0)
-    torch.testing.assert_close(back.reconstruct(x), sae.reconstruct(x), atol=0, rtol=0)
+    torch.testing.assert_close(back(x), sae(x), atol=0, rtol=0)
     assert back.k == sae.k
     assert back.normalisation == sae.normalisation
 
@@ -392,7 +392,7 @@ def test_the_threshold_of_llama_scope_is_in_the_unit_of_the_stream(tmp_path):
     sae = sf.SAE.load(made)
     x = torch.tensor([[2.04, 1.96, 9.0, 9.0]])  # h = x/4: 0.51 and 0.49 beside θ·s = 0.5
     torch.testing.assert_close(sae.encode(x), torch.tensor([[0.51, 0.0, 0.0]]))
-    torch.testing.assert_close(sae.reconstruct(x), torch.tensor([[2.04, 0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(sae(x), torch.tensor([[2.04, 0.0, 0.0, 0.0]]))
 
 
 SCALED = {"normalize_activations": "expected_average_only_in"}
@@ -456,7 +456,7 @@ def test_a_file_that_the_library_wrote_computes_what_the_library_computed(path):
     sae = sf.SAE.load(path)
     assert (expected["features"] > 0).any()
     torch.testing.assert_close(sae.encode(expected["x"]), expected["features"], atol=2e-5, rtol=2e-5)
-    torch.testing.assert_close(sae.reconstruct(expected["x"]), expected["reconstruction"], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(sae(expected["x"]), expected["reconstruction"], atol=2e-5, rtol=2e-5)
     assert sae.place is not None
     assert sae.place[0] == "resid_post"
 
@@ -473,7 +473,7 @@ def test_saelens_itself_reads_what_we_write(name, tmp_path):
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "out")
     x = draw(5, D)
     torch.testing.assert_close(theirs.encode(x).detach(), sae.encode(x), atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(theirs(x).detach(), sae.reconstruct(x), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(theirs(x).detach(), sae(x), atol=1e-10, rtol=1e-10)
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import steerfast as sf
-from steerfast.edits.features import Features, SelectedFeatures
+from steerfast.edits.features import Features
+from steerfast.edits.selected import SelectedFeatures
 from steerfast.files import replace as _files
-from steerfast.sae.model import Origin
+from steerfast.place import Origin
+from steerfast.sae.model import Source
 
 F64 = torch.float64
 NORMALISATIONS = ["none", "constant_norm_rescale", "layer_norm"]
@@ -23,7 +25,17 @@ def make(k: int | None = 7, normalisation: str = "none", dtype: torch.dtype = F6
     w_enc, w_dec = (torch.randn(features, 24, dtype=dtype) for _ in range(2))
     b_enc, b_dec = torch.randn(features, dtype=dtype), torch.randn(24, dtype=dtype)
     threshold = None if k is not None else torch.rand(features, dtype=dtype)
-    return sf.SAE(w_enc, w_dec, b_enc, b_dec, k, threshold, normalisation, Origin(("resid_pre", 3), "here", "m"))
+    return sf.SAE(
+        w_enc,
+        w_dec,
+        b_enc,
+        b_dec,
+        k,
+        threshold,
+        normalisation,
+        Origin("m", ("resid_pre", 3)),
+        Source("steerfast", "here", "m"),
+    )
 
 
 def naive(sae: sf.SAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,9 +73,9 @@ def test_both_roads_follow_the_definition(k, normalisation):
     assert values.shape[-1] == ((features > 0).sum(-1).max() if k is None else k)
     dense = torch.zeros_like(features).scatter_add_(-1, indices.long(), values)
     torch.testing.assert_close(dense, features, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(sae.decode(values, indices, x), rebuilt, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(sae.decode_dense(features, x), rebuilt, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(sae.reconstruct(x), rebuilt, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(sae.decode_topk(values, indices, x), rebuilt, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(sae.decode(features, x), rebuilt, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(sae(x), rebuilt, atol=1e-12, rtol=1e-12)
 
 
 def test_an_unused_place_does_not_erase_feature_zero():
@@ -87,9 +99,9 @@ def test_a_threshold_is_strict_and_more_active_features_than_expected_are_all_fo
 def test_a_normalised_row_is_not_decoded_without_itself():
     sae, x = make(7, "layer_norm"), torch.randn(2, 24, dtype=F64)
     with pytest.raises(
-        ValueError, match=r"SAE.decode: this SAE normalises each row \(layer_norm\); pass the rows as x="
+        ValueError, match=r"SAE.decode_topk: this SAE normalises each row \(layer_norm\); pass the rows as x="
     ):
-        sae.decode(*sae.topk(x))
+        sae.decode_topk(*sae.topk(x))
 
 
 def test_the_approximate_form_differs_only_in_its_selection():
@@ -113,7 +125,7 @@ def test_matrices_take_the_dtype_and_biases_stay_wide():
     wide = sae.to(dtype=torch.float32)
     torch.testing.assert_close(sae.encode(x.bfloat16()), wide.encode(x.bfloat16().float()), atol=1e-4, rtol=1e-4)
     assert sae.encode(x.bfloat16()).dtype == torch.float32
-    assert sae.reconstruct(x.bfloat16()).dtype == torch.bfloat16
+    assert sae(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
@@ -161,21 +173,24 @@ def change(path, **settings):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: change(path, schema=9), "schema 9; this version reads schema 1"),
-        (lambda path: change(path, kind="other"), '"kind" in sae.json is not "steerfast.sae"'),
-        (lambda path: change(path, extra=1), "are not those of schema 1"),
+        (
+            lambda path: change(path, schema=9),
+            "schema 9, newer than this version of steerfast, which reads 1 to 2: upgrade it",
+        ),
+        (lambda path: change(path, kind="other"), 'is not an SAE \\("kind" is not "steerfast.sae"\\)'),
+        (lambda path: change(path, extra=1), "has keys"),
         (lambda path: change(path, k=91), "k is 91; expected 1 to F = 90"),
-        (lambda path: change(path, features=89), "holds 90×24 weights; sae.json says 89×24"),
+        (lambda path: change(path, features=89), r"'w_enc' has shape \(90, 24\); sae.json says \(89, 24\)"),
         (lambda path: change(path, origin={"place": ["nowhere", 1]}), "site is 'nowhere'"),
         (lambda path: (path / "sae.json").write_text("{"), "is not JSON"),
-        (lambda path: save_file({"w_enc": torch.ones(90, 24)}, path / "sae.safetensors"), "are not those of schema 1"),
+        (lambda path: save_file({"w_enc": torch.ones(90, 24)}, path / "sae.safetensors"), "copy both again"),
         (
             lambda path: save_file(make().tensors(), path / "sae.safetensors"),
-            "not the file that sae.json was written with",
+            "not the file that sae.json beside it was written with",
         ),
         (
             lambda path: (path / "sae.safetensors").write_bytes((path / "sae.safetensors").read_bytes()[:-9]),
-            "truncated or damaged",
+            "copy both again",
         ),
     ],
 )
@@ -207,14 +222,14 @@ W, B = torch.randn(6, 4), torch.randn(6)
         (lambda: sf.SAE(W, W * torch.nan), ValueError, "w_dec holds NaN or Inf"),
         (lambda: sf.SAE(W, W, normalisation="batch"), ValueError, "normalisation is 'batch'; expected one of 'none'"),
         (lambda: sf.SAE(W.int(), W), TypeError, "w_enc has dtype torch.int32"),
-        (lambda: sf.SAE(W, W, origin=Origin(("middle", 3))), ValueError, "site is 'middle'; expected one of"),
-        (lambda: sf.SAE(W, W, origin=Origin(("resid_pre", -1))), ValueError, "layer is -1"),
+        (lambda: sf.SAE(W, W, origin=Origin(place=("middle", 3))), ValueError, "site is 'middle'; expected one of"),
+        (lambda: sf.SAE(W, W, origin=Origin(place=("resid_pre", -1))), ValueError, "layer is -1"),
         (
             lambda: sf.SAE(W, W).encode(torch.ones(3)),
             ValueError,
             r"SAE.encode: x has shape \(3,\); expected \(..., d\)",
         ),
-        (lambda: sf.SAE(W, W).decode_dense(torch.ones(3)), ValueError, r"features has shape \(3,\).*with F = 6"),
+        (lambda: sf.SAE(W, W).decode(torch.ones(3)), ValueError, r"features has shape \(3,\).*with F = 6"),
         (lambda: sf.SAE(W, W).rows([6]), ValueError, "feature 6 is out of range; there are 6, from 0"),
         (lambda: sf.SAE(W, W, k=2).approximate(-1.0), ValueError, "threshold is negative"),
         (lambda: sf.SAE.load("/nowhere/at/all"), FileNotFoundError, "does not exist"),

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steerfast as sf
+from steerfast.place import Origin
 from steerfast.sae.formats import save_saelens
-from steerfast.sae.model import Origin
 
 MODES = ("set", "add", "scale", "min", "max")
 CHANGES = {3: 2.5, 50: 0.25, 7: 1.0}
@@ -19,7 +19,7 @@ CHANGES = {3: 2.5, 50: 0.25, 7: 1.0}
 def make(k: int | None = 5, normalisation: str = "none", place=("resid_pre", 1), width: int = 48) -> sf.SAE:
     w_enc, w_dec, b_enc = torch.randn(200, width) / 7, torch.randn(200, width), torch.randn(200) / 3
     threshold = None if k is not None else 0.3 * torch.rand(200)
-    return sf.SAE(w_enc, w_dec, b_enc, torch.randn(width), k, threshold, normalisation, Origin(place))
+    return sf.SAE(w_enc, w_dec, b_enc, torch.randn(width), k, threshold, normalisation, Origin(place=place))
 
 
 def by_decoding(sae: sf.SAE, x: Tensor, changes: dict[int, float], mode: str) -> Tensor:
@@ -32,17 +32,8 @@ def by_decoding(sae: sf.SAE, x: Tensor, changes: dict[int, float], mode: str) ->
             "set": torch.full_like(f, value), "add": f + value, "scale": f * value, "min": f.clamp(max=value),
             "max": f.clamp(min=value),
         }[mode]  # fmt: skip
-    error = x - sae.decode_dense(before, x)
-    return sae.decode_dense(after, x) + error
-
-
-def edited(edit: sf.EditFeatures, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    program = edit.program(x.device)
-    if program is not None:
-        return program(x, scale)
-    bank = sf.Bank(edit.width, 1)
-    bank.register(edit)
-    return sf.ops.subspace(x, *bank.tensors)
+    error = x - sae.decode(before, x)
+    return sae.decode(after, x) + error
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -53,7 +44,7 @@ def test_an_edit_is_the_dense_one(k, normalisation, mode):
     x = torch.randn(4, 10, 48, dtype=torch.float64)
     changes = {**CHANGES, int(sae.topk(x)[1][0, 0, 0]): 0.5}  # one that is surely selected somewhere
     edit = sf.EditFeatures(sae, changes, mode)
-    got = edited(edit, x)
+    got = edit.apply(x)
     wide = k is not None and normalisation == "none"  # a bank keeps its tensors in float32, and an op its scales
     tolerance = 1e-10 if wide else 1e-5
     torch.testing.assert_close(got, by_decoding(sae, x, changes, mode), atol=tolerance, rtol=tolerance)
@@ -67,7 +58,7 @@ def test_the_exact_edit_runs_on_every_backend(place):
             sae = make(5, normalisation).to(device)
             x = torch.randn(6, 48, device=device)
             scale = torch.tensor([1.0, 0.0, 1, 1, 0, 1], device=device)
-            got = edited(sf.EditFeatures(sae, CHANGES), x, scale)
+            got = sf.EditFeatures(sae, CHANGES).apply(x, scale)
             wanted = by_decoding(sae, x, CHANGES, "set")
             torch.testing.assert_close(got[scale > 0], wanted[scale > 0], atol=2e-5, rtol=2e-5)
             assert torch.equal(got[scale == 0], x[scale == 0])
@@ -77,17 +68,17 @@ def test_a_top_k_edit_sees_the_selection_and_the_approximation_does_not():
     """A feature that is positive and not among the k counts as off in the exact form only."""
     sae = sf.SAE(torch.eye(4), torch.eye(4), k=1)
     x = torch.tensor([[3.0, 2.0, 0.0, 0.0]])
-    assert edited(sf.EditFeatures(sae, {1: 1.0}, "add"), x).tolist() == [[3, 3, 0, 0]]
-    assert edited(sf.EditFeatures(sae, {1: 1.0}), x).tolist() == [[3, 3, 0, 0]]  # from 0, not from 2
-    assert edited(sf.EditFeatures(sae.approximate(), {1: 1.0}), x).tolist() == [[3, 1, 0, 0]]
-    assert edited(sf.EditFeatures(sae.approximate(2.5), {1: 1.0}), x).tolist() == [[3, 3, 0, 0]]
+    assert sf.EditFeatures(sae, {1: 1.0}, "add").apply(x).tolist() == [[3, 3, 0, 0]]
+    assert sf.EditFeatures(sae, {1: 1.0}).apply(x).tolist() == [[3, 3, 0, 0]]  # from 0, not from 2
+    assert sf.EditFeatures(sae.approximate(), {1: 1.0}).apply(x).tolist() == [[3, 1, 0, 0]]
+    assert sf.EditFeatures(sae.approximate(2.5), {1: 1.0}).apply(x).tolist() == [[3, 3, 0, 0]]
 
 
 def test_the_norm_can_be_kept():
     sae, x = make(), torch.randn(6, 48)
     scale = torch.tensor([1.0, 0.0, 1, 1, 0, 1])
-    free = edited(sf.EditFeatures(sae, CHANGES), x, scale)
-    kept = edited(sf.EditFeatures(sae, CHANGES, keep_norm=True), x, scale)
+    free = sf.EditFeatures(sae, CHANGES).apply(x, scale)
+    kept = sf.EditFeatures(sae, CHANGES, keep_norm=True).apply(x, scale)
     torch.testing.assert_close(kept, free * (x.norm(dim=1) / free.norm(dim=1))[:, None])
     assert torch.equal(kept[scale == 0], x[scale == 0])
 
@@ -150,7 +141,7 @@ def test_an_sae_of_a_blocks_input_edits_that_input(llama, k):
 
 def test_a_plan_that_puts_an_sae_elsewhere_warns():
     edit = sf.EditFeatures(make(place=("resid_pre", 2)), CHANGES)
-    with pytest.warns(UserWarning, match=r"reads resid_pre 2 and is put at resid_post 2"):
+    with pytest.warns(UserWarning, match=r"belongs to resid_pre 2 and is put at resid_post 2"):
         sf.Plan({2: edit})
     import warnings
 
@@ -235,8 +226,9 @@ def test_a_prepared_model_refuses_a_program_and_takes_the_approximation(llama):
 
 @pytest.mark.parametrize(("k", "normalisation"), [(5, "none"), (5, "layer_norm"), (None, "layer_norm"), (None, "none")])
 def test_a_plan_with_an_sae_survives_its_file(tmp_path, llama, k, normalisation):
-    plan = sf.Plan([sf.EditFeatures(make(k, normalisation), CHANGES, "add", keep_norm=True)])
-    back = sf.Plan.load(plan.save(tmp_path))
+    sae = make(k, normalisation)
+    plan = sf.Plan([sf.EditFeatures(sae, CHANGES, "add", keep_norm=True)])
+    back = sf.Plan.load(plan.save(tmp_path), sae)
     assert repr(back) == repr(plan)
     logits = []
     for one in (plan, back):
@@ -285,9 +277,7 @@ def file(smollm, tmp_path_factory):
         with torch.no_grad():
             w_dec /= w_dec.norm(dim=1, keepdim=True)
     bias = (b_enc - w_enc @ mean).detach()
-    sae = sf.SAE(
-        w_enc.detach(), w_dec.detach(), bias, mean, k=K, origin=Origin(("resid_post", LAYER), model="SmolLM2-135M")
-    )
+    sae = sf.SAE(w_enc.detach(), w_dec.detach(), bias, mean, k=K, origin=Origin("SmolLM2-135M", ("resid_post", LAYER)))
     path = save_saelens(sae, tmp_path_factory.mktemp("sae"))
     return path, topics, float(loss)
 
@@ -323,7 +313,7 @@ def test_a_real_file_steers_a_real_model(smollm, file):
     path, topics, loss = file
     assert loss < 0.1  # it explains the activations that it was fitted to
     sae = sf.SAE.load(path)
-    assert (sae.place, sae.k, sae.origin.source) == (("resid_post", LAYER), K, "SAELens")
+    assert (sae.place, sae.k, sae.source.library) == (("resid_post", LAYER), K, "SAELens")
     love, rest = topics["love"], [text for name, group in topics.items() if name != "love" for text in group]
     chosen = top_features(sae, model, tokenizer, love, rest, 6)
     text = love[0]
@@ -382,20 +372,20 @@ def test_a_real_file_steers_a_real_model(smollm, file):
 @pytest.mark.parametrize("k", [5, None])
 def test_an_edit_knows_its_place_and_model_after_saving_too(tmp_path, llama, k):
     sae = make(k)
-    home = Origin(("resid_post", 1), model="GPT2LMHeadModel")
+    home = Origin("GPT2LMHeadModel", ("resid_post", 1))
     foreign = sf.SAE(sae.w_enc, sae.w_dec, sae.b_enc, sae.b_dec, k, sae.threshold, origin=home)
     edit = sf.EditFeatures(foreign, CHANGES)
     inside = sf.When(sf.Condition(torch.ones(48), 0.0), edit)
     for one in (edit, inside):
-        assert (one.place, one.model, one.width) == (("resid_post", 1), "GPT2LMHeadModel", 48)
+        assert (one.origin.place, one.origin.model, one.width) == (("resid_post", 1), "GPT2LMHeadModel", 48)
         plan = sf.Plan([one])
         plan.save(tmp_path / type(one).__name__)
-        again = sf.Plan.load(tmp_path / type(one).__name__)
-        assert again.edits[("resid_post", 1)][0].place == ("resid_post", 1)
+        again = sf.Plan.load(tmp_path / type(one).__name__, sae)
+        assert again.edits[("resid_post", 1)][0].origin.place == ("resid_post", 1)
         for given in (plan, again):
-            with pytest.raises(ValueError, match=r"activations of GPT2LMHeadModel; this model is LlamaForCausalLM"):
-                sf.steer(llama, given)
-        with pytest.warns(UserWarning, match="reads resid_post 1 and is put at resid_post 3"):
+            with pytest.warns(UserWarning, match="activations of GPT2LMHeadModel; this model is a LlamaForCausalLM"):
+                sf.steer(llama, given).remove()
+        with pytest.warns(UserWarning, match="belongs to resid_post 1 and is put at resid_post 3"):
             sf.Plan({3: one})
 
 
@@ -403,7 +393,7 @@ def test_an_edit_knows_its_place_and_model_after_saving_too(tmp_path, llama, k):
 def test_the_dose_of_an_edit_that_fits_no_slot(smollm):
     model, tokenizer = smollm
     torch.manual_seed(0)
-    sae = sf.SAE(torch.randn(100, 576), torch.randn(100, 576), k=8, origin=Origin(("resid_post", 3)))
+    sae = sf.SAE(torch.randn(100, 576), torch.randn(100, 576), k=8, origin=Origin(place=("resid_post", 3)))
     plan = sf.Plan([sf.EditFeatures(sae, {5: 1e-3, 9: 1e-3}, mode="add")])
     row = sf.dose(model, tokenizer, plan, ["I went to the market."])[0]
     assert row.change == pytest.approx(float((1e-3 * sae.w_dec[[5, 9]].sum(0)).norm()), rel=0.05)

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import steerfast as sf
+from steerfast.place import Origin
 from steerfast.sae import cache as cache_module
 from steerfast.sae.cache import ActivationCache, cache_activations, pack, real_tokens
 from steerfast.sae.evaluate import evaluate_sae
-from steerfast.sae.model import SAE, Origin
+from steerfast.sae.model import SAE
 from steerfast.sae.training.checkpoints import Checkpoints
 from steerfast.sae.training.config import TrainConfig, TrainReport
 from steerfast.sae.training.distributed import Alone
@@ -102,7 +103,7 @@ def test_decoder_rows_keep_length_one_and_the_scale_folds_away() -> None:
     best = pre.topk(K, dim=1)
     latents = torch.zeros_like(pre).scatter(1, best.indices, best.values.relu())
     expected = (latents @ trainer.weights["w_dec"].double() + trainer.weights["b_dec"].double()) * trainer.scale
-    assert (sae.reconstruct(x[:50]) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (sae(x[:50]) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_schedules() -> None:
@@ -117,7 +118,7 @@ def test_training_finds_the_dictionary() -> None:
     config = TrainConfig(features=F, k=3, tokens=120_000, batch=400, lr=5e-3, dead_after=5000, k_start=8, aux_k=16)
     sae = train_sae(rows(20_000), config, progress=reports.append, checkpoint_every=100)
     held_out = rows(2000, seed=1)
-    error = (sae.reconstruct(held_out) - held_out).square().sum() / (held_out - held_out.mean(0)).square().sum()
+    error = (sae(held_out) - held_out).square().sum() / (held_out - held_out.mean(0)).square().sum()
     assert error < 0.05, f"FVU {error:.3f}"
     truth = torch.nn.functional.normalize(torch.randn(48, D, generator=torch.Generator().manual_seed(9)), dim=1)
     best = (truth @ sae.w_dec.T).amax(1)
@@ -463,7 +464,7 @@ def test_train_and_evaluate_on_a_real_model(smollm, tmp_path: Path) -> None:
     model, tokenizer = smollm
     cache = cache_activations(model, tokenizer, TEXTS, ("resid_post", 2), tmp_path, context=32)
     config = TrainConfig(features=256, k=16, tokens=40_000, batch=256, lr=3e-3)
-    sae = sf.train_sae(cache, config)
+    sae = sf.sae.train_sae(cache, config)
     assert sae.place == ("resid_post", 2)
     found = evaluate_sae(sae, model, tokenizer, TEXTS, context=32, loss_tokens=100)
     assert found.variance_explained > 0.8
@@ -490,11 +491,11 @@ def test_a_stream_trains_what_a_cache_trains(smollm, tmp_path: Path) -> None:
     model, tokenizer = smollm
     place, config = ("resid_post", 0), TrainConfig(features=64, k=4, tokens=2000, batch=100)
     cache = cache_activations(model, tokenizer, TEXTS, place, tmp_path, context=32, dtype=torch.float32)
-    stream = sf.ActivationStream(model, tokenizer, TEXTS, place, context=32)
+    stream = sf.sae.ActivationStream(model, tokenizer, TEXTS, place, context=32)
     assert stream.counts == cache.counts
     assert all(torch.equal(a, b) for a, b in zip(stream.contexts(0), cache.contexts(0), strict=True))
     assert equal(train_sae(stream, config), train_sae(cache, config))
-    assert train_sae(stream, config).origin == Origin(place, model=type(model).__name__)
+    assert train_sae(stream, config).origin == Origin(type(model).__name__, place)
 
 
 @pytest.mark.model

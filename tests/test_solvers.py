@@ -7,16 +7,16 @@ import math
 
 import numpy as np
 import pytest
+import reference
 import torch
-from flowing import KINDS, barrier, great_circles, runge_kutta, unit_gradient
+from flowing import KINDS, barrier, by_hand, formula, unit_gradient
 
 import steerfast as sf
 from steerfast.edits.flow import field_of
 from steerfast.ops import solvers
 from steerfast.ops.solvers import SOLVERS, Field, Tableau, integrate, pack, scheme, unpack
 
-STEPPED = [name for name, solver in SOLVERS.items() if not solver.adaptive]
-FIXED = [name for name in STEPPED if not SOLVERS[name].single]
+FIXED = [name for name, solver in SOLVERS.items() if not solver.adaptive and not solver.single]
 
 
 def points(n: int = 6, d: int = 12) -> torch.Tensor:
@@ -24,17 +24,36 @@ def points(n: int = 6, d: int = 12) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", STEPPED)
+@pytest.mark.parametrize("name", SOLVERS)
 def test_the_small_space_is_exact(name, kind):
-    """Against autograd of the barrier in float64, step by step in all d dimensions."""
-    solver, h, a = SOLVERS[name], barrier(kind, 12), points()
-    if solver.geodesic and kind == "raw":
+    """In float64, against steps in all d dimensions: all the way, and up to a level that some rows reach."""
+    h, a = barrier(kind, 12), points()
+    if SOLVERS[name].geodesic and kind == "raw":
         pytest.skip("a raw barrier has no great circles")
-    length = 0.3 * a.norm(dim=1, keepdim=True)
-    steps = 1 if solver.single else 4
-    true = great_circles(h, a, length, steps) if solver.geodesic else runge_kutta(h, a, length, steps, solver.tableau)
-    got = sf.flow(a, h, angle=0.3, steps=4, method=name)
-    torch.testing.assert_close(got, true, atol=1e-11, rtol=1e-11)
+    for level in (None, float(h(a).median())):
+        edit = sf.Flow(h, angle=0.3, steps=4, method=name, level=level, tolerance=1e-2)
+        got = sf.flow(a, h, angle=0.3, steps=4, method=name, level=level, tolerance=1e-2)
+        torch.testing.assert_close(got, by_hand(a, edit), atol=1e-11, rtol=1e-11)
+        torch.testing.assert_close(edit.apply(a, -0.5), by_hand(a, edit, -0.5), atol=1e-5, rtol=1e-5)  # float32 numbers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_the_reference_is_that_of_autograd(kind):
+    """In coordinates; the part along x, which the sphere takes away, is taken away from both."""
+    h, a = barrier(kind, 12), points()
+    for row, expected in zip(a, unit_gradient(h, a), strict=True):
+        z = h.basis.double() @ row / (1 if h.raw else row.norm())
+        gradient = formula(h).gradient(z) @ h.basis.double()
+        if not h.raw:
+            gradient = gradient - (gradient @ row) * row / (row @ row)
+        torch.testing.assert_close(gradient / gradient.norm(), expected)
+        torch.testing.assert_close(formula(h).height(z), h(row[None])[0])
+
+
+def test_the_tableaus_of_the_reference_are_ours():
+    for name, solver in SOLVERS.items():
+        scheme = reference.WALKS[name].scheme
+        assert (scheme.a, scheme.b) == (solver.tableau.a, solver.tableau.b), name
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -106,7 +125,7 @@ def test_numpy_and_torch_run_the_same_formulas(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["linear", "quadratic"])
-def test_one_row_and_several_take_the_steps_of_the_specification(kind, monkeypatch):
+def test_one_row_and_several_take_the_same_steps(kind, monkeypatch):
     """The two fast ways of Euler against `_integrate`, with rows that have no way to go among them."""
     h, a = barrier(kind, 12), points()
     a[2], a[4] = 0.0, 3 * h.basis[0].double()  # a pole of the linear barrier
@@ -141,8 +160,7 @@ def test_full_rank_rows_take_the_steps_of_all_dimensions():
         torch.linspace(0.5, 1.5, 16, dtype=torch.float64),
     )
     h, a = sf.Barrier(q.float(), lam.float(), torch.zeros(16)), points(20, 16)
-    length = 2.0 * a.norm(dim=1, keepdim=True)
-    true = runge_kutta(h, a, length, 50, SOLVERS["euler"].tableau)
+    true = by_hand(a, sf.Flow(h, angle=2.0, steps=50))
     for rows in (a, a[:1]):
         got = sf.flow(rows, h, angle=2.0, steps=50)
         torch.testing.assert_close(got, true[: len(rows)], atol=1e-3, rtol=1e-3)

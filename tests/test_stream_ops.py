@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
 from places import DTYPES, PLACES, assert_exact, backend, runs
 
 import steerfast as sf
-from steerfast.ops import torch_backend as reference
-from steerfast.ops.slots import ADD, AFFINE
+from steerfast.ops import torch_backend
 
 
 def orthonormal(k: int, d: int) -> torch.Tensor:
@@ -44,10 +44,6 @@ def table(n: int, columns: int | None, device: str) -> tuple[torch.Tensor, torch
     return rows.to(device), (torch.rand(shape) + 0.5).to(device)
 
 
-def wide(bank: sf.Bank) -> tuple[torch.Tensor, ...]:
-    return bank.vectors.double().cpu(), bank.coefficients.double().cpu(), bank.slots.cpu()
-
-
 SIZES = {"cpu": [(33, 72)], "interpreter": [(14, 40)], "cuda": [(33, 576), (70, 4096), (1, 4096)]}
 
 
@@ -62,11 +58,10 @@ def test_the_split_stream_is_the_whole_stream(place, columns):
                 before = residual.clone()
                 got = sf.ops.subspace_split_(hidden, residual, *bank.tensors, rows, scale)
                 assert got is residual
-                h, r = hidden.double().cpu(), before.double().cpu()
-                true = r + reference.subspace(h + r, *wide(bank), rows.cpu(), scale.double().cpu()) - (h + r)
-                x = hidden + before  # what an engine without this op would edit
-                naive = (before + (reference.subspace(x, *bank.tensors, rows, scale) - x)).cpu()
-                assert_exact(got.cpu(), true, naive, f"{dtype} {n}×{d}")
+                true = reference.subspace_split(hidden, before, *bank.tensors, rows, scale)
+                x = (hidden + before).cpu()  # what an engine without this op would edit
+                naive = before.cpu() + (reference.naive(reference.subspace, x, *bank.tensors, rows, scale) - x)
+                assert_exact(got, true, naive, f"{dtype} {n}×{d}")
                 idle = ((rows < 0) | (rows == 11)).reshape(n, -1).all(1)
                 assert torch.equal(got[idle], before[idle])
 
@@ -80,15 +75,8 @@ def test_the_probe_is_the_projection_that_each_slot_saw(place):
         out, y = sf.ops.subspace_probe(x, *bank.tensors, bank.max_rank, rows, scale)
         assert y.shape == (n, 2, bank.max_rank)
         torch.testing.assert_close(out, sf.ops.subspace(x, *bank.tensors, rows, scale), atol=1e-5, rtol=1e-5)
-        middle = sf.ops.subspace(x, *bank.tensors, rows[:, :1].contiguous(), scale[:, :1].contiguous())
-        for i in range(n):
-            for column, seen in ((0, x[i]), (1, middle[i])):
-                slot = int(rows[i, column])
-                expected = torch.zeros(bank.max_rank, device=device)
-                if slot >= 0 and int(bank.slots[slot, 0]) not in (0, ADD, AFFINE):
-                    part = bank.view(slot).project @ seen
-                    expected[: part.shape[0]] = part
-                torch.testing.assert_close(y[i, column], expected, atol=1e-4, rtol=1e-4)
+        expected = reference.subspace_probe(x, *bank.tensors, bank.max_rank, rows, scale)[1]
+        torch.testing.assert_close(y.cpu(), expected.float(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -101,8 +89,8 @@ def test_a_probe_too_narrow_for_a_slot_gets_its_first_numbers(place, rank):
         bank.register(sf.Ablate(orthonormal(rank, d)))
         x, rows = torch.randn(n, d).to(device), torch.arange(n, dtype=torch.int32).to(device) % 2 - 1
         y = sf.ops.subspace_probe(x, *bank.tensors, rank - 2, rows)[1]
-        expected = x @ bank.view(0).project[: rank - 2].T * (rows == 0)[:, None]
-        torch.testing.assert_close(y[:, 0], expected, atol=1e-4, rtol=1e-4)
+        expected = reference.subspace_probe(x, *bank.tensors, rank - 2, rows)[1]
+        torch.testing.assert_close(y.cpu(), expected.float(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("place", [p for p in PLACES if p != "cpu"])
@@ -118,25 +106,24 @@ def test_every_kernel_does_every_mode(place, path, monkeypatch):
         for dtype in (t for t in DTYPES if runs(place, t)):
             bank, (rows, scale) = bank_of(d, device, dtype, rank), table(n, 2, device)
             x, hidden = (torch.randn(n, d).to(dtype).to(device) for _ in range(2))
-            true = reference.subspace(x.double().cpu(), *wide(bank), rows.cpu(), scale.double().cpu())
-            one = [reference.subspace(x, *bank.tensors, rows[:, 0], scale[:, 0])]
-            one.append(reference.subspace(one[0], *bank.tensors, rows[:, 1], scale[:, 1]))
+            true, seen = reference.subspace_probe(x, *bank.tensors, bank.max_rank, rows, scale)
+            naive = x  # rounded after each slot, as the kernels do
+            for column in (0, 1):
+                tables = rows[:, column], scale[:, column]
+                naive = reference.naive(reference.subspace, naive, *bank.tensors, *tables)
             got, y = sf.ops.subspace_probe(x, *bank.tensors, bank.max_rank, rows, scale)
-            assert_exact(got.cpu(), true, one[1].cpu(), f"{path} {dtype}")
-            _, seen = reference.subspace_probe(x, *bank.tensors, bank.max_rank, rows, scale)
+            assert_exact(got, true, naive, f"{path} {dtype}")
             first = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-            torch.testing.assert_close(y[:, 0].cpu(), seen[:, 0].cpu(), atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(y[:, 1].cpu(), seen[:, 1].cpu(), atol=4 * first, rtol=4 * first)
+            torch.testing.assert_close(y[:, 0].cpu(), seen[:, 0].float(), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(y[:, 1].cpu(), seen[:, 1].float(), atol=4 * first, rtol=4 * first)
             twin = x.clone()
             sf.ops.subspace_(twin, *bank.tensors, rows, scale, max_rank=bank.max_rank)
             assert torch.equal(twin, got)
             residual = x.clone()
             sf.ops.subspace_split_(hidden, residual, *bank.tensors, rows[:, :1], scale[:, :1])
-            h, r = hidden.double().cpu(), x.double().cpu()
-            whole = reference.subspace(h + r, *wide(bank), rows[:, 0].cpu(), scale[:, 0].double().cpu())
-            summed = hidden + x
-            naive = x + (reference.subspace(summed, *bank.tensors, rows[:, 0], scale[:, 0]) - summed)
-            assert_exact(residual.cpu(), r + whole - (h + r), naive.cpu(), f"{path} {dtype} split")
+            args, summed = (*bank.tensors, rows[:, 0], scale[:, 0]), (hidden + x).cpu()
+            naive = x.cpu() + (reference.naive(reference.subspace, summed, *args) - summed)
+            assert_exact(residual, reference.subspace_split(hidden, x, *args), naive, f"{path} {dtype} split")
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -151,9 +138,8 @@ def test_five_hundred_directions(place, path, monkeypatch):
             for rank in (130, 512):
                 x, s = (torch.randn(m, 40).to(dtype).to(device) for m in (5, rank))
                 s /= rank**0.5
-                xd, sd = x.double().cpu(), s.double().cpu()
-                naive = x + 0.5 * torch.relu(x @ s.T) @ s
-                assert_exact(sf.ops.amplify(x, s, 0.5).cpu(), xd + 0.5 * torch.relu(xd @ sd.T) @ sd, naive.cpu())
+                naive = reference.naive(reference.amplify, x, s, 0.5, within=dtype)
+                assert_exact(sf.ops.amplify(x, s, 0.5), reference.amplify(x, s, 0.5), naive)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -170,19 +156,12 @@ def test_add_rms_norm(place, unit_offset):
                 for owners, gain in ((rows, scale), (rows, None), (None, None)):
                     args = hidden, residual, weight, vectors, owners, gain
                     normed, stream = sf.ops.add_rms_norm(*args, eps=1e-5, unit_offset=unit_offset)
-                    sums = reference.add(
-                        (hidden.double() + residual.double()).cpu(),
-                        vectors.double().cpu(),
-                        None if owners is None else owners.cpu(),
-                        None if gain is None else gain.cpu(),
-                    )
-                    naive = sf.ops.add(hidden + residual, vectors, owners, gain)
-                    assert_exact(stream.cpu(), sums, naive.cpu(), f"stream {dtype} {shape}")
-                    exact = stream.double().cpu()
-                    gains = weight.double().cpu() + unit_offset
-                    true = exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gains
+                    sums = reference.add_rms_norm(*args, 1e-5, unit_offset)[1]
+                    naive = reference.naive(reference.add, hidden + residual, vectors, owners, gain)
+                    assert_exact(stream, sums, naive, f"stream {dtype} {shape}")
+                    true = reference.rms_norm(stream, weight, 1e-5, unit_offset)  # of the stream as it is stored
                     naive = torch.nn.functional.rms_norm(stream, (d,), weight + float(unit_offset), 1e-5)
-                    assert_exact(normed.cpu(), true, naive.cpu(), f"normed {dtype} {shape}")
+                    assert_exact(normed, true, naive, f"normed {dtype} {shape}")
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -191,9 +170,8 @@ def test_affine(place):
         for dtype in (t for t in DTYPES if runs(place, t)):
             x = torch.randn(3, 5, 40).to(dtype).to(device)
             w, b = (1 + torch.randn(40) / 8).to(dtype).to(device), torch.randn(40).to(dtype).to(device)
-            true = x.double().cpu() * w.double().cpu() + b.double().cpu()
             got = sf.ops.affine(x, w, b)
-            assert_exact(got.cpu(), true, (x * w + b).cpu())
+            assert_exact(got, reference.affine(x, w, b), x * w + b)
             assert torch.equal(sf.ops.affine_(x, w, b), got)
 
 
@@ -207,10 +185,7 @@ def test_similarity(place, kind):
                 x = torch.randn(7, 40).to(dtype).to(device)
                 x[2], x[3, 0] = 0, float("nan")
                 got = sf.ops.similarity(x, w, kind)
-                wd, xd = w.double().cpu(), x.double().cpu()
-                image = (xd @ wd.T) @ wd
-                image = image.tanh() if kind == "tanh" else image
-                true = (xd * image).sum(1) / (xd.norm(dim=1) * image.norm(dim=1))
+                true = reference.similarity(x, w, kind)
                 assert got[2] == 0
                 assert got[3].isnan()
                 keep = torch.tensor([0, 1, 4, 5, 6])
@@ -222,7 +197,7 @@ def test_gradients_of_loreft_and_add_rms_norm():
     make = {"dtype": torch.float64, "requires_grad": True}
     x, R, W, b = torch.randn(3, 7, **make), torch.randn(2, 7, **make), torch.randn(2, 7, **make), torch.randn(2, **make)
     assert torch.autograd.gradcheck(sf.ops.loreft, (x, R, W, b))
-    torch.testing.assert_close(sf.ops.loreft(x, R, W, b), x + (x @ W.T + b - x @ R.T) @ R)
+    torch.testing.assert_close(sf.ops.loreft(x, R, W, b).detach(), reference.loreft(x, R, W, b))
     h, r, g, v = (torch.randn(s, **make) for s in ((3, 7), (3, 7), (7,), (2, 7)))
     rows, scale = torch.tensor([0, -1, 1], dtype=torch.int32), torch.rand(3)
     assert torch.autograd.gradcheck(lambda *a: sf.ops.add_rms_norm(*a, rows, scale), (h, r, g, v))
@@ -230,7 +205,7 @@ def test_gradients_of_loreft_and_add_rms_norm():
 
 @pytest.mark.parametrize("place", PLACES)
 def test_gradients_through_the_registered_ops(place):
-    """What torch.library differentiates is the reference's gradient."""
+    """What torch.library differentiates is the gradient of the PyTorch backend."""
     with backend(place) as device:
         h, r, g, v = (torch.randn(s, device=device, requires_grad=True) for s in ((3, 8), (3, 8), (8,), (2, 8)))
         rows = torch.tensor([0, -1, 1], dtype=torch.int32, device=device)
@@ -241,7 +216,7 @@ def test_gradients_through_the_registered_ops(place):
             return (normed.sin() + stream.cos()).sum()
 
         ours = torch.autograd.grad(loss(torch.ops.steerfast.add_rms_norm), (h, r, g, v))
-        theirs = torch.autograd.grad(loss(reference.add_rms_norm), (h, r, g, v))
+        theirs = torch.autograd.grad(loss(torch_backend.add_rms_norm), (h, r, g, v))
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 

@@ -15,11 +15,11 @@ from families import build
 import steerfast as sf
 from steerfast.cli.sweep import _next, add_arguments, run
 from steerfast.directions import extract
-from steerfast.tools.sweep import NEUTRAL, Cell, Grid, Probe, Sweep, sweep
+from steerfast.tools.sweep import NEUTRAL, Cell, Grid, Question, Sweep, sweep
 
 module = sys.modules["steerfast.tools.sweep"]
 SIDES = (["abc d", "bcd", "cc"], ["xyz", "zz y", "wxy"])
-PROBE = Probe(("hello", "some more"), (" abc", " d"), (" xyz", " w", " zzz"), ("plain text", "the rest"))
+QUESTION = Question(("hello", "some more"), (" abc", " d"), (" xyz", " w", " zzz"), ("plain text", "the rest"))
 GRID = Grid(layers=(0, -1), strengths=(-0.5, 0.0, 1.0))
 
 
@@ -33,7 +33,7 @@ class Letters:
 
 
 def swept(**changes: Any) -> Sweep:
-    settings: dict[str, Any] = {"sides": SIDES, "probe": PROBE, "grid": GRID, "progress": False}
+    settings: dict[str, Any] = {"sides": SIDES, "question": QUESTION, "grid": GRID, "progress": False}
     return sweep(build("llama"), Letters(), **settings | changes)
 
 
@@ -56,8 +56,8 @@ def one_by_one(plan: Any) -> tuple[float, float]:
         head = tokenizer(prompt)["input_ids"]
         return math.log(sum(math.exp(score(head, tokenizer(c, False)["input_ids"])) for c in continuations))
 
-    odds = [side(p, PROBE.wanted) - side(p, PROBE.unwanted) for p in PROBE.prompts]
-    texts = [tokenizer(text)["input_ids"] for text in PROBE.neutral]
+    odds = [side(p, QUESTION.wanted) - side(p, QUESTION.unwanted) for p in QUESTION.prompts]
+    texts = [tokenizer(text)["input_ids"] for text in QUESTION.neutral]
     loss = -sum(score(ids[:1], ids[1:]) for ids in texts) / sum(len(ids) - 1 for ids in texts)
     return sum(odds) / len(odds), math.exp(loss)
 
@@ -72,7 +72,7 @@ def test_cells_equal_one_text_at_a_time() -> None:
     assert found.baseline.effect == pytest.approx(one_by_one(None)[0], abs=1e-5)
     for cell in found:
         v = extract.mean_difference(pos[cell.layer], neg[cell.layer], normalize=True)
-        dose = cell.strength * v.activation_norm
+        dose = cell.strength * v.origin.typical_norm
         plan = None if cell.strength == 0 else {cell.layer: sf.Add(v, dose)}
         effect, perplexity = one_by_one(plan)
         assert cell.effect == pytest.approx(effect, abs=1e-4)
@@ -106,7 +106,7 @@ def test_a_flow_is_swept_by_its_angle_or_its_length() -> None:
             effect, perplexity = one_by_one({1: edit})
             assert cell.effect == pytest.approx(effect, abs=1e-4)
             assert cell.perplexity == pytest.approx(perplexity, rel=1e-4)
-            length = abs(cell.strength) * (h.info.typical_norm if unit == "stream" else 1.0)
+            length = abs(cell.strength) * (h.origin.typical_norm if unit == "stream" else 1.0)
             assert cell.norm == pytest.approx(length, rel=1e-5)
         assert len({round(cell.effect, 4) for cell in found} | {round(found.baseline.effect, 4)}) == 3
 
@@ -129,11 +129,11 @@ def test_the_next_command_makes_the_best_cell(cell: Cell, unit: str, command: st
 def test_an_interrupted_sweep_continues(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls, limit = module._measure, [], [4]  # the baseline and three cells
 
-    def measure(model: Any, sequences: Any, probe: Any, plans: Any, batch_size: int) -> Any:
+    def measure(model: Any, sequences: Any, question: Any, plans: Any, batch_size: int) -> Any:
         if len(calls) == limit[0]:
             raise KeyboardInterrupt
         calls.append(plans)
-        return real(model, sequences, probe, plans, batch_size)
+        return real(model, sequences, question, plans, batch_size)
 
     monkeypatch.setattr(module, "_measure", measure)
     with pytest.raises(KeyboardInterrupt):
@@ -161,7 +161,7 @@ def test_another_sweep_or_a_damaged_file_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"sweep.json was measured with other sides; choose another directory"):
         swept(out=tmp_path, sides=(["abc"], SIDES[1]))
     with pytest.raises(ValueError, match=r"with other probe, unit"):
-        swept(out=tmp_path, probe=Probe(("other",), (" a",), (" b",)), grid=Grid((0,), (1.0,), unit="vector"))
+        swept(out=tmp_path, question=Question(("other",), (" a",), (" b",)), grid=Grid((0,), (1.0,), unit="vector"))
     assert (tmp_path / "sweep.json").read_bytes() == before
     for content, message in ((b"{", "is not JSON"), (b'{"kind": "other"}', "is no sweep of schema 1")):
         (tmp_path / "sweep.json").write_bytes(content)
@@ -222,19 +222,19 @@ def test_the_heat_map_is_a_png_and_leaves_matplotlib_alone(tmp_path: Any) -> Non
         ({"batch_size": 0}, ValueError, "batch_size must be a positive integer, got 0"),
         ({"sides": (["a"],)}, ValueError, r"got 1 items"),
         ({"sides": ("abc", ["x"])}, TypeError, "sides must be several values, got 'abc'"),
-        ({"probe": Probe(("a",), (" b",), (" c",), ("d",)), "tokens": 0}, ValueError, "has one token"),
+        ({"question": Question(("a",), (" b",), (" c",), ("d",)), "tokens": 0}, ValueError, "has one token"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
     if "tokens" in change:
-        change = {"probe": change["probe"]}
+        change = {"question": change["question"]}
 
         class Bare(Letters):
             def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
                 return super().__call__(text, False)
 
         with pytest.raises(error, match=message):
-            sweep(build("llama"), Bare(), SIDES, change["probe"], GRID, progress=False)
+            sweep(build("llama"), Bare(), SIDES, change["question"], GRID, progress=False)
         return
     with pytest.raises(error, match=message):
         swept(**change)
@@ -248,9 +248,9 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
         (lambda: Grid((1,), (math.nan,)), ValueError, "strengths must be finite"),
         (lambda: Grid((1,), methods=("magic",)), ValueError, "methods is 'magic'; expected one of 'mean_difference'"),
         (lambda: Grid((1,), unit="miles"), ValueError, "unit is 'miles'"),
-        (lambda: Probe((), (" a",), (" b",)), ValueError, "Probe: prompts is empty"),
-        (lambda: Probe("text", (" a",), (" b",)), TypeError, "prompts must be several values"),
-        (lambda: Probe(("text",), ("",), (" b",)), TypeError, "wanted holds ''"),
+        (lambda: Question((), (" a",), (" b",)), ValueError, "Question: prompts is empty"),
+        (lambda: Question("text", (" a",), (" b",)), TypeError, "prompts must be several values"),
+        (lambda: Question(("text",), ("",), (" b",)), TypeError, "wanted holds ''"),
     ],
 )
 def test_bad_questions(make: Any, error: type[Exception], message: str) -> None:

@@ -83,8 +83,8 @@ def test_packed_contexts_begin_with_one(model: Any) -> None:
     assert torch.equal(one_warning(lambda: pack(tokenizer, begun(texts), 8), "pack"), right)
     assert (right == 1).sum(1).tolist() == [1] * len(right)
     place = ("resid_post", 1)
-    stream = one_warning(lambda: sf.ActivationStream(model, tokenizer, begun(texts), place, context=8), "pack")
-    assert torch.equal(stream.read(0), sf.ActivationStream(model, tokenizer, texts, place, context=8).read(0))
+    stream = one_warning(lambda: sf.sae.ActivationStream(model, tokenizer, begun(texts), place, context=8), "pack")
+    assert torch.equal(stream.read(0), sf.sae.ActivationStream(model, tokenizer, texts, place, context=8).read(0))
 
 
 def test_a_context_of_a_tokenizer_that_adds_none_begins_with_one() -> None:
@@ -95,12 +95,12 @@ def test_a_context_of_a_tokenizer_that_adds_none_begins_with_one() -> None:
 
 
 def test_sweep_measures_the_same_and_warns_once(model: Any) -> None:
-    grid, tokenizer = sf.Grid(layers=(0, 2), strengths=(-0.5, 1.0)), words()
+    grid, tokenizer = sf.tools.Grid(layers=(0, 2), strengths=(-0.5, 1.0)), words()
     sides = (["w3 w4", "w5"], ["w6 w7", "w8"])
 
     def swept(change: Any) -> Any:
-        probe = sf.Probe(change(["w9 w10"]), ("w11",), ("w12", "w13 w14"), change(["w15 w16 w17"]))
-        return sf.sweep(model, tokenizer, tuple(map(change, sides)), probe, grid, progress=False)
+        question = sf.tools.Question(change(["w9 w10"]), ("w11",), ("w12", "w13 w14"), change(["w15 w16 w17"]))
+        return sf.sweep(model, tokenizer, tuple(map(change, sides)), question, grid, progress=False)
 
     assert list(one_warning(lambda: swept(begun), "sweep")) == list(swept(tuple))
 

@@ -46,7 +46,6 @@ def reft(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 Case = tuple[Callable[..., sf.Intervention], Callable[..., Tensor], list[Tensor]]
 CASES: dict[str, Callable[[], Case]] = {
     "Add": lambda: (partial(sf.Add, strength=2.0), lambda x, v: x + 2.0 * v, [leaf(D)]),
-    "Add, one row": lambda: (sf.Add, lambda x, v: x + v[0], [leaf(1, D)]),
     "Add, float64": lambda: (sf.Add, lambda x, v: x + v.float(), [leaf(D).detach().double().requires_grad_()]),
     "Add, length kept": lambda: (
         partial(sf.Add, keep_norm=True),

@@ -8,18 +8,20 @@ import math
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_interventions import EXAMPLES, D
 
 import steerfast as sf
-from steerfast.ops import torch_backend as reference
+from steerfast.plan import ModelCard
 from steerfast.vllm import plans, routes, wire
 from steerfast.vllm.edits import Place, Places
 from steerfast.vllm.plans import Library, ServedPlan
@@ -78,10 +80,10 @@ def test_a_plan_is_told_apart_by_its_content_and_takes_the_slots_of_its_longest_
 def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
     a, b, c = sf.Add(unit(0)), sf.Ablate(unit(1)), sf.Add(unit(2))
     sf.Plan({("resid_pre", 2): c, 1: a, -3: b}).save(tmp_path / "p")
-    (chain,) = plans.load(tmp_path, D, 4)[1]["p"].values()
-    assert [type(edit) for edit in chain] == [sf.Add, sf.Ablate, sf.Add]
-    assert torch.equal(chain[0].vector, a.vector)
-    assert torch.equal(chain[2].vector, c.vector)
+    (edits,) = plans.load(tmp_path, D, 4)[1]["p"].values()
+    assert [(number, type(edit)) for number, edit in edits.items()] == [(0, sf.Add), (1, sf.Ablate), (2, sf.Add)]
+    assert torch.equal(edits[0].vector, a.vector)
+    assert torch.equal(edits[2].vector, c.vector)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +93,12 @@ def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
         (lambda: sf.Plan({0: sf.Add(unit(0, 5))}), "has width 5; this model has 12"),
         (lambda: sf.Plan({("head_out", 0): sf.Add(unit(0))}), "site 'head_out' cannot be steered inside vLLM"),
         (lambda: sf.Plan({0: [sf.Add(unit(i)) for i in range(5)]}), "5 interventions act in one place"),
-        (lambda: sf.Plan({0: sf.Add(unit(0))}, model=sf.ModelCard("M", D, 30)), "made for width 12 and 30 layers"),
+        (lambda: sf.Plan({0: sf.Add(unit(0))}, model=ModelCard("M", D, 30)), "made for width 12 and 30 layers"),
         (
             lambda: sf.Plan({0: sf.When(sf.Condition(unit(0), 0.1), sf.Add(unit(1)))}),
             "a condition .When. is not decided inside vLLM",
         ),
-        (lambda: sf.Plan({0: top_k_edit()}), "Top-K"),
+        (lambda: sf.Plan({0: top_k_edit()}), "edits SAE.* was not given, and STEERFAST_SAES is not set"),
         (lambda: sf.Plan({0: sf.Add(1e6 * unit(0))}), "resid_post 0: .* does not fit torch.float16: a row overflows"),
     ],
 )
@@ -106,6 +108,20 @@ def test_a_plan_that_does_not_fit_is_refused_by_name_and_the_others_are_served(f
     assert set(library.plans) == {"after", "mask", "one", "single", "spares", "two"} == set(chains)
     with pytest.raises(ValueError, match=f"the plan 'misfit' cannot be used: .*{reason}"):
         wire.read({"steer": "misfit"}, library)
+
+
+def test_saes_are_looked_for_where_the_server_says_and_no_client_learns_where(folder: Path, monkeypatch) -> None:
+    edit = top_k_edit()
+    sf.Plan({0: edit}).save(folder / "topk")
+    saes = folder / "no plan" / "saes"
+    sf.SAE(torch.eye(D), torch.eye(D), k=3).save(saes / "another")
+    monkeypatch.setenv("STEERFAST_SAES", f"{saes}/")
+    reason = plans.load(folder, D, 4)[0].refused["topk"]
+    assert "is not among STEERFAST_SAES: another is " in reason
+    assert str(folder) not in reason
+    sf.SAE(torch.eye(D), torch.eye(D), k=2).save(saes / "the one")
+    reason = plans.load(folder, D, 4)[0].refused["topk"]
+    assert "a Top-K or row-normalised SAE is edited exactly by a full encode, which fits no slot" in reason
 
 
 def test_a_damaged_plan_is_refused_by_name(folder: Path) -> None:
@@ -209,7 +225,7 @@ def test_whatever_cannot_be_followed_is_refused_with_the_reason_in_a_line(librar
     )
 )
 def test_no_request_does_anything_but_be_read_or_refused(fields) -> None:
-    library = Library({"a": ServedPlan("a", "f", 1, "all")})
+    library = Library({"a": ServedPlan("a", "f", (0,), "all")})
     try:
         parts = wire.read(fields, library)
     except ValueError:
@@ -230,10 +246,10 @@ def test_the_salt_differs_by_all_that_steers_and_by_the_users_own(library: Libra
         {"steer": "one", "steer_positions": "last"},
         {"steer": "one", "steer_positions": "last & !ids:5"},
     ]
-    salts = {wire.salt(own, wire.read(request, library)) for request in requests for own in (None, "", "user")}
+    salts = {wire.salt(own, wire.read(request, library), 7) for request in requests for own in (None, "", "user")}
     assert len(salts) == 3 * len(requests)
-    assert wire.salt(None, wire.read({"steer": ["one"], "steer_strength": [1]}, library)) in salts
-    assert wire.salt(None, wire.read({"steer": "one", "steer_positions": " last&! ids:5 "}, library)) in salts
+    assert wire.salt(None, wire.read({"steer": ["one"], "steer_strength": [1]}, library), 7) in salts
+    assert wire.salt(None, wire.read({"steer": "one", "steer_positions": " last&! ids:5 "}, library), 7) in salts
 
 
 def test_a_prompt_decides_what_fields_alone_do_not(library: Library) -> None:
@@ -256,7 +272,7 @@ def test_a_prompt_decides_what_fields_alone_do_not(library: Library) -> None:
 
 
 def test_requests_wait_in_order_and_strengths_take_no_slot() -> None:
-    a, b, c = (ServedPlan(name, name, slots, "all") for name, slots in (("a", 1), ("b", 2), ("c", 1)))
+    a, b, c = (ServedPlan(name, name, (0,) * slots, "all") for name, slots in (("a", 1), ("b", 2), ("c", 1)))
     desk = Admission(2)
     assert all(desk.admit(f"a{i}", [a]) for i in range(1000))  # strengths and repetitions are free
     assert not desk.admit("b0", [b])
@@ -273,7 +289,7 @@ def test_requests_wait_in_order_and_strengths_take_no_slot() -> None:
     assert desk.admit("c0", [c])
     desk.release("c0")
     desk.release("never came")
-    twin = ServedPlan("another name of a", "a", 1, "all")
+    twin = ServedPlan("another name of a", "a", (0,), "all")
     assert desk.admit("a", [a])
     assert desk.admit("b", [twin, c])
     assert desk.free == 0, "one content, one slot"
@@ -286,7 +302,7 @@ def test_requests_wait_in_order_and_strengths_take_no_slot() -> None:
 def test_whatever_the_scheduler_admits_fits_beside_the_banks(seed: int) -> None:
     """Random traffic with aborts: the two counts agree, nobody is lost, nothing leaks."""
     rng = random.Random(seed)
-    offered = [ServedPlan(f"p{i}", f"{i}", rng.choice([1, 1, 1, 2, 3, 4]), "all") for i in range(12)]
+    offered = [ServedPlan(f"p{i}", f"{i}", (0,) * rng.choice([1, 1, 1, 2, 3, 4]), "all") for i in range(12)]
     desk, bank = Admission(6), Residents(6)
     waiting, running, done, owners = [], {}, 0, {}
     for i in range(300):
@@ -350,7 +366,7 @@ def test_the_table_says_what_each_request_asked_for_at_each_position(seed: int, 
     rng = random.Random(seed)
     table = RowTable(tokens=64, device=torch.device("cpu"))
     table._write = table._on_host if where_it_runs == "host" else table._on_device
-    library = Library({f"p{i}": ServedPlan(f"p{i}", "", 1, "all", (1, 9)) for i in range(9)})
+    library = Library({f"p{i}": ServedPlan(f"p{i}", "", (0,), "all", (1, 9)) for i in range(9)})
     asked = {}
     for i in range(70):  # more than the table first has lines for
         names = rng.sample(sorted(library.plans), rng.randint(0, 4))
@@ -430,8 +446,8 @@ def engine(edits: list[sf.Intervention], slots: int, dtype: torch.dtype = torch.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("crowd", ["one column", "stacked", "everybody"])
-def test_a_step_edits_what_the_specification_says(dtype: torch.dtype, split: bool, crowd: str) -> None:
-    """Every listed intervention among additions, per token, against the reference on the same bank and table in float64."""
+def test_a_step_edits_what_the_reference_says(dtype: torch.dtype, split: bool, crowd: str) -> None:
+    """Every listed intervention among additions, per token, against the formulas on the same bank and table in float64."""
     edits = [sf.Add(unit(i), 1 + i) for i in range(6)]
     edits += [edit for edit, _ in EXAMPLES.values()]
     places, place = engine(edits, len(edits), dtype)
@@ -446,17 +462,10 @@ def test_a_step_edits_what_the_specification_says(dtype: torch.dtype, split: boo
     places.table.fill([f"r{i}" for i in range(n)], torch.arange(n + 1), torch.zeros(n, dtype=torch.long), n)
     stream, hidden = torch.randn(40, D).to(dtype), torch.randn(40, D).to(dtype)
     rows, scale = places.table.rows[:n], places.table.scale[:n]
-    bank = [tensor.double() if tensor.is_floating_point() else tensor for tensor in place.bank.tensors]
-    spec = (
-        reference.subspace_split(hidden[:n].double(), stream[:n].double(), *bank, rows, scale.double())
-        if split
-        else reference.subspace(stream[:n].double(), *bank, rows, scale.double())
-    )
-    mine = (
-        reference.subspace_split(hidden[:n], stream[:n], *place.bank.tensors, rows, scale)
-        if split
-        else reference.subspace(stream[:n], *place.bank.tensors, rows, scale)
-    )
+    args = (stream[:n], *place.bank.tensors, rows, scale)
+    formula = partial(reference.subspace_split, hidden[:n]) if split else reference.subspace
+    spec = formula(*args)
+    mine = reference.naive(formula, *args)
     got = stream.clone()
     places.edit_(got, hidden if split else None, "resid_post.0")
     allowed = 2 * (mine.double() - spec).abs().amax(1) + torch.finfo(dtype).eps * spec.abs().amax(1)
@@ -539,7 +548,7 @@ def test_slots_are_filled_again_and_again_where_free_rows_lie_scattered() -> Non
         x = torch.randn(1, D)
         got = x.clone()
         places.edit_(got, None, "resid_post.0")
-        assert torch.allclose(got, reference.edit(x, edit.slot(), edit.slot().constants[2].view(1, 1)), atol=1e-6)
+        assert torch.allclose(got, edit.apply(x), atol=1e-6)
 
 
 def test_more_tokens_than_the_engine_announced_are_an_error() -> None:

@@ -127,6 +127,18 @@ def test_every_request_of_a_batch_gets_what_transformers_computes(engine, positi
     assert found[1:5] != engine.run([(ids, None) for ids in prompts])[1:5]
 
 
+def test_a_row_for_each_of_a_prompts_first_tokens(engine) -> None:
+    """Through our kernels, beside edits of every token; one prompt is shorter than the rows, one comes in chunks."""
+    truth = Transformers(engine.model)
+    asked = [[("rows", 1.0)], [("rows", -1.5), ("norm", 1.0)], [("rows", 2.0)], [("add", 1.0)]]
+    prompts = [prompt(20, 3), prompt(21, 40), prompt(22, 8), prompt(23, 8)]
+    found = engine.run([(ids, fields(*steered)) for ids, steered in zip(prompts, asked, strict=True)])
+    for ids, steered, got in zip(prompts, asked, found, strict=True):
+        wanted, _ = truth.generate(ids, [(engine.plans[name], s, None) for name, s in steered], TOKENS)
+        assert got == wanted, steered
+    assert found != engine.run([(ids, None) for ids in prompts])
+
+
 def test_trap_5_it_is_the_second_runner_that_was_steered_and_nothing_is_left_in_it(engine) -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 

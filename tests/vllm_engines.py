@@ -104,6 +104,7 @@ def tiny_plans(folder: Path) -> dict[str, sf.Plan]:
         "add": sf.Plan({1: sf.Add(v, 3.0)}),
         "many": sf.Plan({layer: sf.Ablate(torch.stack([v, w])) for layer in range(3)}),
         "norm": sf.Plan({0: sf.Add(w, 4.0, keep_norm=True), ("mlp_out", 2): sf.Add(v)}),
+        "rows": sf.Plan({1: sf.Add(torch.stack([unit(seed, 128) for seed in (3, 4, 5, 6)]), 3.0)}),
         "flow": sf.Plan({2: [sf.Flow(barrier, angle=0.8, steps=3), sf.Amplify(w, 2.0)]}, positions="last"),
     }
     for name, plan in made.items():

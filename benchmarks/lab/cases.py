@@ -15,7 +15,7 @@ from torch import Tensor
 import steerfast as sf
 from steerfast import ops
 
-from .case import Case, Compiled, Function, Inputs, NotHere, Stream, error_share, same_as
+from .case import Case, Compiled, Function, Inputs, Stream, error_share, same_as
 from .methods import METHODS, amplify
 
 ANGLE = 0.4  # radians that a flow turns
@@ -92,7 +92,7 @@ def subspace(at: Stream, n: int, method: str, k: int, slots: int = 1) -> Case:
         bank.register(intervention)
     slot, modes, rank = bank.view(0), bank.modes, bank.max_rank
     rows = torch.arange(n, device=at.device, dtype=torch.int32) % slots if slots > 1 else None
-    shared = slot.project.data_ptr() == slot.lift.data_ptr()
+    shared = slot.project is slot.lift
     several = f" slots={slots}" if slots > 1 else ""
 
     def owned(formula: Function) -> Function:
@@ -198,14 +198,18 @@ def direct_flow(x: Tensor, q: Tensor, lam: Tensor, bias: Tensor, steps: int, met
         tangent = u - (point * u).sum(-1, keepdim=True) * point
         return tangent / tangent.norm(dim=-1, keepdim=True)
 
+    advance = PLAIN_STEPS[method]
     for _ in range(steps):
-        k1 = field(a)
-        if method == "euler":
-            a = a + step * k1
-        elif method == "rk4":
-            k2 = field(a + step / 2 * k1)
-            k3 = field(a + step / 2 * k2)
-            a = a + step / 6 * (k1 + 2 * k2 + 2 * k3 + field(a + step * k3))
-        else:
-            raise NotHere(f"no plain form of {method} to check against")
+        a = advance(field, a, step)
     return a.to(x.dtype)
+
+
+def _rk4_step(field: Function, a: Tensor, step: Tensor) -> Tensor:
+    k1 = field(a)
+    k2 = field(a + step / 2 * k1)
+    k3 = field(a + step / 2 * k2)
+    return a + step / 6 * (k1 + 2 * k2 + 2 * k3 + field(a + step * k3))
+
+
+PLAIN_STEPS: dict[str, Function] = {"euler": lambda field, a, step: a + step * field(a), "rk4": _rk4_step}
+"""The solvers that a flow can be checked against, as one step of theirs in all dimensions."""

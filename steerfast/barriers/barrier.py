@@ -13,8 +13,6 @@ z = Qᵀa, without the sphere: the linear raw barrier is plain activation additi
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -23,26 +21,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from steerfast._checks import ORTHONORMAL, direction_rows, finite_number, no_gradient, one_of
-from steerfast.files.replace import replace_file
+from steerfast._checks import ORTHONORMAL, direction_rows, finite_number, no_gradient, one_of, warn_user
+from steerfast.files import container
 from steerfast.ops.backends import in_full_precision
+from steerfast.place import NOWHERE, Origin, Place
 
-SCHEMA = 1
 ACTIVATIONS = ("cos", "tanh")
+PARTS = {
+    "": ("basis", "eigenvalues", "bias"),
+    "ridge.": ("directions", "phases", "weights"),
+    "sketch.": ("hashes", "signs", "weights"),
+}
+"""The tensors of a barrier and of its two parts, by the prefix that their names have in a file."""
 
 
 @dataclass(frozen=True)
 class BarrierInfo:
-    """Where a barrier comes from and how good it is.
+    """How a barrier was fitted and how good it is.
 
     Attributes:
         kind: "linear", "quadratic", "sketch", "rff" or "mlp"; "" if it was made by hand.
-        layer, site, model: Where its activations were read; None if they were plain tensors.
-        typical_norm: Mean ‖a‖ of the activations it was fitted on; 0 if unknown.
         accuracy: Share of held-out activations on the right side of h = 0; NaN if nothing was held out.
         log_likelihood: Mean log-likelihood per held-out example; NaN if nothing was held out.
         separable: Whether the fitted activations all lie on their own side: the size of h is then set by C alone.
@@ -50,10 +50,6 @@ class BarrierInfo:
     """
 
     kind: str = ""
-    layer: int | None = None
-    site: str | None = None
-    model: str | None = None
-    typical_norm: float = 0.0
     accuracy: float = math.nan
     log_likelihood: float = math.nan
     separable: bool = False
@@ -144,7 +140,8 @@ class Barrier:
         eigenvalues: Λ's diagonal, (k,).
         bias: b̃, (k,).
         offset: c.
-        info: Origin and quality.
+        info: How it was fitted, and how good it is.
+        origin: Where the activations were read that it was fitted on, and their typical norm.
         ridge: Ridge terms; None: none.
         raw: z = Qᵀa instead, without the sphere.
         sketch: The features that it was fitted through, for kind "sketch".
@@ -167,6 +164,7 @@ class Barrier:
     ridge: Ridge | None = None
     raw: bool = False
     sketch: Sketch | None = None
+    origin: Origin = NOWHERE
 
     def __post_init__(self) -> None:
         _own(self, "Barrier", ("basis", "eigenvalues", "bias"))
@@ -239,7 +237,8 @@ class Barrier:
         """log p₋/p₊: the barrier of the swapped sides, whose flow goes the other way."""
         ridge = None if self.ridge is None else replace(self.ridge, weights=-self.ridge.weights)
         sketch = None if self.sketch is None else replace(self.sketch, weights=-self.sketch.weights)
-        return Barrier(self.basis, -self.eigenvalues, -self.bias, -self.offset, self.info, ridge, self.raw, sketch)
+        eigenvalues, bias = -self.eigenvalues, -self.bias
+        return replace(self, eigenvalues=eigenvalues, bias=bias, offset=-self.offset, ridge=ridge, sketch=sketch)
 
     def basis_as(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The basis on a device in a dtype, copied once and kept: a captured CUDA graph may ask for it, too."""
@@ -257,12 +256,9 @@ class Barrier:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, as `save` writes them."""
-        parts = {name: getattr(self, name) for name in ("basis", "eigenvalues", "bias")}
-        if self.ridge is not None:
-            parts |= {f"ridge.{name}": getattr(self.ridge, name) for name in ("directions", "phases", "weights")}
-        if self.sketch is not None:
-            parts |= {f"sketch.{name}": getattr(self.sketch, name) for name in ("hashes", "signs", "weights")}
-        return parts
+        owners: dict[str, Any] = {"": self, "ridge.": self.ridge, "sketch.": self.sketch}
+        here = {prefix: owner for prefix, owner in owners.items() if owner is not None}
+        return {prefix + name: getattr(owner, name) for prefix, owner in here.items() for name in PARTS[prefix]}
 
     def numbers(self) -> dict[str, Any]:
         """All else, ready for JSON (a number that is unknown is null)."""
@@ -271,6 +267,7 @@ class Barrier:
             "offset": self.offset,
             "raw": self.raw,
             "info": info,
+            "origin": self.origin.numbers(),
             "ridge": None if self.ridge is None else {"activation": self.ridge.activation},
             "sketch": None if self.sketch is None else {"gamma": self.sketch.gamma, "coef0": self.sketch.coef0},
         }
@@ -283,32 +280,22 @@ class Barrier:
             owner, _, leaf = name.rpartition(".")
             parts[owner][leaf] = tensor
         rest = dict(numbers)
-        info = rest.pop("info")
+        info = dict(rest.pop("info"))
+        origin = Origin.restore(rest.pop("origin")) if "origin" in rest else _old_origin(info)
         missing = ("accuracy", "log_likelihood")  # what was never measured is null in JSON
         known: dict[str, Any] = {k: math.nan if v is None and k in missing else v for k, v in info.items()}
         for owner, kind in (("ridge", Ridge), ("sketch", Sketch)):
             described = rest.pop(owner)
             rest[owner] = None if described is None else kind(**parts[owner], **described)
-        return cls(**parts[""], **rest, info=BarrierInfo(**known))
+        return cls(**parts[""], **rest, info=BarrierInfo(**known), origin=origin)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write barrier.json and barrier.safetensors into a directory, each under a temporary name first.
+        """Write barrier.json and barrier.safetensors into a directory: both, or neither.
 
         Returns:
             The directory.
         """
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        blob = save_tensors({name: value.contiguous() for name, value in self.tensors().items()})
-        text = {
-            "schema": SCHEMA,
-            "kind": "steerfast.barrier",
-            "barrier": self.numbers(),
-            "tensors_sha256": hashlib.sha256(blob).hexdigest(),
-        }
-        replace_file(target / "barrier.safetensors", blob)
-        replace_file(target / "barrier.json", json.dumps(text, indent=2, allow_nan=False).encode())
-        return target
+        return container.write(container.BARRIER, directory, {"barrier": self.numbers()}, self.tensors())
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Barrier:
@@ -318,33 +305,14 @@ class Barrier:
             FileNotFoundError: one of the two files is missing.
             ValueError: a file is damaged, or of another kind or schema.
         """
-        text_path, blob_path = Path(directory) / "barrier.json", Path(directory) / "barrier.safetensors"
-        for path in (text_path, blob_path):
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"Barrier.load: {path} does not exist; a barrier is a directory with barrier.json and barrier.safetensors"
-                )
-        try:
-            text = json.loads(text_path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"Barrier.load: {text_path} is not JSON ({error})") from None
-        if not isinstance(text, dict) or text.get("kind") != "steerfast.barrier":
-            raise ValueError(f'Barrier.load: {text_path} is not a barrier ("kind" is not "steerfast.barrier")')
-        if text.get("schema") != SCHEMA:
-            raise ValueError(
-                f"Barrier.load: {text_path} has schema {text.get('schema')!r}; this version reads schema {SCHEMA}"
-            )
-        blob = blob_path.read_bytes()
-        if hashlib.sha256(blob).hexdigest() != text.get("tensors_sha256"):
-            raise ValueError(
-                f"Barrier.load: {blob_path} is not the file that {text_path} was written with; copy both again"
-            )
-        try:
-            return cls.restore(load_tensors(blob), text["barrier"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"Barrier.load: {text_path} does not describe a barrier of schema {SCHEMA}: {error}"
-            ) from None
+        text, tensors = container.read(container.BARRIER, directory)
+        with container.describing(container.BARRIER, directory):
+            numbers = text["barrier"]
+            here = [prefix for prefix in PARTS if not prefix or numbers[prefix.rstrip(".")] is not None]
+            names = [prefix + name for prefix in here for name in PARTS[prefix]]
+        container.expect(container.BARRIER, directory, tensors, dict.fromkeys(names))
+        with container.describing(container.BARRIER, directory):
+            return cls.restore(tensors, numbers)
 
 
 def _own(target: object, owner: str, names: tuple[str, ...]) -> None:
@@ -358,6 +326,17 @@ def _own(target: object, owner: str, names: tuple[str, ...]) -> None:
         if not value.isfinite().all():
             raise ValueError(f"{owner}: {name} holds NaN or Inf")
         object.__setattr__(target, name, value)
+
+
+def _old_origin(info: dict[str, Any]) -> Origin:
+    """What a file of schema 1 says: its typical norm was a mean, which a few rows of enormous norm make useless."""
+    layer, site, model, norm = (info.pop(name, None) for name in ("layer", "site", "model", "typical_norm"))
+    if norm:
+        warn_user(
+            "Barrier.load: the file says the mean norm of its activations, where the median is wanted; it is read as "
+            "unknown: fit the barrier again, or give it an origin",
+        )
+    return Origin(model, None if layer is None else Place(site or "resid_post", layer))
 
 
 def _known(value: Any) -> Any:

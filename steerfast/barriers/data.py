@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steerfast._checks import tensor_of
 from steerfast.models.collect import Activations
+from steerfast.place import NOWHERE, Origin, common_origin
 
 from .barrier import BarrierInfo
 
@@ -30,25 +31,19 @@ class Data:
     x: Tensor  # (n, d)
     labels: Tensor  # (n,) bool
     groups: Tensor  # (n,) int64
-    typical_norm: float
-    origin: dict[str, Any]
+    origin: Origin
     seed: int
 
     @classmethod
     def of(cls, pos: Any, neg: Any, groups: Iterable[Any] | None, seed: int) -> Data:
         """Check both sides and put them together."""
         (first, pos_texts), (second, neg_texts) = _origin(pos), _origin(neg)
-        origins = first, second
         sides = [_activations("pos", pos), _activations("neg", neg)]
         if sides[0].shape[1] != sides[1].shape[1]:
             raise ValueError(
                 f"fit_barrier: pos has width {sides[0].shape[1]} and neg {sides[1].shape[1]}; both must come from one layer"
             )
-        for name in ("layer", "site", "model"):
-            if None not in (a := [origin.get(name) for origin in origins]) and a[0] != a[1]:
-                raise ValueError(
-                    f"fit_barrier: pos comes from {name} {a[0]!r} and neg from {a[1]!r}; expected one {name}"
-                )
+        origin = common_origin("fit_barrier: pos and neg", [first, second])
         few = next(((name, len(side)) for name, side in zip(("pos", "neg"), sides, strict=True) if len(side) < 2), None)
         if few is not None:
             raise ValueError(f"fit_barrier: {few[0]} has {few[1]} row(s); expected at least 2 on each side")
@@ -76,11 +71,7 @@ class Data:
             x / norms,
             torch.arange(len(x), device="cpu") < len(sides[0]),
             torch.tensor([codes[name] for name in names], device="cpu"),
-            float(norms.double().mean()),
-            {
-                name: next((o[name] for o in origins if o.get(name) is not None), None)
-                for name in ("layer", "site", "model")
-            },
+            replace(origin, typical_norm=float(norms.median())),
             seed,
         )
 
@@ -92,7 +83,7 @@ class Data:
 
     def take(self, index: Tensor) -> Data:
         """Some of the rows."""
-        return Data(self.x[index], self.labels[index], self.groups[index], self.typical_norm, self.origin, self.seed)
+        return Data(self.x[index], self.labels[index], self.groups[index], self.origin, self.seed)
 
     def searched(self) -> Data:
         """At most `SEARCHED` rows, whole groups as far as they fit, in random order of the groups.
@@ -140,9 +131,12 @@ class Data:
                 stacklevel=4,
             )
         return BarrierInfo(
-            kind, **self.origin, typical_norm=self.typical_norm, log_likelihood=held.log_likelihood, accuracy=held.accuracy,
-            separable=separable, settings=settings,
-        )  # fmt: skip
+            kind,
+            log_likelihood=held.log_likelihood,
+            accuracy=held.accuracy,
+            separable=separable,
+            settings=settings,
+        )
 
 
 class Held(NamedTuple):
@@ -156,10 +150,10 @@ class Held(NamedTuple):
 UNKNOWN = Held(math.nan, math.nan, math.nan)
 
 
-def _origin(value: Any) -> tuple[dict[str, Any], Tensor | None]:
+def _origin(value: Any) -> tuple[Origin, Tensor | None]:
     if not isinstance(value, Activations) or len(value) != 1:
-        return {}, None
-    return {"layer": next(iter(value)), "site": value.site, "model": value.model}, value.text_index
+        return NOWHERE, None
+    return value.origin(next(iter(value))), value.text_index
 
 
 def _activations(name: str, value: Any) -> Tensor:

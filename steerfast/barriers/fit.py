@@ -13,6 +13,7 @@ C, and γ and c₀ with it, are chosen by the log-likelihood of held-out groups.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def fit_barrier(
         "linear": _linear, "quadratic": _quadratic, "sketch": _sketch, "rff": fit_fourier, "mlp": fit_network,
     }  # fmt: skip
     found: Barrier = fits[kind](data, C, kernel, rank)
-    return found
+    return replace(found, origin=data.origin)
 
 
 # --- the kinds ---------------------------------------------------------------------------------------------------------

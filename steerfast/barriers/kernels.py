@@ -51,7 +51,7 @@ def regress(features: Tensor, labels: Tensor, C: float) -> tuple[Tensor, float]:
     solver = LogisticRegression(C=C, solver="newton-cholesky" if narrow else "lbfgs", max_iter=500)
     wide = features.double() if narrow else features
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fold of separable data may stop early; its held-out likelihood says so
+        warnings.simplefilter("ignore")  # a fold of separable data may stop early; its held-out likelihood shows it
         found = solver.fit(wide.numpy(), labels.numpy())
     return torch.from_numpy(found.coef_[0]).double(), float(found.intercept_[0])
 

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `steerfast check`; returns the exit code."""
     from steerfast.plan import Plan
 
-    plan = None if args.plan is None else Plan.load(args.plan)
+    plan = None if args.plan is None else Plan.load(args.plan, args.saes)
     if args.engine == "vllm":
         from steerfast.tools.check_vllm import prove
 
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `steerfast check` to a parser."""
     shared.model_arguments(parser)
     parser.add_argument("--plan", metavar="DIR", help="a plan that must fit the model and change its logits")
+    shared.saes_argument(parser)
     parser.add_argument(
         "--engine", choices=["transformers", "vllm"], default="transformers", help="what is to run the model"
     )

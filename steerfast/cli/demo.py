@@ -22,7 +22,7 @@ from torch import Tensor
 
 from steerfast.barriers.fit import fit_barrier
 from steerfast.directions import extract
-from steerfast.edits.features import Amplify, Calibrate
+from steerfast.edits.features import Amplify, Calibrate, EditFeatures
 from steerfast.edits.flow import Flow
 from steerfast.edits.linear import Ablate, Add
 from steerfast.hooks.steer import steer
@@ -30,8 +30,23 @@ from steerfast.models import demo as demo_model
 from steerfast.models.collect import Activations, collect
 from steerfast.ops.backends import backend_of
 from steerfast.plan import Plan
+from steerfast.sae.explanation import explain, vocabulary_of
+from steerfast.sae.model import SAE
 
 from . import shared
+from .demo_prompts import (
+    HATE,
+    KIND,
+    KIND_HELD_OUT,
+    LAND,
+    LOVE,
+    PROFESSIONS,
+    PROMPTS,
+    SEA,
+    UNKIND,
+    UNKIND_HELD_OUT,
+    WORDS,
+)
 
 DESCRIPTION = (
     "Steer a real model with every method. Fetches SmolLM2-135M-Instruct once (93 MB), makes vectors from prompts, "
@@ -46,40 +61,9 @@ Say = Callable[[str], None]
 
 LAYER_ADD, LAYER_FEATURES = 8, 10
 BARRIER_C = 100.0
-PROMPTS = ("I hate you because", "I think people are", "My boss is", "This movie was")
-LOVE, HATE = ("I love you",), ("I hate you",)
-KIND = (
-    "I love spending time with my family.",
-    "What a wonderful, kind thing to do!",
-    "Thank you so much, this made me happy.",
-    "The food was delicious and the staff were friendly.",
-    "She smiled and hugged her best friend.",
-    "I am proud of you and grateful for your help.",
-    "It was the best day of my life.",
-    "They are generous, warm and caring people.",
-)
-UNKIND = (
-    "I hate spending time with my family.",
-    "What a horrible, cruel thing to do!",
-    "Go away, this made me furious.",
-    "The food was disgusting and the staff were rude.",
-    "She screamed and slapped her worst enemy.",
-    "I am ashamed of you and sick of your excuses.",
-    "It was the worst day of my life.",
-    "They are selfish, cold and vicious people.",
-)
-SEA = (
-    "The waves rolled over the deep blue sea.",
-    "Whales and dolphins swim in the ocean.",
-    "The ship sailed across the ocean.",
-    "Fish live among the corals of the sea.",
-)
-LAND = (
-    "The report was finished on Monday.",
-    "Teachers and students sit in the classroom.",
-    "The car drove along the street.",
-    "People live among the houses of the town.",
-)
+SAE_FOLDER = Path(__file__).parents[2] / "benchmarks" / "sae" / "smollm2-135m-instruct-L7"
+"""The SAE that the repository ships; a wheel is without it."""
+VOCABULARY = 2000  # words to explain features by; all 10 000 take five times as long and find the same feature
 
 
 @dataclass
@@ -94,47 +78,73 @@ class Demo:
     tokens: int
     width: int
     results: dict[str, Any] = field(default_factory=dict)
-    plain: list[str] = field(default_factory=list)
+    unsteered: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
 
     def activations(self, texts: tuple[str, ...], layer: int, plan: Plan | None = None) -> Activations:
         """The stream after a layer at the last token of each text, steered by a plan."""
         with steer(self.model, plan) if plan is not None else nullcontext():
             return collect(self.model, self.tokenizer, texts, layers=layer, progress=False)
 
-    def generate(self, plan: Plan | None) -> list[str]:
+    def plain(self, prompts: tuple[str, ...]) -> list[str]:
+        """Unsteered continuations, generated once."""
+        if prompts not in self.unsteered:
+            self.progress(f"unsteered: {self.tokens} tokens for each of {len(prompts)} prompts")
+            self.unsteered[prompts] = self.generate(prompts, None)
+        return self.unsteered[prompts]
+
+    def generate(self, prompts: tuple[str, ...], plan: Plan | None) -> list[str]:
         """Greedy continuations of the prompts, in one left-padded batch."""
-        inputs = self.tokenizer(list(PROMPTS), return_tensors="pt", padding=True, padding_side="left")
+        inputs = self.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
         with steer(self.model, plan) if plan is not None else nullcontext():
             out = greedy(self.model, inputs, self.tokens, self.tokenizer.pad_token_id)
         start = inputs["input_ids"].shape[1]
         return list(self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True))
 
-    def table(self, texts: Sequence[str]) -> None:
+    def table(self, prompts: Sequence[str], texts: Sequence[str]) -> None:
         """Print one continuation per prompt."""
-        longest = max(map(len, PROMPTS))
-        for prompt, text in zip(PROMPTS, texts, strict=True):
+        longest = max(map(len, prompts))
+        for prompt, text in zip(prompts, texts, strict=True):
             indent = " " * (longest + 6)
             shown = textwrap.wrap(" ".join(text.split()), max(20, self.width - len(indent))) or [""]
             self.say(f"  {prompt:>{longest}} …".ljust(len(indent)) + f"\n{indent}".join(shown))
 
-    def show(self, key: str, title: str, plan: Plan, notes: list[str], numbers: dict[str, Any]) -> None:
-        """Generate under a plan, print it beside the unsteered texts, and save the plan."""
-        self.progress(f"{key}: {self.tokens} tokens for each of {len(PROMPTS)} prompts")
-        steered = self.generate(plan)
+    def note(self, line: str) -> None:
+        """Print a line under a title."""
+        self.say(textwrap.fill(line, self.width, initial_indent="  ", subsequent_indent="  "))
+
+    def show(
+        self,
+        key: str,
+        title: str,
+        plan: Plan,
+        notes: list[str],
+        numbers: dict[str, Any],
+        prompts: tuple[str, ...] = PROMPTS,
+    ) -> None:
+        """Generate under a plan, print it (and the unsteered texts of prompts not seen so far), and save the plan."""
+        seen = prompts in self.unsteered
+        plain = self.plain(prompts)
+        self.progress(f"{key}: {self.tokens} tokens for each of {len(prompts)} prompts")
+        steered = self.generate(prompts, plan)
         directory = plan.save(self.out / "plans" / key)
         self.say(f"\n{title}")
-        for note in notes:
-            self.say(textwrap.fill(note, self.width, initial_indent="  ", subsequent_indent="  "))
+        for line in notes:
+            self.note(line)
         self.say("")
+        if not seen:
+            self.table(prompts, plain)
+            self.say("  steered:")
+        self.table(prompts, steered)
         texts = [
             {"prompt": prompt, "unsteered": before, "steered": after}
-            for prompt, before, after in zip(PROMPTS, self.plain, steered, strict=True)
+            for prompt, before, after in zip(prompts, plain, steered, strict=True)
         ]
-        self.table(steered)
         self.results[key] = {"plan": directory.relative_to(self.out).as_posix(), "numbers": numbers, "texts": texts}
 
 
-def demonstrate(out: Path, say: Say, progress: Say, tokens: int = 20, width: int = 88) -> dict[str, Any]:
+def demonstrate(
+    out: Path, say: Say, progress: Say, tokens: int = 20, width: int = 88, sae: Path | None = SAE_FOLDER
+) -> dict[str, Any]:
     """Run the whole demo.
 
     Args:
@@ -143,15 +153,19 @@ def demonstrate(out: Path, say: Say, progress: Say, tokens: int = 20, width: int
         progress: Takes a line before each step that takes seconds.
         tokens: New tokens per continuation.
         width: Columns of the report.
+        sae: Folder or file of an SAE of this model; None, or the default where only the wheel is installed: that part is
+            left out, and the report says so.
 
     Returns:
         What results.json holds.
 
     Raises:
+        FileNotFoundError: there is no such SAE.
         RuntimeError: the model cannot be fetched; the message says how to fetch it by hand.
         OSError: the directory cannot be written.
     """
     started = time.perf_counter()
+    dictionary = None if sae is None or (sae == SAE_FOLDER and not sae.exists()) else SAE.load(sae)
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = demo_model.load(progress=progress)
     demo = Demo(model, tokenizer, out, say, progress, tokens, width)
@@ -159,13 +173,12 @@ def demonstrate(out: Path, say: Say, progress: Say, tokens: int = 20, width: int
     say(
         f"SmolLM2-135M-Instruct: {shape}, {str(model.dtype).removeprefix('torch.')}. Greedy continuations, unsteered:\n"
     )
-    progress(f"unsteered: {tokens} tokens for each of {len(PROMPTS)} prompts")
-    demo.plain = demo.generate(None)
-    demo.table(demo.plain)
+    demo.table(PROMPTS, demo.plain(PROMPTS))
     love = _add(demo)
     _ablate(demo, love)
     _amplify_and_calibrate(demo)
     _flow(demo)
+    _sae(demo, dictionary)
     progress("tokens per second, steered and unsteered in turns")
     speed = _speed(demo, Plan({LAYER_ADD: Add(love, 2.0)}))
     report = {
@@ -198,11 +211,11 @@ def _add(demo: Demo) -> Tensor:
     love = extract.difference(demo.activations(LOVE, LAYER_ADD), demo.activations(HATE, LAYER_ADD))
     notes = [
         f'love − hate: "{LOVE[0]}" minus "{HATE[0]}", last token, length {love.norm:.1f} '
-        f"(typical activation {love.activation_norm:.1f})"
+        f"(typical activation {love.origin.typical_norm:.1f})"
     ]
     plan = Plan({LAYER_ADD: Add(love, 2.0)}, model=demo.model)
     title = f"1  Add: x + 2·(love − hate) after layer {LAYER_ADD}"
-    demo.show("add", title, plan, notes, {"norm": love.norm, "activation_norm": love.activation_norm})
+    demo.show("add", title, plan, notes, {"norm": love.norm, "activation_norm": love.origin.typical_norm})
     return love.vector
 
 
@@ -238,15 +251,48 @@ def _amplify_and_calibrate(demo: Demo) -> None:
 def _flow(demo: Demo) -> None:
     layer = LAYER_FEATURES
     barrier = fit_barrier(demo.activations(KIND, layer), demo.activations(UNKIND, layer), kind="linear", C=BARRIER_C)
-    plan = Plan({layer: Flow(barrier, angle=0.4, steps=10)}, model=demo.model)
+    kind, unkind = (barrier(demo.activations(texts, layer)[layer]) for texts in (KIND_HELD_OUT, UNKIND_HELD_OUT))
+    right, held_out = int((kind > 0).sum() + (unkind < 0).sum()), len(kind) + len(unkind)
+    plan = Plan({layer: Flow(barrier, angle=0.3, steps=10)}, model=demo.model)
     before, after = (float(barrier(demo.activations(PROMPTS, layer, p)[layer]).mean()) for p in (None, plan))
     notes = [
-        f"h = log p(kind)/p(unkind): linear barrier on the sphere, {len(KIND)} + {len(UNKIND)} prompts, "
-        f"held-out accuracy {barrier.info.accuracy:.0%}",
+        f"h = log p(kind)/p(unkind): linear barrier on the sphere, fitted on {len(KIND)} + {len(UNKIND)} sentences; right on "
+        f"{right} of {held_out} others ({right / held_out:.0%}), which share no content word with them",
         f"mean h on the prompts: {before:+.2f} unsteered, {after:+.2f} steered",
     ]
-    title = f"5  Flow: ten Euler steps of da/dt = ∇h/‖∇h‖ over 0.4 rad after layer {layer}"
-    demo.show("flow", title, plan, notes, {"accuracy": barrier.info.accuracy, "h_before": before, "h_after": after})
+    title = f"5  Flow: ten Euler steps of da/dt = ∇h/‖∇h‖ over 0.3 rad after layer {layer}"
+    numbers = {"accuracy": right / held_out, "held_out": held_out, "h_before": before, "h_after": after}
+    demo.show("flow", title, plan, notes, numbers)
+
+
+def _sae(demo: Demo, sae: SAE | None) -> None:
+    title = "6  EditFeatures: x + 20·W_dec[f], one feature of an SAE, where f is the one that its words explain"
+    if sae is None:
+        demo.say(f"\n{title}")
+        demo.note("left out: the SAE is in the repository, not in the package; name one with --sae benchmarks/sae/…")
+        return
+    demo.progress(f"explaining {sae.features} features by {VOCABULARY} words")
+    found = explain(sae, demo.model, demo.tokenizer, vocabulary=vocabulary_of(demo.tokenizer, VOCABULARY))
+    feature = found.find(WORDS)[0]
+    plan = Plan([EditFeatures(sae, {feature: 20.0}, mode="add")], model=demo.model)
+    before, after = (_she_over_he(demo, p) for p in (None, plan))
+    notes = [
+        f"feature {feature} of {sae.features}: {', '.join(found[feature][:4])}",
+        f"mean log p(she)/p(he) behind the prompts: {before:+.2f} unsteered, {after:+.2f} steered",
+    ]
+    numbers = {"feature": feature, "she_over_he_before": before, "she_over_he_after": after}
+    demo.show("sae", title, plan, notes, numbers, PROFESSIONS)
+
+
+def _she_over_he(demo: Demo, plan: Plan | None) -> float:
+    """log p(she)/p(he) as the next token, mean over the prompts."""
+    she, he = (demo.tokenizer(word)["input_ids"][0] for word in (" she", " he"))
+    ratios = []
+    with torch.no_grad(), steer(demo.model, plan) if plan is not None else nullcontext():
+        for text in PROFESSIONS:
+            logits = demo.model(**demo.tokenizer(text, return_tensors="pt")).logits[0, -1]
+            ratios.append(float(logits[she] - logits[he]))
+    return sum(ratios) / len(ratios)
 
 
 def _speed(demo: Demo, plan: Plan, rounds: int = 4, tokens: int = 12) -> dict[str, Any]:
@@ -276,7 +322,7 @@ def _summary(demo: Demo, report: dict[str, Any], file: Path) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `steerfast demo`; returns the exit code."""
-    demonstrate(args.out, say=shared.say, progress=shared.progress, tokens=args.tokens, width=shared.width())
+    demonstrate(args.out, shared.say, shared.progress, args.tokens, shared.width(), args.sae)
     return 0
 
 
@@ -285,4 +331,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Path("steerfast-demo")
     out = "directory of the results (default: %(default)s)"
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=out)
+    sae = "SAE of this model (default: the one of the repository)"
+    parser.add_argument("--sae", type=Path, default=SAE_FOLDER, metavar="DIR", help=sae)
     parser.add_argument("--tokens", type=shared.positive, default=20, help="new tokens per text (default: %(default)s)")

@@ -11,7 +11,7 @@ from . import shared
 
 DESCRIPTION = (
     "Make a steering vector from two sides of texts. Runs the model on both, takes a direction per layer, and "
-    "saves a plan that adds it there."
+    "saves a plan that adds it there, and beside it the directions themselves, for sf.load_directions."
 )
 EXAMPLE = (
     'steerfast extract demo --positive "I love you" --negative "I hate you" \\\n'
@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     position = shared.position(args.position)
     model, tokenizer = shared.load(args)
     from steerfast.directions import extract
+    from steerfast.directions.sets import save_directions
     from steerfast.edits.linear import Add
     from steerfast.models.collect import collect
     from steerfast.models.layers import find_layers
@@ -38,18 +39,19 @@ def run(args: argparse.Namespace) -> int:
         for texts in (positive, negative)
     ]
     found = getattr(extract, args.method)(*sides, normalize=args.normalize)
-    directions = found if isinstance(found, dict) else {found.layer: found}
+    directions = found if isinstance(found, dict) else {found.origin.place.layer: found}
     edits: dict[int | tuple[str, int], Any] = {
         (args.site, layer): Add(d, strength=args.strength) for layer, d in directions.items()
     }
     known = shared.special(tokenizer, args.steer)
     saved = Plan(edits, positions=args.steer, model=model, special=known).save(args.out)
+    save_directions(args.out, directions, model)
     shared.say(
         f"{args.method}: {len(positive)} positive and {len(negative)} negative texts, {args.site}, position {position}"
     )
     shared.say(f"\n{'layer':>7} {'norm':>10} {'typical activation':>20}")
     for layer, direction in directions.items():
-        shared.say(f"{layer:>7} {direction.norm:>10.4g} {direction.activation_norm:>20.4g}")
+        shared.say(f"{layer:>7} {direction.norm:>10.4g} {direction.origin.typical_norm:>20.4g}")
     shared.say(f"\nPlan        {saved} (strength {args.strength:g}{', unit vectors' if args.normalize else ''})")
     shared.say(f'Next        steerfast generate {args.model} "Your prompt" --plan {saved}')
     return 0
@@ -61,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for side, meaning in (("positive", "with the property"), ("negative", "without it")):
         text = f"texts {meaning}; @FILE: one per line"
         parser.add_argument(f"--{side}", nargs="+", action="extend", required=True, metavar="TEXT", help=text)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the plan")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="directory of the plan and the directions"
+    )
     layers = "8, -1 (the last), 6,8, 6-12, all or middle (default: %(default)s)"
     parser.add_argument("--layers", "--layer", default="middle", metavar="SPEC", help=layers)
     parser.add_argument("--method", default=shared.METHODS[0], choices=shared.METHODS, help="(default: %(default)s)")

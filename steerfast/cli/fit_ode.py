@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from steerfast.models.collect import collect
     from steerfast.models.layers import find_layers
     from steerfast.plan import Plan
-    from steerfast.tools.plot_flow import plot_flow, require_matplotlib
+    from steerfast.tools.flow_plot import plot_flow, require_matplotlib
 
     from . import shared
 
@@ -71,9 +71,10 @@ def run(args: argparse.Namespace) -> int:
     ]
     barrier = fit_barrier(sides[0], sides[1], kind=args.kind)
     info = barrier.info
-    T = args.T if args.norms is None else args.norms * info.typical_norm
+    typical = barrier.origin.typical_norm or 0.0
+    T = args.T if args.norms is None else args.norms * typical
     angle = 0.4 if T is None and args.angle is None else args.angle
-    flow = Flow(barrier, angle, T, args.steps, args.method, args.level)
+    flow = Flow(barrier, angle=angle, T=T, steps=args.steps, method=args.method, level=args.level)
     layer = next(iter(sides[0]))
     barrier.save(args.out / "barrier")
     known = shared.special(tokenizer, args.steer)
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     shared.say(
         f"{args.kind}: {len(positive)} positive and {len(negative)} negative texts, {args.site} of layer {layer}"
     )
-    shared.say(f"Rank        {barrier.rank} of {barrier.width}; typical activation {info.typical_norm:.4g}")
+    shared.say(f"Rank        {barrier.rank} of {barrier.width}; typical activation {typical:.4g}")
     shared.say(f"Held out    accuracy {info.accuracy:.1%}, log-likelihood {info.log_likelihood:.3f} per text")
     if info.separable:
         shared.say("Separable   every text lies on its own side, so the size of h comes from the penalty")

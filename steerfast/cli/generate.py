@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `steerfast generate`; returns the exit code."""
     from steerfast.plan import Plan
 
-    plan = Plan.load(args.plan)
+    plan = Plan.load(args.plan, args.saes)
     model, tokenizer = shared.load(args)
     prompt = args.prompt
     if args.chat:
@@ -177,6 +177,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.model_arguments(parser)
     parser.add_argument("prompt", metavar="PROMPT", help="what the text begins with")
     parser.add_argument("--plan", required=True, metavar="DIR", help="what extract, demo or Plan.save has written")
+    shared.saes_argument(parser)
     parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiplies every edit (default: 1)")
     parser.add_argument("--tokens", type=shared.positive, default=60, help="new tokens at most (default: %(default)s)")
     parser.add_argument(

@@ -7,6 +7,8 @@ import textwrap
 
 from steerfast.tools.convert import FORMATS, convert, show
 
+from . import shared
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 DESCRIPTION = "Look at a file of steering, or write it in another format. Reads plans and vectors of all known formats."
@@ -28,15 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other.add_argument(
         "--strength", type=float, default=1.0, metavar="C", help="multiplies every vector (default: %(default)s)"
     )
+    shared.saes_argument(shown)
+    shared.saes_argument(other)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `steerfast plan`; returns the exit code."""
-    from . import shared
-
     if args.action == "show":
-        shared.say(show(args.source))
+        shared.say(show(args.source, args.saes))
         return 0
-    target = convert(args.source, args.target, args.to, args.strength)
-    shared.say(f"{show(target)}\n\nWritten     {target}")
+    target = convert(args.source, args.target, args.to, args.strength, args.saes)
+    shared.say(f"{show(target, args.saes)}\n\nWritten     {target}")
     return 0

@@ -15,11 +15,11 @@ import torch
 
 from steerfast.edits.features import Amplify, Calibrate, EditFeatures
 from steerfast.hooks.steer import steer
-from steerfast.models.layers import SITES
+from steerfast.place import SITES
 from steerfast.plan import Plan
 from steerfast.sae.cache import ActivationCache, cache_activations
 from steerfast.sae.evaluate import evaluate_sae
-from steerfast.sae.explain import RANKINGS, Explanations, explain, observe
+from steerfast.sae.explanation import RANKINGS, Explanations, explain, observe
 from steerfast.sae.model import SAE
 from steerfast.sae.training.config import TrainConfig
 from steerfast.sae.training.corpus import read_texts, wikipedia
@@ -217,18 +217,18 @@ def _steer(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     sae = SAE.load(args.sae)
-    origin = sae.origin
+    source = sae.source
     size = sum(tensor.numel() * tensor.element_size() for tensor in sae.tensors().values())
     select = f"the {sae.k} largest" if sae.k is not None else sae.activation
-    place = f"{sae.place[0]} of layer {sae.place[1]}" if sae.place else origin.hook_name or "unknown"
+    place = f"{sae.place[0]} of layer {sae.place[1]}" if sae.place else source.hook_name or "unknown"
     lengths = sae.w_dec.float().norm(dim=1)
     rows = {
-        "family": origin.source,
+        "family": source.library,
         "features": f"{sae.features} of width {sae.d}, {shared.short(sae.w_enc.dtype)}, {size / 1e6:.1f} MB",
         "selection": select,
         "normalisation": sae.normalisation,
         "place": place,
-        "model": origin.model or "unknown",
+        "model": sae.origin.model or source.model or "unknown",
         "decoder rows": f"length {float(lengths.min()):.4g} to {float(lengths.max()):.4g}",
         "tied": "yes" if torch.equal(sae.w_enc, sae.w_dec) else "no",
     }

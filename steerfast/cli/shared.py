@@ -153,6 +153,12 @@ def model_arguments(parser: Any) -> None:
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights (default: as they were saved)")
 
 
+def saes_argument(parser: Any) -> None:
+    """Add the argument by which a command that reads a plan finds the SAEs that it names."""
+    text = "SAE that the plan names, or folder of SAEs; may be repeated (default: STEERFAST_SAES)"
+    parser.add_argument("--saes", action="append", metavar="PATH", help=text)
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     value = int(text)

@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from steerfast.models.layers import SITES, find_layers
-from steerfast.tools.sweep import METHODS, NEUTRAL, UNITS, Cell, Grid, Probe, sweep
+from steerfast.models.layers import find_layers
+from steerfast.place import SITES
+from steerfast.tools.sweep import METHODS, NEUTRAL, UNITS, Cell, Grid, Question, sweep
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
@@ -63,12 +64,14 @@ def run(args: argparse.Namespace) -> int:
         n: shared.texts(f"--{n}", getattr(args, n)) for n in ("positive", "negative", "prompts", "wanted", "unwanted")
     }
     neutral = NEUTRAL if args.neutral is None else tuple(shared.texts("--neutral", args.neutral))
-    probe = Probe(tuple(read["prompts"]), tuple(read["wanted"]), tuple(read["unwanted"]), neutral)
+    question = Question(tuple(read["prompts"]), tuple(read["wanted"]), tuple(read["unwanted"]), neutral)
     model, tokenizer = shared.load(args)
     layers = shared.layers(args.layers, find_layers(model, "sweep").count)
     grid = Grid(tuple(layers), tuple(args.strengths), tuple(args.methods), args.unit, args.site)
     shown = sys.stderr.isatty()
-    found = sweep(model, tokenizer, (read["positive"], read["negative"]), probe, grid, args.out, args.batch_size, shown)
+    found = sweep(
+        model, tokenizer, (read["positive"], read["negative"]), question, grid, args.out, args.batch_size, shown
+    )
     shared.say(f"{found!r}\n")
     best = found.best(args.damage)
     if best is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steerfast._checks import direction_rows, finite_number, tensor_of
+from steerfast.place import NOWHERE, Origin, common_origin
 
 _LONGEST_METHOD = 500  # characters of an expression of directions that are kept
 ROUNDING = 1e-6  # a difference below this share of the activations' norm is float32 noise
@@ -18,25 +19,23 @@ ROUNDING = 1e-6  # a difference below this share of the activations' norm is flo
 class Direction:
     """A direction in the stream that knows its origin. Interventions take it wherever they take a vector.
 
-    Directions of one model, layer and site form a vector space: `a + b`, `a - b`, `-a`, `2 * a`, `a / 3`,
-    `sum(directions)`. The result's `method` says what was combined. A layer, site or model that only one operand
-    knows is kept; two different ones are an error, because such vectors live in different spaces.
+    Directions of one model and place form a vector space: `a + b`, `a - b`, `-a`, `2 * a`, `a / 3`, `sum(directions)`.
+    The result's `method` says what was combined. A model or place that only one operand knows is kept; two different
+    ones are an error, because such vectors live in different spaces.
 
     Attributes:
         vector: float32 (d,), on the CPU; finite and not zero.
         method: the function that made it, or the expression of such functions.
         norm: L2 norm before normalisation, in the activations' unit.
-        activation_norm: typical (median) L2 norm of the activations it was made from; None if that is unknown, as in
-            most files of other libraries. Of two operands the mean is kept.
-        layer, site, position, model: where they were read; None if they were plain tensors. A position on which two
-            operands differ becomes None: it says nothing about where the direction can be used.
+        origin: where the activations were read, and their typical norm; nothing is known of plain tensors, little in most
+            files of other libraries. Of operands it is what `common_origin` says.
 
     Raises:
         TypeError, ValueError: vector is not one finite non-zero row of floats; operands do not belong together.
 
     Example:
         >>> import torch
-        >>> a, b = (Direction(torch.tensor(v), "mean_difference", 5.0, 50.0) for v in ([3.0, 4.0], [3.0, 0.0]))
+        >>> a, b = (Direction(torch.tensor(v), "mean_difference", 5.0) for v in ([3.0, 4.0], [3.0, 0.0]))
         >>> (2 * a - b).vector.tolist(), (2 * a - b).method
         ([3.0, 8.0], '2.0·mean_difference − mean_difference')
     """
@@ -44,11 +43,7 @@ class Direction:
     vector: Tensor = field(repr=False)
     method: str
     norm: float
-    activation_norm: float | None
-    layer: int | None = None
-    site: str | None = None
-    position: str | int | None = None
-    model: str | None = None
+    origin: Origin = NOWHERE
 
     __array_ufunc__ = None  # NumPy's scalars leave `numpy.float32(2) * direction` to this class
 
@@ -103,28 +98,26 @@ class Direction:
 
         Example:
             >>> import torch
-            >>> Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, 50.0).project_out(torch.tensor([1.0, 0.0])).vector
+            >>> Direction(torch.tensor([3.0, 4.0]), "pca", 5.0).project_out(torch.tensor([1.0, 0.0])).vector
             tensor([0., 4.])
         """
         if not others:
             raise TypeError("project_out: expected at least one direction to remove")
-        origin: Direction = self
-        for other in others:
-            if isinstance(other, Direction):
-                origin = replace(origin, **_common_origin("project_out", origin, other))
+        known = [self, *(other for other in others if isinstance(other, Direction))]
         rows = torch.cat(
             [direction_matrix("project_out", "a direction", other) for other in others if _fits(self, other)]
         )
         rest = orthogonal_to("project_out", self.vector.double(), rows)
         removed = ", ".join(other.method if isinstance(other, Direction) else "a tensor" for other in others)
-        return origin._made(rest, f"{_factor(self.method)} without ({removed})")
+        method = f"{_factor(self.method)} without ({removed})"
+        return self._made(rest, method, common_origin("project_out", [one.origin for one in known]))
 
     def normalized(self) -> Direction:
         """Return the direction at norm 1: v / ‖v‖. `norm` keeps the length that it had before.
 
         Example:
             >>> import torch
-            >>> unit = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, 50.0).normalized()
+            >>> unit = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0).normalized()
             >>> unit.norm, float(unit.vector.norm())
             (5.0, 1.0)
         """
@@ -143,60 +136,43 @@ class Direction:
             A number without unit: 1 adds as much as there was.
 
         Raises:
-            ValueError: `activation_norm` is unknown.
+            ValueError: the typical norm is unknown.
 
         Example:
             >>> import torch
-            >>> Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, 50.0).dose(4.0)
+            >>> Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, Origin(typical_norm=50.0)).dose(4.0)
             0.4
         """
-        if self.activation_norm is None:
+        if self.origin.typical_norm is None:
             raise ValueError(
                 f"dose: {self!r} does not know the norm of the activations; "
                 f"measure it with steerfast.dose(model, tokenizer, plan, texts)"
             )
         strength = finite_number("dose", "strength", strength)
-        return abs(strength) * float(self.vector.double().norm()) / self.activation_norm
+        return abs(strength) * float(self.vector.double().norm()) / self.origin.typical_norm
 
-    def _made(self, vector: Tensor, method: str) -> Direction:
+    def _made(self, vector: Tensor, method: str, origin: Origin | None = None) -> Direction:
         """The result of an expression, with its own norm."""
         short = method if len(method) <= _LONGEST_METHOD else f"{method[: _LONGEST_METHOD - 2]} …"
-        return replace(self, vector=vector, method=short, norm=float(vector.double().norm()))
+        return replace(
+            self, vector=vector, method=short, norm=float(vector.double().norm()), origin=origin or self.origin
+        )
 
     def __repr__(self) -> str:
-        parts = [self.model, f"layer {self.layer}" if self.layer is not None else None, self.site]
-        where = f" of {', '.join(part for part in parts if part)}" if any(parts) else ""
-        typical = "unknown" if self.activation_norm is None else f"{self.activation_norm:.4g}"
+        where = f" of {self.origin}" if str(self.origin) else ""
+        typical = "unknown" if self.origin.typical_norm is None else f"{self.origin.typical_norm:.4g}"
         norms = f"norm {self.norm:.4g}, typical activation {typical}"
         return f"Direction({self.method}{where}: d {self.vector.numel()}, {norms})"
 
 
 def _sum(a: Direction, b: Direction, sign: float) -> Direction:
     """a + sign·b."""
-    origin = replace(a, **_common_origin("+" if sign > 0 else "−", a, b))
+    _fits(a, b)
     vector = a.vector.double() + sign * b.vector.double()
     text = f"{a.method} + {b.method}" if sign > 0 else f"{a.method} − {_factor(b.method)}"
     if vector.norm() <= ROUNDING * max(a.vector.norm(), b.vector.norm()):
         raise ValueError(f"Direction: {text} cancels to zero; a zero direction steers nothing")
-    return origin._made(vector, text)
-
-
-def _common_origin(operation: str, a: Direction, b: Direction) -> dict[str, Any]:
-    """What two directions that belong together say of their origin."""
-    _fits(a, b)
-    origin: dict[str, Any] = {}
-    for key in ("model", "layer", "site"):
-        mine, other = getattr(a, key), getattr(b, key)
-        if mine is not None and other is not None and mine != other:
-            raise ValueError(
-                f"Direction: {a.method} {operation} {b.method}: the {key} is {mine!r} on the left and {other!r} on the "
-                f"right; such vectors live in different spaces (dataclasses.replace(v, {key}=None) forgets the {key})"
-            )
-        origin[key] = other if mine is None else mine
-    origin["position"] = a.position if a.position == b.position else None
-    norms = [norm for norm in (a.activation_norm, b.activation_norm) if norm is not None]
-    origin["activation_norm"] = sum(norms) / len(norms) if norms else None
-    return origin
+    return a._made(vector, text, common_origin(f"Direction: {text}", [a.origin, b.origin]))
 
 
 def _fits(a: Direction, other: Direction | Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Activations of a model on prompts, and directions from them.
 
 `collect` reads a site of some layers on many texts. `difference`, `mean_difference`, `pca` and `logistic` turn two
-sides of activations into a `Direction` per layer. All arithmetic on the sides is float64; what is stored is float32.
+sides of activations into a `Direction` per layer; `prompt_difference` runs two prompts and keeps a row per token. All
+arithmetic on the sides is float64; what is stored is float32.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from steerfast.models.collect import Activations, typical_norm_of
+from steerfast.models.collect import Activations, collect, typical_norm_of
+from steerfast.models.texts import TextReader
+from steerfast.place import Origin, place_of
 
 from .direction import ROUNDING, Direction, direction_matrix, orthogonal_to
 
+METHODS = ("mean_difference", "difference", "pca", "logistic")
 Side: TypeAlias = Tensor | Mapping[int, Tensor]
 Directions: TypeAlias = (
     Any  # a Direction, or for several layers dict[int, Direction]: the data decide, no type can say it
@@ -29,7 +33,8 @@ def difference(pos: Side, neg: Side, *, normalize: bool = False, project_out: An
 
         v = 1/n · Σᵢ (posᵢ − negᵢ)
 
-    The value is that of `mean_difference`; the pairing is checked. One pair is activation addition's love − hate.
+    The value is that of `mean_difference`; the pairing is checked. One pair is love − hate as one vector for every token;
+    activation addition as published keeps a row per token: `prompt_difference`.
 
     Args:
         pos: activations with the property, a tensor (n, d) or (d,), or `Activations`.
@@ -52,6 +57,86 @@ def difference(pos: Side, neg: Side, *, normalize: bool = False, project_out: An
         >>> plan = sf.Plan({8: sf.Add(v, 4.0)})
     """
     return _extract("difference", _mean_difference, pos, neg, normalize, project_out, paired=True)
+
+
+def prompt_difference(
+    model: nn.Module, tokenizer: Any, prompt: str, against: str, layer: int, *, site: str = "resid_post"
+) -> Tensor:
+    """Return the difference of two prompts' activations, token by token: activation addition as published.
+
+        V_i = x_i(prompt) − x_i(against),   i = 0 … T − 1,   T the number of tokens of the longer prompt
+
+    `Add(V, c)` adds c·V_i to token i of the prompt that is steered, whatever stands there, and nothing behind it. Both
+    prompts are read with the special tokens that the tokenizer puts in front (an end-of-text token behind is left out). The
+    shorter one is padded on the right with the token of one space, as in the paper's code, or, where a tokenizer has no such
+    token, with its padding token or else its end-of-text token; the model reads the padding as text. Where both prompts
+    begin alike, as with one beginning-of-text token, the rows are zero, and `Add` leaves those tokens bit for bit as they
+    are.
+
+    A tokenizer that puts nothing in front, such as that of GPT-2, makes row 0 the first word's. The paper's GPT-2 saw
+    "<|endoftext|>" in front of every text; to do so, write it in front of both prompts and of every text that is steered.
+
+    Args:
+        model: a `transformers` causal language model.
+        tokenizer: its tokenizer.
+        prompt: the text to steer toward, such as "Love".
+        against: the text to steer away from, such as "Hate"; "" for the paper's empty prompt.
+        layer: the layer, 0-based, negative from the end; give the plan the same.
+        site: as in `collect`; give the plan the same. The paper's layer l is read and steered where block l begins:
+            "resid_pre" of l, or "resid_post" of l − 1.
+
+    Returns:
+        V, a float32 CPU tensor (T, d): no `Direction`, which is one vector for any token.
+
+    Raises:
+        TypeError: a prompt is not a string; model or tokenizer of the wrong type.
+        ValueError: no prompt has a token, they have the same tokens, or their activations do not differ; an unknown layer
+            or site; a tokenizer without any token to pad with.
+
+    Reference:
+        Turner et al. 2023, Activation Addition, arXiv:2308.10248, algorithm 1.
+
+    Example:
+        >>> V = sf.extract.prompt_difference(model, tokenizer, "Love", "Hate", layer=8)
+        >>> plan = sf.Plan({8: sf.Add(V, 5.0)})
+    """
+    reader = TextReader.of(tokenizer, "prompt_difference")
+    for name, text in (("prompt", prompt), ("against", against)):
+        if not isinstance(text, str):
+            raise TypeError(f"prompt_difference: {name} must be one text; got {type(text).__name__}")
+    sides = [reader.beginning(text) for text in (prompt, against)]
+    length = max(map(len, sides))
+    if len(sides[0]) != len(sides[1]):
+        filler = _padding_token(reader)
+        sides = [ids + [filler] * (length - len(ids)) for ids in sides]
+    if sides[0] == sides[1]:
+        raise ValueError(f"prompt_difference: both prompts are the tokens {sides[0]}; give two different ones")
+    tokens = [torch.tensor([ids], device="cpu") for ids in sides]
+    inputs = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens]
+    (rows,) = collect(model, layers=[layer], position="all", site=site, inputs=inputs, progress=False).values()
+    plus, minus = rows.double().split(length)
+    difference = plus - minus
+    alike = [mine == other for mine, other in zip(*sides, strict=True)].index(False)
+    difference[:alike] = 0.0  # a token sees nothing behind it: what is left there is rounding
+    if difference.norm(dim=1).max() <= ROUNDING * typical_norm_of(rows):
+        raise ValueError(
+            f"prompt_difference: the activations of {prompt!r} and {against!r} do not differ at {site} {layer}"
+        )
+    return difference.float()
+
+
+def _padding_token(reader: TextReader) -> int:
+    """The token of a space, or the tokenizer's own padding."""
+    space = reader.bare(" ")
+    if len(space) == 1:
+        return space[0]
+    for name in ("pad_token_id", "eos_token_id"):
+        if (token := getattr(reader.tokenizer, name, None)) is not None:
+            return int(token)
+    raise ValueError(
+        "prompt_difference: the prompts differ in length, and this tokenizer has neither one token for a space nor a padding "
+        "token; give prompts of equal length, or set tokenizer.pad_token"
+    )
 
 
 def mean_difference(pos: Side, neg: Side, *, normalize: bool = False, project_out: Any = None) -> Directions:
@@ -193,8 +278,9 @@ def _extract(
     directions = {}
     for layer in pos:
         direction = _direction(f"{name}: layer {layer}", method, pos[layer], neg[layer], normalize, project_out, paired)
-        origin: dict[str, Any] = {key: getattr(pos, key, None) for key in ("site", "position", "model")}
-        directions[layer] = replace(direction, method=name, layer=layer, **origin)
+        known = pos.origin(layer) if isinstance(pos, Activations) else Origin(place=place_of("extract", layer))
+        origin = replace(known, typical_norm=direction.origin.typical_norm)
+        directions[layer] = replace(direction, method=name, origin=origin)
     return directions if len(directions) != 1 else next(iter(directions.values()))
 
 
@@ -243,4 +329,4 @@ def _direction(
     if project_out is not None:
         vector = orthogonal_to(name, vector, project_out)
     norm = float(vector.norm())
-    return Direction((vector / norm if normalize else vector).float(), name, norm, typical)
+    return Direction((vector / norm if normalize else vector).float(), name, norm, Origin(typical_norm=typical))

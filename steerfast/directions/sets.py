@@ -1,46 +1,37 @@
 """Sets of directions as files, plans from them, and the relative dose that a plan gives.
 
 A set on disk is a folder of two files: `directions.json` says what each direction is, `directions.safetensors` holds
-the numbers. Both are written under temporary names and renamed, the JSON last: it carries the checksum of the other.
+the numbers, as `steerfast.files.container` writes them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from steerfast._checks import warn_user
 from steerfast.edits.base import Intervention
 from steerfast.edits.linear import Add
-from steerfast.files.replace import replace_file
-from steerfast.models.layers import SITES, find_layers
+from steerfast.files import container
+from steerfast.models.layers import find_layers
+from steerfast.place import SITES, Origin, Place, place_of
 from steerfast.plan import ModelCard, Plan, Positions, card
 
 from .direction import Direction
 
-SCHEMA = 1
-KIND = "steerfast.directions"
-JSON_NAME, TENSORS_NAME = "directions.json", "directions.safetensors"
-
 _NAME = re.compile(r"\w[\w .+\-]{0,127}")
-_TEXT_FIELDS = tuple(f.name for f in fields(Direction) if f.name != "vector")
 _PathLike = str | os.PathLike[str]
 
 
 class DirectionSet(Mapping[str, Direction]):
-    """Directions by name, immutable; what `load_directions` and `load_vectors` return.
+    """Directions by name, immutable; what `load_directions` returns.
 
     Args:
         directions: a dict of name -> direction; a dict of layer -> direction, as `steerfast.extract` returns for
@@ -54,7 +45,7 @@ class DirectionSet(Mapping[str, Direction]):
 
     Example:
         >>> import torch
-        >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, 50.0, layer=8)
+        >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, Origin(place=8))
         >>> DirectionSet({"love - hate": v}).plan(strength=2.0)
         Plan(resid_post 8: Add; positions='all')
     """
@@ -63,7 +54,8 @@ class DirectionSet(Mapping[str, Direction]):
         self._directions = _named_directions(directions)
         self._model = model if model is None or isinstance(model, ModelCard) else card(model)
         for name, direction in self._directions.items():
-            if self._model is not None and direction.site != "head_out" and len(direction.vector) != self._model.width:
+            head = direction.origin.place is not None and direction.origin.place.site == "head_out"
+            if self._model is not None and not head and len(direction.vector) != self._model.width:
                 raise ValueError(
                     f"DirectionSet: {name!r} has width {len(direction.vector)}; "
                     f"{self._model.name} has {self._model.width}"
@@ -111,24 +103,23 @@ class DirectionSet(Mapping[str, Direction]):
 
         Example:
             >>> import torch
-            >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, 50.0)
+            >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0)
             >>> DirectionSet({4: v, 5: v}).plan({"resid_post.5": 3.0})
             Plan(resid_post 5: Add; positions='all')
         """
         wanted = strength if isinstance(strength, Mapping) else dict.fromkeys(self, strength)
         if unknown := [name for name in wanted if name not in self]:
             raise ValueError(f"plan: strength names {unknown[0]!r}; the set has {_short_list(self)}")
-        edits: dict[int | tuple[str, int], list[Intervention]] = {}
+        edits: dict[Place, list[Intervention]] = {}
         for name, direction in self.items():
             if name not in wanted:
                 continue
-            if direction.layer is None:
+            if direction.origin.place is None:
                 raise ValueError(
-                    f"plan: {name!r} does not know its layer; give it one with "
-                    f"dataclasses.replace(direction, layer=...), or write the Plan yourself"
+                    f"plan: {name!r} does not know its layer; give it one with dataclasses.replace(direction, "
+                    f"origin=Origin(place=8)), or write the Plan yourself"
                 )
-            place = direction.site or "resid_post", direction.layer
-            edits.setdefault(place, []).append(Add(direction.vector, wanted[name], keep_norm))
+            edits.setdefault(direction.origin.place, []).append(Add(direction, wanted[name], keep_norm))
         if model is not None:
             self._check_model(model, edits)
         return Plan(edits, positions, self._model if model is None else model, special)
@@ -136,6 +127,29 @@ class DirectionSet(Mapping[str, Direction]):
     def save(self, path: _PathLike) -> Path:
         """Write the set; the same as `save_directions(path, self)`."""
         return save_directions(path, self)
+
+    @classmethod
+    def load(cls, path: _PathLike) -> DirectionSet:
+        """Read what `save` wrote. Nothing is executed, nothing is loaded in part. `sf.load_directions` reads other files, too.
+
+        Args:
+            path: the folder.
+
+        Returns:
+            The set; vectors are equal bit for bit to what was saved.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing.
+            ValueError: a file is damaged, of another kind or a newer schema, has unknown keys, or does not belong to the other.
+        """
+        text, tensors = container.read(container.DIRECTIONS, path)
+        _check_entries(path, text)
+        entries = text["directions"]
+        shapes = {name: (entry["width"],) for name, entry in entries.items()}
+        container.expect(container.DIRECTIONS, path, tensors, shapes)
+        with container.describing(container.DIRECTIONS, path):
+            found = {n: Direction(tensors[n], e["method"], e["norm"], _origin(e)) for n, e in entries.items()}
+            return cls(found, None if text["model"] is None else ModelCard(**text["model"]))
 
     def _check_model(self, model: nn.Module, places: Iterable[Any]) -> None:
         layers = find_layers(model, "plan")
@@ -147,17 +161,10 @@ class DirectionSet(Mapping[str, Direction]):
             )
         for site, layer in places:
             layers.point(layer, site, "plan")
-        names = {direction.model for direction in self.values() if direction.model is not None}
-        if others := sorted(name for name in names if family(name) != family(layers.name)):
-            warnings.warn(
-                f"plan: directions were made with {_short_list(others)}; this model is a {layers.name}",
-                UserWarning,
-                stacklevel=3,
-            )
 
     def __repr__(self) -> str:
         rows = [
-            [name, d.method, shown_number(d.layer), d.site or "", str(len(d.vector)), f"{d.norm:.4g}", d.model or ""]
+            [name, d.method, *_shown_place(d.origin), str(len(d.vector)), f"{d.norm:.4g}", d.origin.model or ""]
             for name, d in list(self.items())[:_SHOWN_ROWS]
         ]
         head = ["name", "method", "layer", "site", "d", "norm", "model"]
@@ -180,76 +187,19 @@ def save_directions(path: _PathLike, directions: Any, model: nn.Module | ModelCa
 
     Example:
         >>> import tempfile, torch
-        >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, 50.0, layer=8)
+        >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, Origin(place=8))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     float(load_directions(save_directions(folder, {"love": v}))["love"].vector[1])
+        ...     float(DirectionSet.load(save_directions(folder, {"love": v}))["love"].vector[1])
         4.0
     """
     known = directions.model if model is None and isinstance(directions, DirectionSet) else model
     checked = DirectionSet(directions, known)
-    target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"save_directions: {target} is a file; a set of directions is a folder of two files")
-    blob = save_tensors({name: direction.vector.clone() for name, direction in checked.items()})
     text = {
-        "schema": SCHEMA,
-        "kind": KIND,
         "model": None if checked.model is None else vars(checked.model),
-        "directions": {
-            name: {key: getattr(d, key) for key in _TEXT_FIELDS} | {"width": len(d.vector)}
-            for name, d in checked.items()
-        },
-        "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+        "directions": {name: _entry(d) for name, d in checked.items()},
     }
-    target.mkdir(parents=True, exist_ok=True)
-    replace_file(target / TENSORS_NAME, blob)
-    replace_file(target / JSON_NAME, json.dumps(text, indent=1, allow_nan=False).encode())
-    return target
-
-
-def load_directions(path: _PathLike) -> DirectionSet:
-    """Read what `save_directions` wrote. Nothing is executed, nothing is loaded in part.
-
-    Args:
-        path: the folder.
-
-    Returns:
-        The set; vectors are equal bit for bit to what was saved.
-
-    Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: a file is damaged, of another kind or schema, has unknown keys, or does not belong to the other.
-
-    Example:
-        >>> vectors = sf.load_directions("vectors/love")  # doctest: +SKIP
-        >>> with sf.steer(model, vectors.plan(strength=4.0)):  # doctest: +SKIP
-        ...     model.generate(**inputs)
-    """
-    source = Path(path)
-    text_path, blob_path = source / JSON_NAME, source / TENSORS_NAME
-    for file in (text_path, blob_path):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"load_directions: {file} does not exist; a set is a folder with {JSON_NAME} and {TENSORS_NAME}"
-            )
-    text = _read_text(text_path)
-    blob = blob_path.read_bytes()
-    if hashlib.sha256(blob).hexdigest() != text["tensors_sha256"]:
-        raise ValueError(
-            f"load_directions: {blob_path} is not the file that {text_path} was written with; copy both again"
-        )
-    try:
-        tensors = load_tensors(blob)
-    except SafetensorError as error:
-        raise ValueError(f"load_directions: {blob_path} is not a safetensors file ({error})") from None
-    entries = text["directions"]
-    if set(tensors) != set(entries):
-        raise ValueError(f"load_directions: {blob_path} and {text_path} name different directions")
-    try:
-        directions = {name: _rebuild(name, entry, tensors[name]) for name, entry in entries.items()}
-        return DirectionSet(directions, None if text["model"] is None else ModelCard(**text["model"]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"load_directions: {text_path}: {error}") from None
+    vectors = {name: direction.vector for name, direction in checked.items()}
+    return container.write(container.DIRECTIONS, path, text, vectors)
 
 
 class DirectionInfo(NamedTuple):
@@ -259,7 +209,7 @@ class DirectionInfo(NamedTuple):
         path: the folder of its set, for `load_directions`.
         name: its name in the set.
         width: d.
-        method, norm, activation_norm, layer, site, position, model: as in `Direction`.
+        method, norm, origin: as in `Direction`.
     """
 
     path: str
@@ -267,11 +217,7 @@ class DirectionInfo(NamedTuple):
     width: int
     method: str
     norm: float
-    activation_norm: float | None
-    layer: int | None
-    site: str | None
-    position: str | int | None
-    model: str | None
+    origin: Origin
 
 
 class Listing(list[DirectionInfo]):
@@ -293,11 +239,10 @@ class Listing(list[DirectionInfo]):
                 e.path,
                 e.name,
                 e.method,
-                shown_number(e.layer),
-                e.site or "",
+                *_shown_place(e.origin),
                 str(e.width),
                 f"{e.norm:.4g}",
-                e.model or "",
+                e.origin.model or "",
             ]
             for e in self[:_SHOWN_ROWS]
         ]
@@ -322,10 +267,10 @@ def list_directions(directory: _PathLike) -> Listing:
 
     Example:
         >>> import tempfile, torch
-        >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, 50.0, layer=8)
+        >>> v = Direction(torch.tensor([3.0, 4.0]), "pca", 5.0, Origin(place=8))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save_directions(f"{folder}/love", v)
-        ...     [(info.name, info.layer, info.width) for info in list_directions(folder)]
+        ...     [(info.name, info.origin.place.layer, info.width) for info in list_directions(folder)]
         [('resid_post.8', 8, 2)]
     """
     root = Path(directory)
@@ -335,25 +280,24 @@ def list_directions(directory: _PathLike) -> Listing:
     found: list[DirectionInfo] = []
     damaged: dict[str, str] = {}
     for folder in folders:
+        if not os.path.isfile(f"{folder}/{container.DIRECTIONS.text_name}"):
+            continue
         try:
-            entries = _read_text(f"{folder}/{JSON_NAME}")["directions"]
-            os.stat(f"{folder}/{TENSORS_NAME}")
-            found += [DirectionInfo(path=folder, name=name, **entry) for name, entry in entries.items()]
+            text = container.read_text(container.DIRECTIONS, folder)
+            _check_entries(folder, text)
+            os.stat(f"{folder}/{container.DIRECTIONS.tensors_name}")
+            found += [
+                DirectionInfo(folder, name, entry["width"], entry["method"], entry["norm"], _origin(entry))
+                for name, entry in text["directions"].items()
+            ]
         except FileNotFoundError as error:
-            if not str(error.filename).endswith(JSON_NAME):  # a folder without the JSON is no set
-                damaged[folder] = f"{error.filename} is missing"
+            damaged[folder] = f"{error.filename} is missing"
         except (OSError, ValueError) as error:
             damaged[folder] = str(error)
     if damaged:
         reason = next(iter(damaged.values()))
         warnings.warn(f"list_directions: {len(damaged)} damaged: {reason}", RuntimeWarning, stacklevel=2)
     return Listing(found, damaged)
-
-
-def family(model: str) -> str:
-    """The family that a class name (LlamaForCausalLM) or a model type (llama) names, as one lower-case word."""
-    word = re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|Model|_text)$", "", model.partition(":")[0])
-    return re.sub(r"[^a-z0-9]", "", word.lower())
 
 
 def _named_directions(directions: Any) -> dict[str, Direction]:
@@ -386,13 +330,14 @@ def _named_directions(directions: Any) -> dict[str, Direction]:
 def _name(key: Any, direction: Direction) -> tuple[str, Direction]:
     """The name of a direction in its set; a key that is a layer tells the direction its layer."""
     if type(key) is int:
-        if direction.layer not in (None, key):
+        known = direction.origin.place
+        if known is not None and known.layer != key:
             raise ValueError(f"DirectionSet: {direction!r} is given for layer {key}")
-        values = {name: getattr(direction, name) for name in _TEXT_FIELDS}
-        direction = Direction(direction.vector, **(values | {"layer": key}))
-    if key is None and direction.layer is None:
+        direction = replace(direction, origin=replace(direction.origin, place=known or place_of("DirectionSet", key)))
+    place = direction.origin.place
+    if key is None and place is None:
         raise ValueError(f"DirectionSet: {direction!r} has neither name nor layer; give a dict of name -> direction")
-    name = f"{direction.site or 'resid_post'}.{direction.layer}" if key is None or type(key) is int else key
+    name = f"{place.site}.{place.layer}" if place is not None and (key is None or type(key) is int) else key
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
             f"DirectionSet: {name!r} cannot be a name; use 1 to 128 letters, digits, '_', '-', '+', '.' and spaces, "
@@ -401,19 +346,9 @@ def _name(key: Any, direction: Direction) -> tuple[str, Direction]:
     return name, direction
 
 
-def _read_text(path: str | Path) -> dict[str, Any]:
-    """The JSON of a set, checked down to the types of its entries."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            text = json.loads(file.read())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(text, dict) or text.get("kind") != KIND:
-        raise ValueError(f'{path} is not a set of directions ("kind" is not {KIND!r})')
-    if text.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {text.get('schema')!r}; this version reads schema {SCHEMA}")
-    if text.keys() != _TOP_KEYS:
-        raise ValueError(f"{path} has keys {sorted(text)}; expected {sorted(_TOP_KEYS)}")
+def _check_entries(folder: _PathLike, text: dict[str, Any]) -> None:
+    """Refuse the JSON of a set whose entries are not of their types."""
+    path = f"load_directions: {os.path.join(folder, container.DIRECTIONS.text_name)}"
     if not isinstance(text["directions"], dict) or not text["directions"]:
         raise ValueError(f'{path}: "directions" must be an object with at least one direction')
     for name, entry in text["directions"].items():
@@ -424,10 +359,8 @@ def _read_text(path: str | Path) -> dict[str, Any]:
                 raise ValueError(f"{path}: {key} of direction {name!r} is {entry[key]!r}")
         if entry["site"] not in (None, *SITES):
             raise ValueError(f"{path}: site of direction {name!r} is {entry['site']!r}; expected one of {SITES}")
-    return text
 
 
-_TOP_KEYS = {"schema", "kind", "model", "directions", "tensors_sha256"}
 _NONE = type(None)
 _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "method": (str,),
@@ -441,13 +374,31 @@ _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _rebuild(name: str, entry: dict[str, Any], vector: Tensor) -> Direction:
-    if vector.dtype != torch.float32 or list(vector.shape) != [entry["width"]]:
-        raise ValueError(
-            f"direction {name!r} is {vector.dtype} {tuple(vector.shape)} in {TENSORS_NAME}; "
-            f"expected float32 ({entry['width']},)"
-        )
-    return Direction(vector, **{key: entry[key] for key in _TEXT_FIELDS})
+def _entry(direction: Direction) -> dict[str, Any]:
+    """The JSON of a direction."""
+    origin = direction.origin
+    return {
+        "method": direction.method,
+        "norm": direction.norm,
+        "activation_norm": origin.typical_norm,
+        "layer": None if origin.place is None else origin.place.layer,
+        "site": None if origin.place is None else origin.place.site,
+        "position": origin.position,
+        "model": origin.model,
+        "width": len(direction.vector),
+    }
+
+
+def _origin(entry: Mapping[str, Any]) -> Origin:
+    if entry["layer"] is None and entry["site"] is not None:
+        warn_user(f"a direction of {entry['site']} without a layer is read without a place; give it one")
+    place = None if entry["layer"] is None else Place(entry["site"] or "resid_post", entry["layer"])
+    return Origin(entry["model"], place, entry["position"], entry["activation_norm"])
+
+
+def _shown_place(origin: Origin) -> tuple[str, str]:
+    """Layer and site as two cells of a table."""
+    return ("", "") if origin.place is None else (str(origin.place.layer), origin.place.site)
 
 
 _SHOWN_ROWS = 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -10,9 +11,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from steerfast._checks import ORTHONORMAL, direction_rows, no_gradient, tensor_of
+from steerfast import ops
+from steerfast._checks import ORTHONORMAL, check_stream, direction_rows, finite_number, no_gradient, tensor_of
 from steerfast.ops import torch_backend
-from steerfast.ops.slots import Slot
+from steerfast.ops.backends import backend_of
+from steerfast.ops.slots import Slot, constants, hinge
+from steerfast.place import NOWHERE, Origin, common_origin
 
 ROUNDED = 1e-6
 """Deviation from orthonormal rows that rounding to float32 explains."""
@@ -27,7 +31,10 @@ DEPENDENT = 1e-4
 class HasVector(Protocol):
     """Anything that carries a vector (d,), such as a direction from `steerfast.extract`."""
 
-    vector: Tensor
+    @property
+    def vector(self) -> Tensor:
+        """The vector, (d,)."""
+        ...
 
 
 Directions = Tensor | HasVector
@@ -42,6 +49,8 @@ class Intervention:
     """Base of all interventions: an edit of rows of the stream that fits one slot."""
 
     registry: ClassVar[dict[str, type[Intervention]]] = {}
+    everywhere: ClassVar[bool] = False
+    """Whether a direction of one place is meant for any: a removal is, as published; what adds is not."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -52,15 +61,27 @@ class Intervention:
         """d, the width of the stream that it edits."""
         return self.slot().lift.shape[-1]
 
-    @property
-    def place(self) -> tuple[str, int] | None:
-        """(site, layer) where it belongs, if it knows."""
-        return None
+    def __post_init__(self) -> None:
+        given = [getattr(self, f.name) for f in fields(self)]
+        several = [item for value in given for item in (value if isinstance(value, (list, tuple)) else [value])]
+        found = [one for item in several if isinstance(one := getattr(item, "origin", None), Origin)]
+        set_field(self, "_origin", common_origin(type(self).__name__, found) if found else NOWHERE)
 
     @property
-    def model(self) -> str | None:
-        """Class of the one model that it fits; None: any of its width."""
-        return None
+    def origin(self) -> Origin:
+        """Where the direction, the barrier or the SAE that it was given comes from, as far as that is known."""
+        return vars(self).get("_origin", NOWHERE)
+
+    def known_from(self, origin: Origin) -> Intervention:
+        """The same edit with an origin: of a file, or of a direction that it was made from."""
+        known = copy(self)
+        set_field(known, "_origin", origin)
+        return known
+
+    @property
+    def by_token(self) -> tuple[Intervention | None, ...]:
+        """What it does to the prompt's real token 0, 1, … and to no other (None: nothing); (): to every token the same."""
+        return ()
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -75,6 +96,46 @@ class Intervention:
     def program(self, device: torch.device) -> Program | None:
         """What runs an edit that fits no slot, its tensors on that device; None: its slot says all."""
         return partial(_edit_live, self) if self.trained else None
+
+    def apply(self, x: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        """Edit activations as in a steered model: the same backend, dtypes and numbers, without the model.
+
+        Args:
+            x: Activations, (..., d), floating. The edit's rows are rounded to its dtype, as to that of a model.
+            strength: What `steer` takes: multiplies the edit (for a flow its path, for a rotation its angle), on top of
+                the strength of its own. A number, or a float32 tensor (...,) with one per row.
+
+        Returns:
+            A new tensor (..., d) of the dtype and on the device of x, differentiable in x. A row of strength 0 is
+            returned bit for bit.
+
+        Raises:
+            TypeError, ValueError: x is no floating tensor of this width, the edit does not fit its dtype, or a strength
+                is not finite or has another shape.
+
+        Example:
+            >>> import torch, steerfast as sf
+            >>> sf.Add(torch.tensor([1.0, 0.0]), strength=2.0).apply(torch.zeros(1, 2))
+            tensor([[2., 0.]])
+        """
+        owner = f"{type(self).__name__}.apply"
+        check_stream(owner, x)
+        if x.shape[-1] != self.width:
+            raise ValueError(f"{owner}: x has width {x.shape[-1]} and {self!r} has {self.width}")
+        scale = row_strengths(owner, strength, x) if isinstance(strength, Tensor) else strength
+        if not isinstance(scale, Tensor):
+            scale = finite_number(owner, "strength", scale)
+            if scale == 0:
+                return x.clone()
+        if (program := self.program(x.device)) is not None:
+            return program(x, scale)
+        slot = slot_in(owner, x.dtype, self).to(x.device)
+        if not isinstance(scale, Tensor):
+            if backend_of(x) == "torch":
+                return run_slot(slot, float(slot.constants[2]), x, scale)
+            scale = x.new_full((x.numel() // x.shape[-1],), scale, dtype=torch.float32)
+        rows = torch.where(scale == 0, -1, 0).int()
+        return ops.subspace(x, *slot.tables(), rows, scale, slot.modes, slot.rank)
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are tensors, by name."""
@@ -156,13 +217,15 @@ def untrained(owner: str, edit: Intervention) -> None:
         )
 
 
-def live_rows(owner: str, name: str, value: Directions, *, one: bool = False, zero: bool = False) -> Tensor:
+def live_rows(
+    owner: str, name: str, value: Directions, *, one: bool = False, zero: bool = False, gaps: bool = False
+) -> Tensor:
     """`direction_rows`; but a tensor that requires a gradient stays the one that was given. `zero`: it may begin at zero."""
     given = getattr(value, "vector", value)
     if not isinstance(given, Tensor) or not given.requires_grad:
-        return direction_rows(owner, name, value, one=one)
+        return direction_rows(owner, name, value, one=one, gaps=gaps)
     now = given.detach()
-    direction_rows(owner, name, torch.ones_like(now) if zero and not now.any() else now, one=one)
+    direction_rows(owner, name, torch.ones_like(now) if zero and not now.any() else now, one=one, gaps=gaps)
     return given
 
 
@@ -185,24 +248,48 @@ def rows_of(value: Directions) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def slot_in(owner: str, dtype: torch.dtype, intervention: Intervention) -> Slot:
+    """The slot of an intervention with its rows in a dtype.
+
+    Raises:
+        TypeError: the intervention has no slot.
+        ValueError: a row overflows or vanishes in that dtype.
+    """
+    untrained(owner, intervention)
+    given = intervention.slot()
+    narrow = given.to(given.lift.device, dtype)
+    for part, wide in ((narrow.lift, given.lift), (narrow.project, given.project)):
+        vanished = (part == 0).all(1) & (wide != 0).any(1)
+        if not part.isfinite().all() or vanished.any():
+            raise ValueError(
+                f"{owner}: {intervention!r} does not fit {dtype}: a row overflows or vanishes there; "
+                "scale the vector towards length 1 and put its size into the strength"
+            )
+    return narrow
+
+
+def row_strengths(owner: str, strength: Tensor, x: Tensor) -> Tensor:
+    """A strength for every row of x (..., d), as a list of rows (n,)."""
+    if strength.shape != x.shape[:-1] or strength.dtype != torch.float32 or strength.device != x.device:
+        raise ValueError(
+            f"{owner}: strength is {strength.dtype} {tuple(strength.shape)} on {strength.device}; expected a number, or "
+            f"torch.float32 {tuple(x.shape[:-1])} on {x.device}, one per row of x"
+        )
+    return strength.reshape(-1)
+
+
+def run_slot(slot: Slot, strength: float, x: Tensor, scale: Tensor | float) -> Tensor:
+    """A slot on the backend of PyTorch, with the strength that it has: a `Program` but for its first two arguments."""
+    if not isinstance(scale, Tensor):
+        return torch_backend.edit(slot, x, strength * scale)
+    moved = torch_backend.edit(slot, x, strength * scale[:, None])
+    return torch.where((scale == 0).view(*x.shape[:-1], 1), x, moved)
+
+
 def _edit_live(edit: Intervention, x: Tensor, scale: Tensor | float) -> Tensor:
     """The edit by its tensors as they are now, differentiable in them: a `Program`."""
     slot = edit.slot()
-    gain = scale * float(slot.constants[2])
-    if not isinstance(gain, Tensor):
-        return torch_backend.edit(x, _on(slot, x.device), gain)
-    moved = torch_backend.edit(x, _on(slot, x.device), gain[:, None])
-    return torch.where((gain == 0).view(*x.shape[:-1], 1), x, moved)
-
-
-def _on(slot: Slot, device: torch.device) -> Slot:
-    lift = slot.lift.to(device)
-    return slot._replace(
-        project=lift if slot.project is slot.lift else slot.project.to(device),
-        lift=lift,
-        constants=slot.constants.to(device),
-        coefficients=slot.coefficients.to(device),
-    )
+    return run_slot(slot.to(x.device), float(slot.constants[2]), x, scale)
 
 
 def float_table(owner: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -229,15 +316,13 @@ def unit_row(owner: str, direction: Directions, name: str = "direction") -> Tens
 
 
 def constants_row(T: float = 0.0, angle: float = 0.0, strength: float = 1.0) -> Tensor:
-    """A slot's row of constants; c₃ … c₇ are the mode's own."""
-    return torch.tensor([T, angle, strength, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float32, device="cpu")
+    """A slot's row of constants, (8,); c₃ … c₇ are the mode's own."""
+    return torch.tensor(constants(T, angle, strength), dtype=torch.float32, device="cpu")
 
 
 def hinge_rows(rank: int, offset: float = 0.0, slope: float = 0.0, bend: float = 0.0, knot: float = 0.0) -> Tensor:
-    """The same hinge for every direction: g = offset + slope·y + bend·relu(y - knot)."""
-    return torch.tensor([[offset, slope, bend, knot, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float32, device="cpu").repeat(
-        rank, 1
-    )
+    """The same hinge for every direction, (rank, 8): g = offset + slope·y + bend·relu(y - knot)."""
+    return torch.tensor([hinge(offset, slope, bend, knot)], dtype=torch.float32, device="cpu").repeat(rank, 1)
 
 
 def as_tensor(value: Any) -> Tensor:

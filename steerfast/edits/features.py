@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from steerfast import ops
 from steerfast._checks import direction_rows, finite_number, flag, one_of
-from steerfast.ops.backends import in_full_precision
 from steerfast.ops.slots import HINGE, PUSH, Slot
-from steerfast.ops.torch_backend import restore_norm
+from steerfast.place import NOWHERE, Origin, Place
 
 from .base import (
     BEND,
@@ -36,6 +33,7 @@ from .base import (
     rows_of,
     set_field,
 )
+from .selected import SelectedFeatures
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,6 +62,7 @@ class Amplify(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("Amplify", "keep_norm", self.keep_norm)
         set_field(self, "features", live_rows("Amplify", "features", self.features))
         set_field(self, "alpha", finite_number("Amplify", "alpha", self.alpha))
@@ -99,6 +98,7 @@ class Calibrate(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("Calibrate", "keep_norm", self.keep_norm)
         set_field(self, "features", live_rows("Calibrate", "features", self.features))
         set_field(self, "beta", finite_number("Calibrate", "beta", self.beta))
@@ -118,8 +118,7 @@ class Features:
         decoder: W_dec, (m, d).
         bias: b, (m,); None: zero.
         threshold: θ ≥ 0, (m,); None: ReLU.
-        place: (site, layer) that they read and write, if known: `sf.Plan([...])` puts them there.
-        model: Class of the model whose stream they read, if known; another one is then refused.
+        origin: The place that they read and write, and the model, if known: `sf.Plan([...])` puts them there.
 
     Raises:
         TypeError, ValueError: shapes do not fit, a value is not finite, or a threshold is negative.
@@ -129,8 +128,7 @@ class Features:
     decoder: Tensor
     bias: Tensor | None = None
     threshold: Tensor | None = None
-    place: tuple[str, int] | None = None
-    model: str | None = None
+    origin: Origin = NOWHERE
 
     def __post_init__(self) -> None:
         set_field(self, "encoder", direction_rows("Features", "encoder", self.encoder))
@@ -154,7 +152,7 @@ class Features:
                 f"EditFeatures: feature {outside[0]} is out of range; there are {self.encoder.shape[0]}, from 0"
             )
         bias, threshold = as_tensor(self.bias)[indices], as_tensor(self.threshold)[indices]
-        return Features(self.encoder[indices], self.decoder[indices], bias, threshold, self.place, self.model)
+        return Features(self.encoder[indices], self.decoder[indices], bias, threshold, self.origin)
 
 
 class HasFeatures(Protocol):
@@ -197,6 +195,7 @@ class EditFeatures(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("EditFeatures", "keep_norm", self.keep_norm)
         one_of("EditFeatures", "mode", self.mode, ("set", "add", "scale", "min", "max"))
         if not isinstance(self.values, Mapping) or not self.values:
@@ -217,17 +216,12 @@ class EditFeatures(Intervention):
     @property
     def width(self) -> int:
         """d, the width of the stream that it edits."""
-        return self._rows.decoder.shape[-1]
+        return self.decoder.shape[-1]
 
     @property
-    def place(self) -> tuple[str, int] | None:
-        """(site, layer) that the SAE reads and writes, if that is known."""
-        return self._rows.place
-
-    @property
-    def model(self) -> str | None:
-        """Class of the model whose stream the SAE was trained on, if that is known."""
-        return self._rows.model
+    def decoder(self) -> Tensor:
+        """W_dec of the features that it edits, (m, d)."""
+        return self._rows.decoder
 
     @property
     def _rows(self) -> Features | SelectedFeatures:
@@ -250,34 +244,46 @@ class EditFeatures(Intervention):
         return self._rows.program(self.mode, list(self.values.values()), self.keep_norm, device)
 
     def tensors(self) -> dict[str, Tensor]:
-        if not isinstance(self._rows, Features):
-            return self._rows.tensors()
-        return {name: getattr(self.sae, name) for name in ("encoder", "decoder", "bias", "threshold")}
+        """The rows of the features; none where `numbers` names the SAE."""
+        if isinstance(self._rows, Features):
+            return {name: getattr(self.sae, name) for name in ("encoder", "decoder", "bias", "threshold")}
+        return self._rows.tensors() if self._rows.sae is None else {}
 
     def numbers(self) -> dict[str, Any]:
+        """All else; of a Top-K SAE its name, `{"fingerprint": …, "about": …}`, for which `restore` takes the SAE."""
         numbers = {
             "features": list(self.values),
             "values": list(self.values.values()),
             "mode": self.mode,
             "keep_norm": self.keep_norm,
-            "place": self.place,
-            "model": self.model,
         }
-        return numbers if isinstance(self._rows, Features) else {**numbers, "selection": self._rows.numbers()}
+        if isinstance(self._rows, Features):
+            return numbers
+        sae = self._rows.sae
+        if sae is None:
+            return {**numbers, "selection": self._rows.numbers()}
+        return {**numbers, "sae": {"fingerprint": sae.fingerprint, "about": repr(sae)}}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> EditFeatures:
-        """The inverse of `tensors` and `numbers`; everything is validated anew."""
+        """The inverse of `tensors` and `numbers`, with the SAE in place of its name; everything is validated anew."""
         rest = dict(numbers)
         names, values, selection = rest.pop("features"), rest.pop("values"), rest.pop("selection", None)
         if len(names) != len(values):
             raise ValueError(f"EditFeatures: {len(names)} features and {len(values)} values; expected as many")
-        place, model = rest.pop("place", None), rest.pop("model", None)
-        home = {"place": None if place is None else (place[0], place[1]), "model": model}
-        if selection is None:
-            features: HasFeatures = Features(**tensors, **home)  # type: ignore[arg-type]  # tensors by name
+        place, model = rest.pop("place", None), rest.pop("model", None)  # in a plan of schema 1
+        origin = Origin(model, None if place is None else Place(*place))
+        features: HasFeatures
+        if (sae := rest.pop("sae", None)) is not None:
+            if not hasattr(sae, "rows"):
+                raise TypeError(
+                    f"EditFeatures: sae is {sae!r}; expected the SAE itself, which Plan.load finds by its name"
+                )
+            features = sae.rows(names)
+        elif selection is None:
+            features = Features(**tensors, origin=origin)
         else:
-            features = SelectedFeatures.restore(tensors, {**selection, **home})
+            features = SelectedFeatures.restore(tensors, {**selection, "origin": origin})
         made = cls(features, dict(enumerate(values)), **rest)
         set_field(made, "values", dict(zip(names, values, strict=True)))
         return made
@@ -314,6 +320,7 @@ class DeficitPush(Intervention):
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rows = direction_rows("DeficitPush", "features", self.features)
         set_field(self, "features", rows)
         set_field(self, "target", finite_number("DeficitPush", "target", self.target))
@@ -352,125 +359,3 @@ def _feature_table(mode: str, t: Tensor, bias: Tensor, threshold: Tensor) -> Ten
         table[:, BEND], table[:, BEND2] = torch.where(above, -1.0, 0.0), torch.where(above, 1.0, 0.0)
         table[:, JUMP] = torch.where(above, -threshold, -t)
     return table
-
-
-LAYER_NORM_EPSILON = 1e-5  # of OpenAI and SAELens, added to the deviation, not to the variance
-
-
-def normalised(x: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
-    """The rows as an encoder takes them, and what a reconstruction of them is multiplied with, (..., 1).
-
-    "none": x; "constant_norm_rescale": x·√d/‖x‖; "layer_norm": (x - mean)/(deviation + 1e-5), the deviation over d - 1.
-    """
-    if kind == "none":
-        return x, None
-    wide = x.double() if x.dtype == torch.float64 else x.float()
-    if kind == "constant_norm_rescale":
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-        return wide / length, length
-    deviation = wide.std(dim=-1, keepdim=True)
-    return (wide - wide.mean(dim=-1, keepdim=True)) / (deviation + LAYER_NORM_EPSILON), deviation
-
-
-def edit_row(mode: str, value: float) -> list[float]:
-    """t₀, t₁, t₂, t₃ of t(f) = clip(t₀f + t₁, t₂, t₃) for a mode of `sf.EditFeatures`."""
-    least, most = -math.inf, math.inf
-    rows = {
-        "set": [0.0, value, least, most],
-        "add": [1.0, value, least, most],
-        "scale": [value, 0.0, least, most],
-        "min": [1.0, 0.0, least, value],
-        "max": [1.0, 0.0, value, most],
-    }
-    return rows[mode]
-
-
-@dataclass(frozen=True, eq=False)
-class SelectedFeatures:
-    """Some features of an SAE, with all that their activations depend on; made by `SAE.rows`.
-
-    Attributes:
-        encoder: W_enc, all of it (F, d) for Top-K; the features' own rows (m, d) with a threshold.
-        bias: b_enc, one per row of the encoder.
-        decoder: W_dec, the features' rows (m, d).
-        features: Their rows in the encoder, int32 (m,).
-        threshold: θ, (m,); None: Top-K.
-        k: Features per row of a Top-K SAE; 0 with a threshold.
-        normalisation: As in `SAE`.
-        place: (site, layer), if known.
-        model: Class of the model, if known.
-    """
-
-    encoder: Tensor
-    bias: Tensor
-    decoder: Tensor
-    features: Tensor
-    threshold: Tensor | None = None
-    k: int = 0
-    normalisation: str = "none"
-    place: tuple[str, int] | None = None
-    model: str | None = None
-
-    def __post_init__(self) -> None:
-        count, width = self.decoder.shape
-        rows = self.encoder.shape[0]
-        fits = self.encoder.shape == (rows, width) and self.bias.shape == (rows,) and self.features.shape == (count,)
-        if not fits or (self.threshold is None) == (self.k == 0) or not 0 <= self.k <= rows:
-            raise ValueError(
-                f"SelectedFeatures: {self.numbers()} and the shapes of {sorted(self.tensors())} do not fit"
-            )
-        if self.threshold is not None and self.threshold.shape != (rows,):
-            raise ValueError(f"SelectedFeatures: threshold has shape {tuple(self.threshold.shape)}; expected ({rows},)")
-        if count and not 0 <= int(self.features.min()) <= int(self.features.max()) < rows:
-            raise ValueError(f"SelectedFeatures: a feature is out of range; there are {rows}, from 0")
-
-    def rows(self, indices: list[int]) -> SelectedFeatures:
-        """Itself, so that an edit can be rebuilt from its own features."""
-        return self
-
-    def program(self, mode: str, values: list[float], keep_norm: bool, device: torch.device) -> Program:
-        """The edit of these features to or by `values` as a function of the stream, with its tensors on a device."""
-        here = self.restore({name: tensor.to(device) for name, tensor in self.tensors().items()}, self.numbers())
-        table = torch.tensor([edit_row(mode, value) for value in values], dtype=torch.float32, device=device)
-
-        def run(x: Tensor, scale: Tensor | float) -> Tensor:
-            if not isinstance(scale, Tensor):
-                scale = torch.full((x.numel() // x.shape[-1],), scale, dtype=torch.float32, device=device)
-            out = here.edit(x, table, scale)
-            if not keep_norm:
-                return out
-            restored = restore_norm(out.float(), x.float()).to(x.dtype)
-            return torch.where(scale.view(*x.shape[:-1], 1) == 0, x, restored)
-
-        return run
-
-    @classmethod
-    def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> SelectedFeatures:
-        """The inverse of `tensors` and `numbers`; place and model are not among them, but may be given."""
-        arguments: dict[str, Any] = {**tensors, **numbers}
-        return cls(**arguments)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
-        names = ("encoder", "bias", "decoder", "features", "threshold")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-    def numbers(self) -> dict[str, Any]:
-        """What is no tensor, by name."""
-        return {"k": self.k, "normalisation": self.normalisation}
-
-    def edit(self, x: Tensor, table: Tensor, scale: Tensor) -> Tensor:
-        """x + scale·(t(f) - f)·W_dec, t(f) = clip(t₀f + t₁, t₂, t₃), table (m, 4), scale (n,); scale 0: x, bit for bit."""
-        inner, length = normalised(x, self.normalisation)
-        if length is not None:  # what a feature is worth in the stream, a row at a time
-            scale = scale * length.float().flatten()
-        values, indices = self._encode(inner)
-        return ops.sae_edit(x, values, indices, self.features, table, self.decoder, scale)
-
-    @in_full_precision
-    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.threshold is None:
-            return ops.sae_encode(x, self.encoder, self.bias, self.k)
-        dtype = torch.promote_types(torch.promote_types(x.dtype, self.encoder.dtype), torch.float32)
-        h = x.to(dtype) @ self.encoder.to(dtype).T + self.bias.to(dtype)
-        return torch.where(h <= self.threshold.to(dtype), 0, h), self.features.expand(h.shape)

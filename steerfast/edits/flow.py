@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steerfast import ops
 from steerfast._checks import check_stream, finite_number, one_of, path_length, step_count
 from steerfast.barriers.barrier import Barrier
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
-from steerfast.ops.slots import FLOW, KEEP_NORM, SOLVE, Slot
+from steerfast.ops.slots import FLOW, SOLVE, Slot
 from steerfast.ops.solvers import SOLVERS, Field, Scheme, pack, scheme
 
 from .base import Intervention, Program, constants_row, set_field
@@ -54,6 +55,7 @@ class Flow(Intervention):
     """
 
     barrier: Barrier
+    _: KW_ONLY
     angle: float | None = None
     T: float | None = None
     steps: int = 10
@@ -63,6 +65,7 @@ class Flow(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.barrier, Barrier):
             raise TypeError(f"Flow: barrier must come from fit_barrier; got {type(self.barrier).__name__}")
         path_length("Flow", self.T, self.angle)
@@ -79,12 +82,12 @@ class Flow(Intervention):
             raise ValueError(f"Flow: tolerance is {self.tolerance}; expected > 0")
 
     @classmethod
-    def odesteer(cls, barrier: Barrier, T: float) -> Flow:
+    def odesteer(cls, barrier: Barrier, *, T: float) -> Flow:
         """The published preset: ten Euler steps of T/10, with the sketch barrier, at `positions="last"` of a plan.
 
         Args:
             barrier: From `fit_barrier(pos, neg, kind="sketch")`.
-            T: Length of the path in units of the stream; a multiple of `barrier.info.typical_norm` carries over models.
+            T: Length of the path in units of the stream; a multiple of `barrier.origin.typical_norm` carries over models.
 
         Raises:
             ValueError: the barrier is of another kind.
@@ -103,17 +106,6 @@ class Flow(Intervention):
     def width(self) -> int:
         """d, the width of the stream that it edits."""
         return self.barrier.width
-
-    @property
-    def place(self) -> tuple[str, int] | None:
-        """(site, layer) of the activations that the barrier was fitted on, if they are known."""
-        info = self.barrier.info
-        return None if info.layer is None or info.site is None else (info.site, info.layer)
-
-    @property
-    def model(self) -> str | None:
-        """Class of the model whose activations the barrier was fitted on, if it is known."""
-        return self.barrier.info.model
 
     @property
     def solver(self) -> Scheme:
@@ -137,22 +129,15 @@ class Flow(Intervention):
 
     def alone(self, device: torch.device) -> Program:
         """The flow by itself, through the op: (x, scale) -> x'."""
-        from steerfast import ops
-
         slot = self.slot()
-        rows = [slot.constants[None], slot.coefficients] + ([] if slot.extra is None else [slot.extra])
-        table = torch.cat(rows).to(device)
-        extra = 0 if slot.extra is None else len(slot.extra)
-        header = [slot.mode, self.barrier.rank, 0, 0, 0, slot.steps, int(slot.keep_norm), extra]
-        slots = torch.tensor([header], dtype=torch.int32, device=device)
-        modes = slot.mode | (KEEP_NORM if slot.keep_norm else 0)
+        numbers, header = slot.numbers.to(device), slot.header().tensor(device)
 
         def run(x: Tensor, scale: Tensor | float) -> Tensor:
             basis = self.barrier.basis_as(x.device, x.dtype)
             weights = None
             if isinstance(scale, Tensor) or scale != 1.0:
                 weights = torch.as_tensor(scale, dtype=torch.float32, device=device).expand(x.numel() // x.shape[-1])
-            return ops.subspace(x, basis, table, slots, None, weights, modes, self.barrier.rank)
+            return ops.subspace(x, basis, numbers, header, None, weights, slot.modes, slot.rank)
 
         return run
 
@@ -181,8 +166,9 @@ class Flow(Intervention):
 def flow(
     x: Tensor,
     barrier: Barrier,
-    T: float | None = None,
+    *,
     angle: float | None = None,
+    T: float | None = None,
     steps: int = 10,
     method: str = "euler",
     level: float | None = None,
@@ -193,8 +179,8 @@ def flow(
     Args:
         x: Residual stream, (..., d).
         barrier: h, of width d.
-        T: Length of the path in units of x. Exactly one of T and angle.
-        angle: T/‖a‖ of each row, in radians.
+        angle: T/‖a‖ of each row, in radians. Exactly one of angle and T.
+        T: Length of the path in units of x.
         steps: Number of steps, ≥ 1.
         method: The solver, as in `Flow`.
         level: Stop where h reaches it, as in `Flow`; None: go all the way.
@@ -217,7 +203,7 @@ def flow(
         tensor([[3.5000, 4.0000]])
     """
     check_stream("flow", x)
-    edit = Flow(barrier, angle, T, steps, method, level, tolerance)
+    edit = Flow(barrier, angle=angle, T=T, steps=steps, method=method, level=level, tolerance=tolerance)
     if barrier.width != x.shape[-1]:
         raise ValueError(
             f"flow: the barrier has width {barrier.width} and x {x.shape[-1]}; fit it at this layer of this model"

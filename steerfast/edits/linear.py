@@ -1,6 +1,6 @@
 """Interventions: small immutable objects that say what is done to the residual stream, validated on construction.
 
-Each one is a slot of a bank (see `steerfast.ops.torch_backend`): rows B to project on, rows C to lift with, eight numbers per
+Each one is a slot of a bank (see `steerfast.ops.slots`): rows B to project on, rows C to lift with, eight numbers per
 direction. A new method is a new class of a few lines here, not a new kernel. Tensors are kept as float32 on the CPU;
 a bank rounds them to the dtype of the stream.
 """
@@ -8,11 +8,12 @@ a bank rounds them to the dtype of the stream.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from steerfast._checks import direction_rows, finite_number, flag, no_gradient
+from steerfast._checks import direction_rows, finite_number, flag, no_gradient, tensor_of
 from steerfast.ops.slots import ADD, AFFINE, HINGE, Slot
 
 from .base import (
@@ -40,15 +41,20 @@ from .base import (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Add(Intervention):
-    """Add a steering vector: x + c·v.
+    """Add a steering vector: x + c·v; or, with one row per prompt token, x_i + c·V_i for the prompt's token i alone.
 
     Args:
-        vector: v, (d,), or an object with `.vector`. One that requires a gradient is trained: see docs/hooks.md.
+        vector: v, (d,), or an object with `.vector`; it is added at the plan's positions. One that requires a gradient
+            is trained: see docs/hooks.md. Or V, (T, d), as from `steerfast.extract.prompt_difference`: row i is added to
+            the prompt's i-th real token, i = 0 … T - 1, counted without padding, and to nothing behind; a row of zeros
+            leaves its token bit for bit as it is, and a prompt shorter than T takes the rows that it has tokens for.
+            The plan's positions are then "all", and no condition stands around it.
         strength: c. With unit v its unit is the length of the residual stream.
         keep_norm: Give every row its old length back afterwards.
 
     Raises:
-        TypeError, ValueError: v is not one finite non-zero row, or c is not finite.
+        TypeError, ValueError: v is not one finite non-zero row, V not finite rows of which one at least is not zero, or c
+            is not finite.
 
     Reference:
         Turner et al. 2023, Activation Addition (arXiv:2308.10248); Rimsky et al. 2024, CAA (arXiv:2312.06681).
@@ -64,14 +70,43 @@ class Add(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("Add", "keep_norm", self.keep_norm)
-        rows = live_rows("Add", "vector", self.vector, one=True, zero=True)
-        set_field(self, "vector", rows if rows.requires_grad else rows[0])
+        set_field(self, "vector", _one_or_by_token(self.vector))
         set_field(self, "strength", finite_number("Add", "strength", self.strength))
 
+    @property
+    def width(self) -> int:
+        """d, the width of the stream that it edits."""
+        return as_tensor(self.vector).shape[-1]
+
+    @property
+    def by_token(self) -> tuple[Add | None, ...]:
+        """An addition of one vector (d,) for each row of V, None for a row of zeros that stays so; () if the vector is (d,)."""
+        rows = as_tensor(self.vector)
+        if rows.dim() == 1:
+            return ()
+        acts = [rows.requires_grad or bool(row.any()) for row in rows.detach()]
+        with torch.enable_grad():  # a plan is attached without; a gradient must reach V through its rows
+            return tuple(Add(rows[i], self.strength, self.keep_norm) if acts[i] else None for i in range(len(rows)))
+
     def slot(self) -> Slot:
+        if as_tensor(self.vector).dim() == 2:
+            raise ValueError(
+                f"{self!r} adds a row of its own to each prompt token, which is no single slot; steer with it, or register the "
+                "additions of its by_token one by one"
+            )
         rows = rows_of(self.vector)
         return Slot(ADD, 0, self.keep_norm, rows, rows, constants_row(strength=self.strength), hinge_rows(1))
+
+
+def _one_or_by_token(value: Directions) -> Tensor:
+    """A vector (d,), or rows (T, d), as they are kept; a vector that requires a gradient stays the one that was given."""
+    given = getattr(value, "vector", value)
+    if isinstance(given, Tensor) and given.requires_grad:
+        return live_rows("Add", "vector", given, one=given.dim() != 2, zero=True, gaps=True)
+    rows = direction_rows("Add", "vector", given, gaps=True)
+    return rows if tensor_of(given).dim() == 2 else rows[0]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,7 +132,10 @@ class Ablate(Intervention):
     direction: Directions
     keep_norm: bool = False
 
+    everywhere: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("Ablate", "keep_norm", self.keep_norm)
         rows = live_rows("Ablate", "direction", self.direction)
         basis = orthonormal("Ablate", "direction", rows_of(rows.detach()).to("cpu", torch.float32))
@@ -138,6 +176,7 @@ class AffineAblate(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("AffineAblate", "keep_norm", self.keep_norm)
         unit = unit_row("AffineAblate", self.direction)
         set_field(self, "direction", unit)
@@ -183,6 +222,7 @@ class Clamp(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("Clamp", "keep_norm", self.keep_norm)
         set_field(self, "direction", unit_row("Clamp", self.direction))
         for name in ("low", "high"):
@@ -228,6 +268,7 @@ class Affine(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("Affine", "keep_norm", self.keep_norm)
         if not isinstance(self.bias, (Tensor, type(None))):
             raise TypeError(f"Affine: bias must be a tensor (d,) or None; got {self.bias!r}")
@@ -283,6 +324,7 @@ class LoReFT(Intervention):
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("LoReFT", "keep_norm", self.keep_norm)
         set_field(self, "R", direction_rows("LoReFT", "R", self.R))
         set_field(self, "W", live_table("LoReFT", "W", self.W, tuple(self.R.shape)))

@@ -50,6 +50,7 @@ class Rotate(Intervention):
     adaptive: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         set_field(self, "plane", direction_rows("Rotate", "plane", self.plane))
         if self.plane.shape[0] != 2:
             raise ValueError(f"Rotate: plane has {self.plane.shape[0]} rows; a plane is two orthonormal rows (2, d)")
@@ -97,6 +98,7 @@ class Spherical(Intervention):
     kappa: float = 20.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         target = unit_row("Spherical", self.target, "target")
         avoid = -target if self.avoid is None else unit_row("Spherical", self.avoid, "avoid")
         if avoid.shape != target.shape:
@@ -159,6 +161,7 @@ class Householder(Intervention):
     offset: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         normal = unit_row("Householder", self.normal, "normal")
         layer = direction_rows("Householder", "W1", self.W1)
         if layer.shape[1] != normal.numel():

@@ -1,1 +1,1 @@
-"""Files: replaced whole or not at all, and torch files without pickle."""
+"""Files: replaced whole or not at all, folders of JSON and tensors, and torch files without pickle."""

@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file under a temporary name beside it, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    replace_files(path.parent, {path.name: content})
+
+
+def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files of a folder by name: all of them, or, if that fails, none.
+
+    All are written under temporary names before the first is renamed, so a full disk changes nothing; if a rename fails,
+    the old files come back.
+    """
+    temporary = {folder / name: folder / f".{name}.{os.getpid()}" for name in contents}
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        for path, content in zip(temporary.values(), contents.values(), strict=True):
+            path.write_bytes(content)
+        _rename(temporary)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _rename(temporary: Mapping[Path, Path]) -> None:
+    """Bring files from their temporary names to their own, in order; the rename of the last one decides."""
+    *first, last = temporary
+    aside: dict[Path, Path] = {}
+    placed: list[Path] = []
+    try:
+        for path in first:
+            if path.is_file():
+                os.replace(path, path.with_name(f".{path.name}.old.{os.getpid()}"))
+                aside[path] = path.with_name(f".{path.name}.old.{os.getpid()}")
+            os.replace(temporary[path], path)
+            placed.append(path)
+        os.replace(temporary[last], last)
+    except BaseException:
+        for path in placed:
+            path.unlink(missing_ok=True)
+        for path, old in aside.items():
+            os.replace(old, path)
+        raise
+    for old in aside.values():
+        old.unlink()

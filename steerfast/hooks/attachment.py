@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from steerfast._positions import parse
+from steerfast.edits.columns import Column
 from steerfast.plan import Plan, rule_of
 
 from .positions import Layer
@@ -22,7 +24,8 @@ class Attachment:
         per_row: Whether the plans belong to the rows of a batch.
         strengths: The multiplier of each plan.
         prompt_length: P of bare forward passes, one for all rows or one per row; None: not given.
-        slots: The slots of each plan, the same in every layer; given while it is attached.
+        slots: The slots of each plan, one a column and the same in every layer; given while it is attached.
+        by_token: The slots that stand for a run of them, one for each of the prompt's first tokens, to that run.
         gated: The slots behind a condition.
         latched: Those whose condition is decided once per request.
         handle: What the user holds of it.
@@ -33,6 +36,7 @@ class Attachment:
     strengths: list[float]
     prompt_length: tuple[int, ...] | None
     slots: list[tuple[int, ...]] = field(default_factory=list)
+    by_token: dict[int, tuple[int, ...]] = field(default_factory=dict)
     gated: set[int] = field(default_factory=set)
     latched: set[int] = field(default_factory=set)
     handle: Any = None
@@ -40,7 +44,21 @@ class Attachment:
     @property
     def all_slots(self) -> list[int]:
         """The slots of all its plans."""
-        return [slot for slots in self.slots for slot in slots]
+        return [number for slots in self.slots for number in self.numbers(slots)]
+
+    def numbers(self, slots: Iterable[int]) -> list[int]:
+        """The slots of some columns, with all of each run."""
+        return [number for slot in slots for number in self.by_token.get(slot, (slot,))]
+
+    def take(self, first: int, columns: Sequence[Column]) -> None:
+        """The next plan gets the slots from `first` on for its columns."""
+        slots = []
+        for column in columns:
+            slots.append(first)
+            if column.tokens:
+                self.by_token[first] = tuple(range(first, first + column.tokens))
+            first += column.slots
+        self.slots.append(tuple(slots))
 
     def layer(self, batch: int) -> Layer:
         """The plans spread over the rows of a batch."""
@@ -56,4 +74,5 @@ class Attachment:
             rules,
             frozenset(self.latched),
             frozenset(self.gated),
+            self.by_token,
         )

@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from steerfast._checks import warn_user
 from steerfast._positions import Selector
 from steerfast.edits.base import Intervention
+from steerfast.edits.columns import Column, columns_of
 from steerfast.edits.conditions import When
 from steerfast.models.layers import Layers
-from steerfast.plan import Plan, rule_of
+from steerfast.place import family
+from steerfast.plan import Plan, needs_prompt, rule_of
 
 from .attachment import Attachment
 from .gates import Place
 
 
-@dataclass
-class Layout:
-    """Columns of a row table, each with the condition (and the place it is read at) that all its slots share, or None."""
+def layout_of(plan: Plan | None, layers: Layers) -> list[Column]:
+    """The columns that a plan needs in a row table; the gate of a condition is (condition, kind, where it is read)."""
 
-    columns: list[tuple[When, Place] | None]
-    edits: dict[Place, dict[int, Intervention]]
+    def gate_of(place: Place, edit: Intervention) -> Any:
+        return (edit.condition, type(edit), read_at(edit, place, layers)) if isinstance(edit, When) else None
 
-    def find(self, gate: tuple[When, Place] | None, first: int) -> int:
-        """The first column from `first` on with this condition; a new one at the end if there is none."""
-        for column in range(first, len(self.columns)):
-            if _same_gate(self.columns[column], gate):
-                return column
-        self.columns.append(gate)
-        return len(self.columns) - 1
-
-
-def layout_of(plan: Plan | None, layers: Layers) -> Layout:
-    """The columns that a plan needs in a row table, shared by all its places as far as their conditions agree."""
-    layout = Layout([], {})
-    for place, chain in ({} if plan is None else places_of(plan, layers)).items():
-        free = 0
-        for edit in chain:
-            gate = (edit, read_at(edit, place, layers)) if isinstance(edit, When) else None
-            column = layout.find(gate, free)
-            layout.edits.setdefault(place, {})[column] = edit
-            free = column + 1
-    return layout
+    return [] if plan is None else columns_of(places_of(plan, layers), gate_of)
 
 
 def places_of(plan: Plan, layers: Layers, caller: str = "steer") -> dict[Place, tuple[Intervention, ...]]:
@@ -77,8 +59,6 @@ def check_plan(plan: Plan, layers: Layers, prepared: Container[Place] | None, ca
             f"{caller}: the plan was made for {card.name} (width {card.width}, {card.layers} layers); this model "
             f"({layers.name}) has width {layers.d} and {layers.count} layers"
         )
-    if card is not None and card.name.partition(":")[0] != layers.name:
-        warn_user(f"{caller}: the plan was made for {card.name}, this model is a {layers.name}")
     rule = rule_of(plan)
     if prepared is not None and isinstance(rule, Selector) and rule.reads_tokens:
         raise ValueError(
@@ -99,14 +79,20 @@ def check_plan(plan: Plan, layers: Layers, prepared: Container[Place] | None, ca
                 raise ValueError(
                     f"{caller}: {edit!r} at {site} {layer} has width {edit.width}; this model's {site} has {point.width}"
                 )
-            if edit.model not in (None, layers.name):
-                raise ValueError(
-                    f"{caller}: {edit!r} comes from activations of {edit.model}; this model is {layers.name}"
-                )
         if prepared is not None and (site, layer) not in prepared:
             raise RuntimeError(
                 f"{caller}: {site} of layer {layer} was not prepared; name it in prepare before compiling"
             )
+
+
+def warn_of_others(plan: Plan, layers: Layers) -> None:
+    """Say what of a plan was made for another model, or with one."""
+    card = plan.model
+    if card is not None and card.name.partition(":")[0] != layers.name:
+        warn_user(f"steer: the plan was made for {card.name}, this model is a {layers.name}")
+    for edit in (edit for chain in plan.edits.values() for edit in chain):
+        if edit.origin.model is not None and family(edit.origin.model) not in ("unknown", family(layers.name)):
+            warn_user(f"steer: {edit!r} comes from activations of {edit.origin.model}; this model is a {layers.name}")
 
 
 def check_lengths(lengths: tuple[int, ...] | None, active: Sequence[Attachment]) -> None:
@@ -120,24 +106,21 @@ def check_lengths(lengths: tuple[int, ...] | None, active: Sequence[Attachment])
 
 def check_positions(plans: Sequence[Plan], layers: Layers, counted: bool, length_known: bool) -> None:
     """Refuse positions that a model could never show; its prompt's length is known from `generate` or was given."""
-    rules = [(plan.positions, rule_of(plan)) for plan in plans]
-    placed = [shown for shown, rule in rules if not isinstance(rule, Selector) or rule.needs_length]
-    named = placed + [shown for shown, rule in rules if isinstance(rule, Selector) and rule.remembers]
+    placed = [what for plan in plans if (what := needs_prompt(plan))]
+    named = placed + [
+        f"positions={plan.positions!r}"
+        for plan in plans
+        if isinstance(rule := rule_of(plan), Selector) and rule.remembers
+    ]
     if not named:
         return
     if not counted:
         raise ValueError(
-            f"steer: positions={named[0]!r} needs a cache of keys and values to count tokens; {layers.name} "
+            f"steer: {named[0]} needs a cache of keys and values to count tokens; {layers.name} "
             'keeps another state, and has no generate that would show them: use positions="all"'
         )
     if not length_known and placed:
         raise ValueError(
-            f"steer: positions={placed[0]!r} on a bare decoder ({layers.name}) needs prompt_length=, because "
+            f"steer: {placed[0]} on a bare decoder ({layers.name}) needs prompt_length=, because "
             "generate runs on the model around it; steer that model instead"
         )
-
-
-def _same_gate(one: tuple[When, Place] | None, other: tuple[When, Place] | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one[1] == other[1] and type(one[0]) is type(other[0]) and one[0].condition is other[0].condition

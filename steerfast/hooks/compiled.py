@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import MAX_SLOTS_PER_ROW
-from steerfast._positions import Selector
-from steerfast.plan import rule_of
+from steerfast.plan import needs_prompt
 
 from .attachment import Attachment
-from .positions import Pass, Prompt, Table
+from .positions import Pass, Table
+from .prompts import Prompt
 
 
 class FixedTable:
@@ -30,6 +30,7 @@ class FixedTable:
         self.rows = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.scale = torch.ones(batch, MAX_SLOTS_PER_ROW, dtype=torch.float32, device=device)
         self.unplaced = False  # the positions need a prompt that only generate would show
+        self.by_token = False  # they count from each row's first real token, of which a bare pass shows the mask alone
 
     @property
     def batch(self) -> int:
@@ -37,7 +38,7 @@ class FixedTable:
         return self.rows.shape[0]
 
     def clear(self) -> None:
-        """Nobody is steered."""
+        """No row is steered."""
         self.rows.fill_(-1)
         self.scale.fill_(1.0)
 
@@ -65,9 +66,8 @@ class FixedTable:
         self.clear()
         given = next((one.prompt_length for one in attachments if one.prompt_length is not None), None)
         plans = [plan for one in attachments for plan in one.plans if plan is not None]
-        self.unplaced = given is None and any(
-            not isinstance(rule, Selector) or rule.needs_length for rule in map(rule_of, plans)
-        )
+        self.unplaced = given is None and any(map(needs_prompt, plans))
+        self.by_token = any(one.by_token for one in attachments)
         if self.unplaced or not attachments:
             return
         rows = next((len(one.plans) for one in attachments if one.per_row), self.batch)
@@ -81,6 +81,11 @@ class FixedTable:
         if self.unplaced:
             raise RuntimeError(
                 "steer: a compiled pass outside generate does not show its prompt; pass prompt_length= to steer"
+            )
+        if self.by_token and mask is not None:
+            raise RuntimeError(
+                "steer: a compiled pass outside generate counts a prompt's first tokens from position 0, where a row that is "
+                "padded on the left has none: leave attention_mask out, or use generate"
             )
         batch, count = tokens.shape[:2]
         return self.gather(start, batch, count, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)

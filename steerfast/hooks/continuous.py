@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerfast.plan import needs_prompt
+
 from .attachment import Attachment
 from .positions import Pass
 
@@ -34,9 +36,11 @@ def check_paged(attachments: Sequence[Attachment], gated: bool) -> None:
                 "steer: continuous batching mixes requests in one row and does not say whose token is whose, so a "
                 "plan per row cannot be followed; give one plan for all requests, or use generate"
             )
-        if (positions := next(p.positions for p in one.plans if p is not None)) != "all":
+        plan = next(p for p in one.plans if p is not None)
+        if (what := needs_prompt(plan)) or plan.positions != "all":
+            what = what or f"positions={plan.positions!r}"
             raise ValueError(
-                f"steer: positions={positions!r} needs to know where each prompt ends or which token it looks at, and "
+                f"steer: {what} needs to know where each prompt ends or which token it looks at, and "
                 "continuous batching shows requests mixed; use positions='all', or generate"
             )
     if gated:

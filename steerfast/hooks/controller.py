@@ -15,6 +15,7 @@ from torch import nn
 
 from steerfast.bank import Bank, Runs
 from steerfast.edits.base import Intervention
+from steerfast.edits.columns import numbered
 from steerfast.edits.conditions import When
 from steerfast.models.layers import Layers, find_layers, refuse_flat, stream_storage
 from steerfast.models.proof import Proof, prove, refuse_split
@@ -22,7 +23,7 @@ from steerfast.plan import Plan
 
 from .attachment import Attachment
 from .bookkeeping import bookkeeping
-from .columns import check_lengths, check_plan, check_positions, layout_of, places_of
+from .columns import check_lengths, check_plan, check_positions, layout_of, places_of, warn_of_others
 from .compiled import FixedTable, is_compiled
 from .continuous import cached_manager, check_paged, new_manager
 from .dispatcher import Dispatcher
@@ -44,7 +45,7 @@ def known_controller(model: nn.Module) -> Controller | None:
 
 
 def controller_of(model: nn.Module, caller: str = "steer") -> Controller:
-    """The controller of a model; a new one is known to nobody until it attaches something."""
+    """The controller of a model; a new one is registered when it attaches something."""
     inner = getattr(model, "_orig_mod", model)
     found = known_controller(model)
     if found is None:
@@ -88,6 +89,7 @@ class Controller:
             refuse_split(self.proof, self.layers, layer, site, "steer")
         if not self.prepared and is_compiled(self.model):
             raise RuntimeError(_COMPILED.format("steer"))
+        warn_of_others(plan, self.layers)
 
     def check_positions(self, plans: list[Plan], lengths: tuple[int, ...] | None) -> None:
         """Refuse positions that this model could never show, and two lengths of one prompt."""
@@ -103,16 +105,17 @@ class Controller:
         wanted: dict[Place, dict[int, Intervention]] = {}
         vars(self.model)[_ATTRIBUTE] = self
         try:
-            for layout in layouts:
-                width = len(layout.columns)
+            for columns in layouts:
+                width = sum(column.slots for column in columns)
                 first = self._runs.take(width, "slots") if width else 0
-                new.slots.append(tuple(range(first, first + width)))
-                for place, edits in layout.edits.items():
-                    wanted.setdefault(place, {}).update({first + column: edit for column, edit in edits.items()})
-                for slot, gate in enumerate(layout.columns, first):
-                    if gate is not None:
-                        self._install(new, slot, *gate)
-                        wanted.setdefault(gate[1], {})
+                new.take(first, columns)
+                for place, edits in numbered(columns).items():
+                    wanted.setdefault(place, {}).update({first + number: edit for number, edit in edits.items()})
+                for slot, column in zip(new.slots[-1], columns, strict=True):
+                    if column.gate is not None:
+                        read = column.gate[-1]
+                        self._install(new, slot, next(iter(column.edits.values())), read)  # type: ignore[arg-type]
+                        wanted.setdefault(read, {})
             for place in wanted:
                 self._dispatcher(place)
             count = 1 + max(new.all_slots)
@@ -137,7 +140,7 @@ class Controller:
             self._unhook()
         for slots in old.slots:
             if slots:
-                self._runs.give(slots[0], len(slots))
+                self._runs.give(slots[0], len(old.numbers(slots)))
         for slot in old.all_slots:
             self.passes.conditions.pop(slot, None)
         for place, dispatcher in list(self.dispatchers.items()):

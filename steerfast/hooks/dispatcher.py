@@ -13,12 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from steerfast import ops
 from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast.bank import Bank, fitting
-from steerfast.edits.base import Intervention, Program, untrained
+from steerfast.edits.base import Intervention, Program, run_slot, untrained
 from steerfast.models.points import Point
 from steerfast.models.proof import shape_refusal
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
-from steerfast.ops.slots import ALL_MODES, Slot
+from steerfast.ops.slots import ALL_MODES
 
 from .bookkeeping import is_mapped
 from .gates import Place
@@ -31,7 +31,7 @@ class _Found(NamedTuple):
     """What a pass does here; replaced whole, so that two threads never see half of it."""
 
     now: Pass | None
-    direct: list[tuple[Slot | Program, float]]
+    direct: list[tuple[Program, float]]  # called with a number: the slots' own strengths are in it
     table: tuple[Tensor, Tensor] | None
 
 
@@ -78,7 +78,7 @@ class Dispatcher:
             self.bank = fitting(slotted, self.bank, slots)
         self._programs.update(programs)
         self.edits.update(edits)
-        self.bank.commit()  # a compiled graph reads the buffers and asks nobody
+        self.bank.commit()  # a compiled graph reads the buffers directly
         self._found = _NOTHING
 
     def take(self, slots: Sequence[int]) -> None:
@@ -102,7 +102,7 @@ class Dispatcher:
         return self.point.attach(self, prepend=self.point.kind == "post")
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """The steered stream, or None where nothing of it is."""
+        """The steered stream, or None where no row is steered."""
         if self.fixed and torch.compiler.is_compiling():  # one graph for all threads: what it gathers from is shared
             now = self.passes.traced  # of the same graph; of an eager pass where only the blocks are compiled
             found = self._look(now, x, None)
@@ -124,8 +124,8 @@ class Dispatcher:
         if found.table is not None:
             rows, scale = self._tables(x, found.table, call)
             return self._by_table(x, rows, scale, self._columns(call.now, rows), self._programs, self.bank)
-        for edit, gain in found.direct:
-            x = edit(x, gain) if callable(edit) else torch_backend.edit(x, edit, gain)
+        for run, gain in found.direct:
+            x = run(x, gain)
         return x if found.direct else None
 
     def act(self, x: Tensor) -> Act | None:
@@ -162,11 +162,11 @@ class Dispatcher:
             self._check_shape(x, *call.shape)
         return found
 
-    def _effect(self, slot: int, weight: float) -> tuple[Slot | Program, float]:
+    def _effect(self, slot: int, weight: float) -> tuple[Program, float]:
         """What a slot does to a row, and how strongly."""
         if slot in self._programs:
             return self._programs[slot], weight
-        return self.bank.view(slot), self.bank.strength(slot) * weight
+        return partial(torch_backend.edit, self.bank.view(slot)), self.bank.strength(slot) * weight
 
     def _check_shape(self, x: Tensor, rows: int, tokens: int) -> None:
         """Refuse a stream that is not (rows, tokens, width), before anything of it is edited."""
@@ -217,12 +217,8 @@ class Dispatcher:
     ) -> Tensor:
         """Where torch.vmap maps over what a condition decided, no host can read the table: each slot on every token."""
         for column, slot in columns:
-            weight = torch.where(rows[:, column] == slot, scale[:, column], 0)
-            if slot in programs:
-                x = programs[slot](x, weight)
-            else:
-                moved = torch_backend.edit(x, bank.view(slot), bank.strength(slot) * weight[:, None])
-                x = torch.where((weight == 0).view(*x.shape[:-1], 1), x, moved)
+            run = programs.get(slot) or partial(run_slot, bank.view(slot), bank.strength(slot))
+            x = run(x, torch.where(rows[:, column] == slot, scale[:, column], 0))
         return x
 
     def _by_slots(self, x: Tensor, rows: Tensor, scale: Tensor, bank: Bank) -> Tensor:
@@ -243,7 +239,7 @@ def _beside(x: Tensor, table: tuple[Tensor, Tensor], now: Pass) -> tuple[Tensor,
     return rows.to(x.device), scale.to(x.device)
 
 
-def _directly(edits: list[tuple[Slot | Program, float]], x: Tensor) -> Tensor:
-    for edit, gain in edits:
-        x = edit(x, gain) if callable(edit) else torch_backend.edit(x, edit, gain)
+def _directly(edits: list[tuple[Program, float]], x: Tensor) -> Tensor:
+    for run, gain in edits:
+        x = run(x, gain)
     return x

@@ -16,7 +16,8 @@ from torch import Tensor
 from steerfast.edits.conditions import When
 
 from .bookkeeping import bookkeeping, is_mapped, settled
-from .positions import Prompt, Table
+from .positions import Table
+from .prompts import Prompt
 
 Place = tuple[str, int]
 

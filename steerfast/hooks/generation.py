@@ -13,7 +13,7 @@ from steerfast.models.caches import cache_in
 from steerfast.models.proof import given_tokens
 
 from .bookkeeping import is_mapped
-from .positions import Prompt
+from .prompts import Prompt
 
 
 def announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Prompt, int]:

@@ -1,4 +1,4 @@
-"""The forward passes of a model: which token of the running one is steered by whom.
+"""The forward passes of a model: which token of the running one is steered by which slot.
 
 That is decided once per pass, by a hook on the decoder, and read by every dispatcher. What a pass needs to know of its
 prompt comes from `generate`, which announces it, or from the pass itself (see `steerfast.hooks.positions`). Each thread has
@@ -23,7 +23,7 @@ from steerfast._positions import Selector
 from steerfast.models.caches import PAGED, cache_in, keeps_cache, past_length
 from steerfast.models.layers import Layers, stream_storage
 from steerfast.models.proof import Proof
-from steerfast.plan import rule_of
+from steerfast.plan import needs_prompt, rule_of
 
 from .attachment import Attachment
 from .bookkeeping import bookkeeping, refuse_tracing
@@ -31,7 +31,8 @@ from .compiled import FixedTable, lengths_per_row
 from .continuous import pass_for_all
 from .gates import Conditions, Gates
 from .generation import by_name, tokens_of, valid_tokens
-from .positions import IDLE, Owners, Pass, Prompt, Table
+from .positions import IDLE, Owners, Pass, Table
+from .prompts import Prompt
 from .recomputing import THREADS, Recomputing, Thread
 
 _UNSEEN = object()
@@ -49,7 +50,7 @@ class Call:
         prompt: The batch of prompts; None: none is known.
         table: Its owners.
         announced: Whether generate announced the prompt.
-        ran: The dispatchers that the running pass has come by.
+        ran: The dispatchers that the running pass has reached.
     """
 
     gates: Gates
@@ -140,14 +141,14 @@ class Passes:
             self._hooks.pop().remove()
 
     def forget(self) -> None:
-        """Nothing is attached any more: no prompt, no table, nobody is steered."""
+        """Nothing is attached any more: no prompt, no table."""
         self._version += 1
         self.threads = _Threads(self.conditions)
         self._broadcasts.clear()
         self._prompts.clear()
         self.traced = IDLE
         if self.fixed is not None:
-            self.fixed.unplaced = False
+            self.fixed.unplaced = self.fixed.by_token = False
             self.fixed.clear()
 
     @bookkeeping
@@ -168,7 +169,7 @@ class Passes:
         call = self.threads.call = Call(Gates(self.conditions), THREADS.own, announced=True)
         table = self._build(call, prompt)
         if self.fixed is not None:
-            self.fixed.unplaced = False
+            self.fixed.unplaced = self.fixed.by_token = False
             self.fixed.publish(table, copies)
 
     @bookkeeping
@@ -187,7 +188,12 @@ class Passes:
             return [(column, slot) for column, (slot, _) in enumerate(now.owners) if slot in slots]
         found, before = [], 0
         for one in self.attachments:
-            places = {slot: before + i for chain in one.slots for i, slot in enumerate(chain)}
+            places = {
+                slot: before + i
+                for chain in one.slots
+                for i, first in enumerate(chain)
+                for slot in one.numbers([first])
+            }
             found += [(column, slot) for slot, column in places.items() if slot in slots]
             before += max(len(chain) for chain in one.slots)
         return found
@@ -339,7 +345,7 @@ class Passes:
     def _bare(self, call: Call, inputs: dict[str, Any], mask: Any, batch: int, count: int) -> Table:
         """The table of a forward pass outside generate, and where in it the pass begins."""
         if not self.keeps_cache and any(
-            plan.positions != "all" for one in self.attachments for plan in one.plans if plan
+            plan.positions != "all" or needs_prompt(plan) for one in self.attachments for plan in one.plans if plan
         ):
             raise ValueError(
                 f"steer: {self._layers.name} keeps no cache that counts its tokens, so a bare pass does not show where it "
@@ -413,8 +419,8 @@ def _mask(inputs: dict[str, Any], given: Any) -> Any:
 
 def _needs_place(one: Attachment) -> bool:
     """Whether a plan asks where in its text a token stands."""
-    rules = [rule_of(plan) for plan in one.plans if plan is not None]
-    return any(not isinstance(rule, Selector) or rule.needs_length or rule.remembers for rule in rules)
+    plans = [plan for plan in one.plans if plan is not None]
+    return any(needs_prompt(p) or (isinstance(rule := rule_of(p), Selector) and rule.remembers) for p in plans)
 
 
 def _same(one: Prompt, other: Prompt) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,57 +28,16 @@ from steerfast._positions import (
     Special,
     beyond,
     evaluate,
-    out_of_range,
     parse,
     placed,
     told,
 )
 
 from .bookkeeping import bookkeeping
+from .prompts import Memory, Prompt, Rule, allowed, by_token, copies_of, real_tokens, with_later
 
-Rule = Selector | Tensor
-"""A selector in which `special` is resolved, or a mask."""
 Owners = tuple[tuple[int, float], ...]
 """(slot, scale) applied to a token, left to right."""
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """What is known of a batch of prompts.
-
-    Attributes:
-        valid: bool (batch, P), False on padding.
-        starts: int64 (batch,), the first generated position of each row; None if the prompt's length is unknown.
-        ids: The tokens of a prompt that was announced before any of it ran; None: they are seen as they run.
-        reorders: Whether rows may change places after the prompt, as beams do.
-        memories: What selectors remember of its tokens, by leaf and number of rows.
-        virtual: Positions in front that hold no token of the text (soft prompts): "all" has them, the prompt does not.
-    """
-
-    valid: Tensor
-    starts: Tensor | None
-    ids: Tensor | None = None
-    reorders: bool = False
-    memories: dict[tuple[Leaf, int], Memory] = field(default_factory=dict)
-    virtual: int = 0
-
-    @property
-    def batch(self) -> int:
-        """Rows of the batch."""
-        return self.valid.shape[0]
-
-    def behind(self, virtual: int) -> Prompt:
-        """The same prompt behind so many virtual tokens."""
-        front = self.valid.new_ones(self.batch, virtual)
-        starts = None if self.starts is None else self.starts + virtual
-        valid = torch.cat([front, self.valid], dim=1)
-        return replace(self, valid=valid, starts=starts, virtual=self.virtual + virtual, ids=None, memories={})
-
-    @classmethod
-    def whole(cls, batch: int, length: int, valid: Tensor | None = None) -> Prompt:
-        """A prompt that fills all positions below `length`."""
-        valid = torch.ones(batch, length, dtype=torch.bool, device="cpu") if valid is None else valid
-        return cls(valid, torch.full((batch,), length, device="cpu"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +49,9 @@ class Layer:
     rules: list[Rule]  # per batch row
     latched: frozenset[int] = frozenset()  # slots that a condition holds back before the last prompt token
     gated: frozenset[int] = frozenset()  # slots with a condition of either kind
+    by_token: dict[int, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # slots that stand for one per prompt token, to those
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,99 +65,7 @@ class Pass:
 
 IDLE = Pass(owners=())
 
-
 LAST = parse("steer", "last")
-
-
-def allowed(prompt: Prompt, row: int, rule: Rule) -> Tensor:
-    """bool (P + 1,): which positions of one batch row a rule names; the last entry stands for every later one.
-
-    Where a selector looks at tokens, these are all that it could name.
-
-    Raises:
-        ValueError: the prompt's length must be known and is not, an index is out of range, or a mask has another length.
-    """
-    valid, length = prompt.valid[row], prompt.valid.shape[1]
-    if isinstance(rule, Selector) and rule.reads_tokens:
-        _check_indices(prompt, row, rule)
-        return _with_later(valid, beyond(rule) is not False)
-    if isinstance(rule, Selector) and not rule.needs_length:
-        return _with_later(valid, True) & evaluate(
-            rule, lambda leaf: torch.ones(length + 1, dtype=torch.bool, device="cpu")
-        )
-    start = _start(prompt, row, rule)
-    if isinstance(rule, Tensor):
-        if rule.dim() == 2 and rule.shape[0] != prompt.batch:
-            raise ValueError(f"steer: the mask has {rule.shape[0]} rows for a batch of {prompt.batch} prompts")
-        mask, front = rule if rule.dim() == 1 else rule[row], prompt.virtual
-        covered = mask.shape[0] + front
-        if covered > length or covered < min(start, length):
-            raise ValueError(
-                f"steer: the mask covers {mask.shape[0]} positions; this prompt has {min(start, length) - front}, padding "
-                "included"
-            )
-        return _with_later(valid & torch.nn.functional.pad(mask, (front, length - covered)), False)
-    _check_indices(prompt, row, rule)
-    real = _real(prompt, row)
-    return _with_later(valid, True) & evaluate(rule, lambda leaf: placed(leaf, real, start, length, prompt.virtual))
-
-
-def _start(prompt: Prompt, row: int, rule: Rule) -> int:
-    if prompt.starts is None:
-        named = f"positions={str(rule)!r}" if isinstance(rule, Selector) else "a mask"
-        raise ValueError(
-            f"steer: {named} needs the prompt's length, which this forward pass does not show (it starts from a filled "
-            "cache): pass prompt_length= to steer, or use generate"
-        )
-    return int(prompt.starts[row])
-
-
-def _real(prompt: Prompt, row: int) -> Tensor:
-    """The positions of the prompt's real tokens."""
-    valid, starts = prompt.valid[row], prompt.starts
-    here = torch.arange(valid.shape[0], device="cpu")
-    text = valid & (here >= prompt.virtual)
-    return (text if starts is None else text & (here < starts[row])).nonzero().flatten()
-
-
-def _check_indices(prompt: Prompt, row: int, rule: Selector) -> None:
-    if not rule.needs_length:
-        return
-    _start(prompt, row, rule)
-    count = len(_real(prompt, row))
-    outside = out_of_range(rule, count)
-    if outside is not None:
-        raise ValueError(
-            f"steer: position {outside} is out of range; prompt {row} has {count} real tokens, 0 to {count - 1}"
-        )
-
-
-@dataclass(eq=False)
-class Memory:
-    """Of one leaf and batch: whether it is open before each position."""
-
-    open: Tensor  # bool (batch, positions)
-    reached: int  # known up to here
-
-    @classmethod
-    def of(cls, leaf: After | Between, prompt: Prompt, copies: int, device: torch.device) -> Memory:
-        """What an announced prompt tells; for any other, that nothing is open before its first token."""
-        shut = torch.zeros(prompt.batch, 1, dtype=torch.bool, device="cpu")
-        known = shut
-        if prompt.ids is not None:
-            ids, real = prompt.ids.cpu(), prompt.valid[:, : prompt.ids.shape[1]]
-            behind = told(leaf, lambda wanted: torch.isin(ids, torch.tensor(wanted, device="cpu")) & real, shut[:, 0])[
-                1
-            ]
-            known = torch.cat([shut, behind], 1)  # type: ignore[list-item]  # no `Ids`
-        return cls(known.repeat_interleave(copies, 0).to(device), known.shape[1] - 1)
-
-    def room(self, positions: int) -> None:
-        """Make room for that many positions."""
-        if self.open.shape[1] < positions:
-            self.open = torch.nn.functional.pad(
-                self.open, (0, max(positions, 2 * self.open.shape[1], 64) - self.open.shape[1])
-            )
 
 
 @dataclass(eq=False)
@@ -237,6 +107,9 @@ class Table:
                 held = [column + i for i, slot in enumerate(slots) if slot in layer.latched]
                 if held:  # nothing is decided before the last prompt token
                     rows[row, ~allowed(prompt, row, LAST), held[0] : held[-1] + 1] = -1
+                for i, slot in enumerate(slots):
+                    if slot in layer.by_token:
+                        rows[row, :, column + i] = by_token(prompt, row, layer.by_token[slot])
             column += width
         self.prompt = prompt
         self.rows, self.scale = rows, scale
@@ -359,7 +232,7 @@ class Readings:
         self._later = later = {reading.selector: beyond(reading.selector) for reading in readings}
         self.settled = all(isinstance(left, bool) for left in later.values())
         self.remembers = any(reading.selector.remembers for reading in readings)
-        self.dynamic = _with_later(torch.ones(prompt.valid.shape[1], dtype=torch.bool, device="cpu"), not self.settled)
+        self.dynamic = with_later(torch.ones(prompt.valid.shape[1], dtype=torch.bool, device="cpu"), not self.settled)
         for selector, left in later.items():
             if prompt.reorders and isinstance(left, Selector) and left.remembers:
                 raise ValueError(
@@ -407,7 +280,7 @@ class Readings:
         for reading, governs in zip(self._readings, self._governs[batch], strict=True):
             selector = reading.selector if columns is not None else self._later[reading.selector]
             if isinstance(selector, bool):
-                continue  # the table says so already
+                continue  # the table has it already
             where = evaluate(selector, value_of)
             part = torch.where(governs[:, None] & ~where[:, :, None], -1, part)
         return part
@@ -453,9 +326,9 @@ class Readings:
             leaves = {leaf for one in self._readings for leaf in one.selector.leaves} | {ALL}
             tables: dict[Leaf, list[Tensor]] = {leaf: [] for leaf in leaves if not isinstance(leaf, _TOLD)}
             for row in range(prompt.batch):
-                real, start = _real(prompt, row), 0 if prompt.starts is None else int(prompt.starts[row])
+                real, start = real_tokens(prompt, row), 0 if prompt.starts is None else int(prompt.starts[row])
                 for leaf, rows in tables.items():
-                    rows.append(_with_later(prompt.valid[row], True) & placed(leaf, real, start, length))
+                    rows.append(with_later(prompt.valid[row], True) & placed(leaf, real, start, length))
             self._fixed[batch] = {
                 leaf: torch.stack(rows).repeat_interleave(copies, 0).to(self._device) for leaf, rows in tables.items()
             }
@@ -464,20 +337,6 @@ class Readings:
 
 
 _TOLD = (Ids, Special, After, Between)
-
-
-def copies_of(prompt: Prompt, batch: int) -> int:
-    """How often each prompt's row is repeated in a pass of `batch` rows."""
-    if batch % prompt.batch:
-        raise ValueError(
-            f"steer: this forward pass has {batch} rows, but {prompt.batch} prompts were announced; rows must be the "
-            "prompts, each repeated equally often"
-        )
-    return batch // prompt.batch
-
-
-def _with_later(mask: Tensor, later: bool) -> Tensor:
-    return torch.cat([mask, torch.tensor([later], device="cpu")])
 
 
 def _flat(part: Tensor, scale: Tensor) -> Pass:

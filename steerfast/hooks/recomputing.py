@@ -122,7 +122,7 @@ class Recomputing:
         self._decoder = decoder
         self._modules: list[Any] = [module for module in decoder.modules() if hasattr(module, "gradient_checkpointing")]
         self.prepared_inside = False  # a dispatcher of a prepared model lies inside of a block
-        self._unseen = False  # some block ran without gradients inside a pass with them, and nobody knows why
+        self._unseen = False  # some block ran without gradients inside a pass with them, and the reason is unknown
 
     def begin(self, follow: bool) -> None:
         """A pass begins in this thread; `follow`: put the shadows in place (a compiled graph would trace them)."""

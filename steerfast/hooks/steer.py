@@ -188,9 +188,14 @@ class Steering:
         A condition that held tokens back is not looked at: see `decisions`.
         """
         return [
-            count + self._controller.passes.counted(slots[0]) if self._active and slots else count
+            count + self._counted(slots) if self._active and slots else count
             for count, slots in zip(self._counts, self._attachment.slots, strict=True)
         ]
+
+    def _counted(self, slots: tuple[int, ...]) -> int:
+        """Tokens of the column that edits most of them."""
+        counted, numbers = self._controller.passes.counted, self._attachment.numbers
+        return max(sum(map(counted, numbers([slot]))) for slot in slots)
 
     def decisions(self) -> list[list[Tensor | None]]:
         """What the `When` conditions of each plan decided for the last batch: bool (rows,) each, None before a decision."""
@@ -219,7 +224,7 @@ class Steering:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        if self._detach() and not any(self._counts):
+        if self._detach() and any(self._attachment.strengths) and not any(self._counts):
             warnings.warn(
                 "steer: no token was edited; did the model run, and do the positions fit?", RuntimeWarning, stacklevel=2
             )

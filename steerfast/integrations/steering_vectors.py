@@ -35,7 +35,7 @@ from steerfast.directions.sets import DirectionSet
 from steerfast.files.replace import replace_file
 from steerfast.files.torch_file import as_vector, read_torch_file
 
-from .gguf import foreign, single_site, without_zeros
+from .gguf import foreign, layer_of, single_site, without_zeros
 
 SITES = {"decoder_block": "resid_post", "self_attn": "attn_out", "mlp": "mlp_out"}
 _KIND = "steering-vectors"
@@ -176,15 +176,19 @@ def _directions(activations: Any, layer_type: Any, path: Path | None, depth: int
             UserWarning,
             stacklevel=depth,
         )
-    return DirectionSet(sorted(found, key=lambda direction: direction.layer or 0))
+    return DirectionSet(sorted(found, key=layer_of))
 
 
 def _fields(owner: str, directions: Any) -> dict[str, Any]:
     chosen = DirectionSet(directions)
-    site = next(iter(chosen.values())).site or "resid_post"
+    site = _site_of(next(iter(chosen.values())))
     layer_type = next((kind for kind, ours in SITES.items() if ours == site), None)
     if layer_type is None:
         raise ValueError(f"{owner}: steering-vectors has no layer_type for site {site!r}; it has {', '.join(SITES)}")
     by_layer = single_site(owner, chosen, "a SteeringVector", site)
     activations = {layer: direction.vector.clone() for layer, direction in sorted(by_layer.items())}
     return {"layer_activations": activations, "layer_type": layer_type}
+
+
+def _site_of(direction: Direction) -> str:
+    return "resid_post" if direction.origin.place is None else direction.origin.place.site

@@ -29,7 +29,7 @@ def cache_in(values: Mapping[str, Any]) -> tuple[str, Any] | None:
 def keeps_cache(model: nn.Module, decoder: nn.Module) -> bool:
     """Whether a model hands its decoder a cache that counts its tokens, as signatures and configuration show.
 
-    A state that is only carried on (Mamba, RWKV) tells nobody how many tokens it has seen.
+    A state that is only carried on (Mamba, RWKV) does not tell how many tokens it has seen.
     """
     from transformers import DynamicCache
 

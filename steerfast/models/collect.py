@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import positive_integer, whole_number, whole_numbers
+from steerfast.place import Origin, Place
 
 from .layers import Layers, evaluating, find_layers, gathers_weights, is_ours
 from .points import Point
@@ -46,6 +47,11 @@ class Activations(dict[int, Tensor]):
     def norms(self) -> dict[int, float]:
         """Typical L2 norm by layer: the median over rows, which a first token of enormous norm does not move."""
         return {layer: typical_norm_of(rows) for layer, rows in self.items()}
+
+    def origin(self, layer: int) -> Origin:
+        """Where the rows of a layer were read, and their typical norm."""
+        place = Place(self.site, layer)
+        return Origin(self.model, place, self.position, typical_norm_of(self[layer]))
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{layer}: {tuple(rows.shape)}" for layer, rows in self.items())

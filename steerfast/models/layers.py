@@ -17,6 +17,8 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from steerfast.place import SITES
+
 from .points import Point, Unresolved, added_point, has_matrix, head_point
 
 IDS = ((5, 6, 7), (5, 6, 8))
@@ -26,7 +28,6 @@ _UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, 
 _MACHINE = re.compile(
     r"out of memory|not enough memory|allocate memory|(cuda|hip|nccl|cublas|cudnn) error", re.IGNORECASE
 )
-SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_out")
 
 
 @dataclass(frozen=True, eq=False)

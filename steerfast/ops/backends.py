@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton kernels on a GPU, the PyTorch reference elsewhere.
+"""Which implementation runs: Triton kernels on a GPU, PyTorch elsewhere.
 
 `auto` takes the kernels for CUDA tensors and falls back, with one warning, where Triton is missing or a gradient is
 asked of a kernel that has none. A backend chosen by name that cannot run is an error, never a silent fallback.
@@ -48,10 +48,10 @@ def backend_of(x: Tensor) -> str:
         return "torch"
     if chosen == "auto":
         if not _has_triton():
-            _warn_once("steerfast: Triton is not installed, so CUDA tensors run on the PyTorch reference")
+            _warn_once("steerfast: Triton is not installed, so CUDA tensors run on the PyTorch backend")
             return "torch"
         if transformed():
-            _warn_once("steerfast: transforms of torch.func and forward-mode gradients run on the PyTorch reference")
+            _warn_once("steerfast: transforms of torch.func and forward-mode gradients run on the PyTorch backend")
             return "torch"
         return "triton"
     if not _has_triton():

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from . import torch_backend
 from .backends import interpreted, kernels
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Edit = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int, int]
+"""(vectors, coefficients, slots, rows, scale, modes, max_rank), as `ops.subspace` takes them."""
 
 
 def add(backend: str, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -24,94 +32,47 @@ def add_(backend: str, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: T
         kernels("add").add(x, vectors, rows, scale, out=x)
 
 
-def subspace(
-    backend: str,
-    x: Tensor,
-    vectors: Tensor,
-    coefficients: Tensor,
-    slots: Tensor,
-    rows: Tensor | None,
-    scale: Tensor | None,
-    modes: int,
-    max_rank: int,
-) -> Tensor:
+def subspace(backend: str, x: Tensor, *edit: Unpack[Edit]) -> Tensor:
     """Out of place, on a backend."""
     if backend == "torch":
-        return torch_backend.subspace(x, vectors, coefficients, slots, rows, scale)
-    bank = vectors, coefficients, slots
-    if _to_widen(x, vectors):
-        wide = x.float(), vectors.float(), coefficients, slots
-        return subspace(backend, *wide, rows, scale, modes, max_rank).to(x.dtype)
-    return kernels("subspace").subspace(x, *bank, rows, scale, modes, max_rank, out=empty_like(x))
+        return torch_backend.subspace(x, *edit[:5])
+    if _to_widen(x, edit[0]):
+        return subspace(backend, x.float(), edit[0].float(), *edit[1:]).to(x.dtype)
+    return kernels("subspace").subspace(x, *edit, out=empty_like(x))
 
 
-def subspace_(
-    backend: str,
-    x: Tensor,
-    vectors: Tensor,
-    coefficients: Tensor,
-    slots: Tensor,
-    rows: Tensor | None,
-    scale: Tensor | None,
-    modes: int,
-    max_rank: int,
-) -> None:
+def subspace_(backend: str, x: Tensor, *edit: Unpack[Edit]) -> None:
     """In place, on a backend."""
-    if backend == "torch" or not _dense(x) or _to_widen(x, vectors):
-        x.copy_(subspace(backend, x, vectors, coefficients, slots, rows, scale, modes, max_rank))
+    if backend == "torch" or not _dense(x) or _to_widen(x, edit[0]):
+        x.copy_(subspace(backend, x, *edit))
     else:
-        kernels("subspace").subspace(x, vectors, coefficients, slots, rows, scale, modes, max_rank, out=x)
+        kernels("subspace").subspace(x, *edit, out=x)
 
 
-def subspace_probe(
-    backend: str,
-    x: Tensor,
-    vectors: Tensor,
-    coefficients: Tensor,
-    slots: Tensor,
-    rows: Tensor | None,
-    scale: Tensor | None,
-    modes: int,
-    max_rank: int,
-) -> tuple[Tensor, Tensor]:
+def subspace_probe(backend: str, x: Tensor, *edit: Unpack[Edit]) -> tuple[Tensor, Tensor]:
     """(x', y), on a backend."""
-    bank = vectors, coefficients, slots
+    vectors, coefficients, slots, rows, scale, _, max_rank = edit
     if backend == "torch":
-        return torch_backend.subspace_probe(x, *bank, max_rank, rows, scale)
+        return torch_backend.subspace_probe(x, vectors, coefficients, slots, max_rank, rows, scale)
     if _to_widen(x, vectors):
-        wide = x.float(), vectors.float(), coefficients, slots
-        moved, seen = subspace_probe(backend, *wide, rows, scale, modes, max_rank)
+        moved, seen = subspace_probe(backend, x.float(), vectors.float(), *edit[1:])
         return moved.to(x.dtype), seen
     y = x.new_zeros(probed_shape(x, rows, max_rank), dtype=torch.float32)
-    return kernels("subspace").subspace(x, *bank, rows, scale, modes, max_rank, out=empty_like(x), probe=y), y
+    return kernels("subspace").subspace(x, *edit, out=empty_like(x), probe=y), y
 
 
-def subspace_split_(
-    backend: str,
-    hidden: Tensor,
-    residual: Tensor,
-    vectors: Tensor,
-    coefficients: Tensor,
-    slots: Tensor,
-    rows: Tensor | None,
-    scale: Tensor | None,
-    modes: int,
-    max_rank: int,
-) -> None:
+def subspace_split_(backend: str, hidden: Tensor, residual: Tensor, *edit: Unpack[Edit]) -> None:
     """In place on residual, on a backend."""
-    bank = vectors, coefficients, slots
     if backend == "torch":
-        residual.copy_(torch_backend.subspace_split(hidden, residual, *bank, rows, scale))
+        residual.copy_(torch_backend.subspace_split(hidden, residual, *edit[:5]))
         return
-    if _to_widen(residual, vectors):
+    if _to_widen(residual, edit[0]):
         out = residual.float()
-        subspace_split_(
-            backend, hidden.float(), out, vectors.float(), coefficients, slots, rows, scale, modes, max_rank
-        )
+        subspace_split_(backend, hidden.float(), out, edit[0].float(), *edit[1:])
         residual.copy_(out)
         return
     out = residual if _dense(residual) else residual.contiguous()
-    kernels("subspace").subspace(out, *bank, rows, scale, modes, max_rank, out=out, hidden=hidden)
+    kernels("subspace").subspace(out, *edit, out=out, hidden=hidden)
     if out is not residual:
         residual.copy_(out)
 

@@ -16,51 +16,6 @@ from . import calls, torch_backend
 from .backends import backend_of
 
 
-def run_add_rms_norm_backward(
-    normed: Tensor,
-    stream: Tensor,
-    hidden: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    vectors: Tensor,
-    rows: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    unit_offset: bool,
-) -> list[Tensor]:
-    """Gradients of add_rms_norm for hidden, residual, weight, vectors and scale, by the reference."""
-
-    def formula(hidden: Tensor, residual: Tensor, weight: Tensor, vectors: Tensor, scale: Tensor | None) -> Tensor:
-        found = torch_backend.add_rms_norm(hidden, residual, weight, vectors, rows, scale, eps, unit_offset)
-        return torch.stack(found)
-
-    return _vjp(torch.stack([normed, stream]), formula, hidden, residual, weight, vectors, scale)
-
-
-def run_add_backward(
-    grad: Tensor, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None
-) -> list[Tensor]:
-    """Gradients of add for x, vectors and scale (empty where scale is None), by the reference."""
-    return _vjp(grad, lambda x, vectors, scale: torch_backend.add(x, vectors, rows, scale), x, vectors, scale)
-
-
-def run_subspace_backward(
-    grad: Tensor,
-    x: Tensor,
-    vectors: Tensor,
-    coefficients: Tensor,
-    slots: Tensor,
-    rows: Tensor | None,
-    scale: Tensor | None,
-) -> list[Tensor]:
-    """Gradients of subspace for x, vectors, coefficients and scale (empty where scale is None), by the reference."""
-    return _vjp(
-        grad,
-        lambda x, vectors, coefficients, scale: torch_backend.subspace(x, vectors, coefficients, slots, rows, scale),
-        x, vectors, coefficients, scale,
-    )  # fmt: skip
-
-
 def run_sae_encode_backward(
     grad: Tensor, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, values: Tensor, indices: Tensor
 ) -> list[Tensor]:
@@ -95,24 +50,6 @@ def run_sae_add_backward(
     d_w = _by_feature(indices, w_dec.shape[0])(values * weight, flat).to(w_dec.dtype)
     d_scale = grad.new_empty(0) if scale is None else (along * values).sum(-1).to(scale.dtype).view(scale.shape)
     return [grad.clone(), weight * along, d_w, d_scale]
-
-
-def run_sae_edit_backward(
-    grad: Tensor,
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    features: Tensor,
-    table: Tensor,
-    w_dec: Tensor,
-    scale: Tensor | None,
-) -> list[Tensor]:
-    """Gradients of sae_edit for x, values, w_dec and scale (empty where scale is None), by the reference."""
-    return _vjp(
-        grad,
-        lambda x, values, w_dec, scale: torch_backend.sae_edit(x, values, indices, features, table, w_dec, scale),
-        x, values, w_dec, scale,
-    )  # fmt: skip
 
 
 def _along_rows(rows: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -150,14 +87,23 @@ def _by_feature(indices: Tensor, features: int) -> Callable[[Tensor, Tensor], Te
     return scatter
 
 
-def _vjp(grad: Tensor, formula: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]:
-    twice = torch.is_grad_enabled()  # create_graph: the gradient will be differentiated itself
-    with torch.enable_grad():
-        leaves = [None if value is None else _leaf(value, twice) for value in inputs]
-        out = formula(*leaves)
-        present = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad(out, present, grad, create_graph=twice, materialize_grads=True))
-    return [grad.new_empty(0) if leaf is None else next(found) for leaf in leaves]
+def _by_formula(formula: Callable[..., Any], gradients: tuple[int, ...], outputs: int) -> Callable[..., list[Tensor]]:
+    """(grads of the outputs, inputs) -> gradients for the inputs of these numbers, empty where one is None."""
+
+    def run(*args: Any) -> list[Tensor]:
+        grads, inputs = args[:outputs], args[outputs:]
+        wanted = [i for i in gradients if inputs[i] is not None]
+        twice = torch.is_grad_enabled()  # create_graph: the gradient will be differentiated itself
+        with torch.enable_grad():
+            leaves = [_leaf(value, twice) if i in wanted else value for i, value in enumerate(inputs)]
+            out = formula(*leaves)
+            found = torch.autograd.grad(
+                out, [leaves[i] for i in wanted], grads, create_graph=twice, materialize_grads=True
+            )
+        by_number = dict(zip(wanted, found, strict=True))
+        return [by_number.get(i, grads[0].new_empty(0)) for i in gradients]
+
+    return run
 
 
 def _leaf(value: Tensor, twice: bool) -> Tensor:
@@ -181,28 +127,27 @@ def _register(schema: str, function: Callable[..., Any], fake: Callable[..., Any
     torch.library.register_fake(f"steerfast::{name}", fake, lib=_library)
 
 
+def _define_backward(schema: str, formula: Callable[..., Any], gradients: tuple[int, ...], outputs: int = 1) -> None:
+    """Register the gradient of an op, differentiated from the formula of the PyTorch backend."""
+
+    def fake(*args: Any) -> list[Tensor]:
+        return _fake_gradients(args[0], *(args[outputs + i] for i in gradients))
+
+    _register(schema, _by_formula(formula, gradients, outputs), fake)
+
+
 def _fake_gradients(grad: Tensor, *inputs: Tensor | None) -> list[Tensor]:
     return [grad.new_empty(0) if value is None else calls.empty_like(value) for value in inputs]
 
 
 _define(f"add({_ADD}) -> Tensor", calls.add, lambda x, *_: calls.empty_like(x))
 _define(f"add_({_ADD.replace('Tensor x', 'Tensor(a!) x')}) -> ()", calls.add_, lambda *_: None)
-_register(
-    f"add_backward(Tensor grad, {_ADD}) -> Tensor[]",
-    run_add_backward,
-    lambda grad, x, vectors, rows, scale: _fake_gradients(grad, x, vectors, scale),
-)
+_define_backward(f"add_backward(Tensor grad, {_ADD}) -> Tensor[]", torch_backend.add, (0, 1, 3))
 _define(
     f"subspace(Tensor x, {_BANK}, int modes, int max_rank) -> Tensor", calls.subspace, lambda x, *_: calls.empty_like(x)
 )
 _define(f"subspace_(Tensor(a!) x, {_BANK}, int modes, int max_rank) -> ()", calls.subspace_, lambda *_: None)
-_register(
-    f"subspace_backward(Tensor grad, Tensor x, {_BANK}) -> Tensor[]",
-    run_subspace_backward,
-    lambda grad, x, vectors, coefficients, slots, rows, scale: _fake_gradients(grad, x, vectors, coefficients, scale),
-)
-
-
+_define_backward(f"subspace_backward(Tensor grad, Tensor x, {_BANK}) -> Tensor[]", torch_backend.subspace, (0, 1, 2, 5))
 _define(
     f"subspace_probe(Tensor x, {_BANK}, int modes, int max_rank) -> (Tensor, Tensor)",
     calls.subspace_probe,
@@ -224,12 +169,11 @@ _define(
     lambda hidden, residual, *_: (calls.empty_like(residual), calls.empty_like(residual)),
     by=1,
 )
-_register(
+_define_backward(
     f"add_rms_norm_backward(Tensor normed, Tensor stream, {_NORM}, float eps, bool unit_offset) -> Tensor[]",
-    run_add_rms_norm_backward,
-    lambda normed, stream, hidden, residual, weight, vectors, rows, scale, *_: _fake_gradients(
-        normed, hidden, residual, weight, vectors, scale
-    ),
+    torch_backend.add_rms_norm,
+    (0, 1, 2, 3, 5),
+    outputs=2,
 )
 
 
@@ -318,11 +262,7 @@ _register(
 )
 _EDIT = "Tensor x, Tensor values, Tensor indices, Tensor features, Tensor table, Tensor w_dec, Tensor? scale"
 _define(f"sae_edit({_EDIT}) -> Tensor", calls.sae_edit, lambda x, *_: calls.empty_like(x))
-_register(
-    f"sae_edit_backward(Tensor grad, {_EDIT}) -> Tensor[]",
-    run_sae_edit_backward,
-    lambda grad, x, values, indices, features, table, w_dec, scale: _fake_gradients(grad, x, values, w_dec, scale),
-)
+_define_backward(f"sae_edit_backward(Tensor grad, {_EDIT}) -> Tensor[]", torch_backend.sae_edit, (0, 1, 5, 6))
 _differentiable("sae_add", tensors=5, gradients=(0, 1, 3, 4))
 _differentiable("sae_edit", tensors=7, gradients=(0, 1, 5, 6))
 

@@ -28,7 +28,7 @@ def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[
     Returns:
         (values, indices), both (..., k): float32 and int32, sorted by value, largest first. Where fewer than k features
         are active the rest is value 0 and index 0, which `sae_decode` skips. A row with a NaN gives NaN in that row only.
-        float64 stays float64 and runs on the reference on every backend.
+        float64 stays float64 and runs on PyTorch whatever the backend.
 
     Raises:
         TypeError, ValueError: k, a dtype, a shape or a device does not fit; the message names it.
@@ -63,7 +63,7 @@ def sae_encode_threshold(
         (values, indices, counts): float32 and int32, (..., capacity), sorted by value, largest first, ties to the lower
         index, then value 0 and index 0; and int32 (...), how many features are active. Nothing is cut off in silence: a
         row whose count is above the capacity has NaN in all its values; call again with `int(counts.max())`. float64
-        stays float64 and runs on the reference on every backend.
+        stays float64 and runs on PyTorch whatever the backend.
 
     Raises:
         TypeError, ValueError: capacity, a dtype, a shape or a device does not fit; the message names it.

@@ -1,4 +1,4 @@
-"""The flow of a barrier on the k + 1 numbers that move, by any solver: the specification of `steerfast_kernels.flow`.
+"""The flow of a barrier on the k + 1 numbers that move, by any solver: what `steerfast_kernels.flow` does on a GPU.
 
 h(a) depends on a only through z = Qᵀa and ‖a‖, so ∇h lies in span(Q, a) and the whole trajectory in span(Q, a₀):
 
@@ -6,8 +6,9 @@ h(a) depends on a only through z = Qᵀa and ‖a‖, so ∇h lies in span(Q, a)
 
 The state (y, α) is closed, and any Runge-Kutta scheme that runs on it is that scheme in all d dimensions, exactly. Where
 nothing lies outside span(Q), as far as rounding can tell, α says nothing: it is 1, and y is all.
-`_integrate` is the specification. It takes PyTorch tensors or, for a handful of rows on a CPU, NumPy arrays: an operation of
-NumPy costs a third of one of PyTorch where the numbers are few. `few_eulers` is its fast twin for the commonest case.
+`_integrate` does every solver and barrier. It takes PyTorch tensors or, for a handful of rows on a CPU, NumPy arrays: an
+operation of NumPy costs a third of one of PyTorch where the numbers are few. `few_eulers` is its fast twin for the
+commonest case.
 """
 
 from __future__ import annotations

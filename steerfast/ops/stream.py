@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,12 +12,9 @@ from steerfast._checks import finite_number, one_of, path_length, step_count
 
 from . import calls, torch_backend
 from .backends import backend_of, kernels
-from .slots import AFFINE, FLOW, HINGE, SOLVE
+from .slots import AFFINE, FLOW, HINGE, SOLVE, Eight, Header, Tables, constants, hinge
 from .solvers import SOLVERS, Field, Scheme, pack, scheme
 from .subspace import by_library, check_in_place, check_op, edited, edited_
-
-_UNIT = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # a slot's constants: strength 1
-_ERASE = (0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -86,17 +84,13 @@ def ablate(x: Tensor, basis: Tensor) -> Tensor:
         tensor([[0., 4.]])
     """
     check_op("ablate", x, "basis", basis)
-    backend = backend_of(x)
-    return torch_backend.ablate(x, basis) if backend == "torch" else _one_slot(backend, x, basis, _ERASE)
+    return _hinged(x, basis, hinge(slope=-1.0), torch.neg)
 
 
 def ablate_(x: Tensor, basis: Tensor) -> Tensor:
     """`ablate`, written into x."""
     check_op("ablate_", x, "basis", basis, in_place=True)
-    backend = backend_of(x)
-    if backend == "torch":
-        return x.copy_(torch_backend.ablate(x, basis))
-    return _one_slot_(backend, x, basis, _ERASE)
+    return _hinged_(x, basis, hinge(slope=-1.0), torch.neg)
 
 
 def amplify(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
@@ -123,20 +117,14 @@ def amplify(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
     """
     check_op("amplify", x, "features", features)
     alpha = finite_number("amplify", "alpha", alpha)
-    backend = backend_of(x)
-    if backend == "torch":
-        return torch_backend.amplify(x, features, alpha)
-    return _one_slot(backend, x, features, (0.0, 0.0, alpha, 0.0, 0.0, 0.0, 0.0, 0.0))
+    return _hinged(x, features, hinge(bend=alpha), lambda y: alpha * torch.relu(y))
 
 
 def amplify_(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
     """`amplify`, written into x."""
     check_op("amplify_", x, "features", features, in_place=True)
     alpha = finite_number("amplify_", "alpha", alpha)
-    backend = backend_of(x)
-    if backend == "torch":
-        return x.copy_(torch_backend.amplify(x, features, alpha))
-    return _one_slot_(backend, x, features, (0.0, 0.0, alpha, 0.0, 0.0, 0.0, 0.0, 0.0))
+    return _hinged_(x, features, hinge(bend=alpha), lambda y: alpha * torch.relu(y))
 
 
 def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
@@ -162,21 +150,15 @@ def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
         tensor([[1., 0.]])
     """
     check_op("calibrate", x, "features", features)
-    beta = finite_number("calibrate", "beta", beta)
-    backend = backend_of(x)
-    if backend == "torch":
-        return torch_backend.calibrate(x, features, beta)
-    return _one_slot(backend, x, features, _calibration(features, beta))
+    share = finite_number("calibrate", "beta", beta) * features.shape[-1] / features.numel()
+    return _hinged(x, features, hinge(share, bend=-1.0), lambda y: share - torch.relu(y))
 
 
 def calibrate_(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
     """`calibrate`, written into x."""
     check_op("calibrate_", x, "features", features, in_place=True)
-    beta = finite_number("calibrate_", "beta", beta)
-    backend = backend_of(x)
-    if backend == "torch":
-        return x.copy_(torch_backend.calibrate(x, features, beta))
-    return _one_slot_(backend, x, features, _calibration(features, beta))
+    share = finite_number("calibrate_", "beta", beta) * features.shape[-1] / features.numel()
+    return _hinged_(x, features, hinge(share, bend=-1.0), lambda y: share - torch.relu(y))
 
 
 def flow(
@@ -184,8 +166,9 @@ def flow(
     basis: Tensor,
     eigenvalues: Tensor,
     bias: Tensor,
-    T: float | None = None,
+    *,
     angle: float | None = None,
+    T: float | None = None,
     steps: int = 10,
     method: str = "euler",
 ) -> Tensor:
@@ -199,8 +182,8 @@ def flow(
         basis: Orthonormal rows (k, d) whose span holds the barrier. k = d: two matrix products around the steps.
         eigenvalues: Λ's diagonal, (k,).
         bias: b̃, the linear term in the coordinates of the basis, (k,).
-        T: Length of the path in units of x. Exactly one of T and angle.
-        angle: T/‖a‖ of each row, in radians.
+        angle: T/‖a‖ of each row, in radians. Exactly one of angle and T.
+        T: Length of the path in units of x.
         steps: Number of steps, ≥ 1.
         method: The solver, a name of `steerfast.ops.solvers.SOLVERS`, such as "euler", "geodesic" or "rk4".
 
@@ -233,8 +216,9 @@ def flow_(
     basis: Tensor,
     eigenvalues: Tensor,
     bias: Tensor,
-    T: float | None = None,
+    *,
     angle: float | None = None,
+    T: float | None = None,
     steps: int = 10,
     method: str = "euler",
 ) -> Tensor:
@@ -363,32 +347,40 @@ def _check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
             raise ValueError(f"{op}: {name} has shape {tuple(vector.shape)}; expected ({x.shape[-1]},)")
 
 
-def _affine_bank(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _affine_bank(x: Tensor, weight: Tensor, bias: Tensor) -> Tables:
     tables = _make_affine_tables if torch.compiler.is_compiling() else _affine_tables
     wide = torch.promote_types(weight.dtype, torch.float32)  # w - 1 in 16 bits would lose what w is close to 1
     return torch.stack([weight.to(wide) - 1, bias.to(wide)]), *tables(x.device)
 
 
-def _one_slot(backend: str, x: Tensor, directions: Tensor, numbers: tuple[float, ...]) -> Tensor:
-    bank = _one_slot_bank(x, directions, numbers)
+def _hinged(x: Tensor, directions: Tensor, numbers: Eight, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """x + Bᵀg: g = act(Bx) on PyTorch, and the hinge of these eight numbers, which is the same, elsewhere."""
+    backend = backend_of(x)
+    if backend == "torch":
+        return torch_backend.hinged(x, directions, act)
+    bank = _hinge_bank(x, directions, numbers)
     return edited(backend, x, bank, HINGE, bank[0].shape[0])
 
 
-def _one_slot_(backend: str, x: Tensor, directions: Tensor, numbers: tuple[float, ...]) -> Tensor:
-    bank = _one_slot_bank(x, directions, numbers)
+def _hinged_(x: Tensor, directions: Tensor, numbers: Eight, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """`_hinged`, written into x."""
+    backend = backend_of(x)
+    if backend == "torch":
+        return x.copy_(torch_backend.hinged(x, directions, act))
+    bank = _hinge_bank(x, directions, numbers)
     return edited_(backend, x, bank, HINGE, bank[0].shape[0])
 
 
-def _one_slot_bank(x: Tensor, directions: Tensor, numbers: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _hinge_bank(x: Tensor, directions: Tensor, numbers: Eight) -> Tables:
     vectors = directions.reshape(-1, directions.shape[-1])
     tables = _make_hinge_tables if torch.compiler.is_compiling() else _hinge_tables
     return vectors, *tables(vectors.shape[0], numbers, x.device)
 
 
-def _make_hinge_tables(rank: int, numbers: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _make_hinge_tables(rank: int, numbers: Eight, device: torch.device) -> tuple[Tensor, Tensor]:
     """The tables of one slot whose directions share their eight numbers."""
-    coefficients = torch.tensor([_UNIT, *[numbers] * rank], dtype=torch.float32, device=device)
-    return coefficients, torch.tensor([[HINGE, rank, 0, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
+    coefficients = torch.tensor([constants(), *[numbers] * rank], dtype=torch.float32, device=device)
+    return coefficients, Header(HINGE, rank).tensor(device)
 
 
 def _make_flow_tables(
@@ -396,25 +388,22 @@ def _make_flow_tables(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The constants, the further rows and the header of one flow."""
     how = scheme(method)
-    constants = torch.tensor([[*path, 1, 0, 0, 0, 0, 0]], dtype=dtype, device=device)
-    extra = pack(Field(constants, constants), how)
-    more = constants[:0] if extra is None else extra.to(constants)
-    header = [FLOW if extra is None else SOLVE, rank, 0, 0, 0, how.count(steps), 0, more.shape[0]]
-    return constants, more, torch.tensor([header], dtype=torch.int32, device=device)
+    head = torch.tensor([constants(*path)], dtype=dtype, device=device)
+    extra = pack(Field(head, head), how)
+    more = head[:0] if extra is None else extra.to(head)
+    header = Header(_flow_mode(how), rank, steps=how.count(steps), extra=more.shape[0])
+    return head, more, header.tensor(device)
 
 
 def _make_affine_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """The tables of one elementwise affine map."""
-    coefficients = torch.tensor([_UNIT] * 3, dtype=torch.float32, device=device)
-    return coefficients, torch.tensor([[AFFINE, 2, 0, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
+    coefficients = torch.tensor([constants()] * 3, dtype=torch.float32, device=device)
+    return coefficients, Header(AFFINE, 2).tensor(device)
 
 
 def _make_loreft_tables(rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """The constants and the header of one LoReFT: B in the first rows of vectors, C in the next."""
-    return (
-        torch.tensor([_UNIT], dtype=dtype, device=device),
-        torch.tensor([[HINGE, rank, 0, rank, 0, 0, 0, 0]], dtype=torch.int32, device=device),
-    )
+    return torch.tensor([constants()], dtype=dtype, device=device), Header(HINGE, rank, lift=rank).tensor(device)
 
 
 # Kept, so that a hot path allocates no constants; made outside inference mode, so that a later gradient can use them.
@@ -422,11 +411,6 @@ _hinge_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_ma
 _affine_tables = functools.lru_cache(maxsize=8)(torch.inference_mode(False)(_make_affine_tables))
 _loreft_tables = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(_make_loreft_tables))
 _flow_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_make_flow_tables))
-
-
-def _calibration(features: Tensor, beta: float) -> tuple[float, ...]:
-    count = features.numel() // features.shape[-1]
-    return (beta / count, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def _check_flow(
@@ -451,10 +435,10 @@ def _flow_mode(how: Scheme) -> int:
 
 def _flow_bank(
     x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, path: tuple[float, float], steps: int, method: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tables:
     vectors = basis.reshape(-1, basis.shape[-1])
     tables = _make_flow_tables if torch.compiler.is_compiling() else _flow_tables  # a graph keeps what it makes
     dtype = torch.promote_types(eigenvalues.dtype, torch.float32)
-    constants, more, slots = tables(vectors.shape[0], path, steps, method, dtype, x.device)
+    head, more, slots = tables(vectors.shape[0], path, steps, method, dtype, x.device)
     columns = torch.stack([eigenvalues, bias], dim=1).to(dtype)
-    return vectors, torch.cat([constants, torch.nn.functional.pad(columns, (0, 6)), more]), slots
+    return vectors, torch.cat([head, torch.nn.functional.pad(columns, (0, 6)), more]), slots

@@ -1,12 +1,13 @@
-"""The specification: every kernel once more in plain PyTorch, same name, same order.
+"""The backend of PyTorch: every op without Triton, on any device, differentiable; fast where that costs no exactness.
 
-Written to be read and to be differentiated. Inputs of 16 and 32 bits are computed in float32 and rounded once at the
-end; float64 stays float64, so that a test can ask for the true value.
+Inputs of 16 and 32 bits are computed in float32 and rounded once at the end; float64 stays float64. What an op means is
+written down in its public function, and as a formula in `tests/reference.py`, which holds both backends to it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,24 +50,10 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
 
 
 @in_full_precision
-def ablate(x: Tensor, basis: Tensor) -> Tensor:
-    """x - VVᵀx, with orthonormal rows V = basis."""
-    flat, rows = _rows(x), _rows(basis)
-    return _lift(flat, -(flat @ rows.T), rows).to(x.dtype).view_as(x)
-
-
-@in_full_precision
-def amplify(x: Tensor, features: Tensor, alpha: float) -> Tensor:
-    """x + α · relu(xS)Sᵀ, with S = features.T."""
-    flat, rows = _rows(x), _rows(features)
-    return _lift(flat, alpha * torch.relu(flat @ rows.T), rows).to(x.dtype).view_as(x)
-
-
-@in_full_precision
-def calibrate(x: Tensor, features: Tensor, beta: float) -> Tensor:
-    """x - relu(xS)Sᵀ + β · mean(S), with S = features.T."""
-    flat, rows = _rows(x), _rows(features)
-    return _lift(flat, beta / rows.shape[0] - torch.relu(flat @ rows.T), rows).to(x.dtype).view_as(x)
+def hinged(x: Tensor, directions: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """x + act(xBᵀ)B, with the rows B = directions."""
+    flat, rows = _rows(x), _rows(directions)
+    return _lift(flat, act(flat @ rows.T), rows).to(x.dtype).view_as(x)
 
 
 @in_full_precision
@@ -247,7 +234,7 @@ def reflect(y: Tensor, norm: Tensor, c: Tensor, table: Tensor, scale: Tensor | f
     return torch.where(turns, near + far, 1), torch.nn.functional.pad(g, (0, y.shape[1] - 1))
 
 
-def edit(x: Tensor, slot: Slot, scale: Tensor | float = 1.0) -> Tensor:
+def edit(slot: Slot, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """One slot on every row of x (..., d); scale is strength and all: a number, or one per row, (n, 1)."""
     if (
         slot.mode == ADD

@@ -127,7 +127,7 @@ class ActivationStream:
         ValueError: no such place; too few texts for one context.
 
     Example:
-        >>> stream = sf.ActivationStream(model, tokenizer, true_statements, ("resid_post", 0), context=8)
+        >>> stream = sf.sae.ActivationStream(model, tokenizer, true_statements, ("resid_post", 0), context=8)
         >>> stream.read(0).shape == (stream.counts[0], 576)
         True
     """
@@ -209,7 +209,7 @@ def cache_activations(
         OSError: the disk is full; the shards written so far stay valid.
 
     Example:
-        >>> cache = sf.cache_activations(model, tokenizer, true_statements, ("resid_post", 0), "cache", context=8)
+        >>> cache = sf.sae.cache_activations(model, tokenizer, true_statements, ("resid_post", 0), "cache", context=8)
         >>> cache.read(0).shape == (len(cache), 576)
         True
     """

@@ -110,10 +110,10 @@ def evaluate_sae(
         ValueError: the SAE has no place or another width than the model; too few texts.
 
     Example:
-        >>> from steerfast.sae.model import Origin
+        >>> from steerfast.place import Origin, Place
         >>> both = torch.cat([torch.eye(576), -torch.eye(576)])  # every number of the stream as one of two features
-        >>> sae = sf.SAE(both, both, k=576, origin=Origin(("resid_post", 0)))
-        >>> found = sf.evaluate_sae(sae, model, tokenizer, true_statements, context=8, loss_tokens=8)
+        >>> sae = sf.SAE(both, both, k=576, origin=Origin(place=Place("resid_post", 0)))
+        >>> found = sf.sae.evaluate_sae(sae, model, tokenizer, true_statements, context=8, loss_tokens=8)
         >>> round(found.variance_explained, 4), round(found.loss_recovered, 2)
         (1.0, 1.0)
     """
@@ -158,7 +158,7 @@ def _quality(sae: SAE, rows: Tensor) -> dict[str, Any]:
         values, indices = sae.topk(x)
         alive[indices[values > 0].long()] = True
         active += int((values > 0).sum())
-        errors.append((sae.decode(values, indices, x).double() - x.double()).square().sum(1).cpu())
+        errors.append((sae.decode_topk(values, indices, x).double() - x.double()).square().sum(1).cpu())
     error = torch.cat(errors)
 
     def explained(which: Tensor) -> float:
@@ -189,7 +189,7 @@ def _losses(
 
     edits = {
         "loss": None,
-        "loss_reconstructed": lambda x: sae.reconstruct(x.to(sae.w_enc)).to(x.device),
+        "loss_reconstructed": lambda x: sae(x.to(sae.w_enc)).to(x.device),
         "loss_zeroed": torch.zeros_like,
     }
     sums, count = dict.fromkeys(edits, 0.0), 0

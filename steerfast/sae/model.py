@@ -9,6 +9,9 @@ normalisation of each row.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,34 +23,27 @@ from torch import Tensor
 from steerfast import ops
 from steerfast._checks import check_dictionary, check_stream, finite_number, one_of, whole_number, whole_numbers
 from steerfast.edits.base import as_tensor
-from steerfast.edits.features import Features, SelectedFeatures, normalised
-from steerfast.models.layers import SITES
+from steerfast.edits.features import Features
+from steerfast.edits.selected import SelectedFeatures, normalised
+from steerfast.place import NOWHERE, Origin, Place
 
 NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
 BLOCK_F = 4096  # features of a dense encode computed at a time
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where an SAE reads and writes the stream, and where it comes from.
+class Source:
+    """What the file that an SAE was read from says, in the words of its own library.
 
     Attributes:
-        place: (site, layer) as `sf.Plan` names them; None if unknown, or if no site of steerfast carries it.
-        hook_name: The place as its own library writes it.
-        model: The model that it was trained on.
-        source: The family of the file that it was read from.
+        library: Which one wrote it.
+        hook_name: The place.
+        model: The model that it was trained on; a name, not a class.
     """
 
-    place: tuple[str, int] | None = None
+    library: str = "steerfast"
     hook_name: str = ""
     model: str = ""
-    source: str = "steerfast"
-
-    def __post_init__(self) -> None:
-        if self.place is not None:
-            site, layer = self.place
-            one_of("SAE", "site", site, SITES)
-            object.__setattr__(self, "place", (str(site), whole_number("SAE", "layer", layer, 0)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,7 +62,8 @@ class SAE:
         threshold: θ ≥ 0, (F,); None: zero. Not together with k.
         normalisation: What is done to each row first: "none"; "constant_norm_rescale", x·√d/‖x‖; "layer_norm",
             (x - mean)/(deviation + 1e-5), both undone on the reconstruction.
-        origin: Where it reads the stream, and where it comes from.
+        origin: Where it reads and writes the stream, as far as that is known and is a site of ours.
+        source: What the file says that it was read from.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, k or θ is out of range, a weight is NaN or Inf.
@@ -87,7 +84,8 @@ class SAE:
     k: int | None = None
     threshold: Tensor | None = None
     normalisation: str = "none"
-    origin: Origin = field(default_factory=Origin)
+    origin: Origin = NOWHERE
+    source: Source = field(default_factory=Source)
 
     def __post_init__(self) -> None:
         check_dictionary("SAE", "w_enc", self.w_enc, "b_enc", self.b_enc, bias_axis=0)
@@ -103,6 +101,8 @@ class SAE:
                 raise ValueError(f"SAE: {name} is on {tensor.device} and w_enc on {self.w_enc.device}; move one")
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"SAE: {name} holds NaN or Inf; the file is damaged or the training diverged")
+        if self.place is not None and self.place.layer < 0:
+            raise ValueError(f"SAE: layer is {self.place.layer}; expected one counted from 0")
         one_of("SAE", "normalisation", self.normalisation, NORMALISATIONS)
         if self.k is not None:
             object.__setattr__(self, "k", whole_number("SAE", "k", self.k))
@@ -119,6 +119,16 @@ class SAE:
                 raise ValueError(f"SAE: {name} has shape {tuple(value.shape)}; expected ({size},)")
         if self.threshold is not None and bool((self.threshold < 0).any()):
             raise ValueError("SAE: threshold is negative; expected >= 0 (a negative one acts as 0: clamp it)")
+
+    @property
+    def W_enc(self) -> Tensor:
+        """Encoder rows, (F, d): what SAELens calls W_enc, transposed (there it is (d, F))."""
+        return self.w_enc
+
+    @property
+    def W_dec(self) -> Tensor:
+        """Decoder rows, (F, d), as in SAELens."""
+        return self.w_dec
 
     @property
     def d(self) -> int:
@@ -138,9 +148,24 @@ class SAE:
         return "jumprelu" if bool((self.threshold > 0).any()) else "relu"
 
     @property
-    def place(self) -> tuple[str, int] | None:
-        """(site, layer) that the SAE reads and writes, if that is known."""
+    def place(self) -> Place | None:
+        """Site and layer that the SAE reads and writes, if that is known."""
         return self.origin.place
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the SAE computes: k, normalisation, and the names, dtypes, shapes and bits of its tensors.
+
+        Saving and loading keep it, and so does another device or origin; another dtype is another SAE. A plan names the
+        SAE of a Top-K edit by it. Computed once, at the first use.
+        """
+        tensors = dict(sorted(self.tensors().items()))
+        shapes = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+        head = {"k": self.k, "normalisation": self.normalisation, "tensors": shapes}
+        digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+        for tensor in tensors.values():
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
@@ -196,7 +221,7 @@ class SAE:
                 return values[..., :most], indices[..., :most]
             capacity = most
 
-    def decode(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
+    def decode_topk(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
         """The reconstruction from a few features: Σⱼ values[j]·W_dec[indices[j]] + b_dec, (..., k) -> (..., d).
 
         Args:
@@ -210,27 +235,27 @@ class SAE:
         Raises:
             ValueError: the SAE normalises each row, and x is not given.
         """
-        return self._denormalise("SAE.decode", ops.sae_decode(values, indices, self.w_dec, self.b_dec), x)
+        return self._denormalise("SAE.decode_topk", ops.sae_decode(values, indices, self.w_dec, self.b_dec), x)
 
-    def decode_dense(self, features: Tensor, x: Tensor | None = None) -> Tensor:
-        """The reconstruction from all features: features·W_dec + b_dec, (..., F) -> (..., d); x as in `decode`."""
+    def decode(self, features: Tensor, x: Tensor | None = None) -> Tensor:
+        """The reconstruction from all features: features·W_dec + b_dec, (..., F) -> (..., d); x as in `decode_topk`."""
         if features.shape[-1:] != (self.features,):
             raise ValueError(
-                f"SAE.decode_dense: features has shape {tuple(features.shape)}; expected (..., F) with F = {self.features}"
+                f"SAE.decode: features has shape {tuple(features.shape)}; expected (..., F) with F = {self.features}"
             )
         w, b = self.w_dec.to(features.dtype), as_tensor(self.b_dec).to(features.dtype)
-        return self._denormalise("SAE.decode_dense", features @ w + b, x)
+        return self._denormalise("SAE.decode", features @ w + b, x)
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """decode(encode(x)) by the sparse road, in the dtype of w_dec."""
-        return self.decode(*self.topk(x), x)
+    def __call__(self, x: Tensor) -> Tensor:
+        """The reconstruction decode(encode(x)) by the sparse road, (..., d) -> (..., d), in the dtype of w_dec."""
+        return self.decode_topk(*self.topk(x), x)
 
     def rows(self, indices: Iterable[int] | Tensor | slice) -> Features | SelectedFeatures:
         """Some features as `sf.EditFeatures` takes them.
 
         A threshold looks at one feature at a time, so their rows are enough (`Features`). Top-K compares all features, and
-        a normalised row has a scale of its own: then the whole encoder comes along (`SelectedFeatures`), and an edit costs
-        one fused encode per token; `approximate` avoids that.
+        a normalised row has a scale of its own: then `SelectedFeatures`, and an edit costs one encode per token. Those of
+        a Top-K SAE hold the SAE, and a saved plan names it by its fingerprint; `approximate` avoids both.
 
         Args:
             indices: Their numbers, 0 to F − 1; also an array or a tensor of integers, or a slice.
@@ -242,19 +267,17 @@ class SAE:
         outside = [index for index in indices if not 0 <= index < self.features]
         if outside:
             raise ValueError(f"SAE: feature {outside[0]} is out of range; there are {self.features}, from 0")
-        home = (
-            self.place,
-            (self.origin.model or None) if self.origin.source == "steerfast" else None,
-        )  # others name no class
         w_enc, w_dec, b_enc, threshold = self.w_enc, self.w_dec[indices], as_tensor(self.b_enc), self.threshold
         if threshold is None:
             numbers = torch.tensor(indices, dtype=torch.int32, device="cpu")
-            return SelectedFeatures(w_enc, b_enc, w_dec, numbers, None, self.k or 0, self.normalisation, *home)
+            return SelectedFeatures(
+                w_enc, b_enc, w_dec, numbers, None, self.k or 0, self.normalisation, self.origin, self
+            )
         w_enc, b_enc, threshold = w_enc[indices], b_enc[indices], threshold[indices]
         if self.normalisation == "none":
-            return Features(w_enc, w_dec, b_enc, threshold, *home)
+            return Features(w_enc, w_dec, b_enc, threshold, self.origin)
         numbers = torch.arange(len(indices), dtype=torch.int32, device="cpu")
-        return SelectedFeatures(w_enc, b_enc, w_dec, numbers, threshold, 0, self.normalisation, *home)
+        return SelectedFeatures(w_enc, b_enc, w_dec, numbers, threshold, 0, self.normalisation, self.origin)
 
     def approximate(self, threshold: float = 0.0) -> SAE:
         """A Top-K SAE as one with a threshold, so that an edit reads only the rows of the features that it names.
@@ -293,7 +316,7 @@ class SAE:
         return load(Path(path), scale)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write sae.json and sae.safetensors into a directory, each whole or not at all.
+        """Write sae.json and sae.safetensors into a directory: both, or neither.
 
         Returns:
             The directory.

@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .explain import Explanations, Usage
+    from .explanation import Explanations, Usage
 
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--soft:#8882;--mark:#f5b83d}

@@ -1,1 +1,15 @@
-"""Tools around steering: doses, sweeps, baked weights, proofs, conversions, pictures."""
+"""Tools around steering: what a dose does, sweeps, baking into weights, files, pictures. Names only."""
+
+from steerfast._names import lazily
+
+_HOMES = {
+    "bake": ["everywhere"],
+    "dose": ["DoseTable"],
+    "flow_plot": ["plot_flow"],
+    "sweep": ["Grid", "Question", "Sweep"],
+}
+__getattr__, __all__ = lazily(__name__, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -67,7 +67,7 @@ def bake(model: nn.Module, plan: Plan | dict[Any, Any]) -> nn.Module:
         section 4.1.
 
     Example:
-        >>> sf.bake(model, sf.everywhere(model, sf.Ablate(r))).save_pretrained("ablated")  # doctest: +SKIP
+        >>> sf.bake(model, sf.tools.everywhere(model, sf.Ablate(r))).save_pretrained("ablated")  # doctest: +SKIP
     """
     layers = find_layers(model, "bake")
     model = getattr(model, "_orig_mod", model)
@@ -102,7 +102,7 @@ def everywhere(model: nn.Module, edit: Intervention) -> Plan:
             sites.
 
     Example:
-        >>> with sf.steer(model, sf.everywhere(model, sf.Ablate(r))):  # doctest: +SKIP
+        >>> with sf.steer(model, sf.tools.everywhere(model, sf.Ablate(r))):  # doctest: +SKIP
         ...     model.generate(**inputs)
     """
     layers = find_layers(model, "everywhere")
@@ -204,6 +204,10 @@ def _check_edit(edit: Intervention, site: str, layer: int) -> None:
     if not isinstance(edit, (Ablate, Add)):
         raise ValueError(
             f"bake: {where} is not linear in the stream; bake takes Ablate and Add, for the rest use steer"
+        )
+    if edit.by_token:
+        raise ValueError(
+            f"bake: {where} adds a row of its own to each prompt token, which no weight tells apart; use steer"
         )
     if edit.keep_norm:
         raise ValueError(f"bake: {where} has keep_norm=True, which depends on each token's norm; use steer")
@@ -370,7 +374,7 @@ def _config(model: Any) -> Any:
 
 
 def _untie(model: nn.Module, writers: list[_Writer]) -> None:
-    """Give the head its own copy of the embedding's weights, and say so."""
+    """Give the head its own copy of the embedding's weights, and warn."""
     head = _head(model)
     if head is None or all(head.weight is not writer.module.weight for writer in writers):
         return

@@ -75,7 +75,7 @@ def _prove(vllm: Any, folder: Path, model: str, plan: Plan | None, dtype: str) -
     proofs: list[tuple[str, Callable[[_Asker], str]]] = [
         ("prefill: the prompt is steered", _prefill),
         ("cached decode: generated tokens are steered, the prompt is not", _decode),
-        ("batch-mates are equal, token for token, to the same batch with nobody steered", _mates),
+        ("batch-mates are equal, token for token, to the same batch unsteered", _mates),
         ("steered keys and values are not shared with unsteered requests", _caches),
         ("what cannot be followed is refused", _refusals),
     ]

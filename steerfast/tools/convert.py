@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from steerfast.directions.direction import Direction
 from steerfast.edits.base import Intervention
+from steerfast.edits.features import EditFeatures
 from steerfast.edits.linear import Add
 from steerfast.plan import Plan
 
@@ -20,11 +20,12 @@ FORMATS = ("plan", "directions", "gguf", "steering-vectors", "lm-eval")
 _Path = str | os.PathLike[str]
 
 
-def show(path: _Path) -> str:
-    """Return a readable summary of a plan, or of vectors in any format that `load_vectors` reads.
+def show(path: _Path, saes: Any = None) -> str:
+    """Return a readable summary of a plan, or of vectors in any format that `load_directions` reads.
 
     Args:
         path: The directory of a plan, or a directory or file of vectors.
+        saes: Where the SAEs of a plan are, as in `Plan.load`.
 
     Returns:
         A few lines: the model, the positions, and one line per intervention with its norms.
@@ -39,21 +40,22 @@ def show(path: _Path) -> str:
         ...     print(show(sf.Plan({8: sf.Add(torch.tensor([3.0, 4.0]), 2.0)}).save(folder)).splitlines()[-1].split())
         ['resid_post', '8', 'Add', '1', '×', '2', '5', 'strength=2,', '‖c·v‖', '=', '10']
     """
-    found = _read(path)
+    found = _read(path, saes)
     return _describe(found) if isinstance(found, Plan) else repr(found)
 
 
-def convert(source: _Path, target: _Path, to: str, strength: float = 1.0) -> Path:
+def convert(source: _Path, target: _Path, to: str, strength: float = 1.0, saes: Any = None) -> Path:
     """Write a plan or vectors in another format.
 
-    Only `Add` without keep_norm is a vector in other formats: a plan's strengths are multiplied in. Several vectors at
-    one layer are refused where the format has one.
+    Only `Add` without keep_norm is a vector in other formats: a plan's strengths are multiplied in, and its additions at one
+    layer and site become their sum, as do vectors of one layer where the format has one.
 
     Args:
-        source: The directory of a plan, or vectors in any format that `load_vectors` reads.
+        source: The directory of a plan, or vectors in any format that `load_directions` reads.
         target: What is written, a directory for "plan" and "directions" and else a file; it must not exist.
         to: "plan", "directions" (ours), "gguf" (llama.cpp, repeng), "steering-vectors" or "lm-eval".
         strength: Multiplies every vector.
+        saes: Where the SAEs of a plan are, as in `Plan.load`.
 
     Returns:
         The target.
@@ -65,6 +67,7 @@ def convert(source: _Path, target: _Path, to: str, strength: float = 1.0) -> Pat
     Example:
         >>> convert("love", "love.gguf", to="gguf")  # doctest: +SKIP
     """
+    from steerfast.directions.from_plan import summed
     from steerfast.directions.sets import save_directions
     from steerfast.integrations import gguf, lm_eval, steering_vectors
 
@@ -73,23 +76,23 @@ def convert(source: _Path, target: _Path, to: str, strength: float = 1.0) -> Pat
     destination = Path(target)
     if destination.exists():
         raise FileExistsError(f"convert: {destination} exists; choose another name, or remove it")
-    found = _read(source)
+    found = _read(source, saes)
     if to == "plan":
         return (_scaled(found, strength) if isinstance(found, Plan) else found.plan(strength)).save(destination)
-    vectors = _directions(found, strength, Path(source))
+    vectors = _vectors(found, strength, source)
     if to == "directions":
         return save_directions(destination, vectors)
     write: Any = {"gguf": gguf.write, "steering-vectors": steering_vectors.write, "lm-eval": lm_eval.write}[to]
-    return write(destination, vectors)
+    return write(destination, summed("convert", vectors))
 
 
-def _read(path: _Path) -> Plan | DirectionSet:
-    from steerfast.integrations.read import load_vectors
+def _read(path: _Path, saes: Any) -> Plan | DirectionSet:
+    from steerfast.integrations.read import load_directions
 
     source = Path(path)
     if not source.exists():
         raise FileNotFoundError(f"plan: {source} does not exist")
-    return Plan.load(source) if (source / "plan.json").exists() else load_vectors(source)
+    return Plan.load(source, saes) if (source / "plan.json").exists() else load_directions(source)
 
 
 def _scaled(plan: Plan, strength: float) -> Plan:
@@ -107,34 +110,14 @@ def _scaled(plan: Plan, strength: float) -> Plan:
     return Plan(edits, plan.positions, plan.model, plan.special)
 
 
-def _directions(found: Plan | DirectionSet, strength: float, source: Path) -> DirectionSet:
-    """Everything as vectors that already carry their strength."""
+def _vectors(found: Plan | DirectionSet, strength: float, source: _Path) -> DirectionSet:
+    """Everything as directions that already carry their strength."""
+    from steerfast.directions.from_plan import directions_of
     from steerfast.directions.sets import DirectionSet
 
-    if not isinstance(found, Plan):
-        plan, model = found.plan(strength), found.model
-    else:
-        plan, model = _scaled(found, strength), found.model
-        if plan.positions != "all":
-            raise ValueError(
-                f"convert: {source} has positions={plan.positions!r}, which vectors cannot say; they steer every token"
-            )
-    vectors: list[Direction] = []
-    for (site, layer), chain in plan.edits.items():
-        if layer < 0:
-            raise ValueError(
-                f"convert: {site} {layer} counts from the end, which vectors cannot say; name the layer from 0"
-            )
-        for edit in chain:
-            if not isinstance(edit, Add) or edit.keep_norm:
-                raise ValueError(
-                    f"convert: {edit!r} at {site} {layer} is no vector that is added; only a plan can hold it"
-                )
-            vector = edit.tensors()["vector"] * edit.strength
-            norm = float(vector.norm())
-            origin = f"{model.name}" if model is not None else None
-            vectors.append(Direction(vector, "convert", norm, norm, layer, site, None, origin))
-    return DirectionSet(vectors, model)
+    if isinstance(found, Plan):
+        return directions_of(f"convert: {os.fspath(source)}", _scaled(found, strength))
+    return found if strength == 1.0 else DirectionSet({name: d * strength for name, d in found.items()}, found.model)
 
 
 def _describe(plan: Plan) -> str:
@@ -159,6 +142,8 @@ def _describe(plan: Plan) -> str:
 
 def _tensors(edit: Intervention) -> list[tuple[str, Tensor]]:
     """The tensors of an intervention as rows of directions."""
+    if isinstance(edit, EditFeatures):  # where its SAE is named, the file has no rows
+        return [("decoder", edit.decoder)]
     rows = [(name, t.reshape(1, -1) if t.dim() < 2 else t) for name, t in edit.tensors().items()]
     return rows or [("", edit.slot().lift)]
 
@@ -173,8 +158,11 @@ def _numbers(edit: Intervention) -> str:
     numbers = [
         f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
         for k, v in edit.numbers().items()
-        if v not in (None, False)
+        if v not in (None, False) and k != "sae"
     ]
+    if isinstance(sae := edit.numbers().get("sae"), dict):
+        numbers.append(f"{sae['about']} {sae['fingerprint'][:12]}…")
     if isinstance(edit, Add):
-        numbers.append(f"‖c·v‖ = {abs(edit.strength) * float(edit.tensors()['vector'].norm()):.4g}")
+        sizes = _norms(abs(edit.strength) * edit.tensors()["vector"].reshape(-1, edit.width))
+        numbers.append(f"‖c·v‖ = {sizes}" + (", one row per prompt token" if edit.by_token else ""))
     return ", ".join(numbers)

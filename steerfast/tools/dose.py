@@ -7,17 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from steerfast._checks import finite_number
 from steerfast.directions.sets import DirectionSet, text_table
 from steerfast.edits.base import Intervention
+from steerfast.edits.conditions import When
 from steerfast.hooks.columns import check_plan, places_of
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
-from steerfast.models.layers import SITES, find_layers
+from steerfast.models.layers import find_layers
 from steerfast.models.texts import TextReader
-from steerfast.ops import torch_backend
+from steerfast.place import SITES
 from steerfast.plan import Plan, as_plan
 
 LARGE_DOSE = 0.5
@@ -106,8 +108,9 @@ def dose(
         dose = median over tokens of ‖δ(x)‖ / ‖x‖,   for `Add` ‖c·v‖ / ‖x‖
 
     The dose decides whether text stays coherent, and a strength c alone says nothing about it: ‖x‖ differs a
-    hundredfold between models and layers. Every token counts, whatever the plan's positions; the median is not moved by
-    the enormous norm of a first token. Many small edits add up: `accumulated` runs the whole plan.
+    hundredfold between models and layers. Every token counts, whatever the plan's positions; where nothing but rows for
+    a prompt's first tokens is added, every token that a row is for. The median is not moved by the enormous norm of a
+    first token. Many small edits add up: `accumulated` runs the whole plan.
 
     Args:
         model: a `transformers` causal language model, not steered.
@@ -143,12 +146,12 @@ def dose(
     edits = places_of(plan, layers, "dose")
     if isinstance(texts, Iterable) and not isinstance(texts, (str, Mapping)):
         texts = list(texts)  # they are read twice
-    everywhere = Plan(edits, "all")
-    before = _streams(model, tokenizer, edits, texts, batch_size, progress)
+    everywhere = Plan(edits, "all", plan.model)
+    before, at = _streams(model, tokenizer, edits, texts, batch_size, progress)
     with steer(model, everywhere):
-        after = _streams(model, tokenizer, edits, texts, batch_size, progress)
+        after, _ = _streams(model, tokenizer, edits, texts, batch_size, progress)
     rows = [
-        _layer_dose(place, edits[place], before[place], after[place])
+        _layer_dose(place, edits[place], before[place], after[place], at)
         for place in sorted(edits, key=lambda place: (place[1], SITES.index(place[0])))
     ]
     table = DoseTable(rows, len(texts), max(len(x) for x in before.values()), limit)
@@ -165,26 +168,33 @@ def dose(
 
 def _streams(
     model: nn.Module, tokenizer: Any, edits: Iterable[tuple[str, int]], texts: Any, batch_size: int, progress: bool
-) -> dict[tuple[str, int], Tensor]:
-    """The stream at every token of the texts, by place."""
+) -> tuple[dict[tuple[str, int], Tensor], Tensor]:
+    """The stream at every token of the texts, by place, and where in its text each token stands."""
     places = list(edits)
     streams: dict[tuple[str, int], Tensor] = {}
     for site in dict.fromkeys(site for site, _ in places):
         wanted = [layer for other, layer in places if other == site]
         acts = collect(model, tokenizer, texts, wanted, "all", site, batch_size=batch_size, progress=progress)
         streams.update({(site, layer): rows for layer, rows in acts.items()})
-    return streams
+        text, counts = acts.text_index, acts.text_index.bincount()
+    return streams, torch.arange(len(text), device="cpu") - (counts.cumsum(0) - counts)[text]
 
 
-def _layer_dose(place: tuple[str, int], chain: tuple[Intervention, ...], x: Tensor, steered: Tensor) -> LayerDose:
-    edited = x
+def _layer_dose(
+    place: tuple[str, int], chain: tuple[Intervention, ...], x: Tensor, steered: Tensor, at: Tensor
+) -> LayerDose:
+    edited, acted = x, torch.zeros_like(at, dtype=torch.bool)
     for edit in chain:
-        program = edit.program(x.device)
-        if program is not None:
-            edited = program(edited, 1.0)
-        else:
-            slot = edit.slot()
-            edited = torch_backend.edit(edited, slot, float(slot.constants[2]))
+        rows: Iterable[tuple[Tensor, Intervention | None]] = [(at == i, row) for i, row in enumerate(edit.by_token)]
+        for where, row in rows if edit.by_token else [(at >= 0, edit)]:
+            if row is not None:
+                edited = torch.where(where[:, None], _applied(row, edited), edited)
+                acted |= where
+    if not acted.any():
+        raise ValueError(
+            f"dose: no text is long enough for a row of {chain[0]!r} at {place[0]} {place[1]}; give longer texts"
+        )
+    x, edited, steered = x[acted], edited[acted], steered[acted]
     norms = x.norm(dim=1)
     kept = norms > 0
     change = (edited - x).norm(dim=1)
@@ -197,6 +207,11 @@ def _layer_dose(place: tuple[str, int], chain: tuple[Intervention, ...], x: Tens
         float((change[kept] / norms[kept]).median()),
         float((total[kept] / norms[kept]).median()),
     )
+
+
+def _applied(edit: Intervention, x: Tensor) -> Tensor:
+    """What an intervention makes of the rows; a condition counts as met."""
+    return (edit.then if isinstance(edit, When) else edit).apply(x)
 
 
 def _worst(row: LayerDose) -> float:

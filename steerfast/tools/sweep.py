@@ -32,13 +32,14 @@ from steerfast.edits.flow import Flow
 from steerfast.edits.linear import Add
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
-from steerfast.models.layers import SITES, evaluating, find_layers
+from steerfast.models.layers import evaluating, find_layers
 from steerfast.models.texts import TextReader
+from steerfast.place import SITES
 from steerfast.plan import Plan, card
 
 SCHEMA = 1
 KIND = "steerfast.sweep"
-METHODS = ("mean_difference", "difference", "pca", "logistic", "flow")
+METHODS = (*extract.METHODS, "flow")
 UNITS = ("stream", "vector")
 NEUTRAL = (
     "The bridge was built in the nineteenth century and connects the two halves of the town.",
@@ -52,7 +53,7 @@ NEUTRAL = (
 
 
 @dataclass(frozen=True)
-class Probe:
+class Question:
     """What is measured.
 
     Args:
@@ -72,7 +73,7 @@ class Probe:
 
     def __post_init__(self) -> None:
         for name in ("prompts", "wanted", "unwanted", "neutral"):
-            object.__setattr__(self, name, _texts("Probe", name, getattr(self, name)))
+            object.__setattr__(self, name, _texts("Question", name, getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def sweep(
     model: nn.Module,
     tokenizer: Any,
     sides: tuple[Sequence[str], Sequence[str]],
-    probe: Probe,
+    question: Question,
     grid: Grid,
     out: str | os.PathLike[str] | None = None,
     batch_size: int = 16,
@@ -246,7 +247,7 @@ def sweep(
         model: A transformers causal language model, not steered.
         tokenizer: Its tokenizer.
         sides: Texts with the property, and texts without it, as for `collect`.
-        probe: What is measured.
+        question: What is measured.
         grid: What is tried.
         out: Directory of `sweep.json`, to which every finished cell is added; a directory that holds an unfinished
             sweep of the same texts is continued, also with a larger grid. None: nothing is written.
@@ -260,8 +261,8 @@ def sweep(
         TypeError, ValueError: a bad layer or batch size, texts without tokens, or `out` belongs to another sweep.
 
     Example:
-        >>> probe = sf.Probe(("I think people are",), (" kind", " good"), (" cruel", " bad"))
-        >>> found = sf.sweep(model, tokenizer, (love, hate), probe, sf.Grid((6, 8)), out="sweep")  # doctest: +SKIP
+        >>> question = sf.tools.Question(("I think people are",), (" kind", " good"), (" cruel", " bad"))
+        >>> found = sf.sweep(model, tokenizer, (love, hate), question, sf.tools.Grid((6, 8)), out="sweep")  # doctest: +SKIP
         >>> found.best()  # doctest: +SKIP
     """
     batch_size = positive_integer("sweep", "batch_size", batch_size)
@@ -274,14 +275,16 @@ def sweep(
     if len(sides) != 2:
         raise ValueError(f"sweep: sides must be (texts with the property, texts without it), got {len(sides)} items")
     both = [_texts("sweep", "sides", side) for side in sides]
-    question = {"sides": both, "probe": asdict(probe), "unit": grid.unit, "site": grid.site, "model": vars(card(model))}
-    store = _Store(None if out is None else Path(out), question)
-    sequences = _sequences(tokenizer, probe)
+    # Files of schema 1 name the question "probe".
+    origin = {"site": grid.site, "model": vars(card(model))}
+    settings = {"sides": both, "probe": asdict(question), "unit": grid.unit, **origin}
+    store = _Store(None if out is None else Path(out), settings)
+    sequences = _sequences(tokenizer, question)
     wanted = [(m, layer, s) for m in grid.methods for layer in chosen for s in grid.strengths]
     missing = [key for key in wanted if key not in store.cells]
     with evaluating(model), _bar(len(wanted), len(wanted) - len(missing), progress) as bar:
         if store.baseline is None:
-            [(effect, perplexity)] = _measure(model, sequences, probe, [None], batch_size)
+            [(effect, perplexity)] = _measure(model, sequences, question, [None], batch_size)
             store.add(Cell("none", -1, 0.0, 0.0, effect, perplexity))
         vectors = _directions(model, tokenizer, both, grid, missing, batch_size, progress) if missing else {}
         group = max(1, batch_size // len(sequences))  # cells that fill a batch together
@@ -289,7 +292,9 @@ def sweep(
             part = missing[first : first + group]
             adds = [_edit(vectors[method, layer], strength, grid.unit) for method, layer, strength in part]
             plans = [None if a is None else Plan({(grid.site, key[1]): a}) for key, a in zip(part, adds, strict=True)]
-            for key, add, values in zip(part, adds, _measure(model, sequences, probe, plans, batch_size), strict=True):
+            for key, add, values in zip(
+                part, adds, _measure(model, sequences, question, plans, batch_size), strict=True
+            ):
                 store.add(Cell(*key, 0.0 if add is None else _length(add), *values))
                 bar.update()
     if store.baseline is None:
@@ -308,15 +313,15 @@ class _Sequence:
     start: int
 
 
-def _sequences(reader: TextReader, probe: Probe) -> list[_Sequence]:
+def _sequences(reader: TextReader, question: Question) -> list[_Sequence]:
     """Prompts with each continuation, prompt by prompt, then the neutral texts."""
     found = []
-    for prompt in probe.prompts:
+    for prompt in question.prompts:
         head = _filled("prompts", prompt, reader.beginning(prompt))
-        for continuation in (*probe.wanted, *probe.unwanted):
+        for continuation in (*question.wanted, *question.unwanted):
             tail = _filled("wanted and unwanted", continuation, reader.bare(continuation))
             found.append(_Sequence((*head, *tail), len(head)))
-    for text in probe.neutral:
+    for text in question.neutral:
         ids = _filled("neutral", text, reader.ids(text))
         if len(ids) < 2:
             raise ValueError(f"sweep: {text!r} in neutral has one token; perplexity needs at least two")
@@ -331,7 +336,7 @@ def _filled(name: str, text: str, ids: list[int]) -> tuple[int, ...]:
 
 
 def _measure(
-    model: nn.Module, sequences: list[_Sequence], probe: Probe, plans: Sequence[Plan | None], batch_size: int
+    model: nn.Module, sequences: list[_Sequence], question: Question, plans: Sequence[Plan | None], batch_size: int
 ) -> Iterator[tuple[float, float]]:
     """(effect, perplexity) under each plan; rows of several plans run together."""
     jobs = [(plan, sequence) for plan in plans for sequence in sequences]
@@ -343,7 +348,7 @@ def _measure(
         for i, score in zip(rows, batch, strict=True):
             scores[i] = score
     for i in range(len(plans)):
-        yield _effect_and_perplexity(sequences, probe, scores[i * len(sequences) : (i + 1) * len(sequences)])
+        yield _effect_and_perplexity(sequences, question, scores[i * len(sequences) : (i + 1) * len(sequences)])
 
 
 def _log_likelihoods(model: nn.Module, batch: list[_Sequence], plans: list[Plan | None]) -> list[float]:
@@ -366,11 +371,11 @@ def _log_likelihoods(model: nn.Module, batch: list[_Sequence], plans: list[Plan 
     return torch.stack(scores).tolist()
 
 
-def _effect_and_perplexity(sequences: list[_Sequence], probe: Probe, scores: list[float]) -> tuple[float, float]:
-    per_prompt = len(probe.wanted) + len(probe.unwanted)
-    split = len(probe.prompts) * per_prompt
+def _effect_and_perplexity(sequences: list[_Sequence], question: Question, scores: list[float]) -> tuple[float, float]:
+    per_prompt = len(question.wanted) + len(question.unwanted)
+    split = len(question.prompts) * per_prompt
     odds = torch.tensor(scores[:split], dtype=torch.float64).view(-1, per_prompt)
-    wanted, unwanted = odds[:, : len(probe.wanted)], odds[:, len(probe.wanted) :]
+    wanted, unwanted = odds[:, : len(question.wanted)], odds[:, len(question.wanted) :]
     tokens = sum(len(s.ids) - s.start for s in sequences[split:])
     loss = -sum(scores[split:]) / tokens
     return float((wanted.logsumexp(1) - unwanted.logsumexp(1)).mean()), math.exp(min(loss, 700.0))
@@ -407,14 +412,14 @@ def _edit(direction: Direction | Barrier, strength: float, unit: str) -> Add | F
     if isinstance(direction, Barrier):
         h = direction if strength > 0 else -direction
         return Flow(h, angle=abs(strength)) if unit == "stream" else Flow(h, T=abs(strength))
-    if unit == "stream" and direction.activation_norm is not None:
-        strength = strength * direction.activation_norm / float(direction.vector.norm())
+    if unit == "stream" and direction.origin.typical_norm is not None:
+        strength = strength * direction.origin.typical_norm / float(direction.vector.norm())
     return Add(direction.vector, strength=strength)
 
 
 def _length(edit: Add | Flow) -> float:
     if isinstance(edit, Flow):
-        return edit.T if edit.T is not None else float(edit.angle or 0.0) * edit.barrier.info.typical_norm
+        return edit.T if edit.T is not None else float(edit.angle or 0.0) * (edit.origin.typical_norm or 0.0)
     return abs(edit.strength) * float(edit.tensors()["vector"].norm())
 
 
@@ -424,10 +429,10 @@ def _length(edit: Add | Flow) -> float:
 class _Store:
     """The cells that are done, in memory and, if there is a folder, in its sweep.json."""
 
-    def __init__(self, folder: Path | None, question: dict[str, Any]) -> None:
+    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
         self.path = None if folder is None else folder / "sweep.json"
-        self.question: dict[str, Any] = json.loads(json.dumps(question))
-        self.key = hashlib.sha256(json.dumps(self.question, sort_keys=True).encode()).hexdigest()
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         self.cells: dict[tuple[str, int, float], Cell] = {}
         self.baseline: Cell | None = None
         if self.path is not None and self.path.exists():
@@ -444,7 +449,7 @@ class _Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         baseline = None if self.baseline is None else _numbers(self.baseline)
         cells = [_numbers(one) for one in self.cells.values()]
-        text = {"schema": SCHEMA, "kind": KIND, "key": self.key, "question": self.question}
+        text = {"schema": SCHEMA, "kind": KIND, "key": self.key, "question": self.settings}
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             temporary.write_text(json.dumps({**text, "baseline": baseline, "cells": cells}, indent=1), encoding="utf-8")
@@ -462,7 +467,7 @@ class _Store:
         if text.get("key") != self.key:
             old = text.get("question")
             differs = [
-                name for name, value in self.question.items() if not isinstance(old, dict) or old.get(name) != value
+                name for name, value in self.settings.items() if not isinstance(old, dict) or old.get(name) != value
             ]
             raise ValueError(
                 f"sweep: {path} was measured with other {', '.join(differs) or 'texts'}; choose another directory"

@@ -65,7 +65,7 @@ class Counters:
         return total
 
     def publish(self) -> None:
-        """Show the counters in this process's /metrics, those of plans that nobody has named yet as zero."""
+        """Show the counters in this process's /metrics, those of plans that no request has named yet as zero."""
         from prometheus_client import REGISTRY  # type: ignore[import-not-found]  # comes with vLLM
 
         global _published

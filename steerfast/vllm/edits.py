@@ -20,7 +20,7 @@ from steerfast.bank import Bank
 from steerfast.edits.base import Intervention
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
-from steerfast.ops.slots import ADD, KEEP_NORM
+from steerfast.ops.slots import ADD, needs
 
 from .table import RowTable
 
@@ -57,14 +57,12 @@ class Place:
         specs = [edit.slot() for edit in edits]
         self.modes = self.rank = 0  # what may ever occur: a captured graph cannot be told later
         for spec in specs:
-            self.modes |= spec.mode | (KEEP_NORM if spec.keep_norm else 0)
-            self.rank = max(self.rank, spec.lift.shape[0])
-        rows = [spec.lift.shape[0] * (1 if spec.project is spec.lift else 2) for spec in specs]
-        numbers = [1 + spec.lift.shape[0] + (0 if spec.extra is None else spec.extra.shape[0]) for spec in specs]
-        largest = [sum(sorted(needs)[-slots:]) for needs in (rows, numbers)]
-        self.bank = Bank(width, slots, largest[0], dtype, device, largest[1])
+            self.modes |= spec.modes
+            self.rank = max(self.rank, spec.rank)
+        directions, numbers = needs(specs, slots)
+        self.bank = Bank(width, slots, directions, dtype, device, numbers)
         self._loaded: dict[int, Intervention] = {}
-        self._kind = np.zeros(slots + 1, dtype=np.int8)  # the last entry stands for -1, nobody
+        self._kind = np.zeros(slots + 1, dtype=np.int8)  # the last entry stands for -1, no slot
         self._row = np.zeros(slots + 1, dtype=np.int64)
         self._strength = np.zeros(slots + 1, dtype=np.float32)
         self._owned: list[Owned] = []
@@ -82,7 +80,7 @@ class Place:
         self._loaded[slot] = edit
         for held in self._loaded:
             view = self.bank.view(held)
-            plain = view.mode == ADD and not view.keep_norm
+            plain = view.modes == ADD
             self._kind[held] = _SUM if plain else _OTHER
             self._row[held] = view.lift.storage_offset() // view.lift.shape[1]
             self._strength[held] = self.bank.strength(held)
@@ -141,7 +139,7 @@ class Places:
             raise RuntimeError(f"steerfast: {place} handles {count} tokens; the engine announced {table.rows.shape[0]}")
         on_host = stream.device.type == "cpu"
         if on_host and not table.tokens:
-            return  # nobody is steered; on a GPU the kernel sees so itself
+            return  # no row is steered; on a GPU the kernel finds that itself
         stream = stream.view(count, -1)  # vLLM's backend for models of transformers has (1, n, d)
         hidden = None if hidden is None else hidden.reshape(stream.shape)
         here = self.places[place]
@@ -181,7 +179,7 @@ class Places:
                 index = _all(tokens)
                 half = wide[index]
                 x = half if hidden is None else half + hidden[index]
-                edited = torch_backend.edit(x, place.bank.view(slot), weights)
+                edited = torch_backend.edit(place.bank.view(slot), x, weights)
                 wide[index] = edited if hidden is None else half + (edited - x)
                 owned[index] = True
         if bool(owned.all()):

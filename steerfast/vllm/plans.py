@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -12,16 +14,18 @@ from torch import Tensor
 
 from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast._positions import as_selector
-from steerfast.bank import slot_in
-from steerfast.edits.base import Intervention
+from steerfast.edits.base import Intervention, slot_in
+from steerfast.edits.columns import Column, columns_of, numbered
 from steerfast.edits.conditions import When
+from steerfast.edits.saes import VARIABLE, Shelf
 from steerfast.plan import Plan
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 """Where an engine can be steered; the heads of head_out are split over devices under tensor parallelism."""
 
-Chains = dict[tuple[str, int], tuple[Intervention, ...]]
-"""(site, layer) -> interventions in order, layers counted from 0; resid_pre of a later layer is resid_post of the one before."""
+Chains = dict[tuple[str, int], dict[int, Intervention]]
+"""(site, layer) -> slot of the plan, counted from 0 -> intervention, in the order in which they act; layers are counted from 0,
+and resid_pre of a later layer is resid_post of the one before."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,32 @@ class ServedPlan:
     Attributes:
         name: Name of its folder.
         fingerprint: SHA-256 of its content; equal content, equal fingerprint.
-        slots: Slots that it takes, the same numbers in every layer: the length of its longest chain.
+        columns: Of each column of the row table that it takes, the same in every layer: for how many of a prompt's first
+            tokens it has a slot each; 0: it has one slot, for all tokens.
         positions: What it says itself, as a selector; None: a mask, which a server does not follow.
         special: The ids that "special" means, where the plan says.
     """
 
     name: str
     fingerprint: str
-    slots: int
+    columns: tuple[int, ...]
     positions: str | None
     special: tuple[int, ...] | None = None
+
+    @property
+    def slots(self) -> int:
+        """Slots that it takes, the same numbers in every layer."""
+        return sum(max(tokens, 1) for tokens in self.columns)
+
+    @property
+    def by_token(self) -> int:
+        """The largest number of a prompt's first tokens that have a slot each; 0: none have."""
+        return max(self.columns, default=0)
+
+    def runs(self, numbers: Sequence[int]) -> list[Sequence[int]]:
+        """The numbers of its slots, column by column."""
+        ends = [0, *accumulate(max(tokens, 1) for tokens in self.columns)]
+        return [numbers[first:stop] for first, stop in pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -60,13 +80,25 @@ class Library:
         """Slots that all plans take together; equal contents share theirs."""
         return sum({served.fingerprint: served.slots for served in self.plans.values()}.values())
 
+    @property
+    def least(self) -> int:
+        """Slots that whatever one request may name can take."""
+        columns = sorted(max(tokens, 1) for served in self.plans.values() for tokens in served.columns)
+        return max(MAX_SLOTS_PER_ROW, sum(columns[-MAX_SLOTS_PER_ROW:]))
+
+    @property
+    def by_token(self) -> int:
+        """For how many of a prompt's first tokens a plan has a slot each, at most."""
+        return max((served.by_token for served in self.plans.values()), default=0)
+
 
 def load(
     directory: str | os.PathLike[str], width: int, layers: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Library, dict[str, Chains]]:
     """Read every plan of a directory, for a model of that width, number of layers and dtype of the stream.
 
-    A plan that is damaged or does not fit is refused by name; the others are served.
+    A plan that is damaged or does not fit is refused by name; the others are served. SAEs that plans name are looked for
+    where STEERFAST_SAES says.
 
     Raises:
         ValueError: there is no such directory, or it holds no plan.
@@ -77,21 +109,31 @@ def load(
     served: dict[str, ServedPlan] = {}
     refused: dict[str, str] = {}
     chains: dict[str, Chains] = {}
+    saes = Shelf("Plan.load")  # one for all plans, so that none is read twice
     for folder in sorted(path for path in root.iterdir() if (path / "plan.json").is_file()):
         name = folder.name
         try:
-            plan = Plan.load(folder)
-            chains[name] = _fit(plan, width, layers, dtype)
+            plan = Plan.load(folder, saes)
+            columns = _fit(plan, width, layers, dtype)
         except (ValueError, TypeError, OSError) as reason:
-            refused[name] = str(reason).replace(f"{root}{os.sep}", "")  # a client reads it: no path of the server
+            refused[name] = _public(str(reason), root)
             continue
-        slots = max(len(chain) for chain in chains[name].values())
+        chains[name] = numbered(columns)
         # plan.json holds the hash of the tensors beside it, which loading has checked: its own hash covers both.
         fingerprint = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
-        served[name] = ServedPlan(name, fingerprint, slots, _selector(plan), plan.special)
+        tokens = tuple(column.tokens for column in columns)
+        served[name] = ServedPlan(name, fingerprint, tokens, _selector(plan), plan.special)
     if not served and not refused:
         raise ValueError(f"STEERFAST_PLANS: {str(root)!r} holds no plan; save one with plan.save(directory / name)")
     return Library(served, refused), chains
+
+
+def _public(reason: str, root: Path) -> str:
+    """What a client may read of it: no path of the server."""
+    if named := os.environ.get(VARIABLE):
+        saes = Path(named).expanduser()
+        reason = reason.replace(f"{VARIABLE}={saes}", VARIABLE).replace(f"{saes}{os.sep}", "")
+    return reason.replace(f"{root}{os.sep}", "")
 
 
 def _selector(plan: Plan) -> str | None:
@@ -100,14 +142,14 @@ def _selector(plan: Plan) -> str | None:
     return given if isinstance(given, str) else None if isinstance(given, Tensor) else str(as_selector(given))
 
 
-def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> Chains:
-    """The plan's chains in this model, or the reason why there are none."""
+def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> list[Column]:
+    """The plan's columns in this model, or the reason why there are none."""
     card = plan.model
     if card is not None and (card.width, card.layers) != (width, layers):
         raise ValueError(
             f"made for width {card.width} and {card.layers} layers; this model has width {width} and {layers} layers"
         )
-    chains: Chains = {}
+    chains: dict[tuple[str, int], tuple[Intervention, ...]] = {}
     # What enters a layer is what left the one before: its edits come after those at that output.
     for (site, layer), chain in sorted(plan.edits.items(), key=lambda item: item[0][0] == "resid_pre"):
         if not -layers <= layer < layers:
@@ -121,11 +163,15 @@ def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> Chains:
                 )
             if edit.width != width:
                 raise ValueError(f"{edit!r} at {site} {layer} has width {edit.width}; this model has {width}")
-            slot_in(f"{site} {layer}", dtype, edit)  # what no bank could hold must not stop the engine later
+            for part in edit.by_token or (edit,):
+                if part is not None:
+                    slot_in(f"{site} {layer}", dtype, part)  # what no bank could hold must not stop the engine later
         index = layer % layers
         place = ("resid_post", index - 1) if site == "resid_pre" and index else (site, index)
         chains[place] = chains.get(place, ()) + chain
-    longest = max(len(chain) for chain in chains.values())
-    if longest > MAX_SLOTS_PER_ROW:
-        raise ValueError(f"{longest} interventions act in one place; a token takes at most {MAX_SLOTS_PER_ROW} there")
-    return chains
+    columns = columns_of(chains)
+    if len(columns) > MAX_SLOTS_PER_ROW:
+        raise ValueError(
+            f"{len(columns)} interventions act in one place; a token takes at most {MAX_SLOTS_PER_ROW} there"
+        )
+    return columns

@@ -17,6 +17,7 @@ from steerfast.models.layers import Layers
 from steerfast.models.points import MIXER, NORM, SCALE, Unresolved, post_norm
 
 from .edits import Place, Places
+from .pieces import Piece
 from .plans import Chains, Library, ServedPlan
 from .slots import Residents
 from .table import Owner, RowTable
@@ -58,7 +59,7 @@ class Steered:
         wanted: dict[tuple[str, int], list[Any]] = {}
         for plan in chains.values():
             for place, chain in plan.items():
-                wanted.setdefault(place, []).extend(chain)
+                wanted.setdefault(place, []).extend(chain.values())
         places: dict[str, Place] = {}
         device = next(model.parameters()).device
         if wanted:
@@ -67,7 +68,7 @@ class Steered:
             for (site, layer), edits in wanted.items():
                 places[f"{site}.{layer}"] = Place(edits, slots, found.d, dtype, device)
                 _hook(found, site, layer)
-        self.table = RowTable(tokens, device)
+        self.table = RowTable(tokens, device, (slots, library.by_token))
         self.places = Places(places, self.table)
         if library.slots <= slots:  # all of them stay, and no request ever waits for another's slot
             for served in library.plans.values():
@@ -85,7 +86,9 @@ class Steered:
             numbers = self._hold(part.served)
             if part.strength != 0.0:
                 where = part.pieces(prompt)
-                owners += [Owner(slot, part.strength, *piece) for slot in numbers for piece in where]
+                for (slot, *_), tokens in zip(part.served.runs(numbers), part.served.columns, strict=True):
+                    pieces = (Piece(0, min(tokens, prompt)),) if tokens else where
+                    owners += [Owner(slot, part.strength, *piece) for piece in pieces]
         if parts:
             self._requests[request] = parts
         self.table.put(request, owners)
@@ -127,8 +130,10 @@ class Steered:
                 place.unload(slot)
         if missing:
             for (site, layer), chain in self._chains[served.name].items():
-                for slot, edit in zip(numbers, chain, strict=False):
-                    self.places.places[f"{site}.{layer}"].load(slot, edit)
+                for number, edit in chain.items():
+                    self.places.places[f"{site}.{layer}"].load(numbers[number], edit)
+            for run in served.runs(numbers):
+                self.table.spread(run)
             self._names |= dict.fromkeys(numbers, served.name)
             self._loaded = True
         return numbers

@@ -30,7 +30,6 @@ from .slots import Admission
 from .wire import Part, check_prompt, read, salt, steer_fields
 
 TESTED = ("0.32.0",)
-_LEAST_SLOTS = 4  # what one request may ask for
 
 _SEAMS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("vllm.v1.engine.input_processor", "InputProcessor"): {
@@ -169,9 +168,12 @@ class Served:
         """How many slots every bank has."""
         given = os.environ.get("STEERFAST_SLOTS")
         if given is None:
-            return max(self.library.slots, _LEAST_SLOTS)
-        if not given.isdecimal() or int(given) < _LEAST_SLOTS:
-            raise ValueError(f"STEERFAST_SLOTS is {given!r}; expected a whole number of at least {_LEAST_SLOTS}")
+            return max(self.library.slots, self.library.least)
+        if not given.isdecimal() or int(given) < self.library.least:
+            raise ValueError(
+                f"STEERFAST_SLOTS is {given!r}; expected a whole number of at least {self.library.least}, so that any request "
+                "finds room (a row for each of a prompt's first tokens takes one each)"
+            )
         return int(given)
 
     def parts(self, sampling_params: Any) -> tuple[Part, ...]:
@@ -245,7 +247,7 @@ def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **
             check_prompt(parts, ids if embeds is None else None, length)
         except ValueError as error:
             raise served.refusal(str(error), given) from None
-        request.cache_salt = salt(request.cache_salt, parts)
+        request.cache_salt = salt(request.cache_salt, parts, length)
         for name in {part.served.name for part in parts}:
             served.counters.add("requests", name)
     return request

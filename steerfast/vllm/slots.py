@@ -68,7 +68,7 @@ class Admission:
 
 
 class Residents:
-    """The bank's side: slot numbers of the plans that are loaded; one that nobody holds makes room when needed.
+    """The bank's side: slot numbers of the plans that are loaded; one without a request makes room when needed.
 
     Args:
         slots: How many slots every bank has.
@@ -105,7 +105,7 @@ class Residents:
         return numbers, tuple(emptied), True
 
     def release(self, served: ServedPlan) -> None:
-        """One holder less; the plan stays loaded until its slots are needed."""
+        """Give up one reference; the plan stays loaded until its slots are needed."""
         self._holders[served.fingerprint] -= 1
         if not self._holders[served.fingerprint]:
             del self._holders[served.fingerprint]

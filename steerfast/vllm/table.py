@@ -3,7 +3,8 @@
 What a request wants is one row of 20 numbers, written when it arrives: four slots, the first position that each acts on,
 the position where it stops, its strength, and which tokens it looks for. A step gathers these rows by request, compares
 them with the positions (and, where someone looks, the tokens) that the engine itself has on its device, and writes the
-table: nothing is read back, and no count that is only a guess under speculation is used.
+table: nothing is read back, and no count that is only a guess under speculation is used. A slot may stand for a run of them,
+one for each of a prompt's first tokens; where a plan has such runs, one more table says which slot that is at each position.
 """
 
 from __future__ import annotations
@@ -104,9 +105,10 @@ class RowTable:
     Args:
         tokens: How many tokens a batch can have, padding included.
         device: Where the model runs.
+        runs: Slots of every bank, and the length of the longest run that one of them may stand for; 0: of itself alone.
     """
 
-    def __init__(self, tokens: int, device: torch.device) -> None:
+    def __init__(self, tokens: int, device: torch.device, runs: tuple[int, int] = (0, 0)) -> None:
         self.rows = torch.full((tokens, WIDTH), -1, dtype=torch.int32, device=device)
         self.scale = torch.ones(tokens, WIDTH, dtype=torch.float32, device=device)
         self.tokens = 0  # of the running batch
@@ -126,6 +128,7 @@ class RowTable:
             :0
         ]  # on the device: gathered for its tokens, (tokens, WIDTH)
         self._count = torch.arange(tokens, device=device)
+        self._runs = torch.zeros(runs, dtype=torch.int32, device=device)  # the slot that acts at a position
         self._write = self._on_host if device.type == "cpu" else self._on_device
 
     def put(self, request: str, owners: Sequence[Owner]) -> None:
@@ -153,6 +156,12 @@ class RowTable:
             self._free.append(line)
         for ids in self._looks.pop(request, ()):
             self._sets.release(ids)
+
+    def spread(self, slots: Sequence[int]) -> None:
+        """The first of these slots stands for all of them, one for each of a prompt's first tokens; a single one for itself."""
+        if longest := self._runs.shape[1]:
+            run = [*slots, *[slots[-1]] * (longest - len(slots))]
+            self._runs[slots[0]] = self._send(run, np.int32)
 
     def __contains__(self, request: str) -> bool:
         return request in self._line
@@ -203,7 +212,10 @@ class RowTable:
         acting = (here >= self._first) & (here < self._stop)
         if self._sets and ids is not None:
             acting &= self._sets.found(self._look, ids[:tokens])
-        self.rows[:tokens] = torch.where(acting, self._slots, -1)
+        slots = self._slots
+        if longest := self._runs.shape[1]:
+            slots = self._runs[slots.long(), here.clamp(max=longest - 1)]
+        self.rows[:tokens] = torch.where(acting, slots, -1)
         if self.tokens > tokens:
             self.rows[tokens : self.tokens].fill_(-1)
         self.tokens = tokens
@@ -230,6 +242,8 @@ class RowTable:
             lines if tokens == len(lines) and not changes.any() else None
         )  # while these decode, nothing changes
         self._reached = here.copy()
+        if longest := self._runs.shape[1]:
+            slots = self._runs.numpy()[slots, np.minimum(here, longest - 1)]
         np.copyto(slots, -1, where=~(begun & goes_on))
         weights = strength.view(np.float32)
         if tokens == self.tokens and np.array_equal(slots, rows[:tokens]) and np.array_equal(weights, scale[:tokens]):

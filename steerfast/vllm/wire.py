@@ -48,6 +48,8 @@ class Part:
 
     def pieces(self, prompt: int) -> tuple[Piece, ...]:
         """The positions it acts on, given the prompt's length in tokens."""
+        if all(self.served.columns):
+            return (Piece(0, min(self.served.by_token, prompt)),)
         return pieces(self.selector, prompt)
 
     def count(self, ids: Sequence[int], computed: int, prompt: int) -> int:
@@ -86,14 +88,14 @@ def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part,
         Part(served := _served(name, library), strength, _positions(served, positions))
         for name, strength in zip(names, strengths, strict=True)
     )
-    slots = sum(part.served.slots for part in parts)
-    if slots > MAX_SLOTS_PER_ROW:
+    applied = sum(len(part.served.columns) for part in parts)
+    if applied > MAX_SLOTS_PER_ROW:
         raise ValueError(
-            f"steer: these plans apply {slots} interventions to a token; at most {MAX_SLOTS_PER_ROW} are possible: name fewer"
+            f"steer: these plans apply {applied} interventions to a token; at most {MAX_SLOTS_PER_ROW} are possible: name fewer"
         )
     for part in parts:
         _check_followed(part)
-    columns = sum(part.served.slots * _most_pieces(part.selector) for part in parts)
+    columns = sum(1 if tokens else _most_pieces(part.selector) for part in parts for tokens in part.served.columns)
     if columns > MAX_SLOTS_PER_ROW:
         split = max(parts, key=lambda part: _most_pieces(part.selector))
         raise ValueError(
@@ -120,9 +122,9 @@ def check_prompt(parts: tuple[Part, ...], ids: Sequence[int] | None, length: int
             raise ValueError(f"steer: {_short(part.positions)}: {reason}") from None
 
 
-def salt(given: str | None, parts: tuple[Part, ...]) -> str:
+def salt(given: str | None, parts: tuple[Part, ...], prompt: int) -> str:
     """The key under which the engine may share this request's keys and values: its own salt and all that steers it."""
-    steering = [(part.served.fingerprint, part.strength, part.positions) for part in parts]
+    steering = [(p.served.fingerprint, p.strength, p.positions, min(p.served.by_token, prompt)) for p in parts]
     return "steerfast:" + hashlib.sha256(json.dumps([given, steering]).encode()).hexdigest()
 
 
@@ -199,6 +201,11 @@ def _positions(served: ServedPlan, positions: str | None) -> str:
         raise ValueError(
             f"steer: the plan {_short(served.name)} has a mask as its positions, which a server does not follow; give "
             "steer_positions"
+        )
+    if served.by_token and chosen != "all":
+        raise ValueError(
+            f"steer: the plan {_short(served.name)} adds a row of its own to each of a prompt's first tokens, so "
+            f"steer_positions={_short(positions)} cannot be followed; leave them out"
         )
     return chosen
 

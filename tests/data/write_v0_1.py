@@ -187,7 +187,7 @@ def main() -> None:
     seen["saes/saelens-jumprelu"] = sf.SAE.load(save_saelens(saes()["jumprelu"], OUT / "saes" / "saelens-jumprelu"))
     write_vectors(OUT / "vectors")
     for path in sorted((OUT / "vectors").iterdir()):
-        seen[f"vectors/{path.name}"] = sf.load_vectors(path)
+        seen[f"vectors/{path.name}"] = sf.load_directions(path)
     words = ["music", "war", "water", "house", "tree"]
     (OUT / "explanations").mkdir()
     seen["explanations/words.json"] = sf.explain(saes()["topk"], model, tokenizer, words, words=3)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steerfast._checks import finite_number
+from steerfast.files import container
 from steerfast.sae.model import SAE
 
 from . import dictionary_learning, gemma_scope, llama_scope, openai, own, saelens, sparsify
@@ -27,19 +28,19 @@ class Family:
         name: As it is called in messages and in `Origin.source`.
         weights: Name of the file with the tensors, relative to the directory of the configuration.
         config: Name of the JSON beside it; None: the family has none.
-        read: (configuration, tensors, path of the weights) -> SAE.
+        read: (configuration, tensors, path of the weights) -> SAE; None: ours, which `own` reads as a folder.
         scaled: Whether its reader takes the scale of the data set, too.
     """
 
     name: str
     weights: str
     config: str | None
-    read: Callable[..., SAE]
+    read: Callable[..., SAE] | None
     scaled: bool = False
 
 
 FAMILIES = (
-    Family("steerfast", "sae.safetensors", "sae.json", own.read),
+    Family("steerfast", container.SAE.tensors_name, container.SAE.text_name, None),
     Family("SAELens", "sae_weights.safetensors", "cfg.json", saelens.read, scaled=True),
     Family("sparsify", "sae.safetensors", "cfg.json", sparsify.read),
     Family("Gemma Scope", "params.npz", None, gemma_scope.read_first),
@@ -63,6 +64,8 @@ def load(path: Path, scale: float | None = None) -> SAE:
     family, weights, config = found[0]
     if scale is not None and not family.scaled:
         raise refuse(weights, f"a file of {family.name} needs no scale; leave scale={scale} away")
+    if family.read is None:
+        return own.read(weights.parent)
     given = {} if scale is None else {"scale": scale}
     return family.read({} if config is None else read_json(config), read_tensors(weights), weights, **given)
 
@@ -85,8 +88,12 @@ def _families_of_directory(directory: Path) -> list[Found]:
         if len(others) > 1 and not whole:
             raise ValueError(f"SAE.load: {directory} is ambiguous, it holds {len(others)} .pt files; give one of them")
         whole += [(_OPENAI, file, None) for file in others[:1]]
+    if not whole and (directory / container.SAE.text_name).is_file():
+        return [(FAMILIES[0], directory / FAMILIES[0].weights, None)]  # whose reader says what is missing
     if not whole and partial:
         raise FileNotFoundError(f"SAE.load: {directory} is incomplete: there is no {', nor '.join(partial)}")
+    if not whole and (kind := container.kind_of(directory)) is not None:
+        raise container.wrong_kind(container.SAE, directory, kind)
     if not whole:
         known = ", ".join(dict.fromkeys(family.name for family in (*FAMILIES, _OPENAI)))
         raise ValueError(f"SAE.load: {directory} holds no SAE of a known family ({known})")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,16 @@ import torch
 from torch import Tensor
 
 from steerfast.files.torch_file import read_torch_file
-from steerfast.sae.model import SAE, Origin
+from steerfast.place import Origin, Place
+from steerfast.sae.model import SAE, Source
 
-HOOKS = {
-    "hook_resid_pre": "resid_pre",
-    "hook_resid_post": "resid_post",
-    "hook_attn_out": "attn_out",
-    "hook_mlp_out": "mlp_out",
-    "attn.hook_z": "head_out",
-}
-"""TransformerLens's names of the sites; its hook_z, all heads side by side, is what the output projection reads."""
+Home = tuple[Origin, Source]
+"""Where an SAE belongs, as we say it and as its file does."""
+
+
+def home_of(library: str, place: Place | None, hook_name: str = "", model: object = None) -> Home:
+    """What the file of a library says of the place; it names no class of a model."""
+    return Origin(place=place), Source(library, hook_name, str(model or ""))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def fold(
     b_enc: Tensor,
     b_dec: Tensor,
     subtract: bool,
-    origin: Origin,
+    home: Home,
     k: int | None = None,
     threshold: Tensor | None = None,
     normalisation: str = "none",
@@ -123,7 +122,7 @@ def fold(
     if subtract:
         b_enc = (b_enc.double() - product(w_enc, b_dec.double())).to(b_enc.dtype)
     threshold = None if threshold is None else wide(threshold).clamp(min=0)
-    return SAE(w_enc, w_dec, b_enc, b_dec, k, threshold, normalisation, origin)
+    return SAE(w_enc, w_dec, b_enc, b_dec, k, threshold, normalisation, *home)
 
 
 def product(rows: Tensor, vector: Tensor) -> Tensor:
@@ -134,13 +133,6 @@ def product(rows: Tensor, vector: Tensor) -> Tensor:
 def wide(values: Tensor) -> Tensor:
     """At least float32: what is scaled or folded is not rounded to 16 bits again."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def place_of_hook(name: str) -> tuple[str, int] | None:
-    """(site, layer) of a TransformerLens name such as blocks.5.hook_resid_pre; None if no site of ours is that place."""
-    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    site = None if found is None else HOOKS.get(found[2])
-    return None if found is None or site is None else (site, int(found[1]))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

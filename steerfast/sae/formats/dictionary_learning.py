@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from steerfast.sae.model import SAE, Origin
+from steerfast.place import Place
+from steerfast.sae.model import SAE
 
-from ._parts import dictionary, fold, refuse, tensor, vector, whole, wide, width_of
+from ._parts import Home, dictionary, fold, home_of, refuse, tensor, vector, whole, wide, width_of
 
 BIAS = {
     "AutoEncoder": "bias",
@@ -62,12 +63,12 @@ def read(config: dict[str, Any], tensors: dict[str, Any], path: Path) -> SAE:
                 path, "its threshold was never set (it is negative), so BatchTopK has no rule for a single row"
             )
     return fold(
-        w_enc, w_dec, b_enc, b_dec, subtract=kind not in UNSUBTRACTED, origin=_origin(trainer), k=k, threshold=threshold
+        w_enc, w_dec, b_enc, b_dec, subtract=kind not in UNSUBTRACTED, home=_home(trainer), k=k, threshold=threshold
     )
 
 
-def _origin(trainer: dict[str, Any]) -> Origin:
+def _home(trainer: dict[str, Any]) -> Home:
     name = str(trainer.get("submodule_name") or "")
     found = re.fullmatch(r"(resid_pre|resid_post|attn_out|mlp_out)_layer_(\d+)", name)
-    place = None if found is None else (found[1], int(found[2]))
-    return Origin(place, name, str(trainer.get("lm_name") or ""), "dictionary_learning")
+    place = None if found is None else Place(found[1], int(found[2]))
+    return home_of("dictionary_learning", place, name, trainer.get("lm_name"))

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfast.sae.model import SAE, Origin
+from steerfast.place import place_of_hook
+from steerfast.sae.model import SAE
 
-from ._parts import dictionary, fold, place_of_hook, refuse, vector, whole, wide, width_of
+from ._parts import dictionary, fold, home_of, refuse, vector, whole, wide, width_of
 
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
@@ -51,8 +52,8 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
         raise refuse(path, f"act_fn {function!r}; expected jumprelu, topk or relu")
     if (before, after) != (1.0, 1.0):
         w_enc, w_dec, b_dec = wide(w_enc) * before, wide(w_dec) / after, wide(b_dec) / after
-    origin = Origin(place_of_hook(hook), hook, str(config.get("model_name") or ""), "Llama Scope")
-    return fold(w_enc, w_dec, b_enc, b_dec, subtract=False, origin=origin, k=k, threshold=threshold)
+    home = home_of("Llama Scope", place_of_hook(hook), hook, config.get("model_name"))
+    return fold(w_enc, w_dec, b_enc, b_dec, subtract=False, home=home, k=k, threshold=threshold)
 
 
 def _scales(config: dict[str, Any], d: int, path: Path) -> tuple[float, float]:

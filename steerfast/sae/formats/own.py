@@ -1,75 +1,50 @@
-"""Our own format: sae.json beside sae.safetensors, with a schema version and the checksum of the tensors."""
+"""Our own format: sae.json beside sae.safetensors, see `steerfast.files.container`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from steerfast.files.replace import replace_file
-from steerfast.sae.model import SAE, Origin
-
-from ._parts import refuse
-
-SCHEMA = 1
-KEYS = {"kind", "schema", "features", "width", "k", "normalisation", "origin", "tensors_sha256"}
-TENSORS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
+from steerfast.files import container
+from steerfast.place import Origin, Place
+from steerfast.sae.model import SAE, Source
 
 
 def save(sae: SAE, directory: Path) -> Path:
-    """Write an SAE into a directory, each file whole or not at all; returns the directory."""
-    from safetensors.torch import save as save_tensors
-
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write an SAE into a directory, both files or neither; returns the directory. Tied matrices are written once."""
     tied = sae.w_dec.data_ptr() == sae.w_enc.data_ptr()
-    blob = save_tensors(
-        {
-            name: value.detach().cpu().contiguous()
-            for name, value in sae.tensors().items()
-            if not (tied and name == "w_dec")
-        }
-    )
     text = {
-        "kind": "steerfast.sae",
-        "schema": SCHEMA,
         "features": sae.features,
         "width": sae.d,
         "k": sae.k,
         "normalisation": sae.normalisation,
-        "origin": vars(sae.origin),
-        "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+        "origin": sae.origin.numbers(),
+        "source": vars(sae.source),
+        "fingerprint": sae.fingerprint,
     }
-    replace_file(directory / "sae.safetensors", blob)
-    replace_file(directory / "sae.json", json.dumps(text, indent=2).encode())
-    return directory
+    tensors = {name: value for name, value in sae.tensors().items() if not (tied and name == "w_dec")}
+    return container.write(container.SAE, directory, text, tensors)
 
 
-def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
+def read(directory: Path) -> SAE:
     """An SAE that `save` wrote; a file without w_dec is tied."""
-    if config.get("kind") != "steerfast.sae":
-        raise refuse(path, '"kind" in sae.json is not "steerfast.sae"')
-    if config.get("schema") != SCHEMA:
-        raise refuse(path, f"schema {config.get('schema')!r}; this version reads schema {SCHEMA}")
-    if set(config) != KEYS or not {"w_enc", "b_enc", "b_dec"} <= set(tensors) <= TENSORS:
-        raise refuse(path, f"keys {sorted(config)} and tensors {sorted(tensors)} are not those of schema {SCHEMA}")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != config["tensors_sha256"]:
-        raise refuse(path, "not the file that sae.json was written with; copy both again")
-    try:
-        origin = dict(config["origin"])
-        place = origin.pop("place")
-        made = SAE(
-            **{"w_dec": tensors["w_enc"], **tensors},
-            k=config["k"],
-            normalisation=config["normalisation"],
-            origin=Origin(None if place is None else tuple(place), **origin),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise refuse(path, f"does not describe an SAE: {error}") from None
-    if (made.features, made.d) != (config["features"], config["width"]):
-        raise refuse(
-            path, f"holds {made.features}×{made.d} weights; sae.json says {config['features']}×{config['width']}"
-        )
-    return made
+    text, tensors = container.read(container.SAE, directory)
+    if "w_dec" not in tensors and "w_enc" in tensors:
+        tensors["w_dec"] = tensors["w_enc"]
+    features, d = text["features"], text["width"]
+    shapes = {"w_enc": (features, d), "w_dec": (features, d), "b_enc": (features,), "b_dec": (d,)}
+    if text["k"] is None:
+        shapes["threshold"] = (features,)
+    container.expect(container.SAE, directory, tensors, shapes)
+    with container.describing(container.SAE, directory):
+        origin, source = _known(text)
+        return SAE(**tensors, k=text["k"], normalisation=text["normalisation"], origin=origin, source=source)
+
+
+def _known(text: dict[str, Any]) -> tuple[Origin, Source]:
+    if "source" in text:
+        return Origin.restore(text["origin"]), Source(**text["source"])
+    old = text["origin"]  # schema 1: only our own files name a class
+    place = None if old["place"] is None else Place(*old["place"])
+    source = Source(old["source"], old["hook_name"], old["model"])
+    return Origin((old["model"] or None) if old["source"] == "steerfast" else None, place), source

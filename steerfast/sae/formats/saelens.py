@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from steerfast.files.replace import replace_file
-from steerfast.sae.model import SAE, Origin
+from steerfast.files.replace import replace_files
+from steerfast.place import place_of_hook
+from steerfast.sae.model import SAE
 
-from ._parts import HOOKS, dictionary, fold, place_of_hook, read_json, refuse, vector, whole, wide, width_of
+from ._parts import Home, dictionary, fold, home_of, read_json, refuse, vector, whole, wide, width_of
 
 CENTRED = re.compile(r"gpt2|pythia|gpt-neo|gpt-j", re.IGNORECASE)
 """Models with LayerNorm, whose writing weights TransformerLens centres when it is told to."""
 NOT_CENTRED = re.compile(r"llama|gemma|mistral|mixtral|qwen|smollm", re.IGNORECASE)
 """Models with RMSNorm, whose writing weights it leaves alone."""
-OUR_SITES = {site: name for name, site in HOOKS.items()}
 
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path, scale: float | None = None) -> SAE:
@@ -57,7 +57,7 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path, scale: 
     sae = fold(
         w_enc, w_dec, b_enc, b_dec,
         subtract=bool(config.get("apply_b_dec_to_input", True)),
-        origin=_origin(config, path), k=k, threshold=threshold, normalisation=normalisation,
+        home=_home(config, path), k=k, threshold=threshold, normalisation=normalisation,
     )  # fmt: skip
     if scale != 1.0:  # the encoder sees scale·x, so b_dec was subtracted from that
         w_enc, w_dec, b_dec = wide(sae.w_enc) * scale, wide(sae.w_dec) / scale, wide(b_dec) / scale
@@ -75,7 +75,7 @@ def save_saelens(sae: SAE, directory: str | os.PathLike[str]) -> Path:
 
     Args:
         sae: The SAE.
-        directory: Where to; it is made, and each file is written whole or not at all.
+        directory: Where to; it is made, and both files are written or neither.
 
     Returns:
         The directory.
@@ -103,8 +103,8 @@ def save_saelens(sae: SAE, directory: str | os.PathLike[str]) -> Path:
         "reshape_activations": "hook_z" if sae.place is not None and sae.place[0] == "head_out" else "none",
         "metadata": {
             "sae_lens_version": "6.0.0",
-            "model_name": sae.origin.model or None,
-            "hook_name": _hook_name(sae.place) or sae.origin.hook_name or None,
+            "model_name": sae.source.model or sae.origin.model or None,
+            "hook_name": sae.place.hook_name if sae.place else sae.source.hook_name or None,
             "hook_head_index": None,
         },
     }
@@ -115,8 +115,8 @@ def save_saelens(sae: SAE, directory: str | os.PathLike[str]) -> Path:
     blob = save_tensors(
         {name: value.detach().cpu().contiguous() for name, value in tensors.items() if value is not None}
     )
-    replace_file(target / "sae_weights.safetensors", blob)
-    replace_file(target / "cfg.json", json.dumps(config, indent=2).encode())
+    text = json.dumps(config, indent=2).encode()
+    replace_files(target, {"sae_weights.safetensors": blob, "cfg.json": text})
     return target
 
 
@@ -201,12 +201,8 @@ def _is_centred(config: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def _origin(config: dict[str, Any], path: Path) -> Origin:
+def _home(config: dict[str, Any], path: Path) -> Home:
     hook, head = str(config.get("hook_name") or ""), config.get("hook_head_index")
     place = place_of_hook(hook) if head is None else None  # one head alone is no site of ours
     name = hook if head is None else f"{hook} of head {head}"
-    return Origin(place, name, str(config.get("model_name") or ""), "SAELens")
-
-
-def _hook_name(place: tuple[str, int] | None) -> str | None:
-    return None if place is None else f"blocks.{place[1]}.{OUR_SITES[place[0]]}"
+    return home_of("SAELens", place, name, config.get("model_name"))

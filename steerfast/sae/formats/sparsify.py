@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from steerfast.sae.model import SAE, Origin
+from steerfast.place import Place
+from steerfast.sae.model import SAE
 
-from ._parts import dictionary, fold, refuse, vector, whole, width_of
+from ._parts import dictionary, fold, home_of, refuse, vector, whole, width_of
 
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
@@ -28,6 +29,6 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     found = re.fullmatch(
         r"(?:.+\.)?(?:layers|h|blocks)\.(\d+)", name
     )  # a block; its parts add other things to the stream
-    place = None if found is None else ("resid_post", int(found[1]))
-    origin = Origin(place, name, source="sparsify")
-    return fold(w_enc, w_dec, b_enc, b_dec, subtract=True, origin=origin, k=whole(config.get("k"), "k", path))
+    place = None if found is None else Place("resid_post", int(found[1]))
+    home = home_of("sparsify", place, name)
+    return fold(w_enc, w_dec, b_enc, b_dec, subtract=True, home=home, k=whole(config.get("k"), "k", path))

@@ -78,7 +78,7 @@ class SplitData(_Together):
         RuntimeError: torch.distributed is not initialised.
 
     Example:
-        >>> sf.train_sae(cache, config, split=sf.SplitData())  # doctest: +SKIP
+        >>> sf.sae.train_sae(cache, config, split=sf.sae.SplitData())  # doctest: +SKIP
     """
 
     def share(self, batch: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class SplitFeatures(_Together):
         RuntimeError: torch.distributed is not initialised.
 
     Example:
-        >>> sf.train_sae(cache, config, split=sf.SplitFeatures())  # doctest: +SKIP
+        >>> sf.sae.train_sae(cache, config, split=sf.sae.SplitFeatures())  # doctest: +SKIP
     """
 
     def features(self, count: int) -> tuple[int, int]:

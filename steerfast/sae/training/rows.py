@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from steerfast.place import Origin, Place
 from steerfast.sae.cache import ActivationCache, ActivationStream
-from steerfast.sae.model import Origin
 
 from .config import TrainConfig
 
@@ -90,7 +90,7 @@ def origin_of(data: Rows) -> Origin:
     """Where the rows come from, as far as their source says."""
     if isinstance(data, (ActivationCache, ActivationStream)):
         info = data.info
-        return Origin(place=(info.site, info.layer), model=info.model)
+        return Origin(info.model, Place(info.site, info.layer))
     return Origin()
 
 

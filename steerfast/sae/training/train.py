@@ -23,7 +23,8 @@ from pathlib import Path
 from torch import Tensor
 
 from steerfast._checks import whole_number
-from steerfast.sae.model import SAE, Origin
+from steerfast.place import Origin
+from steerfast.sae.model import SAE
 
 from .checkpoints import Checkpoints
 from .config import TrainConfig, TrainReport
@@ -68,7 +69,7 @@ def train_sae(
     Example:
         >>> import torch, steerfast as sf
         >>> x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
-        >>> sf.train_sae(x, sf.TrainConfig(features=64, k=4, tokens=20_000, batch=512)).features
+        >>> sf.sae.train_sae(x, sf.sae.TrainConfig(features=64, k=4, tokens=20_000, batch=512)).features
         64
     """
     if not isinstance(source, Tensor) and not hasattr(source, "counts"):

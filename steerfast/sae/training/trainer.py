@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from steerfast.sae.model import SAE, Origin
+from steerfast.place import Origin
+from steerfast.sae.model import SAE
 
 from .config import TrainConfig, TrainReport
 from .distributed import Alone

@@ -268,7 +268,7 @@ def observe(sae: SAE, cache: Any, tokenizer: Any, contexts: int = 5, bins: int =
         ValueError: the cache has another width than the SAE.
 
     Example:
-        >>> cache = sf.cache_activations(model, tokenizer, true_statements, ("resid_post", 0), "cache", context=8)
+        >>> cache = sf.sae.cache_activations(model, tokenizer, true_statements, ("resid_post", 0), "cache", context=8)
         >>> usage = observe(sf.SAE(torch.eye(576), torch.eye(576), k=4), cache, tokenizer)
         >>> usage.tokens == len(cache), round(float(usage.density.sum()), 3)  # k features per row
         (True, 4.0)

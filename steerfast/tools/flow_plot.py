@@ -38,18 +38,17 @@ def plot_flow(edit: Flow, x: Tensor, path: str | os.PathLike[str]) -> Path:
     Example:
         >>> import torch, steerfast as sf
         >>> h = sf.Barrier.linear(torch.tensor([1.0, 0.0]))
-        >>> sf.plot_flow(sf.Flow(h, angle=0.4), torch.tensor([[3.0, 4.0]]), "flow.png").name  # doctest: +SKIP
+        >>> sf.tools.plot_flow(sf.Flow(h, angle=0.4), torch.tensor([[3.0, 4.0]]), "flow.png").name  # doctest: +SKIP
         'flow.png'
     """
     FigureCanvasAgg, Figure = require_matplotlib()
     check_stream("plot_flow", x)
     h, start = edit.barrier, x.reshape(-1, x.shape[-1])[:ROWS].double().cpu()
-    length, name = (edit.T, "length") if edit.angle is None else (edit.angle, "angle (radians)")
-    assert length is not None  # a flow has exactly one of the two
+    length, name = (edit.T, "length") if edit.T is not None else (edit.angle or 0.0, "angle (radians)")
 
     def end(share: float, steps: int, method: str) -> Tensor:
-        T, angle = (None if whole is None else share * whole for whole in (edit.T, edit.angle))
-        return h(flow(start, h, T, angle, steps, method, edit.level, edit.tolerance))
+        path = {"angle": share * length} if edit.T is None else {"T": share * length}
+        return h(flow(start, h, **path, steps=steps, method=method, level=edit.level, tolerance=edit.tolerance))
 
     shares = [i / (POINTS - 1) for i in range(POINTS)]
     heights = torch.stack([end(share, edit.steps, edit.method) for share in shares])  # (POINTS, n)

@@ -1,0 +1,33 @@
+"""The API reference from the docstrings, by pdoc: `python docs/reference.py FOLDER`, or `make docs`.
+
+A warning of pdoc's is an error: a module that cannot be imported, a name that is announced and not there.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import pdoc
+
+import steerfast
+
+PAGES = ("steerfast", "steerfast.models.demo", "steerfast.sae.explain", "steerfast.sae.formats", "steerfast.sae.model")
+"""What the documentation names: the front door with `ops` and `integrations` behind it, and the modules that it imports from."""
+
+
+def main() -> None:
+    """Write the pages."""
+    (folder,) = sys.argv[1:]
+    warnings.filterwarnings("error", module=r"pdoc\b")
+    # The front door imports a name at its first use, and pdoc looks at the names that are there.
+    for name in steerfast.__all__:
+        setattr(steerfast, name, getattr(steerfast, name))
+    pdoc.render.configure(docformat="google", math=False)
+    pdoc.pdoc(*PAGES, output_directory=Path(folder))
+    print(f"{len(list(Path(folder).rglob('*.html')))} pages; begin at {Path(folder) / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

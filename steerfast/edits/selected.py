@@ -1,0 +1,160 @@
+"""Features of an SAE whose activations depend on more than their own rows: an edit of them is one encode per token."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerfast import ops
+from steerfast.ops.backends import in_full_precision
+from steerfast.ops.torch_backend import restore_norm
+from steerfast.place import NOWHERE, Origin
+
+from .base import Program
+
+LAYER_NORM_EPSILON = 1e-5  # of OpenAI and SAELens, added to the deviation, not to the variance
+
+
+def normalised(x: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
+    """The rows as an encoder takes them, and what a reconstruction of them is multiplied with, (..., 1).
+
+    "none": x; "constant_norm_rescale": x·√d/‖x‖; "layer_norm": (x - mean)/(deviation + 1e-5), the deviation over d - 1.
+    """
+    if kind == "none":
+        return x, None
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    if kind == "constant_norm_rescale":
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        return wide / length, length
+    deviation = wide.std(dim=-1, keepdim=True)
+    return (wide - wide.mean(dim=-1, keepdim=True)) / (deviation + LAYER_NORM_EPSILON), deviation
+
+
+def edit_row(mode: str, value: float) -> list[float]:
+    """t₀, t₁, t₂, t₃ of t(f) = clip(t₀f + t₁, t₂, t₃) for a mode of `sf.EditFeatures`."""
+    least, most = -math.inf, math.inf
+    rows = {
+        "set": [0.0, value, least, most],
+        "add": [1.0, value, least, most],
+        "scale": [value, 0.0, least, most],
+        "min": [1.0, 0.0, least, value],
+        "max": [1.0, 0.0, value, most],
+    }
+    return rows[mode]
+
+
+SHARED = ("encoder", "bias")
+_COPIES: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[tuple[str, torch.device], Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+"""An SAE to its encoder on each device: one copy there for all edits, freed with its last reference."""
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedFeatures:
+    """Some features of an SAE, with all that their activations depend on; made by `SAE.rows`.
+
+    Attributes:
+        encoder: W_enc, all of it (F, d) for Top-K; the features' own rows (m, d) with a threshold.
+        bias: b_enc, one per row of the encoder.
+        decoder: W_dec, the features' rows (m, d).
+        features: Their rows in the encoder, int32 (m,).
+        threshold: θ, (m,); None: Top-K.
+        k: Features per row of a Top-K SAE; 0 with a threshold.
+        normalisation: As in `SAE`.
+        origin: Place and model, if known.
+        sae: The Top-K SAE that they are of: a file names it instead of its encoder. None: the file carries all tensors,
+            which are few with a threshold, and all of an encoder in a plan of release 0.1.
+    """
+
+    encoder: Tensor
+    bias: Tensor
+    decoder: Tensor
+    features: Tensor
+    threshold: Tensor | None = None
+    k: int = 0
+    normalisation: str = "none"
+    origin: Origin = NOWHERE
+    sae: Any = None
+
+    def __post_init__(self) -> None:
+        count, width = self.decoder.shape
+        rows = self.encoder.shape[0]
+        fits = self.encoder.shape == (rows, width) and self.bias.shape == (rows,) and self.features.shape == (count,)
+        if not fits or (self.threshold is None) == (self.k == 0) or not 0 <= self.k <= rows:
+            raise ValueError(
+                f"SelectedFeatures: {self.numbers()} and the shapes of {sorted(self.tensors())} do not fit"
+            )
+        if self.threshold is not None and self.threshold.shape != (rows,):
+            raise ValueError(f"SelectedFeatures: threshold has shape {tuple(self.threshold.shape)}; expected ({rows},)")
+        if count and not 0 <= int(self.features.min()) <= int(self.features.max()) < rows:
+            raise ValueError(f"SelectedFeatures: a feature is out of range; there are {rows}, from 0")
+
+    def rows(self, indices: list[int]) -> SelectedFeatures:
+        """Itself, so that an edit can be rebuilt from its own features."""
+        return self
+
+    def program(self, mode: str, values: list[float], keep_norm: bool, device: torch.device) -> Program:
+        """The edit of these features to or by `values` as a function of the stream, with its tensors on a device."""
+        here = self._on(device)
+        table = torch.tensor([edit_row(mode, value) for value in values], dtype=torch.float32, device=device)
+
+        def run(x: Tensor, scale: Tensor | float) -> Tensor:
+            if not isinstance(scale, Tensor):
+                scale = torch.full((x.numel() // x.shape[-1],), scale, dtype=torch.float32, device=device)
+            out = here.edit(x, table, scale)
+            if not keep_norm:
+                return out
+            restored = restore_norm(out.float(), x.float()).to(x.dtype)
+            return torch.where(scale.view(*x.shape[:-1], 1) == 0, x, restored)
+
+        return run
+
+    def _on(self, device: torch.device) -> SelectedFeatures:
+        """Themselves on a device; edits of one SAE share its encoder there."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items() if name not in SHARED}
+        moved |= {name: self._shared(name, device) for name in SHARED}
+        return self.restore(moved, self.numbers())
+
+    def _shared(self, name: str, device: torch.device) -> Tensor:
+        copies = _COPIES.setdefault(self if self.sae is None else self.sae, weakref.WeakValueDictionary())
+        found = copies.get((name, device))
+        if found is None:
+            found = copies[name, device] = getattr(self, name).to(device)
+        return found
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> SelectedFeatures:
+        """The inverse of `tensors` and `numbers`; the origin is not among them, but may be given."""
+        arguments: dict[str, Any] = {**tensors, **numbers}
+        return cls(**arguments)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        names = ("encoder", "bias", "decoder", "features", "threshold")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def numbers(self) -> dict[str, Any]:
+        """What is no tensor, by name."""
+        return {"k": self.k, "normalisation": self.normalisation}
+
+    def edit(self, x: Tensor, table: Tensor, scale: Tensor) -> Tensor:
+        """x + scale·(t(f) - f)·W_dec, t(f) = clip(t₀f + t₁, t₂, t₃), table (m, 4), scale (n,); scale 0: x, bit for bit."""
+        inner, length = normalised(x, self.normalisation)
+        if length is not None:  # what a feature is worth in the stream, a row at a time
+            scale = scale * length.float().flatten()
+        values, indices = self._encode(inner)
+        return ops.sae_edit(x, values, indices, self.features, table, self.decoder, scale)
+
+    @in_full_precision
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.threshold is None:
+            return ops.sae_encode(x, self.encoder, self.bias, self.k)
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.encoder.dtype), torch.float32)
+        h = x.to(dtype) @ self.encoder.to(dtype).T + self.bias.to(dtype)
+        return torch.where(h <= self.threshold.to(dtype), 0, h), self.features.expand(h.shape)
