@@ -426,7 +426,7 @@ def test_dose_warns_once_of_a_plan_for_another_model() -> None:
         warnings.simplefilter("always")
         sf.dose(build("llama"), words(), plan, TEXTS)
     said = [(str(w.message), w.filename) for w in seen]
-    assert said == [("dose: the plan was made for GPT2LMHeadModel:, this model is a LlamaForCausalLM", __file__)]
+    assert said == [("steer: the plan was made for GPT2LMHeadModel:, this model is a LlamaForCausalLM", __file__)]
 
 
 def test_numbers_of_saes_and_barriers(tmp_path: Any) -> None:

@@ -383,8 +383,9 @@ def test_an_attention_that_returns_an_object_leaves_the_stream_to_be_steered() -
             ValueError, match=f"{site} of layer 1 .*: what attn_out shows is a Pair, no tensor; use resid"
         ):
             sf.steer(model, {(site, 1): sf.Add(v)})
-    hooked = attached([(find_layers(model).point(1, "attn_out"), lambda x: None)])
-    with pytest.raises(TypeError, match=r"^model\.layers\.1\.self_attn returns a Pair; a tensor, or a tuple"), hooked:
+    inside = [(find_layers(model).point(1, "attn_out"), lambda x: None)]
+    refused = pytest.raises(TypeError, match=r"^model\.layers\.1\.self_attn returns a Pair; a tensor, or a tuple")
+    with refused, attached(inside):
         run(model)
     with sf.steer(model, {1: sf.Add(v), ("attn_out", 0): sf.Add(v)}) as handle:
         run(model)

@@ -129,7 +129,9 @@ def test_what_cannot_be_followed_is_refused_by_its_own_name(name: str, settings:
 @pytest.fixture
 def mllama() -> Any:
     """Text does not run its second block."""
-    config = transformers.models.mllama.MllamaTextConfig(
+    from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+
+    config = MllamaTextConfig(
         **TOKENS | SMALL,
         num_key_value_heads=2,
         cross_attention_layers=[1],

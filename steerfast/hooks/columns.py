@@ -59,8 +59,6 @@ def check_plan(plan: Plan, layers: Layers, prepared: Container[Place] | None, ca
             f"{caller}: the plan was made for {card.name} (width {card.width}, {card.layers} layers); this model "
             f"({layers.name}) has width {layers.d} and {layers.count} layers"
         )
-    if card is not None and card.name.partition(":")[0] != layers.name:
-        warn_user(f"{caller}: the plan was made for {card.name}, this model is a {layers.name}")
     rule = rule_of(plan)
     if prepared is not None and isinstance(rule, Selector) and rule.reads_tokens:
         raise ValueError(
@@ -81,14 +79,20 @@ def check_plan(plan: Plan, layers: Layers, prepared: Container[Place] | None, ca
                 raise ValueError(
                     f"{caller}: {edit!r} at {site} {layer} has width {edit.width}; this model's {site} has {point.width}"
                 )
-            if edit.origin.model is not None and family(edit.origin.model) not in ("unknown", family(layers.name)):
-                warn_user(
-                    f"{caller}: {edit!r} comes from activations of {edit.origin.model}; this model is a {layers.name}"
-                )
         if prepared is not None and (site, layer) not in prepared:
             raise RuntimeError(
                 f"{caller}: {site} of layer {layer} was not prepared; name it in prepare before compiling"
             )
+
+
+def warn_of_others(plan: Plan, layers: Layers) -> None:
+    """Say what of a plan was made for another model, or with one."""
+    card = plan.model
+    if card is not None and card.name.partition(":")[0] != layers.name:
+        warn_user(f"steer: the plan was made for {card.name}, this model is a {layers.name}")
+    for edit in (edit for chain in plan.edits.values() for edit in chain):
+        if edit.origin.model is not None and family(edit.origin.model) not in ("unknown", family(layers.name)):
+            warn_user(f"steer: {edit!r} comes from activations of {edit.origin.model}; this model is a {layers.name}")
 
 
 def check_lengths(lengths: tuple[int, ...] | None, active: Sequence[Attachment]) -> None:

@@ -23,7 +23,7 @@ from steerfast.plan import Plan
 
 from .attachment import Attachment
 from .bookkeeping import bookkeeping
-from .columns import check_lengths, check_plan, check_positions, layout_of, places_of
+from .columns import check_lengths, check_plan, check_positions, layout_of, places_of, warn_of_others
 from .compiled import FixedTable, is_compiled
 from .continuous import cached_manager, check_paged, new_manager
 from .dispatcher import Dispatcher
@@ -89,6 +89,7 @@ class Controller:
             refuse_split(self.proof, self.layers, layer, site, "steer")
         if not self.prepared and is_compiled(self.model):
             raise RuntimeError(_COMPILED.format("steer"))
+        warn_of_others(plan, self.layers)
 
     def check_positions(self, plans: list[Plan], lengths: tuple[int, ...] | None) -> None:
         """Refuse positions that this model could never show, and two lengths of one prompt."""

@@ -146,7 +146,7 @@ def dose(
     edits = places_of(plan, layers, "dose")
     if isinstance(texts, Iterable) and not isinstance(texts, (str, Mapping)):
         texts = list(texts)  # they are read twice
-    everywhere = Plan(edits, "all")
+    everywhere = Plan(edits, "all", plan.model)
     before, at = _streams(model, tokenizer, edits, texts, batch_size, progress)
     with steer(model, everywhere):
         after, _ = _streams(model, tokenizer, edits, texts, batch_size, progress)
