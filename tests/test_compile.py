@@ -233,3 +233,39 @@ def test_ops_compile_without_a_graph_break(op):
     bank.set_strength(0, 5.0)
     torch.testing.assert_close(compiled(x), calls[op](x * 2) + 1)
     assert count.graphs == 1
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_pass_that_does_not_show_its_prompt_is_refused(fullgraph):
+    """By the graph itself: an error of the tracer would reach the user wrapped, or not at all."""
+    model, ids = copy_of("llama"), token_ids(2, 6, 0)
+    sf.prepare(model, batch=4, length=32)
+    count = Counter()
+    compiled = torch.compile(model, fullgraph=fullgraph, backend=count)
+    with torch.no_grad():
+        for _ in range(2):
+            with (
+                pytest.raises(RuntimeError, match=r"^steer: a compiled pass outside generate does not show its prompt"),
+                sf.steer(compiled, sf.Plan({1: sf.Add(vector())}, "last")),
+            ):
+                compiled(ids, use_cache=False)
+        with sf.steer(compiled, {1: sf.Add(vector())}) as handle:
+            compiled(ids, use_cache=False)
+        assert handle.stats() == [12]
+        with sf.steer(compiled, sf.Plan({1: sf.Add(vector())}, "last"), prompt_length=6) as handle:
+            compiled(ids, use_cache=False)
+        assert handle.stats() == [2]
+    assert count.graphs == 2
+
+
+def test_a_pass_that_a_compiler_leaves_is_followed_and_counted():
+    """More rows than were prepared: the decoder runs outside of the graph, the hook behind it in one of its own."""
+    eager, model, ids = build("llama"), copy_of("llama"), token_ids(3, 6, 0)
+    sf.prepare(model, batch=2, length=32)
+    compiled = torch.compile(model, backend="eager")
+    plan = sf.Plan({1: sf.Add(vector(), 2.0)}, "all")
+    with torch.no_grad(), sf.steer(eager, plan):
+        expected = eager(ids, use_cache=False).logits
+    with torch.no_grad(), sf.steer(compiled, plan) as handle:
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+    assert handle.stats() == [18]

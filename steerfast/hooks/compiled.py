@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,17 @@ from steerfast.plan import needs_prompt
 from .attachment import Attachment
 from .positions import Pass, Table
 from .prompts import Prompt
+
+_library = torch.library.Library("steerfast", "FRAGMENT")
+_library.define("unplaced(Tensor rows) -> Tensor")
+
+
+def _refuse(rows: Tensor) -> Tensor:
+    raise RuntimeError("steer: a compiled pass outside generate does not show its prompt; pass prompt_length= to steer")
+
+
+_library.impl("unplaced", _refuse, "CompositeExplicitAutograd")
+torch.library.register_fake("steerfast::unplaced", torch.empty_like, lib=_library)
 
 
 class FixedTable:
@@ -78,17 +90,16 @@ class FixedTable:
 
     def trace(self, start: Any, tokens: Tensor, mask: Any) -> Pass:
         """The pass over `tokens` (batch, tokens, …) as a part of the graph."""
-        if self.unplaced:
-            raise RuntimeError(
-                "steer: a compiled pass outside generate does not show its prompt; pass prompt_length= to steer"
-            )
         if self.by_token and mask is not None:
             raise RuntimeError(
                 "steer: a compiled pass outside generate counts a prompt's first tokens from position 0, where a row that is "
                 "padded on the left has none: leave attention_mask out, or use generate"
             )
         batch, count = tokens.shape[:2]
-        return self.gather(start, batch, count, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+        now = self.gather(start, batch, count, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+        if self.unplaced and now.rows is not None:  # an error of the tracer would only make it leave the graph
+            return replace(now, rows=torch.ops.steerfast.unplaced(now.rows))
+        return now
 
     def gather(self, start: Any, batch: int, tokens: int, mask: Tensor | None) -> Pass:
         """The pass over positions [start, start + tokens) as a part of the graph; padding in a 2-D mask is left out."""

@@ -129,6 +129,7 @@ class Passes:
         self._names = list(inspect.signature(self.decoder.forward).parameters)
         self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
         self._version = 0
+        self._decided = False  # the running pass began outside of any graph, whatever of it a compiler took up
         self._prompts: WeakKeyDictionary[Any, _Filled] = WeakKeyDictionary()  # by the cache that a bare pass filled
         self._broadcasts: dict[Owners, tuple[Tensor, Tensor]] = {}
 
@@ -292,6 +293,7 @@ class Passes:
         if torch.compiler.is_compiling():
             self.traced = self._trace(by_name(self._names, args, kwargs))
             return
+        self._decided = True
         call = self.latest = self.threads.call
         call.ran.clear()
         if not self.attachments:
@@ -361,7 +363,8 @@ class Passes:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the decoder ran: its tokens are counted, and a cache that it filled belongs to the prompt that it read."""
-        if torch.compiler.is_compiling() or not self.attachments:
+        decided, self._decided = self._decided, False
+        if (torch.compiler.is_compiling() and not decided) or not self.attachments:
             return
         call = self.threads.call
         if call.ran or self.fixed is not None:  # compiled blocks do not say that they ran
