@@ -279,6 +279,24 @@ def test_a_prompt_that_is_not_shown_is_not_run_in_parts() -> None:
         model.generate("5 6 7 8", **GREEDY)
 
 
+@pytest.mark.parametrize("positions", SELECTORS)
+def test_an_image_without_a_text_is_the_prompt(positions: str) -> None:
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Blip2Config(
+        vision_config=vision | {"image_size": 16, "patch_size": 8},
+        qformer_config=vision | {"encoder_hidden_size": 32, "vocab_size": 30},
+        text_config=build("llama").config.to_dict(),
+        num_query_tokens=3,
+        image_token_index=100,
+    )
+    model = transformers.Blip2ForConditionalGeneration._from_config(config).eval()
+    pixels = torch.randn(1, 3, 16, 16)
+    found, count = run(model, positions, lambda: model.generate(pixel_values=pixels, **GREEDY))
+    assert found == expected(4, 3, positions)  # three queries and the beginning-of-text token
+    assert count == ones(found)
+
+
 # --- what a bare pass says of itself -------------------------------------------------------------------------------------
 
 
