@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 
 import steerfast as sf
 from steerfast.place import Origin
+from steerfast.plan import ModelCard
 from steerfast.sae.cache import pack
 
 TEXTS = ["w3 w4 w5 w6 w7", "w8 w9", "w10 w11 w12"]
@@ -420,7 +421,7 @@ def test_what_dose_refuses(change: Any, error: Any, message: Any) -> None:
 
 
 def test_dose_warns_once_of_a_plan_for_another_model() -> None:
-    plan = sf.Plan({1: sf.Add(torch.ones(48), 0.01)}, model=sf.ModelCard("GPT2LMHeadModel:", 48, 3))
+    plan = sf.Plan({1: sf.Add(torch.ones(48), 0.01)}, model=ModelCard("GPT2LMHeadModel:", 48, 3))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         sf.dose(build("llama"), words(), plan, TEXTS)
