@@ -491,3 +491,18 @@ def test_the_number_of_features_may_be_of_numpy() -> None:
         assert torch.equal(one, other)
     with pytest.raises(TypeError, match="k must be a whole number"):
         sf.ops.sae_encode(x, w, None, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [("prompt", "11111"), ("0", "10000"), ("-1", "00001"), ("generated", "00000"), ("last", "00001"), ("all", "11111")],
+)
+def test_image_tokens_are_tokens_of_a_prompt_that_generate_makes_itself(positions: str, expected: str) -> None:
+    """Given pixels alone, BLIP-2 puts the marks of its 4 queries and the first token into the prompt."""
+    from test_ways import columns
+
+    model, pixels = blip(), image_inputs()["pixel_values"]
+    greedy: Any = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        assert columns(model, positions, lambda: model.generate(pixel_values=pixels, **greedy)) == expected

@@ -143,7 +143,7 @@ class Demo:
 
 
 def demonstrate(
-    out: Path, say: Say, progress: Say, tokens: int = 20, width: int = 88, sae: Path | None = SAE_FOLDER
+    out: Path, say: Say, progress: Say, tokens: int = 20, width: int = 88, sae: Path | None = None
 ) -> dict[str, Any]:
     """Run the whole demo.
 
@@ -153,8 +153,8 @@ def demonstrate(
         progress: Takes a line before each step that takes seconds.
         tokens: New tokens per continuation.
         width: Columns of the report.
-        sae: Folder or file of an SAE of this model; None, or the default where only the wheel is installed: that part is
-            left out, and the report says so.
+        sae: Folder or file of an SAE of this model; None: the repository's. Where only the wheel is installed, which is
+            without it, that part is left out, and the report says so.
 
     Returns:
         What results.json holds.
@@ -165,7 +165,7 @@ def demonstrate(
         OSError: the directory cannot be written.
     """
     started = time.perf_counter()
-    dictionary = None if sae is None or (sae == SAE_FOLDER and not sae.exists()) else SAE.load(sae)
+    dictionary = None if sae is None and not SAE_FOLDER.exists() else SAE.load(sae or SAE_FOLDER)
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = demo_model.load(progress=progress)
     demo = Demo(model, tokenizer, out, say, progress, tokens, width)
@@ -332,5 +332,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = "directory of the results (default: %(default)s)"
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=out)
     sae = "SAE of this model (default: the one of the repository)"
-    parser.add_argument("--sae", type=Path, default=SAE_FOLDER, metavar="DIR", help=sae)
+    parser.add_argument("--sae", type=Path, metavar="DIR", help=sae)
     parser.add_argument("--tokens", type=shared.positive, default=20, help="new tokens per text (default: %(default)s)")
