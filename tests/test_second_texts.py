@@ -435,7 +435,7 @@ def test_a_warning_that_is_an_error_leaves_nothing_behind(llama: Any) -> None:
     class Slow:
         def put(self, value: Any) -> None:
             begun.set()
-            left.wait(20)
+            left.wait(120)
 
         def end(self) -> None:
             pass
@@ -443,7 +443,7 @@ def test_a_warning_that_is_an_error_leaves_nothing_behind(llama: Any) -> None:
     handle = sf.steer(llama, plan())
     thread = threading.Thread(target=lambda: llama.generate(IDS, streamer=Slow(), **GREEDY))
     thread.start()
-    assert begun.wait(20)
+    assert begun.wait(120)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeWarning, match="still running in another thread"):
