@@ -11,6 +11,15 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# A kernel that a launcher starts. Triton would compile it anew for a size of 1, for a multiple of 16 and for any other: not
+# for what changes from one step of a model to the next, nor for the place of a column in its table
+kernel = triton.jit(
+    do_not_specialize=[
+        "N", "S", "stride_rows_n", "stride_rows_p", "stride_scale_n", "stride_scale_p", "stride_square_s", "stride_after_s",
+    ],
+    do_not_specialize_on_alignment=["rows_ptr", "scale_ptr"],
+)  # fmt: skip
+
 
 class Edit(NamedTuple):
     """A call of the subspace op as its kernels take it: the stream as (n, d), tables as (n, P) or absent."""
@@ -38,7 +47,7 @@ class Edit(NamedTuple):
             "x_ptr": self.x, "stride_x_n": self.x.stride(0),
             "hidden_ptr": self.hidden, "stride_hidden_n": stride(self.hidden, 0),
             "vectors_ptr": vectors, "stride_v": vectors.stride(0),
-            "slots_ptr": slots, "rows_ptr": self.rows, "stride_rows_n": stride(self.rows, 0),
+            "slots_ptr": slots, "S": slots.shape[0], "rows_ptr": self.rows, "stride_rows_n": stride(self.rows, 0),
             "D": self.x.shape[1],
         }  # fmt: skip
 
