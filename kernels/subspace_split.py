@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Edit, choose, kernel, power_of_two, stride
+from ._launch import MIN_STEP, Edit, choose, fitting, kernel, power_of_two, stride, tile_bytes
 from ._tuned import tuned
 from .act import KEEP_NORM, act, restore
 from .owners import leave_rows, owners_of
@@ -26,6 +26,7 @@ PROJECT_COLUMNS = 512  # of d per program of the first launch: 64 kB of B at k =
 # (largest k, (columns of d per product, warps)) of the first launch, and (largest k, (columns per program, warps)) of the
 # second: y and g stay in registers, and a tile of C in shared memory
 PROJECT_STEP = [(64, (64, 4)), (512, (32, 8))]
+STAGES = 3
 LIFT = [(64, (128, 4)), (128, (64, 4)), (512, (32, 8))]
 
 
@@ -169,6 +170,9 @@ def launch_split(edit: Edit) -> None:
     project_columns = tuned("subspace_split.PROJECT_COLUMNS", PROJECT_COLUMNS, x)
     step, project_warps = choose(tuned("subspace_split.PROJECT_STEP", PROJECT_STEP, x), rank)
     lift_columns, lift_warps = choose(tuned("subspace_split.LIFT", LIFT, x), rank)
+    choices = [(step, STAGES), (step, 2), (MIN_STEP, 2)]
+    step, stages = fitting(choices, lambda one: tile_bytes(edit, BLOCK_N, block_k, *one), x)
+    lift_columns = fitting([lift_columns, MIN_STEP], lambda one: tile_bytes(edit, BLOCK_N, block_k, one, 1, True), x)
     splits, chunks, tiles = triton.cdiv(d, project_columns), triton.cdiv(d, lift_columns), triton.cdiv(n, BLOCK_N)
     restores = bool(edit.modes & KEEP_NORM.value)
     y = torch.empty(splits, n, block_k, dtype=torch.float32, device=x.device)
@@ -186,7 +190,8 @@ def launch_split(edit: Edit) -> None:
     }  # fmt: skip
     _split_project_kernel[(tiles, splits)](
         **reads, **sums,
-        N=n, BLOCK_N=BLOCK_N, BLOCK_D=step, BLOCK_K=block_k, COLUMNS=project_columns, num_warps=project_warps,
+        N=n, BLOCK_N=BLOCK_N, BLOCK_D=step, BLOCK_K=block_k, COLUMNS=project_columns,
+        num_warps=project_warps, num_stages=stages,
     )  # fmt: skip
     _split_lift_kernel[(tiles, chunks)](
         **reads, **writes, **sums, **lengths,

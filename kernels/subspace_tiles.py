@@ -6,10 +6,12 @@ per tile and owner (from L2). The distinct owners of a tile are walked one after
 
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
-from ._launch import Edit, choose, kernel, power_of_two, warps_of
+from ._launch import MIN_STEP, Edit, choose, fitting, kernel, power_of_two, tile_bytes, warps_of
 from ._tuned import tuned
 from .act import AFFINE, KEEP_NORM, act, mode_of, restore
 from .owners import leave_rows, owners_of
@@ -166,10 +168,14 @@ def _tiles_kernel(
 def launch_tiles(edit: Edit) -> None:
     """One slot per token: a column of the tables."""
     x, rank = edit.x, edit.max_rank
-    block_n = choose(tuned("subspace_tiles.TILE_ROWS", TILE_ROWS, x), rank)
-    block_d, warps = choose(tuned("subspace_tiles.TILE_STEP", TILE_STEP, x), rank)
+    block_n, block_k = choose(tuned("subspace_tiles.TILE_ROWS", TILE_ROWS, x), rank), power_of_two(rank, TILE_RANK)
+    step, warps = choose(tuned("subspace_tiles.TILE_STEP", TILE_STEP, x), rank)
+    stages = tuned("subspace_tiles.TILE_STAGES", TILE_STAGES, x)
+    choices = [(step, stages), (step, 2), (MIN_STEP, 2), (MIN_STEP, 1)]
+    need = partial(tile_bytes, edit, block_n, block_k)
+    block_d, stages = fitting(choices, lambda one: max(need(*one), need(*one, lifts=True)), x)
     _tiles_kernel[(triton.cdiv(x.shape[0], block_n),)](
         **edit.reads(), **edit.writes(),
-        N=x.shape[0], BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_K=power_of_two(rank, TILE_RANK),
-        num_warps=warps_of(warps), num_stages=tuned("subspace_tiles.TILE_STAGES", TILE_STAGES, x),
+        N=x.shape[0], BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_K=block_k,
+        num_warps=warps_of(warps, x), num_stages=stages,
     )  # fmt: skip

@@ -37,7 +37,7 @@ def keys_of(launches: list[Callable[[], object]]) -> dict[tuple[Any, ...], set[s
         bind = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
         bound, specialization, options = bind(**arguments)
         constants = [value for value, one in zip(bound.values(), kernel.params, strict=True) if one.is_constexpr]
-        found[kernel.__name__, *map(str, constants), str(sorted(options.items()))].add(str(specialization))
+        found[kernel.__name__, str(constants), str(sorted(options.items()))].add(str(specialization))
 
     with mock.patch.object(JITFunction, "run", catch):
         for launch in launches:

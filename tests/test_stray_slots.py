@@ -1,4 +1,4 @@
-"""A number in a row table that is neither a slot's nor -1: that row becomes NaN, its neighbours stay, nothing waits for the host."""
+"""A number in a row table that is neither a slot's nor -1: its row becomes NaN, the others stay, nothing waits for the host."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from steerfast.ops.slots import ALL_MODES, FLOW, HINGE, SOLVE
-from steerfast_kernels import add, flow, sae_decode, sae_edit, sae_encode, sae_encode_threshold, subspace
+from steerfast_kernels import _device, add, flow, sae_decode, sae_edit, sae_encode, sae_encode_threshold, subspace
+from steerfast_kernels._device import LIMITS, Device
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -157,8 +158,8 @@ def record(variant: Variant, target: str) -> tuple[JITFunction, dict[str, Any]]:
     def catch(kernel: JITFunction, *, grid: object, warmup: bool, **arguments: Any) -> None:
         launches.append((kernel, arguments))
 
-    amd = None if target.startswith("sm_") else "as on AMD"
-    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(torch.version, "hip", amd):
+    device = Device(LIMITS[target].lanes, LIMITS[target].shared)
+    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(_device, "device_of", lambda _: device):
         variant.launch()
     return next((kernel, arguments) for kernel, arguments in launches if kernel.__name__ == variant.kernel)
 
