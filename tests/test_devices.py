@@ -34,7 +34,9 @@ DEVICES = {
 }
 
 
-def launches(name: str, n: int, dtype: torch.dtype, rank: int, split_stream: bool) -> list[tuple[JITFunction, dict[str, Any]]]:
+def launches(
+    name: str, n: int, dtype: torch.dtype, rank: int, split_stream: bool
+) -> list[tuple[JITFunction, dict[str, Any]]]:
     """The launches of a bank of this rank on a device that need not be there."""
     found: list[tuple[JITFunction, dict[str, Any]]] = []
 

@@ -69,7 +69,9 @@ OPS: dict[str, Callable[[Tensor], Any]] = {
     "subspace": banked,
     "top k": lambda x: sf.ops.sae_encode(x, *dictionary(), k=4),
     "jumprelu": lambda x: sf.ops.sae_encode_threshold(x, *dictionary(), torch.ones(F), 32),
-    "decode": lambda x: sf.ops.sae_decode(x[:, :4].half(), torch.zeros(9, 4, dtype=torch.int32), torch.randn(F, D).half()),
+    "decode": lambda x: sf.ops.sae_decode(
+        x[:, :4].half(), torch.zeros(9, 4, dtype=torch.int32), torch.randn(F, D).half()
+    ),
     "edit": sf.Amplify(torch.randn(3, D)).apply,
 }
 

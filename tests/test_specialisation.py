@@ -30,7 +30,7 @@ D, bf16 = 512, torch.bfloat16
 
 
 def keys_of(launches: list[Callable[[], object]]) -> dict[tuple[Any, ...], set[str]]:
-    """(kernel, its constants, its options) -> what Triton would compile it for."""
+    """(kernel, its constants, its options) -> what Triton would compile it for; nothing runs."""
     found: dict[tuple[Any, ...], set[str]] = defaultdict(set)
 
     def catch(kernel: JITFunction, *, grid: object, warmup: bool, **arguments: Any) -> None:

@@ -29,6 +29,9 @@ _REDUCED_SUMS = (
 TENSOR_PRODUCTS = (8, 0)
 """From this compute capability on Triton's products run on tensor cores; below it they fill a thread's stack."""
 
+STEP_SIZES = (1, 65, 1025)
+"""Numbers of tokens, one for each choice of kernel that launchers make by that number."""
+
 BACKENDS = ("auto", "triton", "torch")
 _chosen: str | None = None
 
