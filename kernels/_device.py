@@ -1,4 +1,4 @@
-"""What a device allows: asked of Triton where launchers choose by it, and the limits of the targets that are compiled ahead of time."""
+"""What a device allows: asked of Triton where launchers choose by it; and the limits of targets compiled ahead of time."""
 
 from __future__ import annotations
 

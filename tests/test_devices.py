@@ -1,4 +1,4 @@
-"""Launchers fit the device: its shared memory, the lanes of its warps, its capability. Compiled ahead of time; no GPU is needed."""
+"""Launchers fit the device: its shared memory, the lanes of its warps, its capability. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def launches(
     bank = vectors, torch.empty(rank + 1, 8), torch.zeros(1, 8, dtype=torch.int32)
     hidden = torch.empty_like(x) if split_stream else None
     device = DEVICES[name][1]
-    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(_device, "device_of", lambda _: device):
+    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(_device, "device_of", return_value=device):
         subspace.subspace(x, *bank, None, None, HINGE, rank, out=x, hidden=hidden)
     return found
 

@@ -159,7 +159,7 @@ def record(variant: Variant, target: str) -> tuple[JITFunction, dict[str, Any]]:
         launches.append((kernel, arguments))
 
     device = Device(LIMITS[target].lanes, LIMITS[target].shared)
-    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(_device, "device_of", lambda _: device):
+    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(_device, "device_of", return_value=device):
         variant.launch()
     return next((kernel, arguments) for kernel, arguments in launches if kernel.__name__ == variant.kernel)
 

@@ -1,7 +1,8 @@
 """Which implementation runs: Triton kernels on a GPU, PyTorch elsewhere.
 
 `auto` takes the kernels for CUDA tensors and falls back, with one warning, where Triton is missing, the GPU is too old for
-their products, or a gradient is asked of a kernel that has none. A backend chosen by name that cannot run is an error, never a silent fallback.
+their products, or a gradient is asked of a kernel that has none. A backend chosen by name that cannot run is an error,
+never a silent fallback.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.autograd import forward_ad
 Function = TypeVar("Function", bound=Callable[..., Any])
 _any_autocast = torch._C._is_any_autocast_enabled
 _float32_precision = torch._C._get_fp32_precision_getter
-_LIBRARIES = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}
+_LIBRARIES = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}  # type: ignore[attr-defined]
 _REDUCED_SUMS = (
     "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation",
 )  # fmt: skip

@@ -157,7 +157,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 def _launched(x: Tensor, *edit: Unpack[Edit]) -> Callable[..., Tensor]:
-    """The launcher of the kernels; among so many directions there may be a flow of full rank, which takes products of a library."""
+    """The launcher of the kernels; with so many directions there may be a flow of full rank, which takes a library's products."""
     return _with_products if edit[-1] == x.shape[-1] else kernels("subspace").subspace
 
 
