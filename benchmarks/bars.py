@@ -13,7 +13,8 @@ bar. What is compared is one of
     memory: A | B     memory that a call of A takes over that of B, or over a size that the case states
     value: KEY        a figure that the case names
 
-A bar without a row is "not measured yet". Exit code 1 where a measured bar is missed.
+A bar without a row is "not measured yet", and so is one whose calls should have been captured in a graph and could not be.
+Exit code 1 where a measured bar is missed.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ def samples(row: Row, measure: str) -> list[float]:
     """What a row says about a measure, round by round; KeyError where it says nothing."""
     kind, _, rest = measure.partition(":")
     names = [name.strip() for name in rest.split("|")]
+    timed = {"floor": ["ours"], "copy": ["ours"], "memory": [], "value": []}.get(kind, names)
+    if failed := [name for name in timed if name in row.get("uncaptured", {})]:
+        raise KeyError(f"not captured: {', '.join(failed)}")
     if kind == "time":
         return times(row, names[0])
     if kind == "over":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,7 +10,19 @@ import torch
 import triton
 from torch import Tensor
 
+from . import _device
+
 T = TypeVar("T")
+MIN_STEP = 16  # columns of d in the smallest product
+
+# A kernel that a launcher starts. Triton would compile it anew for a size of 1, for a multiple of 16 and for any other: not
+# for what changes from one step of a model to the next, nor for the place of a column in its table
+kernel = triton.jit(
+    do_not_specialize=[
+        "N", "S", "stride_rows_n", "stride_rows_p", "stride_scale_n", "stride_scale_p", "stride_square_s", "stride_after_s",
+    ],
+    do_not_specialize_on_alignment=["rows_ptr", "scale_ptr"],
+)  # fmt: skip
 
 
 class Edit(NamedTuple):
@@ -38,7 +51,7 @@ class Edit(NamedTuple):
             "x_ptr": self.x, "stride_x_n": self.x.stride(0),
             "hidden_ptr": self.hidden, "stride_hidden_n": stride(self.hidden, 0),
             "vectors_ptr": vectors, "stride_v": vectors.stride(0),
-            "slots_ptr": slots, "rows_ptr": self.rows, "stride_rows_n": stride(self.rows, 0),
+            "slots_ptr": slots, "S": slots.shape[0], "rows_ptr": self.rows, "stride_rows_n": stride(self.rows, 0),
             "D": self.x.shape[1],
         }  # fmt: skip
 
@@ -84,6 +97,25 @@ def choose(table: list[tuple[int, T]], size: int) -> T:
     return next((value for limit, value in table if size <= limit), table[-1][1])
 
 
-def warps_of(count: int) -> int:
-    """As many threads as `count` warps of 32 lanes have: a wave of AMD has 64."""
-    return count // 2 if torch.version.hip else count
+def warps_of(count: int, x: Tensor) -> int:
+    """As many threads as `count` warps of 32 lanes have: some waves of AMD have 64."""
+    return count * 32 // _device.device_of(x).lanes
+
+
+def tile_bytes(edit: Edit, block_n: int, block_k: int, step: int, stages: int, lifts: bool = False) -> int:
+    """Shared memory that products of a tile of the stream take, at most: x and B of each stage but that in registers.
+
+    A lift has g and C on their way into the product instead, and x and C of one stage less.
+    """
+    rows = block_n * (1 if edit.hidden is None else 2)
+    size = step * edit.x.element_size()
+    if not lifts:
+        return max(stages - 1, 1) * (rows + block_k) * size
+    ahead = max(stages - 2, 0) * (rows + block_k) + (rows if stages > 1 else 0)
+    return 4 * block_n * block_k + (block_k + ahead) * size
+
+
+def fitting(choices: list[T], need: Callable[[T], int], x: Tensor) -> T:
+    """The first choice that needs no more bytes of shared memory than the device of x has; the last is the smallest."""
+    room = _device.device_of(x).shared
+    return next((one for one in choices if need(one) <= room), choices[-1])

@@ -1,7 +1,8 @@
 """Add: x + scale · vectors[rows]; and the same between a residual add and the RMSNorm after it.
 
 Bytes a token: `add` reads |x|·d and one vector per owner (from L2) and writes |x|·d; `add_rms_norm` reads and writes
-2·|x|·d. A token whose entries are all -1 is not written in place and copied bit for bit out of place. Turner et al. 2023
+2·|x|·d. A token whose entries are all -1 is not written in place and copied bit for bit out of place; one that names a
+vector outside the bank becomes NaN. Turner et al. 2023
 (ActAdd), Rimsky et al. 2024 (CAA), Zhang & Sennrich 2019 (RMSNorm).
 """
 
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import choose, columns, flatten, on_device, power_of_two, stride
+from ._launch import choose, columns, flatten, kernel, on_device, power_of_two, stride
 from ._tuned import tuned
 
 BLOCK_D = 1024  # columns per program: enough programs for a few rows, 16 bytes per thread and load in bf16
@@ -19,13 +20,22 @@ NORM_WARPS = [(1024, 4), (4096, 8), (16384, 16)]  # (largest d, warps): a whole 
 
 
 @triton.jit
+def _vector(vectors_ptr, stride_v, slot, S, offs_d, D):
+    """A row of the bank in float32, NaN for a number outside it: no stray read, no wait for the host."""
+    inside = (slot >= 0) & (slot < S)
+    row_ptr = vectors_ptr + slot.to(tl.int64) * stride_v
+    vector = tl.load(row_ptr + offs_d, mask=offs_d < tl.where(inside, D, 0), other=0.0)
+    return tl.where(inside, vector.to(tl.float32), float("nan"))
+
+
+@kernel
 def _add_kernel(
     x_ptr, stride_x_n,
     out_ptr, stride_out_n,
     vectors_ptr, stride_v,
     rows_ptr, stride_rows_n, stride_rows_p,
     scale_ptr, stride_scale_n, stride_scale_p,
-    D, P: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_D: tl.constexpr,
+    S, D, P: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -40,11 +50,9 @@ def _add_kernel(
         weight = 1.0
         if scale_ptr is not None:
             weight = tl.load(scale_ptr + i_n * stride_scale_n + p * stride_scale_p)
-        owned = slot >= 0
-        vector_ptr = vectors_ptr + tl.maximum(slot, 0).to(tl.int64) * stride_v
-        vector = tl.load(vector_ptr + offs_d, mask=mask_d, other=0.0)
-        x = tl.where(owned, x + weight * vector.to(tl.float32), x)
-        edited = edited | owned
+        vector = _vector(vectors_ptr, stride_v, slot, S, offs_d, D)
+        x = tl.where(slot == -1, x, x + weight * vector)
+        edited = edited | (slot != -1)
     if IN_PLACE:
         tl.store(out_ptr + i_n * stride_out_n + offs_d, x.to(original.dtype), mask=mask_d & edited)
     else:
@@ -68,13 +76,13 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None, o
             vectors_ptr=bank, stride_v=bank.stride(0),
             rows_ptr=rows, stride_rows_n=stride(rows, 0), stride_rows_p=stride(rows, 1),
             scale_ptr=scale, stride_scale_n=stride(scale, 0), stride_scale_p=stride(scale, 1),
-            D=d, P=1 if rows is None else rows.shape[1], IN_PLACE=flat.data_ptr() == result.data_ptr(),
+            S=bank.shape[0], D=d, P=1 if rows is None else rows.shape[1], IN_PLACE=flat.data_ptr() == result.data_ptr(),
             BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return out
 
 
-@triton.jit
+@kernel
 def _add_rms_norm_kernel(
     hidden_ptr, stride_hidden_n,
     residual_ptr, stride_residual_n,
@@ -83,7 +91,7 @@ def _add_rms_norm_kernel(
     vectors_ptr, stride_v,
     rows_ptr, stride_rows_n, stride_rows_p,
     scale_ptr, stride_scale_n, stride_scale_p,
-    D, eps, OFFSET: tl.constexpr, P: tl.constexpr, BLOCK_D: tl.constexpr,
+    S, D, eps, OFFSET: tl.constexpr, P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
@@ -97,9 +105,8 @@ def _add_rms_norm_kernel(
         gain = 1.0
         if scale_ptr is not None:
             gain = tl.load(scale_ptr + i_n * stride_scale_n + p * stride_scale_p)
-        vector_ptr = vectors_ptr + tl.maximum(slot, 0).to(tl.int64) * stride_v
-        vector = tl.load(vector_ptr + offs_d, mask=mask_d, other=0.0)
-        x = tl.where(slot >= 0, x + gain * vector.to(tl.float32), x)
+        vector = _vector(vectors_ptr, stride_v, slot, S, offs_d, D)
+        x = tl.where(slot == -1, x, x + gain * vector)
     stream = x.to(stream_ptr.dtype.element_ty)
     tl.store(stream_ptr + i_n * D + offs_d, stream, mask=mask_d)
     x = stream.to(tl.float32)  # the norm of what is stored
@@ -135,7 +142,7 @@ def add_rms_norm(
             vectors_ptr=bank, stride_v=bank.stride(0),
             rows_ptr=rows, stride_rows_n=stride(rows, 0), stride_rows_p=stride(rows, 1),
             scale_ptr=scale, stride_scale_n=stride(scale, 0), stride_scale_p=stride(scale, 1),
-            D=d, eps=eps, OFFSET=1.0 if unit_offset else 0.0, P=1 if rows is None else rows.shape[1],
+            S=bank.shape[0], D=d, eps=eps, OFFSET=1.0 if unit_offset else 0.0, P=1 if rows is None else rows.shape[1],
             BLOCK_D=power_of_two(d), num_warps=choose(tuned("add.NORM_WARPS", NORM_WARPS, residual), d),
         )  # fmt: skip
     return normed, stream

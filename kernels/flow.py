@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import choose, power_of_two, stride
+from ._launch import choose, kernel, power_of_two, stride
 from ._tuned import tuned
 
 # (largest d, warps) of the full-rank kernel: one program per row. No solver spills up to d = 4096; beyond it all but Euler do on
@@ -177,12 +177,12 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
     return tl.where(rest == 0.0, 1.0, alpha), y
 
 
-@triton.jit
+@kernel
 def _flow_kernel(
     z_ptr, stride_z_n,
     norm_ptr,
     coefficients_ptr,
-    slots_ptr,
+    slots_ptr, S,
     rows_ptr, stride_rows_n, stride_rows_p,
     scale_ptr, stride_scale_n, stride_scale_p,
     g_ptr, stride_g_n,
@@ -196,12 +196,14 @@ def _flow_kernel(
     z = tl.load(z_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
     norm = tl.load(norm_ptr + i_n) + tl.zeros((1,), tl.float32)
     owned = 0
+    stray = tl.full((), 0, tl.int1)
     for p in tl.static_range(P):
         slot = tl.full((), 0, tl.int32)
         if rows_ptr is not None:
             slot = tl.load(rows_ptr + i_n * stride_rows_n + p * stride_rows_p)
         head_ptr = slots_ptr + slot * 8
-        if tl.load(head_ptr + 1, mask=slot >= 0, other=0) > 0:
+        stray = stray | (slot < -1) | (slot >= S)
+        if tl.load(head_ptr + 1, mask=(slot >= 0) & (slot < S), other=0) > 0:
             c_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
             weight = tl.load(c_ptr + 2)
             if scale_ptr is not None:
@@ -216,9 +218,9 @@ def _flow_kernel(
             else:
                 _, z = euler(z, inside, c_ptr + 8, offs_d, mask_d, length, tl.load(head_ptr + 5))
             owned = 1
-    tl.store(owned_ptr + i_n, owned)
+    tl.store(owned_ptr + i_n, owned | stray)
     start = tl.load(z_ptr + offs_d, mask=mask_d, other=0.0)  # again: no register holds it across the steps
-    g = (tl.sum(z, axis=0) - start).to(g_ptr.dtype.element_ty)
+    g = tl.where(stray, float("nan"), tl.sum(z, axis=0) - start).to(g_ptr.dtype.element_ty)
     tl.store(g_ptr + i_n * stride_g_n + offs_d, g, mask=mask_d)
 
 
@@ -243,7 +245,7 @@ def flow(
     _flow_kernel[(n,)](
         z_ptr=z, stride_z_n=z.stride(0),
         norm_ptr=norm,
-        coefficients_ptr=coefficients, slots_ptr=slots,
+        coefficients_ptr=coefficients, slots_ptr=slots, S=slots.shape[0],
         rows_ptr=rows, stride_rows_n=stride(rows, 0), stride_rows_p=stride(rows, 1),
         scale_ptr=scale, stride_scale_n=stride(scale, 0), stride_scale_p=stride(scale, 1),
         g_ptr=g, stride_g_n=g.stride(0),

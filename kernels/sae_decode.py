@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import choose, flatten, on_device, power_of_two
+from ._launch import choose, flatten, kernel, on_device, power_of_two
 from ._tuned import tuned
 
 WIDTH = [(64, 256), (1 << 62, 1024)]  # (largest n, columns per program): few tokens want many programs
@@ -21,7 +21,7 @@ CHUNK = 8  # rows of W_dec in flight per step
 WARPS = 4
 
 
-@triton.jit
+@kernel
 def _decode_kernel(
     values_ptr, stride_values_n,
     indices_ptr, stride_indices_n,

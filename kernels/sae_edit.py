@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import choose, flatten, on_device, power_of_two
+from ._launch import choose, flatten, kernel, on_device, power_of_two
 
 WIDTH = [(64, 256), (1 << 62, 1024)]  # (largest n, columns per program): few tokens want many programs
 WARPS = 4
 
 
-@triton.jit
+@kernel
 def _edit_kernel(
     x_ptr, stride_x_n,
     values_ptr, stride_values_n,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import choose, flatten, on_device, power_of_two
+from ._launch import choose, flatten, kernel, on_device, power_of_two
 from ._tuned import tuned
 
 # (largest n, (rows per tile, warps)); 64 is the fewest rows of Hopper's matrix instruction
@@ -80,7 +80,7 @@ def _best(bits, i_f, BLOCK_F: tl.constexpr):
     return place, tl.where(value > 0, key, 0)
 
 
-@triton.jit
+@kernel
 def _encode_kernel(
     x_ptr, stride_x_n,
     w_ptr, stride_w_f, stride_w_d,
@@ -103,7 +103,7 @@ def _encode_kernel(
         bits = tl.where(places == place[:, None], 0, bits)
 
 
-@triton.jit
+@kernel
 def _repair_kernel(
     x_ptr, stride_x_n,
     w_ptr, stride_w_f, stride_w_d,
@@ -137,7 +137,7 @@ def _repair_kernel(
             bits = tl.where(places == place[:, None], 0, bits)
 
 
-@triton.jit
+@kernel
 def _select_kernel(
     keys_ptr, stride_keys_n,
     out_ptr, stride_out_n,

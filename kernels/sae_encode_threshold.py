@@ -11,15 +11,14 @@ depend on its batch-mates, as in `sae_encode`. Rajamanoharan et al. 2024 (arXiv:
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device
+from ._launch import kernel, on_device
 from .sae_encode import _best, _place, _tile_bits, product_arguments
 
 
-@triton.jit
+@kernel
 def _threshold_kernel(
     x_ptr, stride_x_n,
     w_ptr, stride_w_f, stride_w_d,

@@ -6,16 +6,15 @@ Bytes a token: reads |x|·d, and W (from L2) once or, squashed, twice; writes 4.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import flatten, on_device, power_of_two
+from ._launch import flatten, kernel, on_device, power_of_two
 
 WARPS = 8
 
 
-@triton.jit
+@kernel
 def _similarity_kernel(
     x_ptr, stride_x_n,
     out_ptr,

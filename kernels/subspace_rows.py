@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._launch import Edit, choose, power_of_two, stride
+from ._launch import Edit, choose, kernel, power_of_two, stride
 from ._tuned import tuned
 from .act import ADD, AFFINE, COUPLED, HINGE, KEEP_NORM, couple, hinge, mode_of, restore
 
@@ -68,7 +68,7 @@ def _hinge_delta(x, b_ptr, c_ptr, coef_ptr, probe_ptr, K, rank, stride_v, offs_d
     return delta
 
 
-@triton.jit
+@kernel
 def _rows_kernel(
     x_ptr, stride_x_n,
     hidden_ptr, stride_hidden_n,
@@ -76,7 +76,7 @@ def _rows_kernel(
     probe_ptr, stride_probe_n, stride_probe_p, K,
     vectors_ptr, stride_v,
     coefficients_ptr,
-    slots_ptr,
+    slots_ptr, S,
     rows_ptr, stride_rows_n, stride_rows_p,
     scale_ptr, stride_scale_n, stride_scale_p,
     D, P: tl.constexpr,
@@ -98,8 +98,11 @@ def _rows_kernel(
         seen_ptr = probe_ptr
         if probe_ptr is not None:
             seen_ptr = probe_ptr + i_n * stride_probe_n + p * stride_probe_p
+        stray = (slot < -1) | (slot >= S)
+        x = tl.where(stray, float("nan"), x)
+        edited = edited | stray
         head_ptr = slots_ptr + slot * 8
-        rank = tl.load(head_ptr + 1, mask=slot >= 0, other=0)
+        rank = tl.load(head_ptr + 1, mask=(slot >= 0) & (slot < S), other=0)
         if rank > 0:
             mode = mode_of(head_ptr, MODES)
             b_ptr = vectors_ptr + tl.load(head_ptr + 2).to(tl.int64) * stride_v

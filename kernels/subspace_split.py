@@ -14,10 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Edit, choose, power_of_two, stride
+from ._launch import MIN_STEP, Edit, choose, fitting, kernel, power_of_two, stride, tile_bytes
 from ._tuned import tuned
 from .act import KEEP_NORM, act, restore
-from .subspace_tiles import TILE_RANK, copy_rows, owners_of, store_probe, tile_moved, tile_project
+from .owners import leave_rows, owners_of
+from .subspace_tiles import TILE_RANK, store_probe, tile_moved, tile_project
 
 SPLIT_ROWS = 1024  # up to this many tokens: 16 tiles of 64 would occupy an eighth of an H200
 BLOCK_N = 16  # the smallest tile of a tensor-core product
@@ -25,17 +26,18 @@ PROJECT_COLUMNS = 512  # of d per program of the first launch: 64 kB of B at k =
 # (largest k, (columns of d per product, warps)) of the first launch, and (largest k, (columns per program, warps)) of the
 # second: y and g stay in registers, and a tile of C in shared memory
 PROJECT_STEP = [(64, (64, 4)), (512, (32, 8))]
+STAGES = 3
 LIFT = [(64, (128, 4)), (128, (64, 4)), (512, (32, 8))]
 
 
-@triton.jit
+@kernel
 def _split_project_kernel(
     x_ptr, stride_x_n,
     hidden_ptr, stride_hidden_n,
     y_ptr, stride_y_s, stride_y_n,
     square_ptr, stride_square_s,
     vectors_ptr, stride_v,
-    slots_ptr,
+    slots_ptr, S,
     rows_ptr, stride_rows_n,
     N, D,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
@@ -44,7 +46,7 @@ def _split_project_kernel(
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     offs_k = tl.arange(0, BLOCK_K)
-    owner, _ = owners_of(slots_ptr, rows_ptr, stride_rows_n, None, 0, offs_n, mask_n)
+    owner, _ = owners_of(slots_ptr, S, rows_ptr, stride_rows_n, None, 0, offs_n, mask_n)
     first, last = i_s * COLUMNS, tl.minimum((i_s + 1) * COLUMNS, D)
     slot = tl.max(owner, axis=0)
     while slot >= 0:
@@ -63,7 +65,7 @@ def _split_project_kernel(
         slot = tl.max(owner, axis=0)
 
 
-@triton.jit
+@kernel
 def _split_lift_kernel(
     x_ptr, stride_x_n,
     hidden_ptr, stride_hidden_n,
@@ -75,7 +77,7 @@ def _split_lift_kernel(
     after_ptr, stride_after_s,
     vectors_ptr, stride_v,
     coefficients_ptr,
-    slots_ptr,
+    slots_ptr, S,
     rows_ptr, stride_rows_n,
     scale_ptr, stride_scale_n,
     N, D, SPLITS,
@@ -87,10 +89,9 @@ def _split_lift_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     offs_d = i_c * COLUMNS + tl.arange(0, COLUMNS)
     mask_d = offs_d < D
-    owner, weight = owners_of(slots_ptr, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n)
-    if not IN_PLACE and tl.min(tl.where(mask_n, owner, 0), axis=0) < 0:
-        last = tl.minimum((i_c + 1) * COLUMNS, D)
-        copy_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, offs_n, mask_n & (owner < 0), i_c * COLUMNS, last, COLUMNS)
+    owner, weight = owners_of(slots_ptr, S, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n)
+    first, last = i_c * COLUMNS, tl.minimum((i_c + 1) * COLUMNS, D)
+    leave_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, first, last, IN_PLACE, COLUMNS)
     y = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     square = tl.zeros((BLOCK_N,), tl.float32)
     for i_s in range(SPLITS):
@@ -128,14 +129,14 @@ def _split_lift_kernel(
         slot = tl.max(owner, axis=0)
 
 
-@triton.jit
+@kernel
 def _split_restore_kernel(
     hidden_ptr, stride_hidden_n,
     out_ptr, stride_out_n,
     square_ptr, stride_square_s,
     moved_ptr, stride_moved_n,
     after_ptr, stride_after_s,
-    slots_ptr,
+    slots_ptr, S,
     rows_ptr, stride_rows_n,
     D, SPLITS, CHUNKS, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -144,8 +145,9 @@ def _split_restore_kernel(
     slot = tl.full((), 0, tl.int32)
     if rows_ptr is not None:
         slot = tl.load(rows_ptr + i_n * stride_rows_n)
-    rank = tl.load(slots_ptr + slot * 8 + 1, mask=slot >= 0, other=0)
-    keeps = tl.load(slots_ptr + slot * 8 + 6, mask=slot >= 0, other=0)
+    inside = (slot >= 0) & (slot < S)
+    rank = tl.load(slots_ptr + slot * 8 + 1, mask=inside, other=0)
+    keeps = tl.load(slots_ptr + slot * 8 + 6, mask=inside, other=0)
     if (rank > 0) & (keeps != 0):
         before = 0.0
         for i_s in range(SPLITS):
@@ -168,6 +170,9 @@ def launch_split(edit: Edit) -> None:
     project_columns = tuned("subspace_split.PROJECT_COLUMNS", PROJECT_COLUMNS, x)
     step, project_warps = choose(tuned("subspace_split.PROJECT_STEP", PROJECT_STEP, x), rank)
     lift_columns, lift_warps = choose(tuned("subspace_split.LIFT", LIFT, x), rank)
+    choices = [(step, STAGES), (step, 2), (MIN_STEP, 2)]
+    step, stages = fitting(choices, lambda one: tile_bytes(edit, BLOCK_N, block_k, *one), x)
+    lift_columns = fitting([lift_columns, MIN_STEP], lambda one: tile_bytes(edit, BLOCK_N, block_k, one, 1, True), x)
     splits, chunks, tiles = triton.cdiv(d, project_columns), triton.cdiv(d, lift_columns), triton.cdiv(n, BLOCK_N)
     restores = bool(edit.modes & KEEP_NORM.value)
     y = torch.empty(splits, n, block_k, dtype=torch.float32, device=x.device)
@@ -185,7 +190,8 @@ def launch_split(edit: Edit) -> None:
     }  # fmt: skip
     _split_project_kernel[(tiles, splits)](
         **reads, **sums,
-        N=n, BLOCK_N=BLOCK_N, BLOCK_D=step, BLOCK_K=block_k, COLUMNS=project_columns, num_warps=project_warps,
+        N=n, BLOCK_N=BLOCK_N, BLOCK_D=step, BLOCK_K=block_k, COLUMNS=project_columns,
+        num_warps=project_warps, num_stages=stages,
     )  # fmt: skip
     _split_lift_kernel[(tiles, chunks)](
         **reads, **writes, **sums, **lengths,
@@ -196,6 +202,6 @@ def launch_split(edit: Edit) -> None:
             **lengths, square_ptr=square, stride_square_s=square.stride(0),
             hidden_ptr=edit.hidden, stride_hidden_n=stride(edit.hidden, 0),
             out_ptr=edit.out, stride_out_n=edit.out.stride(0),
-            slots_ptr=edit.bank[2], rows_ptr=edit.rows, stride_rows_n=stride(edit.rows, 0),
+            slots_ptr=edit.bank[2], S=edit.bank[2].shape[0], rows_ptr=edit.rows, stride_rows_n=stride(edit.rows, 0),
             D=d, SPLITS=splits, CHUNKS=chunks, COLUMNS=lift_columns, num_warps=4,
         )  # fmt: skip

@@ -6,12 +6,15 @@ per tile and owner (from L2). The distinct owners of a tile are walked one after
 
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
-from ._launch import Edit, choose, power_of_two, warps_of
+from ._launch import MIN_STEP, Edit, choose, fitting, kernel, power_of_two, tile_bytes, warps_of
 from ._tuned import tuned
 from .act import AFFINE, KEEP_NORM, act, mode_of, restore
+from .owners import leave_rows, owners_of
 
 TILE_RANK = 16  # from this rank on a product on tensor cores beats sums of vectors
 TILE_ROWS = [(64, 64), (128, 32), (512, 16)]  # (largest k, rows per tile): y stays in registers
@@ -19,21 +22,6 @@ TILE_ROWS = [(64, 64), (128, 32), (512, 16)]  # (largest k, rows per tile): y st
 # warps; 8 waves of gfx942, which have 64 lanes, leave too few registers to each, and every solver spills 31
 TILE_STEP = [(32, (64, 4)), (512, (32, 8))]
 TILE_STAGES = 3
-
-
-@triton.jit
-def owners_of(slots_ptr, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n):
-    """The slot that owns each row of a tile, -1 for none or an empty one, and the scale of each row."""
-    if rows_ptr is None:
-        owner = tl.where(mask_n, 0, -1)
-    else:
-        owner = tl.load(rows_ptr + offs_n * stride_rows_n, mask=mask_n, other=-1)
-    rank = tl.load(slots_ptr + owner * 8 + 1, mask=owner >= 0, other=0)
-    owner = tl.where(rank > 0, owner, -1)
-    weight = tl.full(owner.shape, 1.0, tl.float32)
-    if scale_ptr is not None:
-        weight = tl.load(scale_ptr + offs_n * stride_scale_n, mask=mask_n, other=1.0)
-    return owner, weight
 
 
 @triton.jit
@@ -98,16 +86,6 @@ def tile_moved(
 
 
 @triton.jit
-def copy_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, offs_n, mask_n, first, last, BLOCK_D: tl.constexpr):
-    """Rows without an edit, bit for bit."""
-    for d in range(first, last, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        mask = mask_n[:, None] & (offs_d < last)[None, :]
-        x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask)
-        tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], x, mask=mask)
-
-
-@triton.jit
 def _tile_slot(
     x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, probe_ptr, stride_probe_n, K,
     vectors_ptr, stride_v, coefficients_ptr, head_ptr, offs_n, mask_n, weight, D,
@@ -157,7 +135,7 @@ def store_probe(probe_ptr, stride_probe_n, K, y, head_ptr, offs_n, mask_n, offs_
     tl.store(probe_ptr + offs_n[:, None] * stride_probe_n + offs_k[None, :], y, mask=seen)
 
 
-@triton.jit
+@kernel
 def _tiles_kernel(
     x_ptr, stride_x_n,
     hidden_ptr, stride_hidden_n,
@@ -165,7 +143,7 @@ def _tiles_kernel(
     probe_ptr, stride_probe_n, K,
     vectors_ptr, stride_v,
     coefficients_ptr,
-    slots_ptr,
+    slots_ptr, S,
     rows_ptr, stride_rows_n,
     scale_ptr, stride_scale_n,
     N, D,
@@ -174,9 +152,8 @@ def _tiles_kernel(
 ):  # fmt: skip
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    owner, weight = owners_of(slots_ptr, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n)
-    if not IN_PLACE and tl.min(tl.where(mask_n, owner, 0), axis=0) < 0:
-        copy_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, offs_n, mask_n & (owner < 0), 0, D, BLOCK_D)
+    owner, weight = owners_of(slots_ptr, S, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n)
+    leave_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, 0, D, IN_PLACE, BLOCK_D)
     slot = tl.max(owner, axis=0)
     while slot >= 0:  # once per distinct owner of the tile
         _tile_slot(
@@ -191,10 +168,14 @@ def _tiles_kernel(
 def launch_tiles(edit: Edit) -> None:
     """One slot per token: a column of the tables."""
     x, rank = edit.x, edit.max_rank
-    block_n = choose(tuned("subspace_tiles.TILE_ROWS", TILE_ROWS, x), rank)
-    block_d, warps = choose(tuned("subspace_tiles.TILE_STEP", TILE_STEP, x), rank)
+    block_n, block_k = choose(tuned("subspace_tiles.TILE_ROWS", TILE_ROWS, x), rank), power_of_two(rank, TILE_RANK)
+    step, warps = choose(tuned("subspace_tiles.TILE_STEP", TILE_STEP, x), rank)
+    stages = tuned("subspace_tiles.TILE_STAGES", TILE_STAGES, x)
+    choices = [(step, stages), (step, 2), (MIN_STEP, 2), (MIN_STEP, 1)]
+    need = partial(tile_bytes, edit, block_n, block_k)
+    block_d, stages = fitting(choices, lambda one: max(need(*one), need(*one, lifts=True)), x)
     _tiles_kernel[(triton.cdiv(x.shape[0], block_n),)](
         **edit.reads(), **edit.writes(),
-        N=x.shape[0], BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_K=power_of_two(rank, TILE_RANK),
-        num_warps=warps_of(warps), num_stages=tuned("subspace_tiles.TILE_STAGES", TILE_STAGES, x),
+        N=x.shape[0], BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_K=block_k,
+        num_warps=warps_of(warps, x), num_stages=stages,
     )  # fmt: skip

@@ -37,6 +37,7 @@ from .hooks.steer import prepare as prepare
 from .hooks.steer import reset as reset
 from .hooks.steer import steer as steer
 from .hooks.steer import unprepare as unprepare
+from .hooks.steer import warmup as warmup
 from .integrations.read import load_directions as load_directions
 from .models.collect import collect as collect
 from .ops.backends import use_backend as use_backend

@@ -52,22 +52,22 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def owners(rows: Tensor | None, scale: Tensor | None, n: int) -> Iterator[list[tuple[int, Any]]]:
-    """For each of n rows, whom it names, left to right, and how strongly."""
+    """For each of n rows, whom it names, left to right, and how strongly; -1 names nobody."""
     for i in range(n):
         names = [0] if rows is None else rows[i].reshape(-1).tolist()
         weights = [1.0] * len(names) if scale is None else number(scale)[i].reshape(-1)
-        yield [(owner, weight) for owner, weight in zip(names, weights, strict=True) if owner >= 0]
+        yield [(owner, weight) for owner, weight in zip(names, weights, strict=True) if owner != -1]
 
 
 # --- the stream -------------------------------------------------------------------------------------------------------
 
 
 def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """x + scale · vectors[rows]."""
+    """x + scale · vectors[rows]; a row that names a vector outside the bank is NaN."""
     bank, out = rows_of(vectors), rows_of(x).clone()
     for i, named in enumerate(owners(rows, scale, len(out))):
         for owner, weight in named:
-            out[i] = out[i] + weight * bank[owner]
+            out[i] = out[i] + weight * bank[owner] if 0 <= owner < len(bank) else torch.nan
     return out.view(x.shape)
 
 
@@ -274,7 +274,7 @@ def subspace(
     rows: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Each row after the slots that it names, left to right."""
+    """Each row after the slots that it names, left to right; NaN after a number that is neither a slot's nor -1."""
     return _by_slots(x, number(vectors), number(coefficients), slots, rows, scale, 0)[0]
 
 
@@ -306,7 +306,10 @@ def _by_slots(
     for i in range(len(out)):
         for column in range(columns):
             owner = 0 if rows is None else int(rows.view(len(out), columns)[i, column])
-            if owner < 0:
+            if owner == -1:
+                continue
+            if not 0 <= owner < len(slots):
+                out[i] = torch.nan
                 continue
             weight = 1.0 if scale is None else number(scale).view(len(out), columns)[i, column]
             slot = Slot.read(vectors, coefficients, slots[owner].tolist())

@@ -2,7 +2,7 @@
 
 A variant is one launch of a launcher at a typical size. The launch is recorded instead of run, its arguments are
 specialised as Triton does (a size of 1 becomes a constant; pointers and multiples of 16 are marked divisible by 16; None
-is a constant), and the kernel is compiled for a target that need not be present.
+is a constant; what changes from step to step is none of this), and the kernel is compiled for a target that need not be present.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from steerfast.ops.slots import ALL_MODES, FLOW, HINGE, SOLVE
-from steerfast_kernels import add, flow, sae_decode, sae_edit, sae_encode, sae_encode_threshold, subspace
+from steerfast_kernels import _device, add, flow, sae_decode, sae_edit, sae_encode, sae_encode_threshold, subspace
+from steerfast_kernels._device import LIMITS, Device
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -157,8 +158,8 @@ def record(variant: Variant, target: str) -> tuple[JITFunction, dict[str, Any]]:
     def catch(kernel: JITFunction, *, grid: object, warmup: bool, **arguments: Any) -> None:
         launches.append((kernel, arguments))
 
-    amd = None if target.startswith("sm_") else "as on AMD"
-    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(torch.version, "hip", amd):
+    device = Device(LIMITS[target].lanes, LIMITS[target].shared)
+    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(_device, "device_of", return_value=device):
         variant.launch()
     return next((kernel, arguments) for kernel, arguments in launches if kernel.__name__ == variant.kernel)
 
@@ -170,14 +171,16 @@ def specialise(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = f"*{TYPES[value.dtype]}"
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
+        aligned = isinstance(value, torch.Tensor) or value % 16 == 0
+        if aligned and special and not parameter.do_not_specialize_on_alignment:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 

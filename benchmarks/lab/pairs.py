@@ -48,7 +48,7 @@ class Race:
         self.row: Row = {
             "case": case.name, "status": "red", "clock": clock.name, "bytes": case.bytes, "operations": case.operations,
             "floor": peaks.floor(case), "copy": peaks.copy, "product": peaks.product,
-            "times": {}, "beside": {}, "calm": {}, "errors": {}, "missing": {},
+            "times": {}, "beside": {}, "calm": {}, "errors": {}, "missing": {}, "uncaptured": {},
         }  # fmt: skip
         self.effort = effort
         self._clock = clock
@@ -78,7 +78,9 @@ class Race:
                 raise NotHere("a quick run compiles nothing")
             function = maker()
             if judge is None or self._allow(name, function, sets[0], judge, case.slack):
-                self._runners[name] = self._clock.prepare(function, sets, self.effort, case.captured)
+                self._runners[name] = runner = self._clock.prepare(function, sets, self.effort, case.captured)
+                if runner.uncaptured:
+                    self.row["uncaptured"][name] = runner.uncaptured
                 for kind in KINDS:
                     self.row[kind][name] = []
         except NotHere as reason:

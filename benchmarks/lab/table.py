@@ -8,7 +8,8 @@ from .rows import Row
 HEAD = f"{'case':44}{'ms':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of peak':>9}{'eager':>8}{'compile':>9}{'noise':>7}"
 LEGEND = (
     "of peak: the floor, by the copy and the product above, over the time. eager, compile: their time over ours, paired. "
-    "noise: ours a second time over ours. busy: some of it was measured on a disturbed core."
+    "noise: ours a second time over ours. busy: some of it was measured on a disturbed core. "
+    "not captured: launches from the host, where a graph was to be measured; no bar takes these times."
 )
 
 
@@ -24,4 +25,6 @@ def line(row: Row) -> str:
     rates = f"{row['bytes'] / seconds / 1e9:8.1f}{row['operations'] / seconds / 1e9:9.1f}"
     shown = [name for name in (OURS, "eager", "torch.compile", AGAIN) if name in row["times"]]
     busy = "" if all(is_calm(row, OURS, name) for name in shown) else "  busy"
+    if uncaptured := row.get("uncaptured"):
+        busy += f"  not captured: {', '.join(uncaptured)}"
     return f"{row['case']:44}{1e3 * seconds:10.4f}{rates}{row['floor'] / seconds:9.0%}{''.join(cells)}{busy}"

@@ -19,6 +19,7 @@ from steerfast.edits.columns import numbered
 from steerfast.edits.conditions import When
 from steerfast.models.layers import Layers, find_layers, refuse_flat, stream_storage
 from steerfast.models.proof import Proof, prove, refuse_split
+from steerfast.ops.backends import STEP_SIZES
 from steerfast.plan import Plan
 
 from .attachment import Attachment
@@ -223,6 +224,13 @@ class Controller:
         self.passes.counts.make_room(slots + 1, self.passes.device)
         self.passes.watch()
         vars(self.model)[_ATTRIBUTE] = self
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Launch at every place what the passes of traffic can launch there."""
+        for dispatcher in self.dispatchers.values():
+            for tokens in STEP_SIZES:
+                dispatcher.rehearse(tokens)
 
     def unprepare(self) -> None:
         """Take the inert dispatchers out again, and drop the graphs that hold them."""

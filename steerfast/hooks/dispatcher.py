@@ -138,6 +138,21 @@ class Dispatcher:
             return lambda x: self._by_table(x, rows, scale, columns, programs, bank)
         return partial(_directly, found.direct) if found.direct else None
 
+    def rehearse(self, tokens: int) -> None:
+        """Launch what a pass over so many tokens can launch here, on zeros that no slot owns; nothing on PyTorch."""
+        x = self.bank.vectors.new_zeros(tokens, self.point.width)
+        if backend_of(x) == "torch":
+            return
+        most = MAX_SLOTS_PER_ROW if self.fixed else min(self.passes.width, MAX_SLOTS_PER_ROW)
+        rows, scale = x.new_full((tokens, most), -1, dtype=torch.int32), x.new_ones(tokens, most, dtype=torch.float32)
+        for columns in range(most if self.fixed else 1, most + 1):
+            self._by_slots(x, rows[:, :columns], scale[:, :columns], self.bank)
+        for run in self._programs.values():
+            run(x, torch.zeros_like(scale[:, 0]))
+        for when, place in self.passes.conditions.values():
+            if place == self.place:
+                when.condition(x)
+
     def _decide(self, x: Tensor, call: Call) -> _Found:
         call.ran.add(self)
         found = self._found

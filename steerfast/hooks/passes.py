@@ -141,6 +141,11 @@ class Passes:
         """Where the stream enters the first block, and where tables are needed."""
         return stream_storage(self._layers.blocks[0], self._model)[1]
 
+    @property
+    def width(self) -> int:
+        """The most slots that a row of what is attached names."""
+        return sum(max(len(chain) for chain in one.slots) for one in self.attachments)
+
     # --- watching ----------------------------------------------------------------------------------------------------
 
     def watch(self) -> None:

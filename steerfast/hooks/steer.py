@@ -64,6 +64,42 @@ def steer(
         return Steering(controller, Attachment(plans, many, _strengths(strength, len(plans), many), lengths))
 
 
+def warmup(
+    model: nn.Module, plan: Plan | dict[Any, Any] | Sequence[Plan | dict[Any, Any] | None] | None = None
+) -> None:
+    """Compile before traffic what it will launch: the kernels of a plan on a model, for passes of any size.
+
+    On a GPU a kernel is compiled at its first launch, which takes seconds. Here every kernel is launched once, on zeros;
+    neither the model nor what steers it changes, and nothing is counted. Whoever steers with another combination of methods
+    or ranks, or with more interventions in a row, may meet a kernel that is new. On a CPU nothing is compiled: the plan is
+    checked, and this function does nothing more.
+
+    Args:
+        model: A transformers causal language model, or its decoder, on the device of its traffic. A prepared one launches
+            the same kernels for every plan; compile the model itself after this.
+        plan: What `steer` will be given. None: what steers the model now, or what it was prepared for.
+
+    Raises:
+        TypeError, ValueError: the plan does not fit the model.
+        RuntimeError: no plan is given, and the model is neither steered nor prepared; or it is compiled and was not prepared.
+
+    Example:
+        >>> sf.warmup(model, {8: sf.Add(v, 2.0)})  # doctest: +SKIP
+    """
+    if plan is not None:
+        handle = steer(model, plan)
+        try:
+            handle._controller.rehearse()
+        finally:
+            handle._detach()  # not removed: that no token was edited is as it should be
+        return
+    controller = known_controller(model)
+    if controller is None:
+        raise RuntimeError("warmup: nothing steers this model; pass the plan that will, or call prepare(model) first")
+    with LOCK:
+        controller.rehearse()
+
+
 def active(model: nn.Module) -> list[Steering]:
     """List the handles that steer a model now, in the order in which they act.
 

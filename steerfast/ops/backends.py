@@ -1,7 +1,8 @@
 """Which implementation runs: Triton kernels on a GPU, PyTorch elsewhere.
 
-`auto` takes the kernels for CUDA tensors and falls back, with one warning, where Triton is missing or a gradient is
-asked of a kernel that has none. A backend chosen by name that cannot run is an error, never a silent fallback.
+`auto` takes the kernels for CUDA tensors and falls back, with one warning, where Triton is missing, the GPU is too old for
+their products, or a gradient is asked of a kernel that has none. A backend chosen by name that cannot run is an error,
+never a silent fallback.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
@@ -20,6 +22,17 @@ from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _any_autocast = torch._C._is_any_autocast_enabled
+_float32_precision = torch._C._get_fp32_precision_getter
+_LIBRARIES = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}  # type: ignore[attr-defined]
+_REDUCED_SUMS = (
+    "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation",
+)  # fmt: skip
+TENSOR_PRODUCTS = (8, 0)
+"""From this compute capability on Triton's products run on tensor cores; below it they fill a thread's stack."""
+
+STEP_SIZES = (1, 65, 1025)
+"""Numbers of tokens, one for each choice of kernel that launchers make by that number."""
+
 BACKENDS = ("auto", "triton", "torch")
 _chosen: str | None = None
 
@@ -53,6 +66,12 @@ def backend_of(x: Tensor) -> str:
         if transformed():
             _warn_once("steerfast: transforms of torch.func and forward-mode gradients run on the PyTorch backend")
             return "torch"
+        if (capability := _capability(x.device.index)) < TENSOR_PRODUCTS:
+            _warn_once(
+                f"steerfast: this GPU has compute capability {capability[0]}.{capability[1]}, and the products of the kernels "
+                'need 8.0: it runs on the PyTorch backend; use_backend("triton") takes the kernels all the same, which are slow'
+            )
+            return "torch"
         return "triton"
     if not _has_triton():
         raise RuntimeError(
@@ -76,17 +95,55 @@ def backend_of(x: Tensor) -> str:
 
 
 def in_full_precision(function: Function) -> Function:
-    """A function whose products autocast leaves alone, as it does those of a kernel."""
+    """A function whose products are what they would be without autocast and without reduced float32, as those of a kernel.
+
+    `torch.set_float32_matmul_precision` and its kin hold for the process: a product of another thread that meets a change is
+    exact, too. A compiler that traces the function keeps to the settings that it finds.
+    """
 
     @functools.wraps(function)
     def exact(*args: Any, **kwargs: Any) -> Any:
-        if not _any_autocast():
-            return function(*args, **kwargs)
         kind = next(value.device.type for value in args if isinstance(value, Tensor))
-        with torch.autocast(kind, enabled=False):
+        if _any_autocast():
+            with torch.autocast(kind, enabled=False):
+                return exact(*args, **kwargs)
+        if torch.compiler.is_compiling() or kind not in _LIBRARIES or not _is_reduced(kind):
+            return function(*args, **kwargs)
+        with _set(_LIBRARIES[kind], {"fp32_precision": "ieee"}):
             return function(*args, **kwargs)
 
     return cast(Function, exact)
+
+
+def in_full_sums(function: Function) -> Function:
+    """`in_full_precision`, and products of 16-bit tensors add up in float32, whatever the process allows."""
+    within = in_full_precision(function)
+
+    @functools.wraps(function)
+    def exact(*args: Any, **kwargs: Any) -> Any:
+        with _set(torch.backends.cuda.matmul, dict.fromkeys(_REDUCED_SUMS, False)):
+            return within(*args, **kwargs)
+
+    return cast(Function, exact)
+
+
+def _is_reduced(kind: str) -> bool:
+    """Whether products of float32 tensors on such a device may take fewer bits."""
+    return _float32_precision("cuda" if kind == "cuda" else "mkldnn", "matmul") not in ("ieee", "none")
+
+
+@contextmanager
+def _set(library: Any, wanted: dict[str, Any]) -> Iterator[None]:
+    """Settings of a library of products, for a while."""
+    before = {name: getattr(library, name) for name in wanted}
+    changed = [name for name, value in wanted.items() if before[name] != value]
+    try:
+        for name in changed:
+            setattr(library, name, wanted[name])
+        yield
+    finally:
+        for name in changed:
+            setattr(library, name, before[name])
 
 
 def transformed() -> bool:
@@ -104,6 +161,12 @@ def kernels(name: str) -> ModuleType:
 def interpreted() -> bool:
     """Whether Triton interprets its kernels: its products of bfloat16 tensors then multiply their bit patterns."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    """Of a GPU of CUDA; one of ROCm has products for its matrix units wherever Triton runs."""
+    return TENSOR_PRODUCTS if torch.version.hip else torch.cuda.get_device_capability(index)
 
 
 @functools.cache

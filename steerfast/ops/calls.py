@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import torch_backend
-from .backends import interpreted, kernels
+from .backends import in_full_sums, interpreted, kernels
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,7 +39,7 @@ def subspace(backend: str, x: Tensor, *edit: Unpack[Edit]) -> Tensor:
         return torch_backend.subspace(x, *edit[:5])
     if _to_widen(x, edit[0]):
         return subspace(backend, x.float(), edit[0].float(), *edit[1:]).to(x.dtype)
-    return kernels("subspace").subspace(x, *edit, out=empty_like(x))
+    return _launched(x, *edit)(x, *edit, out=empty_like(x))
 
 
 def subspace_(backend: str, x: Tensor, *edit: Unpack[Edit]) -> None:
@@ -46,7 +47,7 @@ def subspace_(backend: str, x: Tensor, *edit: Unpack[Edit]) -> None:
     if backend == "torch" or not _dense(x) or _to_widen(x, edit[0]):
         x.copy_(subspace(backend, x, *edit))
     else:
-        kernels("subspace").subspace(x, *edit, out=x)
+        _launched(x, *edit)(x, *edit, out=x)
 
 
 def subspace_probe(backend: str, x: Tensor, *edit: Unpack[Edit]) -> tuple[Tensor, Tensor]:
@@ -153,6 +154,16 @@ def probed_shape(x: Tensor, rows: Tensor | None, max_rank: int) -> tuple[int, in
 def empty_like(x: Tensor) -> Tensor:
     """A contiguous tensor of the shape, dtype and device of x; its contents are arbitrary."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _launched(x: Tensor, *edit: Unpack[Edit]) -> Callable[..., Tensor]:
+    """The launcher of the kernels; with so many directions there may be a flow of full rank, which takes a library's products."""
+    return _with_products if edit[-1] == x.shape[-1] else kernels("subspace").subspace
+
+
+@in_full_sums
+def _with_products(x: Tensor, *edit: Any, out: Tensor) -> Tensor:
+    return kernels("subspace").subspace(x, *edit, out=out)
 
 
 def _to_widen(*tensors: Tensor) -> bool:

@@ -12,7 +12,7 @@ that hold all slots of one place in the model, at addresses that never change:
 AFFINE project nothing: the edit of ADD is the single row C, that of AFFINE is C₀ ⊙ x + C₁. A slot of rank 0 is empty and
 edits nothing. A row table says who edits which token:
 
-    rows          (n,) or (n, P) int32    slots applied to that token, left to right; -1 = none; ≥ S is undefined
+    rows          (n,) or (n, P) int32    slots applied to that token, left to right; -1 = none; else outside 0 to S - 1: NaN
     scale         like rows, float32      multiplies the edit δ (for a flow: T), on top of the slot's own strength
 
 One table serves every layer: a plan takes the same slot numbers in the bank of every layer, and where it has no edit

@@ -24,7 +24,8 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
         x: Residual stream, (..., d), n rows in all.
         vectors: One vector (d,) or a bank of S vectors (S, d).
         rows: int32 (n,) or (n, P), P ≤ 4: vectors added to each row, left to right; -1 = none. A row whose entries
-            are all -1 is returned bit for bit. None: vector 0 for every row.
+            are all -1 is returned bit for bit; one that names a vector outside the bank (≥ S or < -1) becomes NaN, since an
+            error would stall a GPU. None: vector 0 for every row.
         scale: float32 of the shape of rows, or (n,) without rows: the strength c of each edit. None: 1.
 
     Returns:

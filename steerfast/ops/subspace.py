@@ -31,7 +31,8 @@ def subspace(
         slots: int32 (S, 8): per slot mode, rank, first row of B, first row of C, row of the constants, steps, keep_norm, 0.
             The layout is written down in `steerfast.ops.slots`; `sf.Bank` fills it.
         rows: int32 (n,) or (n, P), P ≤ 4: slots applied to each row, left to right; -1 = none. A row whose entries are
-            all -1 is returned bit for bit. None: slot 0 for every row.
+            all -1 is returned bit for bit. A row that names a slot which the bank does not have (≥ S or < -1) becomes NaN:
+            on a GPU an error would stall the stream. None: slot 0 for every row.
         scale: float32 of the shape of rows, or (n,) without rows: multiplies the edit (for a flow its T). None: 1.
         modes: What may occur, or-ed: modes, and KEEP_NORM where a slot restores lengths; the kernel is compiled for
             these only.
@@ -110,7 +111,8 @@ def subspace_probe(
 
     Returns:
         x' (..., d), and y (n, P, K), float32 (float64 for a float64 x): for each row and column of its table the
-        projections that the slot saw, zero beyond its rank, where no slot is named, and for `Add` and `Affine`.
+        projections that the slot saw, zero beyond its rank, where no slot is named, and for `Add` and `Affine`. A slot
+        that the bank does not have projects nothing, and the slots behind it see the NaN that it leaves.
         Without gradients on the Triton backend.
 
     Raises:
@@ -150,7 +152,8 @@ def subspace_split_(
         vectors: The rows of the bank, as in `subspace`.
         coefficients: Its numbers.
         slots: Its headers.
-        rows: As in `subspace`; a row whose entries are all -1 keeps its residual bit for bit.
+        rows: As in `subspace`; a row whose entries are all -1 keeps its residual bit for bit, and one that names a slot
+            outside the bank gets a residual of NaN.
         scale: As in `subspace`.
         modes_and_rank: (modes that may occur, largest rank that may occur); None: all modes, the rows of vectors.
 
@@ -202,7 +205,8 @@ def add_rms_norm(
         residual: The stream before it, of the same shape and dtype.
         weight: Gain of the norm, (d,).
         vectors: One vector (d,) or a bank of S vectors (S, d).
-        rows: int32 (n,) or (n, P), P ≤ 4: vectors added to each row; -1 = none. None: vector 0 for every row.
+        rows: int32 (n,) or (n, P), P ≤ 4: vectors added to each row; -1 = none; any other number outside the bank: the row
+            becomes NaN. None: vector 0 for every row.
         scale: float32 of the shape of rows, or (n,) without rows; None: 1.
         eps: Added to the mean square.
         unit_offset: The gain is 1 + weight (Gemma).

@@ -28,25 +28,28 @@ VANISHED = 1e-5
 
 
 def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """x + scale · vectors[rows]; a row whose entries are all -1 is copied bit for bit."""
+    """x + scale · vectors[rows]; a row whose entries are all -1 is copied bit for bit, one beyond the bank becomes NaN."""
     bank = vectors.reshape(-1, vectors.shape[-1])
     flat = _wide(x.reshape(-1, x.shape[-1]))
-    if rows is None:
+    if rows is None and bank.shape[0]:
         weight = 1.0 if scale is None else scale.reshape(-1, 1).to(flat.dtype)
         return (flat + weight * bank[:1].to(flat.dtype)).to(x.dtype).view_as(x)
-    table, weights = _columns(rows), None if scale is None else _columns(scale).to(flat.dtype)
-    owned, out = table >= 0, flat
-    every = (
-        x.is_cpu and type(x) is Tensor and bool(owned.all())
-    )  # the common case, without five passes to leave rows alone
-    table = table if every else table.clamp(min=0)
-    for column in range(table.shape[1]):
-        delta = bank.index_select(0, table[:, column]).to(flat.dtype)
+    table = _table(rows, flat)
+    weights = None if scale is None else _columns(scale).to(flat.dtype)
+    inside, out = _inside(table, bank), flat
+    # the common case on a CPU, without six passes to leave rows alone
+    every = x.is_cpu and type(x) is Tensor and bool(inside.all())
+    chosen = table if every else torch.where(inside, table, 0)
+    for column in range(table.shape[1] if bank.shape[0] else 0):
+        delta = bank.index_select(0, chosen[:, column]).to(flat.dtype)
         if weights is not None:
             delta = weights[:, column, None] * delta
-        out = out + delta if every else torch.where(owned[:, column, None], out + delta, out)
+        out = out + delta if every else torch.where(inside[:, column, None], out + delta, out)
     out = out.to(x.dtype)
-    return (out if every else torch.where(owned.any(1, keepdim=True), out, x.reshape(flat.shape))).view_as(x)
+    if not every:
+        out = torch.where(inside.any(1, keepdim=True), out, x.reshape(flat.shape))
+        out = out.masked_fill((~inside & (table != -1)).any(1, keepdim=True), torch.nan)
+    return out.view_as(x)
 
 
 @in_full_precision
@@ -76,14 +79,17 @@ def subspace(
     rows: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Project → act → lift with the slots of a bank: x' = s·x + C·g, (s, g) = act(Bᵀx, ‖x‖)."""
+    """Project → act → lift with the slots of a bank: x' = s·x + C·g, (s, g) = act(Bᵀx, ‖x‖); NaN beyond the bank."""
     flat = x.reshape(-1, x.shape[-1])
-    out = _wide(flat)
-    table = slots.new_zeros(1, 1).expand(flat.shape[0], 1) if rows is None else _columns(rows)
+    out, table = _wide(flat), _table(rows, flat)
     weights = None if scale is None else _columns(scale).to(out.dtype)
     whole = False  # whether a slot has edited every row
     for column in range(table.shape[1]):
         for owner, mine in _owners(table[:, column]):
+            if not 0 <= owner < slots.shape[0]:
+                out = out.masked_fill((table[:, column] == owner)[:, None], torch.nan)
+                whole = whole or mine is None
+                continue
             slot = slot_of(vectors, coefficients, slots, owner)
             if slot.lift.shape[0] == 0:
                 continue
@@ -111,12 +117,13 @@ def subspace_probe(
 ) -> tuple[Tensor, Tensor]:
     """(x', y): `subspace`, and what it projected, y = Bᵀx as (n, P, max_rank): its first numbers, zero beyond a slot's rank."""
     flat = x.reshape(-1, x.shape[-1])
-    table = slots.new_zeros(flat.shape[0], 1) if rows is None else _columns(rows)
-    weights = None if scale is None else _columns(scale)
+    table, weights = _table(rows, flat), None if scale is None else _columns(scale)
     wide = _wide(flat)
     y = wide.new_zeros(*table.shape, max_rank)
     for column in range(table.shape[1]):
         for owner, mine in _owners(table[:, column]):
+            if not 0 <= owner < slots.shape[0]:
+                continue
             slot = slot_of(vectors, coefficients, slots, owner)
             if slot.mode not in (ADD, AFFINE) and slot.lift.shape[0]:
                 index = slice(None) if mine is None else mine
@@ -139,9 +146,9 @@ def subspace_split(
     """residual + δ(hidden + residual): `subspace` on a stream that is carried as two tensors."""
     h, r = _rows(hidden), _rows(residual)
     moved = subspace(h + r, vectors, coefficients, slots, rows, scale) - (h + r)
-    table = slots.new_zeros(1, 1).expand(r.shape[0], 1) if rows is None else _columns(rows)
     flat = residual.reshape(r.shape)
-    return torch.where(_edited(table, slots), (r + moved).to(residual.dtype), flat).view_as(residual)
+    edited = _edited(_table(rows, flat), slots)
+    return torch.where(edited, (r + moved).to(residual.dtype), flat).view_as(residual)
 
 
 def add_rms_norm(
@@ -469,19 +476,33 @@ def _merge(values: Tensor, indices: Tensor, pre: Tensor, start: int) -> tuple[Te
 
 
 def _owners(column: Tensor) -> list[tuple[int, Tensor | None]]:
-    """The slots named in one column of a row table, each with the tokens it owns (None: all of them)."""
+    """The numbers but -1 in one column of a row table, each with the tokens it owns (None: all of them)."""
     if column.stride(0) == 0 or column.shape[0] == 1:
         owners = column[:1].tolist()
     else:
         owners = sorted(set(column.tolist()))
     if len(owners) == 1:
-        return [(owner, None) for owner in owners if owner >= 0]
-    return [(owner, (column == owner).nonzero().flatten()) for owner in owners if owner >= 0]
+        return [(owner, None) for owner in owners if owner != -1]
+    return [(owner, (column == owner).nonzero().flatten()) for owner in owners if owner != -1]
 
 
 def _edited(table: Tensor, slots: Tensor) -> Tensor:
-    """bool (n, 1): rows that some slot edits."""
-    return ((table >= 0) & (slots[table.clamp(min=0).long(), 1] > 0)).any(1, keepdim=True)
+    """bool (n, 1): rows that some slot edits, or that name one that the bank does not have."""
+    inside = _inside(table, slots)
+    ranks = torch.nn.functional.pad(slots[:, 1], (0, 1))[torch.where(inside, table, slots.shape[0]).long()]
+    return torch.where(inside, ranks > 0, table != -1).any(1, keepdim=True)
+
+
+def _inside(table: Tensor, bank: Tensor) -> Tensor:
+    """bool (n, P): entries that name a row of the bank."""
+    return (table >= 0) & (table < bank.shape[0])
+
+
+def _table(rows: Tensor | None, flat: Tensor) -> Tensor:
+    """The row table as (n, P); without one, slot 0 for every row."""
+    if rows is None:
+        return torch.zeros(1, 1, dtype=torch.int32, device=flat.device).expand(flat.shape[0], 1)
+    return _columns(rows)
 
 
 def _columns(table: Tensor) -> Tensor:
