@@ -97,6 +97,15 @@ def test_settings_come_back_after_an_error():
         assert settings() == before
 
 
+def test_autocast_of_another_device_and_a_setting_at_once():
+    """Autocast for one device stays on while that of another is off."""
+    x = torch.randn(9, D)
+    with backend("cpu"), allowing("medium"), torch.autocast("xpu", torch.bfloat16), Spy() as spy:
+        assert torch._C._is_any_autocast_enabled()
+        OPS["ablate"](x)
+    assert {seen[0] for seen in spy.seen} == {"ieee"}
+
+
 def fails(y: Tensor) -> Tensor:
     raise TypeError("in a hinge")
 

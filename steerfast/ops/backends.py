@@ -101,16 +101,19 @@ def in_full_precision(function: Function) -> Function:
     exact, too. A compiler that traces the function keeps to the settings that it finds.
     """
 
-    @functools.wraps(function)
-    def exact(*args: Any, **kwargs: Any) -> Any:
-        kind = next(value.device.type for value in args if isinstance(value, Tensor))
-        if _any_autocast():
-            with torch.autocast(kind, enabled=False):
-                return exact(*args, **kwargs)
+    def in_float32(kind: str, /, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or kind not in _LIBRARIES or not _is_reduced(kind):
             return function(*args, **kwargs)
         with _set(_LIBRARIES[kind], {"fp32_precision": "ieee"}):
             return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def exact(*args: Any, **kwargs: Any) -> Any:
+        kind = next(value.device.type for value in args if isinstance(value, Tensor))
+        if not _any_autocast():
+            return in_float32(kind, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return in_float32(kind, *args, **kwargs)
 
     return cast(Function, exact)
 
