@@ -13,17 +13,18 @@ import pdoc
 
 import steerfast
 
-PAGES = ("steerfast", "steerfast.models.demo", "steerfast.sae.explain", "steerfast.sae.formats", "steerfast.sae.model")
-"""What the documentation names: the front door with `ops` and `integrations` behind it, and the modules that it imports from."""
+PAGES = ("steerfast", "steerfast.models.demo", "steerfast.place", "steerfast.sae.formats", "steerfast.sae.model")
+"""What the documentation names: the front door with `ops`, `sae`, `tools` and `integrations` behind it, and the modules that it imports from."""
 
 
 def main() -> None:
     """Write the pages."""
     (folder,) = sys.argv[1:]
     warnings.filterwarnings("error", module=r"pdoc\b")
-    # The front door imports a name at its first use, and pdoc looks at the names that are there.
-    for name in steerfast.__all__:
-        setattr(steerfast, name, getattr(steerfast, name))
+    # A package imports a name at its first use, and pdoc looks at the names that are there.
+    for package in (steerfast, steerfast.sae, steerfast.tools):
+        for name in package.__all__:
+            setattr(package, name, getattr(package, name))
     pdoc.render.configure(docformat="google", math=False)
     pdoc.pdoc(*PAGES, output_directory=Path(folder))
     print(f"{len(list(Path(folder).rglob('*.html')))} pages; begin at {Path(folder) / 'index.html'}")
