@@ -14,7 +14,8 @@ import pdoc
 import steerfast
 
 PAGES = ("steerfast", "steerfast.models.demo", "steerfast.place", "steerfast.sae.formats", "steerfast.sae.model")
-"""What the documentation names: the front door with `ops`, `sae`, `tools` and `integrations` behind it, and the modules that it imports from."""
+"""What the documentation names: the front door with `ops`, `sae`, `tools` and `integrations` behind it, and the modules that it
+imports from."""
 
 
 def main() -> None:
