@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,6 +94,8 @@ def check_dictionary(op: str, name: str, weights: Tensor, bias_name: str, bias: 
 
 def tensor_of(value: Any) -> Tensor:
     """A tensor as it is; numbers and arrays as one on the CPU, whatever the default device."""
+    if isinstance(value, np.ndarray):  # of any strides and byte order
+        value = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 

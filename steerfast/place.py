@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,6 +64,10 @@ class Origin:
     typical_norm: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, (str, type(None))):
+            raise TypeError(f"Origin: model is {self.model!r}; expected the name of a class, or None")
+        if not isinstance(self.position, (str, type(None))):
+            object.__setattr__(self, "position", whole_number("Origin", "position", self.position))
         if self.place is not None:
             object.__setattr__(self, "place", place_of("Origin", self.place))
         if self.typical_norm is not None:
@@ -94,9 +98,9 @@ NOWHERE = Origin()
 def common_origin(owner: str, origins: Iterable[Origin]) -> Origin:
     """The origin of what is made of several things.
 
-    A model or place that only some of them know is kept; two different ones are refused, because vectors of different
-    places live in different spaces. Two different positions leave none: they do not say where something can be used.
-    The typical norm is the mean of those that are known.
+    A model or place that only some of them know is kept. Two places whose streams differ, or models of two families, are
+    refused, because vectors of different places live in different spaces. Two different positions leave none: they do not
+    say where something can be used. The typical norm is the mean of those that are known.
 
     Args:
         owner: Who asks, for the message.
@@ -106,20 +110,22 @@ def common_origin(owner: str, origins: Iterable[Origin]) -> Origin:
         ValueError: two models, or two places.
     """
     known = list(origins)
-    model, place = (_only(owner, name, [getattr(one, name) for one in known]) for name in ("model", "place"))
+    model = _only(owner, "model", [one.model for one in known], lambda a, b: family(a) == family(b))
+    place = _only(owner, "place", [one.place for one in known], Place.same_stream)
     positions = {one.position for one in known}
     norms = [one.typical_norm for one in known if one.typical_norm is not None]
     position = positions.pop() if len(positions) == 1 else None
     return Origin(model, place, position, sum(norms) / len(norms) if norms else None)
 
 
-def _only(owner: str, name: str, values: list[Any]) -> Any:
-    found = list(dict.fromkeys(value for value in values if value is not None))
-    if len(found) > 1:
-        raise ValueError(
-            f"{owner}: the {name} is {str(found[0])!r} of one and {str(found[1])!r} of another; such vectors live in "
-            f"different spaces (dataclasses.replace(v, origin=Origin()) forgets where v comes from)"
-        )
+def _only(owner: str, name: str, values: list[Any], same: Callable[[Any, Any], bool]) -> Any:
+    found = [value for value in values if value is not None]
+    for other in found[1:]:
+        if not same(found[0], other):
+            raise ValueError(
+                f"{owner}: the {name} is {str(found[0])!r} of one and {str(other)!r} of another; such vectors live in "
+                "different spaces (dataclasses.replace(v, origin=steerfast.place.Origin()) forgets where v comes from)"
+            )
     return found[0] if found else None
 
 
@@ -157,7 +163,7 @@ def place_of(owner: str, key: Any) -> Place:
 
 def place_of_hook(name: str) -> Place | None:
     """The place of a TransformerLens name such as blocks.5.hook_resid_pre; None if no site of ours is that place."""
-    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    found = re.fullmatch(r"blocks\.([0-9]+)\.(.+)", name)
     site = None if found is None else HOOKS.get(found[2])
     return None if found is None or site is None else Place(site, int(found[1]))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from steerfast.edits.saes import Shelf, with_saes
 from steerfast.files import container
 from steerfast.place import NOWHERE, Origin, Place, place_of
 
+from ._checks import warn_user
 from ._positions import Selector, as_selector, normal, parse, resolved, special_ids
 
 Edits = Mapping[Any, Any]
@@ -121,6 +121,9 @@ class Plan:
     def __or__(self, other: Plan | Edits) -> Plan:
         return self.merge(other) if isinstance(other, (Plan, Mapping)) else NotImplemented
 
+    def __ror__(self, other: Edits) -> Plan:
+        return Plan(other).merge(self) if isinstance(other, Mapping) else NotImplemented
+
     @property
     def edits(self) -> dict[Place, tuple[Intervention, ...]]:
         """(site, layer) -> interventions in order; layers as they were given."""
@@ -209,7 +212,9 @@ def card(model: Any) -> ModelCard:
     from steerfast.models.layers import find_layers
 
     layers = find_layers(model, "Plan")
-    return ModelCard(f"{layers.name}:{getattr(model.config, 'name_or_path', '')}", layers.d, layers.count)
+    name = str(getattr(model.config, "name_or_path", ""))
+    name = Path(name).name if os.path.isdir(name) else name  # a plan is handed on, and says no path of this machine
+    return ModelCard(f"{layers.name}:{name}", layers.d, layers.count)
 
 
 def rule_of(plan: Plan) -> Selector | Tensor:
@@ -229,9 +234,12 @@ def as_plan(caller: str, value: Any) -> Plan:
     """A plan, or a dict that describes one."""
     if isinstance(value, Plan):
         return value
+    if callable(plan := getattr(value, "plan", None)):  # a set of directions
+        return plan()
     if isinstance(value, Mapping):
         return Plan(value)
-    raise TypeError(f"{caller}: expected a Plan or a dict of layer -> intervention; got {type(value).__name__}")
+    hint = "; one that knows its place goes into sf.Plan([...])" if isinstance(value, Intervention) else ""
+    raise TypeError(f"{caller}: expected a Plan or a dict of layer -> intervention; got {type(value).__name__}{hint}")
 
 
 def _agreed(what: str, plans: Sequence[Plan], values: Sequence[Any]) -> Any:
@@ -260,7 +268,7 @@ def _by_place(chain: Sequence[Any]) -> Edits:
     edits: dict[Any, list[Intervention]] = {}
     for edit in chain:
         if not isinstance(edit, Intervention):
-            raise TypeError(f"Plan: a list must hold interventions; got {edit!r}")
+            raise TypeError(f"Plan: a list must hold interventions; got {edit!r}; wrap a vector in sf.Add")
         if edit.origin.place is None:
             raise ValueError(
                 f"Plan: {edit!r} does not know its layer and site; pass a dict of layer -> intervention(s)"
@@ -277,11 +285,7 @@ def _warn_misplaced(place: Place, chain: Sequence[Intervention]) -> None:
         home = edit.origin.place
         if home is None or edit.everywhere or min(place.layer, home.layer) < 0 or place.same_stream(home):
             continue
-        warnings.warn(
-            f"Plan: {edit!r} belongs to {home} and is put at {place}; sf.Plan([...]) finds its place",
-            UserWarning,
-            stacklevel=4,
-        )
+        warn_user(f"Plan: {edit!r} belongs to {home} and is put at {place}; sf.Plan([...]) finds its place")
 
 
 def _chain(key: Any, value: Any) -> tuple[Intervention, ...]:

@@ -152,3 +152,19 @@ TOKEN = sf.WhenToken(sf.Condition(torch.ones(D), 0.5), ADD, layer=4)
 def test_bad_input_is_named(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_one_row_alone_keeps_its_shape(dtype: torch.dtype) -> None:
+    x = torch.linspace(-1, 1, 6, dtype=dtype)
+    for edit in (sf.Add(torch.ones(6)), sf.Ablate(torch.ones(6)), sf.Add(torch.ones(6), keep_norm=True)):
+        for strength in (1.0, 0.5, 0.0, torch.tensor(0.5)):
+            assert edit.apply(x, strength).shape == (6,)
+
+
+def test_a_strength_that_is_not_finite_is_refused() -> None:
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            sf.Add(torch.ones(4)).apply(torch.zeros(2, 4), torch.tensor([bad, 1.0]))
+        with pytest.raises(ValueError, match="finite"):
+            sf.Add(torch.ones(4)).apply(torch.zeros(2, 4), bad)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -322,3 +323,11 @@ def test_the_json_alone_is_read_without_the_tensors(kind: Kind, make, tmp_path: 
     make().save(tmp_path)
     (tmp_path / kind.tensors_name).unlink()
     assert container.read_text(kind, tmp_path)["kind"] == kind.label
+
+
+def test_threads_that_save_to_one_folder_leave_a_whole_one(tmp_path: Path) -> None:
+    plans = [sf.Plan({1: sf.Add(torch.full((3,), i + 1.0))}) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: plans[i % 4].save(tmp_path / "plan"), range(80)))
+    assert sf.Plan.load(tmp_path / "plan").edits.keys() == {("resid_post", 1)}
+    assert {path.name for path in (tmp_path / "plan").iterdir()} == {"plan.json", "plan.safetensors"}

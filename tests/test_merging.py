@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import VOCAB, build
@@ -61,6 +62,7 @@ def test_plans_that_differ_are_not_merged() -> None:
     cards = [sf.Plan({1: sf.Add(V)}, model=ModelCard(name, D, 3)) for name in ("A", "B")]
     with pytest.raises(ValueError, match="different models"):
         cards[0].merge(cards[1])
+    assert ({2: V} | plan).edits.keys() == {("resid_post", 2), ("resid_post", 1)}
     with pytest.raises(TypeError):
         plan | 3  # type: ignore[operator]
     with pytest.raises(TypeError, match=r"Plan\.merge: expected a Plan or a dict"):
@@ -110,3 +112,27 @@ def test_names_one_level_down() -> None:
         assert all(callable(getattr(room, name)) for name in room.__all__)
         with pytest.raises(AttributeError, match=f"module '{room.__name__}' has no attribute 'nothing'"):
             room.nothing  # noqa: B018
+
+
+def test_a_set_of_directions_steers_as_it_is() -> None:
+    model, directions = build("llama"), sf.DirectionSet({1: sf.Direction(V, "given", 1.0)})
+    assert torch.equal(logits(model, directions), logits(model, {1: sf.Add(V)}))
+    with pytest.raises(TypeError, match=r"got Add; one that knows its place goes into sf\.Plan"):
+        sf.steer(model, [sf.Add(V)])
+    with pytest.raises(TypeError, match=r"wrap a vector in sf\.Add"):
+        sf.Plan([V])
+
+
+def test_arrays_of_any_strides_and_byte_order() -> None:
+    backwards = V.numpy()[::-1]
+    for array in (backwards, backwards.astype(">f4"), np.asfortranarray(backwards)):
+        assert torch.equal(sf.Add(array).tensors()["vector"], V.flip(0))
+
+
+def test_a_plan_says_no_path(tmp_path: Any) -> None:
+    model = build("llama")
+    model.config.name_or_path = str(tmp_path)
+    made = sf.Plan({1: V}, model=model).model
+    assert made is not None
+    assert made.name == f"LlamaForCausalLM:{tmp_path.name}"
+    model.config.name_or_path = ""

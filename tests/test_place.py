@@ -167,3 +167,56 @@ def test_a_barrier_of_release_0_1_says_that_its_norm_is_unknown() -> None:
     with pytest.warns(UserWarning, match="mean norm of its activations, where the median is wanted"):
         h = sf.Barrier.load(old)
     assert h.origin == Origin("LlamaForCausalLM", Place("resid_post", 3))
+
+
+def test_a_changed_copy_keeps_its_origin() -> None:
+    for name in ("Add", "Ablate", "Clamp", "Amplify", "Spherical", "Flow"):
+        edit = MAKERS[name](direction())
+        assert dataclasses.replace(edit, keep_norm=True).origin == edit.origin if hasattr(edit, "keep_norm") else True
+    stronger = dataclasses.replace(sf.Add(direction()), strength=3.0)
+    assert sf.Plan([stronger]).edits.keys() == {("resid_post", 1)}
+    elsewhere = dataclasses.replace(stronger, vector=direction(2))
+    assert elsewhere.origin.place == ("resid_post", 2)
+
+
+def test_one_rule_for_sums_plans_and_models() -> None:
+    """A family under two names is one, and the output of a block is the input of the next."""
+    one, other = direction(), direction(("resid_pre", 2), "llama")
+    assert (one + other).origin.place == ("resid_post", 1)
+    assert (one + other).origin.model == "LlamaForCausalLM"
+    assert sf.Spherical(one, sf.Direction(-V, "given", 1.0, other.origin)).origin.place == ("resid_post", 1)
+    with pytest.raises(ValueError, match="the model is 'LlamaForCausalLM' of one and 'gpt2' of another"):
+        one + direction(model="gpt2")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sf.Direction(V, "mine", 1.0, None), "origin is None; expected a steerfast.place.Origin"),
+        (lambda: sf.Direction(V, "mine", 1.0, "layer 8"), "origin is 'layer 8'"),
+        (lambda: sf.Direction(V, "mine", None), "norm must be a number"),
+        (lambda: Origin(7), "model is 7; expected the name of a class"),
+        (lambda: Origin(position=[1, 2]), "position must be a whole number"),
+    ],
+)
+def test_what_no_file_could_hold_is_refused_when_it_is_made(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_norm_of_any_kind_is_a_number(tmp_path: Path) -> None:
+    for norm in (V.norm(), np.float32(3.0), 3):
+        made = sf.Direction(V, "mine", norm)
+        assert type(made.norm) is float
+        sf.save_directions(tmp_path / "set", {"x": made})
+        assert sf.load_directions(tmp_path / "set")["x"].norm == made.norm
+
+
+def test_a_layer_from_the_end_warns_when_the_model_is_there() -> None:
+    model = build("llama")
+    with pytest.warns(UserWarning, match="belongs to resid_post 1 and is put at resid_post 2"):
+        sf.steer(model, {-1: sf.Add(direction())}).remove()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=UserWarning)
+        with sf.steer(model, {-2: sf.Add(direction()), -1: sf.Ablate(direction())}):
+            model(torch.ones(1, 2, dtype=torch.long))

@@ -23,7 +23,7 @@ from test_interventions import EXAMPLES, D
 import steerfast as sf
 from steerfast.plan import ModelCard
 from steerfast.vllm import plans, routes, wire
-from steerfast.vllm.edits import Place, Places
+from steerfast.vllm.edits import EditedPlace, Places
 from steerfast.vllm.plans import Library, ServedPlan
 from steerfast.vllm.slots import Admission, Residents
 from steerfast.vllm.table import EVER, Owner, RowTable
@@ -438,8 +438,8 @@ def test_sets_of_tokens_are_held_once_and_let_go() -> None:
 # --- the edits ---------------------------------------------------------------------------------------------------------
 
 
-def engine(edits: list[sf.Intervention], slots: int, dtype: torch.dtype = torch.float32) -> tuple[Places, Place]:
-    place = Place(edits, slots, D, dtype, torch.device("cpu"))
+def engine(edits: list[sf.Intervention], slots: int, dtype: torch.dtype = torch.float32) -> tuple[Places, EditedPlace]:
+    place = EditedPlace(edits, slots, D, dtype, torch.device("cpu"))
     return Places({"resid_post.0": place}, RowTable(40, torch.device("cpu"))), place
 
 
@@ -480,7 +480,7 @@ def test_a_step_edits_what_the_reference_says(dtype: torch.dtype, split: bool, c
 def test_a_step_waits_for_no_device() -> None:
     """Requests come, the table is written, the edits run, requests go: all without a synchronisation."""
     device = torch.device("cuda")
-    place = Place([sf.Add(unit(i)) for i in range(4)], 4, D, torch.bfloat16, device)
+    place = EditedPlace([sf.Add(unit(i)) for i in range(4)], 4, D, torch.bfloat16, device)
     for slot in range(4):
         place.load(slot, sf.Add(unit(slot), 2.0))
     place.bank.commit()
@@ -512,8 +512,8 @@ def test_a_step_waits_for_no_device() -> None:
 
 def test_each_place_has_its_own_bank_under_one_table() -> None:
     table = RowTable(8, torch.device("cpu"))
-    alike = [Place([sf.Add(unit(i))], 4, D, torch.float32, torch.device("cpu")) for i in range(2)]
-    other = Place([sf.Ablate(unit(2))], 4, D, torch.float32, torch.device("cpu"))
+    alike = [EditedPlace([sf.Add(unit(i))], 4, D, torch.float32, torch.device("cpu")) for i in range(2)]
+    other = EditedPlace([sf.Ablate(unit(2))], 4, D, torch.float32, torch.device("cpu"))
     places = Places({"a": alike[0], "b": alike[1], "c": other}, table)
     for i, place in enumerate(alike):
         place.load(0, sf.Add(unit(i), 2.0))
@@ -560,7 +560,7 @@ def test_more_tokens_than_the_engine_announced_are_an_error() -> None:
 def test_a_bank_takes_what_its_plans_need_and_no_more() -> None:
     """Memory per registered vector: at most twice its size, headers and all, at a real width."""
     edits: list[sf.Intervention] = [sf.Add(unit(i, 576)) for i in range(64)]
-    place = Place(edits, 64, 576, torch.bfloat16, torch.device("cpu"))
+    place = EditedPlace(edits, 64, 576, torch.bfloat16, torch.device("cpu"))
     assert sum(t.numel() * t.element_size() for t in place.bank.tensors) <= 2 * 64 * 576 * 2
 
 

@@ -1,4 +1,4 @@
-"""`steerfast sae train | eval | explain | steer | info`: the whole road of an SAE on the command line."""
+"""`steerfast sae train | eval | explain | steer | info`: an SAE from training to steering on the command line."""
 
 from __future__ import annotations
 

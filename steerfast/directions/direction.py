@@ -50,6 +50,9 @@ class Direction:
     def __post_init__(self) -> None:
         row = direction_rows("Direction", "vector", self.vector, one=True)[0]
         object.__setattr__(self, "vector", row.clone())  # the caller may change the tensor it came from
+        object.__setattr__(self, "norm", finite_number("Direction", "norm", self.norm))
+        if not isinstance(self.origin, Origin):
+            raise TypeError(f"Direction: origin is {self.origin!r}; expected a steerfast.place.Origin")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         array = self.vector.numpy()

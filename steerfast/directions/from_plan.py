@@ -69,7 +69,7 @@ def summed(owner: str, directions: DirectionSet) -> DirectionSet:
         if place is None:
             raise ValueError(
                 f"{owner}: {name!r} does not know its layer; give it one with dataclasses.replace(direction, "
-                "origin=Origin(place=8))"
+                "origin=steerfast.place.Origin(place=8))"
             )
         places[place] = places[place] + direction if place in places else direction
     return DirectionSet(list(places.values()), directions.model)

@@ -117,7 +117,7 @@ class DirectionSet(Mapping[str, Direction]):
             if direction.origin.place is None:
                 raise ValueError(
                     f"plan: {name!r} does not know its layer; give it one with dataclasses.replace(direction, "
-                    f"origin=Origin(place=8)), or write the Plan yourself"
+                    f"origin=steerfast.place.Origin(place=8)), or write the Plan yourself"
                 )
             edits.setdefault(direction.origin.place, []).append(Add(direction, wanted[name], keep_norm))
         if model is not None:
@@ -318,7 +318,7 @@ def _named_directions(directions: Any) -> dict[str, Direction]:
         if not isinstance(direction, Direction):
             raise TypeError(
                 f"DirectionSet: {key!r} is a {type(direction).__name__}; expected a Direction, such as "
-                f"Direction(tensor, 'where it comes from', norm, None)"
+                "Direction(tensor, 'where it comes from', norm)"
             )
         name, direction = _name(key, direction)
         if name in named:

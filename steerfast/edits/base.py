@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -46,7 +46,13 @@ Program = Callable[[Tensor, Tensor | float], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """Base of all interventions: an edit of rows of the stream that fits one slot."""
+    """Base of all interventions: an edit of rows of the stream that fits one slot.
+
+    Attributes:
+        origin: Where the direction, the barrier or the SAE comes from that it was given, as far as that is known.
+    """
+
+    origin: Origin = field(default=NOWHERE, kw_only=True)
 
     registry: ClassVar[dict[str, type[Intervention]]] = {}
     everywhere: ClassVar[bool] = False
@@ -62,20 +68,16 @@ class Intervention:
         return self.slot().lift.shape[-1]
 
     def __post_init__(self) -> None:
-        given = [getattr(self, f.name) for f in fields(self)]
+        given = [getattr(self, f.name) for f in fields(self) if f.name != "origin"]
         several = [item for value in given for item in (value if isinstance(value, (list, tuple)) else [value])]
         found = [one for item in several if isinstance(one := getattr(item, "origin", None), Origin)]
-        set_field(self, "_origin", common_origin(type(self).__name__, found) if found else NOWHERE)
-
-    @property
-    def origin(self) -> Origin:
-        """Where the direction, the barrier or the SAE that it was given comes from, as far as that is known."""
-        return vars(self).get("_origin", NOWHERE)
+        if found:
+            set_field(self, "origin", common_origin(type(self).__name__, found))
 
     def known_from(self, origin: Origin) -> Intervention:
         """The same edit with an origin: of a file, or of a direction that it was made from."""
         known = copy(self)
-        set_field(known, "_origin", origin)
+        set_field(known, "origin", origin)
         return known
 
     @property
@@ -99,6 +101,9 @@ class Intervention:
 
     def apply(self, x: Tensor, strength: Tensor | float = 1.0) -> Tensor:
         """Edit activations as in a steered model: the same backend, dtypes and numbers, without the model.
+
+        Bit for bit where the model gives all rows one plan; where rows have plans of their own, and in a float64 model at a
+        strength that float32 does not hold, the last bits may differ.
 
         Args:
             x: Activations, (..., d), floating. The edit's rows are rounded to its dtype, as to that of a model.
@@ -132,7 +137,7 @@ class Intervention:
         slot = slot_in(owner, x.dtype, self).to(x.device)
         if not isinstance(scale, Tensor):
             if backend_of(x) == "torch":
-                return run_slot(slot, float(slot.constants[2]), x, scale)
+                return run_slot(slot, float(slot.constants[2]), x, scale).view_as(x)
             scale = x.new_full((x.numel() // x.shape[-1],), scale, dtype=torch.float32)
         rows = torch.where(scale == 0, -1, 0).int()
         return ops.subspace(x, *slot.tables(), rows, scale, slot.modes, slot.rank)
@@ -142,13 +147,15 @@ class Intervention:
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
     def numbers(self) -> dict[str, Any]:
-        """The fields that are not tensors, by name."""
-        return {f.name: value for f in fields(self) if not isinstance(value := getattr(self, f.name), Tensor)}
+        """The fields that are not tensors, by name, but for the origin."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "origin"}
+        return {name: value for name, value in found.items() if not isinstance(value, Tensor)}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> Intervention:
         """The inverse of `tensors` and `numbers`; everything is validated anew."""
-        return cls(**tensors, **numbers)
+        arguments: dict[str, Any] = {**tensors, **numbers}
+        return cls(**arguments)
 
     def __repr__(self) -> str:
         shapes = [f"{name}: {'×'.join(map(str, value.shape))}" for name, value in self.tensors().items()]
@@ -275,6 +282,8 @@ def row_strengths(owner: str, strength: Tensor, x: Tensor) -> Tensor:
             f"{owner}: strength is {strength.dtype} {tuple(strength.shape)} on {strength.device}; expected a number, or "
             f"torch.float32 {tuple(x.shape[:-1])} on {x.device}, one per row of x"
         )
+    if strength.device.type != "meta" and not bool(strength.isfinite().all()):
+        raise ValueError(f"{owner}: strength holds NaN or Inf; expected a finite number per row")
     return strength.reshape(-1)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Intervention
+from steerfast.place import Place
 
-Place = tuple[str, int]
+from .base import Intervention
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+
+_LOCK = threading.Lock()
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -16,8 +19,13 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write files of a folder by name: all of them, or, if that fails, none.
 
     All are written under temporary names before the first is renamed, so a full disk changes nothing; if a rename fails,
-    the old files come back.
+    the old files come back. Threads write one after another, so that files of two of them are never mixed.
     """
+    with _LOCK:
+        _replace(folder, contents)
+
+
+def _replace(folder: Path, contents: Mapping[str, bytes]) -> None:
     temporary = {folder / name: folder / f".{name}.{os.getpid()}" for name in contents}
     try:
         for path, content in zip(temporary.values(), contents.values(), strict=True):

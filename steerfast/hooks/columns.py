@@ -11,11 +11,10 @@ from steerfast.edits.base import Intervention
 from steerfast.edits.columns import Column, columns_of
 from steerfast.edits.conditions import When
 from steerfast.models.layers import Layers
-from steerfast.place import family
+from steerfast.place import Place, family
 from steerfast.plan import Plan, needs_prompt, rule_of
 
 from .attachment import Attachment
-from .gates import Place
 
 
 def layout_of(plan: Plan | None, layers: Layers) -> list[Column]:
@@ -31,7 +30,7 @@ def places_of(plan: Plan, layers: Layers, caller: str = "steer") -> dict[Place, 
     """(site, layer) to chain, layers counted from 0; two names of one layer are one chain."""
     merged: dict[Place, tuple[Intervention, ...]] = {}
     for (site, layer), chain in plan.edits.items():
-        place = site, layers.resolve(layer, caller)
+        place = Place(site, layers.resolve(layer, caller))
         merged[place] = merged.get(place, ()) + chain
     return merged
 
@@ -40,7 +39,7 @@ def read_at(when: When, place: Place, layers: Layers, caller: str = "steer") -> 
     """Where a condition of an intervention at `place` is read."""
     if when.layer is None:
         return place
-    read = "resid_post", layers.resolve(when.layer, caller)
+    read = Place("resid_post", layers.resolve(when.layer, caller))
     if read[1] > place[1] or (read[1] == place[1] and place[0] != read[0]):
         raise ValueError(
             f"{caller}: {when!r} stands at {place[0]} {place[1]}, before layer {read[1]} where its condition is read; name "
@@ -74,7 +73,7 @@ def check_plan(plan: Plan, layers: Layers, prepared: Container[Place] | None, ca
                         f"{caller}: {edit!r} on a prepared model; conditions are read by hooks that a compiled graph does not "
                         "hold: steer a model that has not been prepared"
                     )
-                read_at(edit, (site, layer), layers, caller)
+                read_at(edit, Place(site, layer), layers, caller)
             if edit.width != point.width:
                 raise ValueError(
                     f"{caller}: {edit!r} at {site} {layer} has width {edit.width}; this model's {site} has {point.width}"
@@ -90,6 +89,12 @@ def warn_of_others(plan: Plan, layers: Layers) -> None:
     card = plan.model
     if card is not None and card.name.partition(":")[0] != layers.name:
         warn_user(f"steer: the plan was made for {card.name}, this model is a {layers.name}")
+    for (site, layer), chain in plan.edits.items():
+        here = Place(site, layers.resolve(layer, "steer"))
+        for edit in chain if layer < 0 else ():  # which layer that is, the plan could not say
+            home = edit.origin.place
+            if home is not None and home.layer >= 0 and not edit.everywhere and not here.same_stream(home):
+                warn_user(f"steer: {edit!r} belongs to {home} and is put at {here}; sf.Plan([...]) finds its place")
     for edit in (edit for chain in plan.edits.values() for edit in chain):
         if edit.origin.model is not None and family(edit.origin.model) not in ("unknown", family(layers.name)):
             warn_user(f"steer: {edit!r} comes from activations of {edit.origin.model}; this model is a {layers.name}")

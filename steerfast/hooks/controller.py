@@ -20,6 +20,7 @@ from steerfast.edits.conditions import When
 from steerfast.models.layers import Layers, find_layers, refuse_flat, stream_storage
 from steerfast.models.proof import Proof, prove, refuse_split
 from steerfast.ops.backends import STEP_SIZES
+from steerfast.place import Place
 from steerfast.plan import Plan
 
 from .attachment import Attachment
@@ -28,7 +29,6 @@ from .columns import check_lengths, check_plan, check_positions, layout_of, plac
 from .compiled import FixedTable, is_compiled
 from .continuous import cached_manager, check_paged, new_manager
 from .dispatcher import Dispatcher
-from .gates import Place
 from .generation import announced
 from .passes import Passes
 

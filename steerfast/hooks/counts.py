@@ -13,7 +13,7 @@ class Counts:
     """The counts of one model's slots.
 
     Attributes:
-        on_device: int64 (slots + 1,): tokens that a row table named; the first entry is nobody's.
+        on_device: int64 (slots + 1,): tokens that a row table named; the first entry belongs to no slot.
     """
 
     def __init__(self) -> None:

@@ -19,9 +19,9 @@ from steerfast.models.proof import shape_refusal
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import ALL_MODES
+from steerfast.place import Place
 
 from .bookkeeping import is_mapped
-from .gates import Place
 from .passes import Call, Passes
 from .positions import Pass
 from .recomputing import Act, backward_pass, plainly_recorded, runs_hooks_again

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from steerfast.edits.conditions import When
+from steerfast.place import Place
 
 from .bookkeeping import bookkeeping, is_mapped, settled
 from .positions import Table
 from .prompts import Prompt
-
-Place = tuple[str, int]
 
 
 @dataclass(eq=False)

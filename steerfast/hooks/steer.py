@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import finite_number, listed, whole_number, whole_numbers
+from steerfast.place import Place
 from steerfast.plan import Plan, as_plan
 
 from .attachment import Attachment
@@ -167,7 +168,7 @@ def prepare(
     chosen = whole_numbers("prepare", "layers", slice(None) if layers is None else layers, count)
     if not chosen:
         raise ValueError(f"prepare: layers is {layers!r}, which names none of {count}; pass None for all")
-    points = [(site, controller.layers.resolve(layer, "prepare")) for layer in chosen]
+    points = [Place(site, controller.layers.resolve(layer, "prepare")) for layer in chosen]
     with torch.inference_mode(False):
         controller.prepare(points, **rooms)
 

@@ -247,7 +247,7 @@ class SAE:
         return self._denormalise("SAE.decode", features @ w + b, x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The reconstruction decode(encode(x)) by the sparse road, (..., d) -> (..., d), in the dtype of w_dec."""
+        """The reconstruction decode(encode(x)) by way of the active features, (..., d) -> (..., d), in the dtype of w_dec."""
         return self.decode_topk(*self.topk(x), x)
 
     def rows(self, indices: Iterable[int] | Tensor | slice) -> Features | SelectedFeatures:

@@ -40,7 +40,7 @@ class Owned(NamedTuple):
     others: list[tuple[int, Tensor | None, Tensor]]  # slot, tokens, weights (m, 1)
 
 
-class Place:
+class EditedPlace:
     """One layer and site: its bank, sized for the plans that may be loaded into it.
 
     Args:
@@ -128,7 +128,7 @@ class Place:
 class Places:
     """All places of a model, and the row table that they share."""
 
-    def __init__(self, places: dict[str, Place], table: RowTable) -> None:
+    def __init__(self, places: dict[str, EditedPlace], table: RowTable) -> None:
         self.places = places
         self.table = table
 
@@ -153,7 +153,7 @@ class Places:
         else:
             ops.subspace_split_(hidden, stream, *bank, rows, scale, (here.modes, here.rank))
 
-    def _edit_on_host(self, stream: Tensor, hidden: Tensor | None, place: Place) -> None:
+    def _edit_on_host(self, stream: Tensor, hidden: Tensor | None, place: EditedPlace) -> None:
         columns, count = place.owned(self.table), self.table.tokens
         if not columns:
             return

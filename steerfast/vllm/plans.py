@@ -18,12 +18,13 @@ from steerfast.edits.base import Intervention, slot_in
 from steerfast.edits.columns import Column, columns_of, numbered
 from steerfast.edits.conditions import When
 from steerfast.edits.saes import VARIABLE, Shelf
+from steerfast.place import Place
 from steerfast.plan import Plan
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 """Where an engine can be steered; the heads of head_out are split over devices under tensor parallelism."""
 
-Chains = dict[tuple[str, int], dict[int, Intervention]]
+Chains = dict[Place, dict[int, Intervention]]
 """(site, layer) -> slot of the plan, counted from 0 -> intervention, in the order in which they act; layers are counted from 0,
 and resid_pre of a later layer is resid_post of the one before."""
 
@@ -149,7 +150,7 @@ def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> list[Column
         raise ValueError(
             f"made for width {card.width} and {card.layers} layers; this model has width {width} and {layers} layers"
         )
-    chains: dict[tuple[str, int], tuple[Intervention, ...]] = {}
+    chains: dict[Place, tuple[Intervention, ...]] = {}
     # What enters a layer is what left the one before: its edits come after those at that output.
     for (site, layer), chain in sorted(plan.edits.items(), key=lambda item: item[0][0] == "resid_pre"):
         if not -layers <= layer < layers:
@@ -167,7 +168,7 @@ def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> list[Column
                 if part is not None:
                     slot_in(f"{site} {layer}", dtype, part)  # what no bank could hold must not stop the engine later
         index = layer % layers
-        place = ("resid_post", index - 1) if site == "resid_pre" and index else (site, index)
+        place = Place("resid_post", index - 1) if site == "resid_pre" and index else Place(site, index)
         chains[place] = chains.get(place, ()) + chain
     columns = columns_of(chains)
     if len(columns) > MAX_SLOTS_PER_ROW:

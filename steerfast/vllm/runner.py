@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from steerfast.models.layers import Layers
 from steerfast.models.points import MIXER, NORM, SCALE, Unresolved, post_norm
 
-from .edits import Place, Places
+from .edits import EditedPlace, Places
 from .pieces import Piece
 from .plans import Chains, Library, ServedPlan
 from .slots import Residents
@@ -60,13 +60,13 @@ class Steered:
         for plan in chains.values():
             for place, chain in plan.items():
                 wanted.setdefault(place, []).extend(chain.values())
-        places: dict[str, Place] = {}
+        places: dict[str, EditedPlace] = {}
         device = next(model.parameters()).device
         if wanted:
             found = decoder_blocks(model, layers)
             dtype = stream_dtype(model)
             for (site, layer), edits in wanted.items():
-                places[f"{site}.{layer}"] = Place(edits, slots, found.d, dtype, device)
+                places[f"{site}.{layer}"] = EditedPlace(edits, slots, found.d, dtype, device)
                 _hook(found, site, layer)
         self.table = RowTable(tokens, device, (slots, library.by_token))
         self.places = Places(places, self.table)
