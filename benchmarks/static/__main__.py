@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "static.json"
 HELD = ROOT / "tests" / "data" / "static.json"
 COUNTS = (
-    "case", "target", "kernel", "grid", "regs", "stack", "shared", "per SM", "flight kB", "access", "tensor", "cycles/tok", "L2 B/tok",
-    "DRAM B/tok",
+    "case", "target", "kernel", "grid", "regs", "stack", "shared", "per SM", "flight kB", "access", "tensor",
+    "cycles/tok", "L2 B/tok", "DRAM B/tok",
 )  # fmt: skip
 TIMES = ("case", "launches", "torch", "floor µs", "PREDICTED µs", "of floor", "bound by")
 
@@ -48,9 +48,10 @@ def counts_of(row: Row) -> list[tuple[object, ...]]:
         if walk is not None:
             cycles = walk.cycles * kernel.programs / row.tokens
             read = (f"{kernel.in_flight / 1024:.0f}", walk.narrowest or "–", kernel.tensor or "–", f"{cycles:.0f}")
+        held = f"{kernel.resident} of {needs.programs}"
+        head = row.case, row.target, name, "×".join(map(str, kernel.grid))
         lines.append(
-            (row.case, row.target, name, "×".join(map(str, kernel.grid)), needs.registers, needs.stack, needs.shared)
-            + (needs.programs, *read, *(f"{value:.0f}" for value in per_token))
+            (*head, needs.registers, needs.stack, needs.shared, held, *read, *(f"{each:.0f}" for each in per_token))
         )
     return lines
 
@@ -82,11 +83,15 @@ def main(argv: list[str] | None = None) -> int:
     print(table(COUNTS, [line for row in every for line in counts_of(row)]))
     timed = [row for row in every if row.predicted is not None]
     if timed:
-        print("\nPredictions for an H200, in no way measured; the constants are assumed and the model is unvalidated:\n")
+        print(
+            "\nPredictions for an H200, in no way measured; the constants are assumed and the model is unvalidated:\n"
+        )
         print(table(TIMES, [time_of_row(row) for row in timed]))
     if options.json:
         run = {"triton": triton.__version__, "commit": circumstances("predicted")["commit"]}
-        text = json.dumps({"what": "predicted, not measured", "run": run, "rows": [as_json(row) for row in every]}, indent=1)
+        text = json.dumps(
+            {"what": "predicted, not measured", "run": run, "rows": [as_json(row) for row in every]}, indent=1
+        )
         RESULTS.write_text(text + "\n", encoding="utf-8")
     if options.hold:
         hold({name: next(row for row in each if row.target == "sm_90") for name, each in found.items()})

@@ -50,8 +50,10 @@ class Range(NamedTuple):
     long: float
 
 
-# Data sheet of the H200 SXM: 132 SMs, 4.8 TB/s, 989 TFLOP/s dense bf16, 50 MB of L2
-SMS = 132
+# Data sheets: A100, RTX 3090, RTX 4090, H200 SXM, B200, RTX 5090, MI300X
+SMS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+
+# The H200 SXM, whose data sheet says 4.8 TB/s, 989 TFLOP/s dense bf16, 67 TFLOP/s float32, 50 MB of L2
 L2_SIZE = 50e6  # bytes
 SCHEDULERS = 4  # warp instructions a cycle and SM, at best
 SECTOR = 32  # bytes: what L2 and DRAM move at least
@@ -61,8 +63,9 @@ CLOCK = Range(1.83e9, 1.70e9)  # Hz under load; 1.98 at most
 DRAM = Range(4.4e12, 4.2e12)  # bytes/s of a large copy
 L2 = Range(7.0e12, 5.5e12)  # bytes/s from L2 to all SMs
 PRODUCT = Range(800e12, 600e12)  # bf16 operations/s of a good product
-FLOAT32 = Range(50e12, 35e12)  # operations/s of a good product without tensor cores
 ISSUE_SHARE = Range(1.0, 0.6)  # of the issue slots that a kernel of this kind fills
-WAIT = Range(0.27e-6, 0.70e-6)  # s that a used load takes: from L2, from DRAM
+WAIT = Range(0.27e-6, 0.70e-6)  # s until a load of the stream is there: from L2, from DRAM
+SHORT_WAIT = Range(0.10e-6, 0.27e-6)  # s until a load of what every program reads is there: from L1, from L2
+L1_KEEPS = 16 * 1024  # bytes that a program reads again without asking L2
 L2_SHARE = Range(1.0, 0.5)  # of L2 that what is read again may occupy and still be there
 LAUNCH = Range(1.0e-6, 2.5e-6)  # s that a launch inside a CUDA graph costs by itself

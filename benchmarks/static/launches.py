@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import os
 import pkgutil
@@ -21,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 import steerfast as sf
+import steerfast_kernels
 from steerfast.ops import calls
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
@@ -51,7 +54,18 @@ class Launch:
         """The kernel with the types, constants and options of this launch, for a target that need not be present."""
         names = {parameter.name for parameter in self.kernel.params}
         options = {name: value for name, value in self.arguments.items() if name not in names}
-        return triton.compile(specialise(self.kernel, self.arguments), target=TARGETS[target], options=options)
+        options["enable_fp_fusion"] = True  # the default until Triton 3.10, and what the Makefile states
+        # Triton's own cache ignores where a function stands, and what comes from it may name the lines of an older file
+        with mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": _cache()}):
+            return triton.compile(specialise(self.kernel, self.arguments), target=TARGETS[target], options=options)
+
+
+@functools.cache
+def _cache() -> str:
+    """A folder for what these very files compile to."""
+    files = [file for folder in steerfast_kernels.__path__ for file in sorted(Path(folder).glob("*.py"))]
+    text = "".join(f"{file}\n{file.read_text(encoding='utf-8')}" for file in files)
+    return str(Path(__file__).parents[2] / ".cache" / "static" / hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
 class Calls(TorchDispatchMode):
@@ -80,8 +94,6 @@ def as_on_a_gpu(case: Case) -> Callable[[], object]:
 @contextmanager
 def kernels_chosen() -> Iterator[None]:
     """Ops on CPU tensors take the kernels, in the dtype that they would have on a GPU."""
-    import steerfast_kernels
-
     for module in pkgutil.iter_modules(steerfast_kernels.__path__):
         importlib.import_module(f"steerfast_kernels.{module.name}")
     sf.use_backend("triton")
@@ -89,7 +101,7 @@ def kernels_chosen() -> Iterator[None]:
         # the backend asks the environment when it is called; Triton asked it when the kernels were imported, just now
         with (
             mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),
-            mock.patch.object(calls, "interpreted", lambda: False),
+            mock.patch.object(calls, "interpreted", return_value=False),
             torch.no_grad(),
         ):
             yield
@@ -105,7 +117,12 @@ def launches_of(call: Callable[[], object], target: str) -> tuple[list[Launch], 
         found.append(Launch(kernel, grid, arguments))
 
     amd = None if target.startswith("sm_") else "as on AMD"
-    with kernels_chosen(), mock.patch.object(JITFunction, "run", catch), mock.patch.object(torch.version, "hip", amd):
-        with Calls() as beside:
-            call()
+    beside = Calls()
+    with (
+        kernels_chosen(),
+        mock.patch.object(JITFunction, "run", catch),
+        mock.patch.object(torch.version, "hip", amd),
+        beside,
+    ):
+        call()
     return found, beside

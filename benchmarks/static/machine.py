@@ -89,14 +89,19 @@ def programs_per_sm(target: str, registers: int, shared: int, warps: int) -> int
     limits, lanes = LIMITS[target], 32 if target.startswith("sm_") else 64
     held = -(-max(registers, 1) // 8) * 8 * lanes * warps
     return min(
-        limits.programs, limits.warps // warps, limits.registers // held, limits.shared // max(1, shared + limits.reserved)
+        limits.programs,
+        limits.warps // warps,
+        limits.registers // held,
+        limits.shared // max(1, shared + limits.reserved),
     )
 
 
 def tensor_instructions(compiled: Any, target: str) -> str:
     """The kind of tensor-core instruction in a kernel, or nothing."""
     if target.startswith("sm_"):
-        names = [i.name.partition(".")[0] for i in disassemble(compiled.asm["cubin"]).instructions if TENSOR.search(i.name)]
+        names = [
+            i.name.partition(".")[0] for i in disassemble(compiled.asm["cubin"]).instructions if TENSOR.search(i.name)
+        ]
         return names[0] if names else ""
     return "MFMA" if re.search(r"\bv_mfma", compiled.asm["amdgcn"]) else ""
 
@@ -137,5 +142,3 @@ def registers_of(operand: str, width: int) -> set[int]:
 def named_registers(operands: str) -> set[int]:
     """Every register that stands in the operands, by its first number."""
     return {int(number) for number in re.findall(r"\bR(\d+)", operands)}
-
-

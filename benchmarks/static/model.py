@@ -26,10 +26,11 @@ class Kernel:
     """One launch of a case on a target."""
 
     name: str
+    target: str
     grid: tuple[int, ...]
     resources: Resources
     tensor: str  # the kind of tensor-core instruction, or nothing
-    l2: float  # bytes that its programs ask of L2 and write to it
+    l2: float  # bytes that its programs ask of L2 and write to it; little that is read again stays in L1
     memory: c.Range  # bytes from and to DRAM
     walk: Walk | None  # not read from AMD's code
 
@@ -38,9 +39,19 @@ class Kernel:
         return math.prod(self.grid)
 
     @property
+    def busiest(self) -> int:
+        """Programs that the busiest SM works off."""
+        return -(-self.programs // c.SMS[self.target])
+
+    @property
+    def resident(self) -> int:
+        """Programs in one SM at a time: what it can hold, where the grid has as many."""
+        return min(self.resources.programs, self.busiest)
+
+    @property
     def in_flight(self) -> int:
         """Bytes of the stream under way in one SM."""
-        return 0 if self.walk is None else self.walk.in_flight * self.resources.programs
+        return 0 if self.walk is None else self.walk.in_flight * self.resident
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class Row:
             "launches": len(self.kernels),
             "torch_kernels": sum(self.beside.values()),
             "allocations": self.allocations,
-            "programs_per_sm": min(kernel.resources.programs for kernel in self.kernels),
+            "programs_per_sm": min(kernel.resident for kernel in self.kernels),
             "stack": max(kernel.resources.stack for kernel in self.kernels),
             "in_flight": busiest.in_flight,
             "access": busiest.walk.narrowest if busiest.walk else 0,
@@ -116,13 +127,15 @@ def _kernel(launch: Launch, counted: Counted, target: str) -> Kernel:
     needs = resources(compiled, target)
     walked = walk(disassemble(compiled.asm["cubin"]), counted, needs) if target.startswith("sm_") else None
     programs, tensors = launch.programs, counted["tensors"].values()
-    memory = c.Range(*(sum(_memory(each, programs, needs.programs, share) for each in tensors) for share in c.L2_SHARE))
+    at_once = min(programs, needs.programs * c.SMS[target])
+    memory = c.Range(*(sum(_memory(each, programs, at_once, share) for each in tensors) for share in c.L2_SHARE))
     return Kernel(
         counted["kernel"],
+        target,
         tuple(launch.grid),
         needs,
         tensor_instructions(compiled, target),
-        programs * sum(each["moved"] for each in tensors),
+        programs * sum(each["distinct" if each["distinct"] <= c.L1_KEEPS else "moved"] for each in tensors),
         memory,
         walked,
     )
@@ -133,7 +146,7 @@ def _memory(tensor: dict[str, Any], programs: int, resident: int, share: float) 
     touched = tensor["distinct"] * programs
     kept = tensor["shared"] or tensor["size"] <= c.L2_SIZE
     first = min(touched, tensor["size"]) if kept else touched
-    at_once = min(tensor["size"], tensor["distinct"] * min(programs, resident * c.SMS))
+    at_once = min(tensor["size"], tensor["distinct"] * resident)
     again = (tensor["moved"] - tensor["distinct"]) * programs
     return first + (again if at_once > share * c.L2_SIZE else 0.0)
 
@@ -141,17 +154,17 @@ def _memory(tensor: dict[str, Any], programs: int, resident: int, share: float) 
 def parts(kernel: Kernel) -> dict[str, c.Range]:
     """Seconds that each resource of an H200 would take if it were the only one."""
     assert kernel.walk is not None
-    busiest = -(-kernel.programs // c.SMS)  # programs that the busiest SM works off
-    waves = -(-busiest // kernel.resources.programs)
-    cycles = kernel.walk.cycles * busiest
+    waves = -(-kernel.busiest // kernel.resident)
+    cycles = kernel.walk.cycles * kernel.busiest
+    waits = zip(c.WAIT, c.SHORT_WAIT, strict=True)
     return {
         "memory": c.Range(kernel.memory.short / c.DRAM.short, kernel.memory.long / c.DRAM.long),
         "L2": c.Range(kernel.l2 / c.L2.short, kernel.l2 / c.L2.long),
-        "issue": c.Range(
-            cycles / c.CLOCK.short / c.ISSUE_SHARE.short, cycles / c.CLOCK.long / c.ISSUE_SHARE.long
-        ),
+        "issue": c.Range(cycles / c.CLOCK.short / c.ISSUE_SHARE.short, cycles / c.CLOCK.long / c.ISSUE_SHARE.long),
         "product": c.Range(*(kernel.walk.product * kernel.programs / speed for speed in c.PRODUCT)),
-        "wait": c.Range(*(waves * kernel.walk.waits * wait for wait in c.WAIT)),
+        "wait": c.Range(
+            *(waves * (kernel.walk.waits * wait + kernel.walk.short_waits * brief) for wait, brief in waits)
+        ),
     }
 
 
@@ -160,8 +173,7 @@ def time_of(kernel: Kernel) -> c.Range:
     found = parts(kernel)
     wait = found.pop("wait")
     short, long = max(part.short for part in found.values()), max(part.long for part in found.values())
-    alone = min(kernel.resources.programs, -(-kernel.programs // c.SMS)) == 1
-    return c.Range(max(short, wait.short), long + wait.long if alone else max(long, wait.long))
+    return c.Range(max(short, wait.short), long + wait.long if kernel.resident == 1 else max(long, wait.long))
 
 
 def binds(row: Row) -> str:

@@ -27,7 +27,8 @@ class Walk:
 
     cycles: float  # of its SM, if nothing else ran and every slot were filled
     in_flight: int  # bytes of the stream that it has under way at most
-    waits: float  # for a load, one after another
+    waits: float  # for a load of the stream, one after another
+    short_waits: float  # for loads of what other programs read, too
     narrowest: int  # bytes that a thread moves in one access to the stream; 0: none seen
     product: float  # operations on tensor cores
 
@@ -123,12 +124,13 @@ class _Flight:
     def _note(self) -> None:
         self.most = max(self.most, sum(size for _, size in self.loads) + self.open + sum(self.groups))
 
-    def use(self, registers: set[int]) -> bool:
-        """Whether an instruction that reads these must wait."""
-        waits = any(held & registers for held, _ in self.loads)
-        if waits:
-            self.loads.clear()
-        return waits
+    def use(self, registers: set[int]) -> int | None:
+        """Bytes of the stream that an instruction which reads these waits for; None: it goes on at once."""
+        if not any(held & registers for held, _ in self.loads):
+            return None
+        size = sum(size for _, size in self.loads)
+        self.loads.clear()
+        return size
 
     def close(self) -> None:
         self.groups.append(self.open)
@@ -149,15 +151,16 @@ def walk(code: Code, counted: Counted, resources: Resources) -> Walk:
     threads = 32 * resources.warps
     loops = turns(code, counted, threads)
     stream = _stream(counted)
-    flight, slots, waits, product, narrowest = _Flight(), 0.0, 0.0, 0.0, 0
+    flight, slots, waits, short_waits, product, narrowest = _Flight(), 0.0, 0.0, 0.0, 0.0, 0
     for i in code.instructions:
         weight = 0.0 if not times_run(i, counted) else 1.0 if i.loop is None else loops[i.loop]
         if not weight:
             continue
         slots += weight
         product += weight * _operations(i) * resources.warps
-        if flight.use(named_registers(i.operands)):
-            waits += weight
+        awaited = flight.use(named_registers(i.operands))
+        waits += weight * (awaited is not None and awaited > 0)
+        short_waits += weight * (awaited == 0)
         access = _access(i, counted) if i.is_a(*LOADS, *COPIES, *STORES) else None
         streams = access is not None and access["tensor"] in stream
         size = min(access["bytes"], threads * i.width) if access is not None and streams else 0
@@ -171,4 +174,4 @@ def walk(code: Code, counted: Counted, resources: Resources) -> Walk:
             waits += weight * flight.wait(int(left.group(1), 16))
         if streams:
             narrowest = min(narrowest or i.width, i.width)
-    return Walk(slots * resources.warps / SCHEDULERS, flight.most, waits, narrowest, product)
+    return Walk(slots * resources.warps / SCHEDULERS, flight.most, waits, short_waits, narrowest, product)
