@@ -27,8 +27,14 @@ def is_kernel(file: str) -> bool:
 
 @functools.cache
 def statement(file: str, line: int) -> Statement:
-    """The innermost statement around a line; the head of a loop bears the name of the body's first statement."""
-    return _statements(file).get(line, Statement(f"{Path(file).name}:{line}"))
+    """The innermost statement around a line; the head of a loop bears the name of the body's first statement.
+
+    A compiler that makes one instruction of two statements may name a line between them: the statement before it counts.
+    """
+    found = _statements(file)
+    while line > 1 and line not in found:
+        line -= 1
+    return found.get(line, Statement(f"{Path(file).name}:{line}"))
 
 
 @functools.cache
