@@ -311,7 +311,11 @@ BAD = [
         "width 3 and the intervention 12",
     ),
     (lambda: sf.When(EXAMPLES["When"][0].condition, EXAMPLES["When"][0]), ValueError, "a condition inside a condition"),
-    (lambda: sf.When(sf.Condition(rows(1)[0], 0.5), sf.Add(rows(1)[0]), layer="1"), TypeError, "layer must be a whole number; got '1'"),
+    (
+        lambda: sf.When(sf.Condition(rows(1)[0], 0.5), sf.Add(rows(1)[0]), layer="1"),
+        TypeError,
+        "layer must be a whole number; got '1'",
+    ),
     (lambda: sf.Add(NAN), ValueError, "Add: vector holds NaN or Inf in row 0"),
     (lambda: sf.Add(torch.tensor([1.0, float("inf")])), ValueError, "NaN or Inf"),
     (lambda: sf.Add(torch.zeros(4)), ValueError, "Add: vector is all zero"),

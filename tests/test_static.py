@@ -1,0 +1,132 @@
+"""What the static model counts never gets worse: against tests/data/static.json, per version of Triton, in one direction.
+
+Counts alone are held, no time is. A change that makes one worse on purpose writes the table anew
+(`python -m benchmarks.static --targets sm_90 --hold`) and says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing; the counts start one of their own", allow_module_level=True)
+
+import triton
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from results import read
+from static import constants, machine
+from static.cases import CASES, QUICK
+from static.model import Row, count_all, rows, time_of
+
+pytestmark = pytest.mark.aot
+
+HELD = json.loads((Path(__file__).parent / "data/static.json").read_text(encoding="utf-8"))
+AT_LEAST = ("programs_per_sm", "in_flight", "access")
+AT_MOST = (
+    "launches", "torch_kernels", "allocations", "stack", "cycles_per_token", "l2_bytes_per_token", "memory_bytes_per_token",
+)  # fmt: skip
+
+
+def worse(found: dict[str, float], held: dict[str, float]) -> list[str]:
+    """The counts that moved the wrong way."""
+    return [
+        f"{name}: {found[name]}, held {'>=' if name in AT_LEAST else '<='} {held[name]}"
+        for name in (*AT_LEAST, *AT_MOST)
+        if (found[name] < held[name] if name in AT_LEAST else found[name] > held[name])
+    ]
+
+
+def counted(names: tuple[str, ...]) -> dict[str, Row]:
+    return {name: rows(name, launches, ["sm_90"])[0] for name, launches in count_all(names).items()}
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[str, Row]:
+    return counted(QUICK)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_counts_do_not_get_worse(name: str, quick: dict[str, Row]) -> None:
+    check(name, quick[name])
+
+
+@pytest.mark.slow
+def test_no_count_of_any_case_gets_worse() -> None:
+    for name, row in counted(tuple(CASES)).items():
+        check(name, row)
+
+
+def check(name: str, row: Row) -> None:
+    if triton.__version__ not in HELD:
+        pytest.skip(f"no counts are held for triton {triton.__version__}; held are {', '.join(HELD)}")
+    found, held = row.counts(), HELD[triton.__version__][name]
+    assert set(found) == {*AT_LEAST, *AT_MOST}
+    assert not worse(found, held), name
+
+
+def test_the_table_holds_every_case_and_a_worse_count_is_seen() -> None:
+    for version, cases in HELD.items():
+        assert set(cases) == set(CASES), version
+    held = HELD[max(HELD)]["hinge k=64"]
+    assert worse(held, held) == []
+    for name in AT_MOST:
+        assert worse({**held, name: held[name] + 1}, held) == [f"{name}: {held[name] + 1}, held <= {held[name]}"]
+    for name in AT_LEAST:
+        assert worse({**held, name: held[name] - 1}, held) == [f"{name}: {held[name] - 1}, held >= {held[name]}"]
+
+
+def test_an_add_moves_what_its_formula_says(quick: dict[str, Row]) -> None:
+    """x once from memory and once to it, eight vectors, eight bytes of table: counted, beside the arithmetic by hand."""
+    row = quick["add"]
+    d, n = 4096, 8192
+    assert row.counts()["memory_bytes_per_token"] == pytest.approx((2 * n * d * 2 + 8 * d * 2) / n + 8, abs=0.1)
+    assert row.counts()["l2_bytes_per_token"] == 3 * 2 * d + 4 * 2 * constants.SECTOR  # four programs a token
+    assert row.counts()["access"] == 16
+
+
+def test_a_product_is_counted_whole(quick: dict[str, Row]) -> None:
+    """Rank 64 on tensor cores: xBᵀ once and C·g twice, since g enters in two parts. So the loops turn as often as they must.
+
+    A fourth where the second part is computed by both groups of warps, as with Triton 3.9.
+    """
+    (kernel,) = quick["hinge k=64"].kernels
+    assert kernel.walk is not None
+    assert kernel.walk.product * kernel.programs / (2 * 8192 * 4096 * 64) in (3, 4)
+
+
+def test_a_prediction_is_a_range_around_no_point(quick: dict[str, Row]) -> None:
+    for row in quick.values():
+        assert row.predicted is not None
+        assert row.floor / 1.1 < row.predicted.short < row.predicted.long
+        assert sum(time_of(kernel).short for kernel in row.kernels) < row.predicted.short
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "warps", "programs"),
+    [
+        ("sm_90", 32, 0, 4, 16),  # 64 warps
+        ("sm_90", 44, 0, 4, 10),  # 65536 registers in steps of 8
+        ("sm_90", 24, 73728, 4, 3),  # 228 kB of shared memory, one of them for the system
+        ("sm_120", 24, 0, 1, 24),  # programs
+        ("gfx942", 257, 0, 4, 1),  # 512 registers a lane, one wave in each of four SIMDs
+        ("gfx942", 64, 16384, 4, 4),  # LDS
+    ],
+)
+def test_programs_per_sm(target: str, registers: int, shared: int, warps: int, programs: int) -> None:
+    assert machine.programs_per_sm(target, registers, shared, warps) == programs
+
+
+def test_predictions_are_no_rows_of_results(tmp_path: Path, quick: dict[str, Row]) -> None:
+    """What `make bars` reads: a file of predictions beside the measured rows adds none, so no bar can be met by one."""
+    from static.model import as_json
+
+    (tmp_path / "static.json").write_text(json.dumps({"rows": [as_json(row) for row in quick.values()]}))
+    assert read([tmp_path]) == []
