@@ -12,6 +12,7 @@ from pathlib import Path
 import pdoc
 
 import steerfast
+from steerfast.place import Origin
 
 PAGES = ("steerfast", "steerfast.models.demo", "steerfast.place", "steerfast.sae.formats", "steerfast.sae.model")
 """What the documentation names: the front door with `ops`, `sae`, `tools` and `integrations` behind it, and the modules that it
@@ -26,6 +27,9 @@ def main() -> None:
     for package in (steerfast, steerfast.sae, steerfast.tools):
         for name in package.__all__:
             setattr(package, name, getattr(package, name))
+    # An inherited field is annotated in the words of the base's module, and pdoc looks them up in the module of the class.
+    for kind in steerfast.Intervention.registry.values():
+        sys.modules[kind.__module__].Origin = Origin
     pdoc.render.configure(docformat="google", math=False)
     pdoc.pdoc(*PAGES, output_directory=Path(folder))
     print(f"{len(list(Path(folder).rglob('*.html')))} pages; begin at {Path(folder) / 'index.html'}")
