@@ -26,7 +26,7 @@ from lab.rows import append_row, circumstances
 
 import steerfast as sf
 from steerfast.vllm import seams
-from steerfast.vllm.edits import Place, Places
+from steerfast.vllm.edits import EditedPlace, Places
 from steerfast.vllm.plans import Library, ServedPlan
 from steerfast.vllm.slots import Admission
 from steerfast.vllm.table import EVER, Owner, RowTable
@@ -78,7 +78,7 @@ def main() -> None:
 def memory_per_vector(count: int = 2000, width: int = 4096) -> float:
     """By how much memory rises where `count` vectors are loaded, over their size in float32."""
     before = resident()
-    place = Place(
+    place = EditedPlace(
         [sf.Add(torch.zeros(width) + 1) for _ in range(count)], count, width, torch.bfloat16, torch.device("cpu")
     )
     for slot in range(count):
@@ -129,7 +129,7 @@ def edit(places: Places, stream: torch.Tensor, hidden: torch.Tensor) -> None:
 
 def layers(made: RowTable) -> Places:
     edits = [sf.Add(torch.randn(WIDTH)) for _ in range(REQUESTS)]
-    found = {f"{i}": Place(edits, REQUESTS, WIDTH, torch.bfloat16, torch.device("cpu")) for i in range(LAYERS)}
+    found = {f"{i}": EditedPlace(edits, REQUESTS, WIDTH, torch.bfloat16, torch.device("cpu")) for i in range(LAYERS)}
     for place in found.values():
         for slot, edit in enumerate(edits):
             place.load(slot, edit)
