@@ -129,6 +129,7 @@ def test_an_intervention_at_another_place_warns(name: str) -> None:
         sf.Plan({3: MAKERS[name](sf.Direction(V, "given", 1.0))})
         if name == "Ablate":  # one direction is removed everywhere, as published
             sf.Plan(dict.fromkeys(range(4), edit))
+            sf.Plan({3: sf.When(sf.Condition(V, 0.1), edit, layer=1)})
             return
     with pytest.warns(UserWarning, match="belongs to resid_post 1 and is put at resid_post 3"):
         sf.Plan({3: edit})

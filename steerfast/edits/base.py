@@ -55,8 +55,6 @@ class Intervention:
     origin: Origin = field(default=NOWHERE, kw_only=True)
 
     registry: ClassVar[dict[str, type[Intervention]]] = {}
-    everywhere: ClassVar[bool] = False
-    """Whether a direction of one place is meant for any: a removal is, as published; what adds is not."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -66,6 +64,11 @@ class Intervention:
     def width(self) -> int:
         """d, the width of the stream that it edits."""
         return self.slot().lift.shape[-1]
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether a direction of one place is meant for any: a removal is, as published; what adds is not."""
+        return False
 
     def __post_init__(self) -> None:
         given = [getattr(self, f.name) for f in fields(self) if f.name != "origin"]

@@ -127,6 +127,11 @@ class When(Intervention):
         return self.then.width
 
     @property
+    def everywhere(self) -> bool:
+        """Whether the intervention is meant for any place."""
+        return self.then.everywhere
+
+    @property
     def trained(self) -> tuple[str, ...]:
         """The fields of the intervention that require a gradient."""
         return tuple(f"then.{name}" for name in self.then.trained)

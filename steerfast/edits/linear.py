@@ -8,7 +8,6 @@ a bank rounds them to the dtype of the stream.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -132,14 +131,17 @@ class Ablate(Intervention):
     direction: Directions
     keep_norm: bool = False
 
-    everywhere: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         flag("Ablate", "keep_norm", self.keep_norm)
         rows = live_rows("Ablate", "direction", self.direction)
         basis = orthonormal("Ablate", "direction", rows_of(rows.detach()).to("cpu", torch.float32))
         set_field(self, "direction", rows if rows.requires_grad else basis)
+
+    @property
+    def everywhere(self) -> bool:
+        """Yes: one direction is removed at every layer."""
+        return True
 
     def slot(self) -> Slot:
         rows = rows_of(self.direction)
