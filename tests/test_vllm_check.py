@@ -48,6 +48,6 @@ def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch) -> N
     for one in (proof._prefill, proof._decode, proof._mates, proof._caches, proof._refusals, proof._plan):
         with pytest.raises(RuntimeError):
             one(Deaf(vllm, engines[0]))
-    monkeypatch.setattr(seams, "salt", lambda given, parts: given)  # steered keys and values in everybody's cache
+    monkeypatch.setattr(seams, "salt", lambda given, *_: given)  # steered keys and values in everybody's cache
     with pytest.raises(RuntimeError, match="got another answer after the same prompt had been steered"):
         proof._caches(proof._Asker(vllm, engines[0]))
