@@ -44,8 +44,8 @@ def relu(y):
 
 
 @triton.jit
-def hinge(y, c_ptr, offs, mask):
-    """c₀ + c₁y + c₂·relu(y - c₃) + c₄·relu(y - c₅) + c₆·[y > c₇]."""
+def hinge_numbers(c_ptr, offs, mask):
+    """c₀ … c₇ of each direction: one load each, apart from `bent` so that they are under way before y is known."""
     c0 = tl.load(c_ptr + offs * 8, mask=mask, other=0.0)
     c1 = tl.load(c_ptr + offs * 8 + 1, mask=mask, other=0.0)
     c2 = tl.load(c_ptr + offs * 8 + 2, mask=mask, other=0.0)
@@ -54,6 +54,12 @@ def hinge(y, c_ptr, offs, mask):
     c5 = tl.load(c_ptr + offs * 8 + 5, mask=mask, other=0.0)
     c6 = tl.load(c_ptr + offs * 8 + 6, mask=mask, other=0.0)
     c7 = tl.load(c_ptr + offs * 8 + 7, mask=mask, other=0.0)
+    return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@triton.jit
+def bent(y, c0, c1, c2, c3, c4, c5, c6, c7):
+    """c₀ + c₁y + c₂·relu(y - c₃) + c₄·relu(y - c₅) + c₆·[y > c₇]."""
     bend = c2 * relu(y - c3) + c4 * relu(y - c5)
     return c0 + c1 * y + bend + tl.where(y > c7, c6, 0.0)
 
@@ -191,7 +197,8 @@ def act(y, square, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES: tl.co
             g = tl.where((offs_k == 0)[None, :], 1.0, g)
     if HINGE & MODES:
         if mode == HINGE:
-            g = hinge(y, constants_ptr + 8, offs_k[None, :], mask_k[None, :])
+            c0, c1, c2, c3, c4, c5, c6, c7 = hinge_numbers(constants_ptr + 8, offs_k[None, :], mask_k[None, :])
+            g = bent(y, c0, c1, c2, c3, c4, c5, c6, c7)
     if COUPLED & MODES:
         if (mode != ADD) & (mode != HINGE) & (mode != AFFINE):
             alpha, g = couple(y, tl.sqrt(square), weight, head_ptr, constants_ptr, offs_k, mask_k, MODES)

@@ -1,27 +1,27 @@
 """Project → act → lift: x' = s·x + C·g, (s, g) = act(Bᵀx, ‖x‖), with the slots of a bank.
 
-Three kernels share the acts of `act.py`; sizes choose between them:
+Sizes choose the road; all share the acts of `act.py`:
 
-    rank < 16, or mixed dtypes     subspace_rows    one program per token, any mix of slots
-    one flow of rank d             flow             two matrix products around all steps
-    rank ≥ 16, up to 1024 tokens   subspace_split   columns of d split across programs
-    rank ≥ 16, more tokens         subspace_tiles   tiles of tokens on tensor cores
+    rank < 16 and few tokens, ≤ 3 of one mode, or mixed dtypes     subspace_rows    one program per token, any mix of slots
+    one flow of rank d                                             flow             two matrix products around all steps
+    else                                                           subspace_tiles   tiles of tokens on tensor cores
 
 A row never depends on the rows beside it. Papers: see the table of methods in README.md.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ._launch import Edit, columns, flatten, on_device
 from .act import FLOW, SOLVE
 from .flow import flow
-from .subspace_rows import launch_rows
-from .subspace_split import SPLIT_ROWS, launch_split
+from .subspace_rows import is_light, launch_rows
 from .subspace_tiles import TILE_RANK, launch_tiles
 
 MOST = 512  # directions that fit into the registers of a tile
+FEW_TOKENS = 256  # up to this many tokens, programs of one token each fill the device twice at most and finish first
 
 
 def subspace(
@@ -50,13 +50,21 @@ def subspace(
     with on_device(x):
         if _is_full_flow(edit):
             edit.out.copy_(flow(edit.x, *bank, rows, scale, bool(modes & SOLVE.value)))
-        elif max_rank < TILE_RANK or max_rank > MOST or x.dtype != vectors.dtype:
+        elif _by_rows(edit):
             launch_rows(edit)
         else:
-            launch = launch_split if edit.x.shape[0] <= SPLIT_ROWS else launch_tiles
-            for p in range(1 if rows is None else rows.shape[1]):
-                launch(edit.column(p))
+            launch_tiles(edit)
     return out
+
+
+def _by_rows(edit: Edit) -> bool:
+    """Whether programs of one token each are the faster road, or the only one."""
+    (n, _), vectors, rank = edit.x.shape, edit.bank[0], edit.max_rank
+    if rank > MOST or edit.x.dtype != vectors.dtype:
+        return True
+    if rank >= TILE_RANK:
+        return False
+    return n <= FEW_TOKENS or is_light(edit) or edit.x.dtype == torch.float32
 
 
 def _is_full_flow(edit: Edit) -> bool:

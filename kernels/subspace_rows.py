@@ -10,13 +10,15 @@ import triton.language as tl
 
 from ._launch import Edit, choose, kernel, power_of_two, stride
 from ._tuned import tuned
-from .act import ADD, AFFINE, COUPLED, HINGE, KEEP_NORM, couple, hinge, mode_of, restore
+from .act import ADD, AFFINE, COUPLED, HINGE, KEEP_NORM, bent, couple, hinge_numbers, mode_of, restore
 
-# (largest d, warps) where a bank holds one mode, and the warps where it holds several, whose branches together want more
-# registers: what spills on no target with Triton 3.6 and 3.9
-WARPS = [(1024, 4), (2048, 8), (16384, 16)]
-WARPS_OF_MANY = 16
-CHUNK = [(1024, 4), (4096, 2), (16384, 1)]  # (largest d, directions read together): one reduction serves them all
+# (largest d, warps) where many tokens have one edit of one mode and few directions: each thread then has many elements, so
+# that little is said twice; and the warps elsewhere, whose few tokens are quickest when a row is spread over many threads
+WARPS = [(4096, 4), (8192, 8), (16384, 16)]
+WARPS_OF_FEW = [(576, 4), (1024, 8), (16384, 16)]
+# (largest d, directions read together): one reduction serves them all, and C is on its way meanwhile
+LIGHT = 3  # directions of an edit that threads with many elements serve
+CHUNK = [(1024, 8), (4096, 4), (8192, 2), (16384, 1)]
 
 
 @triton.jit
@@ -60,11 +62,13 @@ def _hinge_delta(x, b_ptr, c_ptr, coef_ptr, probe_ptr, K, rank, stride_v, offs_d
         mask = mask_j[:, None] & mask_d[None, :]
         span = offs_j[:, None].to(tl.int64) * stride_v + offs_d[None, :]
         b = tl.load(b_ptr + span, mask=mask, other=0.0)
+        c = tl.load(c_ptr + span, mask=mask, other=0.0)
+        c0, c1, c2, c3, c4, c5, c6, c7 = hinge_numbers(coef_ptr, offs_j, mask_j)
         y = tl.sum(b.to(tl.float32) * x[None, :], axis=1)  # (CHUNK,)
         if probe_ptr is not None:
             tl.store(probe_ptr + offs_j, y, mask=mask_j & (offs_j < K))
-        c = tl.load(c_ptr + span, mask=mask, other=0.0)
-        delta += tl.sum(c.to(tl.float32) * hinge(y, coef_ptr, offs_j, mask_j)[:, None], axis=0)
+        g = bent(y, c0, c1, c2, c3, c4, c5, c6, c7)
+        delta += tl.sum(c.to(tl.float32) * g[:, None], axis=0)
     return delta
 
 
@@ -83,6 +87,13 @@ def _rows_kernel(
     MODES: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
+    if IN_PLACE:
+        if rows_ptr is not None:
+            named = False
+            for p in tl.static_range(P):
+                named = named | (tl.load(rows_ptr + i_n * stride_rows_n + p * stride_rows_p) != -1)
+            if not named:  # nothing to do: not even x is read
+                return
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     original = tl.load(x_ptr + i_n * stride_x_n + offs_d, mask=mask_d, other=0.0)
@@ -98,16 +109,18 @@ def _rows_kernel(
         seen_ptr = probe_ptr
         if probe_ptr is not None:
             seen_ptr = probe_ptr + i_n * stride_probe_n + p * stride_probe_p
-        stray = (slot < -1) | (slot >= S)
+        inside = (slot >= 0) & (slot < S)
+        stray = (slot != -1) & ~inside
         x = tl.where(stray, float("nan"), x)
         edited = edited | stray
         head_ptr = slots_ptr + slot * 8
-        rank = tl.load(head_ptr + 1, mask=(slot >= 0) & (slot < S), other=0)
+        # all of the header at once: each load that waits for another costs as much as the row itself
+        rank = tl.load(head_ptr + 1, mask=inside, other=0)
+        b_ptr = vectors_ptr + tl.load(head_ptr + 2, mask=inside, other=0).to(tl.int64) * stride_v
+        c_ptr = vectors_ptr + tl.load(head_ptr + 3, mask=inside, other=0).to(tl.int64) * stride_v
+        constants_ptr = coefficients_ptr + tl.load(head_ptr + 4, mask=inside, other=0).to(tl.int64) * 8
         if rank > 0:
             mode = mode_of(head_ptr, MODES)
-            b_ptr = vectors_ptr + tl.load(head_ptr + 2).to(tl.int64) * stride_v
-            c_ptr = vectors_ptr + tl.load(head_ptr + 3).to(tl.int64) * stride_v
-            constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
             weight = tl.load(constants_ptr + 2)
             if scale_ptr is not None:
                 weight *= tl.load(scale_ptr + i_n * stride_scale_n + p * stride_scale_p)
@@ -150,20 +163,21 @@ def _rows_kernel(
         tl.store(out_ptr + i_n * stride_out_n + offs_d, out, mask=mask_d)
 
 
-def one_mode(modes: int) -> bool:
-    """Whether only one mode may occur."""
-    kinds = modes & ~KEEP_NORM.value
-    return kinds & (kinds - 1) == 0
+def is_light(edit: Edit) -> bool:
+    """Whether sums of vectors keep up with memory: few directions, and one mode that needs no more than its own of them."""
+    kinds = edit.modes & ~KEEP_NORM.value
+    return edit.max_rank <= LIGHT and kinds & (kinds - 1) == 0 and not kinds & COUPLED.value
 
 
 def launch_rows(edit: Edit) -> None:
     """Every slot of every token in one launch."""
     x, rank = edit.x, power_of_two(edit.max_rank)
     n, d = x.shape
+    warps = tuned("subspace_rows.WARPS", WARPS, x) if is_light(edit) else tuned("subspace_rows.WARPS_OF_FEW", WARPS_OF_FEW, x)
+    chunk = choose(tuned("subspace_rows.CHUNK", CHUNK, x), d)
     _rows_kernel[(n,)](
         **edit.reads(), **edit.writes(),
         stride_probe_p=stride(edit.probe, 1), stride_rows_p=stride(edit.rows, 1), stride_scale_p=stride(edit.scale, 1),
         P=1 if edit.rows is None else edit.rows.shape[1],
-        BLOCK_D=power_of_two(d), BLOCK_K=rank, CHUNK=min(choose(tuned("subspace_rows.CHUNK", CHUNK, x), d), rank),
-        num_warps=choose(tuned("subspace_rows.WARPS", WARPS, x), d) if one_mode(edit.modes) else WARPS_OF_MANY,
+        BLOCK_D=power_of_two(d), BLOCK_K=rank, CHUNK=min(chunk, rank), num_warps=choose(warps, d),
     )  # fmt: skip

@@ -1,181 +1,87 @@
-"""Project → act → lift, one program per tile of tokens with tensor-core products: large ranks on long runs of tokens.
+"""Project → act → lift by tiles of tokens with tensor-core products, in two launches: many tokens, or a large rank.
 
-Bytes a token: reads 2·|x|·d (the second time from L2; a third time where a length is restored), writes |x|·d; B and C once
-per tile and owner (from L2). The distinct owners of a tile are walked one after another, so one owner costs one pass.
+`subspace_project` reads x and leaves g, a few numbers a token; `subspace_lift` reads x again and writes. Tokens are walked in runs
+that stay in L2 between the two, where little of B and C is read for each (small ranks); at larger ranks tiles have to be tall, and
+one run of all tokens moves less.
+Bytes a token: reads |x|·d (and again, from L2 within a run), writes |x|·d; once more from L2 where a length is restored.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import torch
+from torch import Tensor
 
-import triton
-import triton.language as tl
-
-from ._launch import MIN_STEP, Edit, choose, fitting, kernel, power_of_two, tile_bytes, warps_of
+from ._launch import MIN_STEP, Edit, choose, fitting, power_of_two, stride, tile_bytes, warps_of
 from ._tuned import tuned
-from .act import AFFINE, KEEP_NORM, act, mode_of, restore
-from .owners import leave_rows, owners_of
+from .act import KEEP_NORM
+from .subspace_lift import lift_kernel
+from .subspace_project import project_kernel
 
-TILE_RANK = 16  # from this rank on a product on tensor cores beats sums of vectors
-TILE_ROWS = [(64, 64), (128, 32), (512, 16)]  # (largest k, rows per tile): y stays in registers
-# (largest k, (columns of d per step, warps of 32 lanes)): at k = 64 a step of 64 columns spills 280 bytes on sm_80 with 4
-# warps; 8 waves of gfx942, which have 64 lanes, leave too few registers to each, and every solver spills 31
-TILE_STEP = [(32, (64, 4)), (512, (32, 8))]
-TILE_STAGES = 3
-
-
-@triton.jit
-def tile_project(
-    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k,
-    first, last, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """(y, ‖x‖²) of a tile over columns first to last: (BLOCK_N, BLOCK_K) and (BLOCK_N,)."""
-    y = tl.zeros((offs_n.shape[0], offs_k.shape[0]), tl.float32)
-    square = tl.zeros(offs_n.shape, tl.float32)
-    for d in range(first, last, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < last
-        mask = mask_n[:, None] & mask_d[None, :]
-        x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0)
-        mask_b = mask_k[None, :] & mask_d[:, None]
-        b = tl.load(b_ptr + offs_k[None, :] * stride_v + offs_d[:, None], mask=mask_b, other=0.0)
-        y = tl.dot(x, b, y, input_precision="ieee")
-        wide = x.to(tl.float32)
-        if hidden_ptr is not None:  # the halves apart: their sum would be rounded to 16 bits before the product
-            half = tl.load(hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0)
-            y = tl.dot(half, b, y, input_precision="ieee")
-            wide += half.to(tl.float32)
-        square += tl.sum(wide * wide, axis=1)
-    return y, square
-
-
-@triton.jit
-def _split_dot(g, c):
-    """g·C with float32 g and 16-bit C: two products carry the leading 16 bits of g and what they leave out."""
-    if c.dtype == tl.float32:
-        return tl.dot(g, c, input_precision="ieee")
-    high = g.to(c.dtype)
-    low = (g - high.to(tl.float32)).to(c.dtype)
-    return tl.dot(low, c, tl.dot(high, c))
-
-
-@triton.jit
-def tile_moved(
-    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, head_ptr, c_ptr, stride_v, g, alpha, unit,
-    offs_n, mask_n, offs_k, mask_k, offs_d, D, MODES: tl.constexpr,
-):  # fmt: skip
-    """x' and hidden (zero for a stream in one tensor) of a tile, in float32: s·x + unit·(C·g)."""
-    mask_d = offs_d < D
-    mask = mask_n[:, None] & mask_d[None, :]
-    x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    half = tl.zeros_like(x)
-    if hidden_ptr is not None:
-        half = tl.load(hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
-    x += half
-    mask_c = mask_k[:, None] & mask_d[None, :]
-    c = tl.load(c_ptr + offs_k[:, None] * stride_v + offs_d[None, :], mask=mask_c, other=0.0)
-    delta = (alpha - 1.0)[:, None] * x + unit[:, None] * _split_dot(g, c)
-    if AFFINE & MODES:
-        if mode_of(head_ptr, MODES) == AFFINE:
-            slope = tl.load(c_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            bias = tl.load(c_ptr + stride_v + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            delta = unit[:, None] * (slope[None, :] * x + bias[None, :])
-    return x + delta, half
-
-
-@triton.jit
-def _tile_slot(
-    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, probe_ptr, stride_probe_n, K,
-    vectors_ptr, stride_v, coefficients_ptr, head_ptr, offs_n, mask_n, weight, D,
-    MODES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One slot on the rows of a tile that it owns: project (pass 1), act in registers, lift (pass 2, x from L2)."""
-    rank = tl.load(head_ptr + 1)
-    b_ptr = vectors_ptr + tl.load(head_ptr + 2).to(tl.int64) * stride_v
-    c_ptr = vectors_ptr + tl.load(head_ptr + 3).to(tl.int64) * stride_v
-    constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
-    weight *= tl.load(constants_ptr + 2)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_k = offs_k < rank
-    y, square = tile_project(
-        x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k, 0, D, BLOCK_D
-    )
-    if probe_ptr is not None:
-        store_probe(probe_ptr, stride_probe_n, K, y, head_ptr, offs_n, mask_n, offs_k, mask_k)
-    alpha, unit, g = act(y, square, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES)
-    gain = tl.full(weight.shape, 1.0, tl.float32)
-    if KEEP_NORM & MODES:
-        if tl.load(head_ptr + 6) != 0:
-            after = tl.zeros(weight.shape, tl.float32)
-            for d in range(0, D, BLOCK_D):
-                moved, half = tile_moved(
-                    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, head_ptr, c_ptr, stride_v, g, alpha, unit,
-                    offs_n, mask_n, offs_k, mask_k, d + tl.arange(0, BLOCK_D), D, MODES,
-                )  # fmt: skip
-                after += tl.sum(moved * moved, axis=1)
-            gain = restore(square, after)
-    for d in range(0, D, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        moved, half = tile_moved(
-            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, head_ptr, c_ptr, stride_v, g, alpha, unit,
-            offs_n, mask_n, offs_k, mask_k, offs_d, D, MODES,
-        )  # fmt: skip
-        mask = mask_n[:, None] & (offs_d < D)[None, :]
-        out = (gain[:, None] * moved - half).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], out, mask=mask)
-
-
-@triton.jit
-def store_probe(probe_ptr, stride_probe_n, K, y, head_ptr, offs_n, mask_n, offs_k, mask_k):
-    """What a slot projected, its first K numbers; nothing for ADD (1) and AFFINE (128), which project nothing."""
-    mode = tl.zeros_like(offs_k) + tl.load(head_ptr)
-    seen = mask_n[:, None] & (mask_k & (offs_k < K) & (mode != 1) & (mode != 128))[None, :]
-    tl.store(probe_ptr + offs_n[:, None] * stride_probe_n + offs_k[None, :], y, mask=seen)
-
-
-@kernel
-def _tiles_kernel(
-    x_ptr, stride_x_n,
-    hidden_ptr, stride_hidden_n,
-    out_ptr, stride_out_n,
-    probe_ptr, stride_probe_n, K,
-    vectors_ptr, stride_v,
-    coefficients_ptr,
-    slots_ptr, S,
-    rows_ptr, stride_rows_n,
-    scale_ptr, stride_scale_n,
-    N, D,
-    MODES: tl.constexpr, IN_PLACE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    owner, weight = owners_of(slots_ptr, S, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n)
-    leave_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, 0, D, IN_PLACE, BLOCK_D)
-    slot = tl.max(owner, axis=0)
-    while slot >= 0:  # once per distinct owner of the tile
-        _tile_slot(
-            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, probe_ptr, stride_probe_n, K,
-            vectors_ptr, stride_v, coefficients_ptr, slots_ptr + slot * 8, offs_n, owner == slot, weight, D,
-            MODES, BLOCK_D, BLOCK_K,
-        )  # fmt: skip
-        owner = tl.where(owner == slot, -1, owner)
-        slot = tl.max(owner, axis=0)
+TILE_RANK = 16  # directions of the smallest product
+SPLIT_ROWS = 512  # up to this many tokens columns are split: their 32 tiles would occupy a quarter of an H200
+SPLIT_COLUMNS = 512  # of d per program of the first launch, where they are split
+OWNER_ROWS = 128  # up to this many tokens, programs of their own walk the owners of a tile
+OWNER_PROGRAMS = 4
+RUN = [(32, 34 << 20), (512, 1 << 62)]  # (largest k, bytes of the stream in a run): what an L2 of 50 MB keeps
+ROWS = [(2112, 16), (4224, 32), (1 << 62, 64)]  # (largest n, rows of a tile of the first launch): one tile an SM
+MOST_ROWS = [(64, 64), (128, 32), (512, 16)]  # (largest k, rows of a tile): y stays in registers
+# (largest k, (columns of d per step, stages, warps)) of the first launch; (largest k, (rows, columns, warps)) of the second
+STEP = [(16, (128, 4, 4)), (64, (64, 4, 4)), (512, (32, 3, 8))]
+LIFT = [(64, (64, 128, 4)), (128, (32, 64, 4)), (512, (16, 32, 8))]
 
 
 def launch_tiles(edit: Edit) -> None:
-    """One slot per token: a column of the tables."""
-    x, rank = edit.x, edit.max_rank
-    block_n, block_k = choose(tuned("subspace_tiles.TILE_ROWS", TILE_ROWS, x), rank), power_of_two(rank, TILE_RANK)
-    step, warps = choose(tuned("subspace_tiles.TILE_STEP", TILE_STEP, x), rank)
-    stages = tuned("subspace_tiles.TILE_STAGES", TILE_STAGES, x)
-    choices = [(step, stages), (step, 2), (MIN_STEP, 2), (MIN_STEP, 1)]
-    need = partial(tile_bytes, edit, block_n, block_k)
-    block_d, stages = fitting(choices, lambda one: max(need(*one), need(*one, lifts=True)), x)
-    _tiles_kernel[(triton.cdiv(x.shape[0], block_n),)](
-        **edit.reads(), **edit.writes(),
-        N=x.shape[0], BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_K=block_k,
+    """Every column of the tables, one after another: one slot per token at a time."""
+    n, d = edit.x.shape
+    run = choose(tuned("subspace_tiles.RUN", RUN, edit.x), edit.max_rank)
+    streams = 1 if edit.hidden is None else 2
+    runs = -(-n * d * edit.x.element_size() * streams // run)
+    size = -(-n // (64 * runs)) * 64 if runs > 1 else n
+    for first in range(0, n, size):
+        part = edit if runs == 1 else edit.between(first, min(first + size, n))
+        for p in range(1 if edit.rows is None else edit.rows.shape[1]):
+            _launch(part.column(p))
+
+
+def _launch(edit: Edit) -> None:
+    x, rank, device = edit.x, edit.max_rank, edit.x.device
+    n, d = x.shape
+    block_k = power_of_two(rank, TILE_RANK)
+    split = n <= tuned("subspace_tiles.SPLIT_ROWS", SPLIT_ROWS, x)
+    width = tuned("subspace_tiles.SPLIT_COLUMNS", SPLIT_COLUMNS, x) if split else d
+    splits, programs = -(-d // width), OWNER_PROGRAMS if n <= OWNER_ROWS and edit.rows is not None else 1
+    block_n = min(choose(tuned("subspace_tiles.ROWS", ROWS, x), n), choose(MOST_ROWS, rank))
+    step, stages, warps = choose(tuned("subspace_tiles.STEP", STEP, x), rank)
+    lift_n, lift_columns, lift_warps = choose(tuned("subspace_tiles.LIFT", LIFT, x), rank)
+    lift_n = block_n if split else lift_n
+    steps = [(step, stages), (step, 2), (MIN_STEP, 2)]
+    step, stages = fitting(steps, lambda one: tile_bytes(edit, block_n, block_k, *one), x)
+    lift_columns = fitting([lift_columns, MIN_STEP], lambda one: tile_bytes(edit, lift_n, block_k, one, 1, True), x)
+    blocks = -(-d // lift_columns)
+    restores = bool(edit.modes & KEEP_NORM.value)
+
+    y, g, numbers, after = None, None, None, None
+    square = torch.empty(splits, n, dtype=torch.float32, device=device)
+    if split:
+        y = torch.empty(splits, n, block_k, dtype=torch.float32, device=device)
+    else:
+        parts = 1 if x.dtype == torch.float32 else 2
+        g = torch.empty(parts, n, block_k, dtype=x.dtype, device=device)
+        numbers = torch.empty(2, n, dtype=torch.float32, device=device)
+    if restores:
+        after = torch.empty(blocks, n, dtype=torch.float32, device=device)
+    shared = edit.reads() | {
+        "coefficients_ptr": edit.bank[1], "scale_ptr": edit.scale, "stride_scale_n": stride(edit.scale, 0),
+        "probe_ptr": edit.probe, "stride_probe_n": stride(edit.probe, 0), "K": rank,
+        "y_ptr": y, "g_ptr": g, "numbers_ptr": numbers, "square_ptr": square, "N": n, "MODES": edit.modes,
+    }  # fmt: skip
+    project_kernel[(-(-n // block_n), splits, programs)](
+        **shared, COLUMNS=width, BLOCK_N=block_n, BLOCK_D=step, BLOCK_K=block_k,
         num_warps=warps_of(warps, x), num_stages=stages,
     )  # fmt: skip
+    for measures in (True, False) if restores else (False,):
+        lift_kernel[(-(-n // lift_n), blocks, programs)](
+            **shared, out_ptr=edit.out, stride_out_n=edit.out.stride(0), after_ptr=after,
+            SPLITS=splits, IN_PLACE=x.data_ptr() == edit.out.data_ptr(), MEASURES=measures,
+            BLOCK_N=lift_n, BLOCK_K=block_k, COLUMNS=lift_columns, num_warps=warps_of(lift_warps, x),
+        )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import reference
+import roads
 import torch
 from places import PLACES, backend, runs
 from torch import Tensor
@@ -40,14 +41,11 @@ def assert_only_strays(got: Tensor, expected: Tensor, what: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("path", ["rows", "split", "tiles"])
+@pytest.mark.parametrize("path", roads.ROADS)
 def test_a_stray_slot(place, path, monkeypatch):
     """In and out of place, whole and split stream, with a probe, whichever kernel serves the bank."""
     if place != "cpu":
-        from steerfast_kernels import subspace as kernel
-
-        monkeypatch.setattr(kernel, "TILE_RANK", 1000 if path == "rows" else 1)
-        monkeypatch.setattr(kernel, "SPLIT_ROWS", 1000 if path == "split" else 0)
+        roads.take(monkeypatch, path)
     with backend(place) as device:
         for dtype in (t for t in DTYPES if runs(place, t)):
             bank, (rows, scale) = bank_of(device, dtype, 17), tables(device)

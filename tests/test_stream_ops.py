@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import reference
+import roads
 import torch
 from places import DTYPES, PLACES, assert_exact, backend, runs
 
@@ -94,13 +95,10 @@ def test_a_probe_too_narrow_for_a_slot_gets_its_first_numbers(place, rank):
 
 
 @pytest.mark.parametrize("place", [p for p in PLACES if p != "cpu"])
-@pytest.mark.parametrize("path", ["rows", "split", "tiles"])
+@pytest.mark.parametrize("path", roads.ROADS)
 def test_every_kernel_does_every_mode(place, path, monkeypatch):
-    """One bank through each of the three kernels, whole and split stream, with a probe, in and out of place."""
-    from steerfast_kernels import subspace as kernel
-
-    monkeypatch.setattr(kernel, "TILE_RANK", 1000 if path == "rows" else 1)
-    monkeypatch.setattr(kernel, "SPLIT_ROWS", 1000 if path == "split" else 0)
+    """One bank down every road, whole and split stream, with a probe, in and out of place."""
+    roads.take(monkeypatch, path)
     with backend(place) as device:
         n, d, rank = (13, 72, 17) if place == "interpreter" else (70, 576, 33)
         for dtype in (t for t in DTYPES if runs(place, t)):
@@ -130,9 +128,7 @@ def test_every_kernel_does_every_mode(place, path, monkeypatch):
 @pytest.mark.parametrize("path", ["split", "tiles"])
 def test_five_hundred_directions(place, path, monkeypatch):
     if place != "cpu":
-        from steerfast_kernels import subspace as kernel
-
-        monkeypatch.setattr(kernel, "SPLIT_ROWS", 1000 if path == "split" else 0)
+        roads.take(monkeypatch, path)
     with backend(place) as device:
         for dtype in (t for t in DTYPES if runs(place, t)):
             for rank in (130, 512):

@@ -1,0 +1,124 @@
+"""Second half of project → act → lift by tiles: x' = s·x + unit·(C·g) on blocks of tokens × columns, on tensor cores.
+
+Where the first half left partial sums, each program adds them in one fixed order, so that the result does not depend on timing, and
+acts. Where a slot restores lengths the kernel is launched twice: for the squared lengths of the moved rows, then to write them.
+Bytes: x once, C once per tile and owner and g once per block (from L2), writes x.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._launch import kernel
+from .act import AFFINE, KEEP_NORM, act, mode_of, restore
+from .owners import leave_rows, owners_of
+from .subspace_project import next_owner, store_probe
+
+
+@triton.jit
+def _moved(x, head_ptr, c_ptr, stride_v, high, low, alpha, unit, offs_k, mask_k, offs_d, D, MODES: tl.constexpr):
+    """x' of a block, float32: s·x + unit·(C·g), g in two parts where C has 16 bits."""
+    mask_d = offs_d < D
+    mask_c = mask_k[:, None] & mask_d[None, :]
+    c = tl.load(c_ptr + offs_k[:, None] * stride_v + offs_d[None, :], mask=mask_c, other=0.0)
+    lift = tl.dot(high, c, input_precision="ieee")
+    if c.dtype != tl.float32:
+        lift = tl.dot(low, c, lift)
+    delta = (alpha - 1.0)[:, None] * x + unit[:, None] * lift
+    if AFFINE & MODES:
+        if mode_of(head_ptr, MODES) == AFFINE:
+            slope = tl.load(c_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            bias = tl.load(c_ptr + stride_v + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            delta = unit[:, None] * (slope[None, :] * x + bias[None, :])
+    return x + delta
+
+
+@triton.jit
+def _added(part_ptr, step, mask, SPLITS: tl.constexpr):
+    """Partial sums of a tile, one after another."""
+    total = tl.load(part_ptr, mask=mask, other=0.0)
+    for i_s in range(1, SPLITS):
+        total += tl.load(part_ptr + i_s * step, mask=mask, other=0.0)
+    return total
+
+
+@kernel
+def lift_kernel(
+    x_ptr, stride_x_n,
+    hidden_ptr, stride_hidden_n,
+    out_ptr, stride_out_n,
+    probe_ptr, stride_probe_n, K,
+    vectors_ptr, stride_v,
+    coefficients_ptr,
+    slots_ptr, S,
+    rows_ptr, stride_rows_n,
+    scale_ptr, stride_scale_n,
+    y_ptr, g_ptr, numbers_ptr, square_ptr,  # as the first half leaves them
+    after_ptr,  # float32 (blocks of columns, N): squared lengths of moved rows, or absent
+    N, D,
+    SPLITS: tl.constexpr, MODES: tl.constexpr, IN_PLACE: tl.constexpr, MEASURES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    i_c = tl.program_id(1)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_d = i_c * COLUMNS + tl.arange(0, COLUMNS)
+    mask_d = offs_d < D
+    owner, weight = owners_of(slots_ptr, S, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n)
+    owned = owner >= 0
+    place = offs_n[:, None] * BLOCK_K + offs_k[None, :]
+    size = N.to(tl.int64) * BLOCK_K
+    if not MEASURES:
+        if tl.program_id(2) == 0:
+            leave_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, offs_d, mask_d, IN_PLACE)
+    owner, slot = next_owner(owner, tl.max(owner, axis=0), tl.program_id(2))
+    if slot >= 0:
+        square = _added(square_ptr + offs_n, N, owned, SPLITS)
+        if g_ptr is None:
+            y = _added(y_ptr + place, size, owned[:, None], SPLITS)
+        while slot >= 0:  # once per distinct owner of the tile
+            head_ptr = slots_ptr + slot * 8
+            mine = owner == slot
+            mask_k = offs_k < tl.load(head_ptr + 1)
+            c_ptr = vectors_ptr + tl.load(head_ptr + 3).to(tl.int64) * stride_v
+            mask = mine[:, None] & mask_d[None, :]
+            x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            half = tl.zeros_like(x)
+            if hidden_ptr is not None:
+                half = tl.load(
+                    hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0
+                ).to(tl.float32)
+            if g_ptr is None:
+                constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
+                if probe_ptr is not None:
+                    if (i_c == 0) & (not MEASURES):
+                        store_probe(probe_ptr, stride_probe_n, K, y, head_ptr, offs_n, mine, offs_k, mask_k)
+                strength = weight * tl.load(constants_ptr + 2)
+                alpha, unit, g = act(y, square, strength, head_ptr, constants_ptr, offs_k, mask_k, MODES)
+                high = g.to(vectors_ptr.dtype.element_ty)
+                low = (g - high.to(tl.float32)).to(high.dtype)
+            else:
+                alpha = tl.load(numbers_ptr + offs_n, mask=mine, other=1.0)
+                unit = tl.load(numbers_ptr + N + offs_n, mask=mine, other=0.0)
+                high = tl.load(g_ptr + place, mask=mine[:, None], other=0.0)
+                low = high
+                if vectors_ptr.dtype.element_ty != tl.float32:
+                    low = tl.load(g_ptr + size + place, mask=mine[:, None], other=0.0)
+            moved = _moved(x + half, head_ptr, c_ptr, stride_v, high, low, alpha, unit, offs_k, mask_k, offs_d, D, MODES)
+            gain = tl.full(alpha.shape, 1.0, tl.float32)
+            if KEEP_NORM & MODES:
+                keeps = mine & (tl.zeros_like(owner) + tl.load(head_ptr + 6) != 0)
+                if MEASURES:
+                    after = tl.sum(tl.where(mask_d[None, :], moved * moved, 0.0), axis=1)
+                    tl.store(after_ptr + i_c * N + offs_n, after, mask=keeps)
+                else:
+                    after = tl.load(after_ptr + offs_n, mask=keeps, other=0.0)
+                    for i in range(1, tl.num_programs(1)):
+                        after += tl.load(after_ptr + i * N + offs_n, mask=keeps, other=0.0)
+                    gain = tl.where(keeps, restore(square, after), 1.0)
+            if not MEASURES:
+                out = (gain[:, None] * moved - half).to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], out, mask=mask)
+            owner, slot = next_owner(owner, slot, tl.num_programs(2))

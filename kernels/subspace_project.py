@@ -1,0 +1,110 @@
+"""First half of project → act → lift by tiles: y = xBᵀ and ‖x‖² of a tile of tokens, on tensor cores.
+
+A program that has all columns of its tile acts on y as well and leaves g. Where few tokens leave most of a GPU idle, columns of
+d are split across programs, which leave partial sums; the second half adds them and acts.
+Bytes: x once, B once per tile and owner (from L2), 4·k a token and split for the sums or for g.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._launch import kernel
+from .act import act
+from .owners import owners_of
+
+
+@triton.jit
+def _project(
+    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k,
+    first, last, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(y, ‖x‖²) of a tile over columns first to last: (BLOCK_N, BLOCK_K) and (BLOCK_N,)."""
+    y = tl.zeros((offs_n.shape[0], offs_k.shape[0]), tl.float32)
+    square = tl.zeros(offs_n.shape, tl.float32)
+    for d in range(first, last, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < last
+        mask = mask_n[:, None] & mask_d[None, :]
+        x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0)
+        mask_b = mask_k[None, :] & mask_d[:, None]
+        b = tl.load(b_ptr + offs_k[None, :] * stride_v + offs_d[:, None], mask=mask_b, other=0.0)
+        y = tl.dot(x, b, y, input_precision="ieee")
+        wide = x.to(tl.float32)
+        if hidden_ptr is not None:  # the halves apart: their sum would be rounded to 16 bits before the product
+            half = tl.load(hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0)
+            y = tl.dot(half, b, y, input_precision="ieee")
+            wide += half.to(tl.float32)
+        square += tl.sum(wide * wide, axis=1)
+    return y, square
+
+
+@triton.jit
+def store_probe(probe_ptr, stride_probe_n, K, y, head_ptr, offs_n, mask_n, offs_k, mask_k):
+    """What a slot projected, its first K numbers; nothing for ADD (1) and AFFINE (128), which project nothing."""
+    mode = tl.zeros_like(offs_k) + tl.load(head_ptr)
+    seen = mask_n[:, None] & (mask_k & (offs_k < K) & (mode != 1) & (mode != 128))[None, :]
+    tl.store(probe_ptr + offs_n[:, None] * stride_probe_n + offs_k[None, :], y, mask=seen)
+
+
+@triton.jit
+def next_owner(owner, slot, times):
+    """Owners of a tile without `slot` and those behind it, `times` of them in all, and the next in line: -1 if none is."""
+    for _ in range(times):
+        owner = tl.where(owner == slot, -1, owner)
+        slot = tl.max(owner, axis=0)
+    return owner, slot
+
+
+@kernel
+def project_kernel(
+    x_ptr, stride_x_n,
+    hidden_ptr, stride_hidden_n,
+    probe_ptr, stride_probe_n, K,
+    vectors_ptr, stride_v,
+    coefficients_ptr,
+    slots_ptr, S,
+    rows_ptr, stride_rows_n,
+    scale_ptr, stride_scale_n,
+    y_ptr,  # float32 (splits, N, BLOCK_K), or absent
+    g_ptr,  # (N, BLOCK_K), twice where it is in 16 bits, or absent
+    numbers_ptr,  # float32 (2, N): s and unit of each row
+    square_ptr,  # float32 (splits, N)
+    N, D, COLUMNS,
+    MODES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_s = tl.program_id(1)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    offs_k = tl.arange(0, BLOCK_K)
+    owner, weight = owners_of(slots_ptr, S, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n)
+    first, last = i_s * COLUMNS, tl.minimum((i_s + 1) * COLUMNS, D)
+    place = offs_n[:, None] * BLOCK_K + offs_k[None, :]
+    size = N.to(tl.int64) * BLOCK_K
+    owner, slot = next_owner(owner, tl.max(owner, axis=0), tl.program_id(2))
+    while slot >= 0:  # once per distinct owner of the tile
+        head_ptr = slots_ptr + slot * 8
+        mine = owner == slot
+        mask_k = offs_k < tl.load(head_ptr + 1)
+        b_ptr = vectors_ptr + tl.load(head_ptr + 2).to(tl.int64) * stride_v
+        constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
+        y, square = _project(
+            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mine, offs_k, mask_k,
+            first, last, BLOCK_D,
+        )  # fmt: skip
+        tl.store(square_ptr + i_s * N + offs_n, square, mask=mine)
+        if g_ptr is None:
+            tl.store(y_ptr + i_s * size + place, y, mask=mine[:, None])
+        else:
+            if probe_ptr is not None:
+                store_probe(probe_ptr, stride_probe_n, K, y, head_ptr, offs_n, mine, offs_k, mask_k)
+            strength = weight * tl.load(constants_ptr + 2)
+            alpha, unit, g = act(y, square, strength, head_ptr, constants_ptr, offs_k, mask_k, MODES)
+            tl.store(numbers_ptr + offs_n, alpha, mask=mine)
+            tl.store(numbers_ptr + N + offs_n, unit, mask=mine)
+            high = g.to(g_ptr.dtype.element_ty)
+            tl.store(g_ptr + place, high, mask=mine[:, None])
+            if g_ptr.dtype.element_ty != tl.float32:  # 16 bits in two parts: the leading ones and what they leave out
+                tl.store(g_ptr + size + place, (g - high.to(tl.float32)).to(high.dtype), mask=mine[:, None])
+        owner, slot = next_owner(owner, slot, tl.num_programs(2))

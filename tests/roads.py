@@ -1,0 +1,17 @@
+"""The roads that a call of the subspace op can take, whatever its sizes would choose."""
+
+from __future__ import annotations
+
+import pytest
+
+ROADS = ["rows", "split", "tiles", "runs"]
+"""Programs of a token each; tiles whose columns are split; whole tiles; whole tiles in several runs of tokens."""
+
+
+def take(monkeypatch: pytest.MonkeyPatch, road: str) -> None:
+    """Send every call of the kernels down one road."""
+    from steerfast_kernels import subspace, subspace_tiles
+
+    monkeypatch.setattr(subspace, "TILE_RANK", 1000 if road == "rows" else 1)
+    monkeypatch.setattr(subspace_tiles, "SPLIT_ROWS", 1000 if road == "split" else 0)
+    monkeypatch.setattr(subspace_tiles, "RUN", [(512, 512 if road == "runs" else 1 << 62)])
