@@ -28,12 +28,15 @@ def owners_of(slots_ptr, S, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, 
 
 @triton.jit
 def leave_rows(
-    x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, offs_d, mask_d, IN_PLACE: tl.constexpr
+    x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, first, last,
+    IN_PLACE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows without an edit, bit for bit, and NaN in those that name a slot outside the bank: a block of columns of a tile."""
+    """Rows without an edit, bit for bit, and NaN in those that name a slot outside the bank."""
     left = mask_n & (owner < (-1 if IN_PLACE else 0))
     if tl.max(left.to(tl.int32), axis=0) > 0:
-        mask = left[:, None] & mask_d[None, :]
-        x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask)
-        x = tl.where((owner < -1)[:, None], float("nan"), x)
-        tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], x, mask=mask)
+        for d in range(first, last, BLOCK_D):
+            offs_d = d + tl.arange(0, BLOCK_D)
+            mask = left[:, None] & (offs_d < last)[None, :]
+            x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask)
+            x = tl.where((owner < -1)[:, None], float("nan"), x)
+            tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], x, mask=mask)

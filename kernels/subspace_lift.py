@@ -17,24 +17,6 @@ from .subspace_project import next_owner, store_probe
 
 
 @triton.jit
-def _moved(x, head_ptr, c_ptr, stride_v, high, low, alpha, unit, offs_k, mask_k, offs_d, D, MODES: tl.constexpr):
-    """x' of a block, float32: s·x + unit·(C·g), g in two parts where C has 16 bits."""
-    mask_d = offs_d < D
-    mask_c = mask_k[:, None] & mask_d[None, :]
-    c = tl.load(c_ptr + offs_k[:, None] * stride_v + offs_d[None, :], mask=mask_c, other=0.0)
-    lift = tl.dot(high, c, input_precision="ieee")
-    if c.dtype != tl.float32:
-        lift = tl.dot(low, c, lift)
-    delta = (alpha - 1.0)[:, None] * x + unit[:, None] * lift
-    if AFFINE & MODES:
-        if mode_of(head_ptr, MODES) == AFFINE:
-            slope = tl.load(c_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            bias = tl.load(c_ptr + stride_v + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            delta = unit[:, None] * (slope[None, :] * x + bias[None, :])
-    return x + delta
-
-
-@triton.jit
 def _added(part_ptr, step, mask, SPLITS: tl.constexpr):
     """Partial sums of a tile, one after another."""
     total = tl.load(part_ptr, mask=mask, other=0.0)
@@ -58,21 +40,20 @@ def lift_kernel(
     after_ptr,  # float32 (blocks of columns, N): squared lengths of moved rows, or absent
     N, D,
     SPLITS: tl.constexpr, MODES: tl.constexpr, IN_PLACE: tl.constexpr, MEASURES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     i_c = tl.program_id(1)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     offs_k = tl.arange(0, BLOCK_K)
-    offs_d = i_c * COLUMNS + tl.arange(0, COLUMNS)
-    mask_d = offs_d < D
+    first, last = i_c * COLUMNS, tl.minimum((i_c + 1) * COLUMNS, D)
     owner, weight = owners_of(slots_ptr, S, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n)
     owned = owner >= 0
     place = offs_n[:, None] * BLOCK_K + offs_k[None, :]
     size = N.to(tl.int64) * BLOCK_K
     if not MEASURES:
         if tl.program_id(2) == 0:
-            leave_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, offs_d, mask_d, IN_PLACE)
+            leave_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, first, last, IN_PLACE, BLOCK_D)
     owner, slot = next_owner(owner, tl.max(owner, axis=0), tl.program_id(2))
     if slot >= 0:
         square = _added(square_ptr + offs_n, N, owned, SPLITS)
@@ -83,13 +64,6 @@ def lift_kernel(
             mine = owner == slot
             mask_k = offs_k < tl.load(head_ptr + 1)
             c_ptr = vectors_ptr + tl.load(head_ptr + 3).to(tl.int64) * stride_v
-            mask = mine[:, None] & mask_d[None, :]
-            x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-            half = tl.zeros_like(x)
-            if hidden_ptr is not None:
-                half = tl.load(
-                    hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0
-                ).to(tl.float32)
             if g_ptr is None:
                 constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
                 if probe_ptr is not None:
@@ -106,19 +80,42 @@ def lift_kernel(
                 low = high
                 if vectors_ptr.dtype.element_ty != tl.float32:
                     low = tl.load(g_ptr + size + place, mask=mine[:, None], other=0.0)
-            moved = _moved(x + half, head_ptr, c_ptr, stride_v, high, low, alpha, unit, offs_k, mask_k, offs_d, D, MODES)
             gain = tl.full(alpha.shape, 1.0, tl.float32)
+            after = tl.zeros(alpha.shape, tl.float32)
             if KEEP_NORM & MODES:
                 keeps = mine & (tl.zeros_like(owner) + tl.load(head_ptr + 6) != 0)
-                if MEASURES:
-                    after = tl.sum(tl.where(mask_d[None, :], moved * moved, 0.0), axis=1)
-                    tl.store(after_ptr + i_c * N + offs_n, after, mask=keeps)
-                else:
-                    after = tl.load(after_ptr + offs_n, mask=keeps, other=0.0)
-                    for i in range(1, tl.num_programs(1)):
+                if not MEASURES:
+                    for i in range(tl.num_programs(1)):
                         after += tl.load(after_ptr + i * N + offs_n, mask=keeps, other=0.0)
                     gain = tl.where(keeps, restore(square, after), 1.0)
-            if not MEASURES:
-                out = (gain[:, None] * moved - half).to(out_ptr.dtype.element_ty)
-                tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], out, mask=mask)
+            for d in tl.range(first, last, BLOCK_D, num_stages=STAGES):
+                offs_d = d + tl.arange(0, BLOCK_D)
+                mask_d = offs_d < last
+                mask = mine[:, None] & mask_d[None, :]
+                x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+                half = tl.zeros_like(x)
+                if hidden_ptr is not None:
+                    half = tl.load(
+                        hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0
+                    ).to(tl.float32)
+                mask_c = mask_k[:, None] & mask_d[None, :]
+                c = tl.load(c_ptr + offs_k[:, None] * stride_v + offs_d[None, :], mask=mask_c, other=0.0)
+                lift = tl.dot(high, c, input_precision="ieee")
+                if c.dtype != tl.float32:  # g in two parts
+                    lift = tl.dot(low, c, lift)
+                x += half
+                delta = (alpha - 1.0)[:, None] * x + unit[:, None] * lift
+                if AFFINE & MODES:
+                    if mode_of(head_ptr, MODES) == AFFINE:
+                        slope = tl.load(c_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+                        bias = tl.load(c_ptr + stride_v + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+                        delta = unit[:, None] * (slope[None, :] * x + bias[None, :])
+                moved = x + delta
+                if MEASURES:
+                    after += tl.sum(tl.where(mask_d[None, :], moved * moved, 0.0), axis=1)
+                else:
+                    out = (gain[:, None] * moved - half).to(out_ptr.dtype.element_ty)
+                    tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], out, mask=mask)
+            if MEASURES:
+                tl.store(after_ptr + i_c * N + offs_n, after, mask=keeps)
             owner, slot = next_owner(owner, slot, tl.num_programs(2))

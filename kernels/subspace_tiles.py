@@ -22,12 +22,13 @@ SPLIT_ROWS = 512  # up to this many tokens columns are split: their 32 tiles wou
 SPLIT_COLUMNS = 512  # of d per program of the first launch, where they are split
 OWNER_ROWS = 128  # up to this many tokens, programs of their own walk the owners of a tile
 OWNER_PROGRAMS = 4
-RUN = [(32, 34 << 20), (512, 1 << 62)]  # (largest k, bytes of the stream in a run): what an L2 of 50 MB keeps
+RUN = [(32, 24 << 20), (512, 1 << 62)]  # (largest k, bytes of the stream in a run): what an L2 of 50 MB keeps
 ROWS = [(2112, 16), (4224, 32), (1 << 62, 64)]  # (largest n, rows of a tile of the first launch): one tile an SM
 MOST_ROWS = [(64, 64), (128, 32), (512, 16)]  # (largest k, rows of a tile): y stays in registers
 # (largest k, (columns of d per step, stages, warps)) of the first launch; (largest k, (rows, columns, warps)) of the second
-STEP = [(16, (128, 4, 4)), (64, (64, 4, 4)), (512, (32, 3, 8))]
-LIFT = [(64, (64, 128, 4)), (128, (32, 64, 4)), (512, (16, 32, 8))]
+STEP = [(32, (256, 4, 4)), (64, (128, 4, 8)), (512, (32, 3, 8))]
+LIFT = [(16, (64, 64, 4, 4)), (64, (128, 64, 3, 4)), (128, (32, 64, 2, 4)), (512, (16, 32, 1, 8))]
+LIFT_COLUMNS = 512
 
 
 def launch_tiles(edit: Edit) -> None:
@@ -52,11 +53,13 @@ def _launch(edit: Edit) -> None:
     splits, programs = -(-d // width), OWNER_PROGRAMS if n <= OWNER_ROWS and edit.rows is not None else 1
     block_n = min(choose(tuned("subspace_tiles.ROWS", ROWS, x), n), choose(MOST_ROWS, rank))
     step, stages, warps = choose(tuned("subspace_tiles.STEP", STEP, x), rank)
-    lift_n, lift_columns, lift_warps = choose(tuned("subspace_tiles.LIFT", LIFT, x), rank)
+    lift_n, lift_step, lift_stages, lift_warps = choose(tuned("subspace_tiles.LIFT", LIFT, x), rank)
     lift_n = block_n if split else lift_n
+    lift_columns = lift_step if split else LIFT_COLUMNS
     steps = [(step, stages), (step, 2), (MIN_STEP, 2)]
     step, stages = fitting(steps, lambda one: tile_bytes(edit, block_n, block_k, *one), x)
-    lift_columns = fitting([lift_columns, MIN_STEP], lambda one: tile_bytes(edit, lift_n, block_k, one, 1, True), x)
+    steps = [(lift_step, lift_stages), (lift_step, 1), (MIN_STEP, 1)]
+    lift_step, lift_stages = fitting(steps, lambda one: tile_bytes(edit, lift_n, block_k, *one, lifts=True), x)
     blocks = -(-d // lift_columns)
     restores = bool(edit.modes & KEEP_NORM.value)
 
@@ -83,5 +86,6 @@ def _launch(edit: Edit) -> None:
         lift_kernel[(-(-n // lift_n), blocks, programs)](
             **shared, out_ptr=edit.out, stride_out_n=edit.out.stride(0), after_ptr=after,
             SPLITS=splits, IN_PLACE=x.data_ptr() == edit.out.data_ptr(), MEASURES=measures,
-            BLOCK_N=lift_n, BLOCK_K=block_k, COLUMNS=lift_columns, num_warps=warps_of(lift_warps, x),
+            BLOCK_N=lift_n, BLOCK_K=block_k, BLOCK_D=lift_step, COLUMNS=lift_columns, STAGES=lift_stages,
+            num_warps=warps_of(lift_warps, x),
         )  # fmt: skip

@@ -167,6 +167,8 @@ def _summary(
         "grid": grid,
         "tensors": {
             f"{name} {kind}": {
+                "reads": kind == "read",
+                "from": tensors[name].data_ptr() if name in tensors else 0,
                 "size": _reach(tensors[name]) if name in tensors else 0,
                 "moved": _mean(p.moved[name, kind] for p in programs),
                 "distinct": _mean(_distinct(p, (name, kind)) for p in programs),

@@ -108,7 +108,7 @@ def _row(case: Case, counted: list[Counted], target: str) -> Row:
     launches, beside = launches_of(as_on_a_gpu(case), target)
     if [launch.kernel.__name__ for launch in launches] != [each["kernel"] for each in counted]:
         raise RuntimeError(f"{case.name}: the interpreter and {target} were sent different kernels")
-    kernels = tuple(_kernel(*pair, target) for pair in zip(launches, counted, strict=True))
+    kernels = tuple(_kernel(launch, counted[: i + 1], target) for i, launch in enumerate(launches))
     middle = sum(c.DRAM) / 2, sum(c.PRODUCT) / 2
     floor = max(case.bytes / middle[0], case.operations / middle[1])
     predicted = None
@@ -122,13 +122,16 @@ def _row(case: Case, counted: list[Counted], target: str) -> Row:
     return Row(case.name, target, tokens(case), kernels, dict(beside.kernels), beside.allocations, floor, predicted)
 
 
-def _kernel(launch: Launch, counted: Counted, target: str) -> Kernel:
+def _kernel(launch: Launch, so_far: list[Counted], target: str) -> Kernel:
+    counted = so_far[-1]
     compiled = launch.compile(target)
     needs = resources(compiled, target)
     walked = walk(disassemble(compiled.asm["cubin"]), counted, needs) if target.startswith("sm_") else None
     programs, tensors = launch.programs, counted["tensors"].values()
     at_once = min(programs, needs.programs * c.SMS[target])
-    memory = c.Range(*(sum(_memory(each, programs, at_once, share) for each in tensors) for share in c.L2_SHARE))
+    memory = c.Range(
+        *(sum(_memory(each, programs, at_once, share, so_far) for each in tensors) for share in c.L2_SHARE)
+    )
     return Kernel(
         counted["kernel"],
         target,
@@ -141,14 +144,27 @@ def _kernel(launch: Launch, counted: Counted, target: str) -> Kernel:
     )
 
 
-def _memory(tensor: dict[str, Any], programs: int, resident: int, share: float) -> float:
+def _memory(tensor: dict[str, Any], programs: int, resident: int, share: float, so_far: list[Counted]) -> float:
     """Bytes of a tensor that reach DRAM: what is touched first, and what L2 has lost until a program reads it again."""
     touched = tensor["distinct"] * programs
     kept = tensor["shared"] or tensor["size"] <= c.L2_SIZE
     first = min(touched, tensor["size"]) if kept else touched
+    if tensor["reads"] and _bytes_since(tensor, so_far) <= share * c.L2_SIZE:
+        first = 0.0  # an earlier launch of the call has left it in L2
     at_once = min(tensor["size"], tensor["distinct"] * resident)
     again = (tensor["moved"] - tensor["distinct"]) * programs
     return first + (again if at_once > share * c.L2_SIZE else 0.0)
+
+
+def _bytes_since(tensor: dict[str, Any], so_far: list[Counted]) -> float:
+    """Bytes that passed through L2 since an earlier launch touched the end of a tensor, until it is read: all of it is new once."""
+    spans = dict[int, int]()
+    for before in reversed(so_far[:-1]):
+        spans.update({each["from"]: each["size"] for each in before["tensors"].values()})
+        if tensor["from"] in spans:
+            written = {each["from"]: each["size"] for each in so_far[-1]["tensors"].values() if not each["reads"]}
+            return sum((spans | written).values())
+    return math.inf
 
 
 def parts(kernel: Kernel) -> dict[str, c.Range]:
