@@ -11,9 +11,50 @@ import triton
 import triton.language as tl
 
 from ._launch import kernel
-from .act import AFFINE, KEEP_NORM, act, mode_of, restore
+from .act import AFFINE, COUPLED, KEEP_NORM, act, mode_of, restore
 from .owners import leave_rows, owners_of
 from .subspace_project import next_owner, store_probe
+
+
+@triton.jit
+def _walk(
+    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
+    high, low, alpha, unit, gain, offs_n, mask_n, offs_k, mask_k, first, last,
+    IS_AFFINE: tl.constexpr, MEASURES: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Write x' of a tile from column first to last, or only sum its squares: (BLOCK_N,).
+
+    x' = gain·(s·x + unit·(C·g)), g in two parts where C has 16 bits, or gain·(x + unit·(C₀ ⊙ x + C₁)).
+    """
+    after = tl.zeros(alpha.shape, tl.float32)
+    for d in tl.range(first, last, BLOCK_D, num_stages=STAGES):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < last
+        mask = mask_n[:, None] & mask_d[None, :]
+        x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        half = tl.zeros_like(x)
+        if hidden_ptr is not None:
+            half = tl.load(
+                hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0
+            ).to(tl.float32)
+        x += half
+        if IS_AFFINE:
+            slope = tl.load(c_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            bias = tl.load(c_ptr + stride_v + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            moved = x + unit[:, None] * (slope[None, :] * x + bias[None, :])
+        else:
+            mask_c = mask_k[:, None] & mask_d[None, :]
+            c = tl.load(c_ptr + offs_k[:, None] * stride_v + offs_d[None, :], mask=mask_c, other=0.0)
+            lift = tl.dot(high, c, input_precision="ieee")
+            if c.dtype != tl.float32:
+                lift = tl.dot(low, c, lift)
+            moved = x + ((alpha - 1.0)[:, None] * x + unit[:, None] * lift)
+        if MEASURES:
+            after += tl.sum(tl.where(mask_d[None, :], moved * moved, 0.0), axis=1)
+        else:
+            out = (gain[:, None] * moved - half).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], out, mask=mask)
+    return after
 
 
 @triton.jit
@@ -56,12 +97,15 @@ def lift_kernel(
             leave_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, first, last, IN_PLACE, BLOCK_D)
     owner, slot = next_owner(owner, tl.max(owner, axis=0), tl.program_id(2))
     if slot >= 0:
-        square = _added(square_ptr + offs_n, N, owned, SPLITS)
+        square = tl.zeros((BLOCK_N,), tl.float32)
+        if (COUPLED | KEEP_NORM) & MODES:
+            square = _added(square_ptr + offs_n, N, owned, SPLITS)
         if g_ptr is None:
             y = _added(y_ptr + place, size, owned[:, None], SPLITS)
         while slot >= 0:  # once per distinct owner of the tile
             head_ptr = slots_ptr + slot * 8
             mine = owner == slot
+            mode = mode_of(head_ptr, MODES)
             mask_k = offs_k < tl.load(head_ptr + 1)
             c_ptr = vectors_ptr + tl.load(head_ptr + 3).to(tl.int64) * stride_v
             if g_ptr is None:
@@ -82,40 +126,28 @@ def lift_kernel(
                     low = tl.load(g_ptr + size + place, mask=mine[:, None], other=0.0)
             gain = tl.full(alpha.shape, 1.0, tl.float32)
             after = tl.zeros(alpha.shape, tl.float32)
+            stop = last
             if KEEP_NORM & MODES:
-                keeps = mine & (tl.zeros_like(owner) + tl.load(head_ptr + 6) != 0)
-                if not MEASURES:
+                keep = tl.load(head_ptr + 6)
+                keeps = mine & (tl.zeros_like(owner) + keep != 0)
+                if MEASURES:
+                    stop = tl.where(keep != 0, last, first)
+                elif keep != 0:
                     for i in range(tl.num_programs(1)):
                         after += tl.load(after_ptr + i * N + offs_n, mask=keeps, other=0.0)
                     gain = tl.where(keeps, restore(square, after), 1.0)
-            for d in tl.range(first, last, BLOCK_D, num_stages=STAGES):
-                offs_d = d + tl.arange(0, BLOCK_D)
-                mask_d = offs_d < last
-                mask = mine[:, None] & mask_d[None, :]
-                x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-                half = tl.zeros_like(x)
-                if hidden_ptr is not None:
-                    half = tl.load(
-                        hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0
-                    ).to(tl.float32)
-                mask_c = mask_k[:, None] & mask_d[None, :]
-                c = tl.load(c_ptr + offs_k[:, None] * stride_v + offs_d[None, :], mask=mask_c, other=0.0)
-                lift = tl.dot(high, c, input_precision="ieee")
-                if c.dtype != tl.float32:  # g in two parts
-                    lift = tl.dot(low, c, lift)
-                x += half
-                delta = (alpha - 1.0)[:, None] * x + unit[:, None] * lift
-                if AFFINE & MODES:
-                    if mode_of(head_ptr, MODES) == AFFINE:
-                        slope = tl.load(c_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-                        bias = tl.load(c_ptr + stride_v + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-                        delta = unit[:, None] * (slope[None, :] * x + bias[None, :])
-                moved = x + delta
-                if MEASURES:
-                    after += tl.sum(tl.where(mask_d[None, :], moved * moved, 0.0), axis=1)
-                else:
-                    out = (gain[:, None] * moved - half).to(out_ptr.dtype.element_ty)
-                    tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], out, mask=mask)
+            if (AFFINE & MODES) and mode == AFFINE:
+                after = _walk(
+                    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
+                    high, low, alpha, unit, gain, offs_n, mine, offs_k, mask_k, first, stop,
+                    True, MEASURES, BLOCK_D, STAGES,
+                )  # fmt: skip
+            else:
+                after = _walk(
+                    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
+                    high, low, alpha, unit, gain, offs_n, mine, offs_k, mask_k, first, stop,
+                    False, MEASURES, BLOCK_D, STAGES,
+                )  # fmt: skip
             if MEASURES:
                 tl.store(after_ptr + i_c * N + offs_n, after, mask=keeps)
             owner, slot = next_owner(owner, slot, tl.num_programs(2))

@@ -11,33 +11,54 @@ import triton
 import triton.language as tl
 
 from ._launch import kernel
-from .act import act
+from .act import COUPLED, KEEP_NORM, act
 from .owners import owners_of
+
+
+@triton.jit
+def _step(
+    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k, offs_d, mask_d,
+    y, square, LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Sums over one block of columns, added to what there is of y and of the squares."""
+    mask = mask_n[:, None] & mask_d[None, :]
+    x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0)
+    mask_b = mask_k[None, :] & mask_d[:, None]
+    b = tl.load(b_ptr + offs_k[None, :] * stride_v + offs_d[:, None], mask=mask_b, other=0.0)
+    y = tl.dot(x, b, y, input_precision="ieee")
+    half = x
+    if hidden_ptr is not None:  # the halves apart: their sum would be rounded to 16 bits before the product
+        half = tl.load(hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0)
+        y = tl.dot(half, b, y, input_precision="ieee")
+    if LENGTHS:
+        wide = x.to(tl.float32)
+        if hidden_ptr is not None:
+            wide += half.to(tl.float32)
+        square += tl.sum(wide * wide, axis=1)
+    return y, square
 
 
 @triton.jit
 def _project(
     x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k,
-    first, last, BLOCK_D: tl.constexpr,
+    first, last, LENGTHS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(y, ‖x‖²) of a tile over columns first to last: (BLOCK_N, BLOCK_K) and (BLOCK_N,)."""
+    """(y, ‖x‖² where it is asked for) of a tile over columns first to last: (BLOCK_N, BLOCK_K) and (BLOCK_N,)."""
     y = tl.zeros((offs_n.shape[0], offs_k.shape[0]), tl.float32)
+    odd = tl.zeros((offs_n.shape[0], offs_k.shape[0]), tl.float32)  # two sums: of one, each product waits for the last
     square = tl.zeros(offs_n.shape, tl.float32)
-    for d in range(first, last, BLOCK_D):
+    for d in range(first, last, 2 * BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < last
-        mask = mask_n[:, None] & mask_d[None, :]
-        x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0)
-        mask_b = mask_k[None, :] & mask_d[:, None]
-        b = tl.load(b_ptr + offs_k[None, :] * stride_v + offs_d[:, None], mask=mask_b, other=0.0)
-        y = tl.dot(x, b, y, input_precision="ieee")
-        wide = x.to(tl.float32)
-        if hidden_ptr is not None:  # the halves apart: their sum would be rounded to 16 bits before the product
-            half = tl.load(hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0)
-            y = tl.dot(half, b, y, input_precision="ieee")
-            wide += half.to(tl.float32)
-        square += tl.sum(wide * wide, axis=1)
-    return y, square
+        y, square = _step(
+            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k,
+            offs_d, offs_d < last, y, square, LENGTHS,
+        )  # fmt: skip
+        offs_d += BLOCK_D
+        odd, square = _step(
+            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k,
+            offs_d, offs_d < last, odd, square, LENGTHS,
+        )  # fmt: skip
+    return y + odd, square
 
 
 @triton.jit
@@ -91,9 +112,10 @@ def project_kernel(
         constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
         y, square = _project(
             x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mine, offs_k, mask_k,
-            first, last, BLOCK_D,
+            first, last, (COUPLED | KEEP_NORM) & MODES, BLOCK_D,
         )  # fmt: skip
-        tl.store(square_ptr + i_s * N + offs_n, square, mask=mine)
+        if (COUPLED | KEEP_NORM) & MODES:
+            tl.store(square_ptr + i_s * N + offs_n, square, mask=mine)
         if g_ptr is None:
             tl.store(y_ptr + i_s * size + place, y, mask=mine[:, None])
         else:

@@ -22,11 +22,18 @@ SPLIT_ROWS = 512  # up to this many tokens columns are split: their 32 tiles wou
 SPLIT_COLUMNS = 512  # of d per program of the first launch, where they are split
 OWNER_ROWS = 128  # up to this many tokens, programs of their own walk the owners of a tile
 OWNER_PROGRAMS = 4
-RUN = [(32, 24 << 20), (512, 1 << 62)]  # (largest k, bytes of the stream in a run): what an L2 of 50 MB keeps
-ROWS = [(2112, 16), (4224, 32), (1 << 62, 64)]  # (largest n, rows of a tile of the first launch): one tile an SM
-MOST_ROWS = [(64, 64), (128, 32), (512, 16)]  # (largest k, rows of a tile): y stays in registers
-# (largest k, (columns of d per step, stages, warps)) of the first launch; (largest k, (rows, columns, warps)) of the second
-STEP = [(32, (256, 4, 4)), (64, (128, 4, 8)), (512, (32, 3, 8))]
+# (largest k, bytes of the stream in a run, and half of what is written elsewhere): what an L2 of 50 MB keeps until the lift
+RUN = [(32, 36 << 20), (512, 1 << 62)]
+# (largest k, rows of a tile of the first launch by n): at least one tile an SM, of many rows where B is much of what is read
+ROWS = [
+    (16, [(4224, 16), (8448, 32), (1 << 62, 64)]),
+    (64, [(2112, 16), (4224, 32), (1 << 62, 64)]),
+    (128, [(2112, 16), (1 << 62, 32)]),
+    (512, [(1 << 62, 16)]),
+]
+# (largest k, (columns of d in each of two sums of a step, stages, warps)) of the first launch
+STEP = [(32, (128, 4, 4)), (64, (64, 4, 8)), (512, (32, 2, 8))]
+# (largest k, (rows, columns of a step, stages, warps)) of the second
 LIFT = [(16, (64, 64, 4, 4)), (64, (128, 64, 3, 4)), (128, (32, 64, 2, 4)), (512, (16, 32, 1, 8))]
 LIFT_COLUMNS = 512
 
@@ -35,8 +42,8 @@ def launch_tiles(edit: Edit) -> None:
     """Every column of the tables, one after another: one slot per token at a time."""
     n, d = edit.x.shape
     run = choose(tuned("subspace_tiles.RUN", RUN, edit.x), edit.max_rank)
-    streams = 1 if edit.hidden is None else 2
-    runs = -(-n * d * edit.x.element_size() * streams // run)
+    halves = (2 if edit.hidden is None else 4) + (0 if edit.x.data_ptr() == edit.out.data_ptr() else 1)
+    runs = -(-n * d * edit.x.element_size() * halves // (2 * run))
     size = -(-n // (64 * runs)) * 64 if runs > 1 else n
     for first in range(0, n, size):
         part = edit if runs == 1 else edit.between(first, min(first + size, n))
@@ -51,13 +58,13 @@ def _launch(edit: Edit) -> None:
     split = n <= tuned("subspace_tiles.SPLIT_ROWS", SPLIT_ROWS, x)
     width = tuned("subspace_tiles.SPLIT_COLUMNS", SPLIT_COLUMNS, x) if split else d
     splits, programs = -(-d // width), OWNER_PROGRAMS if n <= OWNER_ROWS and edit.rows is not None else 1
-    block_n = min(choose(tuned("subspace_tiles.ROWS", ROWS, x), n), choose(MOST_ROWS, rank))
+    block_n = choose(choose(tuned("subspace_tiles.ROWS", ROWS, x), rank), n)
     step, stages, warps = choose(tuned("subspace_tiles.STEP", STEP, x), rank)
     lift_n, lift_step, lift_stages, lift_warps = choose(tuned("subspace_tiles.LIFT", LIFT, x), rank)
     lift_n = block_n if split else lift_n
     lift_columns = lift_step if split else LIFT_COLUMNS
     steps = [(step, stages), (step, 2), (MIN_STEP, 2)]
-    step, stages = fitting(steps, lambda one: tile_bytes(edit, block_n, block_k, *one), x)
+    step, stages = fitting(steps, lambda one: tile_bytes(edit, block_n, block_k, 2 * one[0], one[1]), x)
     steps = [(lift_step, lift_stages), (lift_step, 1), (MIN_STEP, 1)]
     lift_step, lift_stages = fitting(steps, lambda one: tile_bytes(edit, lift_n, block_k, *one, lifts=True), x)
     blocks = -(-d // lift_columns)
