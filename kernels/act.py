@@ -193,8 +193,8 @@ def act(y, square, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES: tl.co
     alpha = tl.full(weight.shape, 1.0, tl.float32)
     gain = weight
     if ADD & MODES:
-        if mode == ADD:  # the lift row as it is
-            g = tl.where((offs_k == 0)[None, :], 1.0, g)
+        # the lift row as it is; as a branch it would end Triton 3.9's compiler, in LLVM's SLP vectorizer, at tiles of 16×16
+        g += tl.where((offs_k == 0)[None, :] & (tl.zeros_like(offs_k) + mode == ADD)[None, :], 1.0, 0.0)
     if HINGE & MODES:
         if mode == HINGE:
             c0, c1, c2, c3, c4, c5, c6, c7 = hinge_numbers(constants_ptr + 8, offs_k[None, :], mask_k[None, :])

@@ -18,11 +18,11 @@ from .subspace_project import next_owner, store_probe
 
 @triton.jit
 def _walk(
-    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
+    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, after_ptr, c_ptr, stride_v,
     high, low, alpha, unit, gain, offs_n, mask_n, offs_k, mask_k, first, last,
     IS_AFFINE: tl.constexpr, MEASURES: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write x' of a tile from column first to last, or only sum its squares: (BLOCK_N,).
+    """Write x' of a tile from column first to last, or only the sum of its squares.
 
     x' = gain·(s·x + unit·(C·g)), g in two parts where C has 16 bits, or gain·(x + unit·(C₀ ⊙ x + C₁)).
     """
@@ -34,9 +34,9 @@ def _walk(
         x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
         half = tl.zeros_like(x)
         if hidden_ptr is not None:
-            half = tl.load(
-                hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0
-            ).to(tl.float32)
+            half = tl.load(hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :], mask=mask, other=0.0).to(
+                tl.float32
+            )
         x += half
         if IS_AFFINE:
             slope = tl.load(c_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
@@ -54,15 +54,16 @@ def _walk(
         else:
             out = (gain[:, None] * moved - half).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], out, mask=mask)
-    return after
+    if MEASURES:
+        tl.store(after_ptr + offs_n, after, mask=mask_n)
 
 
 @triton.jit
-def _added(part_ptr, step, mask, SPLITS: tl.constexpr):
+def _added(first_ptr, step, mask, SPLITS: tl.constexpr):
     """Partial sums of a tile, one after another."""
-    total = tl.load(part_ptr, mask=mask, other=0.0)
+    total = tl.load(first_ptr, mask=mask, other=0.0)
     for i_s in range(1, SPLITS):
-        total += tl.load(part_ptr + i_s * step, mask=mask, other=0.0)
+        total += tl.load(first_ptr + i_s * step, mask=mask, other=0.0)
     return total
 
 
@@ -92,6 +93,9 @@ def lift_kernel(
     owned = owner >= 0
     place = offs_n[:, None] * BLOCK_K + offs_k[None, :]
     size = N.to(tl.int64) * BLOCK_K
+    part_ptr = after_ptr
+    if MEASURES:
+        part_ptr = after_ptr + i_c * N
     if not MEASURES:
         if tl.program_id(2) == 0:
             leave_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, first, last, IN_PLACE, BLOCK_D)
@@ -125,29 +129,26 @@ def lift_kernel(
                 if vectors_ptr.dtype.element_ty != tl.float32:
                     low = tl.load(g_ptr + size + place, mask=mine[:, None], other=0.0)
             gain = tl.full(alpha.shape, 1.0, tl.float32)
-            after = tl.zeros(alpha.shape, tl.float32)
             stop = last
             if KEEP_NORM & MODES:
                 keep = tl.load(head_ptr + 6)
-                keeps = mine & (tl.zeros_like(owner) + keep != 0)
                 if MEASURES:
                     stop = tl.where(keep != 0, last, first)
                 elif keep != 0:
+                    after = tl.zeros(alpha.shape, tl.float32)
                     for i in range(tl.num_programs(1)):
-                        after += tl.load(after_ptr + i * N + offs_n, mask=keeps, other=0.0)
-                    gain = tl.where(keeps, restore(square, after), 1.0)
+                        after += tl.load(after_ptr + i * N + offs_n, mask=mine, other=0.0)
+                    gain = restore(square, after)
             if (AFFINE & MODES) and mode == AFFINE:
-                after = _walk(
-                    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
+                _walk(
+                    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, part_ptr, c_ptr, stride_v,
                     high, low, alpha, unit, gain, offs_n, mine, offs_k, mask_k, first, stop,
                     True, MEASURES, BLOCK_D, STAGES,
                 )  # fmt: skip
             else:
-                after = _walk(
-                    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
+                _walk(
+                    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, part_ptr, c_ptr, stride_v,
                     high, low, alpha, unit, gain, offs_n, mine, offs_k, mask_k, first, stop,
                     False, MEASURES, BLOCK_D, STAGES,
                 )  # fmt: skip
-            if MEASURES:
-                tl.store(after_ptr + i_c * N + offs_n, after, mask=keeps)
             owner, slot = next_owner(owner, slot, tl.num_programs(2))

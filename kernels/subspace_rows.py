@@ -173,7 +173,11 @@ def launch_rows(edit: Edit) -> None:
     """Every slot of every token in one launch."""
     x, rank = edit.x, power_of_two(edit.max_rank)
     n, d = x.shape
-    warps = tuned("subspace_rows.WARPS", WARPS, x) if is_light(edit) else tuned("subspace_rows.WARPS_OF_FEW", WARPS_OF_FEW, x)
+    warps = (
+        tuned("subspace_rows.WARPS", WARPS, x)
+        if is_light(edit)
+        else tuned("subspace_rows.WARPS_OF_FEW", WARPS_OF_FEW, x)
+    )
     chunk = choose(tuned("subspace_rows.CHUNK", CHUNK, x), d)
     _rows_kernel[(n,)](
         **edit.reads(), **edit.writes(),

@@ -9,7 +9,6 @@ Bytes a token: reads |x|·d (and again, from L2 within a run), writes |x|·d; on
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ._launch import MIN_STEP, Edit, choose, fitting, power_of_two, stride, tile_bytes, warps_of
 from ._tuned import tuned
@@ -35,7 +34,9 @@ ROWS = [
 STEP = [(32, (128, 4, 4)), (64, (64, 4, 8)), (512, (32, 2, 8))]
 # (largest k, (rows, columns of a step, stages, warps)) of the second
 LIFT = [(16, (64, 64, 4, 4)), (64, (128, 64, 3, 4)), (128, (32, 64, 2, 4)), (512, (16, 32, 1, 8))]
-LIFT_COLUMNS = 512
+LIFT_COLUMNS = 512  # of d per program
+# (largest k, (columns per program, warps)) of the second where columns are split: it acts, so that y and g stand in registers too
+SPLIT_LIFT = [(32, (128, 8)), (64, (128, 4)), (128, (64, 8)), (512, (32, 16))]
 
 
 def launch_tiles(edit: Edit) -> None:
@@ -60,9 +61,12 @@ def _launch(edit: Edit) -> None:
     splits, programs = -(-d // width), OWNER_PROGRAMS if n <= OWNER_ROWS and edit.rows is not None else 1
     block_n = choose(choose(tuned("subspace_tiles.ROWS", ROWS, x), rank), n)
     step, stages, warps = choose(tuned("subspace_tiles.STEP", STEP, x), rank)
-    lift_n, lift_step, lift_stages, lift_warps = choose(tuned("subspace_tiles.LIFT", LIFT, x), rank)
-    lift_n = block_n if split else lift_n
-    lift_columns = lift_step if split else LIFT_COLUMNS
+    if split:
+        lift_columns, lift_warps = choose(tuned("subspace_tiles.SPLIT_LIFT", SPLIT_LIFT, x), rank)
+        lift_n, lift_step, lift_stages = block_n, lift_columns, 1
+    else:
+        lift_columns = tuned("subspace_tiles.LIFT_COLUMNS", LIFT_COLUMNS, x)
+        lift_n, lift_step, lift_stages, lift_warps = choose(tuned("subspace_tiles.LIFT", LIFT, x), rank)
     steps = [(step, stages), (step, 2), (MIN_STEP, 2)]
     step, stages = fitting(steps, lambda one: tile_bytes(edit, block_n, block_k, 2 * one[0], one[1]), x)
     steps = [(lift_step, lift_stages), (lift_step, 1), (MIN_STEP, 1)]

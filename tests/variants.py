@@ -87,8 +87,8 @@ def _tiles(n: int, dtype: torch.dtype, modes: int, rank: int) -> None:
     subspace.subspace(x, *bank, rows, scale, modes, rank, out=torch.empty_like(x))
 
 
-def _few(modes: int) -> None:
-    _tiles(16, torch.bfloat16, modes, 64)
+def _few(modes: int, rank: int) -> None:
+    _tiles(16, torch.bfloat16, modes, rank)
 
 
 def _full_rank() -> None:
@@ -135,11 +135,16 @@ VARIANTS = [
     Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True, targets=TWO),
     Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, vector_loads=True),
     Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 128, 16384, 0, True, targets=TWO),
-    Variant("tiles-k64-hinge", "_tiles_kernel", lambda: _tiles(4096, bf16, HINGE, 64), 255, 65536, tensor_cores=True, wgmma=True),
-    Variant("tiles-k64-flows", "_tiles_kernel", lambda: _tiles(4096, bf16, FLOW | SOLVE, 64), 255, 65536, 0, False, True, True),
+    Variant("rows-one-direction", "_rows_kernel", lambda: _rows(4096, bf16, HINGE, 1), 168, 1024, vector_loads=True, targets=TWO),
+    Variant("project-k64-hinge", "project_kernel", lambda: _tiles(8192, bf16, HINGE, 64), 255, 147456, tensor_cores=True, wgmma=True),
+    Variant("project-k64-flows", "project_kernel", lambda: _tiles(8192, bf16, FLOW | SOLVE, 64), 255, 147456, 0, False, True, True, THREE),
+    Variant("project-k8-all-modes", "project_kernel", lambda: _tiles(4096, bf16, ALL_MODES, 8), 255, 65536, 0, False, True),
+    Variant("lift-k64-all-modes", "lift_kernel", lambda: _tiles(8192, bf16, ALL_MODES, 64), 255, 114688, tensor_cores=True, wgmma=True),
+    Variant("lift-k8-hinge", "lift_kernel", lambda: _tiles(4096, bf16, HINGE, 8), 168, 65536, 0, False, True, True, TWO),
     Variant("flow-full-rank", "_flow_kernel", _full_rank, 128, 16384),
-    Variant("split-project", "_split_project_kernel", lambda: _few(HINGE), 168, 65536, tensor_cores=True, targets=TWO),
-    Variant("split-lift", "_split_lift_kernel", lambda: _few(ALL_MODES), 255, 65536, tensor_cores=True, targets=TWO),
+    Variant("split-project", "project_kernel", lambda: _few(HINGE, 64), 168, 65536, tensor_cores=True, targets=TWO),
+    Variant("split-lift", "lift_kernel", lambda: _few(ALL_MODES, 64), 255, 65536, tensor_cores=True, targets=TWO),
+    Variant("split-lift-k16", "lift_kernel", lambda: _few(ALL_MODES, 16), 128, 65536, 16, tensor_cores=True),
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True),
     Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 232, 102400, 0, False, True, True, THREE),
     Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=("sm_90", "gfx942")),

@@ -40,9 +40,9 @@ def subspace(
             None: unknown, at most the number of rows of vectors.
 
     Returns:
-        A new tensor (..., d) of the dtype of x. A row's result never depends on the rows beside it; on a GPU and from
-        rank 16 on, its sums are taken in another order above 1024 rows, which may move last bits, and several slots of
-        one row round to the dtype of x in between.
+        A new tensor (..., d) of the dtype of x. A row's result never depends on the rows beside it. On a GPU its last bits may
+        depend on how many they are: the order of sums changes above 256 rows (above 512 from rank 16 on), but for a bank of one
+        mode and up to 3 directions. There several slots of one row round to the dtype of x in between.
 
     Raises:
         TypeError, ValueError: a dtype, width, device or table shape does not fit; the message names it.
