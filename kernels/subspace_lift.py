@@ -1,7 +1,8 @@
 """Second half of project → act → lift by tiles: x' = s·x + unit·(C·g) on blocks of tokens × columns, on tensor cores.
 
-Where the first half left partial sums, each program adds them in one fixed order, so that the result does not depend on timing, and
-acts. Where a slot restores lengths the kernel is launched twice: for the squared lengths of the moved rows, then to write them.
+Where the first half left partial sums, each program adds them in one fixed order, so that the result does not depend on
+timing, and acts. Where a slot restores lengths the kernel is launched twice: for the squared lengths of the moved rows, then
+to write them.
 Bytes: x once, C once per tile and owner and g once per block (from L2), writes x.
 """
 
@@ -84,6 +85,7 @@ def lift_kernel(
     SPLITS: tl.constexpr, MODES: tl.constexpr, IN_PLACE: tl.constexpr, MEASURES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """A tile of tokens × columns of x', or the squared lengths of its rows."""
     i_c = tl.program_id(1)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N

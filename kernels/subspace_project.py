@@ -95,6 +95,7 @@ def project_kernel(
     N, D, COLUMNS,
     MODES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Partial sums of a tile and a part of the columns, or g of a tile."""
     i_s = tl.program_id(1)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N

@@ -1,8 +1,8 @@
 """Project → act → lift by tiles of tokens with tensor-core products, in two launches: many tokens, or a large rank.
 
-`subspace_project` reads x and leaves g, a few numbers a token; `subspace_lift` reads x again and writes. Tokens are walked in runs
-that stay in L2 between the two, where little of B and C is read for each (small ranks); at larger ranks tiles have to be tall, and
-one run of all tokens moves less.
+`subspace_project` reads x and leaves g, a few numbers a token; `subspace_lift` reads x again and writes. Tokens are walked in
+runs that stay in L2 between the two, where little of B and C is read for each (small ranks); at larger ranks tiles have to be
+tall, and one run of all tokens moves less.
 Bytes a token: reads |x|·d (and again, from L2 within a run), writes |x|·d; once more from L2 where a length is restored.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 from ._launch import MIN_STEP, Edit, choose, fitting, power_of_two, stride, tile_bytes, warps_of
 from ._tuned import tuned
-from .act import KEEP_NORM
+from .act import KEEP_NORM, SOLVE
 from .subspace_lift import lift_kernel
 from .subspace_project import project_kernel
 
@@ -30,8 +30,9 @@ ROWS = [
     (128, [(2112, 16), (1 << 62, 32)]),
     (512, [(1 << 62, 16)]),
 ]
+SOLVER_ROWS = 32  # a solver of higher order holds tiles of its own in registers
 # (largest k, (columns of d in each of two sums of a step, stages, warps)) of the first launch
-STEP = [(32, (128, 4, 4)), (64, (64, 4, 8)), (512, (32, 2, 8))]
+STEP = [(32, (64, 6, 4)), (64, (64, 4, 8)), (512, (32, 2, 8))]
 # (largest k, (rows, columns of a step, stages, warps)) of the second
 LIFT = [(16, (64, 64, 4, 4)), (64, (128, 64, 3, 4)), (128, (32, 64, 2, 4)), (512, (16, 32, 1, 8))]
 LIFT_COLUMNS = 512  # of d per program
@@ -60,6 +61,8 @@ def _launch(edit: Edit) -> None:
     width = tuned("subspace_tiles.SPLIT_COLUMNS", SPLIT_COLUMNS, x) if split else d
     splits, programs = -(-d // width), OWNER_PROGRAMS if n <= OWNER_ROWS and edit.rows is not None else 1
     block_n = choose(choose(tuned("subspace_tiles.ROWS", ROWS, x), rank), n)
+    if edit.modes & SOLVE.value:
+        block_n = min(block_n, SOLVER_ROWS)
     step, stages, warps = choose(tuned("subspace_tiles.STEP", STEP, x), rank)
     if split:
         lift_columns, lift_warps = choose(tuned("subspace_tiles.SPLIT_LIFT", SPLIT_LIFT, x), rank)

@@ -52,7 +52,7 @@ def test_variant(variant: Variant, target: str) -> None:
         f"{report.stack} bytes of local memory, {report.registers} registers"
     )
     assert report.spills == 0, f"{report.spills} registers spilled, {report.registers} in use"
-    assert report.scalar_spills <= 8, f"{report.scalar_spills} scalar registers moved to vector registers"
+    assert report.scalar_spills <= 40, f"{report.scalar_spills} scalar registers moved to vector registers"
     assert report.registers <= limits.registers
     assert report.shared <= limits.shared
     if target.startswith("sm_"):

@@ -128,18 +128,19 @@ def _decode(n: int) -> None:
     )
 
 
+MANY = 8192
 bf16, fp32 = torch.bfloat16, torch.float32
 # where a kernel differs little from one that is compiled for all targets
 TWO, THREE = ("sm_90", "gfx942"), ("sm_80", "sm_90", "gfx942")
 VARIANTS = [
     Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True, targets=TWO),
     Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, vector_loads=True),
-    Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 128, 16384, 0, True, targets=TWO),
+    Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 168, 16384, 0, True, targets=TWO),
     Variant("rows-one-direction", "_rows_kernel", lambda: _rows(4096, bf16, HINGE, 1), 168, 1024, vector_loads=True, targets=TWO),
-    Variant("project-k64-hinge", "project_kernel", lambda: _tiles(8192, bf16, HINGE, 64), 255, 147456, tensor_cores=True, wgmma=True),
-    Variant("project-k64-flows", "project_kernel", lambda: _tiles(8192, bf16, FLOW | SOLVE, 64), 255, 147456, 0, False, True, True, THREE),
+    Variant("project-k64-hinge", "project_kernel", lambda: _tiles(MANY, bf16, HINGE, 64), 255, 147456, 0, False, True, True),
+    Variant("project-k64-flows", "project_kernel", lambda: _tiles(MANY, bf16, FLOW | SOLVE, 64), 255, 147456, 0, False, True),
     Variant("project-k8-all-modes", "project_kernel", lambda: _tiles(4096, bf16, ALL_MODES, 8), 255, 65536, 0, False, True),
-    Variant("lift-k64-all-modes", "lift_kernel", lambda: _tiles(8192, bf16, ALL_MODES, 64), 255, 114688, tensor_cores=True, wgmma=True),
+    Variant("lift-k64-all-modes", "lift_kernel", lambda: _tiles(MANY, bf16, ALL_MODES, 64), 255, 114688, 96, False, True, True),
     Variant("lift-k8-hinge", "lift_kernel", lambda: _tiles(4096, bf16, HINGE, 8), 168, 65536, 0, False, True, True, TWO),
     Variant("flow-full-rank", "_flow_kernel", _full_rank, 128, 16384),
     Variant("split-project", "project_kernel", lambda: _few(HINGE, 64), 168, 65536, tensor_cores=True, targets=TWO),

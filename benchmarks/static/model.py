@@ -157,7 +157,7 @@ def _memory(tensor: dict[str, Any], programs: int, resident: int, share: float, 
 
 
 def _bytes_since(tensor: dict[str, Any], so_far: list[Counted]) -> float:
-    """Bytes that passed through L2 since an earlier launch touched the end of a tensor, until it is read: all of it is new once."""
+    """Bytes that passed through L2 since an earlier launch touched a tensor, until all of it is read again."""
     spans = dict[int, int]()
     for before in reversed(so_far[:-1]):
         spans.update({each["from"]: each["size"] for each in before["tensors"].values()})
