@@ -29,7 +29,7 @@ from lab.case import SHORT, Case, NotHere
 from lab.clock import QUICK, REHEARSAL, Clock, DeviceClock, Effort, HostClock, Peaks, measure_peaks
 from lab.memory import memory_rise
 from lab.pairs import OURS, Race, interval, times
-from lab.rows import Row, append_row, circumstances
+from lab.rows import Row, append_row, circumstances, file_of
 from results import newest, read
 from setting import INTERPRETED, PLACE, TINY
 
@@ -75,8 +75,7 @@ class Ledger:
         self.origin = {**circumstances(PLACE), "quick": not self.thorough}
         self.origin["series"] = config.getoption("--series") or self.origin["date"]
         folder = config.getoption("--rows") or Path(__file__).parent / "results"
-        device = "-".join("".join(c if c.isalnum() else " " for c in self.origin["device"]).lower().split())
-        self.file = folder / f"{self.origin['series'][:10]}-{PLACE}-{device}.jsonl"
+        self.file = file_of(folder, self.origin)
         self.earlier = _of_series(self.file, self.origin["series"]) if config.getoption("--series") else []
         self.rows: list[Row] = []
         self.unwritten: list[Row] = []

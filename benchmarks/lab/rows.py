@@ -67,6 +67,12 @@ def _processor() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
+def file_of(folder: Path, origin: dict[str, Any]) -> Path:
+    """Where the rows of a run with these circumstances go: a file for each day, place and device."""
+    device = "-".join("".join(c if c.isalnum() else " " for c in origin["device"]).lower().split())
+    return folder / f"{origin['series'][:10]}-{origin['place']}-{device}.jsonl"
+
+
 def append_row(file: Path, row: Row) -> None:
     """Append a row to a file of one JSON object a line; where the disk is full the file stays as it was.
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 
 import torch
-from lab import cases, sae_cases
+from lab import cases, goals, sae_cases
 from lab.case import Case, Stream
 from torch import Tensor
-
-import steerfast as sf
-from steerfast import ops
-from steerfast.ops.slots import ALL_MODES
 
 D, N, FEATURES, K = 4096, 8192, 65536, 32
 
@@ -35,36 +31,11 @@ def subspace(n: int, method: str, k: int, slots: int = 1) -> Callable[[], Case]:
 
 
 def nobody(n: int, k: int, columns: int = 4) -> Case:
-    """A prepared layer of rank k that no row asks for: four columns of -1, every mode compiled."""
-    case, rows = cases.subspace(AT, n, "amplify", k), torch.full((n, columns), -1, dtype=torch.int32)
-    bank = sf.Bank(D, 4, 8 * k, AT.dtype, AT.device)
-    ours = lambda x, *_: ops.subspace(x, *bank.tensors, rows=rows, modes=ALL_MODES, max_rank=k)  # noqa: E731
-    return replace(case, name=f"nobody steered k={k} P={columns} n={n} {AT.tag}", bytes=4 * n * columns, ours=ours)
-
-
-def prepared(n: int, k: int) -> Case:
-    """Every row amplified, by the kernel that knows every mode."""
-    case = cases.subspace(AT, n, "amplify", k)
-    bank, rows = sf.Bank(D, 1, 2 * k, AT.dtype, AT.device), torch.zeros(n, 1, dtype=torch.int32)
-    bank.register(sf.Amplify(torch.linalg.qr(torch.randn(D, k))[0].T.contiguous(), 0.5))
-    ours = lambda x, *_: ops.subspace(x, *bank.tensors, rows=rows, modes=ALL_MODES, max_rank=k)  # noqa: E731
-    return replace(case, name=f"all modes k={k} n={n} {AT.tag}", ours=ours)
+    return goals.nobody(AT, n, k, columns)
 
 
 def encode(n: int) -> Case:
     return sae_cases.sae_encode(AT, n, FEATURES, K)
-
-
-def encode_mixed(n: int) -> Case:
-    """A bf16 stream and a float32 dictionary."""
-    case, w = encode(n), torch.empty(FEATURES, D)
-    b = torch.zeros(FEATURES)
-    return replace(
-        case,
-        name=f"sae_encode F={FEATURES} k={K} n={n} d={D} bf16 x fp32",
-        bytes=w.nbytes + 2 * n * D,
-        ours=lambda x, *_: ops.sae_encode(x, w, b, K),
-    )
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -87,19 +58,23 @@ CASES: dict[str, Callable[[], Case]] = {
     "keep_norm k=64": subspace(N, "amplify keep_norm", 64),
     "flow k=64": lambda: cases.flow(AT, N, 64),
     "flow k=8": lambda: cases.flow(AT, N, 8),
-    "all modes k=8": lambda: prepared(N, 8),
+    "all modes k=8": lambda: goals.prepared(AT, N, 8),
     "nobody k=8": lambda: nobody(N, 8),
     "nobody k=64": lambda: nobody(N, 64),
     "nobody k=64 n=64": lambda: nobody(64, 64),
     "affine": lambda: cases.affine(AT, N),
     "encode": lambda: encode(4096),
     "encode n=16": lambda: encode(16),
-    "encode mixed": lambda: encode_mixed(4096),
+    "encode mixed": lambda: goals.encode_mixed(AT, 4096, FEATURES, K),
     "threshold": lambda: sae_cases.sae_encode_threshold(AT, 4096, FEATURES, 256),
     "decode": lambda: sae_cases.sae_decode(AT, 4096, FEATURES, K),
     "decode n=16": lambda: sae_cases.sae_decode(AT, 16, FEATURES, K),
 }
 """Short name -> the case; what a row is called elsewhere is the case's own name."""
+
+# --- the goals of a GPU that are not among them, under the names of headline.py ---
+CASES |= {name: partial(goal.case, AT) for name, goal in goals.GOALS.items() if name not in CASES}
+
 QUICK = ("add", "hinge k=1", "hinge k=64")
 """What the fast test counts."""
 
