@@ -1,4 +1,4 @@
-"""The encoder's matrix product on the encoder's tiles, without the selection: what its epilogue is measured against."""
+"""Kernels of the benchmarks' own: the encoder's product on its tiles, without the selection, and one that does nothing."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     tiles = triton.cdiv(features, BLOCK_F)
     out = torch.empty(n, tiles, device=x.device)
     _product_kernel[(triton.cdiv(n, BLOCK_N) * tiles,)](
-        x, w, out, n, features, d, BLOCK_N, BLOCK_F, BLOCK_D, GROUP, num_warps=8, num_stages=3
-    )
+        x_ptr=x, w_ptr=w, out_ptr=out, N=n, F=features, D=d,
+        BLOCK_N=BLOCK_N, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, GROUP=GROUP, num_warps=8, num_stages=3,
+    )  # fmt: skip
     return out
 
 
@@ -66,3 +67,26 @@ def tiles() -> dict[str, Callable[[], Function]]:
         return lambda x, w, b: product(x, w)
 
     return {"product on tiles": make}
+
+
+@triton.jit
+def _empty_kernel(x_ptr):
+    return
+
+
+def empty() -> dict[str, Callable[[], Function]]:
+    """The launch of a kernel that does nothing as a yardstick, on a GPU and under the interpreter."""
+
+    def make() -> Function:
+        import setting
+
+        if setting.PLACE == "cpu":
+            raise NotHere("a Triton launch needs a GPU")
+        return lambda x, *_: launch_nothing(x)
+
+    return {"empty kernel": make}
+
+
+def launch_nothing(x: Tensor) -> None:
+    """One program of one warp."""
+    _empty_kernel[(1,)](x_ptr=x, num_warps=1)
