@@ -24,6 +24,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # the suites import the files beside them; the root stays off the path
 
+from bars import bars
 from lab import table
 from lab.case import SHORT, Case, NotHere
 from lab.clock import QUICK, REHEARSAL, Clock, DeviceClock, Effort, HostClock, Peaks, measure_peaks
@@ -50,6 +51,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("steerfast")
     group.addoption("--rows", type=Path, metavar="FOLDER", help="where raw rows go (default: benchmarks/results)")
     group.addoption("--quick", action="store_true", help="few short rounds, nothing compiled")
+    group.addoption(
+        "--eager", action="store_true", help="nothing compiled, which takes most of the time of a thorough run"
+    )
     group.addoption("--deadline", type=float, default=float("inf"), help="seconds after which no further case starts")
     group.addoption(
         "--visits", type=int, default=1, help="measure each case in so many parts, far from each other (CPU)"
@@ -70,6 +74,7 @@ class Ledger:
             raise pytest.UsageError("--parts: give the processes a --series, too, or their rows are not joined")
         self.visits, parts = map(config.getoption, ("--visits", "--parts")) if PLACE != "cuda" else (1, 1)
         effort = self.clock.thorough if self.thorough else REHEARSAL if TINY else QUICK
+        effort = replace(effort, compile=effort.compile and not config.getoption("--eager"))
         self.effort: Effort = effort.shared(self.visits * parts)
         self.longest = LONGEST / parts
         self.origin = {**circumstances(PLACE), "quick": not self.thorough}
@@ -183,12 +188,20 @@ def _end(*_: Any) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ledger = config.stash[LEDGER]
-    items.sort(
-        key=lambda item: LAST.index(item.path.stem) if item.path.stem in LAST else -1
-    )  # where time runs out, it does so after the ops
+    wanted = [set(bar.case.split()) for bar in bars() if bar.place == PLACE]
+    items.sort(key=lambda item: (LAST.index(item.path.stem) if item.path.stem in LAST else -1, _rank(item, wanted)))
     for item in items:
         group = item.path.stem.removeprefix("test_")
         item.add_marker(pytest.mark.benchmark(timer=ledger.later, group=group, disable_gc=False, warmup=False))
+
+
+def _rank(item: pytest.Item, wanted: list[set[str]]) -> int:
+    """The first bar whose case has the words of an item: where time runs out, it does so behind those with a bar."""
+    parameters = item.callspec.params.items() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    words = {f"{name}={value}" for name, value in parameters if isinstance(value, int)}
+    op = {word for _, value in parameters if isinstance(value, str) for word in value.split()}
+    words |= op or {item.path.stem.removeprefix("test_")}
+    return next((i for i, case in enumerate(wanted) if words <= case), len(wanted))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -121,7 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="(default: all)")
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
-    parser.add_argument("--capability", type=int, metavar="N", help="compute capability, such as 90 (default: this GPU's)")
+    parser.add_argument(
+        "--capability", type=int, metavar="N", help="compute capability, such as 90 (default: this GPU's)"
+    )
     options = parser.parse_args(argv)
     if unknown := set(options.names) - set(names()):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(names())}")
@@ -136,7 +138,9 @@ def main(argv: list[str] | None = None) -> int:
         if one.error:
             failed.append(one)
     taken = time.perf_counter() - begin
-    print(f"{len(wanted)} cases, {launches} launches in {taken:.1f} s by {options.processes} processes; {len(failed)} failed")
+    print(
+        f"{len(wanted)} cases, {launches} launches in {taken:.1f} s by {options.processes} processes; {len(failed)} failed"
+    )
     return int(bool(failed))
 
 

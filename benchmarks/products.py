@@ -70,7 +70,7 @@ def tiles() -> dict[str, Callable[[], Function]]:
 
 
 @triton.jit
-def _empty_kernel(x_ptr):
+def _empty_kernel(x_ptr, out_ptr, a_ptr, b_ptr, N, D, s0, s1, s2, s3, s4, s5, s6, s7, BLOCK: tl.constexpr):
     return
 
 
@@ -88,5 +88,9 @@ def empty() -> dict[str, Callable[[], Function]]:
 
 
 def launch_nothing(x: Tensor) -> None:
-    """One program of one warp."""
-    _empty_kernel[(1,)](x_ptr=x, num_warps=1)
+    """One program of one warp, with as many arguments as a kernel of ours has."""
+    d = x.shape[-1]
+    _empty_kernel[(1,)](
+        x_ptr=x, out_ptr=x, a_ptr=x, b_ptr=x, N=x.shape[0], D=d, s0=d, s1=d, s2=d, s3=d, s4=d, s5=d, s6=d, s7=d, BLOCK=64,
+        num_warps=1,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The cases that the project set itself numbers for on a GPU, by short name: `headline.py` measures them, `static/` predicts them."""
+"""The cases that the project set itself numbers for on a GPU: `headline.py` measures them, `static/` predicts them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Goal:
 
 def _few(size: int) -> int:
     """A rank, a number of slots or of features that an interpreter is done with at once; ranks keep their kind of kernel."""
-    return 300 if size == FEATURES else min(size, 17)
+    return 130 if size == FEATURES else min(size, 17)
 
 
 def prepared(at: Stream, n: int, k: int) -> Case:
