@@ -61,6 +61,12 @@ def bars() -> list[Bar]:
         return [Bar(**row) for row in csv.DictReader(file)]
 
 
+def rank(words: set[str], place: str) -> int:
+    """The number of the first bar of a place whose case has all of these words; behind the last where none has."""
+    cases = [set(bar.case.split()) for bar in bars() if bar.place == place]
+    return next((i for i, case in enumerate(cases) if words <= case), len(cases))
+
+
 Rows = dict[tuple[str, str], Row]
 
 

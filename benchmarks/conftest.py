@@ -24,7 +24,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # the suites import the files beside them; the root stays off the path
 
-from bars import bars
+from bars import rank
 from lab import table
 from lab.case import SHORT, Case, NotHere
 from lab.clock import QUICK, REHEARSAL, Clock, DeviceClock, Effort, HostClock, Peaks, measure_peaks
@@ -188,20 +188,19 @@ def _end(*_: Any) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ledger = config.stash[LEDGER]
-    wanted = [set(bar.case.split()) for bar in bars() if bar.place == PLACE]
-    items.sort(key=lambda item: (LAST.index(item.path.stem) if item.path.stem in LAST else -1, _rank(item, wanted)))
+    last = {stem: i for i, stem in enumerate(LAST)}
+    items.sort(key=lambda item: (last.get(item.path.stem, -1), rank(_words(item), PLACE)))
     for item in items:
         group = item.path.stem.removeprefix("test_")
         item.add_marker(pytest.mark.benchmark(timer=ledger.later, group=group, disable_gc=False, warmup=False))
 
 
-def _rank(item: pytest.Item, wanted: list[set[str]]) -> int:
-    """The first bar whose case has the words of an item: where time runs out, it does so behind those with a bar."""
+def _words(item: pytest.Item) -> set[str]:
+    """What tells the op and the sizes of an item: where time runs out, it does so behind those with a bar."""
     parameters = item.callspec.params.items() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
-    words = {f"{name}={value}" for name, value in parameters if isinstance(value, int)}
+    sizes = {f"{name}={value}" for name, value in parameters if isinstance(value, int)}
     op = {word for _, value in parameters if isinstance(value, str) for word in value.split()}
-    words |= op or {item.path.stem.removeprefix("test_")}
-    return next((i for i, case in enumerate(wanted) if words <= case), len(wanted))
+    return sizes | (op or {item.path.stem.removeprefix("test_")})
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

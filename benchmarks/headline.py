@@ -192,6 +192,7 @@ class Child:
     def keep(self, key: str) -> bool:
         """Measure a case, print and keep its row; False where the device is of no use any more."""
         begin, before = time.perf_counter(), _compiled()
+        torch.manual_seed(0)  # so that a case is the same alone
         try:
             row, sound = self.measure(key), True
         except NotHere as reason:
@@ -223,16 +224,15 @@ def _is_sound() -> bool:
 
 
 def _compiled() -> int:
-    """Entries of Triton's cache."""
+    """Entries of Triton's cache, where a GPU's kernels go there."""
+    if PLACE != "cuda":
+        return 0
     folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
     return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
 
 
 def child(keys: Sequence[str], out: Path, series: str, end: float) -> int:
     """Measure these cases, one after another."""
-    torch.manual_seed(0)
-    if PLACE == "cpu":
-        torch.set_num_threads(1)
     if PLACE == "cuda" or INTERPRETED:
         sf.use_backend("triton")
     here = Child(out, series)
@@ -281,7 +281,8 @@ def lines_of(keys: Sequence[str], out: Path, series: str, end: float) -> Iterato
             return
         if process.returncode != 3:
             hung = process.returncode == -signal.SIGALRM
-            yield f"{begun:28}  {f'took more than {CASE_SECONDS} s' if hung else f'ended its process (exit {process.returncode})'}"
+            why = f"took more than {CASE_SECONDS} s" if hung else f"ended its process (exit {process.returncode})"
+            yield f"{begun:28}  {why}"
         left = left[left.index(begun) + 1 :]
 
 
