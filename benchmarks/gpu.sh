@@ -6,7 +6,8 @@
 # Triton's interpreter at tiny sizes. Of fifteen minutes the first two calls take about twelve; the engines want a day of their
 # own. A warm machine keeps what the first call compiled.
 # Nothing is installed: our packages are found through links in a temporary folder, and peers in wheels/ are unpacked into it.
-# PYTHON chooses the interpreter; SECONDS_HEADLINE=60 and the like give a stage another limit.
+# PYTHON chooses the interpreter; SECONDS_HEADLINE=60 and the like give a stage another limit; STEERFAST_COMMIT names the commit in the
+# rows where the folder came without its repository.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -60,7 +61,7 @@ else
         echo "gpu.sh: PyTorch sees no GPU here; --tiny rehearses the run without one" >&2
         exit 2
     }
-    ahead=() marker=gpu tests=(tests)
+    ahead=() marker=gpu tests=($(grep -lE 'mark\.gpu|^from places' tests/test_*.py)) # collecting the others takes a minute
     "$python" -c 'import xdist' 2> /dev/null && tests+=(-n 8)
 fi
 

@@ -237,10 +237,10 @@ def child(keys: Sequence[str], out: Path, series: str, end: float) -> int:
         sf.use_backend("triton")
     here = Child(out, series)
     with torch.no_grad():
-        for key in keys:
+        for i, key in enumerate(keys):
             if time.time() > end:
-                print(f"{key}: out of time", flush=True)
-                continue
+                print(f"out of time: {', '.join(keys[i:])}", flush=True)
+                return 0
             print(BEGIN + key, flush=True)
             signal.alarm(CASE_SECONDS)  # its default action ends the process, even where the device hangs
             sound = here.keep(key)

@@ -13,7 +13,7 @@ from torch import Tensor
 BLOCK_N, BLOCK_F, BLOCK_D, GROUP = 128, 128, 64, 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _product_kernel(
     x_ptr, w_ptr, out_ptr, N, F, D,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
@@ -69,7 +69,7 @@ def tiles() -> dict[str, Callable[[], Function]]:
     return {"product on tiles": make}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _empty_kernel(x_ptr, out_ptr, a_ptr, b_ptr, N, D, s0, s1, s2, s3, s4, s5, s6, s7, BLOCK: tl.constexpr):
     return
 

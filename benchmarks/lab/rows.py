@@ -45,7 +45,7 @@ def circumstances(place: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: version for name, version in versions.items() if version},
-        "commit": _ask("git", "rev-parse", "HEAD", cwd=root) if ours else None,
+        "commit": _ask("git", "rev-parse", "HEAD", cwd=root) if ours else os.environ.get("STEERFAST_COMMIT"),
         "changed": status != "" if ours else None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
