@@ -34,8 +34,16 @@ def nobody(n: int, k: int, columns: int = 4) -> Case:
     return goals.nobody(AT, n, k, columns)
 
 
+def prepared(n: int, k: int) -> Case:
+    return goals.prepared(AT, n, k)
+
+
 def encode(n: int) -> Case:
     return sae_cases.sae_encode(AT, n, FEATURES, K)
+
+
+def encode_mixed(n: int) -> Case:
+    return goals.encode_mixed(AT, n, FEATURES, K)
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -58,14 +66,14 @@ CASES: dict[str, Callable[[], Case]] = {
     "keep_norm k=64": subspace(N, "amplify keep_norm", 64),
     "flow k=64": lambda: cases.flow(AT, N, 64),
     "flow k=8": lambda: cases.flow(AT, N, 8),
-    "all modes k=8": lambda: goals.prepared(AT, N, 8),
+    "all modes k=8": lambda: prepared(N, 8),
     "nobody k=8": lambda: nobody(N, 8),
     "nobody k=64": lambda: nobody(N, 64),
     "nobody k=64 n=64": lambda: nobody(64, 64),
     "affine": lambda: cases.affine(AT, N),
     "encode": lambda: encode(4096),
     "encode n=16": lambda: encode(16),
-    "encode mixed": lambda: goals.encode_mixed(AT, 4096, FEATURES, K),
+    "encode mixed": lambda: encode_mixed(4096),
     "threshold": lambda: sae_cases.sae_encode_threshold(AT, 4096, FEATURES, 256),
     "decode": lambda: sae_cases.sae_decode(AT, 4096, FEATURES, K),
     "decode n=16": lambda: sae_cases.sae_decode(AT, 16, FEATURES, K),
