@@ -48,6 +48,13 @@ class Absent:
         return 0
 
 
+class Filled(Blank):
+    """A stream with dictionaries that a plan accepts: no row of theirs is zero."""
+
+    def dictionary(self, features: int) -> torch.Tensor:
+        return torch.ones(features, self.d, dtype=self.dtype)
+
+
 class Compiled(NamedTuple):
     """What became of the launches of a case."""
 
@@ -77,7 +84,7 @@ def calls(name: str) -> Iterator[Callable[[], object]]:
         yield as_on_a_gpu(CASES[name]())
     else:
         width, number = name.removeprefix("once d=").split()
-        case: Case = list(once.every(Blank("cpu", torch.bfloat16, int(width)), *once.SIZES))[int(number)]()
+        case: Case = list(once.every(Filled("cpu", torch.bfloat16, int(width)), *once.SIZES))[int(number)]()
         yield as_on_a_gpu(case)
 
 
