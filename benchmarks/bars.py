@@ -1,6 +1,6 @@
 """`make bars`: every number that the project set itself, what was measured, on what, met or not.
 
-    python benchmarks/bars.py [ROWS …] [--markdown]
+    python benchmarks/bars.py [ROWS …] [--measured] [--markdown]
 
 The bars are rows of bars.csv: issue, place (cuda, cpu), case (its exact name), what is compared, limit, and the words of the
 bar. What is compared is one of
@@ -9,6 +9,8 @@ bar. What is compared is one of
     over: A | B       time of A over time of B, paired by round
     above: A | B      time of A minus time of B, in seconds, paired by round
     floor             ours over the floor of the case: its bytes and operations at the measured copy and product
+    beyond: CASE      ours over the floor, less what the median of another case is over its own
+    beside: X         ours less X times the floor, in seconds
     copy              bytes of the case per second, over the measured copy
     memory: A | B     memory that a call of A takes over that of B, or over a size that the case states
     value: KEY        a figure that the case names
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,11 +61,20 @@ def bars() -> list[Bar]:
         return [Bar(**row) for row in csv.DictReader(file)]
 
 
-def samples(row: Row, measure: str) -> list[float]:
-    """What a row says about a measure, round by round; KeyError where it says nothing."""
+def rank(words: set[str], place: str) -> int:
+    """The number of the first bar of a place whose case has all of these words; behind the last where none has."""
+    cases = [set(bar.case.split()) for bar in bars() if bar.place == place]
+    return next((i for i, case in enumerate(cases) if words <= case), len(cases))
+
+
+Rows = dict[tuple[str, str], Row]
+
+
+def samples(row: Row, measure: str, rows: Rows | None = None) -> list[float]:
+    """What a row says about a measure, round by round; KeyError where it, or one of `rows` that is meant, says nothing."""
     kind, _, rest = measure.partition(":")
     names = [name.strip() for name in rest.split("|")]
-    timed = {"floor": ["ours"], "copy": ["ours"], "memory": [], "value": []}.get(kind, names)
+    timed = ["ours"] if kind in ("floor", "beyond", "beside", "copy") else [] if kind in ("memory", "value") else names
     if failed := [name for name in timed if name in row.get("uncaptured", {})]:
         raise KeyError(f"not captured: {', '.join(failed)}")
     if kind == "time":
@@ -73,6 +85,11 @@ def samples(row: Row, measure: str) -> list[float]:
         return [a - b for a, b in pairs(row, names[0], names[1])]
     if kind == "floor":
         return [t / row["floor"] for t in times(row, "ours")]
+    if kind == "beyond":
+        other = statistics.median(samples((rows or {})[rest.strip(), row["run"]["place"]], "floor"))
+        return [share - other for share in samples(row, "floor")]
+    if kind == "beside":
+        return [t - float(rest) * row["floor"] for t in times(row, "ours")]
     if kind == "copy":
         return [row["bytes"] / t / row["copy"] for t in times(row, "ours")]
     if kind == "memory":
@@ -82,11 +99,11 @@ def samples(row: Row, measure: str) -> list[float]:
     raise ValueError(f"bars: unknown measure {measure!r}; see the head of this file")
 
 
-def judge(bar: Bar, rows: dict[tuple[str, str], Row]) -> Verdict:
+def judge(bar: Bar, rows: Rows) -> Verdict:
     """Compare the newest row of a bar's case with its limit."""
     row = rows.get((bar.case, bar.place))
     try:
-        values = samples(row, bar.measure) if row else []
+        values = samples(row, bar.measure, rows) if row else []
     except KeyError:
         values = []
     if row is None or not values:
@@ -123,10 +140,13 @@ HEAD = ["issue", "wanted", "limit", "measured (95 % interval)", "on", "outcome"]
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("rows", type=Path, nargs="*", default=[FOLDER], help="files or folders of rows")
+    parser.add_argument("--measured", action="store_true", help="only what the rows say something about")
     parser.add_argument("--markdown", action="store_true", help="a table for a document")
     options = parser.parse_args(argv)
     found = newest(read(options.rows))
     verdicts = [judge(bar, found) for bar in bars()]
+    if options.measured:
+        verdicts = [verdict for verdict in verdicts if verdict.value is not None]
     table = [HEAD, *map(cells, verdicts)]
     if options.markdown:
         table.insert(1, ["---"] * len(HEAD))

@@ -24,12 +24,13 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # the suites import the files beside them; the root stays off the path
 
+from bars import rank
 from lab import table
 from lab.case import SHORT, Case, NotHere
 from lab.clock import QUICK, REHEARSAL, Clock, DeviceClock, Effort, HostClock, Peaks, measure_peaks
 from lab.memory import memory_rise
 from lab.pairs import OURS, Race, interval, times
-from lab.rows import Row, append_row, circumstances
+from lab.rows import Row, append_row, circumstances, file_of
 from results import newest, read
 from setting import INTERPRETED, PLACE, TINY
 
@@ -50,6 +51,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("steerfast")
     group.addoption("--rows", type=Path, metavar="FOLDER", help="where raw rows go (default: benchmarks/results)")
     group.addoption("--quick", action="store_true", help="few short rounds, nothing compiled")
+    group.addoption(
+        "--eager", action="store_true", help="nothing compiled, which takes most of the time of a thorough run"
+    )
     group.addoption("--deadline", type=float, default=float("inf"), help="seconds after which no further case starts")
     group.addoption(
         "--visits", type=int, default=1, help="measure each case in so many parts, far from each other (CPU)"
@@ -70,13 +74,13 @@ class Ledger:
             raise pytest.UsageError("--parts: give the processes a --series, too, or their rows are not joined")
         self.visits, parts = map(config.getoption, ("--visits", "--parts")) if PLACE != "cuda" else (1, 1)
         effort = self.clock.thorough if self.thorough else REHEARSAL if TINY else QUICK
+        effort = replace(effort, compile=effort.compile and not config.getoption("--eager"))
         self.effort: Effort = effort.shared(self.visits * parts)
         self.longest = LONGEST / parts
         self.origin = {**circumstances(PLACE), "quick": not self.thorough}
         self.origin["series"] = config.getoption("--series") or self.origin["date"]
         folder = config.getoption("--rows") or Path(__file__).parent / "results"
-        device = "-".join("".join(c if c.isalnum() else " " for c in self.origin["device"]).lower().split())
-        self.file = folder / f"{self.origin['series'][:10]}-{PLACE}-{device}.jsonl"
+        self.file = file_of(folder, self.origin)
         self.earlier = _of_series(self.file, self.origin["series"]) if config.getoption("--series") else []
         self.rows: list[Row] = []
         self.unwritten: list[Row] = []
@@ -184,12 +188,19 @@ def _end(*_: Any) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ledger = config.stash[LEDGER]
-    items.sort(
-        key=lambda item: LAST.index(item.path.stem) if item.path.stem in LAST else -1
-    )  # where time runs out, it does so after the ops
+    last = {stem: i for i, stem in enumerate(LAST)}
+    items.sort(key=lambda item: (last.get(item.path.stem, -1), rank(_words(item), PLACE)))
     for item in items:
         group = item.path.stem.removeprefix("test_")
         item.add_marker(pytest.mark.benchmark(timer=ledger.later, group=group, disable_gc=False, warmup=False))
+
+
+def _words(item: pytest.Item) -> set[str]:
+    """What tells the op and the sizes of an item: where time runs out, it does so behind those with a bar."""
+    parameters = item.callspec.params.items() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    sizes = {f"{name}={value}" for name, value in parameters if isinstance(value, int)}
+    op = {word for _, value in parameters if isinstance(value, str) for word in value.split()}
+    return sizes | (op or {item.path.stem.removeprefix("test_")})
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

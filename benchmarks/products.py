@@ -1,4 +1,4 @@
-"""The encoder's matrix product on the encoder's tiles, without the selection: what its epilogue is measured against."""
+"""Kernels of the benchmarks' own: the encoder's product on its tiles, without the selection, and one that does nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 BLOCK_N, BLOCK_F, BLOCK_D, GROUP = 128, 128, 64, 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _product_kernel(
     x_ptr, w_ptr, out_ptr, N, F, D,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
@@ -46,8 +46,9 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     tiles = triton.cdiv(features, BLOCK_F)
     out = torch.empty(n, tiles, device=x.device)
     _product_kernel[(triton.cdiv(n, BLOCK_N) * tiles,)](
-        x, w, out, n, features, d, BLOCK_N, BLOCK_F, BLOCK_D, GROUP, num_warps=8, num_stages=3
-    )
+        x_ptr=x, w_ptr=w, out_ptr=out, N=n, F=features, D=d,
+        BLOCK_N=BLOCK_N, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, GROUP=GROUP, num_warps=8, num_stages=3,
+    )  # fmt: skip
     return out
 
 
@@ -66,3 +67,30 @@ def tiles() -> dict[str, Callable[[], Function]]:
         return lambda x, w, b: product(x, w)
 
     return {"product on tiles": make}
+
+
+@triton.jit(do_not_specialize=["N"])
+def _empty_kernel(x_ptr, out_ptr, a_ptr, b_ptr, N, D, s0, s1, s2, s3, s4, s5, s6, s7, BLOCK: tl.constexpr):
+    return
+
+
+def empty() -> dict[str, Callable[[], Function]]:
+    """The launch of a kernel that does nothing as a yardstick, on a GPU and under the interpreter."""
+
+    def make() -> Function:
+        import setting
+
+        if setting.PLACE == "cpu":
+            raise NotHere("a Triton launch needs a GPU")
+        return lambda x, *_: launch_nothing(x)
+
+    return {"empty kernel": make}
+
+
+def launch_nothing(x: Tensor) -> None:
+    """One program of one warp, with as many arguments as a kernel of ours has."""
+    d = x.shape[-1]
+    _empty_kernel[(1,)](
+        x_ptr=x, out_ptr=x, a_ptr=x, b_ptr=x, N=x.shape[0], D=d, s0=d, s1=d, s2=d, s3=d, s4=d, s5=d, s6=d, s7=d, BLOCK=64,
+        num_warps=1,
+    )  # fmt: skip

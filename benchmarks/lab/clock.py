@@ -180,55 +180,58 @@ class DeviceRunner:
     """Calls on a GPU: a CUDA graph of them over rotating inputs, between CUDA events.
 
     What cannot be captured runs as launches from the host: between events where it should have been captured, and then the row
-    says so; by the clock on the wall where the case says that the host counts. Short calls are many to a graph, whose own
-    launch takes some microseconds.
+    says so; by the clock on the wall where the case says that the host counts. How long a call takes is asked of a first small
+    graph, since a host that waits for a call of some microseconds sees ten times as many.
     """
 
-    most_calls = 20
-    short, many = 10e-6, 200  # a graph of calls below so many seconds holds so many of them
+    most_calls = 200  # of the shortest: the launch of a graph, some microseconds, lies between the events, too
+    first_calls = 4
 
     def __init__(self, function: Function, sets: Sequence[Inputs], effort: Effort, captured: bool) -> None:
         """Warm it up on a stream of its own, and capture its calls."""
-        call, self._around = _taken_apart(function)
+        self._call, self._around = _taken_apart(function)
+        self._rotation = itertools.cycle(sets)
         stream = torch.cuda.Stream() if captured else torch.cuda.current_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with self._around(), torch.cuda.stream(stream):
             for inputs in sets[:3]:
-                call(*inputs)
+                self._call(*inputs)
             torch.cuda.synchronize()
             start = time.perf_counter()
-            call(*sets[0])
+            self._call(*sets[0])
             torch.cuda.synchronize()
         self.taken = max(time.perf_counter() - start, 1e-9)
         self._captured, self.uncaptured = captured, ""
-        self._calls = max(1, min(self.most_calls, int(10 * effort.burst / self.taken)))
-        rotation = itertools.cycle(sets)
-
-        def launch() -> None:
-            for inputs in itertools.islice(rotation, self._calls):
-                call(*inputs)
-
-        self._run = launch
+        self._calls, self._run = self._as_many(effort), self._launch
         self._begin, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if captured:
-            self._capture(launch, stream)
-            if not self.uncaptured and self._calls < self.many:
-                self.taken = self.burst(0.0)
-                if self.taken < self.short:
-                    self._calls = self.many
-                    self._capture(launch, stream)
+            self._calls = min(self._calls, self.first_calls)
+            self._capture(stream)
+            if not self.uncaptured:
+                self.taken = max(self.burst(0.0), 1e-9)
+                if self._calls != (calls := self._as_many(effort)):
+                    self._calls = calls
+                    self._capture(stream)
 
-    def _capture(self, launch: Callable[[], None], stream: torch.cuda.Stream) -> None:
-        """Run a graph of these launches instead of them, where there can be one."""
+    def _as_many(self, effort: Effort) -> int:
+        """Calls that take about ten bursts."""
+        return max(1, min(self.most_calls, int(10 * effort.burst / self.taken)))
+
+    def _launch(self) -> None:
+        for inputs in itertools.islice(self._rotation, self._calls):
+            self._call(*inputs)
+
+    def _capture(self, stream: torch.cuda.Stream) -> None:
+        """Run a graph of the launches instead of them, where there can be one."""
         graph = torch.cuda.CUDAGraph()
         try:
             with self._around(), torch.cuda.graph(graph, stream=stream):
-                launch()
+                self._launch()
             graph.replay()
             self._run = graph.replay
         except RuntimeError as error:
             torch.cuda.synchronize()
-            self.uncaptured, self._run = f"{type(error).__name__}: {error}"[:300], launch
+            self.uncaptured, self._run = f"{type(error).__name__}: {error}"[:300], self._launch
 
     def lasting(self, seconds: float) -> float:
         """As long as the calls that were captured, twice: once to warm up."""

@@ -75,7 +75,7 @@ class Race:
         """Check an answer and warm its function up. A baseline that cannot is named with the reason; ours must."""
         try:
             if isinstance(maker, Compiled) and not self.effort.compile:
-                raise NotHere("a quick run compiles nothing")
+                raise NotHere("this run compiles nothing")
             function = maker()
             if judge is None or self._allow(name, function, sets[0], judge, case.slack):
                 self._runners[name] = runner = self._clock.prepare(function, sets, self.effort, case.captured)

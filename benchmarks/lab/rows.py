@@ -45,7 +45,7 @@ def circumstances(place: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: version for name, version in versions.items() if version},
-        "commit": _ask("git", "rev-parse", "HEAD", cwd=root) if ours else None,
+        "commit": _ask("git", "rev-parse", "HEAD", cwd=root) if ours else os.environ.get("STEERFAST_COMMIT"),
         "changed": status != "" if ours else None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
@@ -65,6 +65,12 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
     return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def file_of(folder: Path, origin: dict[str, Any]) -> Path:
+    """Where the rows of a run with these circumstances go: a file for each day, place and device."""
+    device = "-".join("".join(c if c.isalnum() else " " for c in origin["device"]).lower().split())
+    return folder / f"{origin['series'][:10]}-{origin['place']}-{device}.jsonl"
 
 
 def append_row(file: Path, row: Row) -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 
 import torch
-from lab import cases, sae_cases
+from lab import cases, goals, sae_cases
 from lab.case import Case, Stream
 from torch import Tensor
-
-import steerfast as sf
-from steerfast import ops
-from steerfast.ops.slots import ALL_MODES
 
 D, N, FEATURES, K = 4096, 8192, 65536, 32
 
@@ -35,20 +31,11 @@ def subspace(n: int, method: str, k: int, slots: int = 1) -> Callable[[], Case]:
 
 
 def nobody(n: int, k: int, columns: int = 4) -> Case:
-    """A prepared layer of rank k that no row asks for: four columns of -1, every mode compiled."""
-    case, rows = cases.subspace(AT, n, "amplify", k), torch.full((n, columns), -1, dtype=torch.int32)
-    bank = sf.Bank(D, 4, 8 * k, AT.dtype, AT.device)
-    ours = lambda x, *_: ops.subspace(x, *bank.tensors, rows=rows, modes=ALL_MODES, max_rank=k)  # noqa: E731
-    return replace(case, name=f"nobody steered k={k} P={columns} n={n} {AT.tag}", bytes=4 * n * columns, ours=ours)
+    return goals.nobody(AT, n, k, columns)
 
 
 def prepared(n: int, k: int) -> Case:
-    """Every row amplified, by the kernel that knows every mode."""
-    case = cases.subspace(AT, n, "amplify", k)
-    bank, rows = sf.Bank(D, 1, 2 * k, AT.dtype, AT.device), torch.zeros(n, 1, dtype=torch.int32)
-    bank.register(sf.Amplify(torch.linalg.qr(torch.randn(D, k))[0].T.contiguous(), 0.5))
-    ours = lambda x, *_: ops.subspace(x, *bank.tensors, rows=rows, modes=ALL_MODES, max_rank=k)  # noqa: E731
-    return replace(case, name=f"all modes k={k} n={n} {AT.tag}", ours=ours)
+    return goals.prepared(AT, n, k)
 
 
 def encode(n: int) -> Case:
@@ -56,15 +43,7 @@ def encode(n: int) -> Case:
 
 
 def encode_mixed(n: int) -> Case:
-    """A bf16 stream and a float32 dictionary."""
-    case, w = encode(n), torch.empty(FEATURES, D)
-    b = torch.zeros(FEATURES)
-    return replace(
-        case,
-        name=f"sae_encode F={FEATURES} k={K} n={n} d={D} bf16 x fp32",
-        bytes=w.nbytes + 2 * n * D,
-        ours=lambda x, *_: ops.sae_encode(x, w, b, K),
-    )
+    return goals.encode_mixed(AT, n, FEATURES, K)
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -100,6 +79,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "decode n=16": lambda: sae_cases.sae_decode(AT, 16, FEATURES, K),
 }
 """Short name -> the case; what a row is called elsewhere is the case's own name."""
+
+# --- the goals of a GPU that are not among them, under the names of headline.py ---
+CASES |= {name: partial(goal.case, AT) for name, goal in goals.GOALS.items() if name not in CASES}
+
 QUICK = ("add", "hinge k=1", "hinge k=64")
 """What the fast test counts."""
 
