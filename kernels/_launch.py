@@ -87,8 +87,18 @@ def columns(table: Tensor) -> Tensor:
 
 
 def stride(table: Tensor | None, axis: int) -> int:
-    """The stride of a table that may be absent."""
-    return 0 if table is None else table.stride(axis)
+    """The stride of a table that may be absent; 0 of its columns where it has one entry a row, (n,)."""
+    return 0 if table is None or axis == table.dim() else table.stride(axis)
+
+
+def width(table: Tensor | None) -> int:
+    """P, the columns of a row table; one where it is (n,) or absent."""
+    return 1 if table is None or table.dim() == 1 else table.shape[1]
+
+
+def written(out: Tensor, x: Tensor, flat: Tensor) -> Tensor:
+    """`out` as (n, d), where x is `flat`."""
+    return flat if out is x and flat.data_ptr() == x.data_ptr() else out.view(-1, out.shape[-1])
 
 
 def power_of_two(size: int, at_least: int = 1) -> int:

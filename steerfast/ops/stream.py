@@ -14,7 +14,7 @@ from . import calls, torch_backend
 from .backends import backend_of, kernels
 from .slots import AFFINE, FLOW, HINGE, SOLVE, Eight, Header, Tables, constants, hinge
 from .solvers import SOLVERS, Field, Scheme, pack, scheme
-from .subspace import by_library, check_in_place, check_op, edited, edited_
+from .subspace import check_in_place, check_op, edited, edited_, needs_gradient
 
 
 def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -47,7 +47,7 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
     if torch.compiler.is_compiling():
         return torch.ops.steerfast.add(x, vectors, rows, scale)
     backend = backend_of(x)
-    if by_library(backend, x, vectors, scale):
+    if needs_gradient(backend, x, vectors, scale):
         return torch.ops.steerfast.add(x, vectors, rows, scale)
     return calls.add(backend, x, vectors, rows, scale)
 
