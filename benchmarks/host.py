@@ -19,6 +19,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import count as count_up
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,10 @@ from stub import stub_driver
 
 WIDTH, CALLS, ROUNDS = 4096, 300, 15
 TOKENS = (1, 17, 4096)
-Call = Callable[[torch.Tensor], object]
+Op = Callable[..., object]
+Others = Callable[[int, int], tuple[Any, ...]]
+"""(number of the call, tokens) -> what the op gets beside x."""
+Measure = Callable[[Op, Others, int, torch.dtype], Any]
 
 
 def main() -> None:
@@ -52,7 +57,7 @@ def main() -> None:
                 show(name, case)
 
 
-def show(name: str, case: Callable[[Call | None], Any]) -> None:
+def show(name: str, case: Callable[[Measure], Any]) -> None:
     """One line: the call on the kernels, the bare launches, the call on PyTorch."""
     with stub_driver(lambda launch: None), kernels_chosen():
         launches, ours, bare = case(race)
@@ -61,45 +66,47 @@ def show(name: str, case: Callable[[Call | None], Any]) -> None:
     print(f"{name:<34}{launches:>9.2g}{min(ours):>8.1f}{min(bare):>8.1f}{ratio:>7.2f}{torch_time:>8.1f}", flush=True)
 
 
-def race(call: Call, width: int = WIDTH, dtype: torch.dtype = torch.bfloat16) -> tuple[float, list[float], list[float]]:
+def race(op: Op, others: Others, width: int, dtype: torch.dtype) -> tuple[float, list[float], list[float]]:
     """(launches a call, µs of ours, µs of its bare launches), a pair for each round."""
-    inputs = list(streams(width, dtype))
     launches: list[tuple[JITFunction[Any], Any, dict[str, Any]]] = []
 
     def catch(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **arguments: Any) -> None:
         launches.append((kernel, grid, {**dict(zip(kernel.arg_names, args, strict=False)), **arguments}))
 
-    with mock.patch.object(JITFunction, "run", catch):
-        for x in inputs:
-            call(x)
-
     def bare() -> None:
         for kernel, grid, arguments in launches:
             kernel[grid](**arguments)
 
-    def ours() -> None:
-        for x in inputs:
-            call(x)
+    def ours(inputs: list[tuple[Any, ...]]) -> None:
+        for arguments in inputs:
+            op(*arguments)
 
-    pairs = [(burst(ours), burst(bare)) for _ in range(ROUNDS + 2)][2:]
+    def made() -> list[tuple[Any, ...]]:
+        return [(x, *others(i, len(x))) for i, x in enumerate(streams(width, dtype))]
+
+    with mock.patch.object(JITFunction, "run", catch):
+        ours(made())
+    pairs = [(burst(ours, made()), burst(bare)) for _ in range(ROUNDS + 2)][2:]
     return len(launches) / CALLS, [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def alone(call: Call, width: int = WIDTH, dtype: torch.dtype = torch.bfloat16) -> float:
+def alone(op: Op, others: Others, width: int, dtype: torch.dtype) -> float:
     """µs of a call on PyTorch with one token."""
-    x = torch.zeros(1, width, dtype=dtype)
 
-    def ours() -> None:
-        for _ in range(CALLS):
-            call(x)
+    def ours(inputs: list[tuple[Any, ...]]) -> None:
+        for arguments in inputs:
+            op(*arguments)
 
-    return min(burst(ours) for _ in range(5))
+    def made() -> list[tuple[Any, ...]]:
+        return [(torch.zeros(1, width, dtype=dtype), *others(i, 1)) for i in range(CALLS)]
+
+    return min(burst(ours, made()) for _ in range(7))
 
 
-def burst(run: Callable[[], None]) -> float:
+def burst(run: Callable[..., None], *inputs: Any) -> float:
     """µs of CPU time for each of `CALLS` calls."""
     start = time.thread_time_ns()
-    run()
+    run(*inputs)
     return (time.thread_time_ns() - start) / CALLS / 1000
 
 
@@ -124,78 +131,79 @@ def kernels_chosen() -> Iterator[None]:
         sf.use_backend("auto")
 
 
-def op(make: Callable[[], Call], **how: Any) -> Callable[[Any], Any]:
-    """A case of an op: `make` sets the banks up."""
-    return lambda measure: measure(make(), **how)
+def case(op: Op, make: Callable[[], Others]) -> Callable[[Measure], Any]:
+    """A case of an op; `make` sets up what it gets beside x."""
+    return lambda measure: measure(op, make(), WIDTH, torch.bfloat16)
 
 
-def added(tables: bool) -> Call:
-    banks = cycle([torch.zeros(8, WIDTH, dtype=torch.bfloat16) for _ in range(5)])
-    rows = {n: torch.zeros(n, 1, dtype=torch.int32) for n in TOKENS}
-    scale = {n: torch.ones(n, 1) for n in TOKENS}
+def added(tables: bool) -> Others:
+    banks = [torch.zeros(8, WIDTH, dtype=torch.bfloat16) for _ in range(5)]
     if not tables:
-        return lambda x: sf.ops.add_(x, next(banks))
-    return lambda x: sf.ops.add_(x, next(banks), rows[len(x)], scale[len(x)])
+        return lambda i, n: (banks[i % 5],)
+    rows = {n: torch.zeros(n, 1, dtype=torch.int32) for n in TOKENS}
+    return lambda i, n: (banks[i % 5], rows[n], torch.ones_like(rows[n], dtype=torch.float32))
 
 
-def banked(rank: int, **how: Any) -> Call:
-    made = []
+def banked(rank: int, **how: Any) -> Others:
+    banks = []
     for seed in range(5):
         bank = sf.Bank(WIDTH, 4, 4 * rank, torch.bfloat16)
         generator = torch.Generator().manual_seed(seed)
         bank.register(sf.Amplify(torch.randn(rank, WIDTH, generator=generator), **how))
-        made.append(bank.tensors)
-    banks, modes = cycle(made), bank.modes
-    return lambda x: sf.ops.subspace_(x, *next(banks), modes=modes, max_rank=rank)
+        banks.append((*bank.tensors, None, None, bank.modes, rank))
+    return lambda i, n: banks[i % 5]
 
 
-def directed(function: Callable[..., Any], count: int = 1, *numbers: Iterator[Any]) -> Call:
-    banks = cycle([torch.randn(count, WIDTH).bfloat16() for _ in range(5)])
-    return lambda x: function(x, next(banks), *(next(number) for number in numbers))
+def directed(count: int = 1, number: Callable[[int], tuple[float, ...]] = lambda i: ()) -> Others:
+    banks, turns = [torch.randn(count, WIDTH).bfloat16() for _ in range(5)], count_up(1)
+    return lambda i, n: (banks[i % 5], *number(next(turns)))
 
 
-def flowing(angles: Iterator[float]) -> Call:
+def flowing(angle: Callable[[int], float]) -> Others:
     basis, numbers = torch.linalg.qr(torch.randn(WIDTH, 8))[0].T.bfloat16().contiguous(), torch.ones(8)
-    return lambda x: sf.ops.flow_(x, basis, numbers, numbers, angle=next(angles))
+    turns = count_up(1)
+    return lambda i, n: (basis, numbers, numbers, angle(next(turns)))
 
 
-def hooked(*edits: list[Any], **how: Any) -> Callable[[Any], Any]:
+def flow_(x: torch.Tensor, basis: torch.Tensor, eigenvalues: torch.Tensor, bias: torch.Tensor, angle: float) -> None:
+    sf.ops.flow_(x, basis, eigenvalues, bias, angle=angle)
+
+
+def hooked(*edits: Any) -> Callable[[Measure], Any]:
     """A case of the hook: a real model runs, and inside of its pass the hook of one layer is called on other streams."""
 
-    def case(measure: Any) -> Any:
+    def hook(measure: Measure) -> Any:
         model, found, true = build("llama"), [], Dispatcher.__call__
 
         def called(self: Dispatcher, x: torch.Tensor) -> torch.Tensor | None:
             if not found:
-                found.append(measure(lambda x: true(self, x), x.shape[-1], x.dtype))
+                found.append(measure(partial(true, self), lambda i, n: (), x.shape[-1], x.dtype))
             return true(self, x)
 
-        with (
-            sf.steer(model, [sf.Plan({1: edit}, **how) for edit in edits] if len(edits) > 1 else {1: edits[0]}),
-            mock.patch.object(Dispatcher, "__call__", called),
-        ):
-            model(torch.ones(max(len(edits), 1), 1, dtype=torch.long), use_cache=False)
+        with sf.steer(model, {1: list(edits)}), mock.patch.object(Dispatcher, "__call__", called):
+            model(torch.ones(1, 1, dtype=torch.long), use_cache=False)
         return found[0]
 
-    return case
+    return hook
 
 
 V = torch.linspace(-1, 1, 48)
-CASES: dict[str, Callable[[Any], Any]] = {
-    "add_": op(lambda: added(False)),
-    "add_ rows scale": op(lambda: added(True)),
-    "subspace_ k=8": op(lambda: banked(8, alpha=0.5)),
-    "subspace_ k=64": op(lambda: banked(64, alpha=0.5)),
-    "subspace_ k=64 keep_norm": op(lambda: banked(64, alpha=0.5, keep_norm=True)),
-    "ablate_ k=1": op(lambda: directed(sf.ops.ablate_)),
-    "amplify_ k=8": op(lambda: directed(sf.ops.amplify_, 8, cycle([0.5]))),
-    "amplify_ k=8, another alpha": op(lambda: directed(sf.ops.amplify_, 8, iter(range(10**9)))),
-    "calibrate_ k=8, another beta": op(lambda: directed(sf.ops.calibrate_, 8, iter(range(10**9)))),
-    "flow_ k=8": op(lambda: flowing(cycle([0.4]))),
-    "flow_ k=8, another angle": op(lambda: flowing(x / 1e9 for x in range(10**9))),
-    "similarity": op(lambda: directed(sf.ops.similarity)),
-    "hook Add": hooked([sf.Add(V, 2.0)]),
-    "hook Add, Ablate": hooked([sf.Add(V, 2.0), sf.Ablate(V)]),
+CASES: dict[str, Callable[[Measure], Any]] = {
+    "add_": case(sf.ops.add_, lambda: added(False)),
+    "add_ rows scale": case(sf.ops.add_, lambda: added(True)),
+    "add": case(sf.ops.add, lambda: added(False)),
+    "subspace_ k=8": case(sf.ops.subspace_, lambda: banked(8, alpha=0.5)),
+    "subspace_ k=64": case(sf.ops.subspace_, lambda: banked(64, alpha=0.5)),
+    "subspace_ k=64 keep_norm": case(sf.ops.subspace_, lambda: banked(64, alpha=0.5, keep_norm=True)),
+    "ablate_ k=1": case(sf.ops.ablate_, directed),
+    "amplify_ k=8": case(sf.ops.amplify_, lambda: directed(8, lambda i: (0.5,))),
+    "amplify_ k=8, another alpha": case(sf.ops.amplify_, lambda: directed(8, lambda i: (float(i),))),
+    "calibrate_ k=8, another beta": case(sf.ops.calibrate_, lambda: directed(8, lambda i: (float(i),))),
+    "flow_ k=8": case(flow_, lambda: flowing(lambda i: 0.4)),
+    "flow_ k=8, another angle": case(flow_, lambda: flowing(lambda i: i * 1e-6)),
+    "similarity": case(sf.ops.similarity, directed),
+    "hook Add": hooked(sf.Add(V, 2.0)),
+    "hook Add, Ablate": hooked(sf.Add(V, 2.0), sf.Ablate(V)),
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from .slots import AFFINE, FLOW, HINGE, SOLVE, Eight, Header, constants
 from .solvers import Field, Scheme, scheme_rows
 
 Made = TypeVar("Made")
-KEPT = 256  # tables that a maker keeps
+KEPT = 256  # tables that a maker keeps before it begins anew
 
 
 class Kept(Generic[Made]):
@@ -30,7 +30,7 @@ class Kept(Generic[Made]):
 
     def __init__(self, make: Callable[..., Made]) -> None:
         self._make = make
-        self._of_stream: dict[tuple[Any, ...], Made] = {}  # by arguments and stream, oldest first
+        self._of_stream: dict[tuple[Any, ...], Made] = {}  # by arguments and stream
         self._of_graphs: dict[tuple[Any, ...], Made] = {}  # by arguments
 
     def __call__(self, *arguments: Any) -> Made:
@@ -48,7 +48,7 @@ class Kept(Generic[Made]):
     def _new(self, arguments: tuple[Any, ...], stream: int) -> Made:
         made = self._filled(arguments)
         if len(self._of_stream) >= KEPT:
-            self._of_stream.pop(list(self._of_stream)[0], None)
+            self._of_stream.clear()
         self._of_stream[(*arguments, stream)] = made
         return made
 
@@ -62,13 +62,13 @@ class Kept(Generic[Made]):
         return self._of_graphs[arguments]
 
     def _filled(self, arguments: tuple[Any, ...]) -> Made:
-        with torch.inference_mode(False), torch.no_grad():  # a later gradient can use them
+        if not torch.is_inference_mode_enabled():
+            return self._make(*arguments)
+        with torch.inference_mode(False):  # a later gradient can use them
             return self._make(*arguments)
 
 
-def filled(
-    rows: Sequence[tuple[int, Sequence[float]]], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def filled(rows: Sequence[tuple[int, Sequence[float]]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Rows of eight numbers, each given with how often it stands there, as (m, 8)."""
     table = torch.zeros(sum(count for count, _ in rows), 8, dtype=dtype, device=device)
     start = 0
@@ -81,6 +81,22 @@ def filled(
     return table
 
 
+def _with_numbers(table: Tensor, numbers: dict[tuple[int, int, int], float], device: torch.device) -> Tensor:
+    """A table in which the numbers (first row, last row, column) are 0, with them: a launch for each that is not 0."""
+    for place, number in numbers.items():
+        if number != 0:
+            table = torch.add(table, marked(table.shape[0], *place, table.dtype, device), alpha=number)
+    return table
+
+
+@Kept
+def marked(size: int, first: int, last: int, column: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(size, 8): 1 in rows `first` to `last` of a column, 0 elsewhere."""
+    table = torch.zeros(size, 8, dtype=dtype, device=device)
+    table[first : last + 1, column].fill_(1)
+    return table
+
+
 @Kept
 def header(slot: Header, device: torch.device) -> Tensor:
     """`slots` of a bank of one slot."""
@@ -88,9 +104,17 @@ def header(slot: Header, device: torch.device) -> Tensor:
 
 
 @Kept
+def plain(rank: int, extra: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The coefficients of a slot whose directions have no numbers yet, with further rows."""
+    return filled([(1, constants()), (rank, ()), *((1, numbers) for numbers in extra)], dtype, device)
+
+
+@Kept
 def hinge_tables(rank: int, numbers: Eight, device: torch.device) -> tuple[Tensor, Tensor]:
     """(coefficients, slots) of one slot whose directions share their eight numbers."""
-    return filled([(1, constants()), (rank, numbers)], torch.float32, device), header(Header(HINGE, rank), device)
+    places = {(1, rank, column): number for column, number in enumerate(numbers)}
+    table = _with_numbers(plain(rank, (), torch.float32, device), places, device)
+    return table, header(Header(HINGE, rank), device)
 
 
 @Kept
@@ -110,7 +134,7 @@ def flow_tables(
     rank: int, path: tuple[float, float], steps: int, how: Scheme, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """(coefficients, slots) of one flow; the numbers of its barrier, columns 0 and 1 of rows 1 to `rank`, are 0."""
-    extra = [(1, numbers) for numbers in scheme_rows(Field(None, None), how)]
-    table = filled([(1, constants(*path)), (rank, ()), *extra], dtype, device)
+    extra = tuple(map(tuple, scheme_rows(Field(None, None), how)))
+    table = _with_numbers(plain(rank, extra, dtype, device), {(0, 0, 0): path[0], (0, 0, 1): path[1]}, device)
     mode = FLOW if how.plain else SOLVE
     return table, header(Header(mode, rank, steps=how.count(steps), extra=len(extra)), device)
