@@ -83,7 +83,9 @@ def fits(x: Tensor, directions: Tensor, rows: Tensor | None = None, scale: Tenso
     if d < 1 or of_rows[-1] != d or directions.device != device:
         return False
     if rows is None:
-        return scale is None or (_is_table(scale, torch.float32, x.numel() // d, device) and scale.numel() == x.numel() // d)
+        return scale is None or (
+            _is_table(scale, torch.float32, x.numel() // d, device) and scale.numel() == x.numel() // d
+        )
     if not _is_table(rows, torch.int32, x.numel() // d, device):
         return False
     return scale is None or (scale.dtype == torch.float32 and scale.shape == rows.shape and scale.device == device)

@@ -26,7 +26,6 @@ from .passes import Call, Passes
 from .positions import Pass
 from .recomputing import Act, backward_pass, plainly_recorded, runs_hooks_again
 
-
 Tables = tuple[Tensor, Tensor]
 """(rows, scale) of the tokens of a pass."""
 
@@ -203,7 +202,9 @@ class Dispatcher:
 
     def _tables(self, x: Tensor, found: _Found, table: Tables, call: Call) -> Tables:
         """The tables of this pass beside x, without what a condition has shut."""
-        rows, scale = _beside(x, table, call.now) if call.now.owners is None else _spread(x, found.spread, table, call.now)
+        rows, scale = (
+            _beside(x, table, call.now) if call.now.owners is None else _spread(x, found.spread, table, call.now)
+        )
         return (call.gates.close(rows, self.edits) if call.gates else rows), scale
 
     def _columns(self, now: Pass, rows: Tensor) -> list[tuple[int, int]]:
@@ -227,7 +228,11 @@ class Dispatcher:
             x = self._by_slots(x, rows[:, first:column], scale[:, first:column], bank)
             x = programs[slot](x, torch.where(rows[:, column] == slot, scale[:, column], 0))
             first = column  # a slot for other rows may stand here; a program's own is empty
-        return self._by_slots(x, rows[:, first:], scale[:, first:], bank) if first else self._by_slots(x, rows, scale, bank)
+        return (
+            self._by_slots(x, rows[:, first:], scale[:, first:], bank)
+            if first
+            else self._by_slots(x, rows, scale, bank)
+        )
 
     def _by_masks(
         self,
