@@ -169,6 +169,14 @@ def flow_(x: torch.Tensor, basis: torch.Tensor, eigenvalues: torch.Tensor, bias:
     sf.ops.flow_(x, basis, eigenvalues, bias, angle=angle)
 
 
+def split_(x: torch.Tensor, *bank: Any) -> None:
+    sf.ops.subspace_split_(x, x, *bank[:5], bank[5:])
+
+
+def normed(x: torch.Tensor, vectors: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> None:
+    sf.ops.add_rms_norm(x, x, vectors[0], vectors, rows, scale)
+
+
 def hooked(*edits: Any) -> Callable[[Measure], Any]:
     """A case of the hook: a real model runs, and inside of its pass the hook of one layer is called on other streams."""
 
@@ -195,6 +203,8 @@ CASES: dict[str, Callable[[Measure], Any]] = {
     "subspace_ k=8": case(sf.ops.subspace_, lambda: banked(8, alpha=0.5)),
     "subspace_ k=64": case(sf.ops.subspace_, lambda: banked(64, alpha=0.5)),
     "subspace_ k=64 keep_norm": case(sf.ops.subspace_, lambda: banked(64, alpha=0.5, keep_norm=True)),
+    "subspace_split_ k=8": case(split_, lambda: banked(8, alpha=0.5)),
+    "add_rms_norm": case(normed, lambda: added(True)),
     "ablate_ k=1": case(sf.ops.ablate_, directed),
     "amplify_ k=8": case(sf.ops.amplify_, lambda: directed(8, lambda i: (0.5,))),
     "amplify_ k=8, another alpha": case(sf.ops.amplify_, lambda: directed(8, lambda i: (float(i),))),

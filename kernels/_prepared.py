@@ -1,13 +1,13 @@
 """Launches without what Triton does anew each time: its own key of a launch leads straight to the kernel compiled for it.
 
-`kernel[grid](...)` of Triton binds the arguments, finds what each is specialised on (a dtype, the alignment of a pointer, a size of
-1 or a multiple of 16, None, the value of a constant), finds the compiled kernel by that and by the options, and besides reads
-settings from the environment, compares globals one by one and builds records for profilers. Here binding and key are Triton's
-own functions, so that a key means what it means to Triton; the rest is left out. What Triton has not compiled yet goes its public
-way, and so does every launch while something watches, changes or replaces launches.
+`kernel[grid](...)` of Triton binds the arguments, finds what each is specialised on (a dtype, the alignment of a pointer, a
+size of 1 or a multiple of 16, None, the value of a constant), finds the compiled kernel by that and by the options, and besides
+reads settings from the environment, compares globals one by one and builds records for profilers. Here binding and key are
+Triton's own functions, so that a key means what it means to Triton; the rest is left out. What Triton has not compiled yet goes
+its public way, and so does every launch while something watches, changes or replaces launches.
 
-Private to Triton, and the same in 3.6 and 3.9: the lines of `JITFunction.run` below with the names in them, `used_global_vals` and
-`pre_run_hooks`. Where one of them has another form, kernels are left as `triton.jit` makes them.
+Private to Triton, and the same in 3.6 and 3.9: the lines of `JITFunction.run` below with the names in them, `used_global_vals`
+and `pre_run_hooks`. Where one of them has another form, kernels are left as `triton.jit` makes them.
 """
 
 from __future__ import annotations
@@ -100,10 +100,7 @@ class Kernel:
 
     def _as_compiled(self) -> bool:
         """Whether the globals that a kernel uses are what they were; Triton itself tells what has changed."""
-        for of, scope, values in self._globals:
-            if of(scope) != values:
-                return False
-        return True
+        return not any(map(_has_changed, self._globals))
 
 
 class _OnDevice(NamedTuple):
@@ -123,6 +120,11 @@ def _globals_of(jitted: JITFunction[Any]) -> list[tuple[Callable[[Any], Any], di
     # the first name twice: of one name alone an itemgetter makes no tuple, whose comparison begins with identity
     readers = [(itemgetter(*names[place], names[place][0]), scope) for place, scope in scopes.items()]
     return [(of, scope, of(scope)) for of, scope in readers]
+
+
+def _has_changed(read: tuple[Callable[[Any], Any], dict[str, Any], Any]) -> bool:
+    of, scope, values = read
+    return bool(of(scope) != values)
 
 
 def _watched() -> bool:

@@ -12,8 +12,8 @@ import steerfast as sf
 from steerfast._checks import check_stream, check_table, check_width, fits
 
 STREAMS = [
-    torch.zeros(3, 8), torch.zeros(1, 3, 8).half(), torch.zeros(8).bfloat16(), torch.zeros(0, 8), torch.zeros(3, 0), torch.zeros(()),
-    torch.zeros(3, 8, dtype=torch.int32), torch.zeros(3, 8, device="meta"), [[0.0] * 8],
+    torch.zeros(3, 8), torch.zeros(1, 3, 8).half(), torch.zeros(8).bfloat16(), torch.zeros(0, 8), torch.zeros(3, 0),
+    torch.zeros(()), torch.zeros(3, 8, dtype=torch.int32), torch.zeros(3, 8, device="meta"), [[0.0] * 8],
 ]  # fmt: skip
 DIRECTIONS = [
     torch.zeros(8), torch.zeros(2, 8), torch.zeros(0, 8), torch.zeros(1, 2, 8), torch.zeros(7), torch.zeros(8).double(),

@@ -1,4 +1,4 @@
-"""A prepared launch is the launch that Triton would have made: the same kernel, the same arguments, under a driver that records."""
+"""A prepared launch is the launch that Triton would have made: the same kernel, the same arguments, on a driver that records."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from unittest import mock
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+import triton
 import triton.language as tl
+from families import build
 from stub import stub_driver
 from triton.runtime.jit import JITFunction
 
+import steerfast as sf
+from steerfast.hooks.dispatcher import SPREADS
+from steerfast.ops import backends
+from steerfast.ops.backends import interpreted, kernels
 from steerfast_kernels import _launch, _prepared, add, similarity, subspace, subspace_rows
 from steerfast_kernels._prepared import Kernel, is_known
 
@@ -269,6 +275,25 @@ def test_the_launchers_launch_prepared(launched):
     assert len(found) == 8
     assert len({launch[4] for launch in found}) == 2
     assert all(launch[6:9] == (None, None, None) for launch in found[2:])
+
+
+def test_the_hook_launches_with_tables_of_the_tokens_that_run(launched, monkeypatch):
+    found, _ = launched
+    kernels("subspace")
+    interpreted()
+    monkeypatch.setattr(backends, "_chosen", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the backend asks; Triton has asked already
+    model, vector = build("llama"), torch.ones(48)
+    place = subspace_rows._rows_kernel.arg_names.index("rows_ptr")
+    with torch.no_grad(), sf.steer(model, {1: [sf.Add(vector, 2.0), sf.Ablate(vector)]}):
+        for tokens in [*range(1, SPREADS + 3), 1, 7, 1]:
+            found.clear()
+            model(torch.ones(1, tokens, dtype=torch.long), use_cache=False)
+            (launch,) = found
+            rows, scale = (launch[9 + i] for i in (place, place + 3))
+            assert launch[0] == tokens
+            assert rows.tolist() == [[0, 1]] * tokens
+            assert scale.tolist() == [[1.0, 1.0]] * tokens
 
 
 @pytest.mark.parametrize(("current", "guarded"), [(1, False), (0, True)])

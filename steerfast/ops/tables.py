@@ -42,14 +42,15 @@ class Kept(Generic[Made]):
             if torch.cuda.is_current_stream_capturing():
                 return self._for_graph(arguments)
             stream = torch.cuda.current_stream(device).cuda_stream
-        found = self._of_stream.get((*arguments, stream))
-        return self._new(arguments, stream) if found is None else found
+        key = (*arguments, stream)
+        found = self._of_stream.get(key)
+        return self._new(key) if found is None else found
 
-    def _new(self, arguments: tuple[Any, ...], stream: int) -> Made:
-        made = self._filled(arguments)
+    def _new(self, key: tuple[Any, ...]) -> Made:
+        made = self._filled(key[:-1])
         if len(self._of_stream) >= KEPT:
             self._of_stream.clear()
-        self._of_stream[(*arguments, stream)] = made
+        self._of_stream[key] = made
         return made
 
     def _for_graph(self, arguments: tuple[Any, ...]) -> Made:
