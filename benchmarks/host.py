@@ -37,7 +37,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from families import build
 from stub import stub_driver
 
-WIDTH, CALLS, ROUNDS = 4096, 300, 15
+WIDTH, CALLS, ROUNDS = 1024, 300, 15
 TOKENS = (1, 17, 4096)
 Op = Callable[..., object]
 Others = Callable[[int, int], tuple[Any, ...]]

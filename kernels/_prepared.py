@@ -28,11 +28,14 @@ LINES = (
     "bound_args, specialization, options = binder(*args, **kwargs)",
     "key = compute_cache_key(kernel_key_cache, specialization, options)",
     "in self.used_global_vals.items()",
+    "knobs.compilation.instrumentation_mode",
     "for hook in self.pre_run_hooks",
     "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
     "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())",
 )
 """What `JITFunction.run` must read like, whatever its line breaks, for a launch here to be a launch there."""
+
+SETTINGS = ("debug", "add_stages_inspection_hook", "launch_enter_hook", "launch_exit_hook")
 
 _public_run = JITFunction.run
 _driver, _runtime, _compilation = triton.runtime.driver, triton.knobs.runtime, triton.knobs.compilation
@@ -54,7 +57,7 @@ def is_known(run: Callable[..., Any]) -> bool:
         text = " ".join(inspect.getsource(run).split())
     except (OSError, TypeError):
         return False
-    return all(line in text for line in LINES)
+    return all(line in text for line in LINES) and all(hasattr(_runtime, name) for name in SETTINGS)
 
 
 class Kernel:
@@ -66,6 +69,8 @@ class Kernel:
         self._globals: list[tuple[Callable[[Any], Any], dict[str, Any], Any]] = []
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_jitted":  # of a copy that is not made yet
+            raise AttributeError(name)
         return getattr(self._jitted, name)
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:

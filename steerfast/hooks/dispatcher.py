@@ -21,7 +21,7 @@ from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import ALL_MODES
 from steerfast.place import Place
 
-from .bookkeeping import is_mapped
+from .bookkeeping import bookkeeping, is_mapped
 from .passes import Call, Passes
 from .positions import Pass
 from .recomputing import Act, backward_pass, plainly_recorded, runs_hooks_again
@@ -202,9 +202,7 @@ class Dispatcher:
 
     def _tables(self, x: Tensor, found: _Found, table: Tables, call: Call) -> Tables:
         """The tables of this pass beside x, without what a condition has shut."""
-        rows, scale = (
-            _beside(x, table, call.now) if call.now.owners is None else _spread(x, found.spread, table, call.now)
-        )
+        rows, scale = _beside(x, table, call.now) if call.now.owners is None else _spread(x, found.spread, table)
         return (call.gates.close(rows, self.edits) if call.gates else rows), scale
 
     def _columns(self, now: Pass, rows: Tensor) -> list[tuple[int, int]]:
@@ -261,15 +259,21 @@ class Dispatcher:
         return x
 
 
-def _spread(x: Tensor, known: dict[int, Tables], table: Tables, now: Pass) -> Tables:
-    """`_beside` for a table of one row, kept at hand."""
+def _spread(x: Tensor, known: dict[int, Tables], table: Tables) -> Tables:
+    """A table of one row as that of the tokens of x, beside it, and kept at hand."""
     count = x.numel() // x.shape[-1]
     tables = known.get(count)
     if tables is None or tables[0].device != x.device:
         if len(known) >= SPREADS:
             known.clear()
-        tables = known[count] = _beside(x, table, now)
+        tables = known[count] = _repeated(table, count, x.device)
     return tables
+
+
+@bookkeeping
+def _repeated(table: Tables, count: int, device: torch.device) -> Tables:
+    rows, scale = (part.expand(count, -1).to(device) for part in table)
+    return rows, scale
 
 
 def _beside(x: Tensor, table: Tables, now: Pass) -> Tables:
