@@ -7,19 +7,19 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
-from . import _device
+from . import _device, _prepared
 
 T = TypeVar("T")
 MIN_STEP = 16  # columns of d in the smallest product
+HERE = nullcontext()
 
 # A kernel that a launcher starts. Triton would compile it anew for a size of 1, for a multiple of 16 and for any other: not
 # for what changes from one step of a model to the next, nor for the place of a column in its table
-kernel = triton.jit(
+kernel = _prepared.kernel(
     do_not_specialize=[
-        "N", "S", "stride_rows_n", "stride_rows_p", "stride_scale_n", "stride_scale_p", "stride_square_s", "stride_after_s",
+        "N", "S", "stride_rows_n", "stride_rows_p", "stride_scale_n", "stride_scale_p",
     ],
     do_not_specialize_on_alignment=["rows_ptr", "scale_ptr"],
 )  # fmt: skip
@@ -73,11 +73,15 @@ class Edit(NamedTuple):
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the device of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return HERE
+    return torch.cuda.device(x.device)
 
 
 def flatten(x: Tensor) -> Tensor:
-    """x as (n, d) with a unit stride along d; a view wherever one exists."""
+    """x as (n, d) with a unit stride along d; a view wherever one exists, x itself where it is one."""
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
@@ -88,13 +92,28 @@ def columns(table: Tensor) -> Tensor:
 
 
 def stride(table: Tensor | None, axis: int) -> int:
-    """The stride of a table that may be absent."""
-    return 0 if table is None else table.stride(axis)
+    """The stride of a table that may be absent; 0 of its columns where it has one entry a row, (n,)."""
+    return 0 if table is None or axis == table.dim() else table.stride(axis)
+
+
+def width(table: Tensor | None) -> int:
+    """P, the columns of a row table; one where it is (n,) or absent."""
+    return 1 if table is None or table.dim() == 1 else table.shape[1]
+
+
+def written(out: Tensor, x: Tensor, flat: Tensor) -> Tensor:
+    """`out` as (n, d), where x is `flat`."""
+    return flat if out is x and flat.data_ptr() == x.data_ptr() else out.view(-1, out.shape[-1])
 
 
 def power_of_two(size: int, at_least: int = 1) -> int:
     """The smallest block that covers `size`."""
-    return max(triton.next_power_of_2(size), at_least)
+    return max(1 << (size - 1).bit_length() if size > 1 else 1, at_least)
+
+
+def blocks_of(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)
 
 
 def choose(table: list[tuple[int, T]], size: int) -> T:

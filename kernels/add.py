@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import choose, columns, flatten, kernel, on_device, power_of_two, stride
+from ._launch import blocks_of, choose, flatten, kernel, on_device, power_of_two, stride, width, written
 from ._tuned import tuned
 
 BLOCK_D = 1024  # columns per program: enough programs for a few rows, 16 bytes per thread and load in bf16
@@ -62,21 +62,20 @@ def _add_kernel(
 
 def add(x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None, out: Tensor) -> Tensor:
     """Write x + scale · vectors[rows] into `out`, which may be x itself; rows None: vector 0 for every token."""
-    flat, result, bank = flatten(x), out.view(-1, out.shape[-1]), flatten(vectors)
-    rows = None if rows is None else columns(rows)
-    scale = None if scale is None else columns(scale)
-    if flat.numel() == 0:
-        return out
+    flat, bank = flatten(x), flatten(vectors)
+    result = written(out, x, flat)
     n, d = flat.shape
+    if n == 0:
+        return out
     block_d = min(tuned("add.BLOCK_D", BLOCK_D, x), power_of_two(d))
     with on_device(x):
-        _add_kernel[(n, triton.cdiv(d, block_d))](
+        _add_kernel[(n, blocks_of(d, block_d))](
             x_ptr=flat, stride_x_n=flat.stride(0),
             out_ptr=result, stride_out_n=result.stride(0),
             vectors_ptr=bank, stride_v=bank.stride(0),
             rows_ptr=rows, stride_rows_n=stride(rows, 0), stride_rows_p=stride(rows, 1),
             scale_ptr=scale, stride_scale_n=stride(scale, 0), stride_scale_p=stride(scale, 1),
-            S=bank.shape[0], D=d, P=1 if rows is None else rows.shape[1], IN_PLACE=flat.data_ptr() == result.data_ptr(),
+            S=bank.shape[0], D=d, P=width(rows), IN_PLACE=flat.data_ptr() == result.data_ptr(),
             BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return out
@@ -129,8 +128,6 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Write stream = hidden + residual + scale · vectors[rows] and its RMSNorm into two contiguous tensors."""
     half, flat, bank = flatten(hidden), flatten(residual), flatten(vectors)
-    rows = None if rows is None else columns(rows)
-    scale = None if scale is None else columns(scale)
     if flat.numel() == 0:
         return normed, stream
     n, d = flat.shape
@@ -142,7 +139,7 @@ def add_rms_norm(
             vectors_ptr=bank, stride_v=bank.stride(0),
             rows_ptr=rows, stride_rows_n=stride(rows, 0), stride_rows_p=stride(rows, 1),
             scale_ptr=scale, stride_scale_n=stride(scale, 0), stride_scale_p=stride(scale, 1),
-            S=bank.shape[0], D=d, eps=eps, OFFSET=1.0 if unit_offset else 0.0, P=1 if rows is None else rows.shape[1],
+            S=bank.shape[0], D=d, eps=eps, OFFSET=1.0 if unit_offset else 0.0, P=width(rows),
             BLOCK_D=power_of_two(d), num_warps=choose(tuned("add.NORM_WARPS", NORM_WARPS, residual), d),
         )  # fmt: skip
     return normed, stream

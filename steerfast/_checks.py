@@ -72,6 +72,32 @@ def check_table(op: str, rows: Tensor | None, scale: Tensor | None, x: Tensor) -
         raise ValueError(f"{op}: scale has shape {tuple(scale.shape)}; without rows expected ({n},)")
 
 
+def fits(x: Tensor, directions: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> bool:
+    """Whether `check_stream`, `check_width` and `check_table` pass: one look, without the words of what does not fit."""
+    if not (isinstance(x, Tensor) and isinstance(directions, Tensor)):
+        return False
+    shape, of_rows = x.shape, directions.shape
+    if x.dtype not in FLOATS or directions.dtype not in FLOATS or not shape or len(of_rows) not in (1, 2):
+        return False
+    d, device = shape[-1], x.device
+    if d < 1 or of_rows[-1] != d or directions.device != device:
+        return False
+    if rows is None:
+        return scale is None or (
+            _is_table(scale, torch.float32, x.numel() // d, device) and scale.numel() == x.numel() // d
+        )
+    if not _is_table(rows, torch.int32, x.numel() // d, device):
+        return False
+    return scale is None or (scale.dtype == torch.float32 and scale.shape == rows.shape and scale.device == device)
+
+
+def _is_table(table: Tensor, dtype: torch.dtype, n: int, device: torch.device) -> bool:
+    shape = table.shape
+    if table.dtype != dtype or table.device != device or not shape or shape[0] != n:
+        return False
+    return len(shape) == 1 or (len(shape) == 2 and 1 <= shape[1] <= MAX_SLOTS_PER_ROW)
+
+
 def check_dictionary(op: str, name: str, weights: Tensor, bias_name: str, bias: Tensor | None, bias_axis: int) -> None:
     """weights is a floating (F, d) tensor, F and d ≥ 1; the bias, where given, has one entry per row (0) or column (1)."""
     if not isinstance(weights, Tensor):

@@ -61,6 +61,7 @@ class Bank:
         self._vector_rows = Runs(directions)
         self._coefficient_rows = Runs(rows)
         self._rank = rank
+        self._occurring = (0, 0)  # the modes of the registered slots, or-ed, and their largest rank: every call asks
         self._held: dict[int, _Held] = {}
         self._dirty: tuple[int, int] | None = None  # the bytes of the twin that the device has not seen
         self._copied: torch.cuda.Event | None = None  # set while the device may still be reading the twin
@@ -80,17 +81,12 @@ class Bank:
     @property
     def modes(self) -> int:
         """The modes of the registered slots, or-ed, with KEEP_NORM where one of them restores a length."""
-        modes = 0
-        for held in self._held.values():
-            modes |= held.view.modes
-        return modes
+        return self._occurring[0]
 
     @property
     def max_rank(self) -> int:
         """The largest rank that a slot has, or may have where the bank was built for one."""
-        if self._rank is not None:
-            return self._rank
-        return max((held.view.rank for held in self._held.values()), default=0)
+        return self._occurring[1] if self._rank is None else self._rank
 
     def register(self, intervention: Intervention, slot: int | None = None) -> int:
         """Put an intervention into a free slot (or into the named one), held once, and return the slot's number.
@@ -107,6 +103,7 @@ class Bank:
         if not 0 <= slot < self.slots.shape[0] or slot in self._held:
             raise ValueError(f"Bank.register: slot {slot} is taken or outside 0 to {self.slots.shape[0] - 1}")
         self._held[slot] = self._store(slot, spec, holders=1)
+        self._count([self._held[slot].view], *self._occurring)
         return slot
 
     def replace(self, slot: int, intervention: Intervention) -> None:
@@ -124,6 +121,7 @@ class Bank:
             self._vector_rows.take_at(*old.vector_rows)
             self._coefficient_rows.take_at(*old.coefficient_rows)
             raise
+        self._count([held.view for held in self._held.values()])
 
     def hold(self, slot: int) -> None:
         """One more holder of a slot: it takes one more `release` to empty it.
@@ -146,6 +144,7 @@ class Bank:
         del self._held[slot]
         self._write(self._host.slots, slot, 1, 0)
         self._give(held)
+        self._count([held.view for held in self._held.values()])
 
     def view(self, slot: int) -> Slot:
         """A registered slot as views of the buffers."""
@@ -177,6 +176,11 @@ class Bank:
         if self._host.block.is_pinned():
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(self._device.block.device))
+
+    def _count(self, slots: list[Slot], modes: int = 0, most: int = 0) -> None:
+        for slot in slots:
+            modes, most = modes | slot.modes, max(most, slot.rank)
+        self._occurring = modes, most
 
     def _registered(self, method: str, slot: int) -> _Held:
         if slot not in self._held:

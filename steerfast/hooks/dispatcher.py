@@ -21,10 +21,16 @@ from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import ALL_MODES
 from steerfast.place import Place
 
-from .bookkeeping import is_mapped
+from .bookkeeping import bookkeeping, is_mapped
 from .passes import Call, Passes
 from .positions import Pass
 from .recomputing import Act, backward_pass, plainly_recorded, runs_hooks_again
+
+Tables = tuple[Tensor, Tensor]
+"""(rows, scale) of the tokens of a pass."""
+
+SPREADS = 32
+"""Numbers of tokens whose tables a place keeps at hand: those of a batch that is decoded, and of its last prompts."""
 
 
 class _Found(NamedTuple):
@@ -32,10 +38,11 @@ class _Found(NamedTuple):
 
     now: Pass | None
     direct: list[tuple[Program, float]]  # called with a number: the slots' own strengths are in it
-    table: tuple[Tensor, Tensor] | None
+    table: Tables | None
+    spread: dict[int, Tables]  # tokens -> a table of one row, seen as that of so many
 
 
-_NOTHING = _Found(None, [], None)
+_NOTHING = _Found(None, [], None, {})
 
 
 class Dispatcher:
@@ -122,7 +129,7 @@ class Dispatcher:
         else:
             found = self._decide(x, call)
         if found.table is not None:
-            rows, scale = self._tables(x, found.table, call)
+            rows, scale = self._tables(x, found, found.table, call)
             return self._by_table(x, rows, scale, self._columns(call.now, rows), self._programs, self.bank)
         for run, gain in found.direct:
             x = run(x, gain)
@@ -133,7 +140,7 @@ class Dispatcher:
         call = self.passes.threads.call
         found = self._decide(x, call)
         if found.table is not None:
-            rows, scale = self._tables(x, found.table, call)
+            rows, scale = self._tables(x, found, found.table, call)
             columns, programs, bank = self._columns(call.now, rows), dict(self._programs), self.bank
             return lambda x: self._by_table(x, rows, scale, columns, programs, bank)
         return partial(_directly, found.direct) if found.direct else None
@@ -166,13 +173,13 @@ class Dispatcher:
         """Decide once per pass, and once for all equal passes: nothing, a table, or the same slots for every token."""
         if now.rows is not None and now.scale is not None:
             table = (now.rows, now.scale) if self.fixed or self.edits else None
-            found = _Found(now, [], table)
+            found = _Found(now, [], table, {})
         else:
             here = [(slot, weight) for slot, weight in now.owners or () if slot in self.edits]
             if here and backend_of(x) == "torch":
-                found = _Found(now, [self._effect(slot, weight) for slot, weight in here], None)
+                found = _Found(now, [self._effect(slot, weight) for slot, weight in here], None, {})
             else:
-                found = _Found(now, [], self.passes.broadcast(now) if here else None)
+                found = _Found(now, [], self.passes.broadcast(now) if here else None, {})
         if call is not None and (found.table is not None or found.direct or self.judges):
             self._check_shape(x, *call.shape)
         return found
@@ -193,9 +200,9 @@ class Dispatcher:
         if wrong:
             raise RuntimeError(f"steer: {self.point.path} {wrong}")
 
-    def _tables(self, x: Tensor, table: tuple[Tensor, Tensor], call: Call) -> tuple[Tensor, Tensor]:
+    def _tables(self, x: Tensor, found: _Found, table: Tables, call: Call) -> Tables:
         """The tables of this pass beside x, without what a condition has shut."""
-        rows, scale = _beside(x, table, call.now)
+        rows, scale = _beside(x, table, call.now) if call.now.owners is None else _spread(x, found.spread, table)
         return (call.gates.close(rows, self.edits) if call.gates else rows), scale
 
     def _columns(self, now: Pass, rows: Tensor) -> list[tuple[int, int]]:
@@ -219,7 +226,11 @@ class Dispatcher:
             x = self._by_slots(x, rows[:, first:column], scale[:, first:column], bank)
             x = programs[slot](x, torch.where(rows[:, column] == slot, scale[:, column], 0))
             first = column  # a slot for other rows may stand here; a program's own is empty
-        return self._by_slots(x, rows[:, first:], scale[:, first:], bank)
+        return (
+            self._by_slots(x, rows[:, first:], scale[:, first:], bank)
+            if first
+            else self._by_slots(x, rows, scale, bank)
+        )
 
     def _by_masks(
         self,
@@ -240,13 +251,32 @@ class Dispatcher:
         modes = ALL_MODES if self.fixed else bank.modes
         if not modes:  # programs alone
             return x
+        if 0 < rows.shape[1] <= MAX_SLOTS_PER_ROW:
+            return ops.subspace(x, *bank.tensors, rows, scale, modes, bank.max_rank)
         for first in range(0, rows.shape[1], MAX_SLOTS_PER_ROW):
             part = slice(first, first + MAX_SLOTS_PER_ROW)
             x = ops.subspace(x, *bank.tensors, rows[:, part], scale[:, part], modes, bank.max_rank)
         return x
 
 
-def _beside(x: Tensor, table: tuple[Tensor, Tensor], now: Pass) -> tuple[Tensor, Tensor]:
+def _spread(x: Tensor, known: dict[int, Tables], table: Tables) -> Tables:
+    """A table of one row as that of the tokens of x, beside it, and kept at hand."""
+    count = x.numel() // x.shape[-1]
+    tables = known.get(count)
+    if tables is None or tables[0].device != x.device:
+        if len(known) >= SPREADS:
+            known.clear()
+        tables = known[count] = _repeated(table, count, x.device)
+    return tables
+
+
+@bookkeeping
+def _repeated(table: Tables, count: int, device: torch.device) -> Tables:
+    rows, scale = (part.expand(count, -1).to(device) for part in table)
+    return rows, scale
+
+
+def _beside(x: Tensor, table: Tables, now: Pass) -> Tables:
     """The tables of a pass on the device of x, a row for each of its tokens."""
     count, (rows, scale) = x.numel() // x.shape[-1], table
     if now.owners is not None:  # one row for every token

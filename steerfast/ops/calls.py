@@ -153,7 +153,7 @@ def probed_shape(x: Tensor, rows: Tensor | None, max_rank: int) -> tuple[int, in
 
 def empty_like(x: Tensor) -> Tensor:
     """A contiguous tensor of the shape, dtype and device of x; its contents are arbitrary."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _launched(x: Tensor, *edit: Unpack[Edit]) -> Callable[..., Tensor]:
@@ -173,4 +173,4 @@ def _to_widen(*tensors: Tensor) -> bool:
 
 def _dense(x: Tensor) -> bool:
     """Whether x can be seen as (n, d) rows without a copy, so that a kernel can write into it."""
-    return x.stride(-1) == 1 and (x.dim() <= 2 or x.is_contiguous())
+    return x.is_contiguous() or (x.dim() <= 2 and x.stride(-1) == 1)

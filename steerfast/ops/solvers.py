@@ -201,24 +201,30 @@ def scheme(method: str, tolerance: float = 1e-4, level: float = math.inf) -> Sch
     return Scheme(stages, False, tableau.order, tableau.factor(), tolerance, level)
 
 
-def pack(field: Field, how: Scheme) -> Tensor | None:
-    """The rows of a slot that say what its numbers per direction do not: (e, 8); None for Euler on a quadratic barrier.
+def scheme_rows(field: Field, how: Scheme) -> list[list[float]]:
+    """Further rows of a slot that hold its solver: what is common, the ridge terms in short, then p, m, b of every stage.
 
     Row 0: number of stages, geodesic, order, tolerance, level, raw, offset, 0. Row 1: number of ridge terms, cosine, factor.
-    Then a row p, m, b of every stage, and ⌈(k + 2)/8⌉ rows w, β, ω₁ … ω_k of every ridge term.
+    None for Euler on a quadratic barrier.
     """
     units = 0 if field.directions is None else field.directions.shape[0]
     if how.plain and not units and not field.raw:
+        return []
+    first = [len(how.stages), how.geodesic, how.order, how.tolerance, how.level, field.raw, field.offset]
+    rows = [first, [units, field.cosine, how.factor], *how.stages]
+    return [[*map(float, row), *[0.0] * (8 - len(row))] for row in rows]
+
+
+def pack(field: Field, how: Scheme) -> Tensor | None:
+    """The rows of a slot that say what its numbers per direction do not: (e, 8); None for Euler on a quadratic barrier.
+
+    Those of `scheme_rows`, then ⌈(k + 2)/8⌉ rows w, β, ω₁ … ω_k of every ridge term.
+    """
+    numbers = scheme_rows(field, how)
+    if not numbers:
         return None
-    rows = torch.zeros(2 + len(how.stages), 8, dtype=torch.float32, device="cpu")
-    rows[0, :7] = torch.tensor(
-        [len(how.stages), how.geodesic, how.order, how.tolerance, how.level, field.raw, field.offset],
-        dtype=torch.float32,
-        device="cpu",
-    )
-    rows[1, :3] = torch.tensor([float(units), float(field.cosine), how.factor], dtype=torch.float32, device="cpu")
-    rows[2:, :3] = torch.tensor(how.stages, dtype=torch.float32, device="cpu")
-    if not units:
+    rows = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+    if field.directions is None or not field.directions.shape[0]:
         return rows
     terms = torch.cat([field.weights[:, None], field.phases[:, None], field.directions], 1)
     return torch.cat([rows, torch.nn.functional.pad(terms, (0, -terms.shape[1] % 8)).reshape(-1, 8)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -12,9 +11,10 @@ from steerfast._checks import finite_number, one_of, path_length, step_count
 
 from . import calls, torch_backend
 from .backends import backend_of, kernels
-from .slots import AFFINE, FLOW, HINGE, SOLVE, Eight, Header, Tables, constants, hinge
-from .solvers import SOLVERS, Field, Scheme, pack, scheme
-from .subspace import by_library, check_in_place, check_op, edited, edited_
+from .slots import AFFINE, FLOW, HINGE, SOLVE, Eight, Tables, hinge
+from .solvers import SOLVERS, Field, Scheme, scheme
+from .subspace import check_in_place, check_op, edited, edited_, needs_gradient
+from .tables import affine_tables, flow_tables, hinge_tables, loreft_tables
 
 
 def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -47,7 +47,7 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
     if torch.compiler.is_compiling():
         return torch.ops.steerfast.add(x, vectors, rows, scale)
     backend = backend_of(x)
-    if by_library(backend, x, vectors, scale):
+    if needs_gradient(backend, x, vectors, scale):
         return torch.ops.steerfast.add(x, vectors, rows, scale)
     return calls.add(backend, x, vectors, rows, scale)
 
@@ -208,7 +208,7 @@ def flow(
     backend = backend_of(x)
     if backend == "torch" and not torch.compiler.is_compiling():
         return torch_backend.flow(x, basis, Field(eigenvalues, bias), path, how.count(steps), how)
-    bank = _flow_bank(x, basis, eigenvalues, bias, path, steps, method)
+    bank = _flow_bank(x, basis, eigenvalues, bias, path, steps, how)
     return edited(backend, x, bank, _flow_mode(how), bank[0].shape[0])
 
 
@@ -229,7 +229,7 @@ def flow_(
     backend = backend_of(x)
     if backend == "torch" and not torch.compiler.is_compiling():
         return x.copy_(torch_backend.flow(x, basis, Field(eigenvalues, bias), path, how.count(steps), how))
-    bank = _flow_bank(x, basis, eigenvalues, bias, path, steps, method)
+    bank = _flow_bank(x, basis, eigenvalues, bias, path, steps, how)
     return edited_(backend, x, bank, _flow_mode(how), bank[0].shape[0])
 
 
@@ -264,8 +264,7 @@ def loreft(x: Tensor, R: Tensor, W: Tensor, b: Tensor) -> Tensor:
     rank = R.shape[0]
     wide = torch.promote_types(R.dtype, torch.float32)
     vectors = torch.cat([W.to(wide) - R.to(wide), R.to(wide)])
-    tables = _make_loreft_tables if torch.compiler.is_compiling() else _loreft_tables
-    head, slots = tables(rank, wide, x.device)
+    head, slots = loreft_tables(rank, wide, x.device)
     columns = torch.nn.functional.pad(torch.stack([b.to(wide), torch.ones_like(b, dtype=wide)], dim=1), (0, 6))
     return edited(backend_of(x), x, (vectors, torch.cat([head, columns]), slots), HINGE, rank)
 
@@ -349,9 +348,8 @@ def _check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def _affine_bank(x: Tensor, weight: Tensor, bias: Tensor) -> Tables:
-    tables = _make_affine_tables if torch.compiler.is_compiling() else _affine_tables
     wide = torch.promote_types(weight.dtype, torch.float32)  # w - 1 in 16 bits would lose what w is close to 1
-    return torch.stack([weight.to(wide) - 1, bias.to(wide)]), *tables(x.device)
+    return torch.stack([weight.to(wide) - 1, bias.to(wide)]), *affine_tables(x.device)
 
 
 def _hinged(x: Tensor, directions: Tensor, numbers: Eight, act: Callable[[Tensor], Tensor]) -> Tensor:
@@ -374,44 +372,7 @@ def _hinged_(x: Tensor, directions: Tensor, numbers: Eight, act: Callable[[Tenso
 
 def _hinge_bank(x: Tensor, directions: Tensor, numbers: Eight) -> Tables:
     vectors = directions.reshape(-1, directions.shape[-1])
-    tables = _make_hinge_tables if torch.compiler.is_compiling() else _hinge_tables
-    return vectors, *tables(vectors.shape[0], numbers, x.device)
-
-
-def _make_hinge_tables(rank: int, numbers: Eight, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tables of one slot whose directions share their eight numbers."""
-    coefficients = torch.tensor([constants(), *[numbers] * rank], dtype=torch.float32, device=device)
-    return coefficients, Header(HINGE, rank).tensor(device)
-
-
-def _make_flow_tables(
-    rank: int, path: tuple[float, float], steps: int, method: str, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The constants, the further rows and the header of one flow."""
-    how = scheme(method)
-    head = torch.tensor([constants(*path)], dtype=dtype, device=device)
-    extra = pack(Field(head, head), how)
-    more = head[:0] if extra is None else extra.to(head)
-    header = Header(_flow_mode(how), rank, steps=how.count(steps), extra=more.shape[0])
-    return head, more, header.tensor(device)
-
-
-def _make_affine_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tables of one elementwise affine map."""
-    coefficients = torch.tensor([constants()] * 3, dtype=torch.float32, device=device)
-    return coefficients, Header(AFFINE, 2).tensor(device)
-
-
-def _make_loreft_tables(rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The constants and the header of one LoReFT: B in the first rows of vectors, C in the next."""
-    return torch.tensor([constants()], dtype=dtype, device=device), Header(HINGE, rank, lift=rank).tensor(device)
-
-
-# Kept, so that a hot path allocates no constants; made outside inference mode, so that a later gradient can use them.
-_hinge_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_make_hinge_tables))
-_affine_tables = functools.lru_cache(maxsize=8)(torch.inference_mode(False)(_make_affine_tables))
-_loreft_tables = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(_make_loreft_tables))
-_flow_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_make_flow_tables))
+    return vectors, *hinge_tables(vectors.shape[0], numbers, x.device)
 
 
 def _check_flow(
@@ -435,11 +396,11 @@ def _flow_mode(how: Scheme) -> int:
 
 
 def _flow_bank(
-    x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, path: tuple[float, float], steps: int, method: str
+    x: Tensor, basis: Tensor, eigenvalues: Tensor, bias: Tensor, path: tuple[float, float], steps: int, how: Scheme
 ) -> Tables:
     vectors = basis.reshape(-1, basis.shape[-1])
-    tables = _make_flow_tables if torch.compiler.is_compiling() else _flow_tables  # a graph keeps what it makes
-    dtype = torch.promote_types(eigenvalues.dtype, torch.float32)
-    head, more, slots = tables(vectors.shape[0], path, steps, method, dtype, x.device)
-    columns = torch.stack([eigenvalues, bias], dim=1).to(dtype)
-    return vectors, torch.cat([head, torch.nn.functional.pad(columns, (0, 6)), more]), slots
+    rank, dtype = vectors.shape[0], torch.promote_types(eigenvalues.dtype, torch.float32)
+    table, slots = flow_tables(rank, path, steps, how, dtype, x.device)
+    table = table.clone()
+    table[1 : 1 + rank, 0], table[1 : 1 + rank, 1] = eigenvalues, bias
+    return vectors, table, slots

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steerfast._checks import check_stream, check_table, check_width
+from steerfast._checks import check_stream, check_table, check_width, fits
 
 from . import calls
 from .backends import backend_of
@@ -60,7 +60,7 @@ def subspace(
     if torch.compiler.is_compiling():
         return torch.ops.steerfast.subspace(x, vectors, coefficients, slots, rows, scale, modes, max_rank)
     backend = backend_of(x)
-    if by_library(backend, x, vectors, coefficients, scale):
+    if needs_gradient(backend, x, vectors, coefficients, scale):
         return torch.ops.steerfast.subspace(x, vectors, coefficients, slots, rows, scale, modes, max_rank)
     return calls.subspace(backend, x, vectors, coefficients, slots, rows, scale, modes, max_rank)
 
@@ -235,7 +235,7 @@ def add_rms_norm(
     if torch.compiler.is_compiling():
         return torch.ops.steerfast.add_rms_norm(hidden, residual, weight, vectors, rows, scale, eps, unit_offset)
     backend = backend_of(residual)
-    if by_library(backend, residual, hidden, weight, vectors, scale):
+    if needs_gradient(backend, residual, hidden, weight, vectors, scale):
         return torch.ops.steerfast.add_rms_norm(hidden, residual, weight, vectors, rows, scale, eps, unit_offset)
     return calls.add_rms_norm(backend, hidden, residual, weight, vectors, rows, scale, eps, unit_offset)
 
@@ -251,31 +251,43 @@ def check_op(
     in_place: bool = False,
 ) -> None:
     """Refuse a stream, directions, a row table or a scale that do not fit each other."""
-    check_stream(op, x)
-    check_width(op, name, directions, x)
-    check_table(op, rows, scale, x)
+    if not fits(x, directions, rows, scale):
+        check_stream(op, x)
+        check_width(op, name, directions, x)
+        check_table(op, rows, scale, x)
     if in_place:
         check_in_place(op, x, directions, scale)
 
 
 def _check_pair(op: str, hidden: Tensor, residual: Tensor) -> None:
+    """Refuse two halves that are not of one stream; what else residual must be, `check_op` looks at."""
+    if (
+        isinstance(hidden, Tensor)
+        and isinstance(residual, Tensor)
+        and hidden.shape == residual.shape
+        and hidden.dtype == residual.dtype
+        and hidden.device == residual.device
+    ):
+        return
     check_stream(op, residual)
     check_stream(op, hidden)
-    if hidden.shape != residual.shape or hidden.dtype != residual.dtype or hidden.device != residual.device:
-        raise ValueError(
-            f"{op}: hidden is {tuple(hidden.shape)} {hidden.dtype} on {hidden.device} and residual {tuple(residual.shape)} "
-            f"{residual.dtype} on {residual.device}; expected two halves of one stream"
-        )
+    raise ValueError(
+        f"{op}: hidden is {tuple(hidden.shape)} {hidden.dtype} on {hidden.device} and residual {tuple(residual.shape)} "
+        f"{residual.dtype} on {residual.device}; expected two halves of one stream"
+    )
 
 
 def check_in_place(op: str, x: Tensor, *others: Tensor | None) -> None:
     """Refuse an in-place edit that would lose a gradient, or write into rows that share memory."""
-    for name, tensor in (("x", x), *(("an argument", other) for other in others)):
-        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
-            raise RuntimeError(
-                f"{op}: {name} needs a gradient, which an in-place edit would break; use {op.rstrip('_')} instead"
-            )
-    if any(step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)):
+    if torch.is_grad_enabled():
+        for tensor in (x, *others):
+            if tensor is not None and tensor.requires_grad:
+                name = "x" if tensor is x else "an argument"
+                raise RuntimeError(
+                    f"{op}: {name} needs a gradient, which an in-place edit would break; use {op.rstrip('_')} instead"
+                )
+    steps = x.stride()
+    if 0 in steps and any(step == 0 and size > 1 for size, step in zip(x.shape, steps, strict=True)):
         raise ValueError(
             f"{op}: x is an expanded view, several of whose rows share memory; use {op.rstrip('_')}, or x.contiguous()"
         )
@@ -292,6 +304,32 @@ def _check_bank(
     max_rank: int | None,
 ) -> int:
     check_op(op, x, "vectors", vectors, rows, scale)
+    if not _is_bank(x, vectors, coefficients, slots):
+        _refuse_bank(op, x, vectors, coefficients, slots)
+    if max_rank is None:
+        return vectors.shape[0]
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
+        raise TypeError(f"{op}: max_rank is {max_rank!r}; expected a whole number >= 0")
+    if max_rank < 0:
+        raise ValueError(f"{op}: max_rank is {max_rank}; expected >= 0, the largest rank of a slot")
+    return max_rank
+
+
+def _is_bank(x: Tensor, vectors: Tensor, coefficients: Tensor, slots: Tensor) -> bool:
+    numbers, headers, device = coefficients.shape, slots.shape, x.device
+    return (
+        vectors.dim() == len(numbers) == len(headers) == 2
+        and numbers[1] == headers[1] == 8
+        and slots.dtype == torch.int32
+        and coefficients.is_contiguous()
+        and slots.is_contiguous()
+        and coefficients.device == device
+        and slots.device == device
+    )
+
+
+def _refuse_bank(op: str, x: Tensor, vectors: Tensor, coefficients: Tensor, slots: Tensor) -> None:
+    """Say what `_is_bank` has found."""
     if vectors.dim() != 2:
         raise ValueError(f"{op}: vectors has shape {tuple(vectors.shape)}; expected (R, d)")
     for name, table in (("coefficients", coefficients), ("slots", slots)):
@@ -301,13 +339,6 @@ def _check_bank(
             raise ValueError(f"{op}: {name} is on {table.device} and x on {x.device}; move it with .to(...)")
     if slots.dtype != torch.int32:
         raise TypeError(f"{op}: slots has dtype {slots.dtype}; expected torch.int32")
-    if max_rank is None:
-        return vectors.shape[0]
-    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
-        raise TypeError(f"{op}: max_rank is {max_rank!r}; expected a whole number >= 0")
-    if max_rank < 0:
-        raise ValueError(f"{op}: max_rank is {max_rank}; expected >= 0, the largest rank of a slot")
-    return max_rank
 
 
 def edited(backend: str, x: Tensor, bank: tuple[Tensor, Tensor, Tensor], modes: int, rank: int) -> Tensor:
@@ -328,8 +359,11 @@ def edited_(backend: str, x: Tensor, bank: tuple[Tensor, Tensor, Tensor], modes:
 
 def by_library(backend: str, *tensors: Tensor | None) -> bool:
     """Whether a call must go through torch.library: a compiler traces it, or a kernel needs a gradient."""
-    if torch.compiler.is_compiling():
-        return True
+    return torch.compiler.is_compiling() or needs_gradient(backend, *tensors)
+
+
+def needs_gradient(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether a kernel is to run whose gradient someone needs."""
     if backend != "triton" or not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
