@@ -133,9 +133,9 @@ def test_every_k_and_odd_dictionaries_to_the_bit(place):
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])
 def test_every_block_of_rows_meets_every_tile(place, monkeypatch):
     """Groups of row blocks, the last of them smaller, cover the grid once."""
-    from steerfast_kernels import sae_encode
+    from steerfast_kernels import sae_encode, sae_tiles
 
-    monkeypatch.setattr(sae_encode, "GROUP", 2)
+    monkeypatch.setattr(sae_tiles, "GROUP", 2)
     with backend(place) as device:
         x, w = torch.randint(-2, 3, (330, 8)).float(), torch.randint(-2, 3, (200, 8)).float()
         x = x[:130] if place == "interpreter" else x

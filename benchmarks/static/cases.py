@@ -95,6 +95,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "encode": lambda: encode(4096),
     "encode n=16": lambda: encode(16),
     "encode mixed": lambda: encode_mixed(4096),
+    "encode mixed n=16": lambda: encode_mixed(16),
     "threshold": lambda: sae_cases.sae_encode_threshold(AT, 4096, FEATURES, 256),
     "decode": lambda: sae_cases.sae_decode(AT, 4096, FEATURES, K),
     "decode n=16": lambda: sae_cases.sae_decode(AT, 16, FEATURES, K),
