@@ -423,6 +423,119 @@ def test_edit_against_float64(place):
                         assert torch.equal(got[untouched], x[untouched])
 
 
+def edits_of(rows: int, features: int, count: int, by_row: bool, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, their table and decoder rows, one list for all rows or one for each."""
+    table = EDITS[torch.arange(count) % len(EDITS)]
+    if not by_row:
+        chosen = torch.randperm(features)[:count].int()
+        return chosen, table, w[chosen.long()]
+    chosen = torch.stack([torch.randperm(features)[:count] for _ in range(max(rows, 1))])[:rows].int()
+    chosen[:, -1] = torch.where(torch.arange(rows) % 2 == 0, -1, chosen[:, -1])
+    return chosen, table.expand(rows, count, 4).contiguous(), w
+
+
+def counted_edit(x: Tensor, w: Tensor, b: Tensor | None, k: int, edit: tuple[Tensor, ...], device: str) -> Tensor:
+    features, table, rows, *scale = (part.to(device) for part in edit)
+    return sf.ops.sae_edit_topk(
+        x.to(device), w.to(device), None if b is None else b.to(device), k, features, table, rows, *scale
+    ).cpu()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_counted_edit_against_float64(place):
+    """Rows of which some feature lies near the k-th value may be either; most do not."""
+    sizes = [((5, 72), 1000, 7, 3), ((2, 2, 33), 300, 40, 8), ((0, 16), 40, 3, 2)]
+    if place != "interpreter":
+        sizes += [((70, 120), 8192, 32, 8), ((1, 64), 16384, 512, 1)]
+    with backend(place) as device:
+        for (shape, features, k, count), by_row in [(size, by_row) for size in sizes for by_row in (False, True)]:
+            n = torch.Size(shape[:-1]).numel()
+            scale = torch.randn(n)
+            scale[::3] = 0
+            for dtype in [F32] if place == "interpreter" else DTYPES:
+                x, (w, b) = torch.randn(shape).to(dtype), dictionary(features, shape[-1], "cpu", dtype)
+                rows = torch.randn(features, shape[-1]).to(dtype)
+                for weight in [scale] if place == "interpreter" else [scale, None]:
+                    edit = (*edits_of(n, features, count, by_row, rows), *([] if weight is None else [weight]))
+                    got = counted_edit(x, w, b, k, edit, device)
+                    assert got.shape == shape
+                    if not n:
+                        continue
+                    true = reference.sae_edit_topk(x, w, b, k, *edit)
+                    naive = reference.naive(reference.sae_edit_topk, x, w, b, k, *edit)
+                    pre = torch.relu(reference.pre_activations(x, w, b)).reshape(n, -1)
+                    mine = pre.gather(1, edit[0].expand(n, count).long().clamp(min=0))
+                    sure = ((mine - pre.topk(k).values[:, -1:]).abs() > 1e-4).all(1)
+                    assert sure.sum() >= n // 2
+                    flat = (part.reshape(n, -1)[sure] for part in (got, true, naive))
+                    assert_exact(*flat, f"{shape} {dtype} {by_row}")
+                    if weight is not None:
+                        assert torch.equal(got.reshape(n, -1)[::3], x.reshape(n, -1)[::3])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_counted_edit_selects_what_the_encoder_selects_to_the_bit(place):
+    """Ties, clusters, few active features and features on either side of every tile: the sum is of whole numbers."""
+    table = torch.tensor([[2.0, 1.0, -torch.inf, torch.inf]])  # g = f + 1: what is selected shows, and what is not
+    with backend(place) as device:
+        for kind in KINDS:
+            for features, d, k in [(330, 8, 20)] if place == "interpreter" else [(650, 8, 20), (5000, 24, 64)]:
+                x, w = integers(kind, features, d)
+                pre = torch.relu(x @ w.T)
+                kth = pre.topk(k).indices[:, -1]
+                shared = torch.tensor([0, 1, 127, 128, 129, features - 1, features // 2, int(kth[0])])
+                shared = shared.unique()[:8].int()
+                own = torch.stack([kth, (kth + 1) % features, kth - 1], 1).int()
+                for chosen, rows in ((shared, torch.eye(len(shared), d)), (own, torch.randint(-2, 3, (features, d)).float())):
+                    if chosen.dim() == 1 and place == "interpreter" and kind in ("random", "ascending", "all equal"):
+                        continue
+                    edit = (chosen, table.expand(*chosen.shape, 4).contiguous(), rows)
+                    for dtype in [F32] if place == "interpreter" else [F32, F16]:
+                        got = counted_edit(x.to(dtype), w.to(dtype), None, k, (*edit[:2], rows.to(dtype)), device)
+                        wanted = reference.sae_edit_topk(x, w, None, k, *edit)
+                        assert torch.equal(got, wanted.to(dtype)), (kind, features, dtype, chosen.dim())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_counted_edit_of_a_row_that_is_not_a_number(place):
+    """Every feature of it is NaN, so the first k are selected; other rows never hear of it."""
+    with backend(place) as device:
+        x, (w, b) = torch.randn(4, 24), dictionary(200, 24, "cpu")
+        features, table = torch.tensor([[2, -1], [2, 7], [9, 200], [9, 150]]).int(), torch.zeros(4, 2, 4)
+        table[..., 1], table[..., 2], table[..., 3] = 3.0, -torch.inf, torch.inf
+        clean = counted_edit(x, w, b, 5, (features, table, w), device)
+        assert clean[2].isnan().all()  # there is no feature 200
+        assert clean[[0, 1, 3]].isfinite().all()
+        bad = x.clone()
+        bad[1, 3] = torch.nan
+        got = counted_edit(bad, w, b, 5, (features, table, w), device)
+        assert got[1].isnan().all()
+        assert torch.equal(got[[0, 3]], clean[[0, 3]])
+        encoded = sf.ops.sae_encode(x.to(device), w.to(device), b.to(device), 5)
+        one = sf.ops.sae_edit(
+            x[3:].to(device), *(part[3:] for part in encoded), features[3].to(device), table[3].to(device),
+            w[features[3].long()].to(device),
+        )  # fmt: skip
+        torch.testing.assert_close(got[3:], one.cpu(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_counted_edit_has_the_gradients_of_the_selected_one():
+    x, (w, b), rows = torch.randn(3, 5, dtype=F64), dictionary(30, 5, "cpu", F64), torch.randn(30, 5, dtype=F64)
+    leaves = [leaf.requires_grad_() for leaf in (x, w, b, rows)]
+    table = torch.tensor([[2.0, 1.0, -torch.inf, torch.inf]])
+    for features in (torch.tensor([1, 4]).int(), torch.tensor([[1, 4], [2, -1], [7, 1]]).int()):
+        spread = table.expand(*features.shape, 4).contiguous()
+
+        def run(x: Tensor, w: Tensor, b: Tensor, rows: Tensor, features=features, spread=spread) -> Tensor:
+            part = rows[features.long()] if features.dim() == 1 else rows
+            return sf.ops.sae_edit_topk(x, w, b, 4, features, spread, part)
+
+        assert torch.autograd.gradcheck(run, leaves)
+        with torch.no_grad():
+            torch.testing.assert_close(run(*leaves), reference.sae_edit_topk(
+                x, w, b, 4, features, spread, rows[features.long()] if features.dim() == 1 else rows), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_an_overflow_reaches_the_edited_row(place):
     """The mark of a list that was too short is not lost in an edit of features that the list does not show."""
@@ -524,6 +637,9 @@ def test_torch_library_contract(grad):
     edit = (x, values, indices, torch.arange(5, dtype=torch.int32), EDITS, torch.randn(5, 16))
     torch.library.opcheck(torch.ops.steerfast.sae_edit.default, (*edit, scale))
     torch.library.opcheck(torch.ops.steerfast.sae_edit.default, (*edit, None))
+    if not grad:  # with a gradient it is made of the other ops
+        counted = (x, w, b, 5, torch.arange(5, dtype=torch.int32), EDITS, torch.randn(5, 16), scale)
+        torch.library.opcheck(torch.ops.steerfast.sae_edit_topk.default, counted)
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place != PLACES[1]])
@@ -569,6 +685,11 @@ V, J, T = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32), torch.zeros(6
         (lambda: sf.ops.sae_add(X, V, J, W, V), ValueError, r"scale has shape \(2, 3\)"),
         (lambda: sf.ops.sae_edit(X, V, J, J[0], EDITS[:3], W), TypeError, r"features is torch.int32 \(3,\); expected"),
         (lambda: sf.ops.sae_edit(X, V, J, J[0], EDITS[:2], W[:3]), TypeError, r"table is torch.float32 \(2, 4\)"),
+        (lambda: sf.ops.sae_edit_topk(X, W, None, 7, J[0], EDITS[:3], W[:3]), ValueError, "k is 7; expected 1 to F = 6"),
+        (lambda: sf.ops.sae_edit_topk(X, W, None, 2, J[0], EDITS[:3], W), ValueError, r"w_dec is \(6, 4\) .* \(3, 4\)"),
+        (lambda: sf.ops.sae_edit_topk(X, W, None, 2, J, EDITS[:3], W), TypeError, r"table is .* \(2, 3, 4\)"),
+        (lambda: sf.ops.sae_edit_topk(X, W, None, 2, T.int().repeat(2), EDITS, W), ValueError, "features names 12 of"),
+        (lambda: sf.ops.sae_edit_topk(X, W, None, 2, T, EDITS, W), TypeError, "features is torch.float32"),
         (lambda: sf.ops.sae_edit(X, V.int(), J, J[0], EDITS[:3], W[:3]), TypeError, "values must be a floating tensor"),
     ],
 )
