@@ -91,7 +91,8 @@ def _count_kernel(
             # features before it win a tie, those behind lose it; only its own tile holds some of both
             if tl.max((feature // BLOCK_F == i_f).to(tl.int32), axis=0) > 0:
                 behind = (offs_f[None, :] >= feature[:, None]).to(tl.int32)
-                above = tl.sum((bits > own[:, None] + behind).to(tl.int32), axis=1)
+                exceeds = (bits > own[:, None] + behind) & (offs_f[None, :] != feature[:, None])
+                above = tl.sum(exceeds.to(tl.int32), axis=1)
             else:
                 least = own + (feature < i_f * BLOCK_F).to(tl.int32)
                 above = tl.sum((bits > least[:, None]).to(tl.int32), axis=1)

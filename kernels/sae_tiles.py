@@ -18,22 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import choose, fitting, flatten, kernel
+from . import _device
+from ._launch import choose, flatten, kernel
 from ._tuned import tuned
 
 Tiling = tuple[int, int, int]  # rows per tile, warps, stages
-# (largest n, choices, of which the first that fits is taken); 64 is the fewest rows of Hopper's matrix instruction. 256 rows take
-# 6.4 kB of L2 a row and tile where 128 take 8.4; with 8 warps they would hold 221 registers, with 16 they hold 124
-TILES: list[tuple[int, tuple[Tiling, ...]]] = [
-    (64, ((64, 4, 3),)),
-    (128, ((128, 8, 3),)),
-    (1 << 62, ((256, 16, 4), (256, 16, 3), (128, 8, 3))),
-]
-TILES_MIXED: list[tuple[int, tuple[Tiling, ...]]] = [
-    (64, ((64, 8, 8), (64, 8, 4))),
-    (1 << 62, ((128, 8, 5), (128, 8, 3))),
-]
-TILES_FLOAT32 = [(1 << 62, ((64, 8, 2),))]  # no tensor cores: the products' operands stay in registers
+# (largest n, tiling); 64 is the fewest rows of Hopper's matrix instruction, which takes one operand from shared memory and leaves
+# room for more rows: 256 of them take 6.3 kB of L2 a row and tile where 128 take 8.4, and hold 125 registers
+TILES: list[tuple[int, Tiling]] = [(64, (64, 4, 3)), (128, (128, 8, 3)), (1 << 62, (256, 16, 4))]
+TILES_MIXED: list[tuple[int, Tiling]] = [(64, (64, 8, 8)), (1 << 62, (128, 8, 5))]
+# where there is none; they fit 99 kB
+TILES_OTHERS: list[tuple[int, Tiling]] = [(64, (64, 8, 3)), (1 << 62, (128, 8, 3))]
+TILES_MIXED_OTHERS: list[tuple[int, Tiling]] = [(1 << 62, (64, 8, 4))]
+TILES_FLOAT32: list[tuple[int, Tiling]] = [(1 << 62, (64, 8, 2))]  # no tensor cores: the products' operands stay in registers
 BLOCK_F = 128  # features per tile; fixed, since it decides which candidates exist
 BLOCK_D, BLOCK_D_MIXED, BLOCK_D_FLOAT32 = 64, 32, 16
 GROUP = 4096  # rows whose blocks share one pass over W_enc: at d = 4096 they take 32 MB of L2
@@ -136,12 +133,11 @@ WIDEN = not isinstance(kernel(tile_bits.fn), triton.JITFunction)
 def tiling_of(x: Tensor, w_enc: Tensor, n: int) -> tuple[Tiling, int]:
     """How n rows of x are cut into tiles, and the columns of a step."""
     if x.dtype == w_enc.dtype == torch.float32:
-        return choose(TILES_FLOAT32, n)[0], BLOCK_D_FLOAT32
-    mixed = x.dtype != w_enc.dtype
-    name, default, step = ("TILES_MIXED", TILES_MIXED, BLOCK_D_MIXED) if mixed else ("TILES", TILES, BLOCK_D)
-    row, column = step * x.element_size(), step * w_enc.element_size()
-    choices = list(choose(tuned(f"sae_tiles.{name}", default, x), n))
-    return fitting(choices, lambda tiling: tiling[2] * (tiling[0] * row + BLOCK_F * column), x), step
+        return choose(TILES_FLOAT32, n), BLOCK_D_FLOAT32
+    hopper = _device.device_of(x).wgmma
+    if x.dtype == w_enc.dtype:
+        return choose(tuned("sae_tiles.TILES", TILES if hopper else TILES_OTHERS, x), n), BLOCK_D
+    return choose(tuned("sae_tiles.TILES_MIXED", TILES_MIXED if hopper else TILES_MIXED_OTHERS, x), n), BLOCK_D_MIXED
 
 
 def product_arguments(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, rows: int = 0) -> tuple[dict[str, Any], int]:

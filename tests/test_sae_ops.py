@@ -219,6 +219,39 @@ def test_layouts_and_mixed_dtypes(place):
         assert torch.equal(values, values[:1].expand(5, 4))
 
 
+def one_by_one(x: Tensor, w: Tensor) -> Tensor:
+    """x Wᵀ as a float32 product sums it, feature by feature: in the order of d, one rounding an addition."""
+    total = torch.zeros(x.shape[0], w.shape[0])
+    for j in range(x.shape[1]):
+        total = torch.addcmul(total, x[:, j : j + 1].float(), w[:, j].float())
+    return total
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])
+@pytest.mark.parametrize("pair", [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")])
+def test_a_product_of_two_dtypes_errs_no_more_than_one_of_float32(place, pair):
+    """Parts of bfloat16 on tensor cores, against float64: weights of one size, of many, tiny, huge; a few large columns of x."""
+    n, d, features, k = (3, 256, 100, 4) if place == "interpreter" else (70, 2048, 512, 64)
+    wide, tall = (getattr(torch, name) for name in pair)
+    with backend(place) as device:
+        for name in ("plain", "many sizes", "large columns", "tiny", "huge"):
+            x, w = torch.randn(n, d), torch.randn(features, d) / d**0.5
+            if name == "many sizes":
+                w *= torch.exp(4 * torch.randn(features, d))
+            elif name == "large columns":
+                x[:, ::91] *= 1000
+            elif name in ("tiny", "huge"):
+                w *= 1e-30 if name == "tiny" else 1e30
+            x, w = x.to(wide), w.to(tall)
+            values, indices = (part.cpu() for part in sf.ops.sae_encode(x.to(device), w.to(device), None, k))
+            true = reference.pre_activations(x, w, None)
+            error = (values - true.gather(1, indices.long())).abs().max()
+            allowed = (one_by_one(x, w).double() - true).abs().max()
+            assert error <= allowed, f"{name}: error {error:.3e}, of float32 {allowed:.3e}"
+            rounded = (x.bfloat16().double() @ w.bfloat16().double().T - true).abs().max()
+            assert rounded > 10 * allowed or tall != F32, name  # one product of 16 bits would not do
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_decode_against_float64(place):
     sizes = [((5,), 1000, 72, 7), ((2, 3), 64, 33, 1), ((0,), 10, 8, 4)]
@@ -286,12 +319,21 @@ def test_the_full_matrix_never_exists(place):
     assert largest.numel <= n * features / 8
 
 
+def sorts_at_most(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sort takes the interpreter seconds: longer lists go to PyTorch's, as those of more than 1024 keys do."""
+    from steerfast_kernels import sae_encode_threshold
+
+    monkeypatch.setattr(sae_encode_threshold, "SELECT", keys)
+
+
 @pytest.mark.parametrize("place", PLACES)
-def test_threshold_against_float64(place):
+def test_threshold_against_float64(place, monkeypatch):
     """Every active feature and no other, sorted; what lies within rounding of its threshold may be either."""
     sizes = [((5, 72), 1000, 400), ((2, 3, 40), 300, 300), ((1, 24), 130, 130), ((0, 16), 40, 3)]
     if place != "interpreter":
         sizes += [((256, 576), 8192, 1024), ((3, 64), 16384, 2048), ((130, 128), 4097, 512)]
+    else:
+        sorts_at_most(64, monkeypatch)
     with backend(place) as device:
         for shape, features, capacity in sizes:
             for dtype in (dtype for dtype in DTYPES if runs(place, dtype)):
@@ -321,7 +363,9 @@ def test_threshold_against_float64(place):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_threshold_ties_clusters_and_overflow_to_the_bit(place):
+def test_threshold_ties_clusters_and_overflow_to_the_bit(place, monkeypatch):
+    if place == "interpreter":
+        sorts_at_most(32, monkeypatch)
     with backend(place) as device:
         for kind in KINDS:
             for features, d in [(330, 8)] if place == "interpreter" else [(650, 8), (5000, 24)]:
@@ -494,6 +538,23 @@ def test_a_counted_edit_selects_what_the_encoder_selects_to_the_bit(place):
                         got = counted_edit(x.to(dtype), w.to(dtype), None, k, (*edit[:2], rows.to(dtype)), device)
                         wanted = reference.sae_edit_topk(x, w, None, k, *edit)
                         assert torch.equal(got, wanted.to(dtype)), (kind, features, dtype, chosen.dim())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_counted_edit_takes_the_kth_feature_and_not_the_next(place):
+    """Where the two are further apart than a product rounds, whichever way the feature's own was summed."""
+    n, d, features, k = (6, 40, 300, 7) if place == "interpreter" else (64, 200, 2000, 32)
+    table = torch.tensor([[2.0, 1.0, -torch.inf, torch.inf]]).expand(n, 3, 4).contiguous()
+    with backend(place) as device:
+        for dtype in [F32] if place == "interpreter" else DTYPES:
+            x, (w, b), rows = torch.randn(n, d).to(dtype), dictionary(features, d, "cpu", dtype), torch.randn(features, d)
+            best = reference.pre_activations(x, w, b).topk(k + 1)
+            chosen = best.indices[:, [0, k - 1, k]].int()
+            sure = (best.values[:, k - 1] - best.values[:, k]) > 1e-4
+            assert sure.sum() > n // 2
+            got = counted_edit(x.float(), w, b, k, (chosen, table, rows), device)
+            true = reference.sae_edit_topk(x, w, b, k, chosen, table, rows)
+            torch.testing.assert_close(got[sure].double(), true[sure], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("place", PLACES)

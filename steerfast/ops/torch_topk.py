@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends import in_full_precision, transformed
-from .torch_backend import SAE_BLOCK, sae_encode
+from .torch_backend import SAE_BLOCK, SAE_GROUP, sae_encode
 
 
 @in_full_precision
@@ -67,13 +67,16 @@ def _selected(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, features: 
     counts = torch.zeros_like(keys)
     start, width = 0, 256  # narrow at first: most rows are done after a few hundred features
     while start < total:
-        rows = ((keys > 0) & (counts < k)).any(1).nonzero().flatten()
+        undecided = (keys > 0) & (counts < k)
+        rows = undecided.any(1).nonzero().flatten()
         if not rows.numel():
             break
         stop = min(start + width, total)
         weights = w_enc[start:stop].to(dtype).T
-        pre = flat[rows] @ weights if bias is None else torch.addmm(bias[start:stop], flat[rows], weights)
-        counts[rows] += _exceeding(_keys(pre), keys[rows], numbers[rows], start)
+        part = flat if len(rows) == len(flat) else flat[rows]
+        pre = part @ weights if bias is None else torch.addmm(bias[start:stop], part, weights)
+        mine = torch.where(undecided, own, 0)[rows]
+        counts[rows] += _exceeding(pre, mine, keys[rows], numbers[rows], start)
         start, width = stop, min(2 * width, SAE_BLOCK)
     return torch.where(counts < k, own, 0)
 
@@ -96,15 +99,16 @@ def _keys(pre: Tensor) -> Tensor:
     return keys.masked_fill_(pre.isnan(), most)
 
 
-def _exceeding(keys: Tensor, own: Tensor, features: Tensor, start: int) -> Tensor:
-    """(n, m): how many features of a block lie above each row's own, or equal it and come before it."""
-    columns = []
-    for m in range(own.shape[1]):
-        feature, mine = features[:, m : m + 1] - start, own[:, m : m + 1]
-        count = (keys > mine - (feature >= keys.shape[1]).to(mine.dtype)).sum(1, dtype=keys.dtype)
-        inside = ((feature >= 0) & (feature < keys.shape[1])).flatten().nonzero().flatten()
-        if inside.numel():
-            before = torch.arange(keys.shape[1], device=keys.device) < feature[inside]
-            count[inside] += ((keys[inside] == mine[inside]) & before).sum(1, dtype=keys.dtype)
-        columns.append(count)
-    return torch.stack(columns, 1)
+def _exceeding(pre: Tensor, own: Tensor, keys: Tensor, features: Tensor, start: int) -> Tensor:
+    """(n, m): how many features of a block lie above each row's own, or equal it and come before it.
+
+    Maxima of 32 neighbours are compared first, as in `sae_encode`: few lie above a feature that may still be selected.
+    """
+    least = torch.where(own > 0, own, torch.inf).amin(1, keepdim=True)  # NaN, too, is looked for among the largest
+    groups = torch.nn.functional.pad(pre, (0, -pre.shape[1] % SAE_GROUP)).view(pre.shape[0], -1, SAE_GROUP)
+    row, group = (groups.amax(2) < least).logical_not_().nonzero(as_tuple=True)
+    entries = _keys(groups[row, group])[:, :, None]
+    columns = torch.arange(start, start + SAE_GROUP, device=pre.device) + (SAE_GROUP * group)[:, None]
+    mine, ahead = keys[row][:, None], columns[:, :, None] - features[row][:, None]
+    above = ((entries > mine) & (ahead != 0)) | ((entries == mine) & (ahead < 0))  # its own sum may round another way
+    return torch.zeros_like(keys).index_add_(0, row, above.sum(1, dtype=keys.dtype))
