@@ -10,7 +10,9 @@ import triton.language as tl
 from lab.case import Function, NotHere
 from torch import Tensor
 
-BLOCK_N, BLOCK_F, BLOCK_D, GROUP = 128, 128, 64, 32
+from steerfast_kernels import sae_tiles
+
+BLOCK_F = sae_tiles.BLOCK_F
 
 
 @triton.jit
@@ -43,10 +45,11 @@ def _product_kernel(
 def product(x: Tensor, w: Tensor) -> Tensor:
     """The tile-wise maxima of x Wᵀ, (n, tiles), for contiguous 16-bit x (n, d) and W (F, d)."""
     (n, d), features = x.shape, w.shape[0]
-    tiles = triton.cdiv(features, BLOCK_F)
+    (block_n, warps, stages), step = sae_tiles.tiling_of(x, w, n)
+    tiles, group = triton.cdiv(features, BLOCK_F), max(sae_tiles.GROUP // block_n, 1)
     out = torch.empty(n, tiles, device=x.device)
-    _product_kernel[(triton.cdiv(n, BLOCK_N) * tiles,)](
-        x, w, out, n, features, d, BLOCK_N, BLOCK_F, BLOCK_D, GROUP, num_warps=8, num_stages=3
+    _product_kernel[(triton.cdiv(n, block_n) * tiles,)](
+        x, w, out, n, features, d, block_n, BLOCK_F, step, group, num_warps=warps, num_stages=stages
     )
     return out
 

@@ -2,11 +2,12 @@
 
 Feature m is among the k selected of a row iff it is positive and fewer than k features exceed it, where NaN exceeds all and
 a tie goes to the lower index. So three launches do: the pre-activations of the m features, by the tile of the encoder that
-any feature passes through; the encoder's product, whose tiles count for each row and feature what exceeds it; the edit. t(f) =
-clip(t₀f + t₁, t₂, t₃). Bytes: reads |w|·F·d once per group of rows and |x|·n·d from L2, as `sae_encode`, and writes 8·m a token in
-place of 8·(F/128)·k'. A count that has reached k decides for good, so a tile whose rows are all decided is not computed: what
-most features of most rows take is a few tiles. The counts are whole numbers, their order of arrival changes nothing. A row of
-scale 0 keeps its bits; one whose own list names a feature outside [-1, F) becomes NaN. Gao et al. 2024 (arXiv:2406.04093).
+any feature passes through; the encoder's product, whose tiles count for each row and feature what exceeds it; the edit, with
+t(f) = clip(t₀f + t₁, t₂, t₃). Bytes: reads |w|·F·d once per group of rows and |x|·n·d from L2, as `sae_encode`, and writes 8·m
+a token in place of 8·(F/128)·k'. A count that has reached k decides for good, so a tile whose rows are all decided is not
+computed: most features of most rows are decided by a few tiles. The counts are whole numbers, their order of arrival changes
+nothing. A row of scale 0 keeps its bits; one whose own list names a feature outside [-1, F) becomes NaN. Gao et al. 2024
+(arXiv:2406.04093).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 

@@ -135,7 +135,7 @@ def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[
         )  # fmt: skip
         if found is not None:
             few, _ = product_arguments(x, w_enc, b_enc, rows=REPAIR_N)
-            few |= {"keys_ptr": keys, "flags_ptr": flags, "used_ptr": used, "PER_TILE": per_tile}
+            few |= {name: arguments[name] for name in ("keys_ptr", "flags_ptr", "used_ptr", "PER_TILE")}
             few.pop("GROUP")
             _repair_kernel[(-(-looks // LOOK),)](
                 **few, found_ptr=found, stride_found_n=found.stride(0), K=k, HIDDEN=hidden, LOOK=LOOK

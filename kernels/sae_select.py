@@ -50,6 +50,7 @@ def select_kernel(
     PER_TILE: tl.constexpr, BLOCK_F: tl.constexpr, REPAIR_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """The k largest of what the tiles kept, and a flag for each tile that may hide more."""
     i_n = tl.program_id(0).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
@@ -73,6 +74,7 @@ def select_again_kernel(
     K, HIDDEN,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """The k largest of those and of what a repair has found for the row; nothing where it found nothing."""
     i_n = tl.program_id(0).to(tl.int64)
     used = tl.load(used_ptr + i_n)
     if used > 0:

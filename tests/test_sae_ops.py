@@ -133,7 +133,7 @@ def test_every_k_and_odd_dictionaries_to_the_bit(place):
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])
 def test_every_block_of_rows_meets_every_tile(place, monkeypatch):
     """Groups of row blocks, the last of them smaller, cover the grid once."""
-    from steerfast_kernels import sae_encode, sae_tiles
+    from steerfast_kernels import sae_tiles
 
     monkeypatch.setattr(sae_tiles, "GROUP", 2)
     with backend(place) as device:
@@ -228,7 +228,9 @@ def one_by_one(x: Tensor, w: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])
-@pytest.mark.parametrize("pair", [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")])
+@pytest.mark.parametrize(
+    "pair", [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")]
+)
 def test_a_product_of_two_dtypes_errs_no_more_than_one_of_float32(place, pair):
     """Parts of bfloat16 on tensor cores, against float64: weights of one size, of many, tiny, huge; a few large columns of x."""
     n, d, features, k = (3, 256, 100, 4) if place == "interpreter" else (70, 2048, 512, 64)
@@ -530,7 +532,10 @@ def test_a_counted_edit_selects_what_the_encoder_selects_to_the_bit(place):
                 shared = torch.tensor([0, 1, 127, 128, 129, features - 1, features // 2, int(kth[0])])
                 shared = shared.unique()[:8].int()
                 own = torch.stack([kth, (kth + 1) % features, kth - 1], 1).int()
-                for chosen, rows in ((shared, torch.eye(len(shared), d)), (own, torch.randint(-2, 3, (features, d)).float())):
+                for chosen, rows in (
+                    (shared, torch.eye(len(shared), d)),
+                    (own, torch.randint(-2, 3, (features, d)).float()),
+                ):
                     if chosen.dim() == 1 and place == "interpreter" and kind in ("random", "ascending", "all equal"):
                         continue
                     edit = (chosen, table.expand(*chosen.shape, 4).contiguous(), rows)
@@ -547,7 +552,11 @@ def test_a_counted_edit_takes_the_kth_feature_and_not_the_next(place):
     table = torch.tensor([[2.0, 1.0, -torch.inf, torch.inf]]).expand(n, 3, 4).contiguous()
     with backend(place) as device:
         for dtype in [F32] if place == "interpreter" else DTYPES:
-            x, (w, b), rows = torch.randn(n, d).to(dtype), dictionary(features, d, "cpu", dtype), torch.randn(features, d)
+            x, (w, b), rows = (
+                torch.randn(n, d).to(dtype),
+                dictionary(features, d, "cpu", dtype),
+                torch.randn(features, d),
+            )
             best = reference.pre_activations(x, w, b).topk(k + 1)
             chosen = best.indices[:, [0, k - 1, k]].int()
             sure = (best.values[:, k - 1] - best.values[:, k]) > 1e-4
@@ -593,8 +602,14 @@ def test_a_counted_edit_has_the_gradients_of_the_selected_one():
 
         assert torch.autograd.gradcheck(run, leaves)
         with torch.no_grad():
-            torch.testing.assert_close(run(*leaves), reference.sae_edit_topk(
-                x, w, b, 4, features, spread, rows[features.long()] if features.dim() == 1 else rows), atol=1e-12, rtol=0)
+            torch.testing.assert_close(
+                run(*leaves),
+                reference.sae_edit_topk(
+                    x, w, b, 4, features, spread, rows[features.long()] if features.dim() == 1 else rows
+                ),
+                atol=1e-12,
+                rtol=0,
+            )
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -746,7 +761,11 @@ V, J, T = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32), torch.zeros(6
         (lambda: sf.ops.sae_add(X, V, J, W, V), ValueError, r"scale has shape \(2, 3\)"),
         (lambda: sf.ops.sae_edit(X, V, J, J[0], EDITS[:3], W), TypeError, r"features is torch.int32 \(3,\); expected"),
         (lambda: sf.ops.sae_edit(X, V, J, J[0], EDITS[:2], W[:3]), TypeError, r"table is torch.float32 \(2, 4\)"),
-        (lambda: sf.ops.sae_edit_topk(X, W, None, 7, J[0], EDITS[:3], W[:3]), ValueError, "k is 7; expected 1 to F = 6"),
+        (
+            lambda: sf.ops.sae_edit_topk(X, W, None, 7, J[0], EDITS[:3], W[:3]),
+            ValueError,
+            "k is 7; expected 1 to F = 6",
+        ),
         (lambda: sf.ops.sae_edit_topk(X, W, None, 2, J[0], EDITS[:3], W), ValueError, r"w_dec is \(6, 4\) .* \(3, 4\)"),
         (lambda: sf.ops.sae_edit_topk(X, W, None, 2, J, EDITS[:3], W), TypeError, r"table is .* \(2, 3, 4\)"),
         (lambda: sf.ops.sae_edit_topk(X, W, None, 2, T.int().repeat(2), EDITS, W), ValueError, "features names 12 of"),

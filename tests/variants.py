@@ -24,7 +24,17 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from steerfast.ops.slots import ALL_MODES, FLOW, HINGE, SOLVE
-from steerfast_kernels import _device, add, flow, sae_decode, sae_edit, sae_edit_topk, sae_encode, sae_encode_threshold, subspace
+from steerfast_kernels import (
+    _device,
+    add,
+    flow,
+    sae_decode,
+    sae_edit,
+    sae_edit_topk,
+    sae_encode,
+    sae_encode_threshold,
+    subspace,
+)
 from steerfast_kernels._device import LIMITS, Device
 
 TARGETS = {

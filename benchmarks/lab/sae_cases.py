@@ -94,7 +94,9 @@ def sae_edit_topk(at: Stream, n: int, features: int, k: int, count: int = 8) -> 
         judge=same_as(selected),
         peers={
             "eager": lambda: selected,
-            "encode and edit": lambda: lambda x, w, b, rows: ops.sae_edit(x, *ops.sae_encode(x, w, b, k), chosen, table, rows),
+            "encode and edit": lambda: (
+                lambda x, w, b, rows: ops.sae_edit(x, *ops.sae_encode(x, w, b, k), chosen, table, rows)
+            ),
         },
         dtype=at.dtype,
     )

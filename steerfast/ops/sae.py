@@ -24,7 +24,8 @@ def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[
 
     Args:
         x: Residual stream, (..., d), n rows in all.
-        w_enc: Encoder rows, (F, d). Two 16-bit tensors of one dtype run on tensor cores; other pairs in float32.
+        w_enc: Encoder rows, (F, d). On a GPU all pairs but float32 with float32 run on tensor cores; two dtypes meet in
+            bfloat16 parts, as exact as a float32 product (three parts of float32: 3 times the work, 5 beside float16).
         b_enc: Encoder bias, (F,), or None. An SAE that subtracts b_dec first: fold it, b_enc - W_enc b_dec.
         k: Features per row, 1 to F.
 
@@ -57,7 +58,7 @@ def sae_encode_threshold(
 
     Args:
         x: Residual stream, (..., d), n rows in all.
-        w_enc: Encoder rows, (F, d). Two 16-bit tensors of one dtype run on tensor cores; other pairs in float32.
+        w_enc: Encoder rows, (F, d). As in `sae_encode`.
         b_enc: Encoder bias, (F,), or None. An SAE that subtracts b_dec first: fold it, b_enc - W_enc b_dec.
         threshold: θ ≥ 0, (F,) float32: JumpReLU; one number for all: BatchTopK at inference; zero: ReLU.
         capacity: Room for each row, 1 to F.
@@ -279,7 +280,12 @@ def _check_edits(op: str, x: Tensor, features: Any, table: Any, shape: tuple[int
         ("features", features, shape, torch.int32),
         ("table", table, (*shape, 4), torch.float32),
     ):
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != wanted or tensor.dtype != dtype or not all(shape[-1:]):
+        if (
+            not isinstance(tensor, Tensor)
+            or tuple(tensor.shape) != wanted
+            or tensor.dtype != dtype
+            or not all(shape[-1:])
+        ):
             got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{op}: {name} is {got}; expected {dtype} {wanted}, {what}")
         if tensor.device != x.device:

@@ -20,7 +20,7 @@ def sae_edit_topk(
     w_dec: Tensor,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m]; fₘ is what `sae_encode` would find for feature m, 0 where it is not among the k.
+    """x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m]; fₘ is what `sae_encode` finds for feature m, 0 where it is not among the k.
 
     Rows leave the walk over the dictionary as soon as k features exceed each of theirs; most do in its first blocks.
     """
@@ -37,7 +37,10 @@ def found(values: Tensor, indices: Tensor, features: Tensor) -> Tensor:
 
 
 def edited(x: Tensor, f: Tensor, features: Tensor, table: Tensor, w_dec: Tensor, scale: Tensor | None) -> Tensor:
-    """x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m] for activations (n, m); in a row's own list -1 is none, one outside makes the row NaN."""
+    """x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m] for activations (n, m).
+
+    In a row's own list -1 is none, and a feature that there is not makes the row NaN.
+    """
     g = torch.clamp(table[..., 0] * f + table[..., 1], table[..., 2], table[..., 3]) - f
     dtype = torch.promote_types(torch.promote_types(x.dtype, w_dec.dtype), torch.float32)
     if features.dim() == 1:
@@ -47,7 +50,9 @@ def edited(x: Tensor, f: Tensor, features: Tensor, table: Tensor, w_dec: Tensor,
         g = torch.where(features == -1, 0, torch.where(there, g, torch.nan)).to(dtype)
         places = torch.where(there, features, 0).long()
         # beside no feature row 0 of the decoder, which g turns into nothing or into NaN
-        terms = (own[:, None] * w_dec[place].to(dtype) for own, place in zip(g.unbind(1), places.unbind(1), strict=True))
+        terms = (
+            own[:, None] * w_dec[place].to(dtype) for own, place in zip(g.unbind(1), places.unbind(1), strict=True)
+        )
         delta = sum(terms, torch.zeros((), dtype=dtype, device=x.device))
     wide = x if x.dtype == torch.float64 else x.float()
     delta = delta.view(x.shape)
