@@ -57,7 +57,8 @@ def assert_same(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> No
 
 @pytest.mark.parametrize("place", PLACES)
 def test_encode_against_float64(place):
-    sizes = SMALL if place == "interpreter" else SMALL + LARGE
+    # a sort of many keys takes the interpreter long
+    sizes = [SMALL[0], ((2, 40), 300, 9), ((1, 24), 60, 60), SMALL[3]] if place == "interpreter" else SMALL + LARGE
     cases = [(size, dtype) for size in sizes for dtype in DTYPES if runs(place, dtype)]
     with backend(place) as device:
         for (shape, features, k), dtype in cases:
@@ -104,9 +105,7 @@ def test_ties_and_clusters_to_the_bit(place, monkeypatch):
         from steerfast_kernels import sae_encode
 
         monkeypatch.setattr(sae_encode, "HEADROOM", 1)
-    sizes = (
-        [(650, 8, 20)] if place == "interpreter" else [(650, 8, 20), (1000, 24, 1), (5000, 24, 64), (16384, 16, 400)]
-    )
+    sizes = [(650, 8, 9)] if place == "interpreter" else [(650, 8, 20), (1000, 24, 1), (5000, 24, 64), (16384, 16, 400)]
     with backend(place) as device:
         for kind in KINDS:
             for features, d, k in sizes:
@@ -138,11 +137,11 @@ def test_every_block_of_rows_meets_every_tile(place, monkeypatch):
     monkeypatch.setattr(sae_tiles, "GROUP", 2)
     with backend(place) as device:
         x, w = torch.randint(-2, 3, (330, 8)).float(), torch.randint(-2, 3, (200, 8)).float()
-        x = x[:130] if place == "interpreter" else x
+        x, w = (x[:130], w[:130]) if place == "interpreter" else (x, w)
         for dtype in [F32] if place == "interpreter" else DTYPES:
             assert_same(
-                sf.ops.sae_encode(x.to(device, dtype), w.to(device, dtype), None, 3),
-                reference.sae_encode(x, w, None, 3),
+                sf.ops.sae_encode(x.to(device, dtype), w.to(device, dtype), None, 1),
+                reference.sae_encode(x, w, None, 1),
             )
 
 
@@ -197,7 +196,8 @@ def test_a_row_does_not_depend_on_its_neighbours(place):
 @pytest.mark.parametrize("place", PLACES)
 def test_layouts_and_mixed_dtypes(place):
     with backend(place) as device:
-        x, (w, b) = torch.randint(-2, 3, (4, 3, 24)).float().to(device), dictionary(150, 24, device)
+        shape = (2, 2, 24) if place == "interpreter" else (4, 3, 24)
+        x, (w, b) = torch.randint(-2, 3, shape).float().to(device), dictionary(150, 24, device)
         w = (8 * w).round()
         wanted = reference.sae_encode(x, w, None, 9)
         views = {

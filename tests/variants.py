@@ -146,7 +146,7 @@ def _decode(n: int) -> None:
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 # where a kernel differs little from one that is compiled for all targets
-TWO, THREE = ("sm_90", "gfx942"), ("sm_80", "sm_90", "gfx942")
+ONE, TWO = ("sm_90",), ("sm_90", "gfx942")
 VARIANTS = [
     Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True, targets=TWO),
     Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, vector_loads=True),
@@ -156,19 +156,18 @@ VARIANTS = [
     Variant("flow-full-rank", "_flow_kernel", _full_rank, 128, 16384),
     Variant("split-project", "_split_project_kernel", lambda: _few(HINGE), 168, 65536, tensor_cores=True, targets=TWO),
     Variant("split-lift", "_split_lift_kernel", lambda: _few(ALL_MODES), 255, 65536, tensor_cores=True, targets=TWO),
-    Variant("encode-many-rows", "_encode_kernel", lambda: _encode(4096, bf16), 128, 200704, tensor_cores=True, wgmma=True),
-    Variant("encode-some-rows", "_encode_kernel", lambda: _encode(128, bf16), 168, 102400, 0, False, True, True, TWO),
-    Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 168, 102400, 0, False, True, True, THREE),
-    Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=("sm_90", "gfx942")),
-    Variant("encode-mixed", "_encode_kernel", lambda: _encode(128, bf16, fp32), 255, 131072, 0, False, True, True, THREE),
-    Variant("encode-mixed-few", "_encode_kernel", lambda: _encode(16, fp16, fp32), 200, 163840, 0, False, True, True, TWO),
-    Variant("encode-repair", "_repair_kernel", lambda: _encode(128, bf16), 200, 102400, 0, False, True, True, ("sm_90",)),
-    Variant("encode-select", "select_kernel", lambda: _encode(128, bf16), 96, 8192, targets=("sm_90",)),
-    Variant("encode-threshold", "_threshold_kernel", lambda: _encode_threshold(4096), 128, 200704, 0, False, True, True, TWO),
-    Variant("edit-topk-own", "_own_kernel", lambda: _edit_topk(16), 168, 102400, 0, False, True, True, ("sm_90",)),
-    Variant("edit-topk-count", "_count_kernel", lambda: _edit_topk(4096), 255, 200704, 0, False, True, True, TWO),
-    Variant("edit-features", "_edit_kernel", lambda: _edit(16), 40, 1024, targets=("sm_90",)),
-    Variant("decode-few-rows", "_decode_kernel", lambda: _decode(16), 64, 8192, vector_loads=True, targets=("sm_90",)),
+    Variant("encode-many-rows", "_encode_kernel", lambda: _encode(4096, bf16), 200, 200704, tensor_cores=True, wgmma=True),
+    Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 168, 102400, 0, False, True, True, TWO),
+    Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=ONE),
+    Variant("encode-mixed", "_encode_kernel", lambda: _encode(128, bf16, fp32), 255, 131072, 0, False, True, True, ("sm_80", "sm_90")),
+    Variant("encode-mixed-few", "_encode_kernel", lambda: _encode(16, fp16, fp32), 200, 163840, 0, False, True, True, ONE),
+    Variant("encode-repair", "_repair_kernel", lambda: _encode(128, bf16), 200, 102400, 0, False, True, True, ONE),
+    Variant("encode-select", "select_kernel", lambda: _encode(128, bf16), 96, 8192, targets=ONE),
+    Variant("encode-threshold", "_threshold_kernel", lambda: _encode_threshold(4096), 128, 200704, 0, False, True, True, ONE),
+    Variant("edit-topk-own", "_own_kernel", lambda: _edit_topk(16), 168, 102400, 0, False, True, True, ONE),
+    Variant("edit-topk-count", "_count_kernel", lambda: _edit_topk(4096), 255, 200704, 0, False, True, True, ONE),
+    Variant("edit-features", "_edit_kernel", lambda: _edit(16), 40, 1024, targets=ONE),
+    Variant("decode-few-rows", "_decode_kernel", lambda: _decode(16), 64, 8192, vector_loads=True, targets=ONE),
 ]  # fmt: skip
 
 
