@@ -146,7 +146,7 @@ def _decode(n: int) -> None:
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 # where a kernel differs little from one that is compiled for all targets
-ONE, TWO = ("sm_90",), ("sm_90", "gfx942")
+ONE, TWO, OLD = ("sm_90",), ("sm_90", "gfx942"), ("sm_80", "sm_90")
 VARIANTS = [
     Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True, targets=TWO),
     Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, vector_loads=True),
@@ -159,7 +159,7 @@ VARIANTS = [
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(4096, bf16), 200, 200704, tensor_cores=True, wgmma=True),
     Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 168, 102400, 0, False, True, True, TWO),
     Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=ONE),
-    Variant("encode-mixed", "_encode_kernel", lambda: _encode(128, bf16, fp32), 255, 131072, 0, False, True, True, ("sm_80", "sm_90")),
+    Variant("encode-mixed", "_encode_kernel", lambda: _encode(128, bf16, fp32), 255, 131072, 0, False, True, True, OLD),
     Variant("encode-mixed-few", "_encode_kernel", lambda: _encode(16, fp16, fp32), 200, 163840, 0, False, True, True, ONE),
     Variant("encode-repair", "_repair_kernel", lambda: _encode(128, bf16), 200, 102400, 0, False, True, True, ONE),
     Variant("encode-select", "select_kernel", lambda: _encode(128, bf16), 96, 8192, targets=ONE),

@@ -80,9 +80,10 @@ def sae_edit_topk(at: Stream, n: int, features: int, k: int, count: int = 8) -> 
     table = torch.tensor([[2.0, 0.0, -torch.inf, torch.inf]], device=at.device).repeat(count, 1)
 
     def selected(x: Tensor, w: Tensor, b: Tensor, rows: Tensor) -> Tensor:
-        values, indices = torch.relu(_product(x, w) + b).topk(k)
+        product = x @ w.T if x.dtype == torch.float64 else _product(x, w)
+        values, indices = torch.relu(product + b).topk(k)
         f = (values[:, :, None] * (indices[:, :, None] == chosen)).sum(1)
-        return (x + f @ rows.float()).to(x.dtype)
+        return (x + f @ rows.to(f.dtype)).to(x.dtype)
 
     return Case(
         f"sae_edit_topk count={count} F={features} k={k} n={n} {at.tag}",
