@@ -10,7 +10,9 @@ import triton.language as tl
 from lab.case import Function, NotHere
 from torch import Tensor
 
-BLOCK_N, BLOCK_F, BLOCK_D, GROUP = 128, 128, 64, 32
+from steerfast_kernels import sae_tiles
+
+BLOCK_F = sae_tiles.BLOCK_F
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -43,11 +45,12 @@ def _product_kernel(
 def product(x: Tensor, w: Tensor) -> Tensor:
     """The tile-wise maxima of x Wᵀ, (n, tiles), for contiguous 16-bit x (n, d) and W (F, d)."""
     (n, d), features = x.shape, w.shape[0]
-    tiles = triton.cdiv(features, BLOCK_F)
+    (block_n, warps, stages), step = sae_tiles.tiling_of(x, w, n)
+    tiles, group = triton.cdiv(features, BLOCK_F), max(sae_tiles.GROUP // block_n, 1)
     out = torch.empty(n, tiles, device=x.device)
-    _product_kernel[(triton.cdiv(n, BLOCK_N) * tiles,)](
+    _product_kernel[(triton.cdiv(n, block_n) * tiles,)](
         x_ptr=x, w_ptr=w, out_ptr=out, N=n, F=features, D=d,
-        BLOCK_N=BLOCK_N, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, GROUP=GROUP, num_warps=8, num_stages=3,
+        BLOCK_N=block_n, BLOCK_F=BLOCK_F, BLOCK_D=step, GROUP=group, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 

@@ -26,3 +26,8 @@ def test_sae_encode(race: Any, n: int) -> None:
 @pytest.mark.parametrize("n", pick((16, 4096), (1,), (2,)))
 def test_sae_encode_threshold(race: Any, n: int) -> None:
     race(lambda: sae_cases.sae_encode_threshold(AT, n, FEATURES, pick(64, 64, 16)))
+
+
+@pytest.mark.parametrize("n", pick((1, 16, 4096), (1, 256), (2,)))
+def test_sae_edit_topk(race: Any, n: int) -> None:
+    race(lambda: sae_cases.sae_edit_topk(AT, n, FEATURES, K))

@@ -15,6 +15,7 @@ class Device(NamedTuple):
 
     lanes: int  # threads of a warp: 64 on AMD's CDNA, 32 on its RDNA and on NVIDIA
     shared: int  # bytes of shared memory (LDS) that one program may use
+    wgmma: bool = False  # four warps multiply together, as on sm_90 alone
 
 
 class Limits(NamedTuple):
@@ -31,7 +32,7 @@ LIMITS = {
     "sm_100": Limits(255, 227 * 1024, 32),
     "gfx942": Limits(512, 64 * 1024, 64),  # 256 vector and 256 accumulation registers
 }
-INTERPRETED = Device(32, 227 * 1024)
+INTERPRETED = Device(32, 227 * 1024, wgmma=True)
 
 
 def device_of(x: Tensor) -> Device:
@@ -43,6 +44,5 @@ def device_of(x: Tensor) -> Device:
 def _device(index: int) -> Device:
     with torch.cuda.device(index):
         driver = triton.runtime.driver.active
-        return Device(
-            driver.get_current_target().warp_size, driver.utils.get_device_properties(index)["max_shared_mem"]
-        )
+        target, properties = driver.get_current_target(), driver.utils.get_device_properties(index)
+        return Device(target.warp_size, properties["max_shared_mem"], wgmma=target.arch == 90)

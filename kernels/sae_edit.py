@@ -19,6 +19,14 @@ WIDTH = [(64, 256), (1 << 62, 1024)]  # (largest n, columns per program): few to
 WARPS = 4
 
 
+@triton.jit
+def change(f, table_ptr):
+    """t(f) - f of one feature; NaN, the mark of an overflow, stays."""
+    t = tl.load(table_ptr) * f + tl.load(table_ptr + 1)
+    t = tl.maximum(t, tl.load(table_ptr + 2), propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(t, tl.load(table_ptr + 3), propagate_nan=tl.PropagateNan.ALL) - f
+
+
 @kernel
 def _edit_kernel(
     x_ptr, stride_x_n,
@@ -43,10 +51,7 @@ def _edit_kernel(
     for m in range(M):
         found = (index == tl.load(features_ptr + m)).to(tl.float32)
         f = tl.sum(value * found, axis=0)  # a product: NaN, the mark of an overflow, reaches the row
-        t = tl.load(table_ptr + 4 * m) * f + tl.load(table_ptr + 4 * m + 1)
-        t = tl.maximum(t, tl.load(table_ptr + 4 * m + 2), propagate_nan=tl.PropagateNan.ALL)
-        t = tl.minimum(t, tl.load(table_ptr + 4 * m + 3), propagate_nan=tl.PropagateNan.ALL)
-        delta += (t - f) * tl.load(w_ptrs, mask=mask_d, other=0.0).to(tl.float32)
+        delta += change(f, table_ptr + 4 * m) * tl.load(w_ptrs, mask=mask_d, other=0.0).to(tl.float32)
         w_ptrs += stride_w_m
     x = tl.load(x_ptr + i_n * stride_x_n + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     if scale_ptr is not None:
@@ -67,7 +72,7 @@ def sae_edit(
     if n:
         block_d = min(choose(WIDTH, n), power_of_two(d))
         with on_device(x):
-            _edit_kernel[(n, triton.cdiv(d, block_d))](
+            _edit_kernel[(n, -(-d // block_d))](
                 x_ptr=rows, stride_x_n=rows.stride(0),
                 values_ptr=flat, stride_values_n=flat.stride(0),
                 indices_ptr=places, stride_indices_n=places.stride(0),

@@ -3,81 +3,28 @@
 Bytes: reads |w|·F·d once per group of rows and |x|·n·d from L2, writes 8·n·(F/128)·k' candidates, where the full matrix
 takes 2·n·F or more. Every tile of features keeps its best k' per row as int64 keys (float32 bits, inverted index). The
 selection of the best k candidates is exact unless a tile's k'-th key lies above the k-th of them: then that tile may
-hide more. At most (k - 1) // k' tiles per row can, so a second kernel over the same grid looks at each once more, adds
-what it hid to a buffer of that size, and the selection is repeated. Nothing waits for the host. A row does not depend
-on its batch-mates: blocks of 64 and 128 rows sum over d in the same order. Gao et al. 2024 (arXiv:2406.04093).
+hide more. At most (k - 1) // k' tiles per row can; the selection flags them, a third launch computes the flagged ones once
+more, in blocks of 64 rows, and adds what they hid to a buffer of that size, and a fourth selects again where it did. Each
+launch prepares what the next ones count in, so that nothing else runs and nothing waits for the host. A row does not
+depend on its batch-mates: blocks of 64, 128 and 256 rows sum over d in the same order, by the same instruction on
+sm_80, sm_90 and sm_120; on sm_100 and AMD the instructions of a tile follow its size, and that they round alike is unproven.
+Gao et al. 2024 (arXiv:2406.04093).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import choose, flatten, kernel, on_device, power_of_two
-from ._tuned import tuned
+from ._launch import kernel, on_device, power_of_two
+from .sae_select import SELECT, SELECT_WARPS, select_again_kernel, select_kernel
+from .sae_tiles import BLOCK_F, best, place, product_arguments, tile_bits
 
-# (largest n, (rows per tile, warps)); 64 is the fewest rows of Hopper's matrix instruction
-TILES = [(64, (64, 4)), (1 << 62, (128, 8))]
-TILES_FLOAT32 = [(1 << 62, (64, 8))]  # no tensor cores: the products' operands stay in registers
-BLOCK_F = 128  # features per tile; fixed, since it decides which candidates exist
-BLOCK_D, STAGES = 64, 3
-BLOCK_D_FLOAT32, STAGES_FLOAT32 = 16, 2
-GROUP = 32  # row blocks that share one pass over W_enc: 32 · 128 rows of x at d = 4096 take 32 MB of L2
 PER_TILE = 4  # k': the fewest keys that a tile keeps
-SELECT, SELECT_WARPS = 1024, 4  # keys of a row that are sorted at a time: 8 per thread
 HEADROOM = 16  # a tile keeps at least 16 times its mean share k·128/F of the winners, so that a repair stays rare
-
-
-@triton.jit
-def _place(N, TILES_F, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """(row block, tile) of this program: the row blocks of a group first, so that a tile of W_enc is read once for them."""
-    i = tl.program_id(0)
-    blocks = tl.cdiv(N, BLOCK_N)
-    first = i // (GROUP * TILES_F) * GROUP
-    size = tl.minimum(blocks - first, GROUP)
-    inside = i % (GROUP * TILES_F)
-    return first + inside % size, inside // size
-
-
-@triton.jit
-def _tile_bits(
-    x_ptr, stride_x_n, w_ptr, stride_w_f, stride_w_d, b_ptr, offs_n, mask_n, i_f, F, D,
-    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """relu(xWᵀ + b) of one tile as the bits of float32, which order as int32 do; NaN, of either sign, lies on top."""
-    offs_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
-    mask_f = offs_f < F
-    offs_d = tl.arange(0, BLOCK_D)
-    x_ptrs = x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :]
-    w_ptrs = w_ptr + offs_f[None, :].to(tl.int64) * stride_w_f + offs_d[:, None].to(tl.int64) * stride_w_d
-    pre = tl.zeros((offs_n.shape[0], BLOCK_F), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        mask_d = offs_d < D - d
-        x = tl.load(x_ptrs + d, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=mask_f[None, :] & mask_d[:, None], other=0.0)
-        if x.dtype != w.dtype:
-            x = x.to(tl.float32)
-            w = w.to(tl.float32)
-        pre = tl.dot(x, w, pre, input_precision="ieee")
-        w_ptrs += BLOCK_D * stride_w_d
-    if b_ptr is not None:
-        pre += tl.load(b_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
-    bits = tl.where(pre > 0, pre.to(tl.int32, bitcast=True), 0)
-    bits = tl.where(pre == pre, bits, 0x7FC00000)
-    return tl.where(mask_f[None, :], bits, 0)  # (BLOCK_N, BLOCK_F)
-
-
-@triton.jit
-def _best(bits, i_f, BLOCK_F: tl.constexpr):
-    """The largest entry of each row: its place in the tile and its key; key 0 where nothing positive is left."""
-    value, place = tl.max(bits, axis=1, return_indices=True, return_indices_tie_break_left=True)
-    index = i_f * BLOCK_F + place
-    key = (value.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
-    return place, tl.where(value > 0, key, 0)
+REPAIR_N = 64  # rows of a block that is repaired: the fewest of any tile
+LOOK = 4  # flags that one program of the repair looks at
 
 
 @kernel
@@ -86,21 +33,29 @@ def _encode_kernel(
     w_ptr, stride_w_f, stride_w_d,
     b_ptr,
     keys_ptr,
+    flags_ptr, used_ptr,
     N, F, D, TILES_F,
-    PER_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    PER_TILE: tl.constexpr, REPAIR_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    i_n, i_f = _place(N, TILES_F, BLOCK_N, GROUP)
+    i_n, i_f = place(N, TILES_F, BLOCK_N, GROUP)
     offs_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    bits = _tile_bits(
-        x_ptr, stride_x_n, w_ptr, stride_w_f, stride_w_d, b_ptr, offs_n, mask_n, i_f, F, D, BLOCK_F, BLOCK_D
+    offs_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    if flags_ptr is not None:
+        blocks = i_n.to(tl.int64) * (BLOCK_N // REPAIR_N) + tl.arange(0, BLOCK_N // REPAIR_N)
+        tl.store(flags_ptr + blocks * TILES_F + i_f, 0, mask=blocks * REPAIR_N < N)
+        if i_f == 0:
+            tl.store(used_ptr + offs_n, 0, mask=mask_n)
+    bits = tile_bits(
+        x_ptr, stride_x_n, w_ptr, stride_w_f, stride_w_d, b_ptr, offs_n, mask_n, offs_f, offs_f < F, D, BLOCK_D, WIDEN
     )
     places = tl.arange(0, BLOCK_F)[None, :]
     out_ptrs = keys_ptr + (offs_n * TILES_F + i_f) * PER_TILE
     for j in range(PER_TILE):
-        place, key = _best(bits, i_f, BLOCK_F)
+        taken, key = best(bits, i_f, BLOCK_F)
         tl.store(out_ptrs + j, key, mask=mask_n)
-        bits = tl.where(places == place[:, None], 0, bits)
+        bits = tl.where(places == taken[:, None], 0, bits)
 
 
 @kernel
@@ -109,110 +64,86 @@ def _repair_kernel(
     w_ptr, stride_w_f, stride_w_d,
     b_ptr,
     keys_ptr,
+    flags_ptr, used_ptr,
     found_ptr, stride_found_n,
-    used_ptr,
     N, F, D, TILES_F, K, HIDDEN,
-    PER_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    PER_TILE: tl.constexpr, LOOK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    i_n, i_f = _place(N, TILES_F, BLOCK_N, GROUP)
-    offs_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    kth = tl.load(found_ptr + offs_n * stride_found_n + K - 1, mask=mask_n, other=0)
-    kept_ptrs = keys_ptr + (offs_n * TILES_F + i_f) * PER_TILE
-    flagged = mask_n & (tl.load(kept_ptrs + PER_TILE - 1, mask=mask_n, other=0) > kth)
-    if tl.max(flagged.to(tl.int32), axis=0) > 0:
-        bits = _tile_bits(
-            x_ptr, stride_x_n, w_ptr, stride_w_f, stride_w_d, b_ptr, offs_n, flagged, i_f, F, D, BLOCK_F, BLOCK_D
-        )
-        places = tl.arange(0, BLOCK_F)[None, :]
-        for j in range(PER_TILE):
-            kept = tl.load(kept_ptrs + j, mask=flagged, other=0)
-            place = 0x7FFFFFFF - (kept & 0x7FFFFFFF).to(tl.int32) - i_f * BLOCK_F
-            bits = tl.where(places == place[:, None], 0, bits)
-        slot = tl.atomic_add(used_ptr + offs_n, 1, mask=flagged)  # any order: the keys are a set
-        out_ptrs = found_ptr + offs_n * stride_found_n + K + slot * HIDDEN
-        for j in range(HIDDEN):
-            place, key = _best(bits, i_f, BLOCK_F)
-            tl.store(out_ptrs + j, key, mask=flagged & (key > kth))
-            bits = tl.where(places == place[:, None], 0, bits)
-
-
-@kernel
-def _select_kernel(
-    keys_ptr, stride_keys_n,
-    out_ptr, stride_out_n,
-    COUNT, K,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    i_n = tl.program_id(0).to(tl.int64)
-    offs_c, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
-    best = tl.zeros((BLOCK_K,), tl.int64)
-    for c in range(0, COUNT, BLOCK_C):
-        keys = tl.load(keys_ptr + i_n * stride_keys_n + c + offs_c, mask=offs_c < COUNT - c, other=0)
-        # of two descending runs, the larger of each and its mirror image are the best of both
-        best = tl.sort(tl.maximum(best, tl.flip(tl.topk(keys, BLOCK_K, 0), 0)), 0, descending=True)
-    tl.store(out_ptr + i_n * stride_out_n + offs_k, best, mask=offs_k < K)
-
-
-def select(keys: Tensor, k: int) -> Tensor:
-    """The k largest keys of each row, (n, k), largest first; no key is negative."""
-    n, count = keys.shape
-    out = torch.empty(n, k, dtype=torch.int64, device=keys.device)
-    block_k = power_of_two(k, at_least=2)
-    _select_kernel[(n,)](
-        keys_ptr=keys, stride_keys_n=keys.stride(0),
-        out_ptr=out, stride_out_n=out.stride(0),
-        COUNT=count, K=k,
-        BLOCK_C=max(block_k, min(power_of_two(count), SELECT)), BLOCK_K=block_k, num_warps=SELECT_WARPS,
-    )  # fmt: skip
-    return out
+    first, total = tl.program_id(0).to(tl.int64) * LOOK, tl.cdiv(N, BLOCK_N).to(tl.int64) * TILES_F
+    offs = first + tl.arange(0, LOOK)
+    if tl.max(tl.load(flags_ptr + offs, mask=offs < total, other=0), axis=0) > 0:
+        for i in range(first, tl.minimum(first + LOOK, total)):
+            if tl.load(flags_ptr + i) > 0:
+                i_f = (i % TILES_F).to(tl.int32)
+                offs_n, offs_f = i // TILES_F * BLOCK_N + tl.arange(0, BLOCK_N), i_f * BLOCK_F + tl.arange(0, BLOCK_F)
+                mask_n = offs_n < N
+                kth = tl.load(found_ptr + offs_n * stride_found_n + K - 1, mask=mask_n, other=0)
+                kept_ptrs = keys_ptr + (offs_n * TILES_F + i_f) * PER_TILE
+                hides = mask_n & (tl.load(kept_ptrs + PER_TILE - 1, mask=mask_n, other=0) > kth)
+                bits = tile_bits(
+                    x_ptr, stride_x_n, w_ptr, stride_w_f, stride_w_d, b_ptr, offs_n, hides, offs_f, offs_f < F, D,
+                    BLOCK_D, WIDEN,
+                )  # fmt: skip
+                places = tl.arange(0, BLOCK_F)[None, :]
+                for j in range(PER_TILE):
+                    taken = 0x7FFFFFFF - (tl.load(kept_ptrs + j, mask=hides, other=0) & 0x7FFFFFFF).to(tl.int32)
+                    bits = tl.where(places == taken[:, None] - i_f * BLOCK_F, 0, bits)
+                slot = tl.atomic_add(used_ptr + offs_n, 1, mask=hides)  # any order: the keys are a set
+                out_ptrs = found_ptr + offs_n * stride_found_n + K + slot * HIDDEN
+                for j in range(HIDDEN):
+                    taken, key = best(bits, i_f, BLOCK_F)
+                    tl.store(out_ptrs + j, tl.where(key > kth, key, 0), mask=hides)
+                    bits = tl.where(places == taken[:, None], 0, bits)
 
 
 def plan(features: int, k: int) -> tuple[int, int, int, int]:
     """(tiles, keys that each keeps, winners that one can still hide, tiles per row that can hide any)."""
-    tiles = triton.cdiv(features, BLOCK_F)
-    per_tile = min(power_of_two(max(PER_TILE, triton.cdiv(HEADROOM * k, tiles))), BLOCK_F)
+    tiles = -(-features // BLOCK_F)
+    per_tile = min(power_of_two(max(PER_TILE, -(-HEADROOM * k // tiles))), BLOCK_F)
     hidden = max(min(k, BLOCK_F) - per_tile, 0)
     return tiles, per_tile, hidden, (k - 1) // per_tile if hidden else 0
 
 
-def product_arguments(x: Tensor, w_enc: Tensor, b_enc: Tensor | None) -> tuple[dict[str, Any], tuple[int]]:
-    """What a kernel over tiles of the product is launched with, and its grid."""
-    flat = flatten(x)
-    (n, d), features = flat.shape, w_enc.shape[0]
-    exact = flat.dtype == w_enc.dtype and flat.dtype != torch.float32
-    block_n, warps = choose(tuned("sae_encode.TILES", TILES, x) if exact else TILES_FLOAT32, n)
-    tiles = triton.cdiv(features, BLOCK_F)
-    arguments = dict(  # noqa: C408  keywords read as the kernel's signature
-        x_ptr=flat, stride_x_n=flat.stride(0),
-        w_ptr=w_enc, stride_w_f=w_enc.stride(0), stride_w_d=w_enc.stride(1),
-        b_ptr=None if b_enc is None else b_enc.contiguous(),
-        N=n, F=features, D=d, TILES_F=tiles,
-        BLOCK_N=block_n, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D if exact else BLOCK_D_FLOAT32,
-        GROUP=tuned("sae_encode.GROUP", GROUP, x),
-        num_warps=warps, num_stages=STAGES if exact else STAGES_FLOAT32,
-    )  # fmt: skip
-    return arguments, (triton.cdiv(n, block_n) * tiles,)
-
-
 def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """(values float32, indices int32), both (..., k); value 0 and index 0 where fewer than k features are active."""
-    arguments, grid = product_arguments(x, w_enc, b_enc)
-    n = arguments["N"]
+    arguments, programs = product_arguments(x, w_enc, b_enc)
+    n, device = arguments["N"], x.device
     tiles, per_tile, hidden, slots = plan(w_enc.shape[0], k)
-    keys = torch.empty(n, tiles * per_tile, dtype=torch.int64, device=x.device)
-    found = torch.zeros(n, k + slots * hidden, dtype=torch.int64, device=x.device)
-    if n:
-        arguments |= {"keys_ptr": keys, "PER_TILE": per_tile}
-        with on_device(x):
-            _encode_kernel[grid](**arguments)
-            found[:, :k] = select(keys, k)
-            if slots:
-                used = torch.zeros(n, dtype=torch.int32, device=x.device)
-                _repair_kernel[grid](
-                    **arguments, found_ptr=found, stride_found_n=found.stride(0), used_ptr=used, K=k, HIDDEN=hidden
-                )
-                found = select(found, k)
-    values = (found >> 32).to(torch.int32).view(torch.float32)
-    indices = torch.where(found > 0, 0x7FFFFFFF - (found & 0x7FFFFFFF), 0).to(torch.int32)
-    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+    values = torch.empty(*x.shape[:-1], k, dtype=torch.float32, device=device)
+    indices = torch.empty(*x.shape[:-1], k, dtype=torch.int32, device=device)
+    if not n:
+        return values, indices
+    keys = torch.empty(n, tiles * per_tile, dtype=torch.int64, device=device)
+    found, flags, used = None, None, None
+    looks = -(-n // REPAIR_N) * tiles
+    if slots:
+        found = torch.empty(n, k + slots * hidden, dtype=torch.int64, device=device)
+        flags = torch.empty(looks, dtype=torch.int32, device=device)
+        used = torch.empty(n, dtype=torch.int32, device=device)
+    arguments |= {"keys_ptr": keys, "flags_ptr": flags, "used_ptr": used, "PER_TILE": per_tile}
+    block_k = power_of_two(k, at_least=2)
+    out = {"values_ptr": values, "indices_ptr": indices, "K": k, "BLOCK_K": block_k, "num_warps": SELECT_WARPS}
+    with on_device(x):
+        _encode_kernel[(programs,)](**arguments, REPAIR_N=REPAIR_N)
+        select_kernel[(n,)](
+            keys_ptr=keys, stride_keys_n=keys.stride(0),
+            found_ptr=found, stride_found_n=0 if found is None else found.stride(0),
+            flags_ptr=flags,
+            TILES_F=tiles, PER_TILE=per_tile, BLOCK_F=BLOCK_F, REPAIR_N=REPAIR_N,
+            BLOCK_C=max(block_k, min(power_of_two(keys.shape[1]), SELECT)), **out,
+        )  # fmt: skip
+        if found is not None:
+            few, _ = product_arguments(x, w_enc, b_enc, rows=REPAIR_N)
+            few |= {name: arguments[name] for name in ("keys_ptr", "flags_ptr", "used_ptr", "PER_TILE")}
+            few.pop("GROUP")
+            _repair_kernel[(-(-looks // LOOK),)](
+                **few, found_ptr=found, stride_found_n=found.stride(0), K=k, HIDDEN=hidden, LOOK=LOOK
+            )
+            select_again_kernel[(n,)](
+                found_ptr=found, stride_found_n=found.stride(0),
+                used_ptr=used,
+                HIDDEN=hidden,
+                BLOCK_C=max(block_k, min(power_of_two(k + hidden), SELECT)), **out,
+            )  # fmt: skip
+    return values, indices

@@ -499,3 +499,26 @@ def sae_edit(
         t = torch.clamp(t0 * f + t1, least, most)
         out = out + weight * (t - f) * row
     return out
+
+
+def sae_edit_topk(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    features: Tensor,
+    table: Tensor,
+    w_dec: Tensor,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """`sae_edit` of what `sae_encode` finds, a row at a time where each has features (n, m), table (n, m, 4) and all of w_dec."""
+    values, indices = sae_encode(x, w_enc, b_enc, k)
+    if features.dim() == 1:
+        return sae_edit(x, values, indices, features, table, w_dec, scale)
+    rows = []
+    for i, row in enumerate(x.reshape(-1, 1, x.shape[-1])):
+        mine = features[i] != -1
+        encoded = (part.reshape(-1, k)[i : i + 1] for part in (values, indices))
+        weight = None if scale is None else scale[i : i + 1]
+        rows.append(sae_edit(row, *encoded, features[i, mine], table[i, mine], w_dec[features[i, mine].long()], weight))
+    return torch.cat(rows).view(x.shape) if rows else number(x)

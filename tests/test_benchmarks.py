@@ -341,6 +341,7 @@ CASES = {
     **{f"flow {name}": lambda name=name: cases.flow(AT, 5, 3, method=name) for name in cases.PLAIN_STEPS},
     "sae_encode": lambda: sae_cases.sae_encode(AT, 5, 300, 7),
     "sae_encode_threshold": lambda: sae_cases.sae_encode_threshold(AT, 5, 300, 32),
+    "sae_edit_topk": lambda: sae_cases.sae_edit_topk(AT, 5, 300, 9, count=3),
     "sae_decode": lambda: sae_cases.sae_decode(AT, 5, 300, 7),
     **{name: lambda name=name: cases.subspace(AT, 5, name, 2) for name in METHODS},
     **{f"goal {key}": lambda goal=goal: goal.tiny().case(AT) for key, goal in GOALS.items()},

@@ -57,7 +57,8 @@ def assert_same(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> No
 
 @pytest.mark.parametrize("place", PLACES)
 def test_encode_against_float64(place):
-    sizes = SMALL if place == "interpreter" else SMALL + LARGE
+    # a sort of many keys takes the interpreter long
+    sizes = [SMALL[0], ((2, 40), 300, 9), ((1, 24), 60, 60), SMALL[3]] if place == "interpreter" else SMALL + LARGE
     cases = [(size, dtype) for size in sizes for dtype in DTYPES if runs(place, dtype)]
     with backend(place) as device:
         for (shape, features, k), dtype in cases:
@@ -104,9 +105,7 @@ def test_ties_and_clusters_to_the_bit(place, monkeypatch):
         from steerfast_kernels import sae_encode
 
         monkeypatch.setattr(sae_encode, "HEADROOM", 1)
-    sizes = (
-        [(650, 8, 20)] if place == "interpreter" else [(650, 8, 20), (1000, 24, 1), (5000, 24, 64), (16384, 16, 400)]
-    )
+    sizes = [(650, 8, 9)] if place == "interpreter" else [(650, 8, 20), (1000, 24, 1), (5000, 24, 64), (16384, 16, 400)]
     with backend(place) as device:
         for kind in KINDS:
             for features, d, k in sizes:
@@ -133,16 +132,16 @@ def test_every_k_and_odd_dictionaries_to_the_bit(place):
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])
 def test_every_block_of_rows_meets_every_tile(place, monkeypatch):
     """Groups of row blocks, the last of them smaller, cover the grid once."""
-    from steerfast_kernels import sae_encode
+    from steerfast_kernels import sae_tiles
 
-    monkeypatch.setattr(sae_encode, "GROUP", 2)
+    monkeypatch.setattr(sae_tiles, "GROUP", 2)
     with backend(place) as device:
         x, w = torch.randint(-2, 3, (330, 8)).float(), torch.randint(-2, 3, (200, 8)).float()
-        x = x[:130] if place == "interpreter" else x
+        x, w = (x[:130], w[:130]) if place == "interpreter" else (x, w)
         for dtype in [F32] if place == "interpreter" else DTYPES:
             assert_same(
-                sf.ops.sae_encode(x.to(device, dtype), w.to(device, dtype), None, 3),
-                reference.sae_encode(x, w, None, 3),
+                sf.ops.sae_encode(x.to(device, dtype), w.to(device, dtype), None, 1),
+                reference.sae_encode(x, w, None, 1),
             )
 
 
@@ -197,7 +196,8 @@ def test_a_row_does_not_depend_on_its_neighbours(place):
 @pytest.mark.parametrize("place", PLACES)
 def test_layouts_and_mixed_dtypes(place):
     with backend(place) as device:
-        x, (w, b) = torch.randint(-2, 3, (4, 3, 24)).float().to(device), dictionary(150, 24, device)
+        shape = (2, 2, 24) if place == "interpreter" else (4, 3, 24)
+        x, (w, b) = torch.randint(-2, 3, shape).float().to(device), dictionary(150, 24, device)
         w = (8 * w).round()
         wanted = reference.sae_encode(x, w, None, 9)
         views = {
@@ -217,6 +217,41 @@ def test_layouts_and_mixed_dtypes(place):
         row = torch.randn(1, 24, device=device).expand(5, 24)
         values, indices = sf.ops.sae_encode(row, w, b, 4)
         assert torch.equal(values, values[:1].expand(5, 4))
+
+
+def one_by_one(x: Tensor, w: Tensor) -> Tensor:
+    """x Wᵀ as a float32 product sums it, feature by feature: in the order of d, one rounding an addition."""
+    total = torch.zeros(x.shape[0], w.shape[0])
+    for j in range(x.shape[1]):
+        total = torch.addcmul(total, x[:, j : j + 1].float(), w[:, j].float())
+    return total
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])
+@pytest.mark.parametrize(
+    "pair", [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")]
+)
+def test_a_product_of_two_dtypes_errs_no_more_than_one_of_float32(place, pair):
+    """Parts of bfloat16 on tensor cores, against float64: weights of one size, of many, tiny, huge; a few large columns of x."""
+    n, d, features, k = (3, 256, 100, 4) if place == "interpreter" else (70, 2048, 512, 64)
+    wide, tall = (getattr(torch, name) for name in pair)
+    with backend(place) as device:
+        for name in ("plain", "many sizes", "large columns", "tiny", "huge"):
+            x, w = torch.randn(n, d), torch.randn(features, d) / d**0.5
+            if name == "many sizes":
+                w *= torch.exp(4 * torch.randn(features, d))
+            elif name == "large columns":
+                x[:, ::91] *= 1000
+            elif name in ("tiny", "huge"):
+                w *= 1e-30 if name == "tiny" else 1e30
+            x, w = x.to(wide), w.to(tall)
+            values, indices = (part.cpu() for part in sf.ops.sae_encode(x.to(device), w.to(device), None, k))
+            true = reference.pre_activations(x, w, None)
+            error = (values - true.gather(1, indices.long())).abs().max()
+            allowed = (one_by_one(x, w).double() - true).abs().max()
+            assert error <= allowed, f"{name}: error {error:.3e}, of float32 {allowed:.3e}"
+            rounded = (x.bfloat16().double() @ w.bfloat16().double().T - true).abs().max()
+            assert rounded > 10 * allowed or tall != F32, name  # one product of 16 bits would not do
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -286,12 +321,21 @@ def test_the_full_matrix_never_exists(place):
     assert largest.numel <= n * features / 8
 
 
+def sorts_at_most(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sort takes the interpreter seconds: longer lists go to PyTorch's, as those of more than 1024 keys do."""
+    from steerfast_kernels import sae_encode_threshold
+
+    monkeypatch.setattr(sae_encode_threshold, "SELECT", keys)
+
+
 @pytest.mark.parametrize("place", PLACES)
-def test_threshold_against_float64(place):
+def test_threshold_against_float64(place, monkeypatch):
     """Every active feature and no other, sorted; what lies within rounding of its threshold may be either."""
     sizes = [((5, 72), 1000, 400), ((2, 3, 40), 300, 300), ((1, 24), 130, 130), ((0, 16), 40, 3)]
     if place != "interpreter":
         sizes += [((256, 576), 8192, 1024), ((3, 64), 16384, 2048), ((130, 128), 4097, 512)]
+    else:
+        sorts_at_most(64, monkeypatch)
     with backend(place) as device:
         for shape, features, capacity in sizes:
             for dtype in (dtype for dtype in DTYPES if runs(place, dtype)):
@@ -321,7 +365,9 @@ def test_threshold_against_float64(place):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_threshold_ties_clusters_and_overflow_to_the_bit(place):
+def test_threshold_ties_clusters_and_overflow_to_the_bit(place, monkeypatch):
+    if place == "interpreter":
+        sorts_at_most(32, monkeypatch)
     with backend(place) as device:
         for kind in KINDS:
             for features, d in [(330, 8)] if place == "interpreter" else [(650, 8), (5000, 24)]:
@@ -421,6 +467,149 @@ def test_edit_against_float64(place):
                     if weight is not None:
                         untouched = (scale == 0).view(*shape, 1).expand_as(x)
                         assert torch.equal(got[untouched], x[untouched])
+
+
+def edits_of(rows: int, features: int, count: int, by_row: bool, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, their table and decoder rows, one list for all rows or one for each."""
+    table = EDITS[torch.arange(count) % len(EDITS)]
+    if not by_row:
+        chosen = torch.randperm(features)[:count].int()
+        return chosen, table, w[chosen.long()]
+    chosen = torch.stack([torch.randperm(features)[:count] for _ in range(max(rows, 1))])[:rows].int()
+    chosen[:, -1] = torch.where(torch.arange(rows) % 2 == 0, -1, chosen[:, -1])
+    return chosen, table.expand(rows, count, 4).contiguous(), w
+
+
+def counted_edit(x: Tensor, w: Tensor, b: Tensor | None, k: int, edit: tuple[Tensor, ...], device: str) -> Tensor:
+    features, table, rows, *scale = (part.to(device) for part in edit)
+    return sf.ops.sae_edit_topk(
+        x.to(device), w.to(device), None if b is None else b.to(device), k, features, table, rows, *scale
+    ).cpu()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_counted_edit_against_float64(place):
+    """Rows of which some feature lies near the k-th value may be either; most do not."""
+    sizes = [((5, 72), 1000, 7, 3), ((2, 2, 33), 300, 40, 8), ((0, 16), 40, 3, 2)]
+    if place != "interpreter":
+        sizes += [((70, 120), 8192, 32, 8), ((1, 64), 16384, 512, 1)]
+    with backend(place) as device:
+        for (shape, features, k, count), by_row in [(size, by_row) for size in sizes for by_row in (False, True)]:
+            n = torch.Size(shape[:-1]).numel()
+            scale = torch.randn(n)
+            scale[::3] = 0
+            for dtype in [F32] if place == "interpreter" else DTYPES:
+                x, (w, b) = torch.randn(shape).to(dtype), dictionary(features, shape[-1], "cpu", dtype)
+                rows = torch.randn(features, shape[-1]).to(dtype)
+                for weight in [scale] if place == "interpreter" else [scale, None]:
+                    edit = (*edits_of(n, features, count, by_row, rows), *([] if weight is None else [weight]))
+                    got = counted_edit(x, w, b, k, edit, device)
+                    assert got.shape == shape
+                    if not n:
+                        continue
+                    true = reference.sae_edit_topk(x, w, b, k, *edit)
+                    naive = reference.naive(reference.sae_edit_topk, x, w, b, k, *edit)
+                    pre = torch.relu(reference.pre_activations(x, w, b)).reshape(n, -1)
+                    mine = pre.gather(1, edit[0].expand(n, count).long().clamp(min=0))
+                    sure = ((mine - pre.topk(k).values[:, -1:]).abs() > 1e-4).all(1)
+                    assert sure.sum() >= n // 2
+                    flat = (part.reshape(n, -1)[sure] for part in (got, true, naive))
+                    assert_exact(*flat, f"{shape} {dtype} {by_row}")
+                    if weight is not None:
+                        assert torch.equal(got.reshape(n, -1)[::3], x.reshape(n, -1)[::3])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_counted_edit_selects_what_the_encoder_selects_to_the_bit(place):
+    """Ties, clusters, few active features and features on either side of every tile: the sum is of whole numbers."""
+    table = torch.tensor([[2.0, 1.0, -torch.inf, torch.inf]])  # g = f + 1: what is selected shows, and what is not
+    with backend(place) as device:
+        for kind in KINDS:
+            for features, d, k in [(330, 8, 20)] if place == "interpreter" else [(650, 8, 20), (5000, 24, 64)]:
+                x, w = integers(kind, features, d)
+                pre = torch.relu(x @ w.T)
+                kth = pre.topk(k).indices[:, -1]
+                shared = torch.tensor([0, 1, 127, 128, 129, features - 1, features // 2, int(kth[0])])
+                shared = shared.unique()[:8].int()
+                own = torch.stack([kth, (kth + 1) % features, kth - 1], 1).int()
+                for chosen, rows in (
+                    (shared, torch.eye(len(shared), d)),
+                    (own, torch.randint(-2, 3, (features, d)).float()),
+                ):
+                    if chosen.dim() == 1 and place == "interpreter" and kind in ("random", "ascending", "all equal"):
+                        continue
+                    edit = (chosen, table.expand(*chosen.shape, 4).contiguous(), rows)
+                    for dtype in [F32] if place == "interpreter" else [F32, F16]:
+                        got = counted_edit(x.to(dtype), w.to(dtype), None, k, (*edit[:2], rows.to(dtype)), device)
+                        wanted = reference.sae_edit_topk(x, w, None, k, *edit)
+                        assert torch.equal(got, wanted.to(dtype)), (kind, features, dtype, chosen.dim())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_counted_edit_takes_the_kth_feature_and_not_the_next(place):
+    """Where the two are further apart than a product rounds, whichever way the feature's own was summed."""
+    n, d, features, k = (6, 40, 300, 7) if place == "interpreter" else (64, 200, 2000, 32)
+    table = torch.tensor([[2.0, 1.0, -torch.inf, torch.inf]]).expand(n, 3, 4).contiguous()
+    with backend(place) as device:
+        for dtype in [F32] if place == "interpreter" else DTYPES:
+            x, (w, b), rows = (
+                torch.randn(n, d).to(dtype),
+                dictionary(features, d, "cpu", dtype),
+                torch.randn(features, d),
+            )
+            best = reference.pre_activations(x, w, b).topk(k + 1)
+            chosen = best.indices[:, [0, k - 1, k]].int()
+            sure = (best.values[:, k - 1] - best.values[:, k]) > 1e-4
+            assert sure.sum() > n // 2
+            got = counted_edit(x.float(), w, b, k, (chosen, table, rows), device)
+            true = reference.sae_edit_topk(x, w, b, k, chosen, table, rows)
+            torch.testing.assert_close(got[sure].double(), true[sure], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_counted_edit_of_a_row_that_is_not_a_number(place):
+    """Every feature of it is NaN, so the first k are selected; other rows never hear of it."""
+    with backend(place) as device:
+        x, (w, b) = torch.randn(4, 24), dictionary(200, 24, "cpu")
+        features, table = torch.tensor([[2, -1], [2, 7], [9, 200], [9, 150]]).int(), torch.zeros(4, 2, 4)
+        table[..., 1], table[..., 2], table[..., 3] = 3.0, -torch.inf, torch.inf
+        clean = counted_edit(x, w, b, 5, (features, table, w), device)
+        assert clean[2].isnan().all()  # there is no feature 200
+        assert clean[[0, 1, 3]].isfinite().all()
+        bad = x.clone()
+        bad[1, 3] = torch.nan
+        got = counted_edit(bad, w, b, 5, (features, table, w), device)
+        assert got[1].isnan().all()
+        assert torch.equal(got[[0, 3]], clean[[0, 3]])
+        encoded = sf.ops.sae_encode(x.to(device), w.to(device), b.to(device), 5)
+        one = sf.ops.sae_edit(
+            x[3:].to(device), *(part[3:] for part in encoded), features[3].to(device), table[3].to(device),
+            w[features[3].long()].to(device),
+        )  # fmt: skip
+        torch.testing.assert_close(got[3:], one.cpu(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_counted_edit_has_the_gradients_of_the_selected_one():
+    x, (w, b), rows = torch.randn(3, 5, dtype=F64), dictionary(30, 5, "cpu", F64), torch.randn(30, 5, dtype=F64)
+    leaves = [leaf.requires_grad_() for leaf in (x, w, b, rows)]
+    table = torch.tensor([[2.0, 1.0, -torch.inf, torch.inf]])
+    for features in (torch.tensor([1, 4]).int(), torch.tensor([[1, 4], [2, -1], [7, 1]]).int()):
+        spread = table.expand(*features.shape, 4).contiguous()
+
+        def run(x: Tensor, w: Tensor, b: Tensor, rows: Tensor, features=features, spread=spread) -> Tensor:
+            part = rows[features.long()] if features.dim() == 1 else rows
+            return sf.ops.sae_edit_topk(x, w, b, 4, features, spread, part)
+
+        assert torch.autograd.gradcheck(run, leaves)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                run(*leaves),
+                reference.sae_edit_topk(
+                    x, w, b, 4, features, spread, rows[features.long()] if features.dim() == 1 else rows
+                ),
+                atol=1e-12,
+                rtol=0,
+            )
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -524,6 +713,9 @@ def test_torch_library_contract(grad):
     edit = (x, values, indices, torch.arange(5, dtype=torch.int32), EDITS, torch.randn(5, 16))
     torch.library.opcheck(torch.ops.steerfast.sae_edit.default, (*edit, scale))
     torch.library.opcheck(torch.ops.steerfast.sae_edit.default, (*edit, None))
+    if not grad:  # with a gradient it is made of the other ops
+        counted = (x, w, b, 5, torch.arange(5, dtype=torch.int32), EDITS, torch.randn(5, 16), scale)
+        torch.library.opcheck(torch.ops.steerfast.sae_edit_topk.default, counted)
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place != PLACES[1]])
@@ -569,6 +761,15 @@ V, J, T = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32), torch.zeros(6
         (lambda: sf.ops.sae_add(X, V, J, W, V), ValueError, r"scale has shape \(2, 3\)"),
         (lambda: sf.ops.sae_edit(X, V, J, J[0], EDITS[:3], W), TypeError, r"features is torch.int32 \(3,\); expected"),
         (lambda: sf.ops.sae_edit(X, V, J, J[0], EDITS[:2], W[:3]), TypeError, r"table is torch.float32 \(2, 4\)"),
+        (
+            lambda: sf.ops.sae_edit_topk(X, W, None, 7, J[0], EDITS[:3], W[:3]),
+            ValueError,
+            "k is 7; expected 1 to F = 6",
+        ),
+        (lambda: sf.ops.sae_edit_topk(X, W, None, 2, J[0], EDITS[:3], W), ValueError, r"w_dec is \(6, 4\) .* \(3, 4\)"),
+        (lambda: sf.ops.sae_edit_topk(X, W, None, 2, J, EDITS[:3], W), TypeError, r"table is .* \(2, 3, 4\)"),
+        (lambda: sf.ops.sae_edit_topk(X, W, None, 2, T.int().repeat(2), EDITS, W), ValueError, "features names 12 of"),
+        (lambda: sf.ops.sae_edit_topk(X, W, None, 2, T, EDITS, W), TypeError, "features is torch.float32"),
         (lambda: sf.ops.sae_edit(X, V.int(), J, J[0], EDITS[:3], W[:3]), TypeError, "values must be a floating tensor"),
     ],
 )

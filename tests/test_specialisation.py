@@ -22,7 +22,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from steerfast.ops.slots import FLOW, HINGE, SOLVE
-from steerfast_kernels import add, flow, sae_decode, sae_edit, sae_encode, sae_encode_threshold, subspace
+from steerfast_kernels import add, flow, sae_decode, sae_edit, sae_edit_topk, sae_encode, sae_encode_threshold, subspace
 
 STEPS = [1, 16, 17, 4096]  # decode of one request, of a batch, of an odd batch; a long prompt
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
@@ -99,6 +99,11 @@ def decoded(n: int) -> None:
     sae_edit.sae_edit(x, values, indices, few, numbers, FEATURES[:8], torch.zeros(n))
 
 
+def counted(n: int) -> None:
+    x, few, numbers = torch.zeros(n, D, dtype=bf16), torch.zeros(8, dtype=torch.int32), torch.zeros(8, 4)
+    sae_edit_topk.sae_edit_topk(x, FEATURES, None, ACTIVE, few, numbers, FEATURES[:8], torch.zeros(n))
+
+
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_a_step_of_any_size_meets_a_kernel_that_is_there(name):
     launch = LAUNCHES[name]
@@ -108,7 +113,7 @@ def test_a_step_of_any_size_meets_a_kernel_that_is_there(name):
         assert len(keys) == 1, (kernel, keys)
 
 
-@pytest.mark.parametrize("launch", [encoded, encoded_above, decoded])
+@pytest.mark.parametrize("launch", [encoded, encoded_above, decoded, counted])
 def test_an_sae_compiles_nothing_for_a_step_of_another_size(launch):
     found = keys_of([lambda n=n: launch(n) for n in STEPS])
     assert found

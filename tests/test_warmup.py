@@ -23,7 +23,16 @@ D = 48
 @pytest.fixture
 def on_kernels(monkeypatch):
     """CPU tensors take the kernels, whose launches are then recorded; their modules are imported before the variable is set."""
-    for name in ("add", "sae_decode", "sae_edit", "sae_encode", "sae_encode_threshold", "similarity", "subspace"):
+    for name in (
+        "add",
+        "sae_decode",
+        "sae_edit",
+        "sae_edit_topk",
+        "sae_encode",
+        "sae_encode_threshold",
+        "similarity",
+        "subspace",
+    ):
         backends.kernels(name)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(backends, "_chosen", "triton")

@@ -24,7 +24,17 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from steerfast.ops.slots import ALL_MODES, FLOW, HINGE, SOLVE
-from steerfast_kernels import _device, add, flow, sae_decode, sae_edit, sae_encode, sae_encode_threshold, subspace
+from steerfast_kernels import (
+    _device,
+    add,
+    flow,
+    sae_decode,
+    sae_edit,
+    sae_edit_topk,
+    sae_encode,
+    sae_encode_threshold,
+    subspace,
+)
 from steerfast_kernels._device import LIMITS, Device
 
 TARGETS = {
@@ -103,11 +113,17 @@ def _add() -> None:
     add.add(x, torch.empty(8, 4096, dtype=torch.bfloat16), rows, scale, out=torch.empty_like(x))
 
 
-def _encode(n: int, dtype: torch.dtype) -> None:
+def _encode(n: int, dtype: torch.dtype, weights: torch.dtype | None = None) -> None:
     # 64 tiles of features: k' stays 4 and a repair is possible, as with the 512 tiles of a real dictionary
-    sae_encode.sae_encode(
-        torch.zeros(n, 512, dtype=dtype), torch.zeros(8192, 512, dtype=dtype), torch.zeros(8192, dtype=dtype), 16
-    )
+    weights = weights or dtype
+    w, b = torch.zeros(8192, 512, dtype=weights), torch.zeros(8192, dtype=weights)
+    sae_encode.sae_encode(torch.zeros(n, 512, dtype=dtype), w, b, 16)
+
+
+def _edit_topk(n: int) -> None:
+    x, w, b = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((n, 512), (8192, 512), (8192,)))
+    features, table = torch.zeros(8, dtype=torch.int32), torch.zeros(8, 4)
+    sae_edit_topk.sae_edit_topk(x, w, b, 16, features, table, w[:8], torch.zeros(n))
 
 
 def _encode_threshold(n: int) -> None:
@@ -129,9 +145,9 @@ def _decode(n: int) -> None:
 
 
 MANY = 8192
-bf16, fp32 = torch.bfloat16, torch.float32
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 # where a kernel differs little from one that is compiled for all targets
-TWO, THREE = ("sm_90", "gfx942"), ("sm_80", "sm_90", "gfx942")
+ONE, TWO, OLD = ("sm_90",), ("sm_90", "gfx942"), ("sm_80", "sm_90")
 VARIANTS = [
     Variant("add", "_add_kernel", _add, registers=64, shared=1024, vector_loads=True, targets=TWO),
     Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, vector_loads=True),
@@ -146,14 +162,18 @@ VARIANTS = [
     Variant("split-project", "project_kernel", lambda: _few(HINGE, 64), 168, 65536, tensor_cores=True, targets=TWO),
     Variant("split-lift", "lift_kernel", lambda: _few(ALL_MODES, 64), 255, 65536, tensor_cores=True, targets=TWO),
     Variant("split-lift-k16", "lift_kernel", lambda: _few(ALL_MODES, 16), 128, 65536, 16, tensor_cores=True),
-    Variant("encode-many-rows", "_encode_kernel", lambda: _encode(128, bf16), 232, 102400, tensor_cores=True, wgmma=True),
-    Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 232, 102400, 0, False, True, True, THREE),
-    Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=("sm_90", "gfx942")),
-    Variant("encode-repair", "_repair_kernel", lambda: _encode(128, bf16), 232, 102400, 0, False, True, True, ("sm_90",)),
-    Variant("encode-select", "_select_kernel", lambda: _encode(128, bf16), 96, 8192, targets=("sm_90",)),
-    Variant("encode-threshold", "_threshold_kernel", lambda: _encode_threshold(128), 200, 102400, 0, False, True, True, TWO),
-    Variant("edit-features", "_edit_kernel", lambda: _edit(16), 40, 1024, targets=("sm_90",)),
-    Variant("decode-few-rows", "_decode_kernel", lambda: _decode(16), 64, 8192, vector_loads=True, targets=("sm_90",)),
+    Variant("encode-many-rows", "_encode_kernel", lambda: _encode(4096, bf16), 200, 200704, tensor_cores=True, wgmma=True),
+    Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 168, 102400, 0, False, True, True, TWO),
+    Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=ONE),
+    Variant("encode-mixed", "_encode_kernel", lambda: _encode(128, bf16, fp32), 255, 131072, 0, False, True, True, OLD),
+    Variant("encode-mixed-few", "_encode_kernel", lambda: _encode(16, fp16, fp32), 200, 163840, 0, False, True, True, ONE),
+    Variant("encode-repair", "_repair_kernel", lambda: _encode(128, bf16), 200, 102400, 0, False, True, True, ONE),
+    Variant("encode-select", "select_kernel", lambda: _encode(128, bf16), 96, 8192, targets=ONE),
+    Variant("encode-threshold", "_threshold_kernel", lambda: _encode_threshold(4096), 128, 200704, 0, False, True, True, ONE),
+    Variant("edit-topk-own", "_own_kernel", lambda: _edit_topk(16), 168, 102400, 0, False, True, True, ONE),
+    Variant("edit-topk-count", "_count_kernel", lambda: _edit_topk(4096), 255, 200704, 0, False, True, True, ONE),
+    Variant("edit-features", "_edit_kernel", lambda: _edit(16), 40, 1024, targets=ONE),
+    Variant("decode-few-rows", "_decode_kernel", lambda: _decode(16), 64, 8192, vector_loads=True, targets=ONE),
 ]  # fmt: skip
 
 
@@ -164,7 +184,7 @@ def record(variant: Variant, target: str) -> tuple[JITFunction, dict[str, Any]]:
     def catch(kernel: JITFunction, *, grid: object, warmup: bool, **arguments: Any) -> None:
         launches.append((kernel, arguments))
 
-    device = Device(LIMITS[target].lanes, LIMITS[target].shared)
+    device = Device(LIMITS[target].lanes, LIMITS[target].shared, wgmma=target == "sm_90")
     with mock.patch.object(JITFunction, "run", catch), mock.patch.object(_device, "device_of", return_value=device):
         variant.launch()
     return next((kernel, arguments) for kernel, arguments in launches if kernel.__name__ == variant.kernel)

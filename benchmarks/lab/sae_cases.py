@@ -69,6 +69,40 @@ def sae_encode(at: Stream, n: int, features: int, k: int) -> Case:
     )
 
 
+def sae_edit_topk(at: Stream, n: int, features: int, k: int, count: int = 8) -> Case:
+    """A few features of a Top-K SAE doubled by counting what exceeds them, beside the selection and the edit of it.
+
+    The bias alone orders the features, and the edited ones lie among the first k: no tile can be left out.
+    """
+    w, rows = at.dictionary(features), at.dictionary(count)
+    b = torch.linspace(9, 1, features, device=at.device).to(at.dtype)
+    chosen = torch.arange(count, dtype=torch.int32, device=at.device)
+    table = torch.tensor([[2.0, 0.0, -torch.inf, torch.inf]], device=at.device).repeat(count, 1)
+
+    def selected(x: Tensor, w: Tensor, b: Tensor, rows: Tensor) -> Tensor:
+        product = x @ w.T if x.dtype == torch.float64 else _product(x, w)
+        values, indices = torch.relu(product + b).topk(k)
+        f = (values[:, :, None] * (indices[:, :, None] == chosen)).sum(1)
+        return (x + f @ rows.to(f.dtype)).to(x.dtype)
+
+    return Case(
+        f"sae_edit_topk count={count} F={features} k={k} n={n} {at.tag}",
+        bytes=(w.numel() + 2 * n * at.d + rows.numel()) * at.dtype.itemsize,
+        operations=2 * n * w.numel(),
+        fresh=lambda: (0.01 * at.rows(n),),
+        fixed=(w, b, rows),
+        ours=lambda x, w, b, rows: ops.sae_edit_topk(x, w, b, k, chosen, table, rows),
+        judge=same_as(selected),
+        peers={
+            "eager": lambda: selected,
+            "encode and edit": lambda: (
+                lambda x, w, b, rows: ops.sae_edit(x, *ops.sae_encode(x, w, b, k), chosen, table, rows)
+            ),
+        },
+        dtype=at.dtype,
+    )
+
+
 def sae_encode_threshold(at: Stream, n: int, features: int, capacity: int) -> Case:
     """What lies above a threshold of 3.5 deviations, compacted and sorted, beside the full matrix and torch.topk."""
     w, b = at.dictionary(features), torch.zeros(features, device=at.device, dtype=at.dtype)

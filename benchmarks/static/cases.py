@@ -46,6 +46,13 @@ def encode_mixed(n: int) -> Case:
     return goals.encode_mixed(AT, n, FEATURES, K)
 
 
+def edit_topk(n: int) -> Case:
+    """With no feature that exceeds another, so that the programs which are counted leave each other work."""
+    case = sae_cases.sae_edit_topk(AT, n, FEATURES, K)
+    w, b, rows = case.fixed
+    return replace(case, fixed=(w, -b, rows))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "add": lambda: cases.add(AT, N),
     "add n=64": lambda: cases.add(AT, 64),
@@ -74,6 +81,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "encode": lambda: encode(4096),
     "encode n=16": lambda: encode(16),
     "encode mixed": lambda: encode_mixed(4096),
+    "encode mixed n=16": lambda: encode_mixed(16),
+    "topk edit": lambda: edit_topk(4096),
+    "topk edit n=16": lambda: edit_topk(16),
     "threshold": lambda: sae_cases.sae_encode_threshold(AT, 4096, FEATURES, 256),
     "decode": lambda: sae_cases.sae_decode(AT, 4096, FEATURES, K),
     "decode n=16": lambda: sae_cases.sae_decode(AT, 16, FEATURES, K),

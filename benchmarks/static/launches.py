@@ -25,11 +25,12 @@ from triton.runtime.jit import JITFunction
 import steerfast as sf
 import steerfast_kernels
 from steerfast.ops import calls
+from steerfast_kernels import _device
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from variants import specialise
 
-from .constants import TARGETS
+from .constants import LIMITS, TARGETS
 
 NO_WORK = {
     "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze", "t", "transpose", "unsqueeze",
@@ -117,11 +118,14 @@ def launches_of(call: Callable[[], object], target: str) -> tuple[list[Launch], 
         found.append(Launch(kernel, grid, arguments))
 
     amd = None if target.startswith("sm_") else "as on AMD"
+    limits = LIMITS[target]
+    device = _device.Device(TARGETS[target].warp_size, limits.shared - limits.reserved, wgmma=target == "sm_90")
     beside = Calls()
     with (
         kernels_chosen(),
         mock.patch.object(JITFunction, "run", catch),
         mock.patch.object(torch.version, "hip", amd),
+        mock.patch.object(_device, "device_of", return_value=device),
         beside,
     ):
         call()

@@ -168,8 +168,8 @@ class EditFeatures(Intervention):
     """Change a few features of an SAE and keep its reconstruction error: x + (t(f) - f)·W_dec, f = act(W_enc·x + b).
 
     Only the rows of the named features are read: no full encode, no decode, and what the SAE does not explain stays. Whether
-    a Top-K SAE selects a feature depends on all others: its edit is exact and takes one fused encode per token (no room in a
-    slot, so not in a compiled model); `sae.approximate(threshold)` is the cheap form.
+    a Top-K SAE selects a feature depends on all others: its edit is exact and reads all of the encoder (no room in a slot, so
+    not in a compiled model); `sae.approximate(threshold)` is the cheap form.
 
     Args:
         sae: `Features`, or an SAE that has `rows`; an `SAE` also knows where it belongs, see `Plan`.

@@ -146,6 +146,9 @@ class SelectedFeatures:
     def edit(self, x: Tensor, table: Tensor, scale: Tensor) -> Tensor:
         """x + scale·(t(f) - f)·W_dec, t(f) = clip(t₀f + t₁, t₂, t₃), table (m, 4), scale (n,); scale 0: x, bit for bit."""
         inner, length = normalised(x, self.normalisation)
+        if self.k and length is None and len(self.features) <= ops.MOST_EDITS:
+            arguments = (self.encoder, self.bias, self.k, self.features, table, self.decoder, scale)
+            return ops.sae_edit_topk(x, *arguments)
         if length is not None:  # what a feature is worth in the stream, a row at a time
             scale = scale * length.float().flatten()
         values, indices = self._encode(inner)

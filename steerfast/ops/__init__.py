@@ -10,7 +10,8 @@ The in-place twins write into x and return it; they raise RuntimeError where a g
 from __future__ import annotations
 
 from . import registry as registry  # torch.ops.steerfast
-from .sae import sae_add, sae_decode, sae_edit, sae_encode, sae_encode_threshold
+from .sae import MOST_EDITS as MOST_EDITS
+from .sae import sae_add, sae_decode, sae_edit, sae_edit_topk, sae_encode, sae_encode_threshold
 from .stream import (
     ablate,
     ablate_,
@@ -47,6 +48,7 @@ __all__ = [
     "sae_add",
     "sae_decode",
     "sae_edit",
+    "sae_edit_topk",
     "sae_encode",
     "sae_encode_threshold",
     "similarity",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import torch_backend, torch_topk
 from .backends import in_full_sums, interpreted, kernels
 
 if TYPE_CHECKING:
@@ -101,7 +101,6 @@ def sae_encode(backend: str, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: 
     """(values, indices) on a backend; float64 on PyTorch."""
     if backend == "torch" or torch.float64 in (x.dtype, w_enc.dtype):
         return torch_backend.sae_encode(x, w_enc, b_enc, k)
-    x = x.float() if _to_widen(x, w_enc) else x
     return kernels("sae_encode").sae_encode(x, w_enc, b_enc, k)
 
 
@@ -111,7 +110,6 @@ def sae_encode_threshold(
     """(values, indices, counts) on a backend; float64 on PyTorch."""
     if backend == "torch" or torch.float64 in (x.dtype, w_enc.dtype):
         return torch_backend.sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
-    x = x.float() if _to_widen(x, w_enc) else x
     return kernels("sae_encode_threshold").sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
 
 
@@ -143,6 +141,23 @@ def sae_edit(
     if backend == "torch" or torch.float64 in (x.dtype, values.dtype, w_dec.dtype):
         return torch_backend.sae_edit(x, values, indices, features, table, w_dec, scale)
     return kernels("sae_edit").sae_edit(x, values, indices, features, table, w_dec, scale)
+
+
+def sae_edit_topk(
+    backend: str,
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    features: Tensor,
+    table: Tensor,
+    w_dec: Tensor,
+    scale: Tensor | None,
+) -> Tensor:
+    """Out of place, on a backend; float64 on PyTorch."""
+    if backend == "torch" or torch.float64 in (x.dtype, w_enc.dtype, w_dec.dtype):
+        return torch_topk.sae_edit_topk(x, w_enc, b_enc, k, features, table, w_dec, scale)
+    return kernels("sae_edit_topk").sae_edit_topk(x, w_enc, b_enc, k, features, table, w_dec, scale)
 
 
 def probed_shape(x: Tensor, rows: Tensor | None, max_rank: int) -> tuple[int, int, int]:

@@ -263,6 +263,12 @@ _register(
 _EDIT = "Tensor x, Tensor values, Tensor indices, Tensor features, Tensor table, Tensor w_dec, Tensor? scale"
 _define(f"sae_edit({_EDIT}) -> Tensor", calls.sae_edit, lambda x, *_: calls.empty_like(x))
 _define_backward(f"sae_edit_backward(Tensor grad, {_EDIT}) -> Tensor[]", torch_backend.sae_edit, (0, 1, 5, 6))
+_define(
+    "sae_edit_topk(Tensor x, Tensor w_enc, Tensor? b_enc, int k, Tensor features, Tensor table, Tensor w_dec, Tensor? scale) "
+    "-> Tensor",
+    calls.sae_edit_topk,
+    lambda x, *_: calls.empty_like(x),
+)
 _differentiable("sae_add", tensors=5, gradients=(0, 1, 3, 4))
 _differentiable("sae_edit", tensors=7, gradients=(0, 1, 5, 6))
 

@@ -11,6 +11,9 @@ from steerfast._checks import FLOATS, check_dictionary, check_stream, check_tabl
 
 from . import calls
 from .backends import backend_of, transformed
+from .torch_topk import edited, found
+
+MOST_EDITS = 8  # features that are edited by counting what exceeds them; above, a selection costs less
 
 
 def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -21,7 +24,8 @@ def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[
 
     Args:
         x: Residual stream, (..., d), n rows in all.
-        w_enc: Encoder rows, (F, d). Two 16-bit tensors of one dtype run on tensor cores; other pairs in float32.
+        w_enc: Encoder rows, (F, d). On a GPU all pairs but float32 with float32 run on tensor cores; two dtypes meet in
+            bfloat16 parts, as exact as a float32 product (three parts of float32: 3 times the work, 5 beside float16).
         b_enc: Encoder bias, (F,), or None. An SAE that subtracts b_dec first: fold it, b_enc - W_enc b_dec.
         k: Features per row, 1 to F.
 
@@ -54,7 +58,7 @@ def sae_encode_threshold(
 
     Args:
         x: Residual stream, (..., d), n rows in all.
-        w_enc: Encoder rows, (F, d). Two 16-bit tensors of one dtype run on tensor cores; other pairs in float32.
+        w_enc: Encoder rows, (F, d). As in `sae_encode`.
         b_enc: Encoder bias, (F,), or None. An SAE that subtracts b_dec first: fold it, b_enc - W_enc b_dec.
         threshold: θ ≥ 0, (F,) float32: JumpReLU; one number for all: BatchTopK at inference; zero: ReLU.
         capacity: Room for each row, 1 to F.
@@ -195,19 +199,97 @@ def sae_edit(
     check_dictionary("sae_edit", "w_dec", w_dec, "b_dec", None, bias_axis=1)
     _check_codes("sae_edit", values, indices, w_dec)
     _check_beside("sae_edit", x, values, w_dec, scale)
-    count = w_dec.shape[0]
-    for name, tensor, shape, dtype in (
-        ("features", features, (count,), torch.int32),
-        ("table", table, (count, 4), torch.float32),
-    ):
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"sae_edit: {name} is {got}; expected {dtype} {shape}, one per row of w_dec")
-        if tensor.device != x.device:
-            raise ValueError(f"sae_edit: {name} is on {tensor.device} and x on {x.device}; move one with .to(...)")
+    _check_edits("sae_edit", x, features, table, (w_dec.shape[0],), "one per row of w_dec")
     if _needs_library(x, values, w_dec, scale):
         return torch.ops.steerfast.sae_edit(x, values, indices, features, table, w_dec, scale)
     return calls.sae_edit(backend_of(x), x, values, indices, features, table, w_dec, scale)
+
+
+def sae_edit_topk(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    features: Tensor,
+    table: Tensor,
+    w_dec: Tensor,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Change up to eight features of a Top-K SAE and keep the reconstruction error: x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m].
+
+    What `sae_encode` and `sae_edit` do together, without the selection: feature m is among the k of its row iff it is positive
+    and fewer than k features exceed it, where a tie goes to the lower index and NaN is above every number, so it is enough
+    to count. The selection is that of `sae_encode`, on a GPU bit for bit; t(f) = clip(t₀f + t₁, t₂, t₃).
+
+    Args:
+        x: Residual stream, (..., d), n rows in all.
+        w_enc: Encoder rows, (F, d).
+        b_enc: Encoder bias, (F,), or None. An SAE that subtracts b_dec first: fold it, b_enc - W_enc b_dec.
+        k: Features per row, 1 to F.
+        features: int32 (m,), m from 1 to 8: the features that change in every row, each once. Or (n, m): those of each row,
+            each once and -1 for none; any other number makes its row NaN, where a check would stall the stream.
+        table: float32 (m, 4): t₀, t₁, t₂, t₃ of each; (n, m, 4) where each row has its own features.
+        w_dec: Their decoder rows, (m, d); where each row has its own features the whole decoder, (F, d).
+        scale: float32 (n,): multiplies the edit of each row; a row of scale 0 is returned bit for bit. None: 1.
+
+    Returns:
+        A new tensor (..., d) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: k, a dtype, a shape or a device does not fit; the message names it.
+
+    Reference:
+        Gao et al. 2024 (arXiv:2406.04093); Bricken et al. 2023, Towards Monosemanticity.
+
+    Example:
+        >>> import torch, steerfast as sf
+        >>> to_eight = torch.tensor([[0.0, 8.0, -torch.inf, torch.inf]])
+        >>> x, w, feature = torch.tensor([[3.0, 1.0, 2.0]]), torch.eye(3), torch.tensor([2], dtype=torch.int32)
+        >>> sf.ops.sae_edit_topk(x, w, None, 2, feature, to_eight, w[2:])
+        tensor([[3., 1., 8.]])
+    """
+    k = _check_encoder("sae_edit_topk", x, w_enc, b_enc, "k", k)
+    check_dictionary("sae_edit_topk", "w_dec", w_dec, "b_dec", None, bias_axis=1)
+    own = isinstance(features, Tensor) and features.dim() == 2
+    rows = (x.numel() // max(x.shape[-1], 1),) if own else ()
+    count = features.shape[-1] if isinstance(features, Tensor) and features.dim() else 0
+    if count and not 1 <= count <= MOST_EDITS:
+        raise ValueError(
+            f"sae_edit_topk: features names {count} of them; expected 1 to {MOST_EDITS}: sae_encode and sae_edit take more"
+        )
+    _check_edits("sae_edit_topk", x, features, table, (*rows, count), "(m,) for all rows or (n, m), m from 1")
+    wanted = (w_enc.shape[0] if own else count, x.shape[-1])
+    if tuple(w_dec.shape) != wanted or w_dec.device != x.device:
+        raise ValueError(
+            f"sae_edit_topk: w_dec is {tuple(w_dec.shape)} on {w_dec.device}; expected {wanted} on {x.device}, "
+            f"{'the whole decoder' if own else 'one row per feature'}"
+        )
+    check_table("sae_edit_topk", None, scale, x)
+    given = (x, w_enc, b_enc, w_dec, scale)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+        # the encoder's own gradient is sparse
+        return edited(x, found(*sae_encode(x, w_enc, b_enc, k), features), features, table, w_dec, scale)
+    if torch.compiler.is_compiling():
+        return torch.ops.steerfast.sae_edit_topk(x, w_enc, b_enc, k, features, table, w_dec, scale)
+    return calls.sae_edit_topk(backend_of(x), x, w_enc, b_enc, k, features, table, w_dec, scale)
+
+
+def _check_edits(op: str, x: Tensor, features: Any, table: Any, shape: tuple[int, ...], what: str) -> None:
+    """Numbers of features, and four numbers of an edit beside each."""
+    for name, tensor, wanted, dtype in (
+        ("features", features, shape, torch.int32),
+        ("table", table, (*shape, 4), torch.float32),
+    ):
+        if (
+            not isinstance(tensor, Tensor)
+            or tuple(tensor.shape) != wanted
+            or tensor.dtype != dtype
+            or not all(shape[-1:])
+        ):
+            got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{op}: {name} is {got}; expected {dtype} {wanted}, {what}")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} and x on {x.device}; move one with .to(...)")
 
 
 def _check_encoder(op: str, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, name: str, count: Any) -> int:

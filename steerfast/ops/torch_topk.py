@@ -1,0 +1,119 @@
+"""`sae_edit_topk` on PyTorch: features of a Top-K SAE edited by counting what exceeds them, without its Top-K."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import in_full_precision, transformed
+from .torch_backend import SAE_BLOCK, SAE_GROUP, sae_encode
+
+
+@in_full_precision
+def sae_edit_topk(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    features: Tensor,
+    table: Tensor,
+    w_dec: Tensor,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m]; fₘ is what `sae_encode` finds for feature m, 0 where it is not among the k.
+
+    Rows leave the walk over the dictionary as soon as k features exceed each of theirs; most do in its first blocks.
+    """
+    if transformed():  # a transform may hide the values that decide when a row is done
+        return edited(x, found(*sae_encode(x, w_enc, b_enc, k), features), features, table, w_dec, scale)
+    return edited(x, _selected(x, w_enc, b_enc, k, features), features, table, w_dec, scale)
+
+
+def found(values: Tensor, indices: Tensor, features: Tensor) -> Tensor:
+    """(n, m): the value beside each feature among the encoded, 0 where it is not there; differentiable in the values."""
+    values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
+    columns = (features if features.dim() == 2 else features[None]).unbind(1)
+    return torch.stack([(values * (indices == feature[:, None])).sum(1) for feature in columns], 1)
+
+
+def edited(x: Tensor, f: Tensor, features: Tensor, table: Tensor, w_dec: Tensor, scale: Tensor | None) -> Tensor:
+    """x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m] for activations (n, m).
+
+    In a row's own list -1 is none, and a feature that there is not makes the row NaN.
+    """
+    g = torch.clamp(table[..., 0] * f + table[..., 1], table[..., 2], table[..., 3]) - f
+    dtype = torch.promote_types(torch.promote_types(x.dtype, w_dec.dtype), torch.float32)
+    if features.dim() == 1:
+        delta = g.to(dtype) @ w_dec.to(dtype)
+    else:
+        there = (features >= 0) & (features < w_dec.shape[0])
+        g = torch.where(features == -1, 0, torch.where(there, g, torch.nan)).to(dtype)
+        places = torch.where(there, features, 0).long()
+        # beside no feature row 0 of the decoder, which g turns into nothing or into NaN
+        terms = (
+            own[:, None] * w_dec[place].to(dtype) for own, place in zip(g.unbind(1), places.unbind(1), strict=True)
+        )
+        delta = sum(terms, torch.zeros((), dtype=dtype, device=x.device))
+    wide = x if x.dtype == torch.float64 else x.float()
+    delta = delta.view(x.shape)
+    if scale is None:
+        return (wide + delta).to(x.dtype)
+    weight = scale.view(*x.shape[:-1], 1)
+    return torch.where(weight == 0, x, (wide + weight * delta).to(x.dtype))
+
+
+def _selected(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, features: Tensor) -> Tensor:
+    """(n, m): relu of each feature's pre-activation, 0 where k features or more exceed it or come before it in a tie."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, w_enc.dtype), torch.float32)
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    bias = None if b_enc is None else b_enc.to(dtype)
+    own, total = _own(flat, w_enc, bias, features), w_enc.shape[0]
+    keys, numbers = _keys(own), features.expand(own.shape)
+    counts = torch.zeros_like(keys)
+    start, width = 0, 256  # narrow at first: most rows are done after a few hundred features
+    while start < total:
+        undecided = (keys > 0) & (counts < k)
+        rows = undecided.any(1).nonzero().flatten()
+        if not rows.numel():
+            break
+        stop = min(start + width, total)
+        weights = w_enc[start:stop].to(dtype).T
+        part = flat if len(rows) == len(flat) else flat[rows]
+        pre = part @ weights if bias is None else torch.addmm(bias[start:stop], part, weights)
+        mine = torch.where(undecided, own, 0)[rows]
+        counts[rows] += _exceeding(pre, mine, keys[rows], numbers[rows], start)
+        start, width = stop, min(2 * width, SAE_BLOCK)
+    return torch.where(counts < k, own, 0)
+
+
+def _own(flat: Tensor, w_enc: Tensor, bias: Tensor | None, features: Tensor) -> Tensor:
+    """(n, m): relu of the features' pre-activations; 0 where there is no such feature."""
+    there = (features >= 0) & (features < w_enc.shape[0])
+    places = torch.where(there, features, 0).long()
+    if features.dim() == 1:
+        pre = flat @ w_enc[places].to(flat.dtype).T
+    else:
+        pre = torch.stack([(flat * w_enc[place].to(flat.dtype)).sum(1) for place in places.unbind(1)], 1)
+    return torch.where(there, torch.relu(pre if bias is None else pre + bias[places]), 0)
+
+
+def _keys(pre: Tensor) -> Tensor:
+    """Whole numbers that order as relu(pre) does, with NaN of either sign on top."""
+    kind, most = (torch.int64, 0x7FF8 << 48) if pre.dtype == torch.float64 else (torch.int32, 0x7FC00000)
+    keys = pre.view(kind).clamp(min=0)
+    return keys.masked_fill_(pre.isnan(), most)
+
+
+def _exceeding(pre: Tensor, own: Tensor, keys: Tensor, features: Tensor, start: int) -> Tensor:
+    """(n, m): how many features of a block lie above each row's own, or equal it and come before it.
+
+    Maxima of 32 neighbours are compared first, as in `sae_encode`: few lie above a feature that may still be selected.
+    """
+    least = torch.where(own > 0, own, torch.inf).amin(1, keepdim=True)  # NaN, too, is looked for among the largest
+    groups = torch.nn.functional.pad(pre, (0, -pre.shape[1] % SAE_GROUP)).view(pre.shape[0], -1, SAE_GROUP)
+    row, group = (groups.amax(2) < least).logical_not_().nonzero(as_tuple=True)
+    entries = _keys(groups[row, group])[:, :, None]
+    columns = torch.arange(start, start + SAE_GROUP, device=pre.device) + (SAE_GROUP * group)[:, None]
+    mine, ahead = keys[row][:, None], columns[:, :, None] - features[row][:, None]
+    above = ((entries > mine) & (ahead != 0)) | ((entries == mine) & (ahead < 0))  # its own sum may round another way
+    return torch.zeros_like(keys).index_add_(0, row, above.sum(1, dtype=keys.dtype))
