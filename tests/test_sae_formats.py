@@ -546,7 +546,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
     "two .pt files": (two_torch_files, ValueError, r"ambiguous, it holds 2 .pt files"),
     "no config": (lambda p: without(p, saelens(p), "cfg.json"), FileNotFoundError, "there is no cfg.json of SAELens"),
     "no weights": (
-        lambda p: without(p, gemma_scope_2(p), "params.safetensors"), FileNotFoundError, "no params.safetensors of Gemma Scope 2",
+        lambda p: without(p, gemma_scope_2(p), "params.safetensors"), FileNotFoundError, "nor params.safetensors of Gemma Scope 2",
     ),
     "weights alone": (
         lambda p: without(p, saelens(p), "cfg.json") / "sae_weights.safetensors", FileNotFoundError,
@@ -559,7 +559,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
     "truncated npz": (lambda p: cut(gemma_scope(p).path / "params.npz"), ValueError, "truncated, damaged or no archive"),
     "truncated pt": (lambda p: cut(openai(p).path), ValueError, "truncated or damaged"),
     "other architecture": (
-        lambda p: settings(saelens(p), "cfg.json", architecture="transcoder"), ValueError, "architecture 'transcoder'",
+        lambda p: settings(saelens(p), "cfg.json", architecture="other"), ValueError, "architecture 'other'",
     ),
     "tanh-relu": (lambda p: settings(saelens(p), "cfg.json", activation_fn="tanh-relu"), ValueError, "standard with tanh-relu"),
     "other width": (lambda p: settings(saelens(p), "cfg.json", d_in=99), ValueError, "d_in is 99 in cfg.json and 12"),
@@ -580,10 +580,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
     "k missing": (lambda p: settings(saelens(p, "topk"), "cfg.json", k=None), ValueError, "k is None; expected a whole number"),
     "k above F": (lambda p: settings(saelens(p, "topk"), "cfg.json", k=41), ValueError, "k is 41; expected 1 to F = 40"),
     "groupmax": (lambda p: settings(sparsify(p), "cfg.json", activation="groupmax"), ValueError, "activation 'groupmax'"),
-    "transcoder": (lambda p: settings(sparsify(p), "cfg.json", transcode=True), ValueError, "a transcoder, which reads and"),
-    "Gemma transcoder": (
-        lambda p: settings(gemma_scope_2(p), "config.json", hf_hook_point_out="model.layers.8.output"), ValueError, "transcoder",
-    ),
     "Llama top-k by norm": (
         lambda p: llama_scope(p, True, act_fn="topk").path, ValueError, "Top-K of h·‖W_dec‖ that returns h itself",
     ),
@@ -601,7 +597,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
     ),
     "ae.pt as OpenAI": (
         lambda p: os.rename(dictionary_learning(p, "AutoEncoderTopK").path / "ae.pt", p / "x.pt") or p / "x.pt", ValueError,
-        "no tensor 'pre_bias', so it is no file of OpenAI .an ae.pt of dictionary_learning",
+        "a torch file of none of OpenAI, .* .an ae.pt of dictionary_learning needs its config.json",
     ),
     "config is no JSON": (
         lambda p: (saelens(p).path / "cfg.json").write_text("nope") and p, ValueError, "cfg.json is not JSON",
