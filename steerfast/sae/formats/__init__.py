@@ -107,7 +107,7 @@ def _placed(sae: SAE, path: Path, place: Place | None) -> SAE:
 
 def _stored(sae: SAE, path: Path, dtype: torch.dtype) -> SAE:
     """The SAE with its matrices in a dtype, and what that costs in its source."""
-    error, most = 0.0, torch.finfo(dtype).max
+    error, most = sae.source.rounding, torch.finfo(dtype).max
     for name, matrix in sae.tensors().items():
         if matrix.dim() != 2 or torch.promote_types(matrix.dtype, dtype) == dtype:
             continue

@@ -107,7 +107,9 @@ def _entry(release: dict[str, Any], name: str, sae_id: str) -> dict[str, Any]:
         if sae_id in (str(entry["id"]), str(entry["path"])):
             return dict(entry)
     ids = [str(entry["id"]) for entry in release["saes"]]
-    near = difflib.get_close_matches(sae_id, ids, 3, 0.3) or ids[:3]
+    near = (
+        [one for one in ids if one.startswith(sae_id)][:3] or difflib.get_close_matches(sae_id, ids, 3, 0.3) or ids[:3]
+    )
     raise ValueError(
         f"SAE.load: release {name} has no SAE {sae_id!r} among its {len(ids)}; near it are {', '.join(near)}"
     )
@@ -129,7 +131,7 @@ def _of_neuronpedia(listed: dict[str, dict[str, Any]], name: str) -> tuple[str, 
 def _unlisted(listed: dict[str, dict[str, Any]], name: str) -> str:
     if not listed:
         return f"{name} would be a release, and releases are listed by sae-lens, which is not installed: pip install sae-lens"
-    near = ", ".join(difflib.get_close_matches(name, listed, 3, 0.3)) or "none is near it"
+    near = ", ".join(difflib.get_close_matches(name, listed, 3, 0.7)) or "none is near it"
     version = importlib.metadata.version("sae-lens")
     return f"sae-lens {version} lists no release {name!r} ({near}); a repository is OWNER/NAME"
 
@@ -144,8 +146,8 @@ def _files_in(repository: str, sae_id: str) -> list[str]:
             return files
     options = "; or ".join(" and ".join(files) for files in layouts)
     raise FileNotFoundError(
-        f"SAE.load: sae-lens lists no repository {repository}, so its layout is not known, and the cache of huggingface_hub holds "
-        f"no complete one below {sae_id}; fetch it: hf download {repository} --include '{sae_id}/*' (expected: {options})"
+        f"SAE.load: sae-lens lists no repository {repository}, so its layout is not known, and the cache of huggingface_hub "
+        f"holds no complete one below {sae_id}; fetch it: hf download {repository} --include '{sae_id}/*' (expected: {options})"
     )
 
 
