@@ -8,7 +8,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
-"$folder/env/bin/python" -m pip install --quiet torch==2.13.0 llamascopium==2.0.0b34 sae-lens==6.54.12 transformer-lens==3.9.0 2> /dev/null
+"$folder/env/bin/python" -m pip install --quiet --no-compile torch==2.13.0 llamascopium==2.0.0b34 sae-lens==6.54.12 transformer-lens==3.9.0 2> /dev/null
 "$folder/env/bin/python" -W ignore - << 'PYTHON'
 import sys
 
@@ -34,12 +34,7 @@ try:
 except AssertionError as error:
     refused = "transcoder" in str(error)
     print(f"an SAE: AssertionError: {error}")
-sae = made("blocks.4.hook_mlp_out")
-sae.cfg.dtype = "float32"
-try:
-    theirs = sae.to_saelens()
-except KeyError:  # it also hands the dtype on as text that SAELens does not know, "torch.float32"
-    theirs = None
-print(f"a transcoder: {type(theirs).__name__} of {theirs.cfg.metadata.hook_name if theirs else ''}")
-sys.exit(0 if refused and theirs is not None else 1)
+theirs = made("blocks.4.hook_mlp_out").to_saelens()
+print(f"a transcoder: {type(theirs).__name__} of {theirs.cfg.metadata.hook_name}")
+sys.exit(0 if refused and type(theirs).__name__ == "StandardSAE" else 1)
 PYTHON
