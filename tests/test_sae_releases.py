@@ -174,6 +174,17 @@ def test_what_is_not_there_is_named(name, error, message, hub, listed):
         sf.SAE.load(*name)
 
 
+def test_an_sae_of_a_directory_is_named_as_one_of_a_release(hub, listed, tmp_path):
+    """A release that was copied by hand lies on disk under the same names."""
+    shutil.copytree(SAES / "gemma-scope-2b-pt-res", tmp_path / "gemma-scope-2b-pt-res")
+    at = "layer_20/width_16k/average_l0_71"
+    sae = sf.SAE.load(tmp_path / "gemma-scope-2b-pt-res", at)
+    assert (sae.fingerprint, sae.place) == (
+        sf.SAE.load(SAES / "gemma-scope-2b-pt-res" / at).fingerprint,
+        ("resid_post", 20),
+    )
+
+
 def test_half_of_a_release_is_not_read(hub, listed):
     cached(hub, "someone/gpt2-small-mlp-out-saes", SAES / "saelens-standard" / "cfg.json", at="0:v1")
     with pytest.raises(FileNotFoundError, match=r"load: 0:v1/sae_weights.safetensors of someone"):

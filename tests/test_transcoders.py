@@ -222,3 +222,20 @@ def test_the_command_shows_both_places_and_saves(tmp_path, capsys):
     file = SAES / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_3" / "layer5.sae.pt"
     assert cli.main(["sae", "info", str(file), "--k", "4"]) == 2
     assert "its name says k = 3; leave k=4 away" in capsys.readouterr().err
+
+
+@pytest.mark.model
+def test_a_transcoder_is_explained_by_what_it_writes(smollm):
+    model, tokenizer = smollm
+    words = ["music", "London", "because", "war", "love", "rain"]
+    w_enc, w_dec, place = torch.randn(20, 576), torch.randn(20, 576), Origin(place=("mlp_out", 7))
+    made = sf.sae.Transcoder(w_enc, w_dec, k=3, w_skip=torch.randn(576, 576), origin=place)
+    found = sf.explain(made, model, tokenizer, words, words=3)
+    same = sf.explain(sf.SAE(w_dec, w_dec, k=3, origin=place), model, tokenizer, words, words=3)
+    assert [found[i] for i in range(20)] == [same[i] for i in range(20)]
+    plan = sf.Plan({made.place: sf.DeficitPush(made.w_dec[found.find("music")[:1]], target=3.0)})
+    inputs = tokenizer("She sang", return_tensors="pt")
+    with torch.no_grad():
+        before = model(**inputs).logits
+        with sf.steer(model, plan):
+            assert not torch.equal(model(**inputs).logits, before)

@@ -312,7 +312,8 @@ class SAE:
             path: The directory, or the file with the weights; the family is told by the names and contents of the files. With
                 `sae_id` the name of a release or repository; or an id of Neuronpedia, "gemma-2-2b/20-gemmascope-res-16k".
                 Names of releases and ids are looked up in the list of an installed sae-lens.
-            sae_id: The SAE in the release, "layer_20/width_16k/average_l0_71", or its folder or file in the repository.
+            sae_id: The SAE in the release, "layer_20/width_16k/average_l0_71", or its folder or file in the repository or
+                directory.
             k: Of a Top-K file that does not say it.
             scale: s > 0 of a file that was trained on s·x and does not say s: √d over the mean length of the rows that it was
                 trained on; 1.0 if it is folded into the weights already. Refused for a file that says it or needs none.

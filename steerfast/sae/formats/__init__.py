@@ -59,6 +59,8 @@ def load(
         raise TypeError(f"SAE.load: dtype is {dtype!r}; expected a floating dtype such as torch.bfloat16")
     place = None if site is None else place_of("SAE.load", site)
     found, overrides = Path(path), {}
+    if sae_id is not None and (found / sae_id).exists():
+        found, sae_id = found / sae_id, None
     if sae_id is not None or not found.exists():
         release = releases.find(os.fspath(path), sae_id)
         if release is None:
@@ -121,10 +123,10 @@ def _stored(sae: SAE, path: Path, dtype: torch.dtype) -> SAE:
 
 def _row_error(rows: Tensor, dtype: torch.dtype) -> float:
     """The largest ‖rounded row - row‖ / ‖row‖; rows of zeros are exact."""
-    wide = rows.double()
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     lengths = torch.linalg.vector_norm(wide, dim=1)
-    errors = torch.linalg.vector_norm(wide.to(dtype).double() - wide, dim=1)
-    return float((errors / lengths.clamp(min=torch.finfo(torch.float64).tiny)).max())
+    errors = torch.linalg.vector_norm(wide.to(dtype).to(wide.dtype) - wide, dim=1)
+    return float((errors / lengths.clamp(min=torch.finfo(wide.dtype).tiny)).max())
 
 
 Found = tuple[Family, Path, Path | None]
