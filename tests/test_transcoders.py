@@ -64,6 +64,13 @@ def test_a_skip_connection_needs_the_rows_that_were_read():
     assert torch.equal(plain.decode_topk(*plain.topk(x)), plain(x))
 
 
+def test_a_transcoder_is_another_than_the_sae_of_the_same_tensors():
+    made = make(skip=False, out=12)
+    same = sf.SAE(made.w_enc, made.w_dec, made.b_enc, made.b_dec, threshold=made.threshold)
+    assert same.fingerprint != made.fingerprint
+    assert same.tensors().keys() == made.tensors().keys()
+
+
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_own_file_round_trip(skip, dtype, tmp_path):

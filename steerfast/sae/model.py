@@ -162,7 +162,9 @@ class SAE:
         """
         tensors = dict(sorted(self.tensors().items()))
         shapes = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
-        head = {"k": self.k, "normalisation": self.normalisation, "tensors": shapes}
+        head: dict[str, object] = {"k": self.k, "normalisation": self.normalisation, "tensors": shapes}
+        if type(self) is not SAE:  # a transcoder with the same tensors
+            head["kind"] = type(self).__name__
         digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
         for tensor in tensors.values():
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

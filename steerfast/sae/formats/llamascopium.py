@@ -41,7 +41,7 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path, scale: 
     w_enc, w_dec, b_enc, b_dec = _weights(config, tensors, path)
     count, norms = w_enc.shape[0], wide(w_dec).norm(dim=1)
     gate = norms if config.get("sparsity_include_decoder_norm", True) else torch.ones_like(norms)
-    before, after, normalisation = _lengths(config, tensors, hooks, path)
+    before, after, normalisation = _lengths(config, tensors, hooks, path, w_enc.shape[1])
     k, threshold = _selection(config, tensors, path, count, gate)
     if threshold is not None and config.get("norm_activation") == "inference":
         if scale is None:
@@ -95,7 +95,7 @@ def _weights(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> 
 
 
 def _lengths(
-    config: dict[str, Any], tensors: dict[str, Tensor], hooks: tuple[str, str], path: Path
+    config: dict[str, Any], tensors: dict[str, Tensor], hooks: tuple[str, str], path: Path, d: int
 ) -> tuple[float, float, str]:
     """√d over the mean length of what goes in and of what comes out; and what is done to each row."""
     kind = config.get("norm_activation", "dataset-wise")
@@ -110,7 +110,7 @@ def _lengths(
         value = float(tensor(tensors, f"dataset_average_activation_norm.{hook}", path).reshape(()))
         if not 0 < value < float("inf"):
             raise refuse(path, f"dataset_average_activation_norm.{hook} is {value}; expected a length > 0")
-        found.append(float(config["d_model"]) ** 0.5 / value)
+        found.append(d**0.5 / value)
     return found[0], found[1], "none"
 
 

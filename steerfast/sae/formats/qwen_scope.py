@@ -11,7 +11,8 @@ from steerfast.sae.model import SAE
 
 from ._parts import dictionary, fold, home_of, layer_of, told_k, vector, width_of
 
-REPOSITORY = r"SAE-Res-(Qwen[\w.-]+?)-W\d+K-L0_(\d+)(?=/)"
+MODEL = r"SAE-Res-(Qwen[\w.-]+?)-W\d+K-L0_\d+(?=/)"
+K = r"SAE-Res-Qwen[\w.-]+?-W\d+K-L0_(\d+)(?=/)"
 
 
 def read(config: dict[str, Any], tensors: dict[str, Any], path: Path, k: int | None = None) -> SAE:
@@ -20,9 +21,9 @@ def read(config: dict[str, Any], tensors: dict[str, Any], path: Path, k: int | N
     w_enc = dictionary(tensors, "W_enc", d, path)
     w_dec = dictionary(tensors, "W_dec", d, path, transposed=True)
     b_enc, b_dec = vector(tensors, "b_enc", w_enc.shape[0], path), vector(tensors, "b_dec", d, path)
-    k = told_k(k, path, REPOSITORY.replace("(Qwen", "(?:Qwen"))
+    k = told_k(k, path, K)
     layer = layer_of(path, r"/layer(\d+)\.sae\.pt")
-    models = {name for name, _ in re.findall(REPOSITORY, "/".join(path.absolute().parts))}
+    models = set(re.findall(MODEL, "/".join(path.absolute().parts)))
     model = f"Qwen/{models.pop()}" if len(models) == 1 else ""
     place = None if layer is None else Place("resid_post", layer)
     home = home_of("Qwen-Scope", place, "" if layer is None else f"layer{layer}", model)
