@@ -14,6 +14,7 @@ import steerfast as sf
 from steerfast.cli import main as cli
 from steerfast.place import Origin
 from steerfast.sae.evaluate import evaluate_sae
+from steerfast.sae.formats import save_saelens
 from steerfast.sae.model import Source
 
 SAES = Path(__file__).parent / "data" / "saes"
@@ -62,6 +63,14 @@ def test_a_skip_connection_needs_the_rows_that_were_read():
             call()
     plain = make(skip=False)
     assert torch.equal(plain.decode_topk(*plain.topk(x)), plain(x))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_form_of_saelens_round_trip(skip, tmp_path):
+    made = make(skip)
+    back = sf.SAE.load(save_saelens(made, tmp_path))
+    assert (back.fingerprint, back.place, type(back)) == (made.fingerprint, made.place, type(made))
+    assert back.reads.place == made.reads.place
 
 
 def test_a_transcoder_is_another_than_the_sae_of_the_same_tensors():
