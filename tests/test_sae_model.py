@@ -175,7 +175,7 @@ def change(path, **settings):
     [
         (
             lambda path: change(path, schema=9),
-            "schema 9, newer than this version of steerfast, which reads 1 to 2: upgrade it",
+            "schema 9, newer than this version of steerfast, which reads 1 to 3: upgrade it",
         ),
         (lambda path: change(path, kind="other"), 'is not an SAE \\("kind" is not "steerfast.sae"\\)'),
         (lambda path: change(path, extra=1), "has keys"),

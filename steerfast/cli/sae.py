@@ -24,6 +24,7 @@ from steerfast.sae.model import SAE
 from steerfast.sae.training.config import TrainConfig
 from steerfast.sae.training.corpus import read_texts, wikipedia
 from steerfast.sae.training.train import train_sae
+from steerfast.sae.transcoder import Transcoder
 
 from . import shared
 
@@ -96,8 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steered = _action(actions, "steer", "generate with some features changed, beside the unsteered text")
     _sae_and_model(steered)
     _steer_arguments(steered)
-    shown = _action(actions, "info", "show what is in the file of an SAE")
-    shown.add_argument("sae", metavar="SAE", help="directory or file of an SAE")
+    _info_arguments(_action(actions, "info", "show what is in the file of an SAE; save it as one of ours"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -216,11 +216,13 @@ def _steer(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    sae = SAE.load(args.sae)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    sae = SAE.load(args.sae, args.id, k=args.k, scale=args.scale, site=args.place, dtype=dtype)
     source = sae.source
     size = sum(tensor.numel() * tensor.element_size() for tensor in sae.tensors().values())
     select = f"the {sae.k} largest" if sae.k is not None else sae.activation
-    place = f"{sae.place[0]} of layer {sae.place[1]}" if sae.place else source.hook_name or "unknown"
+    written = source.hook_name_out if isinstance(sae, Transcoder) else source.hook_name
+    place = f"{sae.place[0]} of layer {sae.place[1]}" if sae.place else written or "unknown"
     lengths = sae.w_dec.float().norm(dim=1)
     rows = {
         "family": source.library,
@@ -230,10 +232,20 @@ def _info(args: argparse.Namespace) -> int:
         "place": place,
         "model": sae.origin.model or source.model or "unknown",
         "decoder rows": f"length {float(lengths.min()):.4g} to {float(lengths.max()):.4g}",
-        "tied": "yes" if torch.equal(sae.w_enc, sae.w_dec) else "no",
+        "tied": "yes" if sae.w_enc.shape == sae.w_dec.shape and torch.equal(sae.w_enc, sae.w_dec) else "no",
     }
+    if isinstance(sae, Transcoder):
+        rows |= {
+            "features": f"{rows['features']}, writes width {sae.d_out}",
+            "reads": str(sae.reads.place or source.hook_name or "unknown"),
+            "skip": "no" if sae.w_skip is None else "yes",
+        }
+    if source.rounding:
+        rows["rounding"] = f"{source.rounding:.2g} of the length of a row, at most"
     for name, value in rows.items():
         shared.say(f"{name:<15}{value}")
+    if args.save is not None:
+        shared.say(f"\nSAE         {sae.save(args.save)}")
     return 0
 
 
@@ -248,6 +260,18 @@ def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
 def _sae_and_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sae", metavar="SAE", help="directory or file of an SAE")
     shared.model_arguments(parser)
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sae", metavar="SAE", help="directory or file of an SAE, a release, or an id of Neuronpedia")
+    parser.add_argument("id", nargs="?", metavar="ID", help="the SAE of a release")
+    parser.add_argument("--k", type=shared.positive, metavar="N", help="of a Top-K file that does not say it")
+    parser.add_argument("--scale", type=float, metavar="S", help="of a file that was trained on s·x and does not say s")
+    parser.add_argument("--place", metavar="HOOK", help="of a file that does not say it, as blocks.20.hook_resid_post")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the matrices (default: the file's)"
+    )
+    parser.add_argument("--save", type=Path, metavar="DIR", help="write it in our format, for the other actions")
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:

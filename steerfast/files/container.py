@@ -89,10 +89,11 @@ SAE = Kind(
     "SAE.load",
     "SAE.save",
     frozenset({"features", "width", "k", "normalisation", "origin"}),
-    frozenset({"fingerprint", "source"}),
-    schema=2,
+    frozenset({"fingerprint", "source", "transcoder"}),
+    schema=3,
 )
-"""Schema 2 says the fingerprint, by which a plan finds it, and tells its origin from what its source says."""
+"""Schema 3 may hold a transcoder. Schema 2 says the fingerprint, by which a plan finds it, and tells its origin from what its
+source says."""
 KINDS = (PLAN, DIRECTIONS, BARRIER, SAE)
 
 

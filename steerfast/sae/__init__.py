@@ -9,6 +9,7 @@ _HOMES = {
     "training.config": ["TrainConfig"],
     "training.distributed": ["SplitData", "SplitFeatures"],
     "training.train": ["train_sae"],
+    "transcoder": ["Transcoder"],
 }
 __getattr__, __all__ = lazily(__name__, _HOMES)
 

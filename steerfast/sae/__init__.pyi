@@ -9,5 +9,6 @@ from .training.config import TrainConfig as TrainConfig
 from .training.distributed import SplitData as SplitData
 from .training.distributed import SplitFeatures as SplitFeatures
 from .training.train import train_sae as train_sae
+from .transcoder import Transcoder as Transcoder
 
 __all__: list[str]

@@ -20,6 +20,7 @@ from steerfast.models.points import Point
 
 from .cache import pack, real_tokens
 from .model import SAE
+from .transcoder import Transcoder
 
 _TYPICAL = 3.0
 """A row is typical if its norm is below this multiple of the median: the few tokens of enormous norm lie above it."""
@@ -107,7 +108,7 @@ def evaluate_sae(
         The numbers, an `Evaluation`.
 
     Raises:
-        ValueError: the SAE has no place or another width than the model; too few texts.
+        ValueError: the SAE has no place or another width than the model, or is a transcoder; too few texts.
 
     Example:
         >>> from steerfast.place import Origin, Place
@@ -117,6 +118,10 @@ def evaluate_sae(
         >>> round(found.variance_explained, 4), round(found.loss_recovered, 2)
         (1.0, 1.0)
     """
+    if isinstance(sae, Transcoder):
+        raise ValueError(
+            f"evaluate_sae: {sae} predicts what it writes from another place; measure its prediction, transcoder(x) beside y"
+        )
     found = find_layers(model, "evaluate_sae")
     if sae.place is None:
         raise ValueError(f"evaluate_sae: {sae} does not know its place; give it an Origin(place=(site, layer))")

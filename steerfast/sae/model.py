@@ -37,13 +37,18 @@ class Source:
 
     Attributes:
         library: Which one wrote it.
-        hook_name: The place.
+        hook_name: The place; of a transcoder, where it reads.
         model: The model that it was trained on; a name, not a class.
+        hook_name_out: Where a transcoder writes.
+        rounding: What the dtype that it was loaded in cost: the largest relative error of a row of its matrices, 0.004 for
+            0.4 %; 0: nothing was rounded.
     """
 
     library: str = "steerfast"
     hook_name: str = ""
     model: str = ""
+    hook_name_out: str = ""
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,12 +95,8 @@ class SAE:
     def __post_init__(self) -> None:
         check_dictionary("SAE", "w_enc", self.w_enc, "b_enc", self.b_enc, bias_axis=0)
         check_dictionary("SAE", "w_dec", self.w_dec, "b_dec", self.b_dec, bias_axis=1)
-        features, d = self.w_enc.shape
-        if self.w_dec.shape != self.w_enc.shape:
-            raise ValueError(
-                f"SAE: w_dec has shape {tuple(self.w_dec.shape)} and w_enc {tuple(self.w_enc.shape)}; expected (F, d) "
-                "for both: transpose the one that is (d, F)"
-            )
+        self._check_shapes()
+        features = self.features
         for name, tensor in self.tensors().items():
             if tensor.device != self.w_enc.device:
                 raise ValueError(f"SAE: {name} is on {tensor.device} and w_enc on {self.w_enc.device}; move one")
@@ -111,7 +112,7 @@ class SAE:
             if self.threshold is not None:
                 raise ValueError("SAE: k and threshold are both given; a Top-K SAE has no threshold")
         small = torch.promote_types(self.w_enc.dtype, torch.float32)
-        for name, size in (("b_enc", features), ("b_dec", d), ("threshold", features)):
+        for name, size in (("b_enc", features), ("b_dec", self.w_dec.shape[1]), ("threshold", features)):
             value = getattr(self, name)
             if value is None and not (name == "threshold" and self.k is not None):
                 object.__setattr__(self, name, torch.zeros(size, dtype=small, device=self.w_enc.device))
@@ -161,7 +162,9 @@ class SAE:
         """
         tensors = dict(sorted(self.tensors().items()))
         shapes = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
-        head = {"k": self.k, "normalisation": self.normalisation, "tensors": shapes}
+        head: dict[str, object] = {"k": self.k, "normalisation": self.normalisation, "tensors": shapes}
+        if type(self) is not SAE:  # a transcoder with the same tensors
+            head["kind"] = type(self).__name__
         digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
         for tensor in tensors.values():
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -169,15 +172,15 @@ class SAE:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
-        names = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        names = [one.name for one in dataclasses.fields(self)]
+        return {name: value for name in names if isinstance(value := getattr(self, name), Tensor)}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
-        """The same SAE on another device, or with its two matrices in another floating dtype.
+        """The same SAE on another device, or with its matrices in another floating dtype.
 
         Biases and thresholds stay float32 at least: they are small, and a folded bias would suffer from rounding.
         """
-        matrices = {name: getattr(self, name).to(device=device, dtype=dtype) for name in ("w_enc", "w_dec")}
+        matrices = {n: t.to(device=device, dtype=dtype) for n, t in self.tensors().items() if t.dim() == 2}
         small = None if dtype is None else torch.promote_types(dtype, torch.float32)
         vectors = {n: t.to(device=device, dtype=small) for n, t in self.tensors().items() if n not in matrices}
         return dataclasses.replace(self, **matrices, **vectors)  # type: ignore[arg-type]
@@ -295,25 +298,66 @@ class SAE:
         return dataclasses.replace(self, k=None, threshold=torch.full_like(as_tensor(self.b_enc), theta))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, scale: float | None = None) -> SAE:
-        """Read an SAE of any family: steerfast, SAELens, sparsify, Gemma Scope 1 and 2, Llama Scope, OpenAI, dictionary_learning.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        sae_id: str | None = None,
+        *,
+        k: int | None = None,
+        scale: float | None = None,
+        site: object = None,
+        dtype: torch.dtype | None = None,
+    ) -> SAE:
+        """Read an SAE of any family, from a file, a directory, or the cache of the Hugging Face hub; see docs/sae.md.
 
         Args:
-            path: The directory, or the file with the weights. The family is told by the names and contents of the files.
-            scale: s > 0 for a file of SAELens that was trained on s·x and does not say s: √d over the mean length of the
-                rows that it was trained on; 1.0 if it is folded into the weights already. Refused for any other file.
+            path: The directory, or the file with the weights; the family is told by the names and contents of the files. With
+                `sae_id` the name of a release or repository; or an id of Neuronpedia, "gemma-2-2b/20-gemmascope-res-16k".
+                Names of releases and ids are looked up in the list of an installed sae-lens.
+            sae_id: The SAE in the release, "layer_20/width_16k/average_l0_71", or its folder or file in the repository or
+                directory.
+            k: Of a Top-K file that does not say it.
+            scale: s > 0 of a file that was trained on s·x and does not say s: √d over the mean length of the rows that it was
+                trained on; 1.0 if it is folded into the weights already. Refused for a file that says it or needs none.
+            site: The place of a file that does not say it: (site, layer), or "blocks.20.hook_resid_post".
+            dtype: Of the two matrices; None: as in the file, float32 where something was folded. `source.rounding` tells what
+                it cost.
 
         Returns:
-            The SAE on the CPU, in the dtype of the file.
+            The SAE on the CPU; a `Transcoder` from the file of one.
 
         Raises:
-            FileNotFoundError: nothing is there, or a file of the family is missing.
+            FileNotFoundError: nothing is there, a file of the family is missing, or files of a release are neither cached nor
+                to be had: their names.
             ValueError: damaged, ambiguous, of an unknown family, or something this form cannot hold; the reason is given.
-                A scale that the file lacks, or does not want.
+                A k, scale or site that the file lacks, contradicts or does not want; numbers that the dtype cannot hold.
         """
         from steerfast.sae.formats import load
 
-        return load(Path(path), scale)
+        return load(path, sae_id, k=k, scale=scale, site=site, dtype=dtype)
+
+    @classmethod
+    def from_saelens(cls, sae: object) -> SAE:
+        """An SAE of SAELens that is in memory, of the kinds that `load` reads from its files; nothing is shared with it.
+
+        Raises:
+            TypeError: it is no SAE of SAELens.
+            ValueError: it is of a kind that this form cannot hold.
+        """
+        from steerfast.sae.formats import from_saelens
+
+        return from_saelens(sae)
+
+    def to_saelens(self) -> object:
+        """The same SAE as an object of SAELens, `sae_lens.SAE`, with the same features; what was folded stays folded.
+
+        Raises:
+            ImportError: sae-lens is not installed.
+            ValueError: SAELens has no such kind: a Top-K transcoder.
+        """
+        from steerfast.sae.formats import to_saelens
+
+        return to_saelens(self)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write sae.json and sae.safetensors into a directory: both, or neither.
@@ -328,6 +372,13 @@ class SAE:
     def __repr__(self) -> str:
         select = f"k={self.k}" if self.k is not None else self.activation
         return f"SAE(F={self.features}, d={self.d}, {select}, place={self.place}, {self.w_enc.dtype})"
+
+    def _check_shapes(self) -> None:
+        if self.w_dec.shape != self.w_enc.shape:
+            raise ValueError(
+                f"SAE: w_dec has shape {tuple(self.w_dec.shape)} and w_enc {tuple(self.w_enc.shape)}; expected (F, d) "
+                "for both: transpose the one that is (d, F)"
+            )
 
     def _normalise(self, owner: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rows as the encoder takes them, and what their reconstruction is multiplied with, (..., 1)."""

@@ -6,42 +6,32 @@ refuses with the reason. Nothing in a file is ever executed: `.pt` files are rea
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from steerfast._checks import finite_number
+import torch
+from torch import Tensor
+
+from steerfast._checks import FLOATS, finite_number, whole_number
 from steerfast.files import container
+from steerfast.place import Place, place_of
 from steerfast.sae.model import SAE
 
-from . import dictionary_learning, gemma_scope, llama_scope, openai, own, saelens, sparsify
+from . import dictionary_learning, gemma_scope, llama_scope, llamascopium, own, releases, saelens, sparsify
 from ._parts import read_json, read_tensors, refuse
+from .family import Family
 from .own import save as save
-from .saelens import save_saelens as save_saelens
-
-
-@dataclass(frozen=True)
-class Family:
-    """One family of files.
-
-    Attributes:
-        name: As it is called in messages and in `Origin.source`.
-        weights: Name of the file with the tensors, relative to the directory of the configuration.
-        config: Name of the JSON beside it; None: the family has none.
-        read: (configuration, tensors, path of the weights) -> SAE; None: ours, which `own` reads as a folder.
-        scaled: Whether its reader takes the scale of the data set, too.
-    """
-
-    name: str
-    weights: str
-    config: str | None
-    read: Callable[..., SAE] | None
-    scaled: bool = False
-
+from .saelens_out import from_saelens as from_saelens
+from .saelens_out import save_saelens as save_saelens
+from .saelens_out import to_saelens as to_saelens
+from .torch_files import TORCH_FAMILIES, family_of
 
 FAMILIES = (
     Family("steerfast", container.SAE.tensors_name, container.SAE.text_name, None),
-    Family("SAELens", "sae_weights.safetensors", "cfg.json", saelens.read, scaled=True),
+    Family("SAELens", "sae_weights.safetensors", "cfg.json", saelens.read, ("scale",)),
+    Family("llamascopium", "sae_weights.safetensors", "config.json", llamascopium.read, ("scale",)),
     Family("sparsify", "sae.safetensors", "cfg.json", sparsify.read),
     Family("Gemma Scope", "params.npz", None, gemma_scope.read_first),
     Family("Gemma Scope 2", "params.safetensors", "config.json", gemma_scope.read_second),
@@ -51,23 +41,92 @@ FAMILIES = (
 )
 
 
-def load(path: Path, scale: float | None = None) -> SAE:
-    """Read an SAE from a directory, or from the file with its weights; see `SAE.load`."""
+def load(
+    path: str | os.PathLike[str],
+    sae_id: str | None = None,
+    *,
+    k: int | None = None,
+    scale: float | None = None,
+    site: Any = None,
+    dtype: torch.dtype | None = None,
+) -> SAE:
+    """Read an SAE from a directory, a file with weights, or a release; see `SAE.load`."""
+    if k is not None and (k := whole_number("SAE.load", "k", k)) < 1:
+        raise ValueError(f"SAE.load: k is {k}; expected >= 1, the features of a row")
     if scale is not None and (scale := finite_number("SAE.load", "scale", scale)) <= 0:
         raise ValueError(f"SAE.load: scale is {scale}; expected > 0, √d over the mean length of a row")
-    if not path.exists():
-        raise FileNotFoundError(f"SAE.load: {path} does not exist; give a directory, or the file with the weights")
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"SAE.load: dtype is {dtype!r}; expected a floating dtype such as torch.bfloat16")
+    place = None if site is None else place_of("SAE.load", site)
+    found, overrides = Path(path), {}
+    if sae_id is not None and (found / sae_id).exists():
+        found, sae_id = found / sae_id, None
+    if sae_id is not None or not found.exists():
+        release = releases.find(os.fspath(path), sae_id)
+        if release is None:
+            raise FileNotFoundError(
+                f"SAE.load: {found} does not exist; give a directory, or the file with the weights, or a release and its SAE, "
+                'such as SAE.load("gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71")'
+            )
+        found, overrides = release.path, release.overrides
+    sae = _placed(_read(found, overrides, k, scale), found, place)
+    return sae if dtype is None else _stored(sae, found, dtype)
+
+
+def _read(path: Path, overrides: dict[str, Any], k: int | None, scale: float | None) -> SAE:
     found = _families_of_file(path) if path.is_file() else _families_of_directory(path)
     if len(found) > 1:
         names = " and ".join(f"{family.name} ({weights.name})" for family, weights, _ in found)
         raise ValueError(f"SAE.load: {path} is ambiguous, it holds {names}; give the file with the weights")
     family, weights, config = found[0]
-    if scale is not None and not family.scaled:
+    if family is FAMILIES[0]:
+        sae = own.read(weights.parent)
+    else:
+        tensors = read_tensors(weights)
+        family = family_of(tensors, weights) if family is _TORCH else family
+        given = {
+            name: value for name, value in (("k", k), ("scale", scale)) if value is not None and name in family.takes
+        }
+        settings = {} if config is None else read_json(config)
+        assert family.read is not None
+        sae = family.read(settings | overrides, tensors, weights, **given)
+    if scale is not None and "scale" not in family.takes:
         raise refuse(weights, f"a file of {family.name} needs no scale; leave scale={scale} away")
-    if family.read is None:
-        return own.read(weights.parent)
-    given = {} if scale is None else {"scale": scale}
-    return family.read({} if config is None else read_json(config), read_tensors(weights), weights, **given)
+    if k is not None and sae.k != k:
+        said = "it selects by a threshold" if sae.k is None else f"it says k = {sae.k}"
+        raise refuse(weights, f"{said}; leave k={k} away")
+    return sae
+
+
+def _placed(sae: SAE, path: Path, place: Place | None) -> SAE:
+    """The SAE at the place that was given, where its file says none."""
+    if place is None or (sae.place is not None and sae.place.same_stream(place)):
+        return sae
+    if sae.place is not None:
+        raise refuse(path, f"it says that it belongs to {sae.place}; leave site={tuple(place)} away")
+    return replace(sae, origin=replace(sae.origin, place=place))
+
+
+def _stored(sae: SAE, path: Path, dtype: torch.dtype) -> SAE:
+    """The SAE with its matrices in a dtype, and what that costs in its source."""
+    error, most = sae.source.rounding, torch.finfo(dtype).max
+    for name, matrix in sae.tensors().items():
+        if matrix.dim() != 2 or torch.promote_types(matrix.dtype, dtype) == dtype:
+            continue
+        if float(matrix.abs().max()) > most:
+            raise refuse(
+                path, f"{name} holds {float(matrix.abs().max()):.4g}, and {dtype} ends at {most:.4g}; choose another"
+            )
+        error = max(error, *(_row_error(rows, dtype) for rows in matrix.split(4096)))
+    return replace(sae.to(dtype=dtype), source=replace(sae.source, rounding=error))
+
+
+def _row_error(rows: Tensor, dtype: torch.dtype) -> float:
+    """The largest ‖rounded row - row‖ / ‖row‖; rows of zeros are exact."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    lengths = torch.linalg.vector_norm(wide, dim=1)
+    errors = torch.linalg.vector_norm(wide.to(dtype).to(wide.dtype) - wide, dim=1)
+    return float((errors / lengths.clamp(min=torch.finfo(wide.dtype).tiny)).max())
 
 
 Found = tuple[Family, Path, Path | None]
@@ -84,10 +143,10 @@ def _families_of_directory(directory: Path) -> list[Found]:
             missing = family.config if weights.is_file() else family.weights
             partial.append(f"{missing} of {family.name}")
     if not any(weights.name == "ae.pt" for _, weights, _ in whole):
-        others = [file for file in sorted(directory.glob("*.pt")) if file.name != "ae.pt"]
+        others = [file for file in sorted([*directory.glob("*.pt"), *directory.glob("*.pth")]) if file.name != "ae.pt"]
         if len(others) > 1 and not whole:
             raise ValueError(f"SAE.load: {directory} is ambiguous, it holds {len(others)} .pt files; give one of them")
-        whole += [(_OPENAI, file, None) for file in others[:1]]
+        whole += [(_TORCH, file, None) for file in others[:1]]
     if not whole and (directory / container.SAE.text_name).is_file():
         return [(FAMILIES[0], directory / FAMILIES[0].weights, None)]  # whose reader says what is missing
     if not whole and partial:
@@ -95,7 +154,7 @@ def _families_of_directory(directory: Path) -> list[Found]:
     if not whole and (kind := container.kind_of(directory)) is not None:
         raise container.wrong_kind(container.SAE, directory, kind)
     if not whole:
-        known = ", ".join(dict.fromkeys(family.name for family in (*FAMILIES, _OPENAI)))
+        known = ", ".join(dict.fromkeys(family.name for family in (*FAMILIES, *TORCH_FAMILIES)))
         raise ValueError(f"SAE.load: {directory} holds no SAE of a known family ({known})")
     return whole
 
@@ -114,10 +173,10 @@ def _families_of_file(file: Path) -> list[Found]:
     if file.suffix == ".npz":
         return [(next(family for family in FAMILIES if family.name == "Gemma Scope"), file, None)]
     if file.suffix in (".pt", ".pth"):
-        return [(_OPENAI, file, None)]
+        return [(_TORCH, file, None)]
     raise ValueError(
         f"SAE.load: {file} is no weights file of a known family; expected one of "
-        f"{', '.join(dict.fromkeys(family.weights for family in FAMILIES))}, or an OpenAI .pt file"
+        f"{', '.join(dict.fromkeys(family.weights for family in FAMILIES))}, or a .pt or .pth file"
     )
 
 
@@ -125,5 +184,5 @@ def _config_path(family: Family, directory: Path) -> Path | None:
     return None if family.config is None else directory / family.config
 
 
-_OPENAI = Family("OpenAI", "*.pt", None, openai.read)
-_LLAMA_CHECKPOINT = FAMILIES[6]
+_TORCH = Family("torch files", "*.pt", None, None)
+_LLAMA_CHECKPOINT = FAMILIES[7]

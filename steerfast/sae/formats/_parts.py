@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from steerfast.files.torch_file import read_torch_file
 from steerfast.place import Origin, Place
 from steerfast.sae.model import SAE, Source
+from steerfast.sae.transcoder import Transcoder
 
 Home = tuple[Origin, Source]
 """Where an SAE belongs, as we say it and as its file does."""
@@ -56,8 +58,8 @@ def tensor(tensors: Mapping[str, Any], name: str, path: Path) -> Tensor:
     return value.detach()
 
 
-def dictionary(tensors: Mapping[str, Any], name: str, width: int, path: Path, *, transposed: bool = False) -> Tensor:
-    """A weight matrix as rows (F, d), checked against the width d of the stream; transposed: the family keeps (d, F)."""
+def rows_of(tensors: Mapping[str, Any], name: str, path: Path, *, transposed: bool = False) -> Tensor:
+    """A weight matrix as rows (F, d), whatever d is; transposed: the family keeps (d, F)."""
     matrix = tensor(tensors, name, path)
     if matrix.dim() != 2:
         raise ValueError(f"SAE.load: {path}: {name!r} has shape {tuple(matrix.shape)}; expected a matrix")
@@ -66,11 +68,16 @@ def dictionary(tensors: Mapping[str, Any], name: str, width: int, path: Path, *,
             f"SAE.load: {path}: {name!r} is {matrix.shape[0]}×{matrix.shape[1]}, so its shape does not show whether features "
             "are rows or columns; build sf.SAE(w_enc, w_dec, …) from its tensors yourself"
         )
-    rows = matrix.T if transposed else matrix
+    return (matrix.T if transposed else matrix).contiguous()
+
+
+def dictionary(tensors: Mapping[str, Any], name: str, width: int, path: Path, *, transposed: bool = False) -> Tensor:
+    """A weight matrix as rows (F, d), checked against the width d of the stream; transposed: the family keeps (d, F)."""
+    rows = rows_of(tensors, name, path, transposed=transposed)
     if rows.shape[1] != width:
-        expected = f"({width}, F)" if transposed else f"(F, {width})"
-        raise ValueError(f"SAE.load: {path}: {name!r} has shape {tuple(matrix.shape)}; this family keeps {expected}")
-    return rows.contiguous()
+        shape, expected = tuple(tensors[name].shape), f"({width}, F)" if transposed else f"(F, {width})"
+        raise ValueError(f"SAE.load: {path}: {name!r} has shape {shape}; this family keeps {expected}")
+    return rows
 
 
 def vector(tensors: Mapping[str, Any], name: str, size: int, path: Path) -> Tensor:
@@ -123,6 +130,40 @@ def fold(
         b_enc = (b_enc.double() - product(w_enc, b_dec.double())).to(b_enc.dtype)
     threshold = None if threshold is None else wide(threshold).clamp(min=0)
     return SAE(w_enc, w_dec, b_enc, b_dec, k, threshold, normalisation, *home)
+
+
+def transcode(
+    tensors: Mapping[str, Tensor],
+    places: tuple[Place | None, Place | None],
+    source: Source,
+    k: int | None = None,
+) -> Transcoder:
+    """A transcoder from tensors under our names, (place that it reads, place that it writes); no bias is subtracted."""
+    found: dict[str, Any] = {name: wide(value) if value.dim() == 1 else value for name, value in tensors.items()}
+    if "threshold" in found:
+        found["threshold"] = found["threshold"].clamp(min=0)
+    reads, writes = (Origin(place=place) for place in places)
+    return Transcoder(**found, k=k, origin=writes, source=source, reads=reads)
+
+
+def told_k(k: int | None, path: Path, pattern: str = "") -> int:
+    """k of a Top-K file: as given, or as the names of its folders and of itself say it, the pattern's first group.
+
+    Raises:
+        ValueError: neither, or two that differ.
+    """
+    said = {int(found) for found in re.findall(pattern, "/".join(path.absolute().parts))} if pattern else set()
+    if k is not None and said - {k}:
+        raise refuse(path, f"its name says k = {min(said - {k})}; leave k={k} away")
+    if k is None and len(said) != 1:
+        raise refuse(path, "a Top-K SAE, and neither the file nor its name says k; give SAE.load(path, k=…)")
+    return k if k is not None else said.pop()
+
+
+def layer_of(path: Path, pattern: str) -> int | None:
+    """The layer that the names of a file and its folders say, the pattern's first group; None: none, or several."""
+    said = {int(found) for found in re.findall(pattern, "/".join(path.absolute().parts))}
+    return said.pop() if len(said) == 1 else None
 
 
 def product(rows: Tensor, vector: Tensor) -> Tensor:

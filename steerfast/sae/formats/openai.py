@@ -13,11 +13,6 @@ from ._parts import dictionary, fold, home_of, refuse, vector, whole, width_of
 
 def read(config: dict[str, Any], tensors: dict[str, Any], path: Path) -> SAE:
     """An SAE of OpenAI: pre_bias is subtracted first; with Top-K each row is normalised, and the reconstruction scaled back."""
-    if "pre_bias" not in tensors:
-        hint = " (an ae.pt of dictionary_learning needs its config.json beside it)" if "b_dec" in tensors else ""
-        raise refuse(
-            path, f"no tensor 'pre_bias', so it is no file of OpenAI{hint}; it has {', '.join(sorted(tensors))}"
-        )
     d = width_of(tensors, "pre_bias", path)
     w_enc = dictionary(tensors, "encoder.weight", d, path)
     w_dec = dictionary(tensors, "decoder.weight", d, path, transposed=True)

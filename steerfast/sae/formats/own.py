@@ -8,12 +8,13 @@ from typing import Any
 from steerfast.files import container
 from steerfast.place import Origin, Place
 from steerfast.sae.model import SAE, Source
+from steerfast.sae.transcoder import Transcoder
 
 
 def save(sae: SAE, directory: Path) -> Path:
     """Write an SAE into a directory, both files or neither; returns the directory. Tied matrices are written once."""
     tied = sae.w_dec.data_ptr() == sae.w_enc.data_ptr()
-    text = {
+    text: dict[str, Any] = {
         "features": sae.features,
         "width": sae.d,
         "k": sae.k,
@@ -22,6 +23,8 @@ def save(sae: SAE, directory: Path) -> Path:
         "source": vars(sae.source),
         "fingerprint": sae.fingerprint,
     }
+    if isinstance(sae, Transcoder):
+        text["transcoder"] = {"width_out": sae.d_out, "skip": sae.w_skip is not None, "reads": sae.reads.numbers()}
     tensors = {name: value for name, value in sae.tensors().items() if not (tied and name == "w_dec")}
     return container.write(container.SAE, directory, text, tensors)
 
@@ -32,13 +35,28 @@ def read(directory: Path) -> SAE:
     if "w_dec" not in tensors and "w_enc" in tensors:
         tensors["w_dec"] = tensors["w_enc"]
     features, d = text["features"], text["width"]
-    shapes = {"w_enc": (features, d), "w_dec": (features, d), "b_enc": (features,), "b_dec": (d,)}
+    over, out = text.get("transcoder"), d
+    if over is not None:
+        with container.describing(container.SAE, directory):
+            out = over["width_out"]
+    shapes = {"w_enc": (features, d), "w_dec": (features, out), "b_enc": (features,), "b_dec": (out,)}
     if text["k"] is None:
         shapes["threshold"] = (features,)
+    if over is not None and over.get("skip"):
+        shapes["w_skip"] = (out, d)
     container.expect(container.SAE, directory, tensors, shapes)
     with container.describing(container.SAE, directory):
         origin, source = _known(text)
-        return SAE(**tensors, k=text["k"], normalisation=text["normalisation"], origin=origin, source=source)
+        made: dict[str, Any] = {
+            **tensors,
+            "k": text["k"],
+            "normalisation": text["normalisation"],
+            "origin": origin,
+            "source": source,
+        }
+        if over is None:
+            return SAE(**made)
+        return Transcoder(**made, reads=Origin.restore(over["reads"]))
 
 
 def _known(text: dict[str, Any]) -> tuple[Origin, Source]:
