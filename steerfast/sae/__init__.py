@@ -4,11 +4,16 @@ from steerfast._names import lazily
 
 _HOMES = {
     "cache": ["ActivationCache", "ActivationStream", "cache_activations"],
+    "detection": ["Detection", "detect"],
+    "documents": ["read_documents"],
     "evaluate": ["Evaluation", "evaluate_sae"],
-    "explanation": ["Explanations", "observe"],
+    "evidence": ["Evidence", "ObserveConfig", "observe"],
+    "explanation": ["Explanations"],
+    "relations": ["Relations", "relate"],
     "training.config": ["TrainConfig"],
     "training.distributed": ["SplitData", "SplitFeatures"],
     "training.train": ["train_sae"],
+    "use": ["explain_use"],
 }
 __getattr__, __all__ = lazily(__name__, _HOMES)
 
