@@ -19,7 +19,7 @@ from steerfast.place import SITES
 from steerfast.plan import Plan
 from steerfast.sae.cache import ActivationCache, cache_activations
 from steerfast.sae.evaluate import evaluate_sae
-from steerfast.sae.explanation import RANKINGS, Explanations, explain, observe
+from steerfast.sae.explanation import RANKINGS, Explanations, explain
 from steerfast.sae.model import SAE
 from steerfast.sae.training.config import TrainConfig
 from steerfast.sae.training.corpus import read_texts, wikipedia

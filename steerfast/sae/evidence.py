@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from .model import SAE
 from .words import token_words
 
 _FORWARD_TOKENS = 2048
+_WINDOW = 256  # contexts that are sorted by length together
 _LOWEST, _HIGHEST, _PER_OCTAVE = -10, 16, 2  # of the histogram: powers of 2
 
 
@@ -192,7 +194,7 @@ def observe(
     gathering = _Gathering(wide, config)
     source = _contexts(TextReader.of(tokenizer, "observe"), documents, config)
     with evaluating(model):
-        for number, batch in enumerate(_batches(source, config)):
+        for number, batch in enumerate(_batches(source)):
             gathering.add(batch, _rows(model, layer, point, batch))
             if progress is not None and number % 16 == 0:
                 progress(f"read {gathering.tokens} tokens of {sum(gathering.documents)} documents")
@@ -262,15 +264,14 @@ def _bounds(spans: list[tuple[int, int]], first: int) -> list[int]:
     return bounds
 
 
-def _batches(source: Iterator[_Context], config: ObserveConfig) -> Iterator[list[_Context]]:
-    batch: list[_Context] = []
-    for context in source:
-        batch.append(context)
-        if len(batch) * config.context >= _FORWARD_TOKENS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _batches(source: Iterator[_Context]) -> Iterator[list[_Context]]:
+    """Contexts of about equal length together, so that little is padded."""
+    while window := list(islice(source, _WINDOW)):
+        window.sort(key=lambda context: len(context.ids), reverse=True)
+        while window:
+            count = max(1, _FORWARD_TOKENS // len(window[0].ids))
+            yield window[:count]
+            window = window[count:]
 
 
 def _rows(model: Any, layer: int, point: Point, batch: list[_Context]) -> Tensor:
@@ -294,7 +295,7 @@ class _Gathering:
     def __init__(self, sae: SAE, config: ObserveConfig) -> None:
         self.sae, self.config = sae, config
         self.tokens, self.contexts = 0, 0
-        self.documents, self._last = (0, 0), -1
+        self.documents = (0, 0)
         bins = (_HIGHEST - _LOWEST) * _PER_OCTAVE
         self.edges = torch.exp2(torch.linspace(_LOWEST, _HIGHEST, bins + 1))
         self.histogram = torch.zeros(sae.features, bins, dtype=torch.int64)
@@ -320,7 +321,10 @@ class _Gathering:
             self._offer(sample, batch, owner, passage, fired, words, bool(side))
         self.tokens += int(counts.sum())
         self.contexts += len(batch)
-        self._count_documents(batch)
+        for context in batch:
+            if context.draw[1] == 0:
+                training, held_out = self.documents
+                self.documents = (training + (not context.held_out), held_out + context.held_out)
 
     def _fired(self, rows: Tensor, counts: np.ndarray) -> Firings:
         chosen = np.flatnonzero(counts)
@@ -360,13 +364,6 @@ class _Gathering:
             np.random.default_rng([*batch[owner[i]].draw, i - first[i]]).random() for i in np.flatnonzero(mine).tolist()
         ]
         sample.add(np.array(lots), fired, np.where(passage >= 0, number[passage], -1), words)
-
-    def _count_documents(self, batch: list[_Context]) -> None:
-        for context in batch:
-            if context.document != self._last:
-                training, held_out = self.documents
-                self.documents = (training + (not context.held_out), held_out + context.held_out)
-                self._last = context.document
 
     def done(self, about: dict[str, Any]) -> Evidence:
         if self.tokens == 0:
