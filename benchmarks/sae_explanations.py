@@ -1,13 +1,12 @@
-r"""Whether explanations foretell where features fire: both forms, scored on held-out documents; and what a page of features weighs.
+r"""Whether explanations foretell where features fire: both forms, scored on held-out documents; and what their page weighs.
 
     python benchmarks/sae_explanations.py
     python benchmarks/sae_explanations.py --corpus wikitext-2 --title '^ = [^=].* = $'
 
-CORPUS is text, JSON lines, Parquet, or a folder of such files (`sf.sae.read_documents`); nothing of it is kept. Without one, the texts of
-`steerfast.sae.training.corpus.wikipedia` are read that the preset "smollm2" does not train on. Words, how often features fire
-on them and thresholds come from the training documents; every score is measured once, on the held-out ones. A run is added to the results,
-or takes the place of one with the same corpus, tokens and passage; `--table` prints them.
-"""
+CORPUS is text, JSON lines, Parquet, or a folder of such files (`sf.sae.read_documents`); nothing of it is kept. Without one,
+the texts of `steerfast.sae.training.corpus.wikipedia` are read that the preset "smollm2" does not train on. Words, how often
+features fire on them and thresholds come from the training documents; every score is measured once, on the held-out ones. A
+run is added to the results, or takes the place of one with the same corpus, tokens and passage; `--table` prints them."""
 
 from __future__ import annotations
 
@@ -43,7 +42,9 @@ def main() -> None:
     parser.add_argument("--key", default="text", help="where JSON lines keep the text (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=480_000, help="read at most (default: %(default)s)")
     parser.add_argument("--passage", type=int, default=16, help="tokens of a passage (default: %(default)s)")
-    parser.add_argument("--sae", type=Path, help="folder of an SAE of SmolLM2-135M-Instruct (default: the one beside this file)")
+    parser.add_argument(
+        "--sae", type=Path, help="folder of an SAE of SmolLM2-135M-Instruct (default: the one beside this file)"
+    )
     parser.add_argument("--page", type=Path, help="write the page of features, too")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print what is in the results, and measure nothing")
@@ -67,20 +68,26 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     digest = hashlib.sha256()
     documents = noted(texts(args), digest)
     seconds: dict[str, float] = {}
-    evidence = timed(seconds, "observe", lambda: sf.sae.observe(sae, model, tokenizer, documents, config, progress=print))
+    evidence = timed(
+        seconds, "observe", lambda: sf.sae.observe(sae, model, tokenizer, documents, config, progress=print)
+    )
     use = timed(seconds, "explain_use", lambda: sf.sae.explain_use(evidence, MOST))
     plain = sf.sae.explain_use(evidence, MOST, kinds=("word",))
     embedding = timed(seconds, "explain", lambda: sf.explain(sae, model, tokenizer, words=MOST))
     forms = {"use": use, "use, words alone": plain, "embedding": embedding}
-    found = {f"{name}, {n}": sf.sae.detect(shortened(form, n), evidence) for name, form in forms.items() for n in COUNTS}
-    scores = {name: {**one.summary(), "detection_median_interval": interval(one.accuracy)} for name, one in found.items()}
+    found = {
+        f"{name}, {n}": sf.sae.detect(shortened(form, n), evidence) for name, form in forms.items() for n in COUNTS
+    }
+    scores = {
+        name: {**one.summary(), "detection_median_interval": interval(one.accuracy)} for name, one in found.items()
+    }
     if args.page is not None:
         relations = timed(seconds, "relate", lambda: sf.sae.relate(sae, model, tokenizer))
         shortened(use, 10).to_html(args.page, evidence, detection=found["use, 10"], relations=relations)
     return {
-        "corpus": "wikipedia" if args.corpus is None else args.corpus.name, "title": args.title, "sha256": digest.hexdigest(), "tokens": evidence.tokens,
-        "documents": list(evidence.documents), "passage": args.passage, "held_out": config.held_out,
-        "sae": repr(sae), "pairs_forgotten": evidence.forgotten, "seconds": seconds, "scores": scores,
+        "corpus": "wikipedia" if args.corpus is None else args.corpus.name, "title": args.title,
+        "sha256": digest.hexdigest(), "tokens": evidence.tokens, "documents": list(evidence.documents),
+        "passage": args.passage, "held_out": config.held_out, "sae": repr(sae), "pairs_forgotten": evidence.forgotten, "seconds": seconds, "scores": scores,
         "page_bytes": None if args.page is None else args.page.stat().st_size, "run": circumstances("cpu"),
     }  # fmt: skip
 
@@ -121,7 +128,7 @@ def interval(accuracy: torch.Tensor) -> list[float]:
 def table(runs: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
-        "| corpus | tokens | passage | words | features | detection: median (95 %), mean | at least 0.75 | intruder: median, mean |",
+        "| corpus | tokens | passage | words | features | detection: median (95 %), mean | ≥ 0.75 | intruder: median, mean |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:

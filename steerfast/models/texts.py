@@ -77,7 +77,7 @@ class TextReader:
             )
         read = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, spans = list(read["input_ids"]), [(int(first), int(behind)) for first, behind in read["offset_mapping"]]
-        front, behind = self._added()
+        front = self._added()[0]
         start = len(front) if front and ids[: len(front)] == front else 0
         own = self._without(text, ids)
         return own, spans[start : start + len(own)]

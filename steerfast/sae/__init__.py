@@ -9,6 +9,7 @@ _HOMES = {
     "evaluate": ["Evaluation", "evaluate_sae"],
     "evidence": ["Evidence", "ObserveConfig", "observe"],
     "explanation": ["Explanations"],
+    "judge": ["Judge", "judged_detection"],
     "relations": ["Relations", "relate"],
     "training.config": ["TrainConfig"],
     "training.distributed": ["SplitData", "SplitFeatures"],

@@ -10,6 +10,8 @@ from .evidence import Evidence as Evidence
 from .evidence import ObserveConfig as ObserveConfig
 from .evidence import observe as observe
 from .explanation import Explanations as Explanations
+from .judge import Judge as Judge
+from .judge import judged_detection as judged_detection
 from .relations import Relations as Relations
 from .relations import relate as relate
 from .training.config import TrainConfig as TrainConfig

@@ -1,8 +1,8 @@
 """What is kept of a corpus while it streams by, each part within a bound of its own.
 
-    WordCounts      how often a feature fires on a word: sparse sums; over the bound, the rarest pairs are forgotten
-    TopPassages     the strongest passages of every feature: a few per feature
-    PassageSample   whole passages with what fires in them: a uniform sample
+WordCounts      how often a feature fires on a word: sparse sums; over the bound, the rarest pairs are forgotten
+TopPassages     the strongest passages of every feature: a few per feature
+PassageSample   whole passages with what fires in them: a uniform sample
 """
 
 from __future__ import annotations
@@ -140,9 +140,7 @@ class TopPassages:
         self.levels = np.zeros((features, top, before + 1 + after), dtype=np.float32)
         self.texts: dict[int, Text] = {}
 
-    def add(
-        self, fired: Firings, passage: np.ndarray, place: np.ndarray, texts: dict[int, Text]
-    ) -> None:
+    def add(self, fired: Firings, passage: np.ndarray, place: np.ndarray, texts: dict[int, Text]) -> None:
         """Merge a batch.
 
         Args:
@@ -205,12 +203,14 @@ class Sample:
 
     Attributes:
         passages: Their number.
+        texts: What each shows.
         word_passage, word: One entry per token of a passage: the passage, the word's number.
         bounds: (F + 1,), where the entries of each feature begin in the next two.
         passage, value: One entry per (feature, passage) that fires, by feature: the passage, the strongest activation in it.
     """
 
     passages: int
+    texts: tuple[str, ...]
     word_passage: np.ndarray
     word: np.ndarray
     bounds: np.ndarray
@@ -232,39 +232,48 @@ class PassageSample:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._heap: list[tuple[float, int, np.ndarray, np.ndarray, np.ndarray]] = []
+        self._heap: list[tuple[float, int, str, np.ndarray, np.ndarray, np.ndarray]] = []
         self._seen = 0
 
-    def add(self, lottery: np.ndarray, fired: Firings, passage: np.ndarray, words: np.ndarray) -> None:
+    def add(
+        self, lottery: list[float], texts: list[str], fired: Firings, passage: np.ndarray, words: np.ndarray
+    ) -> None:
         """Offer the passages of a batch, numbered from 0.
 
         Args:
             lottery: A random number per passage.
-            fired, passage, words: As in `TopPassages.add`, words by token.
+            texts: What each shows.
+            fired: What fires in the batch.
+            passage: Of each token, -1 where none.
+            words: The number of each token's word.
         """
         best = fired.strongest(passage)
         at = np.searchsorted(passage[best.row], np.arange(len(lottery) + 1))
         rows = np.flatnonzero(passage >= 0)
         rows = rows[np.argsort(passage[rows], kind="stable")]
         ends = np.searchsorted(passage[rows], np.arange(len(lottery) + 1))
-        for number, drawn in enumerate(lottery.tolist()):
+        for number, drawn in enumerate(lottery):
             self._seen += 1
             if len(self._heap) == self._size and -drawn <= self._heap[0][0]:
                 continue
             part = slice(at[number], at[number + 1])
             kept = words[rows[ends[number] : ends[number + 1]]].astype(np.int32)
-            entry = (-drawn, self._seen, kept, best.feature[part].astype(np.int32), best.value[part].astype(np.float32))
+            entry = (
+                -drawn, self._seen, texts[number], kept,
+                best.feature[part].astype(np.int32), best.value[part].astype(np.float32),
+            )  # fmt: skip
             (heapq.heappush if len(self._heap) < self._size else heapq.heappushpop)(self._heap, entry)
 
     def done(self, features: int) -> Sample:
         """The sample, in the order of the stream."""
         kept = sorted(self._heap, key=lambda entry: entry[1])
-        words, word_passage = _joined(entry[2] for entry in kept)
-        feature, passage = _joined(entry[3] for entry in kept)
-        value, _ = _joined(entry[4] for entry in kept)
+        words, word_passage = _joined(entry[3] for entry in kept)
+        feature, passage = _joined(entry[4] for entry in kept)
+        value, _ = _joined(entry[5] for entry in kept)
         order = np.argsort(feature, kind="stable")
         bounds = np.searchsorted(feature[order], np.arange(features + 1))
-        return Sample(len(kept), word_passage, words, bounds, passage[order], value[order])
+        texts = tuple(entry[2] for entry in kept)
+        return Sample(len(kept), texts, word_passage, words, bounds, passage[order], value[order])
 
 
 def _joined(parts: Iterator[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

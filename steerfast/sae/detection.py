@@ -1,15 +1,17 @@
 """Whether explanations are true: what a feature does on held-out documents, foretold from its words alone.
 
-*Detection*: does the feature fire anywhere in this passage? The words that a passage shares with the explanation are looked up, and
+*Detection*: does the feature fire anywhere in this passage? The words that a passage shares with the explanation are looked
+up, and
 
     score = Σ over its tokens of -log(1 - p(c|w)),   w the first of the feature's words that the token's word is
 
-the expected number of firings as long as p is small, is compared with a threshold. How often the feature fires on each word, and the
-threshold, come from the training side; passages are whole, of equal length, and *all* held-out ones count, strong and weak firings alike.
-The accuracy is balanced, (share of firing passages found + share of others left out)/2: 0.5 for an explanation that says nothing.
+the expected number of firings as long as p is small, is compared with a threshold. How often the feature fires on each word,
+and the threshold, come from the training side; passages are whole, of equal length, and *all* held-out ones count, strong and
+weak firings alike. The accuracy is balanced, (share of firing passages found + share of others left out)/2: 0.5 for an
+explanation that says nothing.
 
-*Intruder*: four passages in which the feature fires, one from each quarter of its activations, and one in which it does not; the one with
-the lowest score is named the odd one out. Ties share. 0.2 for an explanation that says nothing.
+*Intruder*: four passages in which the feature fires, one from each quarter of its activations, and one in which it does not;
+the one with the lowest score is named the odd one out. Ties share. 0.2 for an explanation that says nothing.
 
 Reference: detection and intruder scores with a language model for a judge: Paulo et al. 2024 (arXiv:2410.13928).
 """
@@ -75,7 +77,9 @@ class Detection:
             "passages": list(self.passages),
             "detection_median": float(accuracy.median()),
             "detection_mean": float(accuracy.mean()),
-            "detection_quantiles": dict(zip(("10", "25", "50", "75", "90"), accuracy.quantile(share).tolist(), strict=True)),
+            "detection_quantiles": dict(
+                zip(("10", "25", "50", "75", "90"), accuracy.quantile(share).tolist(), strict=True)
+            ),
             "detection_at_least_0.75": float((accuracy >= 0.75).double().mean()),
             "recall_by_fifth": self.recall[self.scored].double().mean(0).tolist(),
             "intruder_median": float(intruder.median()),
@@ -88,7 +92,7 @@ class Detection:
             f"detection   median {found['detection_median']:.3f}, mean {found['detection_mean']:.3f}, "
             f"{found['detection_at_least_0.75']:.0%} at least 0.75   (chance 0.5)\n"
             f"intruder    median {found['intruder_median']:.3f}, mean {found['intruder_mean']:.3f}   (chance 0.2)\n"
-            f"scored      {found['features']} features with {self.least} firing passages or more of {self.passages[1]} held-out ones"
+            f"scored      {found['features']} features that fire in {self.least} or more of {self.passages[1]} held-out passages"
         )
 
     def save(self, file: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Path:
@@ -118,18 +122,22 @@ def detect(
     """
     least, trials = whole_number("detect", "least", least, _SHOWN), whole_number("detect", "trials", trials, 1)
     if len(explanations) != len(evidence):
-        raise ValueError(f"detect: {len(explanations)} features are explained, {len(evidence)} were observed; of the same SAE?")
+        raise ValueError(
+            f"detect: {len(explanations)} features are explained, {len(evidence)} were observed; of the same SAE?"
+        )
     sides = (evidence.training.passages, evidence.held_out.passages)
     if not all(sides):
         raise ValueError(
-            f"detect: {sides[0]} training and {sides[1]} held-out passages of {evidence.about['passage']} tokens; give more, longer "
-            "or more finely separated documents"
+            f"detect: {sides[0]} training and {sides[1]} held-out passages of {evidence.about['passage']} tokens; give more "
+            "documents, longer ones, or tell them apart (for text: what empty lines separate, or title=)"
         )
     counts = np.diff(evidence.held_out.bounds)
     scored = (counts >= least) & (sides[1] - counts >= least) & (np.diff(evidence.training.bounds) > 0)
     scored &= np.diff(evidence.training.bounds) < sides[0]
     if not scored.any():
-        raise ValueError(f"detect: no feature fires in {least} of {sides[1]} held-out passages; read more of the corpus")
+        raise ValueError(
+            f"detect: no feature fires in {least} of {sides[1]} held-out passages; read more of the corpus"
+        )
     words = _Words(explanations, evidence)
     accuracy = np.full(len(evidence), np.nan, dtype=np.float32)
     recall, intruder = np.full((len(evidence), _PARTS), np.nan, dtype=np.float32), accuracy.copy()
@@ -143,9 +151,8 @@ def detect(
         accuracy[feature] = ((on > threshold).mean() + (off <= threshold).mean()) / 2
         recall[feature] = [float((part > threshold).mean()) for part in np.array_split(on, _PARTS)]
         intruder[feature] = _intruder(on, off, trials, generator)
-    return Detection(
-        *(torch.from_numpy(found) for found in (accuracy, recall, intruder, counts)), passages=sides, least=least
-    )
+    accuracies, recalls, intruders, firings = map(torch.from_numpy, (accuracy, recall, intruder, counts))
+    return Detection(accuracies, recalls, intruders, firings, sides, least)
 
 
 class _Words:
@@ -218,12 +225,15 @@ def _threshold(scores: np.ndarray, fires: np.ndarray) -> float:
     """The threshold of best balanced accuracy: passages above it are said to fire."""
     gain = np.full(len(scores), -1 / (len(scores) - len(fires)))
     gain[fires] = 1 / len(fires)
-    values, group = np.unique(scores, return_inverse=True)
-    above = np.bincount(group, weights=gain)[::-1].cumsum()[::-1]  # said to fire: this value and all above
+    some = np.flatnonzero(scores > 0)  # to say that all fire is worth nothing, and most passages share no word
+    values, group = np.unique(scores[some], return_inverse=True)
+    above = np.bincount(group, weights=gain[some], minlength=1)[::-1].cumsum()[
+        ::-1
+    ]  # this value and all above said to fire
     best = int(above.argmax())
     if above[best] <= 0:
-        return float(values[-1])
-    return float((values[best] + values[best - 1]) / 2) if best else float(values[0]) - 1.0
+        return float(scores.max())
+    return float(values[best] + (values[best - 1] if best else 0.0)) / 2
 
 
 def _intruder(on: np.ndarray, off: np.ndarray, trials: int, generator: np.random.Generator) -> float:

@@ -1,4 +1,4 @@
-"""The documents of a corpus, one after another: a file of text, JSON lines or Parquet, or a folder of them. Nothing is held whole."""
+"""The documents of a corpus, one after another: a file of text, JSON lines or Parquet, or a folder of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def read_documents(path: str | os.PathLike[str], *, key: str = "text", title: st
     """
     place = Path(path).expanduser()
     if not place.exists():
-        raise FileNotFoundError(f"documents: {place} does not exist; give a file of text, .jsonl or .parquet, or a folder")
+        raise FileNotFoundError(
+            f"documents: {place} does not exist; give a file of text, .jsonl or .parquet, or a folder"
+        )
     first = _pattern(title)
     files = sorted(file for file in place.rglob("*") if file.suffix in _KINDS) if place.is_dir() else [place]
     if not files:
@@ -99,23 +102,28 @@ def _json_lines(file: Path, key: str) -> Iterator[str]:
 def _field(record: Any, key: str, where: str) -> str:
     text = record.get(key) if isinstance(record, dict) else record
     if not isinstance(text, str):
-        there = f"its keys are {', '.join(map(repr, record))}" if isinstance(record, dict) else f"it is {type(record).__name__}"
+        there = (
+            f"its keys are {', '.join(map(repr, record))}"
+            if isinstance(record, dict)
+            else f"it is {type(record).__name__}"
+        )
         raise ValueError(f"documents: {where} has no text under {key!r}; {there}: name another key")
     return text
 
 
 def _parquet(file: Path, key: str) -> Iterator[str]:
     try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
+        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError:
         raise ImportError(f"documents: reading {file} needs pyarrow; pip install pyarrow") from None
     try:
-        table = ParquetFile(file)
-    except ArrowInvalid as error:
+        table = parquet.ParquetFile(file)
+    except arrow.ArrowInvalid as error:
         raise ValueError(f"documents: {file} is no Parquet file ({error})") from None
     if key not in table.schema_arrow.names:
-        raise ValueError(f"documents: {file} has no column {key!r}, but {', '.join(table.schema_arrow.names)}: name another key")
+        raise ValueError(
+            f"documents: {file} has no column {key!r}, but {', '.join(table.schema_arrow.names)}: name another key"
+        )
     for batch in table.iter_batches(columns=[key], batch_size=256):
         for text in batch.column(0).to_pylist():
             if text is not None:

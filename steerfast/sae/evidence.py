@@ -1,9 +1,9 @@
 """What the features of an SAE do on real text: how often and how strongly they fire, on which words, and in which passages.
 
-A document is read in contexts of its own, each begun with the beginning-of-text token where the tokenizer has one. Special tokens and
-the first position of a context are left out: their norm is many times that of text. Documents go to one of two sides by the hash of
-their text, so that equal documents are on one side, whatever the order: from the *training* side come words, passages to be shown
-and all that a score fits; the *held-out* side is only ever scored.
+A document is read in contexts of its own, each begun with the beginning-of-text token where the tokenizer has one. Special
+tokens and the first position of a context are left out: their norm is many times that of text. Documents go to one of two
+sides by the hash of their text, so that equal documents are on one side, whatever the order: from the *training* side come
+words, passages to be shown and all that a score fits; the *held-out* side is only ever scored.
 """
 
 from __future__ import annotations
@@ -63,7 +63,15 @@ class ObserveConfig:
     pairs: int = 1 << 24
 
     def __post_init__(self) -> None:
-        for name, least in {"context": 8, "passage": 2, "top": 1, "before": 0, "after": 0, "sample": 1, "pairs": 1}.items():
+        for name, least in {
+            "context": 8,
+            "passage": 2,
+            "top": 1,
+            "before": 0,
+            "after": 0,
+            "sample": 1,
+            "pairs": 1,
+        }.items():
             object.__setattr__(self, name, whole_number("ObserveConfig", name, getattr(self, name), least))
         if self.tokens is not None:
             object.__setattr__(self, "tokens", whole_number("ObserveConfig", "tokens", self.tokens, 1))
@@ -170,7 +178,7 @@ def observe(
 
     Raises:
         TypeError: documents is one string, or one of them is none.
-        ValueError: no place, another width, more tokens than the model knows; no document is long enough; activations are NaN or Inf.
+        ValueError: no place, another width, more tokens than the model knows; no token to read; activations are NaN or Inf.
 
     Warns:
         UserWarning: the SAE comes from a model of another family.
@@ -186,19 +194,21 @@ def observe(
         raise TypeError("observe: documents must be several texts, got one string; put it into a list")
     config = config or ObserveConfig()
     layer, point = point_of("observe", sae, model)
-    model = getattr(model, "_orig_mod", model)
-    known = model.get_input_embeddings().weight.shape[0]
+    network: Any = getattr(model, "_orig_mod", model)
+    known = network.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:
-        raise ValueError(f"observe: the tokenizer has {len(tokenizer)} tokens and the model {known}; is it another model's?")
+        raise ValueError(
+            f"observe: the tokenizer has {len(tokenizer)} tokens and the model {known}; is it another model's?"
+        )
     wide = sae.to(dtype=torch.float32)  # the same numbers; rows are not rounded to the 16 bits of its file
     gathering = _Gathering(wide, config)
     source = _contexts(TextReader.of(tokenizer, "observe"), documents, config)
-    with evaluating(model):
+    with evaluating(network):
         for number, batch in enumerate(_batches(source)):
-            gathering.add(batch, _rows(model, layer, point, batch))
+            gathering.add(batch, _rows(network, layer, point, batch))
             if progress is not None and number % 16 == 0:
                 progress(f"read {gathering.tokens} tokens of {sum(gathering.documents)} documents")
-    about = {"model": type(model).__name__, "place": sae.place, "d": sae.d, **vars(config)}
+    about = {"model": type(network).__name__, "place": sae.place, "d": sae.d, **vars(config)}
     return gathering.done(about)
 
 
@@ -251,7 +261,9 @@ def _contexts(reader: TextReader, documents: Iterable[str], config: ObserveConfi
             counts = [False] * len(front) + [token not in special for token in chosen]
             counts[0] = False
             bounds = _bounds(spans[part], spans[start - 1][1] if start else 0)
-            shown = Text(text[bounds[0] : bounds[-1]], np.array([bounds[0]] * len(front) + bounds, np.int32) - bounds[0])
+            shown = Text(
+                text[bounds[0] : bounds[-1]], np.array([bounds[0]] * len(front) + bounds, np.int32) - bounds[0]
+            )
             draw = (int.from_bytes(digest[8:16], "big"), start)
             yield _Context(document, held_out, draw, front + chosen, [""] * len(front) + words[part], counts, shown)
 
@@ -283,8 +295,8 @@ def _rows(model: Any, layer: int, point: Point, batch: list[_Context]) -> Tensor
         owner = np.repeat([context.document for context in batch], [len(context.ids) for context in batch])
         dtype = next(model.parameters()).dtype
         raise ValueError(
-            f"observe: activations of document {owner[int(bad.nonzero()[0])]} are NaN or Inf; check the model ({dtype}) or load it "
-            "in float32"
+            f"observe: activations of document {owner[int(bad.nonzero()[0])]} are NaN or Inf; check the model ({dtype}) or load "
+            "it in float32"
         )
     return rows
 
@@ -307,24 +319,27 @@ class _Gathering:
         counts = np.array([counted for context in batch for counted in context.counts])
         sizes = [len(context.ids) for context in batch]
         held_out = np.repeat([context.held_out for context in batch], sizes)
-        place = np.stack([np.repeat(np.arange(len(batch)), sizes), np.concatenate([np.arange(size) for size in sizes])], 1)
+        place = np.stack(
+            [np.repeat(np.arange(len(batch)), sizes), np.concatenate([np.arange(size) for size in sizes])], 1
+        )
         fired = self._fired(rows, counts)
         self._count(fired)
         words = self.words.number([word for context in batch for word in context.words])
         self.words.add(fired, words, counts & ~held_out)
-        passage, owner = self._passages(batch, counts)
         numbered = place + np.array([self.contexts, 0])
         texts = {self.contexts + i: context.text for i, context in enumerate(batch)}
-        window = np.where(counts & ~held_out, place[:, 0] * self.config.context + place[:, 1] // self.config.passage, -1)
+        window = np.where(
+            counts & ~held_out, place[:, 0] * self.config.context + place[:, 1] // self.config.passage, -1
+        )
         self.top.add(fired, window, numbered, texts)
-        for side, sample in enumerate(self.samples):
-            self._offer(sample, batch, owner, passage, fired, words, bool(side))
+        for side in (False, True):
+            self._offer(batch, side, counts, fired, words)
         self.tokens += int(counts.sum())
         self.contexts += len(batch)
         for context in batch:
             if context.draw[1] == 0:
-                training, held_out = self.documents
-                self.documents = (training + (not context.held_out), held_out + context.held_out)
+                sides = self.documents
+                self.documents = (sides[0] + (not context.held_out), sides[1] + context.held_out)
 
     def _fired(self, rows: Tensor, counts: np.ndarray) -> Firings:
         chosen = np.flatnonzero(counts)
@@ -338,32 +353,21 @@ class _Gathering:
         where = torch.from_numpy(fired.feature) * bins + cell
         self.histogram.view(-1).index_add_(0, where, torch.ones_like(where))
 
-    def _passages(self, batch: list[_Context], counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The whole passages of a batch: the number of each token's, -1 where none, and the context of each passage."""
-        length, passage, owner, at = self.config.passage, np.full(len(counts), -1), [], 0
-        for number, context in enumerate(batch):
-            real = at + np.flatnonzero(context.counts)
-            for start in range(0, len(real) - length + 1, length):
-                passage[real[start : start + length]] = len(owner)
-                owner.append(number)
+    def _offer(self, batch: list[_Context], side: bool, counts: np.ndarray, fired: Firings, words: np.ndarray) -> None:
+        """Cut one side of a batch into whole passages, and offer them to its sample."""
+        length, passage, at = self.config.passage, np.full(len(counts), -1), 0
+        lots: list[float] = []
+        texts: list[str] = []
+        for context in batch:
+            real = np.flatnonzero(context.counts) if context.held_out == side else np.empty(0, np.int64)
+            for number, start in enumerate(range(0, len(real) - length + 1, length)):
+                some = real[start : start + length]
+                passage[at + some] = len(lots)
+                lots.append(float(np.random.default_rng([*context.draw, number]).random()))
+                texts.append("".join(context.text.pieces(some[0], some[-1] + 1)))
             at += len(context.ids)
-        return passage, np.array(owner, dtype=np.int64)
-
-    @staticmethod
-    def _offer(
-        sample: PassageSample, batch: list[_Context], owner: np.ndarray, passage: np.ndarray, fired: Firings, words: np.ndarray,
-        side: bool,
-    ) -> None:  # fmt: skip
-        """Offer the passages of one side to its sample."""
-        mine = np.array([batch[context].held_out == side for context in owner], dtype=bool)
-        if not mine.any():
-            return
-        number = np.where(mine, mine.cumsum() - 1, -1)
-        first = np.searchsorted(owner, owner)  # a context's first passage
-        lots = [
-            np.random.default_rng([*batch[owner[i]].draw, i - first[i]]).random() for i in np.flatnonzero(mine).tolist()
-        ]
-        sample.add(np.array(lots), fired, np.where(passage >= 0, number[passage], -1), words)
+        if lots:
+            self.samples[side].add(lots, texts, fired, passage, words)
 
     def done(self, about: dict[str, Any]) -> Evidence:
         if self.tokens == 0:

@@ -33,6 +33,7 @@ from steerfast.models.texts import TextReader
 
 from .belonging import warn_of_another_model
 from .model import SAE
+from .words import names_of
 
 if TYPE_CHECKING:
     from .detection import Detection
@@ -84,7 +85,7 @@ class Explanations:
         """Features that are explained by some of these words, those that say it loudest first.
 
         Args:
-            words: A word or several; capitals do not matter.
+            words: A word or several; capitals do not matter. A family of words, such as `publ*`, is found by any of its words.
             least: How many of the words must be among a feature's own.
 
         Returns:
@@ -96,9 +97,10 @@ class Explanations:
         wanted = {word.strip().lower() for word in ([words] if isinstance(words, str) else words)} - {""}
         if not wanted:
             raise ValueError("Explanations.find: words is empty; give at least one word")
+        names = wanted | {name for word in wanted for name in names_of(word, ("word", "ending", "beginning"))}
         found: list[tuple[float, int]] = []
         for feature, own in enumerate(self.words):
-            hits = [place for place, word in enumerate(own) if word.lower() in wanted]
+            hits = [place for place, word in enumerate(own) if word.lower() in names]
             if len({own[place].lower() for place in hits}) >= least:
                 found.append((-float(self.scores[feature, hits].sum()), feature))
         return [feature for _, feature in sorted(found)]

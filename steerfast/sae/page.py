@@ -1,8 +1,9 @@
 """The page of features: one HTML file with its style, its script and its data inside, and nothing from elsewhere.
 
-The data are JSON that only the page's script reads, and what it shows goes through text nodes, so a corpus can put no markup into the
-page. A content security policy allows exactly this style and this script, by their hashes, and no connection at all. A feature takes about
-1 to 2 kB: its passages are text with one letter per token for its length and one digit for its activation.
+The data are JSON that only the page's script reads, and what it shows goes through text nodes, so a corpus can put no markup
+into the page. A content security policy allows exactly this style and this script, by their hashes, and no connection at all.
+A feature takes about 1 to 2 kB: its passages are text with one letter per token for its length and one digit for its
+activation.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _ORDERS = {
     "best": "best first", "detection": "detection", "intruder": "intruder", "dense": "fires often", "rare": "fires rarely",
     "number": "number",
 }  # fmt: skip
-_KEYS = "<kbd>/</kbd> search <kbd>j</kbd> <kbd>k</kbd> next and previous feature <kbd>n</kbd> <kbd>p</kbd> page <kbd>Esc</kbd> all"
+_KEYS = (
+    "<kbd>/</kbd> search <kbd>j</kbd> <kbd>k</kbd> next and previous <kbd>n</kbd> <kbd>p</kbd> page <kbd>Esc</kbd> all"
+)
 _LEVELS = 9
 _LENGTH = 96  # the letter of a token of no length
 
@@ -42,10 +45,16 @@ def page(
     limit: int | None,
 ) -> str:
     """The page as text; see `Explanations.to_html`."""
-    known = {"evidence": evidence, "relations": relations, "detection": None if detection is None else detection.accuracy}
+    known = {
+        "evidence": evidence,
+        "relations": relations,
+        "detection": None if detection is None else detection.accuracy,
+    }
     for name, part in known.items():
         if part is not None and len(part) != len(found):
-            raise ValueError(f"to_html: {name} knows {len(part)} features, the explanations {len(found)}; of the same SAE?")
+            raise ValueError(
+                f"to_html: {name} knows {len(part)} features, the explanations {len(found)}; of the same SAE?"
+            )
     order = _order(found, evidence, detection)
     order = order if limit is None else order[: whole_number("to_html", "limit", limit, 1)]
     data: dict[str, Any] = {"features": [_feature(i, found, evidence, detection, relations) for i in order]}
@@ -118,15 +127,17 @@ def _document(about: str, data: dict[str, Any], scored: bool) -> str:
     content = content.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair becomes "?"
     policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
     options = "".join(
-        f'<option value="{value}">{text}</option>' for value, text in _ORDERS.items() if scored or value not in ("detection", "intruder")
+        f'<option value="{value}">{text}</option>'
+        for value, text in _ORDERS.items()
+        if scored or value not in ("detection", "intruder")
     )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>SAE features</title>\n<style>{style}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1">\n<title>SAE features</title>\n<style>{style}</style></head>\n'
         f'<body><h1>What the features of this SAE mean</h1>\n<p class="about">{escape(about)}</p>\n'
         f'<noscript><p>This page needs its own script; allow it and load the page again.</p></noscript>\n<nav class="bar">'
-        f'<input id="search" type="search" placeholder="words, or a number" aria-label="search features by words or number" autocomplete="off">'
+        f'<input id="search" type="search" placeholder="words, or a number" aria-label="search">'
         f'<select id="order" aria-label="order">{options}</select><button id="back" aria-label="previous page">‹</button>'
         f'<button id="next" aria-label="next page">›</button><span id="count" class="quiet" role="status"></span></nav>\n'
         f'<p class="quiet keys">{_KEYS}</p>\n<main id="list"></main><svg hidden id="shape"></svg>\n'

@@ -23,7 +23,7 @@ class Relations:
 
     Attributes:
         raised, lowered: Feature -> tokens, the strongest first.
-        raised_by, lowered_by: float32 (F, n), the dot products norm(W_dec[c])·W_out[token], in logits up to one factor per feature.
+        raised_by, lowered_by: float32 (F, n), norm(W_dec[c])·W_out[token]: in logits, up to one factor per feature.
         neighbours: int64 (F, n), other features, the most alike first.
         cosines: float32 (F, n), of the decoder rows.
     """

@@ -1,13 +1,13 @@
 """What the features of an SAE mean, by the words that they fire on: mutual information estimated from real activations.
 
-With p(w|c) the share of a feature's firings that happen on word w, and p(w) the word's share of all tokens, words are ranked by the
-same pointwise term as in `explanation`,
+With p(w|c) the share of a feature's firings that happen on word w, and p(w) the word's share of all tokens, words are ranked
+by the same pointwise term as in `explanation`,
 
     p(w|c)·log(p(w|c)/p(w)),    p(w|c)/p(w) = p(c|w)/p(c)
 
-but on what the feature does instead of what its decoder row points at. The words of a feature are chosen one after another, each by
-what it says of the firings that the ones before it leave unexplained, so that ten words say ten things. Besides single words there
-are families (`words`): a feature of past tenses is `*ed`, not ten verbs.
+but on what the feature does instead of what its decoder row points at. The words of a feature are chosen one after another,
+each by what it says of the firings that the ones before it leave unexplained, so that ten words say ten things. Besides single
+words there are families (`words`): a feature of past tenses is `*ed`, not ten verbs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The words of a text, and the families of words that explanations speak of besides single words.
 
-A word is a run of letters and digits (with the apostrophes inside it) or one other visible character. Explanations tell words apart
-without regard to capitals, and may name a family:
+A word is a run of letters and digits (with the apostrophes inside it) or one other visible character. Explanations tell words
+apart without regard to capitals, and may name a family:
 
     publ*  *ing  [number]  [4 digits]  [Capital]  [CAPITALS]
 
