@@ -33,7 +33,7 @@ for (const one of features) {
 function fit(one, asked) {
   let sum = 0;
   for (const part of asked) {
-    const best = Math.max(one.n === Number(part) ? 4 : 0, one.logits.includes(part) ? 0.5 : 0, ...one.low.map((word) => fits(word, part)));
+    const best = Math.max(one.n === Number(part) ? 4 : 0, one.logits.includes(part) ? 0.5 : 0, ...one.low.map((word, i) => fits(word, part) * (1 - i / 100)));
     if (best === 0) return 0;
     sum += best;
   }
