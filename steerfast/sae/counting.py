@@ -71,7 +71,8 @@ class WordCounts:
     """Numbers of the words, and how often each occurs and each feature fires on it.
 
     Args:
-        pairs: (feature, word) pairs in memory at most, 16 bytes each; over it those with the lowest counts are forgotten.
+        pairs: (feature, word) pairs in memory at most, 16 bytes each; over it those with the lowest counts are forgotten, and
+            begin at 0 if they come again.
     """
 
     def __init__(self, pairs: int) -> None:

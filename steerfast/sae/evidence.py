@@ -251,13 +251,11 @@ def _contexts(reader: TextReader, documents: Iterable[str], config: ObserveConfi
         words = token_words(text, spans)
         room = config.context - len(front)
         for start in range(0, len(ids), room):
-            part = slice(start, start + room)
-            if left is not None:
-                part = slice(start, start + min(room, left))
-                left -= min(room, left)
+            part = slice(start, start + (room if left is None else min(room, left)))
             chosen = ids[part]
             if not chosen:
                 return
+            left = None if left is None else left - len(chosen)
             counts = [False] * len(front) + [token not in special for token in chosen]
             counts[0] = False
             bounds = _bounds(spans[part], spans[start - 1][1] if start else 0)
