@@ -83,11 +83,12 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.page is not None:
         relations = timed(seconds, "relate", lambda: sf.sae.relate(sae, model, tokenizer))
-        shortened(use, 10).to_html(args.page, evidence, detection=found["use, 10"], relations=relations)
+        sf.sae.write_page(args.page, shortened(use, 10), evidence, detection=found["use, 10"], relations=relations)
     return {
         "corpus": "wikipedia" if args.corpus is None else args.corpus.name, "title": args.title,
         "sha256": digest.hexdigest(), "tokens": evidence.tokens, "documents": list(evidence.documents),
-        "passage": args.passage, "held_out": config.held_out, "sae": repr(sae), "pairs_forgotten": evidence.forgotten, "seconds": seconds, "scores": scores,
+        "passage": args.passage, "held_out": config.held_out, "sae": repr(sae),
+        "pairs_forgotten": evidence.forgotten, "seconds": seconds, "scores": scores,
         "page_bytes": None if args.page is None else args.page.stat().st_size, "run": circumstances("cpu"),
     }  # fmt: skip
 

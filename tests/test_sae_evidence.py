@@ -27,7 +27,20 @@ from steerfast.sae.use import explain_use
 from steerfast.sae.words import Lexicon, names_of, token_words
 
 COLOURS = ("red", "green", "blue", "yellow")
-THINGS = "house river stone garden window street letter market engine forest valley bridge".split()
+THINGS = [
+    "house",
+    "river",
+    "stone",
+    "garden",
+    "window",
+    "street",
+    "letter",
+    "market",
+    "engine",
+    "forest",
+    "valley",
+    "bridge",
+]
 
 
 def documents(count: int = 240) -> list[str]:
@@ -42,7 +55,7 @@ def documents(count: int = 240) -> list[str]:
 
 
 def colour_sae(model: torch.nn.Module, tokenizer: object) -> SAE:
-    """One feature per colour at the embedding's output, which fires on its token alone, one that always fires, one that never does."""
+    """A feature per colour, which fires on its token alone; one that always fires; one that never does."""
     rows = model.get_input_embeddings().weight.detach()
     ids = [tokenizer(f" {colour}")["input_ids"][0] for colour in COLOURS]
     own = torch.linalg.solve(rows.T @ rows / len(rows), rows[ids].T).T  # whitened: other tokens are far away
@@ -105,7 +118,9 @@ def test_the_sums_are_those_of_the_dense_features(smollm) -> None:
             (max(passage.activations) for passage in passages), reverse=True
         )
         own = next(rows for rows, held in whole if not held and rows[:, feature].max() == best)
-        first = int(own[:, feature].argmax()) + 1 - passages[0].peak  # counted with the beginning of text, which is dark
+        first = (
+            int(own[:, feature].argmax()) + 1 - passages[0].peak
+        )  # counted with the beginning of text, which is dark
         shaded = [0.0, *own[:, feature].tolist()][first : first + len(passages[0].tokens)]
         assert passages[0].activations == pytest.approx(shaded, rel=1e-3, abs=1e-4)
         assert any(str(passage) in text for text in texts for passage in passages[:1])
@@ -172,7 +187,12 @@ def test_counts_within_a_bound() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("I don't know.", ["I", "don't", "know", "."]), ("x_1 = π²", ["x", "_", "1", "=", "π²"]), ("東京は", ["東京は"]), ("", [])],
+    [
+        ("I don't know.", ["I", "don't", "know", "."]),
+        ("x_1 = π²", ["x", "_", "1", "=", "π²"]),
+        ("東京は", ["東京は"]),
+        ("", []),
+    ],
 )
 def test_words_of_a_text(text: str, words: list[str]) -> None:
     spans = [(i, i + 1) for i in range(len(text))]
@@ -204,8 +224,8 @@ def test_bad_input(smollm, seen: Evidence) -> None:
         observe(sae, model, tokenizer, [""])
     with pytest.raises(ValueError, match="does not know its place"):
         observe(dataclasses.replace(sae, origin=Origin()), model, tokenizer, documents(1))
+    other = dataclasses.replace(sae, origin=Origin(place=("resid_pre", 0), model="GPT2LMHeadModel"))
     with pytest.warns(UserWarning, match="comes from activations of GPT2LMHeadModel; this model is a LlamaForCausalLM"):
-        other = dataclasses.replace(sae, origin=Origin(place=("resid_pre", 0), model="GPT2LMHeadModel"))
         observe(other, model, tokenizer, documents(2))
     with pytest.raises(ValueError, match="passage is 200"):
         ObserveConfig(passage=200)
@@ -341,7 +361,7 @@ def test_a_judge(seen: Evidence, endpoint: str) -> None:
 
 @pytest.mark.model
 def test_tokens_at_most(smollm) -> None:
-    model, tokenizer = smollm
+    tokenizer = smollm[1]
     texts = documents(20)
     sizes = [len(tokenizer(text)["input_ids"]) for text in texts]
     reader = module.TextReader.of(tokenizer, "test")

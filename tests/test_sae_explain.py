@@ -13,6 +13,7 @@ from steerfast.sae import explanation as module
 from steerfast.sae.explanation import Explanations, explain, vocabulary_of
 from steerfast.sae.model import SAE
 
+
 @pytest.mark.parametrize("ranking", module.RANKINGS)
 def test_the_ranking_is_its_formula(ranking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     features, meanings = torch.randn(37, 12), torch.randn(53, 12)
@@ -121,7 +122,13 @@ def test_files(tmp_path: Path) -> None:
     assert (again.ranking, again.vocabulary, again.about["model"]) == ("information", 100, "Tiny")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Explanations.load(tmp_path / "nothing.json")
-    for content in ("", "[]", '{"schema": 9}', '{"schema": 1, "words": [["a"], []], "scores": [[1.0], []]}', '{"schema": 1, "words": [["a"]], "scores": []}'):
+    for content in (
+        "",
+        "[]",
+        '{"schema": 9}',
+        '{"schema": 1, "words": [["a"], []], "scores": [[1.0], []]}',
+        '{"schema": 1, "words": [["a"]], "scores": []}',
+    ):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match="is no file of explanations"):
             Explanations.load(tmp_path / "bad.json")

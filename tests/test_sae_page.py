@@ -1,4 +1,4 @@
-"""The page of features: what is in it, that nothing of a corpus becomes markup, that nothing comes from elsewhere, and its size."""
+"""The page of features: what is in it, nothing of a corpus as markup, nothing from elsewhere, and its size."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from steerfast.sae.counting import Sample, Text, TopPassages
 from steerfast.sae.detection import Detection
 from steerfast.sae.evidence import Evidence
 from steerfast.sae.explanation import Explanations
+from steerfast.sae.page import write_page
 from steerfast.sae.relations import Relations
 
 NASTY = "</script><script>alert(1)</script> & \u2028 😀\ud800 <b>"
@@ -28,7 +29,8 @@ def parts(features: int, word: str, top: int = 6) -> tuple[Explanations, Evidenc
     """Everything that a page can show, as full as it gets: ten words, all passages, eight tokens and neighbours each."""
     draw = torch.Generator().manual_seed(0)
     words = tuple(tuple(f"{word}{i % 97}{j}" for j in range(10)) for i in range(features))
-    found = Explanations(words, torch.rand(features, 10, generator=draw), "use", 100, {"model": "Tiny", "place": ("resid_post", 7)})
+    about = {"model": "Tiny", "place": ("resid_post", 7)}
+    found = Explanations(words, torch.rand(features, 10, generator=draw), "use", 100, about)
     passages = TopPassages(features, top, before=16, after=8)
     passages.values[:] = 3.0
     passages.where[..., 0], passages.where[..., 1] = np.arange(features)[:, None] % 50, 40
@@ -59,7 +61,9 @@ def data_of(text: str) -> dict[str, Any]:
 def test_what_the_page_holds(tmp_path: Path) -> None:
     found, evidence, detection, relations = parts(40, "word")
     evidence.fired[3] = 0
-    text = found.to_html(tmp_path / "page.html", evidence, detection=detection, relations=relations).read_text("utf-8")
+    text = write_page(tmp_path / "page.html", found, evidence, detection=detection, relations=relations).read_text(
+        "utf-8"
+    )
     data = data_of(text)
     scored = sorted((i for i in range(40) if i % 10), key=lambda i: -float(detection.accuracy[i]))
     rest = sorted((i for i in range(40) if not i % 10), key=lambda i: -float(found.scores[i, 0]))
@@ -77,13 +81,14 @@ def test_what_the_page_holds(tmp_path: Path) -> None:
     assert [ord(size) - 96 for size in sizes] == [len(token) for token in tokens]
     assert levels == "00000000000000" + "1496"
     assert "d" not in next(one for one in data["features"] if one["n"] == 10)
-    assert len(data_of(found.to_html(tmp_path / "few.html", limit=5).read_text("utf-8"))["features"]) == 5
+    assert len(data_of(write_page(tmp_path / "few.html", found, limit=5).read_text("utf-8"))["features"]) == 5
     with pytest.raises(ValueError, match="evidence knows 40 features, the explanations 7"):
-        parts(7, "a")[0].to_html(tmp_path / "no.html", evidence)
+        write_page(tmp_path / "no.html", parts(7, "a")[0], evidence)
 
 
 def test_nothing_of_a_corpus_becomes_markup_and_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
-    text = parts(3, NASTY)[0].to_html(tmp_path / "page.html", *parts(3, NASTY)[1:2], relations=parts(3, NASTY)[3]).read_text("utf-8")
+    found, evidence, _, relations = parts(3, NASTY)
+    text = write_page(tmp_path / "page.html", found, evidence, relations=relations).read_text("utf-8")
     assert text.count("<script") == text.count("</script>") == 2  # the data and the script of the page
     assert "<b>" not in text
     assert "alert(1)" in data_of(text)["features"][0]["w"][0]
@@ -100,7 +105,7 @@ def test_nothing_of_a_corpus_becomes_markup_and_nothing_comes_from_elsewhere(tmp
 
 def test_ten_thousand_features_fit_into_twenty_megabytes(tmp_path: Path) -> None:
     found, evidence, detection, relations = parts(10_000, "words")
-    page = found.to_html(tmp_path / "page.html", evidence, detection=detection, relations=relations)
+    page = write_page(tmp_path / "page.html", found, evidence, detection=detection, relations=relations)
     assert 10e6 < page.stat().st_size < 20e6
     assert len(data_of(page.read_text("utf-8"))["features"]) == 10_000
 

@@ -26,6 +26,7 @@ from steerfast.sae.evidence import Evidence, ObserveConfig, observe
 from steerfast.sae.explanation import RANKINGS, Explanations, explain
 from steerfast.sae.judge import Judge, judged_detection
 from steerfast.sae.model import SAE
+from steerfast.sae.page import write_page
 from steerfast.sae.relations import relate
 from steerfast.sae.training.config import TrainConfig
 from steerfast.sae.training.corpus import read_texts, wikipedia
@@ -189,7 +190,7 @@ def _explain(args: argparse.Namespace) -> int:
     if args.html is not None:
         shared.progress("looking for logits and neighbours")
         relations = relate(sae, model, tokenizer, min(8, sae.features - 1)) if sae.features > 1 else None
-        shared.say(f"Page        {found.to_html(args.html, evidence, detection=detection, relations=relations)}")
+        shared.say(f"Page        {write_page(args.html, found, evidence, detection=detection, relations=relations)}")
     return 0
 
 

@@ -10,6 +10,7 @@ _HOMES = {
     "evidence": ["Evidence", "ObserveConfig", "observe"],
     "explanation": ["Explanations"],
     "judge": ["Judge", "judged_detection"],
+    "page": ["write_page"],
     "relations": ["Relations", "relate"],
     "training.config": ["TrainConfig"],
     "training.distributed": ["SplitData", "SplitFeatures"],

@@ -12,6 +12,7 @@ from .evidence import observe as observe
 from .explanation import Explanations as Explanations
 from .judge import Judge as Judge
 from .judge import judged_detection as judged_detection
+from .page import write_page as write_page
 from .relations import Relations as Relations
 from .relations import relate as relate
 from .training.config import TrainConfig as TrainConfig

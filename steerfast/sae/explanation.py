@@ -21,7 +21,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,6 @@ from steerfast.models.texts import TextReader
 from .belonging import warn_of_another_model
 from .model import SAE
 from .words import names_of
-
-if TYPE_CHECKING:
-    from .detection import Detection
-    from .evidence import Evidence
-    from .relations import Relations
 
 SCHEMA = 1
 RANKINGS = ("information", "released")
@@ -143,37 +138,6 @@ class Explanations:
             return cls(words, scores, content["ranking"], int(content["vocabulary"]), content["about"])
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"Explanations.load: {path} is no file of explanations ({error})") from error
-
-    def to_html(
-        self,
-        file: str | os.PathLike[str],
-        evidence: Evidence | None = None,
-        *,
-        detection: Detection | None = None,
-        relations: Relations | None = None,
-        limit: int | None = None,
-    ) -> Path:
-        """Write a page to look features up in: one file that needs no other one and no network.
-
-        Args:
-            file: The page.
-            evidence: What `observe` returned: densities, histograms and passages.
-            detection: What `detect` returned: scores.
-            relations: What `relate` returned: logits and neighbours.
-            limit: Features on the page, the best ones by score (else by the term of their first word); None: all. Those that
-                never fired, as far as that is known, are left out.
-
-        Returns:
-            The file.
-
-        Raises:
-            ValueError: one of them knows another number of features; limit is less than 1.
-        """
-        from .page import page
-
-        path = Path(file)
-        replace_file(path, page(self, evidence, detection, relations, limit).encode())
-        return path
 
 
 def explain(

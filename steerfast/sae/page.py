@@ -11,20 +11,21 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from html import escape
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from steerfast._checks import whole_number
+from steerfast.files.replace import replace_file
 
+from .detection import Detection
 from .evidence import Evidence, Passage
-
-if TYPE_CHECKING:
-    from .detection import Detection
-    from .explanation import Explanations
-    from .relations import Relations
+from .explanation import Explanations
+from .relations import Relations
 
 _ORDERS = {
     "best": "best first", "detection": "detection", "intruder": "intruder", "dense": "fires often", "rare": "fires rarely",
@@ -37,14 +38,49 @@ _LEVELS = 9
 _LENGTH = 96  # the letter of a token of no length
 
 
-def page(
+def write_page(
+    file: str | os.PathLike[str],
+    explanations: Explanations,
+    evidence: Evidence | None = None,
+    *,
+    detection: Detection | None = None,
+    relations: Relations | None = None,
+    limit: int | None = None,
+) -> Path:
+    """Write a page to look features up in: one file that needs no other one and no network.
+
+    Args:
+        file: The page.
+        explanations: The words.
+        evidence: What `observe` returned: densities, histograms and passages.
+        detection: What `detect` returned: scores.
+        relations: What `relate` returned: logits and neighbours.
+        limit: Features on the page, the best ones by score (else by the term of their first word); None: all. Those that
+            never fired, as far as that is known, are left out.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: one of them knows another number of features; limit is less than 1.
+
+    Example:
+        >>> found = sf.sae.Explanations((("love",), ("war",)), torch.tensor([[0.5], [0.2]]), "information", 2)
+        >>> sf.sae.write_page("features.html", found).name
+        'features.html'
+    """
+    path = Path(file)
+    replace_file(path, _page(explanations, evidence, detection, relations, limit).encode())
+    return path
+
+
+def _page(
     found: Explanations,
     evidence: Evidence | None,
     detection: Detection | None,
     relations: Relations | None,
     limit: int | None,
 ) -> str:
-    """The page as text; see `Explanations.to_html`."""
     known = {
         "evidence": evidence,
         "relations": relations,
@@ -53,10 +89,10 @@ def page(
     for name, part in known.items():
         if part is not None and len(part) != len(found):
             raise ValueError(
-                f"to_html: {name} knows {len(part)} features, the explanations {len(found)}; of the same SAE?"
+                f"write_page: {name} knows {len(part)} features, the explanations {len(found)}; of the same SAE?"
             )
     order = _order(found, evidence, detection)
-    order = order if limit is None else order[: whole_number("to_html", "limit", limit, 1)]
+    order = order if limit is None else order[: whole_number("write_page", "limit", limit, 1)]
     data: dict[str, Any] = {"features": [_feature(i, found, evidence, detection, relations) for i in order]}
     if evidence is not None:
         data["edges"] = [float(f"{edge:.4g}") for edge in evidence.edges.tolist()]
@@ -134,7 +170,8 @@ def _document(about: str, data: dict[str, Any], scored: bool) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1">\n<title>SAE features</title>\n<style>{style}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1">\n<title>SAE features</title>\n'
+        f"<style>{style}</style></head>\n"
         f'<body><h1>What the features of this SAE mean</h1>\n<p class="about">{escape(about)}</p>\n'
         f'<noscript><p>This page needs its own script; allow it and load the page again.</p></noscript>\n<nav class="bar">'
         f'<input id="search" type="search" placeholder="words, or a number" aria-label="search">'
