@@ -43,7 +43,8 @@ def parts(features: int, word: str, top: int = 6) -> tuple[Explanations, Evidenc
     empty = Sample(0, (), np.empty(0), np.empty(0), np.zeros(features + 1), np.empty(0), np.empty(0))
     edges = torch.exp2(torch.linspace(-10, 16, 53))
     evidence = Evidence(
-        found.about, 10**6, (70, 30), histogram.sum(1), edges, histogram, ("",), np.zeros(1), np.zeros((3, 0)), 0, empty, empty, passages
+        found.about, 10**6, (70, 30), histogram.sum(1), edges, histogram, ("",), np.zeros(1), np.zeros((3, 0)), 0,
+        empty, empty, passages,
     )  # fmt: skip
     accuracy = torch.rand(features, generator=draw)
     accuracy[::10] = torch.nan

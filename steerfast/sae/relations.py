@@ -58,10 +58,11 @@ def relate(sae: SAE, model: nn.Module, tokenizer: Any, count: int = 8) -> Relati
         UserWarning: the SAE comes from a model of another family.
 
     Example:
-        >>> token = tokenizer(" music")["input_ids"]
-        >>> rows = torch.stack([model.get_output_embeddings().weight[token[0]].detach(), torch.ones(576)])
-        >>> relate(sf.SAE(rows, rows, k=1), model, tokenizer, count=1).raised[0]
-        (' music',)
+        >>> rows = torch.eye(576)[:3]
+        >>> rows[2] += 2 * rows[0]
+        >>> found = sf.sae.relate(sf.SAE(rows, rows, k=1), model, tokenizer, count=1)
+        >>> found.neighbours.flatten().tolist(), len(found.raised[0])
+        ([2, 0, 0], 1)
     """
     output, norm = final_head("relate", model)
     if output.shape[1] != sae.d:
