@@ -20,7 +20,10 @@ setup(
     # The folder must never be importable as `kernels`: transformers itself imports a package of that name.
     packages=[*find_packages(include=["steerfast", "steerfast.*"]), "steerfast_kernels"],
     package_dir={"steerfast": "steerfast", "steerfast_kernels": "kernels"},
-    package_data={"steerfast": ["py.typed", "*.pyi", "sae/*.pyi", "tools/*.pyi"], "steerfast_kernels": ["README.md"]},
+    package_data={
+        "steerfast": ["py.typed", "*.pyi", "sae/*.pyi", "sae/page.css", "sae/page.js", "tools/*.pyi"],
+        "steerfast_kernels": ["README.md"],
+    },
     # A CUDA build of torch pins its own triton exactly, so triton is no requirement of ours.
     install_requires=["torch>=2.10", "transformers>=4.57", "safetensors>=0.6", "numpy>=1.26", "tqdm>=4.66"],
     extras_require={

@@ -51,7 +51,7 @@ def planted(model: torch.nn.Module, tokenizer: Any) -> dict[str, float]:
     torch.manual_seed(0)
     words = explaining.vocabulary_of(tokenizer)
     chosen = [words[i] for i in torch.randperm(len(words))[:PLANTED].tolist()]
-    output, norm = explaining._head(model)
+    output, norm = explaining.final_head("sae_quality", model)
     rows = (
         explaining._word_rows(tokenizer, chosen, output) / norm.weight.detach()
     )  # what the norm makes of it is the word

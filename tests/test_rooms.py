@@ -18,8 +18,8 @@ ROOMS = (
     "probes", "hooks", "vllm", "integrations", "tools", "cli", "__main__",
 )  # fmt: skip
 """From the ground up: a room imports itself and those before it."""
-DELEGATED = {("steerfast.sae.model", "steerfast.sae.formats"), ("steerfast.sae.explanation", "steerfast.sae.page")}
-"""A method that hands its work on (SAE.load, Explanations.to_html) imports when it is called; this closes a circle."""
+DELEGATED = {("steerfast.sae.model", "steerfast.sae.formats")}
+"""A method that hands its work on (SAE.load) imports when it is called; this closes a circle."""
 
 
 def modules() -> dict[str, Path]:

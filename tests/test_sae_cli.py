@@ -119,12 +119,27 @@ def test_explain_and_steer(smollm, trained: Path, tmp_path: Path, capsys: pytest
     words = tmp_path / "words.txt"
     words.write_text("music\nrain\nsnow\nbread\ntaxes\nnight\n")
     files = ["--save", str(tmp_path / "words.json"), "--html", str(tmp_path / "page.html")]
-    cache = ["--cache", str(trained / "sae" / "activations")]
+    paragraphs = TEXT.split("\n\n")
+    told = [json.dumps({"story": f"Told {i} times. {paragraphs[i % len(paragraphs)]}"}) for i in range(200)]
+    (tmp_path / "stories.jsonl").write_text("\n".join(told))
+    corpus = ["--corpus", str(tmp_path / "stories.jsonl"), "--key", "story"]
     arguments = ["sae", "explain", str(trained / "sae"), "demo", "--vocabulary", str(words), "--count", "2"]
-    assert cli.main([*arguments, *files, *cache]) == 0
+    scores = ["--scores", str(tmp_path / "scores.json"), "--passage", "8"]
+    assert cli.main([*arguments, *files, *corpus, *scores]) == 0  # words by use, where there is a corpus
+    used = sf.sae.Explanations.load(tmp_path / "words.json")
+    shown = capsys.readouterr().out
+    assert used.ranking == "use"
+    assert used.table() in shown
+    numbers = json.loads((tmp_path / "scores.json").read_text())
+    assert f"detection   median {numbers['detection_median']:.3f}" in shown
+    assert numbers["detection_median"] > 0.6
+    assert '"p":[[' in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert cli.main([*arguments, *files, *corpus, "--form", "embedding", "--tokens", "200"]) == 0
+    seen = capsys.readouterr()
+    assert "not scored: detect: " in seen.err
     found = sf.sae.Explanations.load(tmp_path / "words.json")
-    assert found.table() in capsys.readouterr().out
-    assert "<svg" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert found.table() in seen.out
+    assert found.ranking == "information"
 
     assert cli.main([*arguments, "--find", "snow"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[0] == str(found.find("snow")[0])
@@ -167,6 +182,8 @@ def test_bad_input(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "does not exist; give a UTF-8 text file": ["sae", "eval", place, "demo", "--text", "nowhere.txt"],
         "holds no text": ["sae", "eval", place, "demo", "--text", str(tmp_path / "empty.txt")],
         "nowhere does not exist": ["sae", "info", "nowhere"],
+        "need --corpus PATH": ["sae", "explain", place, "demo", "--form", "use"],
+        "nowhere.txt does not exist": ["sae", "explain", place, "demo", "--corpus", "nowhere.txt"],
         "give --feature NUMBER ..., or --words WORD": ["sae", "steer", place, "demo", "Hello"],
         "feature 256 is out of range": ["sae", "steer", place, "demo", "Hello", "--feature", "256"],
         "does not say where it belongs": ["sae", "steer", str(tmp_path / "homeless"), "demo", "Hello", "--feature", "1"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,14 +18,21 @@ from steerfast.edits.features import Amplify, Calibrate, EditFeatures
 from steerfast.hooks.steer import steer
 from steerfast.place import SITES
 from steerfast.plan import Plan
-from steerfast.sae.cache import ActivationCache, cache_activations
+from steerfast.sae.cache import cache_activations
+from steerfast.sae.detection import Detection, detect
+from steerfast.sae.documents import read_documents
 from steerfast.sae.evaluate import evaluate_sae
-from steerfast.sae.explanation import RANKINGS, Explanations, explain, observe
+from steerfast.sae.evidence import Evidence, ObserveConfig, observe
+from steerfast.sae.explanation import RANKINGS, Explanations, explain
+from steerfast.sae.judge import Judge, judged_detection
 from steerfast.sae.model import SAE
+from steerfast.sae.page import write_page
+from steerfast.sae.relations import relate
 from steerfast.sae.training.config import TrainConfig
 from steerfast.sae.training.corpus import read_texts, wikipedia
 from steerfast.sae.training.train import train_sae
 from steerfast.sae.transcoder import Transcoder
+from steerfast.sae.use import explain_use
 
 from . import shared
 
@@ -34,7 +42,7 @@ DESCRIPTION = (
 EXAMPLE = (
     "steerfast sae train --preset smollm2 --out sae\n"
     "steerfast sae eval sae demo --text wikitext.txt\n"
-    "steerfast sae explain sae demo --html features.html --save words.json\n"
+    "steerfast sae explain sae demo --corpus articles.jsonl --html features.html --save words.json\n"
     'steerfast sae steer sae demo "The doctor put on a coat, because" --words herself --explanations words.json'
 )
 
@@ -81,19 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss-tokens", type=shared.positive, default=20_000, metavar="N", help="default: %(default)s"
     )
     evaluated.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON, too")
-    explained = _action(actions, "explain", "say what the features mean, by words of a vocabulary")
-    _sae_and_model(explained)
-    explained.add_argument("--vocabulary", metavar="FILE", help="words, one per line (default: the tokenizer's own)")
-    explained.add_argument(
-        "--count", type=shared.positive, default=10, metavar="N", help="words per feature (default: 10)"
+    _explain_arguments(
+        _action(actions, "explain", "say what the features mean: words, evidence, and a score that can fail")
     )
-    explained.add_argument("--ranking", choices=RANKINGS, default=RANKINGS[0], help="default: %(default)s")
-    explained.add_argument("--find", nargs="+", metavar="WORD", help="show the features that these words explain")
-    explained.add_argument(
-        "--cache", metavar="DIR", help="activations (of `train --cache`) for histograms and contexts"
-    )
-    explained.add_argument("--html", type=Path, metavar="FILE", help="write a page of features")
-    explained.add_argument("--save", type=Path, metavar="FILE", help="write everything as JSON; `steer` reads it")
     steered = _action(actions, "steer", "generate with some features changed, beside the unsteered text")
     _sae_and_model(steered)
     _steer_arguments(steered)
@@ -162,21 +160,74 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     vocabulary = None if args.vocabulary is None else shared.texts("--vocabulary", [f"@{args.vocabulary}"])
+    form = args.form or ("embedding" if args.corpus is None else "use")
+    if args.corpus is None and (form == "use" or args.scores is not None or args.judge is not None):
+        raise ValueError(
+            "sae explain: --form use, --scores and --judge need --corpus PATH, the text that features are seen on"
+        )
     sae = SAE.load(args.sae)
-    cache = None if args.cache is None else ActivationCache.open(args.cache)
+    documents = None if args.corpus is None else read_documents(args.corpus, key=args.key, title=args.title)
     model, tokenizer = shared.load(args)
+    evidence = detection = None
+    if documents is not None:
+        config = ObserveConfig(tokens=args.tokens, passage=args.passage)
+        evidence = observe(sae, model, tokenizer, documents, config, progress=shared.progress)
     shared.progress(f"explaining {sae.features} features")
-    found = explain(sae, model, tokenizer, vocabulary, args.count, ranking=args.ranking)
+    if form == "use" and evidence is not None:
+        found = explain_use(evidence, args.count)
+    else:
+        found = explain(sae, model, tokenizer, vocabulary, args.count, ranking=args.ranking)
+    if evidence is not None:
+        detection = _scored(args, found, evidence)
     chosen = None if args.find is None else found.find(args.find)
     if chosen == []:
         raise ValueError(f"sae explain: no feature is explained by {', '.join(args.find)}; try other words")
     shared.say(found.table(chosen))
+    if args.judge is not None and evidence is not None:
+        _ask(args, found, evidence, chosen)
     if args.save is not None:
         shared.say(f"\nWords       {found.save(args.save)}")
     if args.html is not None:
-        usage = None if cache is None else observe(sae, cache, tokenizer)
-        shared.say(f"Page        {found.to_html(args.html, usage)}")
+        shared.progress("looking for logits and neighbours")
+        relations = relate(sae, model, tokenizer, min(8, sae.features - 1)) if sae.features > 1 else None
+        shared.say(f"Page        {write_page(args.html, found, evidence, detection=detection, relations=relations)}")
     return 0
+
+
+def _scored(args: argparse.Namespace, found: Explanations, evidence: Evidence) -> Detection | None:
+    """The scores of the words; a corpus that is too small for them says so and leaves the rest."""
+    try:
+        detection = detect(found, evidence)
+    except ValueError as reason:
+        if args.scores is not None:
+            raise
+        shared.note(f"not scored: {shared.one_line(reason)}")
+        return None
+    shared.say(f"{detection}\n")
+    if args.scores is not None:
+        about = {
+            "corpus": Path(args.corpus).name,
+            "form": found.ranking,
+            "tokens": evidence.tokens,
+            "documents": evidence.documents,
+        }
+        shared.say(f"Scores      {detection.save(args.scores, about)}\n")
+    return detection
+
+
+def _ask(args: argparse.Namespace, found: Explanations, evidence: Evidence, chosen: list[int] | None) -> None:
+    """What a judge makes of the features that are shown."""
+    if args.judge_model is None:
+        raise ValueError("sae explain: --judge URL needs --judge-model NAME, the model that is asked")
+    judge = Judge(args.judge, args.judge_model, os.environ.get(args.judge_key) if args.judge_key else None)
+    features = chosen or found.scores[:, 0].topk(min(20, len(found))).indices.tolist()
+    shared.say(f"\n{'feature':>8}  judged")
+    for feature in features:
+        try:
+            accuracy = f"{judged_detection(judge, found, evidence, [feature])[feature]:.2f}"
+        except ValueError as reason:
+            accuracy = shared.one_line(reason)
+        shared.say(f"{feature:>8}  {accuracy}")
 
 
 def _steer(args: argparse.Namespace) -> int:
@@ -299,6 +350,47 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint-every", type=shared.positive, default=50, metavar="N", help="steps (default: 50)")
     stored = "of the weights in the file (default: %(default)s)"
     parser.add_argument("--store", default="bfloat16", choices=("bfloat16", "float32"), help=stored)
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    _sae_and_model(parser)
+    form = "words by use on the corpus, or by the embedding (default: use, where there is a corpus)"
+    parser.add_argument("--form", choices=("use", "embedding"), help=form)
+    parser.add_argument(
+        "--corpus", type=Path, metavar="PATH", help="text, .jsonl or .parquet, or a folder: what features are seen on"
+    )
+    parser.add_argument("--key", default="text", help="where .jsonl and .parquet keep the text (default: %(default)s)")
+    parser.add_argument(
+        "--title",
+        metavar="REGEX",
+        help="for text: the first line of a document (default: empty lines separate documents)",
+    )
+    parser.add_argument("--tokens", type=shared.positive, metavar="N", help="of the corpus, at most (default: all)")
+    parser.add_argument(
+        "--passage",
+        type=shared.positive,
+        default=16,
+        metavar="N",
+        help="tokens of a scored passage (default: %(default)s)",
+    )
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="write the scores as JSON, too")
+    parser.add_argument(
+        "--judge", metavar="URL", help="also ask a model over OpenAI's API, such as http://localhost:8000/v1"
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="which model is asked")
+    parser.add_argument("--judge-key", metavar="VARIABLE", help="the environment variable with its key")
+    parser.add_argument(
+        "--vocabulary", metavar="FILE", help="of the embedding form: words, one per line (default: the tokenizer's own)"
+    )
+    parser.add_argument(
+        "--ranking", choices=RANKINGS, default=RANKINGS[0], help="of the embedding form (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--count", type=shared.positive, default=10, metavar="N", help="words per feature (default: 10)"
+    )
+    parser.add_argument("--find", nargs="+", metavar="WORD", help="show the features that these words explain")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of features")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the words as JSON; `steer` reads it")
 
 
 def _steer_arguments(parser: argparse.ArgumentParser) -> None:

@@ -64,6 +64,24 @@ class TextReader:
         found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [self._without(text, list(ids)) for text, ids in zip(texts, found, strict=True)]
 
+    def located(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids as `own` gives them, and where in the text each token stands: (first character, behind the last).
+
+        Raises:
+            ValueError: the tokenizer cannot say where its tokens stand.
+        """
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{self.owner}: {type(self.tokenizer).__name__} does not say where in a text its tokens stand; load a fast one "
+                "(AutoTokenizer.from_pretrained(name))"
+            )
+        read = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, spans = list(read["input_ids"]), [(int(first), int(behind)) for first, behind in read["offset_mapping"]]
+        front = self._added()[0]
+        start = len(front) if front and ids[: len(front)] == front else 0
+        own = self._without(text, ids)
+        return own, spans[start : start + len(own)]
+
     def _read(self, text: str, end: list[int]) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])
         front, behind = self._added()

@@ -4,12 +4,19 @@ from steerfast._names import lazily
 
 _HOMES = {
     "cache": ["ActivationCache", "ActivationStream", "cache_activations"],
+    "detection": ["Detection", "detect"],
+    "documents": ["read_documents"],
     "evaluate": ["Evaluation", "evaluate_sae"],
-    "explanation": ["Explanations", "observe"],
+    "evidence": ["Evidence", "ObserveConfig", "observe"],
+    "explanation": ["Explanations"],
+    "judge": ["Judge", "judged_detection"],
+    "page": ["write_page"],
+    "relations": ["Relations", "relate"],
     "training.config": ["TrainConfig"],
     "training.distributed": ["SplitData", "SplitFeatures"],
     "training.train": ["train_sae"],
     "transcoder": ["Transcoder"],
+    "use": ["explain_use"],
 }
 __getattr__, __all__ = lazily(__name__, _HOMES)
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from steerfast._checks import whole_number
 from steerfast.files.replace import replace_file
 from steerfast.models.collect import read_batch
-from steerfast.models.layers import evaluating, find_layers
+from steerfast.models.layers import evaluating
 from steerfast.models.points import Point
 
+from .belonging import point_of
 from .cache import pack, real_tokens
 from .model import SAE
 from .transcoder import Transcoder
@@ -122,15 +123,7 @@ def evaluate_sae(
         raise ValueError(
             f"evaluate_sae: {sae} predicts what it writes from another place; measure its prediction, transcoder(x) beside y"
         )
-    found = find_layers(model, "evaluate_sae")
-    if sae.place is None:
-        raise ValueError(f"evaluate_sae: {sae} does not know its place; give it an Origin(place=(site, layer))")
-    site, layer = sae.place
-    point = found.point(layer, site, "evaluate_sae")
-    if point.width != sae.d:
-        raise ValueError(
-            f"evaluate_sae: {sae} has width {sae.d}, {point.path} has {point.width}; is it another model's?"
-        )
+    layer, point = point_of("evaluate_sae", sae, model)
     sae = sae.to(dtype=torch.float32)  # the same numbers; rows are not rounded to the 16 bits of its file
     loss_tokens = whole_number("evaluate_sae", "loss_tokens", loss_tokens)
     contexts = pack(tokenizer, texts, context)

@@ -31,7 +31,9 @@ from steerfast.files.replace import replace_file
 from steerfast.models.layers import find_layers
 from steerfast.models.texts import TextReader
 
+from .belonging import warn_of_another_model
 from .model import SAE
+from .words import names_of
 
 SCHEMA = 1
 RANKINGS = ("information", "released")
@@ -41,12 +43,12 @@ _NORM = re.compile(r"norm|^ln(_|$)|(_|^)ln\d*$", re.IGNORECASE)
 
 @dataclass(frozen=True, eq=False)
 class Explanations:
-    """The words of every feature, best first; made by `explain`.
+    """The words of every feature, best first; made by `explain`, from weights, or `explain_use`, from a corpus.
 
     Attributes:
-        words: Feature -> its words.
-        scores: float32 (F, number of words), what they are ranked by, in nats.
-        ranking: "information" or "released".
+        words: Feature -> its words; a feature that little is known of has fewer.
+        scores: float32 (F, number of words), what they are ranked by, in nats; 0 where there is no word.
+        ranking: "information" or "released" of `explain`, "use" of `explain_use`.
         vocabulary: Number of words that there were to choose from.
         about: Model, place and width, for messages and files.
     """
@@ -78,7 +80,7 @@ class Explanations:
         """Features that are explained by some of these words, those that say it loudest first.
 
         Args:
-            words: A word or several; capitals do not matter.
+            words: A word or several; capitals do not matter. A family of words, such as `publ*`, is found by any of its words.
             least: How many of the words must be among a feature's own.
 
         Returns:
@@ -90,9 +92,10 @@ class Explanations:
         wanted = {word.strip().lower() for word in ([words] if isinstance(words, str) else words)} - {""}
         if not wanted:
             raise ValueError("Explanations.find: words is empty; give at least one word")
+        names = wanted | {name for word in wanted for name in names_of(word, ("word", "ending", "beginning"))}
         found: list[tuple[float, int]] = []
         for feature, own in enumerate(self.words):
-            hits = [place for place, word in enumerate(own) if word.lower() in wanted]
+            hits = [place for place, word in enumerate(own) if word.lower() in names]
             if len({own[place].lower() for place in hits}) >= least:
                 found.append((-float(self.scores[feature, hits].sum()), feature))
         return [feature for _, feature in sorted(found)]
@@ -130,47 +133,11 @@ class Explanations:
                 raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
             scores = torch.tensor(content["scores"], dtype=torch.float32)
             words = tuple(tuple(map(str, row)) for row in content["words"])
-            if scores.shape != (len(words), len(words[0])) or {len(row) for row in words} != {len(words[0])}:
-                raise ValueError(f"{len(words)} features of unequal length, or scores of shape {tuple(scores.shape)}")
+            if scores.dim() != 2 or len(scores) != len(words) or max(map(len, words)) > scores.shape[1]:
+                raise ValueError(f"{len(words)} features, and scores of shape {tuple(scores.shape)}")
             return cls(words, scores, content["ranking"], int(content["vocabulary"]), content["about"])
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"Explanations.load: {path} is no file of explanations ({error})") from error
-
-    def to_html(self, file: str | os.PathLike[str], usage: Usage | None = None, limit: int = 500) -> Path:
-        """Write a page of features with their words and, with `usage`, an activation histogram and the top contexts.
-
-        Args:
-            file: The page; it needs no other file and no network.
-            usage: What `observe` returned.
-            limit: Features on the page: the most informative ones.
-
-        Returns:
-            The file.
-        """
-        from .page import page
-
-        path = Path(file)
-        replace_file(path, page(self, usage, limit).encode())
-        return path
-
-
-@dataclass(frozen=True, eq=False)
-class Usage:
-    """How the features are used on a text; made by `observe`.
-
-    Attributes:
-        tokens: Rows that were seen.
-        density: float32 (F,), the share of rows on which a feature is active.
-        edges: float32 (bins + 1,), the bounds of the histogram's bins, in the unit of the activations.
-        histogram: int64 (F, bins), active rows by activation.
-        contexts: Feature -> its strongest contexts, each (activation, text before, token, text after).
-    """
-
-    tokens: int
-    density: Tensor = field(repr=False)
-    edges: Tensor = field(repr=False)
-    histogram: Tensor = field(repr=False)
-    contexts: tuple[tuple[tuple[float, str, str, str], ...], ...] = field(repr=False)
 
 
 def explain(
@@ -216,9 +183,10 @@ def explain(
     words = whole_number("explain", "words", words)
     if not 1 <= words <= len(names):
         raise ValueError(f"explain: words is {words}; expected 1 to {len(names)}, the size of the vocabulary")
-    output, norm = _head(model)
+    output, norm = final_head("explain", model)
     if output.shape[1] != sae.d:
         raise ValueError(f"explain: {sae} has width {sae.d}, the model {output.shape[1]}; is it another model's?")
+    warn_of_another_model("explain", sae, type(model).__name__)
     with torch.no_grad():
         features = norm(sae.w_dec.to(output.device, output.dtype)).float()
         meanings = _word_rows(tokenizer, names, output)
@@ -252,46 +220,6 @@ def vocabulary_of(tokenizer: Any, limit: int = 10_000) -> list[str]:
     if not words:
         raise ValueError("explain: this tokenizer has no tokens that begin with a space; give a vocabulary of words")
     return list(words)
-
-
-def observe(sae: SAE, cache: Any, tokenizer: Any, contexts: int = 5, bins: int = 24) -> Usage:
-    """Return how features are used on the texts of an `ActivationCache`: densities, histograms and top contexts.
-
-    Args:
-        sae: The SAE.
-        cache: Activations at its place, with the tokens that they were read at.
-        tokenizer: For the texts of the contexts.
-        contexts: Strongest ones per feature.
-        bins: Of the histogram, equally wide from 0 to the largest activation seen in the first shard.
-
-    Raises:
-        ValueError: the cache has another width than the SAE.
-
-    Example:
-        >>> cache = sf.sae.cache_activations(model, tokenizer, true_statements, ("resid_post", 0), "cache", context=8)
-        >>> usage = observe(sf.SAE(torch.eye(576), torch.eye(576), k=4), cache, tokenizer)
-        >>> usage.tokens == len(cache), round(float(usage.density.sum()), 3)  # k features per row
-        (True, 4.0)
-    """
-    if cache.info.d != sae.d:
-        raise ValueError(
-            f"observe: the cache has rows of width {cache.info.d}, {sae} has {sae.d}; is it another model's?"
-        )
-    edges = torch.empty(0)
-    histogram = torch.zeros(sae.features, bins, dtype=torch.int64)
-    best = torch.zeros(sae.features, contexts)
-    where = torch.full((sae.features, contexts, 2), -1, dtype=torch.int64)  # shard, row
-    for shard in range(len(cache.counts)):
-        values, indices = (part.cpu() for part in sae.topk(cache.read(shard).to(sae.w_enc)))
-        if not len(edges):
-            edges = torch.linspace(0, max(float(values.max()), 1e-6), bins + 1)
-        row, column = (values > 0).nonzero(as_tuple=True)
-        value, feature = values[row, column], indices[row, column].long()
-        cell = (torch.bucketize(value, edges) - 1).clamp(0, bins - 1)
-        histogram.view(-1).index_add_(0, feature * bins + cell, torch.ones_like(cell))
-        _keep_best(best, where, value, feature, row, shard)
-    density = histogram.sum(1).float() / len(cache)
-    return Usage(len(cache), density, edges, histogram, _texts(cache, tokenizer, best, where))
 
 
 def _rank(features: Tensor, meanings: Tensor, words: int, ranking: str) -> tuple[Tensor, Tensor]:
@@ -331,12 +259,12 @@ def _word_rows(tokenizer: Any, names: list[str], output: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _head(model: Any) -> tuple[Tensor, nn.Module]:
+def final_head(owner: str, model: Any) -> tuple[Tensor, nn.Module]:
     """The output embedding (V, d), and the norm before it, found behind the list of blocks."""
-    found = find_layers(model, "explain")
+    found = find_layers(model, owner)
     embedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if embedding is None or getattr(embedding, "weight", None) is None:
-        raise ValueError(f"explain: {found.name} has no output embedding; give the causal language model, not its base")
+        raise ValueError(f"{owner}: {found.name} has no output embedding; give the causal language model, not its base")
     parent, _, blocks = found.path.rpartition(".")
     children = list(model.get_submodule(parent).named_children())
     norms = [
@@ -349,40 +277,5 @@ def _head(model: Any) -> tuple[Tensor, nn.Module]:
         module for _, module in norms
     ]  # BLOOM has one before
     if len(behind) != 1:
-        raise ValueError(f"explain: {found.name} shows {len(behind)} final norms beside its blocks; expected one")
+        raise ValueError(f"{owner}: {found.name} shows {len(behind)} final norms beside its blocks; expected one")
     return embedding.weight.detach(), behind[0]
-
-
-def _keep_best(best: Tensor, where: Tensor, value: Tensor, feature: Tensor, row: Tensor, shard: int) -> None:
-    """Merge a shard's activations into the strongest of every feature, in place."""
-    contexts = best.shape[1]
-    order = value.argsort(descending=True, stable=True)
-    order = order[feature[order].argsort(stable=True)]  # by feature, the strongest first
-    feature, value, row = feature[order], value[order], row[order]
-    count = torch.bincount(feature, minlength=len(best))
-    place = torch.arange(len(feature)) - (count.cumsum(0) - count)[feature]
-    keep = place < contexts
-    feature, value, row, place = feature[keep], value[keep], row[keep], place[keep]
-    more = torch.zeros_like(best).index_put_((feature, place), value)
-    there = torch.full_like(where, -1)
-    there[feature, place] = torch.stack([torch.full_like(row, shard), row], 1)
-    joined, order = torch.cat([best, more], 1).sort(dim=1, descending=True, stable=True)
-    best.copy_(joined[:, :contexts])
-    both = torch.cat([where, there], 1)
-    where.copy_(both.gather(1, order[:, :contexts, None].expand(-1, -1, 2)))
-
-
-def _texts(
-    cache: Any, tokenizer: Any, best: Tensor, where: Tensor
-) -> tuple[tuple[tuple[float, str, str, str], ...], ...]:
-    """The texts of the strongest contexts, twelve tokens before and four after."""
-    found: list[list[tuple[float, str, str, str]]] = [[] for _ in range(len(best))]
-    for shard in range(len(cache.counts)):
-        tokens, positions = cache.contexts(shard)
-        for feature, place in (where[..., 0] == shard).nonzero().tolist():
-            context, column = divmod(int(positions[where[feature, place, 1]]), tokens.shape[1])
-            row = tokens[context].tolist()
-            pieces = row[max(1, column - 12) : column], row[column : column + 1], row[column + 1 : column + 5]
-            before, token, after = (tokenizer.decode(piece) for piece in pieces)
-            found[feature].append((float(best[feature, place]), before, token, after))
-    return tuple(tuple(sorted(texts, key=lambda text: -text[0])) for texts in found)

@@ -1,0 +1,39 @@
+"""Whether an SAE belongs to a model: one place, one width, one family, or a message that says what does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steerfast._checks import warn_user
+from steerfast.models.layers import find_layers
+from steerfast.models.points import Point
+from steerfast.place import family
+
+from .model import SAE
+
+
+def point_of(owner: str, sae: SAE, model: Any) -> tuple[int, Point]:
+    """The layer that an SAE reads in a model, and the point there.
+
+    Raises:
+        ValueError: the SAE has no place, or another width than the model there.
+
+    Warns:
+        UserWarning: the SAE's origin names a model of another family.
+    """
+    found = find_layers(model, owner)
+    if sae.place is None:
+        raise ValueError(f"{owner}: {sae} does not know its place; give it an Origin(place=(site, layer))")
+    site, layer = sae.place
+    point = found.point(layer, site, owner)
+    if point.width != sae.d:
+        raise ValueError(f"{owner}: {sae} has width {sae.d}, {point.path} has {point.width}; is it another model's?")
+    warn_of_another_model(owner, sae, found.name)
+    return layer, point
+
+
+def warn_of_another_model(owner: str, sae: SAE, name: str) -> None:
+    """Warn where the SAE's origin names a model of another family than the class that is given."""
+    known = sae.origin.model
+    if known is not None and family(known) not in ("unknown", family(name)):
+        warn_user(f"{owner}: {sae!r} comes from activations of {known}; this model is a {name}")
