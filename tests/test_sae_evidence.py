@@ -222,7 +222,7 @@ def test_bad_input(smollm, seen: Evidence) -> None:
         observe(sae, model, tokenizer, ["A text.", 7])
     with pytest.raises(ValueError, match="no token that counts"):
         observe(sae, model, tokenizer, [""])
-    with pytest.raises(ValueError, match="does not know its place"):
+    with pytest.raises(ValueError, match="does not know the place that it reads"):
         observe(dataclasses.replace(sae, origin=Origin()), model, tokenizer, documents(1))
     other = dataclasses.replace(sae, origin=Origin(place=("resid_pre", 0), model="GPT2LMHeadModel"))
     with pytest.warns(UserWarning, match="comes from activations of GPT2LMHeadModel; this model is a LlamaForCausalLM"):

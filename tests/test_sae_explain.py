@@ -69,7 +69,7 @@ def test_a_vocabulary_of_ones_own(smollm) -> None:
         explain(sae, model, tokenizer, words, words=5)
     with pytest.raises(ValueError, match="ranking"):
         explain(sae, model, tokenizer, words, words=1, ranking="best")
-    with pytest.raises(ValueError, match="has width 12"):
+    with pytest.raises(ValueError, match="width 12"):
         explain(SAE(torch.eye(12), torch.eye(12), k=1), model, tokenizer, words, words=1)
 
 

@@ -480,7 +480,7 @@ def test_train_and_evaluate_on_a_real_model(smollm, tmp_path: Path) -> None:
     assert perfect.variance_explained == pytest.approx(1, abs=1e-6)
     assert perfect.loss_recovered == pytest.approx(1, abs=1e-3)
     assert perfect.loss_zeroed == pytest.approx(found.loss_zeroed)
-    with pytest.raises(ValueError, match="does not know its place"):
+    with pytest.raises(ValueError, match="does not know the place that it reads"):
         evaluate_sae(SAE(torch.eye(576), torch.eye(576), k=1), model, tokenizer, TEXTS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -255,3 +256,21 @@ def test_a_transcoder_is_explained_by_what_it_writes(smollm):
         before = model(**inputs).logits
         with sf.steer(model, plan):
             assert not torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.model
+def test_what_a_transcoder_does_on_a_corpus_is_seen_where_it_reads(smollm):
+    model, tokenizer = smollm
+    w = torch.nn.functional.normalize(torch.randn(6, 576), dim=1)
+    both = {"threshold": torch.full((6,), 0.5), "reads": Origin(place=("resid_pre", 3))}
+    made = sf.sae.Transcoder(w, torch.randn(6, 20), origin=Origin(place=("mlp_out", 3)), **both)
+    texts = ["A river runs through the valley, and nobody knows its name."] * 6
+    config = sf.sae.ObserveConfig(passage=4)
+    seen = sf.sae.observe(made, model, tokenizer, texts, config)
+    plain = sf.SAE(w, w, threshold=made.threshold, origin=made.reads)
+    assert seen.fired.sum() > 0
+    assert torch.equal(seen.fired, sf.sae.observe(plain, model, tokenizer, texts, config).fired)
+    with pytest.raises(ValueError, match="place that it reads"):
+        sf.sae.observe(dataclasses.replace(made, reads=Origin()), model, tokenizer, texts, config)
+    with pytest.raises(ValueError, match="writes rows of width 20"):
+        sf.explain(made, model, tokenizer)

@@ -10,21 +10,26 @@ from steerfast.models.points import Point
 from steerfast.place import family
 
 from .model import SAE
+from .transcoder import Transcoder
 
 
 def point_of(owner: str, sae: SAE, model: Any) -> tuple[int, Point]:
     """The layer that an SAE reads in a model, and the point there.
 
     Raises:
-        ValueError: the SAE has no place, or another width than the model there.
+        ValueError: the SAE knows no place that it reads (an MLP's input is no site), or has another width than the model there.
 
     Warns:
         UserWarning: the SAE's origin names a model of another family.
     """
     found = find_layers(model, owner)
-    if sae.place is None:
-        raise ValueError(f"{owner}: {sae} does not know its place; give it an Origin(place=(site, layer))")
-    site, layer = sae.place
+    place = sae.reads.place if isinstance(sae, Transcoder) else sae.place
+    if place is None:
+        field = "reads=" if isinstance(sae, Transcoder) else ""
+        raise ValueError(
+            f"{owner}: {sae} does not know the place that it reads; give it {field}Origin(place=(site, layer))"
+        )
+    site, layer = place
     point = found.point(layer, site, owner)
     if point.width != sae.d:
         raise ValueError(f"{owner}: {sae} has width {sae.d}, {point.path} has {point.width}; is it another model's?")

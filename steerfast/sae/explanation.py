@@ -184,8 +184,10 @@ def explain(
     if not 1 <= words <= len(names):
         raise ValueError(f"explain: words is {words}; expected 1 to {len(names)}, the size of the vocabulary")
     output, norm = final_head("explain", model)
-    if output.shape[1] != sae.d:
-        raise ValueError(f"explain: {sae} has width {sae.d}, the model {output.shape[1]}; is it another model's?")
+    if output.shape[1] != sae.w_dec.shape[1]:
+        raise ValueError(
+            f"explain: {sae} writes rows of width {sae.w_dec.shape[1]}, the model has {output.shape[1]}; is it another model's?"
+        )
     warn_of_another_model("explain", sae, type(model).__name__)
     with torch.no_grad():
         features = norm(sae.w_dec.to(output.device, output.dtype)).float()

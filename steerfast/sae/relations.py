@@ -65,8 +65,10 @@ def relate(sae: SAE, model: nn.Module, tokenizer: Any, count: int = 8) -> Relati
         ([2, 0, 0], 1)
     """
     output, norm = final_head("relate", model)
-    if output.shape[1] != sae.d:
-        raise ValueError(f"relate: {sae} has width {sae.d}, the model {output.shape[1]}; is it another model's?")
+    if output.shape[1] != sae.w_dec.shape[1]:
+        raise ValueError(
+            f"relate: {sae} writes rows of width {sae.w_dec.shape[1]}, the model has {output.shape[1]}; is it another model's?"
+        )
     count = whole_number("relate", "count", count, 1)
     if count >= sae.features:
         raise ValueError(f"relate: count is {count}; expected 1 to {sae.features - 1}, the other features")
