@@ -17,6 +17,7 @@ import triton
 from lab.rows import circumstances
 
 from .cases import CASES
+from .cases import HELD as KEPT
 from .constants import DEFAULT, TARGETS
 from .model import Row, as_json, binds, count_all, rows
 
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         RESULTS.write_text(text + "\n", encoding="utf-8")
     if options.hold:
-        hold({name: next(row for row in each if row.target == "sm_90") for name, each in found.items()})
+        hold({name: next(row for row in found[name] if row.target == "sm_90") for name in names if name in KEPT})
     return 0
 
 

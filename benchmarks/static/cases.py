@@ -91,6 +91,9 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 """Short name -> the case; what a row is called elsewhere is the case's own name."""
 
+HELD = tuple(CASES)
+"""Those whose counts a test holds."""
+
 # --- the goals of a GPU that are not among them, under the names of headline.py ---
 CASES |= {name: partial(goal.case, AT) for name, goal in goals.GOALS.items() if name not in CASES}
 
