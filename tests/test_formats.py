@@ -187,7 +187,10 @@ def test_what_a_control_vector_cannot_hold_is_refused(tmp_path: Path) -> None:
         ({"a": Direction(v, "m", 1.0, Origin(place=-1))}, "'.*' has layer -1"),
         (some("mlp_out"), "is of site 'mlp_out'; here a control vector holds resid_post only"),
         (some(layers=(0, 1)), "no control vector for layer 0"),
-        (some("resid_pre", layers=(0, 3)), r"'resid_pre.0' is at resid_pre 0, and llama.cpp adds nothing before block 2"),
+        (
+            some("resid_pre", layers=(0, 3)),
+            r"'resid_pre.0' is at resid_pre 0, and llama.cpp adds nothing before block 2",
+        ),
         (some("resid_pre", layers=(1, 3)), r"'resid_pre.1' is at resid_pre 1"),
         (some(layers=(2, 5)), "a direction is of layer 5; the model has 5 layers, 0 to 4"),
         ([Direction(torch.ones(2 + i), "m", 1.0, Origin(place=i)) for i in (1, 2)], r"widths \[3, 4\]"),

@@ -158,7 +158,9 @@ def _last_layer(highest: int, layers: int | None, directions: DirectionSet) -> i
         )
         return highest
     if positive_integer("gguf.write", "layers", layers) <= highest:
-        raise ValueError(f"gguf.write: a direction is of layer {highest}; the model has {layers} layers, 0 to {layers - 1}")
+        raise ValueError(
+            f"gguf.write: a direction is of layer {highest}; the model has {layers} layers, 0 to {layers - 1}"
+        )
     return layers - 1
 
 
