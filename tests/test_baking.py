@@ -16,7 +16,7 @@ import steerfast as sf
 from steerfast.tools.bake import bake, everywhere
 
 POST_NORM = ("gemma3", "gemma2", "olmo2", "glm4")
-ABLATED = [name for name in FAMILIES if name not in (*POST_NORM, *MIXTURES, "bloom")]
+ABLATED = [name for name in FAMILIES if name not in (*POST_NORM, "bloom")]
 OUTPUT_BIAS = [
     name for name in FAMILIES if name.startswith(("gpt2", "gpt_neo", "falcon")) or name in ("bloom", "phi", "opt")
 ]
@@ -212,7 +212,10 @@ POSITIONS = [
         ("bloom", {("resid_pre", 0): sf.Ablate(directions())}, r"BloomForCausalLM is not the sum of its embeddings"),
         ("bloom", "nonsense", "expected a Plan or a dict"),
         *((name, {("mlp_out", 0): sf.Ablate(directions())}, "a norm .* stands between") for name in POST_NORM),
-        *((name, {("mlp_out", 1): sf.Ablate(directions())}, "a mixture of experts") for name in MIXTURES),
+        *(
+            (name, {1: sf.Add(directions()[0])}, "a part of a mixture of experts, which has no bias")
+            for name in MIXTURES
+        ),
     ],
 )
 def test_what_cannot_be_baked_is_refused_and_nothing_changes(name: str, plan: Any, message: str) -> None:

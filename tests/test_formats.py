@@ -11,7 +11,9 @@ import pickle
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,7 @@ def test_a_clamp_of_lm_eval_is_a_plan() -> None:
 # --- round trips -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:gguf.write. how many layers")
 def test_round_trips_are_exact(tmp_path: Path) -> None:
     given = some()
     odd = {"a": Direction(torch.tensor([1e-45, -3.4e38, 0.1]), "given", 1.0, Origin(place=7))}
@@ -132,7 +135,7 @@ def test_round_trips_are_exact(tmp_path: Path) -> None:
     assert gguf.read(gguf.write(tmp_path / "hint", given, "qwen2"))["resid_post.1"].origin.model == "qwen2"
 
 
-@pytest.mark.parametrize("write", [gguf.write, steering_vectors.write, lm_eval.write])
+@pytest.mark.parametrize("write", [steering_vectors.write, lm_eval.write])
 def test_what_a_format_cannot_hold_is_refused(write: Any, tmp_path: Path) -> None:
     v = torch.ones(4)
     twice = {name: Direction(v, "m", 1.0, Origin(place=1)) for name in ("a", "b")}
@@ -149,11 +152,54 @@ def test_what_a_format_cannot_hold_is_refused(write: Any, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_llama_cpp_has_no_layer_0(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no control vector for layer 0"):
-        gguf.write(tmp_path / "file", some(layers=(0, 1)))
-    with pytest.raises(ValueError, match=r"widths \[3, 4\]"):
-        gguf.write(tmp_path / "file", [Direction(torch.ones(2 + i), "m", 1.0, Origin(place=i)) for i in (1, 2)])
+def test_a_control_vector_has_every_layer_of_its_model_but_the_first(tmp_path: Path) -> None:
+    library = pytest.importorskip("gguf")
+    card = ModelCard("LlamaForCausalLM:", 48, 6)
+    given = DirectionSet(dict(some(layers=(2, 4))), card)
+    for path in (gguf.write(tmp_path / "known", given), gguf.write(tmp_path / "told", some(layers=(2, 4)), layers=6)):
+        reader = library.GGUFReader(path)
+        assert [tensor.name for tensor in reader.tensors] == [f"direction.{layer}" for layer in range(1, 6)]
+        assert [bool(tensor.data.any()) for tensor in reader.tensors] == [False, True, False, True, False]
+        assert reader.get_field("controlvector.layer_count").contents() == 5
+        assert all(tensor.tensor_type == library.GGMLQuantizationType.F32 for tensor in reader.tensors)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            equal(gguf.read(path), given)
+    with pytest.warns(UserWarning, match="the file ends with layer 4"):
+        path = gguf.write(tmp_path / "unknown", some(layers=(2, 4)))
+    assert len(library.GGUFReader(path).tensors) == 4
+
+
+def test_what_llama_cpp_adds_at_one_layer_is_one_sum(tmp_path: Path) -> None:
+    u, v = torch.randn(2, 8)
+    made = [Direction(u, "m", 1.0, Origin(place=Place("resid_pre", 3))), Direction(v, "m", 1.0, Origin(place=2))]
+    found = gguf.read(gguf.write(tmp_path / "file", made, layers=4))
+    assert list(found) == ["resid_post.2"]
+    assert torch.equal(found["resid_post.2"].vector, u + v)
+    with pytest.raises(ValueError, match="cancels to zero"):
+        gguf.write(tmp_path / "none", [made[1], replace(made[0], vector=-v)], layers=4)
+
+
+def test_what_a_control_vector_cannot_hold_is_refused(tmp_path: Path) -> None:
+    v = torch.ones(4)
+    for vectors, message in (
+        ({"a": Direction(v, "m", 1.0)}, "'a' does not know its layer"),
+        ({"a": Direction(v, "m", 1.0, Origin(place=-1))}, "'.*' has layer -1"),
+        (some("mlp_out"), "is of site 'mlp_out'; here a control vector holds resid_post only"),
+        (some(layers=(0, 1)), "no control vector for layer 0"),
+        (
+            some("resid_pre", layers=(0, 3)),
+            r"'resid_pre.0' is at resid_pre 0, and llama.cpp adds nothing before block 2",
+        ),
+        (some("resid_pre", layers=(1, 3)), r"'resid_pre.1' is at resid_pre 1"),
+        (some(layers=(2, 5)), "a direction is of layer 5; the model has 5 layers, 0 to 4"),
+        ([Direction(torch.ones(2 + i), "m", 1.0, Origin(place=i)) for i in (1, 2)], r"widths \[3, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gguf.write(tmp_path / "file", vectors, layers=5)
+    with pytest.raises(ValueError, match="layers"):
+        gguf.write(tmp_path / "file", some(), layers=0)
+    assert not list(tmp_path.iterdir())
 
 
 # --- hostile GGUF ----------------------------------------------------------------------------------------------------
@@ -592,7 +638,7 @@ def test_repeng_means_the_same(tmp_path: Path) -> None:
 
     model, ids = build("llama"), torch.randint(3, VOCAB, (1, 6))
     given = some(layers=(1, 2))
-    theirs = ControlVector.import_gguf(gguf.write(tmp_path / "ours.gguf", given))
+    theirs = ControlVector.import_gguf(gguf.write(tmp_path / "ours.gguf", given, layers=3))
     assert theirs.model_type == "llama"
     assert list(theirs.directions) == [1, 2]
     wrapped = ControlModel(model, [1, 2])
@@ -637,13 +683,11 @@ def test_repeng_objects_without_repeng() -> None:
 
 def test_the_gguf_library_reads_ours(tmp_path: Path) -> None:
     library = pytest.importorskip("gguf")
-    given = some(layers=(3, 12))
-    reader = library.GGUFReader(gguf.write(tmp_path / "ours.gguf", given))
-    assert [tensor.name for tensor in reader.tensors] == ["direction.3", "direction.12"]
+    given = some(layers=(1, 2))
+    reader = library.GGUFReader(gguf.write(tmp_path / "ours.gguf", given, layers=3))
     for tensor, direction in zip(reader.tensors, given.values(), strict=True):
         assert tensor.tensor_type == library.GGMLQuantizationType.F32
         assert np.array_equal(tensor.data, direction.vector.numpy())
-    assert reader.get_field("controlvector.layer_count").contents() == 2
 
 
 def test_lm_eval_means_the_same(tmp_path: Path) -> None:
@@ -686,7 +730,18 @@ def zeros_in(kind: str, zero: tuple[int, ...], path: Path) -> tuple[Any, Any]:
     return gguf.read, path
 
 
-@pytest.mark.parametrize("kind", ["gguf", "repeng", "steering-vectors"])
+def test_a_layer_of_zeros_of_a_control_vector_is_left_out(tmp_path: Path) -> None:
+    """So a file says that nothing is added there."""
+    read, given = zeros_in("gguf", (3,), tmp_path / "file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(read(given)) == ["resid_post.1", "resid_post.12"]
+    read, given = zeros_in("gguf", LAYERS, tmp_path / "all")
+    with pytest.raises(ValueError, match=r"layer 1: .*all zero"):
+        read(given)
+
+
+@pytest.mark.parametrize("kind", ["repeng", "steering-vectors"])
 def test_a_layer_of_zeros_is_left_out_and_named(kind: str, tmp_path: Path) -> None:
     """llama.cpp takes such a file; a plan of it equals one of the other layers."""
     read, given = zeros_in(kind, (3,), tmp_path / "file")

@@ -148,6 +148,11 @@ def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], 
 def model_arguments(parser: Any) -> None:
     """Add the arguments by which a command finds its model."""
     parser.add_argument("model", metavar="MODEL", help="directory of a saved model, name on the hub, or demo")
+    device_arguments(parser)
+
+
+def device_arguments(parser: Any) -> None:
+    """Add the arguments that say where a command's model is and in which dtype."""
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is one)")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights (default: as they were saved)")

@@ -2,9 +2,8 @@
 
 **Layer numbers.** llama.cpp adds `direction.<il>` to what decoder block `il` returns, blocks counted from 0: it is our
 `resid_post` of layer `il`, with the same number. Its table begins at 1, so layer 0 cannot be steered, and its loader
-refuses a file with `direction.0`; so does this one. (Measured on SmolLM2-135M with a Q4_1 GGUF: the change that
-llama.cpp b11549 makes to the logits correlates 0.99 with that of our plan at the same layer, at most 0.94 with that of
-its neighbours.) repeng writes and reads the same files with the same meaning.
+refuses a file with `direction.0`; so does this one. repeng writes and reads the same files with the same meaning.
+(`tests/test_llama_cpp.py` holds the files to llama.cpp itself: its logits equal those of our plan at every layer.)
 llama.cpp's own generator computes `direction.<il>` from the output of block il − 1: the file says where the vector is
 added, not where it was read.
 
@@ -20,14 +19,17 @@ import os
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from steerfast._checks import warn_user
+from steerfast._checks import positive_integer, warn_user
 from steerfast.directions.direction import Direction
+from steerfast.directions.from_plan import summed
 from steerfast.directions.sets import DirectionSet
 from steerfast.files.replace import replace_file
 from steerfast.place import Origin, Place, family
@@ -51,14 +53,12 @@ def read(path: str | os.PathLike[str]) -> DirectionSet:
         path: the GGUF file. Tensors may be float32, float16 or bfloat16.
 
     Returns:
-        One direction per layer, `resid_post.<layer>`; `model` is the file's model hint, such as "llama".
+        One direction per layer, `resid_post.<layer>`, but for layers of zeros, where nothing is added; `model` is the file's
+        model hint, such as "llama".
 
     Raises:
         ValueError: not a GGUF, truncated, a model instead of a vector, unknown keys or tensors, two vectors for one
             layer, layer 0, another type or shape, NaN or Inf, nothing but zeros.
-
-    Warns:
-        UserWarning: the vector of a layer is all zero, which llama.cpp adds without effect; it is left out.
 
     Reference:
         The file format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -75,44 +75,93 @@ def read(path: str | os.PathLike[str]) -> DirectionSet:
             return _Reader(source, content).directions()
 
 
-def write(path: str | os.PathLike[str], directions: Any, model_hint: str | None = None) -> Path:
+def write(
+    path: str | os.PathLike[str], directions: Any, model_hint: str | None = None, layers: int | None = None
+) -> Path:
     """Write a control vector that llama.cpp and repeng read: `llama-cli --control-vector FILE`.
+
+    The file has a tensor for every layer from 1 to the model's last, zeros where nothing is added: llama.cpp keeps the layers
+    of a longer vector that was set before a shorter one. Directions of one layer become their sum, and one at `resid_pre`
+    of layer L is `direction.<L - 1>`, since what enters a block is what the block before it returned.
 
     Args:
         path: the file; replaced if it exists.
-        directions: a `DirectionSet`, or what its constructor takes; one per layer, all at `resid_post`, layers ≥ 1.
+        directions: a `DirectionSet`, or what its constructor takes; at `resid_post` of layers ≥ 1 or `resid_pre` of layers
+            ≥ 2.
         model_hint: what the file says of its model; by default the family of the directions' model. No reader acts on
             it; repeng wants it to be there.
+        layers: number of the model's layers; by default what the set knows of its model.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: a direction without a layer, of layer 0, of another site, or two for one layer; widths differ.
+        ValueError: a direction without a layer, of layer 0, behind the last, or of another site; widths differ; those of
+            one layer cancel.
+
+    Warns:
+        UserWarning: nothing says how many layers the model has; the file ends with the last that is given.
 
     Example:
-        >>> sf.integrations.gguf.write("happy.gguf", {14: v})  # doctest: +SKIP
+        >>> sf.integrations.gguf.write("happy.gguf", {14: v}, layers=30)  # doctest: +SKIP
     """
-    by_layer = single_site("gguf.write", DirectionSet(directions), "a control vector")
+    given = directions if isinstance(directions, DirectionSet) else DirectionSet(directions)
+    by_layer = single_site("gguf.write", summed("gguf.write", _behind_blocks(given)), "a control vector")
     if 0 in by_layer:
         raise ValueError("gguf.write: llama.cpp has no control vector for layer 0; leave that direction out")
     widths = {len(d.vector) for d in by_layer.values()}
     if len(widths) > 1:
         raise ValueError(f"gguf.write: directions have widths {sorted(widths)}; a control vector is for one model")
+    last = _last_layer(max(by_layer), layers, given)
     hint = model_hint or next((family(d.origin.model) for d in by_layer.values() if d.origin.model), "unknown")
     values = [
         _text("general.architecture") + struct.pack("<I", _STRING) + _text("controlvector"),
         _text("controlvector.model_hint") + struct.pack("<I", _STRING) + _text(hint),
-        _text("controlvector.layer_count") + struct.pack("<II", 4, len(by_layer)),
+        _text("controlvector.layer_count") + struct.pack("<II", 4, last),
     ]
+    (width,) = widths
     infos, data = [], b""
-    for layer, direction in sorted(by_layer.items()):
-        infos.append(_text(f"direction.{layer}") + struct.pack("<IQIQ", 1, len(direction.vector), 0, len(data)))
-        data += _padded(direction.vector.numpy().astype("<f4").tobytes())
+    for layer in range(1, last + 1):
+        infos.append(_text(f"direction.{layer}") + struct.pack("<IQIQ", 1, width, 0, len(data)))
+        row = by_layer[layer].vector.numpy() if layer in by_layer else np.zeros(width)
+        data += _padded(row.astype("<f4").tobytes())
     header = MAGIC + struct.pack("<IQQ", 3, len(infos), len(values)) + b"".join(values) + b"".join(infos)
     target = Path(path)
     replace_file(target, _padded(header) + data)
     return target
+
+
+def _behind_blocks(directions: DirectionSet) -> DirectionSet:
+    """The set with what enters block L told as what block L - 1 returns."""
+    moved = {}
+    for name, direction in directions.items():
+        place = direction.origin.place
+        if place is not None and place.site == "resid_pre" and place.layer >= 0:
+            if place.layer < 2:
+                raise ValueError(
+                    f"gguf.write: {name!r} is at resid_pre {place.layer}, and llama.cpp adds nothing before block 2; "
+                    "leave that direction out"
+                )
+            direction = replace(direction, origin=replace(direction.origin, place=Place("resid_post", place.layer - 1)))
+        moved[name] = direction
+    return DirectionSet(moved, directions.model)
+
+
+def _last_layer(highest: int, layers: int | None, directions: DirectionSet) -> int:
+    """The model's last layer, or the highest given where nobody says how many it has."""
+    if layers is None and directions.model is not None:
+        layers = directions.model.layers
+    if layers is None:
+        warn_user(
+            f"gguf.write: how many layers the model has is not known, so the file ends with layer {highest}, and llama.cpp keeps "
+            "what a longer control vector set behind it; give layers="
+        )
+        return highest
+    if positive_integer("gguf.write", "layers", layers) <= highest:
+        raise ValueError(
+            f"gguf.write: a direction is of layer {highest}; the model has {layers} layers, 0 to {layers - 1}"
+        )
+    return layers - 1
 
 
 def single_site(owner: str, directions: DirectionSet, what: str, site: str = "resid_post") -> dict[int, Direction]:
@@ -159,7 +208,7 @@ class _Reader:
         hint = values.get(f"{kind}.model_hint")
         if hint is not None and not isinstance(hint, str):
             raise ValueError(f"{self.path}: {kind}.model_hint is {hint!r}; expected a text")
-        vectors = without_zeros(self._tensors(tensor_count, values.get("general.alignment", _ALIGNMENT)), self.path)
+        vectors = but_zeros(self._tensors(tensor_count, values.get("general.alignment", _ALIGNMENT)))
         found = [foreign(v, ARCHITECTURES[kind], layer, "resid_post", hint, self.path) for layer, v in vectors.items()]
         return DirectionSet(sorted(found, key=layer_of))
 
@@ -279,19 +328,26 @@ class _Reader:
 
 
 def without_zeros(rows: Mapping[Any, Any], path: str | os.PathLike[str]) -> dict[Any, Any]:
-    """The vectors by layer but those that are all zero, of which a warning tells; all of them if none is left.
-
-    A layer of zeros adds nothing in its own library, and is no direction here.
-    """
-    zero = [layer for layer, row in rows.items() if _is_zero(row)]
-    if not zero or len(zero) == len(rows):
-        return dict(rows)
+    """`but_zeros`, with a warning that names what is left out."""
+    kept = but_zeros(rows)
+    zero = [layer for layer in rows if layer not in kept]
+    if not zero:
+        return kept
     one = len(zero) == 1
     what = f"vector of layer {zero[0]} is" if one else f"vectors of layers {', '.join(map(str, zero))} are"
     warn_user(
         f"{os.fspath(path)}: the {what} all zero, which steers nothing; {'it is' if one else 'they are'} left out"
     )
-    return {layer: row for layer, row in rows.items() if layer not in zero}
+    return kept
+
+
+def but_zeros(rows: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The vectors by layer but those that are all zero; all of them if none is left.
+
+    A layer of zeros adds nothing in its own library, and is no direction here.
+    """
+    kept = {layer: row for layer, row in rows.items() if not _is_zero(row)}
+    return kept or dict(rows)
 
 
 def _is_zero(row: Any) -> bool:

@@ -6,6 +6,7 @@ _HOMES = {
     "bake": ["everywhere"],
     "dose": ["DoseTable"],
     "flow_plot": ["plot_flow"],
+    "lora": ["describe_lora", "write_lora"],
     "sweep": ["Grid", "Question", "Sweep"],
 }
 __getattr__, __all__ = lazily(__name__, _HOMES)

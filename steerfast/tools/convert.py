@@ -6,25 +6,27 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerfast.edits.base import Intervention
 from steerfast.edits.features import EditFeatures
 from steerfast.edits.linear import Add
 from steerfast.plan import Plan
 
+from .lora import CONFIG, describe_lora, write_lora
+
 if TYPE_CHECKING:
     from steerfast.directions.sets import DirectionSet
 
-FORMATS = ("plan", "directions", "gguf", "steering-vectors", "lm-eval")
+FORMATS = ("plan", "directions", "gguf", "steering-vectors", "lm-eval", "lora")
 _Path = str | os.PathLike[str]
 
 
 def show(path: _Path, saes: Any = None) -> str:
-    """Return a readable summary of a plan, or of vectors in any format that `load_directions` reads.
+    """Return a readable summary of a plan, of vectors in any format that `load_directions` reads, or of a LoRA adapter.
 
     Args:
-        path: The directory of a plan, or a directory or file of vectors.
+        path: The directory of a plan or an adapter, or a directory or file of vectors.
         saes: Where the SAEs of a plan are, as in `Plan.load`.
 
     Returns:
@@ -40,22 +42,35 @@ def show(path: _Path, saes: Any = None) -> str:
         ...     print(show(sf.Plan({8: sf.Add(torch.tensor([3.0, 4.0]), 2.0)}).save(folder)).splitlines()[-1].split())
         ['resid_post', '8', 'Add', '1', '×', '2', '5', 'strength=2,', '‖c·v‖', '=', '10']
     """
+    if (Path(path) / CONFIG).exists():
+        return describe_lora(path)
     found = _read(path, saes)
     return _describe(found) if isinstance(found, Plan) else repr(found)
 
 
-def convert(source: _Path, target: _Path, to: str, strength: float = 1.0, saes: Any = None) -> Path:
+def convert(
+    source: _Path,
+    target: _Path,
+    to: str,
+    strength: float = 1.0,
+    saes: Any = None,
+    model: nn.Module | None = None,
+    engine: str = "any",
+) -> Path:
     """Write a plan or vectors in another format.
 
     Only `Add` without keep_norm is a vector in other formats: a plan's strengths are multiplied in, and its additions at one
-    layer and site become their sum, as do vectors of one layer where the format has one.
+    layer and site become their sum, as do vectors of one layer where the format has one. An adapter also holds `Ablate`
+    (see `write_lora`).
 
     Args:
         source: The directory of a plan, or vectors in any format that `load_directions` reads.
-        target: What is written, a directory for "plan" and "directions" and else a file; it must not exist.
-        to: "plan", "directions" (ours), "gguf" (llama.cpp, repeng), "steering-vectors" or "lm-eval".
+        target: What is written, a directory for "plan", "directions" and "lora" and else a file; it must not exist.
+        to: "plan", "directions" (ours), "gguf" (llama.cpp, repeng), "steering-vectors", "lm-eval" or "lora" (PEFT, vLLM).
         strength: Multiplies every vector.
         saes: Where the SAEs of a plan are, as in `Plan.load`.
+        model: For "lora": the model whose weights the adapter changes.
+        engine: For "lora": "any" or "peft", as in `write_lora`.
 
     Returns:
         The target.
@@ -77,13 +92,22 @@ def convert(source: _Path, target: _Path, to: str, strength: float = 1.0, saes: 
     if destination.exists():
         raise FileExistsError(f"convert: {destination} exists; choose another name, or remove it")
     found = _read(source, saes)
-    if to == "plan":
-        return (_scaled(found, strength) if isinstance(found, Plan) else found.plan(strength)).save(destination)
+    if to in ("plan", "lora"):
+        plan = _scaled(found, strength) if isinstance(found, Plan) else found.plan(strength)
+        return plan.save(destination) if to == "plan" else write_lora(_needed(model), plan, destination, engine)
     vectors = _vectors(found, strength, source)
     if to == "directions":
         return save_directions(destination, vectors)
     write: Any = {"gguf": gguf.write, "steering-vectors": steering_vectors.write, "lm-eval": lm_eval.write}[to]
     return write(destination, summed("convert", vectors))
+
+
+def _needed(model: nn.Module | None) -> nn.Module:
+    if model is None:
+        raise ValueError(
+            "convert: an adapter is a change of weights, made from them; give the model (on the command line: --model)"
+        )
+    return model
 
 
 def _read(path: _Path, saes: Any) -> Plan | DirectionSet:

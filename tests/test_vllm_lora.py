@@ -1,0 +1,57 @@
+"""Adapters in vLLM without steerfast's plugin: base and edited model in one batch, beside what transformers computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_engines import ENVIRONMENT, Transformers, environment, needs_vllm, tiny, unit
+
+import steerfast as sf
+from steerfast.tools.lora import write_lora
+
+pytestmark = [needs_vllm, pytest.mark.vllm]
+TOKENS = 8
+PROMPTS = (list(range(5, 14)), list(range(30, 45)))
+
+
+def engine(model: Path) -> Any:
+    """On a CPU vLLM 0.32 gives base requests the adapter of its last slot: one slot more than adapters stays empty."""
+    from vllm import LLM
+
+    sizes = {"max_model_len": 64, "max_num_seqs": 8, "gpu_memory_utilization": 0.2}
+    adapters = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    return LLM(str(model), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, **sizes, **adapters)
+
+
+def test_an_ablation_everywhere_is_an_adapter_for_some_requests(tmp_path: Path) -> None:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    model = tiny(tmp_path / "model")
+    plan = sf.tools.everywhere(model, sf.Ablate(torch.stack([unit(1, 128), unit(2, 128)])))
+    write_lora(model, plan, tmp_path / "ablated")
+    with_bias = write_lora(model, {1: sf.Add(unit(3, 128), 3.0)}, tmp_path / "added", "peft")
+    truth = Transformers(model)
+    wanted = [
+        truth.generate(ids, [(plan, 1.0, None)] if steered else [], TOKENS)
+        for steered in (False, True)
+        for ids in PROMPTS
+    ]
+    ablated = LoRARequest("ablated", 1, str(tmp_path / "ablated"))
+    with environment(**ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_PLUGINS=""):
+        llm = engine(tmp_path / "model")
+        params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
+        asked = [{"prompt_token_ids": ids} for ids in (*PROMPTS, *PROMPTS)]
+        outputs = llm.generate(asked, params, use_tqdm=False, lora_request=[None, None, ablated, ablated])
+        for output, (tokens, logprobs) in zip(outputs, wanted, strict=True):
+            made = output.outputs[0]
+            assert list(made.token_ids) == tokens
+            got = torch.tensor([at[token].logprob for at, token in zip(made.logprobs, tokens, strict=True)])
+            torch.testing.assert_close(got, logprobs, atol=1e-4, rtol=0)
+        assert wanted[0][0] != wanted[2][0]
+        with pytest.raises(Exception, match="lora_bias"):  # a bias is PEFT's alone: vLLM says so, and no text comes
+            llm.generate(asked[:1], params, use_tqdm=False, lora_request=LoRARequest("added", 2, str(with_bias)))
+        llm.llm_engine.engine_core.shutdown()
