@@ -126,7 +126,8 @@ def _slerp(y, norm, constants_ptr, weight, offs_k):
     cos = tl.minimum(tl.maximum(_pick(y, offs_k, 0) * inverse, -1.0), 1.0)
     avoid = tl.minimum(tl.maximum(_pick(y, offs_k, 1) * inverse, -1.0), 1.0)
     doubt = 2.0 * tl.sigmoid(tl.load(constants_ptr + 5) * (avoid - cos)) - 1.0
-    t = tl.minimum(weight * tl.load(constants_ptr + 3) * (doubt - beta) / (1.0 - beta), 1.0)
+    t = weight * tl.load(constants_ptr + 3) * (doubt - beta) / (1.0 - beta)
+    t = tl.where(t > 1.0, 1.0, t)  # NaN, of a scale, stays
     small = _asin(tl.abs(cos))
     omega = 0.5 * PI - tl.where(cos < 0, -small, small)
     sine = _sin(omega)

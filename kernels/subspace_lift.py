@@ -49,7 +49,7 @@ def _walk(
             lift = tl.dot(high, c, input_precision="ieee")
             if c.dtype != tl.float32:
                 lift = tl.dot(low, c, lift)
-            moved = x + ((alpha - 1.0)[:, None] * x + unit[:, None] * lift)
+            moved = alpha[:, None] * x + unit[:, None] * lift
         if MEASURES:
             after += tl.sum(tl.where(mask_d[None, :], moved * moved, 0.0), axis=1)
         else:

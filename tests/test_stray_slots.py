@@ -65,6 +65,27 @@ def test_a_stray_slot(place, path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", roads.ROADS)
+def test_what_is_no_number_is_no_number_on_every_road(place, path, monkeypatch):
+    """An infinite entry of a row stays infinite where a vector is added; a strength of NaN makes NaN of any row that moves."""
+    if place != "cpu":
+        roads.take(monkeypatch, path)
+    with backend(place) as device:
+        x = torch.randn(3, D, device=device)
+        bank = sf.Bank(D, slots=2, directions=8, device=device)
+        bank.register(sf.Add(torch.ones(D)))
+        bank.register(sf.Spherical(torch.ones(D), beta=-0.9, kappa=1.0))
+        odd = x.clone()
+        odd[1, 7], odd[2, 3] = float("inf"), -float("inf")
+        args = *bank.tensors, torch.zeros(3, dtype=torch.int32, device=device), None, bank.modes, bank.max_rank
+        torch.testing.assert_close(sf.ops.subspace(odd, *args), odd + 1)
+        rows, scale = torch.tensor([1, -1, 1], dtype=torch.int32, device=device), torch.full((3,), float("nan"), device=device)
+        got = sf.ops.subspace(x, *bank.tensors, rows, scale, bank.modes, bank.max_rank)
+        assert got.isnan().all(1).tolist() == [True, False, True]
+        assert torch.equal(got[1], x[1])
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_a_stray_slot_beside_a_flow_of_full_rank(place):
     with backend(place) as device:
         basis = torch.linalg.qr(torch.randn(D, D))[0]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from places import backend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steerfast as sf
@@ -84,6 +85,14 @@ def test_a_graph_fills_its_own_tables_or_holds_those_that_are_there(monkeypatch)
         cuda.get(number)
     cuda.capturing = True
     assert cuda.get(5) == there
+
+
+def test_tables_without_memory_are_not_kept():
+    number, device = 0.8125, torch.device("cpu")
+    with FakeTensorMode():
+        assert all(isinstance(one, FakeTensor) for one in tables.hinge_tables(2, hinge(number), device))
+    found, _ = tables.hinge_tables(2, hinge(number), device)
+    assert found[1:, 0].tolist() == [number, number]
 
 
 class Calls(TorchDispatchMode):
