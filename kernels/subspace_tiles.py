@@ -36,8 +36,11 @@ STEP = [(32, (64, 6, 4)), (64, (64, 4, 8)), (512, (32, 2, 8))]
 # (largest k, (rows, columns of a step, stages, warps)) of the second
 LIFT = [(16, (64, 64, 4, 4)), (64, (128, 64, 3, 4)), (128, (32, 64, 2, 4)), (512, (16, 32, 1, 8))]
 LIFT_COLUMNS = 512  # of d per program
+# without tensor cores a product's operands stand in registers: fewer rows and columns, and loads that run ahead of them
+LIFT_FLOAT32 = [(64, (32, 64, 2, 8)), (128, (32, 32, 2, 8)), (512, (16, 16, 2, 8))]
 # (largest k, (columns per program, warps)) of the second where columns are split: it acts, so that y and g stand in registers too
 SPLIT_LIFT = [(32, (128, 8)), (64, (128, 4)), (128, (64, 8)), (512, (32, 16))]
+SPLIT_LIFT_FLOAT32 = [(128, (64, 8)), (512, (32, 16))]
 
 
 def launch_tiles(edit: Edit) -> None:
@@ -64,12 +67,15 @@ def _launch(edit: Edit) -> None:
     if edit.modes & SOLVE.value:
         block_n = min(block_n, SOLVER_ROWS)
     step, stages, warps = choose(tuned("subspace_tiles.STEP", STEP, x), rank)
+    wide = x.dtype == torch.float32
     if split:
-        lift_columns, lift_warps = choose(tuned("subspace_tiles.SPLIT_LIFT", SPLIT_LIFT, x), rank)
-        lift_n, lift_step, lift_stages = block_n, lift_columns, 1
+        lifts = SPLIT_LIFT_FLOAT32 if wide else tuned("subspace_tiles.SPLIT_LIFT", SPLIT_LIFT, x)
+        lift_columns, lift_warps = choose(lifts, rank)
+        lift_n, lift_step, lift_stages = block_n, lift_columns, 2 if wide else 1
     else:
         lift_columns = tuned("subspace_tiles.LIFT_COLUMNS", LIFT_COLUMNS, x)
-        lift_n, lift_step, lift_stages, lift_warps = choose(tuned("subspace_tiles.LIFT", LIFT, x), rank)
+        tiles = LIFT_FLOAT32 if wide else tuned("subspace_tiles.LIFT", LIFT, x)
+        lift_n, lift_step, lift_stages, lift_warps = choose(tiles, rank)
     steps = [(step, stages), (step, 2), (MIN_STEP, 2)]
     step, stages = fitting(steps, lambda one: tile_bytes(edit, block_n, block_k, 2 * one[0], one[1]), x)
     steps = [(lift_step, lift_stages), (lift_step, 1), (MIN_STEP, 1)]
@@ -82,7 +88,7 @@ def _launch(edit: Edit) -> None:
     if split:
         y = torch.empty(splits, n, block_k, dtype=torch.float32, device=device)
     else:
-        parts = 1 if x.dtype == torch.float32 else 2
+        parts = 1 if wide else 2
         g = torch.empty(parts, n, block_k, dtype=x.dtype, device=device)
         numbers = torch.empty(2, n, dtype=torch.float32, device=device)
     if restores:

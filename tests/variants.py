@@ -162,6 +162,8 @@ VARIANTS = [
     Variant("split-project", "project_kernel", lambda: _few(HINGE, 64), 168, 65536, tensor_cores=True, targets=TWO),
     Variant("split-lift", "lift_kernel", lambda: _few(ALL_MODES, 64), 255, 65536, tensor_cores=True, targets=TWO),
     Variant("split-lift-k16", "lift_kernel", lambda: _few(ALL_MODES, 16), 128, 65536, 16, tensor_cores=True),
+    Variant("lift-float32", "lift_kernel", lambda: _tiles(1024, fp32, ALL_MODES, 64), 168, 65536, targets=ONE),
+    Variant("split-lift-float32", "lift_kernel", lambda: _tiles(300, fp32, ALL_MODES, 64), 200, 65536, targets=ONE),
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(4096, bf16), 200, 200704, tensor_cores=True, wgmma=True),
     Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 168, 102400, 0, False, True, True, TWO),
     Variant("encode-float32", "_encode_kernel", lambda: _encode(128, fp32), 168, 32768, targets=ONE),
