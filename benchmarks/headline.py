@@ -25,9 +25,10 @@ from typing import Any
 
 import products
 import torch
+from lab import cases
 from lab.case import Case, Function, NotHere, Stream
 from lab.clock import REHEARSAL, Clock, DeviceClock, Effort, HostClock, Peaks, measure_peaks
-from lab.goals import GOALS
+from lab.goals import GOALS, Goal, N
 from lab.pairs import AGAIN, OURS, Race, interval, paired, times
 from lab.rows import Row, append_row, circumstances, file_of
 from setting import INTERPRETED, PLACE, TINY, pick
@@ -51,6 +52,8 @@ LEGEND = (
     "bytes, which is itself slow where they are few. eager: its time over ours. noise: ours a second time over ours."
 )
 BEGIN = "\N{BULLET} "  # before the key of a case that a child begins
+GRAPHS = {"add in a block": Goal(cases.add_in_a_block, N), "add in a block n=64": Goal(cases.add_in_a_block, 64)}
+"""Cases of a compiler's graph, whose code is not known before it runs: no prediction."""
 HOST_CALLS, HOST_ROUNDS = pick(200, 20, 1), pick(15, 3, 1)
 
 
@@ -61,8 +64,8 @@ def at() -> Stream:
 
 def case_of(key: str) -> Case:
     """A goal at the size of this place, with the baselines that the headline takes."""
-    goal = GOALS[key] if PLACE == "cuda" else GOALS[key].tiny()
-    case = goal.case(at())
+    goal = {**GOALS, **GRAPHS}[key]
+    case = (goal if PLACE == "cuda" else goal.tiny()).case(at())
     more = {COPY: lambda: _copy(case.bytes)} if case.bytes >= 1 << 16 else {}
     if key.startswith("encode") and "mixed" not in key:
         more |= products.tiles()
@@ -286,7 +289,7 @@ def lines_of(keys: Sequence[str], out: Path, series: str, end: float) -> Iterato
         left = left[left.index(begun) + 1 :]
 
 
-KEYS = (*GOALS, *HOST)
+KEYS = (*GOALS, *GRAPHS, *HOST)
 
 
 def main(argv: list[str] | None = None) -> int:

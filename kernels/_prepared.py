@@ -6,10 +6,6 @@ reads settings from the environment, compares globals one by one and builds reco
 specialised by Triton's own function, so that a key means what it means to Triton; the binding is one function without a
 dictionary, and the rest is left out. What Triton has not compiled yet goes its public way, and so does every launch while
 something watches, changes or replaces launches.
-
-Private to Triton, and the same in 3.6 and 3.9: the lines below with the names in them, `used_global_vals`, `pre_run_hooks` and
-`native_specialize_impl`. Where one of them has another form, kernels are left as `triton.jit` makes them; and a key is used only
-where Triton's own binder agrees with it.
 """
 
 from __future__ import annotations
@@ -26,31 +22,9 @@ from triton.compiler import CompiledKernel
 from triton.runtime import jit
 from triton.runtime.jit import JITFunction
 
-RUN = (
-    "kernel_cache, kernel_key_cache, target, backend, binder = self.device_caches[device]",
-    "bound_args, specialization, options = binder(*args, **kwargs)",
-    "key = compute_cache_key(kernel_key_cache, specialization, options)",
-    "in self.used_global_vals.items()",
-    "knobs.compilation.instrumentation_mode",
-    "for hook in self.pre_run_hooks",
-    "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
-    "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())",
-)
-"""What `JITFunction.run` must read like, whatever its line breaks, for a launch here to be a launch there."""
+from ._private import is_known, watched
 
-BIND = (
-    "specialization.append(f'(\"constexpr\", {name})')",
-    "specialize = 'False' if kp.do_not_specialize else 'True'",
-    "align = 'False' if kp.do_not_specialize_on_alignment else 'True'",
-    'ret = f"specialize_impl(backend, {name}, {is_const}, {specialize}, {align})"',
-    "specialize_impl = native_specialize_impl",
-)
-"""The same of the function that makes binders."""
-
-SETTINGS = ("debug", "add_stages_inspection_hook", "launch_enter_hook", "launch_exit_hook")
-
-_public_run = JITFunction.run
-_driver, _runtime, _compilation = triton.runtime.driver, triton.knobs.runtime, triton.knobs.compilation
+_driver = triton.runtime.driver
 
 
 def kernel(**how: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -62,16 +36,6 @@ def kernel(**how: Any) -> Callable[[Callable[..., Any]], Any]:
         return Kernel(jitted) if known else jitted
 
     return made
-
-
-def is_known(run: Callable[..., Any]) -> bool:
-    """Whether this `JITFunction.run`, and what makes its binders, work as those that were read."""
-    try:
-        texts = [" ".join(inspect.getsource(one).split()) for one in (run, jit.create_function_from_signature)]
-    except (OSError, TypeError, AttributeError):
-        return False
-    read = all(line in text for text, lines in zip(texts, (RUN, BIND), strict=True) for line in lines)
-    return read and all(hasattr(_runtime, name) for name in SETTINGS)
 
 
 def _is_plain(jitted: JITFunction[Any]) -> bool:
@@ -99,7 +63,7 @@ class Kernel:
 
     def _here(self) -> _OnDevice | None:
         """What is known of the current device; None where launches are Triton's business alone."""
-        if self._jitted.pre_run_hooks or _watched():
+        if self._jitted.pre_run_hooks or watched():
             return None
         device = _driver.active.get_current_device()
         caches, on = self._jitted.device_caches[device], self._on.get(device)
@@ -185,19 +149,3 @@ def _globals_of(jitted: JITFunction[Any]) -> list[tuple[Callable[[Any], Any], di
 def _has_changed(read: tuple[Callable[[Any], Any], dict[str, Any], Any]) -> bool:
     of, scope, values = read
     return bool(of(scope) != values)
-
-
-def _watched() -> bool:
-    """Whether launches are more than launches now: a profiler, a debugger, or a test that records them."""
-    return bool(
-        JITFunction.run is not _public_run
-        or _runtime.debug
-        or _compilation.instrumentation_mode
-        or _runtime.add_stages_inspection_hook is not None
-        or _has_calls(_runtime.launch_enter_hook)
-        or _has_calls(_runtime.launch_exit_hook)
-    )
-
-
-def _has_calls(hook: Any) -> bool:
-    return bool(getattr(hook, "calls", hook))

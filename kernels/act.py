@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .flow import euler, integrate
+from .angles import PI, asin, sin
+from .solve import euler, integrate
 
 ADD = tl.constexpr(1)
 HINGE = tl.constexpr(2)
@@ -25,7 +26,6 @@ COUPLED = tl.constexpr(
 )  # FLOW | ROTATE | PUSH | SLERP | REFLECT | SOLVE: these need all of y before they know any of g
 MODE = tl.constexpr(767)
 SINE = tl.constexpr(1e-4)  # below this sine two directions count as parallel
-PI = tl.constexpr(3.141592653589793)
 
 
 @triton.jit
@@ -71,28 +71,6 @@ def restore(before, after):
 
 
 @triton.jit
-def _asin(x):
-    """Arc sine on [0, 1] to 2e-7: a minimax polynomial on [0, 1/2], the half-angle formula above it."""
-    far = x > 0.5
-    z = tl.where(far, 0.5 * (1.0 - x), x * x)
-    root = tl.where(far, tl.sqrt(tl.maximum(z, 0.0)), x)
-    poly = (((0.042163199 * z + 0.024181311) * z + 0.045470026) * z + 0.074953003) * z + 0.16666752
-    near = root + root * z * poly
-    return tl.where(far, 0.5 * PI - 2.0 * near, near)
-
-
-@triton.jit
-def _sin(x):
-    """Sine to 1e-7 for angles up to some thousand: the library's keeps a table in local memory for angles above 1e5."""
-    k = tl.floor(x * (1.0 / PI) + 0.5)
-    r = ((x - k * 3.140625) - k * 9.67502593994140625e-4) - k * 1.509957990978376e-7  # x - kπ, π in three parts
-    z = r * r
-    poly = (((-2.3889859e-8 * z + 2.7525562e-6) * z - 1.9840874e-4) * z + 8.333331e-3) * z - 0.16666667
-    sine = r + r * z * poly
-    return tl.where(k - 2.0 * tl.floor(0.5 * k) == 0, sine, -sine)
-
-
-@triton.jit
 def _pick(y, offs_k, j):
     """Column j of a tile of coordinates: (BLOCK_N,)."""
     return tl.sum(tl.where((offs_k == j)[None, :], y, 0.0), axis=1)
@@ -103,7 +81,7 @@ def _rotate(y, constants_ptr, weight, offs_k):
     """g that gives the two coordinates the angle weight·c₃ and leaves their length; c₄ = 1: only where y₁ > 0."""
     angle = weight * tl.load(constants_ptr + 3)
     radius = tl.sqrt(tl.sum(y * y, axis=1))
-    axis = tl.where((offs_k == 0)[None, :], _sin(angle + 0.5 * PI)[:, None], _sin(angle)[:, None])
+    axis = tl.where((offs_k == 0)[None, :], sin(angle + 0.5 * PI)[:, None], sin(angle)[:, None])
     turns = tl.where(tl.load(constants_ptr + 4) == 0, 1.0, _pick(y, offs_k, 0)) > 0
     return tl.where(turns[:, None] & (offs_k < 2)[None, :], radius[:, None] * axis - y, 0.0)
 
@@ -128,12 +106,12 @@ def _slerp(y, norm, constants_ptr, weight, offs_k):
     doubt = 2.0 * tl.sigmoid(tl.load(constants_ptr + 5) * (avoid - cos)) - 1.0
     t = weight * tl.load(constants_ptr + 3) * (doubt - beta) / (1.0 - beta)
     t = tl.where(t > 1.0, 1.0, t)  # NaN, of a scale, stays
-    small = _asin(tl.abs(cos))
+    small = asin(tl.abs(cos))
     omega = 0.5 * PI - tl.where(cos < 0, -small, small)
-    sine = _sin(omega)
+    sine = sin(omega)
     turns = (doubt > beta) & (sine > SINE) & (norm > 0)
-    s = tl.where(turns, _sin((1.0 - t) * omega) / sine, 1.0)
-    g = tl.where(turns, norm * _sin(t * omega) / sine, 0.0)
+    s = tl.where(turns, sin((1.0 - t) * omega) / sine, 1.0)
+    g = tl.where(turns, norm * sin(t * omega) / sine, 0.0)
     return s, tl.where((offs_k == 0)[None, :], g[:, None], 0.0)
 
 
@@ -146,11 +124,11 @@ def _reflect(y, norm, constants_ptr, weight, offs_k, mask_k):
     score = tl.sum(relu(y + bias[None, :]) * w2[None, :], axis=1) + tl.load(constants_ptr + 3)
     gamma = weight * PI * tl.sigmoid(score)
     lean = tl.minimum(tl.abs(first) * tl.where(norm > 0, 1.0 / norm, 0.0), 1.0)
-    phi = 2.0 * _asin(lean)
-    sine = _sin(phi)
+    phi = 2.0 * asin(lean)
+    sine = sin(phi)
     turns = (first + tl.load(constants_ptr + 4) < 0) & (sine > SINE)
-    far = tl.where(turns, _sin(gamma) / sine, 0.0)
-    s = tl.where(turns, _sin(phi - gamma) / sine + far, 1.0)
+    far = tl.where(turns, sin(gamma) / sine, 0.0)
+    s = tl.where(turns, sin(phi - gamma) / sine + far, 1.0)
     return s, tl.where((offs_k == 0)[None, :], (-2.0 * first * far)[:, None], 0.0)
 
 

@@ -9,11 +9,10 @@ of scale 0 keeps its bits. Gao et al. 2024 (arXiv:2406.04093).
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import choose, flatten, kernel, on_device, power_of_two
+from ._launch import blocks_of, choose, flatten, kernel, on_device, power_of_two
 from ._tuned import tuned
 
 WIDTH = [(64, 256), (1 << 62, 1024)]  # (largest n, columns per program): few tokens want many programs
@@ -87,7 +86,7 @@ def _launch(
     if n:
         block_d = min(choose(tuned("sae_decode.WIDTH", WIDTH, weights), n), power_of_two(d))
         with on_device(weights):
-            _decode_kernel[(n, triton.cdiv(d, block_d))](
+            _decode_kernel[(n, blocks_of(d, block_d))](
                 values_ptr=flat, stride_values_n=flat.stride(0),
                 indices_ptr=places, stride_indices_n=places.stride(0),
                 w_ptr=weights, stride_w_f=weights.stride(0),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch._inductor.config
 import transformers
 from families import Counter, build, token_ids
+from torch._inductor.utils import run_and_get_code
 
 import steerfast as sf
+from steerfast.hooks.dispatcher import Dispatcher
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +212,48 @@ def test_what_was_not_prepared_is_refused():
         assert torch.equal(model(ids).logits, clean)
     with sf.steer(model, {1: sf.Add(vector())}) as handle, pytest.raises(ValueError, match="prepare made room"):
         handle.plans and model.generate(token_ids(1, 20, 0), max_new_tokens=2, pad_token_id=0)
+
+
+def test_a_token_meets_as_many_edits_as_columns_were_prepared():
+    eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
+    sf.prepare(model, layers=[1], batch=2, length=8, columns=5)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    plan, more = {1: [sf.Add(vector(i)) for i in range(5)]}, sf.Plan({1: sf.Ablate(vector())}, positions=[0])
+    with torch.no_grad(), sf.steer(model, plan), sf.steer(eager, plan):
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, eager(ids, use_cache=False).logits)
+        with pytest.raises(ValueError, match=r"6 interventions in a row; prepare made room for .* columns=5: unprepare"):
+            sf.steer(model, more, prompt_length=6)
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, eager(ids, use_cache=False).logits)
+    sf.unprepare(model)
+    del compiled
+    sf.prepare(model, layers=[1], batch=2, length=8)
+    assert model._steerfast.passes.fixed.rows.shape == (2, 9, 2)
+
+
+def _calls(code: str) -> list[int]:
+    """Fused loops, and edits out of place and in place, of a compiled graph."""
+    body = code[code.index("def call(") :]
+    return [len(re.findall(what, body)) for what in (r"\n +cpp_fused", r"steerfast\.subspace\.default\(", r"steerfast\.subspace_\.default\(")]
+
+
+@pytest.mark.slow
+def test_a_block_is_edited_in_place_where_kernels_run_and_no_copy_is_made(monkeypatch):
+    ids, found = token_ids(2, 6, 0), {}
+    alone = torch._inductor.config.patch(compile_threads=1, fx_graph_cache=False)
+    for in_place in (False, True):
+        monkeypatch.setattr(Dispatcher, "_is_last_sum", lambda self, x, here=in_place: here)
+        torch._dynamo.reset()
+        model = copy_of("llama")
+        sf.prepare(model, batch=2, length=8, columns=1)
+        compiled = torch.compile(model, fullgraph=True)
+        with alone, torch.no_grad(), sf.steer(model, {1: sf.Add(vector(), 2.0), 2: sf.Ablate(vector())}):
+            output, (code,) = run_and_get_code(compiled, ids, use_cache=False)
+        found[in_place] = output.logits, _calls(code)
+    (expected, plain), (got, in_place) = found[False], found[True]
+    torch.testing.assert_close(got, expected)
+    count = plain[1]
+    assert plain[1:] == [count, 0]
+    assert in_place == [plain[0], 0, count]
 
 
 @pytest.mark.parametrize("op", ["add", "ablate", "amplify", "calibrate", "flow", "subspace"])

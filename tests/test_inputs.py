@@ -368,6 +368,7 @@ def test_layers_and_room_of_a_prepared_model() -> None:
         ({"batch": 0}, ValueError, "batch is 0; expected a whole number >= 1"),
         ({"length": 2.0}, TypeError, "length must be a whole number >= 1; got 2.0"),
         ({"slots": True}, TypeError, "slots must be a whole number >= 1; got True"),
+        ({"columns": 0}, ValueError, "columns is 0; expected a whole number >= 1"),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "model must be a transformers model"),
     ],
 )

@@ -27,7 +27,8 @@ from steerfast.hooks.dispatcher import SPREADS
 from steerfast.ops import backends
 from steerfast.ops.backends import interpreted, kernels
 from steerfast_kernels import _launch, _prepared, add, similarity, subspace, subspace_rows
-from steerfast_kernels._prepared import Kernel, is_known
+from steerfast_kernels._prepared import Kernel
+from steerfast_kernels._private import is_known
 
 FACTOR = tl.constexpr(2)
 

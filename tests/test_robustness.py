@@ -115,7 +115,7 @@ def test_prepare_checks_before_it_hooks_and_runs_once(model):
 
 
 def test_a_refused_plan_gives_its_slots_back(model):
-    sf.prepare(model, slots=4)
+    sf.prepare(model, slots=4, columns=4)
     two, three = [sf.Add(v(i)) for i in range(2)], [sf.Add(v(i)) for i in range(3)]
     with pytest.raises(RuntimeError, match="neighbouring slots"):
         sf.steer(model, [sf.Plan({1: two}), sf.Plan({1: three})])

@@ -70,6 +70,40 @@ def add_rms_norm(at: Stream, n: int) -> Case:
     )
 
 
+def add_in_a_block(at: Stream, n: int, slots: int = 8) -> Case:
+    """A block's last sum, an addition to its rows and the norm of the next block, compiled as one graph with our opaque op.
+
+    Beside it, in a quick run as well, the same in plain PyTorch, which the compiler fuses into the norm, and the graph without an addition.
+    """
+    bank, scale, weight = at.rows(slots), torch.rand(n, device=at.device), torch.rand(at.d, device=at.device).to(at.dtype)
+    rows = torch.randint(0, slots, (n,), device=at.device, dtype=torch.int32)
+
+    def normed(stream: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.nn.functional.rms_norm(stream, stream.shape[-1:], weight, 1e-6), stream
+
+    def ours(hidden: Tensor, residual: Tensor, weight: Tensor, bank: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return normed(ops.add(hidden + residual, bank, rows, scale), weight)
+
+    def plain(hidden: Tensor, residual: Tensor, weight: Tensor, bank: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return normed((hidden + residual + scale[:, None] * bank[rows]).to(hidden.dtype), weight)
+
+    def nothing(hidden: Tensor, residual: Tensor, weight: Tensor, bank: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return normed(hidden + residual, weight)
+
+    return Case(
+        f"add in a compiled block n={n} {at.tag}",
+        bytes=(4 * n + slots) * at.d * at.dtype.itemsize,
+        operations=6 * n * at.d,
+        fresh=lambda: (at.rows(n), at.rows(n)),
+        fixed=(weight, bank, scale),
+        ours=Compiled(ours)(),
+        judge=_both(plain),
+        peers={"fused by the compiler": lambda: Compiled(plain)()},
+        yardsticks={"compiled, nothing added": lambda: Compiled(nothing)()},
+        dtype=at.dtype,
+    )
+
+
 def _normed(stream: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     wide = stream if stream.dtype == torch.float64 else stream.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.to(wide.dtype)

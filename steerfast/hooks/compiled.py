@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast.plan import needs_prompt
 
 from .attachment import Attachment
@@ -34,13 +33,13 @@ class FixedTable:
     Args:
         batch: Most rows of a batch.
         length: Longest prompt; one more column stands for every later position.
+        columns: Most interventions that a token meets in one place: the graph looks for so many, used or not.
         device: Where the compiled graph runs.
     """
 
-    def __init__(self, batch: int, length: int, device: torch.device) -> None:
-        shape = (batch, length + 1, MAX_SLOTS_PER_ROW)
-        self.rows = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self.scale = torch.ones(batch, MAX_SLOTS_PER_ROW, dtype=torch.float32, device=device)
+    def __init__(self, batch: int, length: int, columns: int, device: torch.device) -> None:
+        self.rows = torch.full((batch, length + 1, columns), -1, dtype=torch.int32, device=device)
+        self.scale = torch.ones(batch, columns, dtype=torch.float32, device=device)
         self.unplaced = False  # the positions need a prompt that only generate would show
         self.by_token = False  # they count from each row's first real token, of which a bare pass shows the mask alone
 
@@ -48,6 +47,11 @@ class FixedTable:
     def batch(self) -> int:
         """Most rows of a batch."""
         return self.rows.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Most interventions of a token in one place."""
+        return self.rows.shape[2]
 
     def clear(self) -> None:
         """No row is steered."""
@@ -58,14 +62,14 @@ class FixedTable:
         """Copy a batch's table in, each of its rows `copies` times.
 
         Raises:
-            ValueError: the batch is larger than what `prepare` made room for; nothing has been written.
+            ValueError: the batch takes more room than what `prepare` made room for; nothing has been written.
         """
         batch, span, columns = table.rows.shape
         room = self.rows.shape
         if batch * copies > room[0] or span > room[1] or columns > room[2]:
             raise ValueError(
                 f"steer: {batch * copies} rows, {span - 1} prompt tokens and {columns} interventions in a row; prepare "
-                f"made room for {room[0]}, {room[1] - 1} and {room[2]}"
+                f"made room for batch={room[0]}, length={room[1] - 1} and columns={room[2]}: unprepare, and prepare for more"
             )
         self.clear()
         rows = table.rows.repeat_interleave(copies, 0).to(self.rows.device)
@@ -109,9 +113,8 @@ class FixedTable:
         rows = self.rows[:batch, position.clamp(max=self.rows.shape[1] - 1)]
         if mask is not None:
             rows = torch.where(mask[:, -tokens:, None] != 0, rows, -1)
-        columns = self.rows.shape[2]
-        scale = self.scale[:batch, None].expand(batch, tokens, columns)
-        return Pass(None, rows.reshape(-1, columns), scale.reshape(-1, columns))
+        scale = self.scale[:batch, None].expand(batch, tokens, self.columns)
+        return Pass(None, rows.reshape(-1, self.columns), scale.reshape(-1, self.columns))
 
 
 def lengths_per_row(lengths: tuple[int, ...], batch: int) -> Tensor:

@@ -206,7 +206,9 @@ class Controller:
             self.dispatchers[place] = Dispatcher(self.passes, place, point, empty, fixed=False)
         return self.dispatchers[place]
 
-    def prepare(self, points: list[Place], batch: int, length: int, slots: int, directions: int, rank: int) -> None:
+    def prepare(
+        self, points: list[Place], batch: int, length: int, slots: int, directions: int, rank: int, columns: int
+    ) -> None:
         """Install inert dispatchers with banks of fixed size and a row table at a fixed address."""
         if self.prepared:
             raise RuntimeError("prepare: the model is already prepared; call unprepare(model) first")
@@ -220,7 +222,7 @@ class Controller:
         for place, point in found.items():
             self.dispatchers[place] = Dispatcher(self.passes, place, point, banks[place], fixed=True)
         self._runs = Runs(slots)
-        self.passes.fixed = FixedTable(batch, length, self.passes.device)
+        self.passes.fixed = FixedTable(batch, length, columns, self.passes.device)
         self.passes.counts.make_room(slots + 1, self.passes.device)
         self.passes.watch()
         vars(self.model)[_ATTRIBUTE] = self

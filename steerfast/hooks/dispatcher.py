@@ -150,9 +150,10 @@ class Dispatcher:
         x = self.bank.vectors.new_zeros(tokens, self.point.width)
         if backend_of(x) == "torch":
             return
-        most = MAX_SLOTS_PER_ROW if self.fixed else min(self.passes.width, MAX_SLOTS_PER_ROW)
+        fixed = self.passes.fixed
+        most = fixed.columns if fixed is not None else min(self.passes.width, MAX_SLOTS_PER_ROW)
         rows, scale = x.new_full((tokens, most), -1, dtype=torch.int32), x.new_ones(tokens, most, dtype=torch.float32)
-        for columns in range(most if self.fixed else 1, most + 1):
+        for columns in range(1 if fixed is None else most, most + 1):
             self._by_slots(x, rows[:, :columns], scale[:, :columns], self.bank)
         for run in self._programs.values():
             run(x, torch.zeros_like(scale[:, 0]))
@@ -251,12 +252,29 @@ class Dispatcher:
         modes = ALL_MODES if self.fixed else bank.modes
         if not modes:  # programs alone
             return x
+        if torch.compiler.is_compiling() and self._is_last_sum(x):
+            x = x.clone(memory_format=torch.contiguous_format)
+            for part in _parts(rows.shape[1]):
+                ops.subspace_(x, *bank.tensors, rows[:, part], scale[:, part], modes, bank.max_rank)
+            return x
         if 0 < rows.shape[1] <= MAX_SLOTS_PER_ROW:
             return ops.subspace(x, *bank.tensors, rows, scale, modes, bank.max_rank)
-        for first in range(0, rows.shape[1], MAX_SLOTS_PER_ROW):
-            part = slice(first, first + MAX_SLOTS_PER_ROW)
+        for part in _parts(rows.shape[1]):
             x = ops.subspace(x, *bank.tensors, rows[:, part], scale[:, part], modes, bank.max_rank)
         return x
+
+    def _is_last_sum(self, x: Tensor) -> bool:
+        """Whether x is a block's last sum in a graph for kernels: a copy of it costs nothing, and is written into.
+
+        The compiler writes the sum into the copy at once, so that rows without an edit are not moved a second time. Of a
+        matrix product (the other sites) it would make a copy, and PyTorch's in-place twin moves every row.
+        """
+        return self.place[0] == "resid_post" and x.is_cuda and not torch.is_grad_enabled()
+
+
+def _parts(columns: int) -> list[slice]:
+    """Columns of a table in calls that take so many."""
+    return [slice(first, first + MAX_SLOTS_PER_ROW) for first in range(0, columns, MAX_SLOTS_PER_ROW)]
 
 
 def _spread(x: Tensor, known: dict[int, Tables], table: Tables) -> Tables:

@@ -138,6 +138,8 @@ def prepare(
     slots: int = 64,
     directions: int = 256,
     rank: int = 8,
+    *,
+    columns: int = 2,
 ) -> None:
     """Install inert dispatchers before torch.compile; afterwards `steer` only changes the contents of buffers.
 
@@ -150,6 +152,9 @@ def prepare(
         slots: How many interventions can be active at one layer.
         directions: How many rows of B and C each layer's bank holds.
         rank: k, the largest rank of an intervention: the compiled kernels hold this many directions, so a small one is fast.
+        columns: How many interventions, of all handles together, a token can meet in one place. Each is a part of the
+            compiled graph in every prepared layer, used or not; on a GPU two launches each from rank 16 on and in passes of
+            more than 256 tokens, so that 1 is the fastest where one will do.
 
     Raises:
         TypeError, ValueError: a layer or site that the model does not have.
@@ -162,7 +167,7 @@ def prepare(
     controller = controller_of(model, "prepare")
     if controller.attachments:
         raise RuntimeError("prepare: the model is being steered; remove the handles first")
-    rooms = {"batch": batch, "length": length, "slots": slots, "directions": directions, "rank": rank}
+    rooms = {"batch": batch, "length": length, "slots": slots, "directions": directions, "rank": rank, "columns": columns}
     rooms = {name: whole_number("prepare", name, value, 1) for name, value in rooms.items()}
     count = controller.layers.count
     chosen = whole_numbers("prepare", "layers", slice(None) if layers is None else layers, count)

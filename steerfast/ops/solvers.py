@@ -1,4 +1,4 @@
-"""The flow of a barrier on the k + 1 numbers that move, by any solver: what `steerfast_kernels.flow` does on a GPU.
+"""The flow of a barrier on the k + 1 numbers that move, by any solver: what `steerfast_kernels.solve` does on a GPU.
 
 h(a) depends on a only through z = Qᵀa and ‖a‖, so ∇h lies in span(Q, a) and the whole trajectory in span(Q, a₀):
 
