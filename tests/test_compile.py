@@ -221,7 +221,9 @@ def test_a_token_meets_as_many_edits_as_columns_were_prepared():
     plan, more = {1: [sf.Add(vector(i)) for i in range(5)]}, sf.Plan({1: sf.Ablate(vector())}, positions=[0])
     with torch.no_grad(), sf.steer(model, plan), sf.steer(eager, plan):
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, eager(ids, use_cache=False).logits)
-        with pytest.raises(ValueError, match=r"6 interventions in a row; prepare made room for .* columns=5: unprepare"):
+        with pytest.raises(
+            ValueError, match=r"6 interventions in a row; prepare made room for .* columns=5: unprepare"
+        ):
             sf.steer(model, more, prompt_length=6)
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, eager(ids, use_cache=False).logits)
     sf.unprepare(model)
@@ -233,7 +235,10 @@ def test_a_token_meets_as_many_edits_as_columns_were_prepared():
 def _calls(code: str) -> list[int]:
     """Fused loops, and edits out of place and in place, of a compiled graph."""
     body = code[code.index("def call(") :]
-    return [len(re.findall(what, body)) for what in (r"\n +cpp_fused", r"steerfast\.subspace\.default\(", r"steerfast\.subspace_\.default\(")]
+    return [
+        len(re.findall(what, body))
+        for what in (r"\n +cpp_fused", r"steerfast\.subspace\.default\(", r"steerfast\.subspace_\.default\(")
+    ]
 
 
 @pytest.mark.slow

@@ -73,9 +73,14 @@ def add_rms_norm(at: Stream, n: int) -> Case:
 def add_in_a_block(at: Stream, n: int, slots: int = 8) -> Case:
     """A block's last sum, an addition to its rows and the norm of the next block, compiled as one graph with our opaque op.
 
-    Beside it, in a quick run as well, the same in plain PyTorch, which the compiler fuses into the norm, and the graph without an addition.
+    Beside it, in a quick run as well, the same in plain PyTorch, which the compiler fuses into the norm, and the graph without
+    an addition.
     """
-    bank, scale, weight = at.rows(slots), torch.rand(n, device=at.device), torch.rand(at.d, device=at.device).to(at.dtype)
+    bank, scale, weight = (
+        at.rows(slots),
+        torch.rand(n, device=at.device),
+        torch.rand(at.d, device=at.device).to(at.dtype),
+    )
     rows = torch.randint(0, slots, (n,), device=at.device, dtype=torch.int32)
 
     def normed(stream: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -167,7 +167,14 @@ def prepare(
     controller = controller_of(model, "prepare")
     if controller.attachments:
         raise RuntimeError("prepare: the model is being steered; remove the handles first")
-    rooms = {"batch": batch, "length": length, "slots": slots, "directions": directions, "rank": rank, "columns": columns}
+    rooms = {
+        "batch": batch,
+        "length": length,
+        "slots": slots,
+        "directions": directions,
+        "rank": rank,
+        "columns": columns,
+    }
     rooms = {name: whole_number("prepare", name, value, 1) for name, value in rooms.items()}
     count = controller.layers.count
     chosen = whole_numbers("prepare", "layers", slice(None) if layers is None else layers, count)
