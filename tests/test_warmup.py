@@ -105,7 +105,8 @@ def test_a_prepared_model_needs_one_warmup_for_all_plans(on_kernels):
 def test_the_sizes_of_a_warmup_meet_every_choice_that_launchers_make(name):
     others = {"encode": encoded, "threshold": encoded_above, "decode": decoded}
     launch = others[name] if name in others else lambda n: LAUNCHES[name](n, "own")
-    sizes = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 2048, 8191]
+    sizes = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 2048, 2112, 2113]
+    sizes += [3000, 4224, 4225, 8191, 8448, 8449, 9000]
     warm = keys_of([lambda n=n: launch(n) for n in backends.STEP_SIZES])
     assert warm.keys() == keys_of([lambda n=n: launch(n) for n in sizes]).keys()
 

@@ -30,7 +30,7 @@ _REDUCED_SUMS = (
 TENSOR_PRODUCTS = (8, 0)
 """From this compute capability on Triton's products run on tensor cores; below it they fill a thread's stack."""
 
-STEP_SIZES = (1, 65, 1025)
+STEP_SIZES = (1, 65, 257, 513, 2113, 4225, 8449)
 """Numbers of tokens, one for each choice of kernel that launchers make by that number."""
 
 BACKENDS = ("auto", "triton", "torch")
