@@ -79,7 +79,10 @@ def test_what_is_no_number_is_no_number_on_every_road(place, path, monkeypatch):
         odd[1, 7], odd[2, 3] = float("inf"), -float("inf")
         args = *bank.tensors, torch.zeros(3, dtype=torch.int32, device=device), None, bank.modes, bank.max_rank
         torch.testing.assert_close(sf.ops.subspace(odd, *args), odd + 1)
-        rows, scale = torch.tensor([1, -1, 1], dtype=torch.int32, device=device), torch.full((3,), float("nan"), device=device)
+        rows, scale = (
+            torch.tensor([1, -1, 1], dtype=torch.int32, device=device),
+            torch.full((3,), float("nan"), device=device),
+        )
         got = sf.ops.subspace(x, *bank.tensors, rows, scale, bank.modes, bank.max_rank)
         assert got.isnan().all(1).tolist() == [True, False, True]
         assert torch.equal(got[1], x[1])

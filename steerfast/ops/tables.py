@@ -48,7 +48,10 @@ class Kept(Generic[Made]):
 
     def _new(self, key: tuple[Any, ...]) -> Made:
         made = self._filled(key[:-1])
-        if any(isinstance(one, Tensor) and type(one) is not Tensor for one in (made if isinstance(made, tuple) else (made,))):
+        if any(
+            isinstance(one, Tensor) and type(one) is not Tensor
+            for one in (made if isinstance(made, tuple) else (made,))
+        ):
             return made  # of a mode that makes no memory, such as FakeTensorMode: no other call can use them
         if len(self._of_stream) >= KEPT:
             self._of_stream.clear()
