@@ -22,9 +22,7 @@ peft = pytest.importorskip("peft")
 
 POST_NORM = ("gemma3", "gemma2", "olmo2", "glm4")
 STACKED = ("mixtral", "qwen2_moe", "gpt_oss")
-BIASED = [
-    name for name in FAMILIES if name.startswith(("gpt2", "gpt_neo", "falcon", "gptj")) or name in ("phi", "opt")
-]
+BIASED = [name for name in FAMILIES if name.startswith(("gpt2", "gpt_neo", "falcon", "gptj")) or name in ("phi", "opt")]
 PLAIN = [name for name in FAMILIES if name not in (*POST_NORM, *STACKED, *BIASED, "bloom")]
 CLOSE = {"atol": 5e-5, "rtol": 2e-5}
 
@@ -101,7 +99,9 @@ def test_an_addition_at_the_embedding_is_one_more_rank(tmp_path: Path) -> None:
     u, r = directions()
     check(model, {("resid_pre", 0): [sf.Add(u, 3.0), sf.Ablate(r), sf.Add(u)]}, tmp_path / "adapter", "any")
     assert "rank 2, 1 weights" in describe_lora(tmp_path / "adapter")
-    check(build("gpt2"), {("resid_pre", 0): sf.Add(u)}, tmp_path / "alone", "any")  # one of its two embeddings carries it
+    check(
+        build("gpt2"), {("resid_pre", 0): sf.Add(u)}, tmp_path / "alone", "any"
+    )  # one of its two embeddings carries it
 
 
 def test_a_scaled_residual_keeps_the_vector_whole(tmp_path: Path) -> None:
@@ -130,7 +130,12 @@ def test_experts_in_one_tensor_are_peft_s_alone(name: str, tmp_path: Path) -> No
 REFUSED = [
     *((name, {("mlp_out", 0): sf.Ablate(directions())}, "any", "a norm .* stands between") for name in POST_NORM),
     ("bloom", {("resid_pre", 0): sf.Ablate(directions())}, "any", "not the sum of its embeddings"),
-    ("llama", {1: sf.Ablate(directions())}, "any", r"lora: Ablate at resid_post 1 also removes what earlier layers wrote"),
+    (
+        "llama",
+        {1: sf.Ablate(directions())},
+        "any",
+        r"lora: Ablate at resid_post 1 also removes what earlier layers wrote",
+    ),
     ("llama", {1: sf.Amplify(directions(), 0.5)}, "any", "lora: Amplify at resid_post 1 is not linear"),
     ("llama", {1: sf.Add(directions()[0], keep_norm=True)}, "peft", "lora: .* keep_norm=True"),
     ("llama", sf.Plan({1: sf.Add(directions()[0])}, positions="last"), "peft", "lora: weights act at every position"),
@@ -144,7 +149,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "plan", "engine", "message"), REFUSED)
-def test_what_no_adapter_says_is_refused_by_name(name: str, plan: Any, engine: str, message: str, tmp_path: Path) -> None:
+def test_what_no_adapter_says_is_refused_by_name(
+    name: str, plan: Any, engine: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         write_lora(build(name), plan, tmp_path / "adapter", engine)
     assert not (tmp_path / "adapter").exists()
