@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from families import build, token_ids
 
 import steerfast as sf
+from steerfast.directions.direction import Direction
 from steerfast.integrations import gguf
+from steerfast.place import Origin
 from steerfast.tools.convert import convert
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: docs/tools.md says how")
@@ -154,9 +157,13 @@ def test_a_vector_set_before_leaves_nothing_behind(tiny: LlamaCpp, tmp_path: Pat
 
 
 @pytest.mark.model
-def test_a_real_model_at_every_layer(smollm: Any, tmp_path: Path, record_property: Any) -> None:
-    """SmolLM2: a vector of 20 % of a row at each layer from 1 to the last, a file each, in one context."""
+def test_a_real_model_at_every_layer(smollm: Any, tmp_path: Path) -> None:
+    """SmolLM2: a vector of 20 % of a row at each layer from 1 to the last, a file each, in one context.
+
+    Against the hooked model in float64: in float32 transformers itself is up to 1.2e-4 away from that, llama.cpp 6.2e-5.
+    """
     model, tokenizer = smollm
+    exact = deepcopy(model).double()
     engine = LlamaCpp(write_model(tmp_path / "smollm.gguf", model))
     ids = tokenizer("I hate you because", return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -165,12 +172,12 @@ def test_a_real_model_at_every_layer(smollm: Any, tmp_path: Path, record_propert
     for layer in range(1, engine.layers):
         v = torch.randn(engine.width)
         v *= 0.2 * float(out.hidden_states[layer].norm(dim=-1).median()) / float(v.norm())
-        engine.control(gguf.write(tmp_path / "vector.gguf", {layer: v}, layers=engine.layers))
-        expected = hooked(model, ids, {layer: sf.Add(v)})
+        given = Direction(v, "random", 1.0, Origin(place=layer))
+        engine.control(gguf.write(tmp_path / "vector.gguf", given, layers=engine.layers))
+        expected = hooked(exact, ids, {layer: sf.Add(v)})
         assert (expected - out.logits).abs().max() > 0.1
         worst[layer] = float((engine.logits(ids) - expected).abs().max())
     engine.close()
-    record_property("logits", worst)
-    print(worst)
+    print(worst)  # noqa: T201 (pytest -s shows it)
     assert set(worst) == set(range(1, 30))
     assert max(worst.values()) <= CLOSE, worst
