@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from . import _device
 from ._launch import MIN_STEP, Edit, choose, fitting, power_of_two, stride, tile_bytes, warps_of
 from ._tuned import tuned
 from .act import KEEP_NORM, SOLVE
@@ -30,7 +31,7 @@ ROWS = [
     (128, [(2112, 16), (1 << 62, 32)]),
     (512, [(1 << 62, 16)]),
 ]
-SOLVER_ROWS = 32  # a solver of higher order holds tiles of its own in registers
+SOLVER_ROWS = {32: 32, 64: 16}  # lanes of a warp -> rows: a solver of higher order holds tiles of its own in registers
 # (largest k, (columns of d in each of two sums of a step, stages, warps)) of the first launch
 STEP = [(32, (64, 6, 4)), (64, (64, 4, 8)), (512, (32, 2, 8))]
 # (largest k, (rows, columns of a step, stages, warps)) of the second
@@ -65,7 +66,7 @@ def _launch(edit: Edit) -> None:
     splits, programs = -(-d // width), OWNER_PROGRAMS if n <= OWNER_ROWS and edit.rows is not None else 1
     block_n = choose(choose(tuned("subspace_tiles.ROWS", ROWS, x), rank), n)
     if edit.modes & SOLVE.value:
-        block_n = min(block_n, SOLVER_ROWS)
+        block_n = min(block_n, SOLVER_ROWS[_device.device_of(x).lanes])
     step, stages, warps = choose(tuned("subspace_tiles.STEP", STEP, x), rank)
     wide = x.dtype == torch.float32
     if split:

@@ -183,7 +183,7 @@ def _told(place: tuple[str, int], chain: list[Intervention], writers: list[Write
     for writer in writers:
         if writer.rows().ndim > 2 and writer.bias is not None:
             raise ValueError(
-                f"lora: {place[0]} {place[1]}: each expert of {writer.path} has a bias ({writer.bias}), which no adapter changes; "
+                f"lora: {place[0]} {place[1]}: each expert of {writer.path} has a bias ({writer.bias}), that no adapter changes; "
                 "use bake, or steer"
             )
     return writers
