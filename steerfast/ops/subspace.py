@@ -41,8 +41,9 @@ def subspace(
 
     Returns:
         A new tensor (..., d) of the dtype of x. A row's result never depends on the rows beside it. On a GPU its last bits may
-        depend on how many they are: the order of sums changes above 256 rows (above 512 from rank 16 on), but for a bank of one
-        mode and up to 3 directions. There several slots of one row round to the dtype of x in between.
+        depend on how many they are, but for a bank of one mode and up to 3 directions: the order of sums changes above 256 rows
+        (above 512 from rank 16 on), and with the height of the tiles at some thousands. Above, several slots of one row round to
+        the dtype of x in between.
 
     Raises:
         TypeError, ValueError: a dtype, width, device or table shape does not fit; the message names it.

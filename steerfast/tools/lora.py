@@ -46,8 +46,7 @@ def write_lora(
     """Write a plan as a LoRA adapter of a model, in PEFT's format; the model is not changed.
 
     With the adapter the logits equal those of the hooked model up to rounding, without it those of the base model. Engines
-    that load PEFT's adapters (PEFT, vLLM) serve both at once. What is served without steerfast is not refused to anyone by
-    it either: an adapter acts at every position of each request that names it.
+    that load PEFT's adapters (PEFT, vLLM) serve both at once; the adapter acts at every position of a request that names it.
 
     Args:
         model: The transformers causal language model that the adapter is for, with its weights.
@@ -183,8 +182,8 @@ def _told(place: tuple[str, int], chain: list[Intervention], writers: list[Write
     for writer in writers:
         if writer.rows().ndim > 2 and writer.bias is not None:
             raise ValueError(
-                f"lora: {place[0]} {place[1]}: each expert of {writer.path} has a bias ({writer.bias}), that no adapter changes; "
-                "use bake, or steer"
+                f"lora: {place[0]} {place[1]}: each expert of {writer.path} has a bias ({writer.bias}), which no adapter "
+                "changes; use bake, or steer"
             )
     return writers
 
