@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from steerfast.ops.slots import ALL_MODES, FLOW, HINGE, SOLVE
+from steerfast.ops.slots import ALL_MODES, HINGE, SOLVE
 from steerfast_kernels import (
     _device,
     add,
@@ -154,7 +154,7 @@ VARIANTS = [
     Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 168, 16384, 0, True, targets=TWO),
     Variant("rows-one-direction", "_rows_kernel", lambda: _rows(4096, bf16, HINGE, 1), 168, 1024, vector_loads=True, targets=TWO),
     Variant("project-k64-hinge", "project_kernel", lambda: _tiles(MANY, bf16, HINGE, 64), 255, 147456, 0, False, True, True, TWO),
-    Variant("project-k64-flows", "project_kernel", lambda: _tiles(MANY, bf16, FLOW | SOLVE, 64), 255, 147456, 0, False, True, False, TWO),
+    Variant("project-k64-solve", "project_kernel", lambda: _tiles(MANY, bf16, SOLVE, 64), 255, 98304, 0, False, True, False, TWO),
     Variant("project-k8-all-modes", "project_kernel", lambda: _tiles(4096, bf16, ALL_MODES, 8), 255, 65536, 0, False, True),
     Variant("lift-k64-all-modes", "lift_kernel", lambda: _tiles(MANY, bf16, ALL_MODES, 64), 255, 114688, 96, False, True, True),
     Variant("lift-k8-hinge", "lift_kernel", lambda: _tiles(4096, bf16, HINGE, 8), 168, 65536, 0, False, True, True, TWO),
