@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _device
-from ._launch import choose, flatten, kernel
+from ._launch import choose, flatten
 from ._tuned import tuned
 
 Tiling = tuple[int, int, int]  # rows per tile, warps, stages
@@ -131,7 +131,7 @@ def best(bits, i_f, BLOCK_F: tl.constexpr):
     return place, tl.where(value > 0, key, 0)
 
 
-WIDEN = not isinstance(kernel(tile_bits.fn), triton.JITFunction)
+WIDEN = not isinstance(tile_bits, triton.JITFunction)
 
 
 def tiling_of(x: Tensor, w_enc: Tensor, n: int) -> tuple[Tiling, int]:
