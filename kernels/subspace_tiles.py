@@ -31,6 +31,7 @@ ROWS = [
     (128, [(2112, 16), (1 << 62, 32)]),
     (512, [(1 << 62, 16)]),
 ]
+SPLIT_STREAM_ROWS = 64  # of the second launch, which then holds both halves
 SOLVER_ROWS = {32: 32, 64: 16}  # lanes of a warp -> rows: a solver of higher order holds tiles of its own in registers
 # (largest k, (columns of d in each of two sums of a step, stages, warps)) of the first launch
 STEP = [(32, (64, 6, 4)), (64, (64, 4, 8)), (512, (32, 2, 8))]
@@ -77,6 +78,7 @@ def _launch(edit: Edit) -> None:
         lift_columns = tuned("subspace_tiles.LIFT_COLUMNS", LIFT_COLUMNS, x)
         tiles = LIFT_FLOAT32 if wide else tuned("subspace_tiles.LIFT", LIFT, x)
         lift_n, lift_step, lift_stages, lift_warps = choose(tiles, rank)
+        lift_n = lift_n if edit.hidden is None else min(lift_n, SPLIT_STREAM_ROWS)
     steps = [(step, stages), (step, 2), (MIN_STEP, 2)]
     step, stages = fitting(steps, lambda one: tile_bytes(edit, block_n, block_k, 2 * one[0], one[1]), x)
     steps = [(lift_step, lift_stages), (lift_step, 1), (MIN_STEP, 1)]
