@@ -41,23 +41,24 @@ def _step(
 @triton.jit
 def _project(
     x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k,
-    first, last, LENGTHS: tl.constexpr, BLOCK_D: tl.constexpr,
+    first, last, LENGTHS: tl.constexpr, SUMS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(y, ‖x‖² where it is asked for) of a tile over columns first to last: (BLOCK_N, BLOCK_K) and (BLOCK_N,)."""
     y = tl.zeros((offs_n.shape[0], offs_k.shape[0]), tl.float32)
     odd = tl.zeros((offs_n.shape[0], offs_k.shape[0]), tl.float32)  # two sums: of one, each product waits for the last
     square = tl.zeros(offs_n.shape, tl.float32)
-    for d in range(first, last, 2 * BLOCK_D):
+    for d in range(first, last, SUMS * BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         y, square = _step(
             x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k,
             offs_d, offs_d < last, y, square, LENGTHS,
         )  # fmt: skip
-        offs_d += BLOCK_D
-        odd, square = _step(
-            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k,
-            offs_d, offs_d < last, odd, square, LENGTHS,
-        )  # fmt: skip
+        if SUMS == 2:
+            offs_d += BLOCK_D
+            odd, square = _step(
+                x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k,
+                offs_d, offs_d < last, odd, square, LENGTHS,
+            )  # fmt: skip
     return y + odd, square
 
 
@@ -93,7 +94,8 @@ def project_kernel(
     numbers_ptr,  # float32 (2, N): s and unit of each row
     square_ptr,  # float32 (splits, N)
     N, D, COLUMNS,
-    MODES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    MODES: tl.constexpr, ACTS: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of a tile and a part of the columns, or g of a tile."""
     i_s = tl.program_id(1)
@@ -113,11 +115,11 @@ def project_kernel(
         constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
         y, square = _project(
             x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mine, offs_k, mask_k,
-            first, last, (COUPLED | KEEP_NORM) & MODES, BLOCK_D,
+            first, last, (COUPLED | KEEP_NORM) & MODES, SUMS, BLOCK_D,
         )  # fmt: skip
         if (COUPLED | KEEP_NORM) & MODES:
             tl.store(square_ptr + i_s * N + offs_n, square, mask=mine)
-        if g_ptr is None:
+        if not ACTS:
             tl.store(y_ptr + i_s * size + place, y, mask=mine[:, None])
         else:
             if probe_ptr is not None:

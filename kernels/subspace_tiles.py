@@ -65,7 +65,7 @@ def _launch(edit: Edit) -> None:
     split = n <= tuned("subspace_tiles.SPLIT_ROWS", SPLIT_ROWS, x)
     width = tuned("subspace_tiles.SPLIT_COLUMNS", SPLIT_COLUMNS, x) if split else d
     splits, programs = -(-d // width), OWNER_PROGRAMS if n <= OWNER_ROWS and edit.rows is not None else 1
-    block_n = choose(choose(tuned("subspace_tiles.ROWS", ROWS, x), rank), n)
+    block_n = choose(choose(ROWS, rank), n)
     if edit.modes & SOLVE.value:
         block_n = min(block_n, SOLVER_ROWS[_device.device_of(x).lanes])
     step, stages, warps = choose(tuned("subspace_tiles.STEP", STEP, x), rank)
@@ -79,8 +79,8 @@ def _launch(edit: Edit) -> None:
         tiles = LIFT_FLOAT32 if wide else tuned("subspace_tiles.LIFT", LIFT, x)
         lift_n, lift_step, lift_stages, lift_warps = choose(tiles, rank)
         lift_n = lift_n if edit.hidden is None else min(lift_n, SPLIT_STREAM_ROWS)
-    steps = [(step, stages), (step, 2), (MIN_STEP, 2)]
-    step, stages = fitting(steps, lambda one: tile_bytes(edit, block_n, block_k, 2 * one[0], one[1]), x)
+    steps = [(step, stages, 2), (step, 2, 2), (MIN_STEP, 2, 2), (MIN_STEP, 2, 1)]
+    step, stages, sums = fitting(steps, lambda one: tile_bytes(edit, block_n, block_k, one[2] * one[0], one[1]), x)
     steps = [(lift_step, lift_stages), (lift_step, 1), (MIN_STEP, 1)]
     lift_step, lift_stages = fitting(steps, lambda one: tile_bytes(edit, lift_n, block_k, *one, lifts=True), x)
     blocks = -(-d // lift_columns)
@@ -102,7 +102,7 @@ def _launch(edit: Edit) -> None:
         "y_ptr": y, "g_ptr": g, "numbers_ptr": numbers, "square_ptr": square, "N": n, "MODES": edit.modes,
     }  # fmt: skip
     project_kernel[(-(-n // block_n), splits, programs)](
-        **shared, COLUMNS=width, BLOCK_N=block_n, BLOCK_D=step, BLOCK_K=block_k,
+        **shared, COLUMNS=width, ACTS=not split, SUMS=sums, BLOCK_N=block_n, BLOCK_D=step, BLOCK_K=block_k,
         num_warps=warps_of(warps, x), num_stages=stages,
     )  # fmt: skip
     for measures in (True, False) if restores else (False,):

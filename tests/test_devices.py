@@ -75,11 +75,14 @@ def test_what_is_launched_fits_the_shared_memory(name, dtype, rank, n, split_str
 
 
 def test_a_device_with_room_keeps_its_stages():
-    for dtype in (torch.float32, torch.bfloat16):
-        [(_, large)] = launches("sm_90", 4096, dtype, 512, split_stream=False)
-        assert (large["BLOCK_D"], large["num_stages"]) == (32, 3)
-    [(_, small)] = launches("sm_89", 4096, torch.float32, 512, split_stream=False)
-    assert (small["BLOCK_D"], small["num_stages"]) == (32, 2)
+    def steps(name: str, dtype: torch.dtype, rank: int) -> tuple[int, int, int]:
+        (_, first), *_ = launches(name, 4096, dtype, rank, split_stream=False)
+        return first["BLOCK_D"], first["num_stages"], first["SUMS"]
+
+    assert steps("sm_90", torch.float32, 512) == steps("sm_90", torch.bfloat16, 512) == (32, 2, 2)
+    assert steps("sm_90", torch.bfloat16, 64) == (64, 4, 2)
+    assert steps("sm_89", torch.float32, 512) == (16, 2, 2)
+    assert steps("gfx942", torch.float32, 512) == (16, 2, 1)
 
 
 def test_as_many_threads_whatever_the_lanes_of_a_warp():

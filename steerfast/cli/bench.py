@@ -44,6 +44,8 @@ def standard(device: str, dtype: torch.dtype, d: int, f: int) -> dict[str, Calla
     wide = lambda x, w: torch.mm(x, w.T, out_dtype=torch.float32) if x.is_cuda and x.dtype.itemsize == 2 else x @ w.T
     top = lambda x, w, b, level=0.0: torch.where((y := wide(x, w) + b) > level, y, 0).topk(32)
     decode = lambda v, i, w: embedding_bag(i, w, per_sample_weights=v.to(w.dtype), mode="sum")
+    eight = torch.full((8, 4), 8.0, device=device)
+    edit = lambda x, v, i, m, t, w: x + (8 - (v[..., None] * (i[..., None] == m)).sum(1)).to(w.dtype) @ w
     return {
         "add slots=8": lambda n: (2 * d, (x(n), *slots(n)), ops.add, add),
         "add_rms_norm slots=8": lambda n: (6 * d, (x(n), x(n), x(1)[0], *slots(n)), ops.add_rms_norm,
@@ -61,8 +63,9 @@ def standard(device: str, dtype: torch.dtype, d: int, f: int) -> dict[str, Calla
             partial(ops.sae_encode_threshold, capacity=32), top),
         f"sae_decode F={f} k=32": lambda n: (64 * d, (*codes(n), x(f)), ops.sae_decode, decode),
         f"sae_add F={f} k=32": lambda n: (64 * d, (x(n), *codes(n), x(f)), ops.sae_add, lambda x, *a: x + decode(*a)),
-        "sae_edit k=32": lambda n: (32 * d, (x(n), *codes(n), ids[:8], torch.full((8, 4), 8.0, device=device), x(8)),
-            ops.sae_edit, lambda x, v, i, m, t, w: x + (8 - (v[..., None] * (i[..., None] == m)).sum(1)).to(w.dtype) @ w),
+        "sae_edit k=32": lambda n: (32 * d, (x(n), *codes(n), ids[:8], eight, x(8)), ops.sae_edit, edit),
+        f"sae_edit_topk F={f} k=32": lambda n: (2 * d * f, (*sae(n), ids[:8], eight, x(8)),
+            lambda x, w, b, *rest: ops.sae_edit_topk(x, w, b, 32, *rest), lambda x, w, b, *rest: edit(x, *top(x, w, b), *rest)),
     }  # fmt: skip
 
 
