@@ -13,7 +13,9 @@ def sin(x):
     """Sine to 1.3e-7 for angles up to 1e6, at most 1 for any: the library's keeps a table in local memory for huge ones."""
     k = tl.floor(x * (1.0 / PI) + 0.5)
     r = ((x - k * 3.140625) - k * 9.67502593994140625e-4) - k * 1.509957990978376e-7  # x - kπ, π in three parts
-    r = tl.minimum(tl.maximum(r, -2.0), 2.0)  # up to 0.1 beyond π/2 where k is rounded; an absurd angle stays finite
+    r = tl.where(
+        r > 2.0, 2.0, tl.where(r < -2.0, -2.0, r)
+    )  # absurd angles: k is rounded, and r far beyond π/2; NaN stays
     z = r * r
     poly = (((-2.3889859e-8 * z + 2.7525562e-6) * z - 1.9840874e-4) * z + 8.333331e-3) * z - 0.16666667
     sine = r + r * z * poly
