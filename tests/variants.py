@@ -157,7 +157,7 @@ VARIANTS = [
     Variant("project-k64-solve", "project_kernel", lambda: _tiles(MANY, bf16, SOLVE, 64), 255, 98304, 0, False, True, False, TWO),
     Variant("project-k8-all-modes", "project_kernel", lambda: _tiles(4096, bf16, ALL_MODES, 8), 255, 65536, 0, False, True),
     Variant("lift-k64-all-modes", "lift_kernel", lambda: _tiles(MANY, bf16, ALL_MODES, 64), 255, 114688, 96, False, True, True),
-    Variant("lift-k8-hinge", "lift_kernel", lambda: _tiles(4096, bf16, HINGE, 8), 168, 65536, 0, False, True, True, TWO),
+    Variant("lift-k8-hinge", "lift_kernel", lambda: _tiles(4096, bf16, HINGE, 8), 200, 65536, 0, False, True, True, TWO),
     Variant("flow-full-rank", "_flow_kernel", _full_rank, 128, 16384),
     Variant("split-project", "project_kernel", lambda: _few(HINGE, 64), 168, 65536, tensor_cores=True, targets=TWO),
     Variant("split-lift", "lift_kernel", lambda: _few(ALL_MODES, 64), 255, 65536, tensor_cores=True, targets=TWO),
