@@ -94,13 +94,11 @@ def test_an_add_moves_what_its_formula_says(quick: dict[str, Row]) -> None:
 
 
 def test_a_product_is_counted_whole(quick: dict[str, Row]) -> None:
-    """Rank 64 on tensor cores: xBᵀ once and C·g twice, since g enters in two parts. So the loops turn as often as they must.
-
-    A fourth where the second part is computed by both groups of warps, as with Triton 3.9.
-    """
-    (kernel,) = quick["hinge k=64"].kernels
-    assert kernel.walk is not None
-    assert kernel.walk.product * kernel.programs / (2 * 8192 * 4096 * 64) in (3, 4)
+    """Rank 64 on tensor cores: xBᵀ once and C·g twice, since g enters in two parts. So the loops turn as often as they must."""
+    products = [
+        kernel.walk.product * kernel.programs for kernel in quick["hinge k=64"].kernels if kernel.walk is not None
+    ]
+    assert [product / (2 * 8192 * 4096 * 64) for product in products] == [1, 2]
 
 
 def test_a_prediction_is_a_range_around_no_point(quick: dict[str, Row]) -> None:
