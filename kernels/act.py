@@ -172,7 +172,7 @@ def act(y, square, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES: tl.co
     alpha = tl.full(weight.shape, 1.0, tl.float32)
     gain = weight
     if ADD & MODES:
-        # the lift row as it is; as a branch it would end Triton 3.9's compiler, in LLVM's SLP vectorizer, at tiles of 16×16
+        # the lift row as it is; no branch: Triton 3.9's compiler can end the process over one (in LLVM, not here)
         g += tl.where((offs_k == 0)[None, :] & (tl.zeros_like(offs_k) + mode == ADD)[None, :], 1.0, 0.0)
     if HINGE & MODES:
         if mode == HINGE:
