@@ -13,6 +13,7 @@ import pdoc
 
 import steerfast
 from steerfast.place import Origin
+from steerfast.sae.model import Source
 
 PAGES = ("steerfast", "steerfast.models.demo", "steerfast.place", "steerfast.sae.formats", "steerfast.sae.model")
 """What the documentation names: the front door with `ops`, `sae`, `tools` and `integrations` behind it, and the modules that it
@@ -30,6 +31,7 @@ def main() -> None:
     # An inherited field is annotated in the words of the base's module, and pdoc looks them up in the module of the class.
     for kind in steerfast.Intervention.registry.values():
         sys.modules[kind.__module__].Origin = Origin
+    sys.modules[steerfast.sae.Transcoder.__module__].Source = Source
     pdoc.render.configure(docformat="google", math=False)
     pdoc.pdoc(*PAGES, output_directory=Path(folder))
     print(f"{len(list(Path(folder).rglob('*.html')))} pages; begin at {Path(folder) / 'index.html'}")
