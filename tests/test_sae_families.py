@@ -286,7 +286,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "MI-SAE cut off": (lambda p: cut(mutual(p)[0]), {}, "truncated or damaged"),
     "k of a threshold": (lambda p: llamascopium(p)[0], {"k": 5}, "it selects by a threshold; leave k=5 away"),
     "llamascopium with scale": (lambda p: llamascopium(p)[0], {"scale": 2.0}, "it needs no scale; leave scale=2.0 away"),
-    "llamascopium, no length": (lambda p: llamascopium(p, (float("nan"),) * 2)[0], {}, "is nan; expected a length > 0"),
+    "llamascopium, no length": (lambda p: llamascopium(p, (float("nan"),) * 2)[0], {}, "is nan; expected a number > 0"),
     "llamascopium by batch": (
         lambda p: llamascopium(p, norm_activation="batch-wise")[0], {}, "a length of the batch that no single row shows",
     ),

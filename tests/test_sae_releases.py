@@ -43,6 +43,14 @@ twins:
   saes:
   - {id: a, path: a, neuronpedia: m/1-x}
   - {id: b, path: b, neuronpedia: m/1-x}
+several-att:
+  repo_id: someone/several
+  saes:
+  - {id: layer_4, path: att/layer_4}
+several-res:
+  repo_id: someone/several
+  saes:
+  - {id: layer_4, path: res/layer_4, neuronpedia: m/4-several}
 temporal-sae-gemma-2-2b:
   conversion_func: temporal
   repo_id: canrager/temporalSAEs
@@ -150,6 +158,16 @@ def test_a_repository_that_is_not_listed_is_read_if_its_layout_is_cached(hub, li
     assert sf.SAE.load("someone/saes", "layer_4").fingerprint == sf.SAE.load(SAES / "saelens-topk").fingerprint
 
 
+@pytest.mark.parametrize("name", [("someone/several", "res/layer_4"), ("several-res", "layer_4"), ("m/4-several",)])
+def test_all_releases_of_a_repository_are_looked_through(name, hub, listed):
+    """Gemma Scope 2 has eight releases in one repository, whose SAEs go by equal ids."""
+    kinds = {"att": SAES / "saelens-standard", "res": SAES / "saelens-topk"}
+    for at, kind in kinds.items():
+        files = [kind / file for file in ("cfg.json", "sae_weights.safetensors")]
+        cached(hub, "someone/several", *files, at=f"{at}/layer_4")
+    assert sf.SAE.load(*name).fingerprint == sf.SAE.load(SAES / "saelens-topk").fingerprint
+
+
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
@@ -163,6 +181,7 @@ def test_a_repository_that_is_not_listed_is_read_if_its_layout_is_cached(hub, li
         (("gemma-scope-2b-pt-rse", "layer_20"), ValueError,
          r"sae-lens 6.54.12 lists no release 'gemma-scope-2b-pt-rse' \(gemma-scope-2b-pt-res\)"),
         (("m/1-x",), ValueError, r"m/1-x is the id of 2 SAEs; give SAE.load\('twins', 'a'\) or SAE.load\('twins', 'b'\)"),
+        (("someone/several", "layer_4"), ValueError, "among its 2; near it are res/layer_4, att/layer_4"),
         (("m/none",), FileNotFoundError, "m/none does not exist; give a directory, or the file with the weights, or a release"),
         (("temporal-sae-gemma-2-2b", "blocks.12.hook_resid_post"), ValueError, "temporal attends across the tokens"),
         (("someone/else", "layer_4"), FileNotFoundError, "hf download someone/else --include 'layer_4/\\*'"),

@@ -20,7 +20,7 @@ from steerfast.place import Place, place_of
 from steerfast.sae.model import SAE
 
 from . import dictionary_learning, gemma_scope, llama_scope, llamascopium, own, releases, saelens, sparsify
-from ._parts import read_json, read_tensors, refuse
+from ._parts import Tensors, read_json, read_tensors, refuse
 from .family import Family
 from .own import save as save
 from .saelens_out import from_saelens as from_saelens
@@ -87,14 +87,31 @@ def _read(path: Path, overrides: dict[str, Any], k: int | None, scale: float | N
         given = {
             name: value for name, value in (("k", k), ("scale", scale)) if value is not None and name in family.takes
         }
-        settings = {} if config is None else read_json(config)
-        assert family.read is not None
-        sae = family.read(settings | overrides, tensors, weights, **given)
+        settings = ({} if config is None else read_json(config)) | overrides
+        sae = _made(family, settings, tensors, weights, given)
     if scale is not None and "scale" not in family.takes:
         raise refuse(weights, f"a file of {family.name} needs no scale; leave scale={scale} away")
     if k is not None and sae.k != k:
         said = "it selects by a threshold" if sae.k is None else f"it says k = {sae.k}"
         raise refuse(weights, f"{said}; leave k={k} away")
+    return sae
+
+
+def _made(family: Family, settings: dict[str, Any], tensors: Tensors, path: Path, given: dict[str, Any]) -> SAE:
+    """What the reader of a family makes of a file, or an error that names the file."""
+    assert family.read is not None
+    try:
+        sae = family.read(settings, tensors, path, **given)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if str(error).startswith("SAE.load: "):
+            raise
+        raise refuse(path, f"not what a file of {family.name} holds ({error})") from error
+    if unread := tensors.unread():
+        raise refuse(
+            path,
+            f"its settings describe an SAE that does not use {', '.join(unread)}, and the file holds it; mend the settings, or "
+            "write the file without it if it changes nothing",
+        )
     return sae
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,16 +37,43 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
+class Tensors(dict[str, Any]):
+    """What a file holds by name, and which of it was read; a mapping inside it is another one."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        inner = {name: Tensors(value) if isinstance(value, Mapping) else value for name, value in found.items()}
+        super().__init__(inner)
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dictionary."""
+        self._read.add(name)
+        return super().get(name, default)
+
+    def unread(self) -> list[str]:
+        """Tensors that no reader asked for, and whose names say that they change what an SAE computes."""
+        found = [name for name, value in self.items() if isinstance(value, Tensor) and name not in self._read]
+        inner = [name for value in self.values() if isinstance(value, Tensors) for name in value.unread()]
+        return [name for name in found if _MEANING.search(name)] + inner
+
+
+_MEANING = re.compile(r"thresh|skip|scal|gate|glu|mag|mean|matrix|bias|weight|^[wb]_", re.IGNORECASE)
+
+
+def read_tensors(path: Path) -> Tensors:
     """The tensors of a .safetensors, .npz or .pt file by name, on the CPU; a .pt may hold settings, too."""
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return Tensors(_read_safetensors(path))
     if path.suffix == ".npz":
-        return _read_npz(path)
+        return Tensors(_read_npz(path))
     found = read_torch_file(path)
     if not isinstance(found, Mapping):
         raise ValueError(f"SAE.load: {path} holds a {type(found).__name__}; expected tensors by name")
-    return dict(found)
+    return Tensors(found)
 
 
 def tensor(tensors: Mapping[str, Any], name: str, path: Path) -> Tensor:
@@ -100,9 +128,28 @@ def whole(value: Any, name: str, path: Path) -> int:
     """A whole number of a configuration."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise ValueError(f"SAE.load: {path}: {name} is {value!r}; expected a whole number")
     return int(value)
+
+
+def number(value: Any, name: str, path: Path, above: float = -math.inf) -> float:
+    """A finite number of a configuration, or the one in a tensor, larger than `above`."""
+    found = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(found, bool) or not isinstance(found, int | float) or not above < found < math.inf:
+        least = "" if above == -math.inf else f" > {above:g}"
+        raise ValueError(f"SAE.load: {path}: {name} is {found!r}; expected a number{least}")
+    return float(found)
+
+
+def setting(config: Mapping[str, Any], name: str, path: Path, default: bool = False) -> bool:
+    """A setting that is true or false."""
+    value = config.get(name, default)
+    if value is None and not default:
+        return False
+    if not isinstance(value, bool):
+        raise ValueError(f"SAE.load: {path}: {name} is {value!r}; expected true or false")
+    return value
 
 
 def refuse(path: Path, what: str) -> ValueError:
@@ -128,7 +175,7 @@ def fold(
     b_enc, b_dec = wide(b_enc), wide(b_dec)
     if subtract:
         b_enc = (b_enc.double() - product(w_enc, b_dec.double())).to(b_enc.dtype)
-    threshold = None if threshold is None else wide(threshold).clamp(min=0)
+    threshold = None if threshold is None else _closed_at_zero(threshold)
     return SAE(w_enc, w_dec, b_enc, b_dec, k, threshold, normalisation, *home)
 
 
@@ -141,9 +188,15 @@ def transcode(
     """A transcoder from tensors under our names, (place that it reads, place that it writes); no bias is subtracted."""
     found: dict[str, Any] = {name: wide(value) if value.dim() == 1 else value for name, value in tensors.items()}
     if "threshold" in found:
-        found["threshold"] = found["threshold"].clamp(min=0)
+        found["threshold"] = _closed_at_zero(found["threshold"])
     reads, writes = (Origin(place=place) for place in places)
     return Transcoder(**found, k=k, origin=writes, source=source, reads=reads)
+
+
+def _closed_at_zero(threshold: Tensor) -> Tensor:
+    """θ ≥ 0; what is not finite stays, so that it is refused."""
+    threshold = wide(threshold)
+    return torch.where(threshold.isfinite(), threshold.clamp(min=0), threshold)
 
 
 def told_k(k: int | None, path: Path, pattern: str = "") -> int:

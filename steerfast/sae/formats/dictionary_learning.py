@@ -11,7 +11,7 @@ import torch
 from steerfast.place import Place
 from steerfast.sae.model import SAE
 
-from ._parts import Home, dictionary, fold, home_of, refuse, tensor, vector, whole, wide, width_of
+from ._parts import Home, dictionary, fold, home_of, number, refuse, tensor, vector, whole, wide, width_of
 
 BIAS = {
     "AutoEncoder": "bias",
@@ -32,7 +32,7 @@ def read(config: dict[str, Any], tensors: dict[str, Any], path: Path) -> SAE:
     """A dictionary as the library itself loads it; BatchTopK selects by its threshold, as it does at inference."""
     trainer = config.get("trainer")
     kind = trainer.get("dict_class") if isinstance(trainer, dict) else None
-    if not isinstance(trainer, dict) or kind not in BIAS:
+    if not isinstance(trainer, dict) or not isinstance(kind, str) or kind not in BIAS:
         raise refuse(path, f"trainer.dict_class in config.json is {kind!r}; expected one of {', '.join(BIAS)}")
     d = width_of(tensors, BIAS[kind], path)
     matrices = kind in MATRICES
@@ -54,10 +54,12 @@ def read(config: dict[str, Any], tensors: dict[str, Any], path: Path) -> SAE:
             w_enc, b_enc, w_dec = norms[:, None] * wide(w_enc), norms * wide(b_enc), wide(w_dec) / norms[:, None]
     elif kind == "AutoEncoderTopK":
         k = whole(tensors["k"] if "k" in tensors else trainer.get("k"), "k", path)
+        tensors.get("threshold")  # kept for another selection, which is asked for by name
     elif kind == "JumpReluAutoEncoder":
         threshold = vector(tensors, "threshold", count, path)
     elif kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        threshold = wide(tensor(tensors, "threshold", path).reshape(())).expand(count).clone()
+        theta = wide(tensor(tensors, "threshold", path))
+        threshold = theta.new_full((count,), number(theta, "threshold", path))
         if float(threshold[0]) < 0:
             raise refuse(
                 path, "its threshold was never set (it is negative), so BatchTopK has no rule for a single row"

@@ -17,7 +17,7 @@ from steerfast.edits.base import as_tensor
 from steerfast.place import Place
 from steerfast.sae.model import SAE, Source
 
-from ._parts import Home, dictionary, fold, home_of, refuse, rows_of, tensor, transcode, vector, wide, width_of
+from ._parts import Home, dictionary, fold, home_of, refuse, rows_of, setting, tensor, transcode, vector, wide, width_of
 
 FIRST = {"res": "resid_post", "att": "head_out", "mlp": "mlp_out", "transcoders": "mlp_out"}
 """The last part of a repository's name, gemma-scope-2b-pt-res, and what its SAEs write."""
@@ -63,14 +63,14 @@ def read_second(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) 
         raise refuse(
             path, f"w_dec has shape {shape}: a cross-layer transcoder or a crosscoder, of several layers at once"
         )
-    model = str(config.get("model_name") or "")
-    if SKIP not in tensors and not config.get("affine_connection") and out in (None, point):
+    model, affine = str(config.get("model_name") or ""), setting(config, "affine_connection", path)
+    if SKIP not in tensors and not affine and out in (None, point):
         home = home_of("Gemma Scope 2", _second_place(point), point, model)
         return _read(tensors, path, ("w_enc", "w_dec"), home)
     found = _tensors(tensors, path, ("w_enc", "w_dec"))
     if SKIP in tensors:
         found["w_skip"] = tensor(tensors, SKIP, path).T.contiguous()
-    elif config.get("affine_connection"):
+    elif affine:
         raise refuse(path, f"config.json says affine_connection, and the file has no {SKIP}; it is incomplete")
     source = Source("Gemma Scope 2", point, model, str(out or ""))
     return transcode(found, (_second_place(point), _second_place(str(out or ""))), source)

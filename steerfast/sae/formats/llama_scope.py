@@ -17,7 +17,7 @@ from torch import Tensor
 from steerfast.place import place_of_hook
 from steerfast.sae.model import SAE
 
-from ._parts import dictionary, fold, home_of, refuse, vector, whole, wide, width_of
+from ._parts import dictionary, fold, home_of, number, refuse, setting, vector, whole, wide, width_of
 
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
@@ -32,22 +32,25 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     hook, out = str(config.get("hook_point_in") or ""), config.get("hook_point_out")
     if out not in (None, hook):
         raise refuse(path, f"a transcoder from {hook} to {out}; only SAEs are read")
-    unknown = [name for name in ("apply_decoder_bias_to_pre_encoder", "use_glu_encoder") if config.get(name)]
+    names = ("apply_decoder_bias_to_pre_encoder", "use_glu_encoder")
+    unknown = [name for name in names if setting(config, name, path)]
     if unknown:
         raise refuse(path, f"{unknown[0]} is set, which this reader does not know")
     function, norms = str(config.get("act_fn", "jumprelu")).lower(), None
-    if config.get("sparsity_include_decoder_norm", False):
+    if setting(config, "sparsity_include_decoder_norm", path):
         norms = wide(w_dec).norm(dim=1)
     before, after = _scales(config, d, path)
     k: int | None = None
     threshold: Tensor | None = None  # ReLU
     if function == "jumprelu":
-        threshold = torch.full((count,), float(_setting(config, "jump_relu_threshold", path)) * before)
+        threshold = torch.full(
+            (count,), number(_needed(config, "jump_relu_threshold", path), "jump_relu_threshold", path) * before
+        )
         threshold = threshold if norms is None else threshold / norms
     elif function == "topk":
         if norms is not None:
             raise refuse(path, "Top-K of h·‖W_dec‖ that returns h itself; convert it to JumpReLU, as the release was")
-        k = whole(_setting(config, "top_k", path), "top_k", path)
+        k = whole(_needed(config, "top_k", path), "top_k", path)
     elif function != "relu":
         raise refuse(path, f"act_fn {function!r}; expected jumprelu, topk or relu")
     if (before, after) != (1.0, 1.0):
@@ -63,13 +66,15 @@ def _scales(config: dict[str, Any], d: int, path: Path) -> tuple[float, float]:
         return 1.0, 1.0
     if kind != "dataset-wise":
         raise refuse(path, f"norm_activation is {kind!r}; expected dataset-wise, inference or none")
-    lengths = _setting(config, "dataset_average_activation_norm", path)
-    if not isinstance(lengths, dict) or not {"in", "out"} <= set(lengths) or min(lengths["in"], lengths["out"]) <= 0:
-        raise refuse(path, f"dataset_average_activation_norm is {lengths!r}; expected lengths > 0 under in and out")
-    return d**0.5 / float(lengths["in"]), d**0.5 / float(lengths["out"])
+    name = "dataset_average_activation_norm"
+    lengths = _needed(config, name, path)
+    if not isinstance(lengths, dict) or not {"in", "out"} <= set(lengths):
+        raise refuse(path, f"{name} is {lengths!r}; expected lengths > 0 under in and out")
+    before, after = (number(lengths[side], f"{name}.{side}", path, 0) for side in ("in", "out"))
+    return d**0.5 / before, d**0.5 / after
 
 
-def _setting(config: dict[str, Any], name: str, path: Path) -> Any:
+def _needed(config: dict[str, Any], name: str, path: Path) -> Any:
     if config.get(name) is None:
         raise refuse(path, f"hyperparams.json has no {name}")
     return config[name]

@@ -17,7 +17,7 @@ from torch import Tensor
 from steerfast.place import place_of_hook
 from steerfast.sae.model import SAE, Source
 
-from ._parts import fold, home_of, refuse, rows_of, tensor, transcode, vector, whole, wide
+from ._parts import fold, home_of, number, refuse, rows_of, setting, tensor, transcode, vector, whole, wide
 
 KINDS = {
     "clt": "a cross-layer transcoder, which writes several layers",
@@ -32,7 +32,7 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path, scale: 
     kind = str(config.get("sae_type", "sae"))
     if kind != "sae":
         raise refuse(path, f"sae_type {kind!r}: {KINDS.get(kind, 'which is not known')}")
-    if config.get("use_glu_encoder"):
+    if setting(config, "use_glu_encoder", path):
         raise refuse(path, "use_glu_encoder is set: a feature is the product of two encoders, which no selection does")
     hooks = (
         str(config.get("hook_point_in") or ""),
@@ -40,12 +40,13 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path, scale: 
     )
     w_enc, w_dec, b_enc, b_dec = _weights(config, tensors, path)
     count, norms = w_enc.shape[0], wide(w_dec).norm(dim=1)
-    gate = norms if config.get("sparsity_include_decoder_norm", True) else torch.ones_like(norms)
+    by_norm = setting(config, "sparsity_include_decoder_norm", path, True)
+    gate = norms if by_norm else torch.ones_like(norms)
     before, after, normalisation = _lengths(config, tensors, hooks, path, w_enc.shape[1])
     k, threshold = _selection(config, tensors, path, count, gate)
     if threshold is not None and config.get("norm_activation") == "inference":
         if scale is None:
-            side = "writes" if config.get("sparsity_include_decoder_norm", True) else "reads"
+            side = "writes" if by_norm else "reads"
             raise refuse(
                 path,
                 "norm_activation is 'inference': llamascopium has folded the lengths of its data set into the weights and "
@@ -89,7 +90,7 @@ def _weights(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> 
             path, f"{names[0]} has {tuple(w_enc.shape)} as rows and {names[1]} {tuple(w_dec.shape)}; expected the same"
         )
     b_enc = vector(tensors, names[2], count, path)
-    if not config.get("use_decoder_bias", True):
+    if not setting(config, "use_decoder_bias", path, True):
         return w_enc, w_dec, b_enc, w_dec.new_zeros(out)
     return w_enc, w_dec, b_enc, vector(tensors, names[3], out, path)
 
@@ -107,10 +108,8 @@ def _lengths(
         raise refuse(path, f"norm_activation is {kind!r}, a length of the batch that no single row shows")
     found = []
     for hook in hooks:  # only here: with any other norm_activation these hold memory that was never written
-        value = float(tensor(tensors, f"dataset_average_activation_norm.{hook}", path).reshape(()))
-        if not 0 < value < float("inf"):
-            raise refuse(path, f"dataset_average_activation_norm.{hook} is {value}; expected a length > 0")
-        found.append(d**0.5 / value)
+        name = f"dataset_average_activation_norm.{hook}"
+        found.append(d**0.5 / number(tensor(tensors, name, path), name, path, 0))
     return found[0], found[1], "none"
 
 

@@ -68,15 +68,16 @@ def find(name: str, sae_id: str | None) -> Release | None:
         if found is None:
             return None
         name, sae_id = found
-    release = listed.get(name) or next((one for one in listed.values() if one["repo_id"] == name), None)
-    if release is None and "/" not in name:
+    named = {name: listed[name]} if name in listed else {t: r for t, r in listed.items() if r["repo_id"] == name}
+    if not named and "/" not in name:
         raise ValueError(f"SAE.load: {_unlisted(listed, name)}")
-    if release is None:
+    if not named:
         return Release(_fetch(name, _files_in(name, sae_id)))
+    title, entry = _entry(named, name, sae_id)
+    release = named[title]
     layout = str(release.get("conversion_func") or "sae_lens")
     if layout not in FILES:
-        raise ValueError(f"SAE.load: release {name}: {layout} {REFUSED.get(layout, 'is a layout that is not read')}")
-    entry = _entry(release, name, sae_id)
+        raise ValueError(f"SAE.load: release {title}: {layout} {REFUSED.get(layout, 'is a layout that is not read')}")
     path, repository = str(entry["path"]), str(release["repo_id"])
     files = [f"{path}/{file}" for file in FILES[layout]] or [path]
     overrides = dict(release.get("config_overrides") or {})
@@ -102,11 +103,17 @@ def directory() -> dict[str, dict[str, Any]]:
     return listed
 
 
-def _entry(release: dict[str, Any], name: str, sae_id: str) -> dict[str, Any]:
-    for entry in release["saes"]:
-        if sae_id in (str(entry["id"]), str(entry["path"])):
-            return dict(entry)
-    ids = [str(entry["id"]) for entry in release["saes"]]
+def _entry(named: dict[str, dict[str, Any]], name: str, sae_id: str) -> tuple[str, dict[str, Any]]:
+    """The release that has an SAE, of those of a name or a repository, and what it says of it.
+
+    Releases of one repository have equal ids for several SAEs, so there the path alone tells which one is meant.
+    """
+    keys = ("id", "path") if name in named else ("path",)
+    for title, release in named.items():
+        for entry in release["saes"]:
+            if sae_id in [str(entry[key]) for key in keys]:
+                return title, dict(entry)
+    ids = list(dict.fromkeys(str(entry[keys[0]]) for release in named.values() for entry in release["saes"]))
     near = (
         [one for one in ids if one.startswith(sae_id)][:3] or difflib.get_close_matches(sae_id, ids, 3, 0.3) or ids[:3]
     )

@@ -19,10 +19,12 @@ from ._parts import (
     dictionary,
     fold,
     home_of,
+    number,
     read_json,
     read_tensors,
     refuse,
     rows_of,
+    setting,
     tensor,
     transcode,
     vector,
@@ -62,7 +64,7 @@ def read_beside(
     config = _flat(config)
     kind = _architecture(config, path)
     factors = tensors.get("scaling_factor")
-    if config.get("finetuning_scaling_factor") or (factors is not None and not bool((factors == 1).all())):
+    if setting(config, "finetuning_scaling_factor", path) or (factors is not None and not bool((factors == 1).all())):
         raise refuse(path, "finetuning_scaling_factor is set; fold it into the weights with SAELens first")
     if kind in TRANSCODERS:
         if scale is not None:
@@ -70,9 +72,9 @@ def read_beside(
         return _transcoder(config, tensors, path, kind)
     found = _weights(config, tensors, path, kind)
     k = whole(config.get("k"), "k", path) if kind in ("topk", "abstopk") else None
-    if kind not in ("relu", "gated", "jumprelu") and config.get("rescale_acts_by_decoder_norm"):
+    if kind not in ("relu", "gated", "jumprelu") and setting(config, "rescale_acts_by_decoder_norm", path):
         found = _by_decoder_norm(found)
-    subtract, whitening = bool(config.get("apply_b_dec_to_input", True)), None
+    subtract, whitening = setting(config, "apply_b_dec_to_input", path, True), None
     scale, normalisation = _normalisation(config, path, scale, folder)
     if normalisation == "covariance_whitening":
         whitening, normalisation = _whitening(found["b_dec"].shape[0], path, folder), "none"
@@ -95,6 +97,10 @@ def _weights(config: dict[str, Any], tensors: dict[str, Tensor], path: Path, kin
     w_enc, w_dec = dictionary(tensors, "W_enc", d, path, transposed=True), dictionary(tensors, "W_dec", d, path)
     b_dec, count = vector(tensors, "b_dec", d, path), w_enc.shape[0]
     _check_sizes(config, {"d_in": d, "d_sae": count}, path)
+    if w_dec.shape != w_enc.shape:
+        raise refuse(
+            path, f"W_dec has shape {tuple(w_dec.shape)} and W_enc {tuple(w_enc.T.shape)}; expected the same F"
+        )
     if kind == "gated":  # relu(e^r·y + b_mag)·[y + b_gate > 0], y = Wx: a threshold on h = e^r·y + b_mag
         gain = wide(vector(tensors, "r_mag", count, path)).exp()
         magnitude, gate = (wide(vector(tensors, name, count, path)) for name in ("b_mag", "b_gate"))
@@ -104,7 +110,8 @@ def _weights(config: dict[str, Any], tensors: dict[str, Tensor], path: Path, kin
     if kind == "jumprelu":
         found["threshold"] = _threshold(tensors, count, path)
     elif kind in ("batchtopk", "matryoshka_batchtopk"):  # one number for all features, in float64
-        found["threshold"] = tensor(tensors, "topk_threshold", path).reshape(1).float().expand(count).clone()
+        theta = number(tensor(tensors, "topk_threshold", path), "topk_threshold", path)
+        found["threshold"] = b_dec.new_full((count,), theta, dtype=torch.float32)
     return found
 
 
@@ -195,14 +202,26 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _within(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """Settings inside the settings; none where there are none."""
+    found = config.get(name) or {}
+    if not isinstance(found, dict):
+        raise refuse(path, f"{name} is {found!r}; expected settings by name")
+    return found
+
+
 def _architecture(config: dict[str, Any], path: Path) -> str:
     """One of `KINDS` and `TRANSCODERS`."""
     kind = str(config.get("architecture", "standard"))
     function = config.get("activation_fn") or "relu"
     if kind == "standard":
         kind = {"relu": "relu", "topk": "topk"}.get(str(function), f"standard with {function}")
-        if (config.get("activation_fn_kwargs") or {}).get("signed"):
+        if setting(_within(config, "activation_fn_kwargs", path), "signed", path):
             raise refuse(path, "signed is set, so its features may be negative; only positive ones are read")
+        if kind == "relu" and config.get("k") is not None:
+            raise refuse(
+                path, f"it says k = {config['k']}, and no architecture that has one; add the architecture to cfg.json"
+            )
     if kind in REFUSED:
         raise refuse(path, f"architecture {kind!r}: {REFUSED[kind]}")
     if kind not in KINDS and kind not in TRANSCODERS:
@@ -228,7 +247,7 @@ def _normalisation(config: dict[str, Any], path: Path, given: float | None, fold
             )
         if factor is not None and given is not None:
             raise refuse(path, f"{scaler.name} says scaling_factor {factor}; leave scale={given} away")
-        return _positive(factor if given is None else given, scaler), "none"
+        return number(factor if given is None else given, "scaling_factor", scaler, 0), "none"
     if given is not None:
         raise refuse(path, f"normalize_activations is {name!r}, which needs no scale; leave scale={given} away")
     if name not in ("none", "constant_norm_rescale", "layer_norm", "covariance_whitening"):
@@ -236,18 +255,13 @@ def _normalisation(config: dict[str, Any], path: Path, given: float | None, fold
     return 1.0, str(name)
 
 
-def _positive(factor: Any, path: Path) -> float:
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < float("inf"):
-        raise refuse(path, f"scaling_factor is {factor!r}; expected a number > 0")
-    return float(factor)
-
-
 def _is_centred(config: dict[str, Any], path: Path) -> bool:
     """Whether the SAE saw a stream whose mean over d TransformerLens had removed."""
-    arguments = config.get("model_from_pretrained_kwargs") or {}
+    arguments = _within(config, "model_from_pretrained_kwargs", path)
     hook, model = str(config.get("hook_name")), str(config.get("model_name"))
     if hook.endswith("hook_z"):
-        changed = [name for name in ("fold_value_biases", "refactor_factored_attn_matrices") if arguments.get(name)]
+        names = ("fold_value_biases", "refactor_factored_attn_matrices")
+        changed = [name for name in names if setting(arguments, name, path)]
         if changed:
             raise refuse(
                 path, f"it was trained on a model with {changed[0]}, which changes hook_z; it cannot be applied exactly"
@@ -257,7 +271,7 @@ def _is_centred(config: dict[str, Any], path: Path) -> bool:
         if "hook_point" in config:
             raise refuse(path, "version 2 does not say whether the writing weights were centred")
         return False
-    if not arguments["center_writing_weights"] or NOT_CENTRED.search(model):
+    if not setting(arguments, "center_writing_weights", path) or NOT_CENTRED.search(model):
         return False
     if not CENTRED.search(model):
         raise refuse(

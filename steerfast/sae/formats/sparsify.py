@@ -11,14 +11,14 @@ from torch import Tensor
 from steerfast.place import Place
 from steerfast.sae.model import SAE, Source
 
-from ._parts import dictionary, fold, home_of, refuse, tensor, transcode, vector, whole, width_of
+from ._parts import dictionary, fold, home_of, refuse, setting, tensor, transcode, vector, whole, width_of
 
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     """A Top-K SAE of sparsify, whose decoder bias is subtracted first, or a transcoder, whose is not."""
     if config.get("activation", "topk") != "topk":
         raise refuse(path, f"activation {config['activation']!r}; expected topk")
-    if config.get("signed"):
+    if setting(config, "signed", path):
         raise refuse(path, "signed is set, so its features may be negative; only positive ones are read")
     d = width_of(tensors, "b_dec", path)
     if "d_in" in config and whole(config["d_in"], "d_in", path) != d:
@@ -26,14 +26,14 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     w_enc, w_dec = dictionary(tensors, "encoder.weight", d, path), dictionary(tensors, "W_dec", d, path)
     b_enc, b_dec = vector(tensors, "encoder.bias", w_enc.shape[0], path), vector(tensors, "b_dec", d, path)
     name, k = path.absolute().parent.name, whole(config.get("k"), "k", path)
-    if config.get("transcode") or config.get("transcoder"):
+    if setting(config, "transcode", path) or setting(config, "transcoder", path):
         found = {"w_enc": w_enc, "w_dec": w_dec, "b_enc": b_enc, "b_dec": b_dec}
-        if config.get("skip_connection") or "W_skip" in tensors:
+        if setting(config, "skip_connection", path) or "W_skip" in tensors:
             found["w_skip"] = tensor(tensors, "W_skip", path)
         # what the module adds to the stream is not known from its name: a norm may follow
         source = Source("sparsify", name and f"input of {name}", "", name and f"output of {name}")
         return transcode(found, (None, None), source, k)
-    if config.get("skip_connection") or "W_skip" in tensors:
+    if setting(config, "skip_connection", path) or "W_skip" in tensors:
         raise refuse(
             path, "an SAE with a skip connection, which passes its own input on; only transcoders have one here"
         )
