@@ -150,6 +150,29 @@ def test_words_by_use_are_found_and_foretell(seen: Evidence, smollm) -> None:
 
 
 @pytest.mark.model
+def test_firings_on_no_word_count_as_firings(smollm) -> None:
+    """A feature of line ends that fires now and then on a word is not explained by that word."""
+    model, tokenizer = smollm
+    rows = model.get_input_embeddings().weight.detach()
+    ids = [tokenizer(text)["input_ids"][0] for text in ("\n\n", " red")]
+    own = torch.linalg.solve(rows.T @ rows / len(rows), rows[ids].T).T
+    own /= (own * rows[ids]).sum(1, keepdim=True)  # 1 on its token, and far less on others
+    w, b = torch.stack([own[0] + own[1], 0 * own[0]]), torch.tensor([-0.6, 1.0])
+    sae = SAE(w, w, b_enc=b, origin=Origin(place=("resid_pre", 0)))
+    texts = [text.replace(". ", ".\n\n") for text in documents(60)]
+    evidence = observe(sae, model, tokenizer, texts, ObserveConfig(passage=12, top=3))
+    feature, word, count = evidence.word_counts
+    ends, all_fired = (count[(feature == 0) & (word < most)].sum() for most in (1, 1 << 18))
+    assert 0.5 < ends / all_fired < 1
+    found = explain_use(evidence, 1)
+    red = list(evidence.words).index("red")
+    share, of_all = 1 - ends / all_fired, evidence.word_tokens[red] / evidence.word_tokens.sum()
+    assert found[0] == ("red",)
+    assert float(found.scores[0, 0]) == pytest.approx(share * np.log(share / of_all), rel=0.05)
+    assert found[1] == ()  # what always fires says no word more than another
+
+
+@pytest.mark.model
 def test_the_sides_are_disjoint_and_do_not_depend_on_the_order(smollm) -> None:
     model, tokenizer = smollm
     sae, config = colour_sae(model, tokenizer), ObserveConfig(passage=12, sample=50)
@@ -178,8 +201,9 @@ def test_counts_within_a_bound() -> None:
         fired = Firings(np.arange(500), features[part], np.ones(500))
         counts.add(fired, words[part], np.ones(500, dtype=bool))
     feature, word, count = counts.done()
-    assert len(feature) <= 40
+    assert (word > 0).sum() <= 40
     assert counts.forgotten > 0
+    assert [count[feature == i].sum() for i in range(3)] == np.bincount(features).tolist()  # nothing is lost
     for often in np.bincount(words).argsort()[-5:]:
         expected = np.bincount(features[words == often], minlength=3)
         assert [count[(feature == i) & (word == often)].sum() for i in range(3)] == expected.tolist()
@@ -320,7 +344,9 @@ class _Answering(BaseHTTPRequestHandler):
         content = json.dumps({"choices": [{"message": {"content": ", ".join(numbers) or "none"}}]})
         self.send_response(200)
         self.end_headers()
-        self.wfile.write((content if body["model"] == "good" else "{}").encode())
+        others = {"odd": "{}", "thinking": '{"choices": [{"message": {"content": null}}]}'}
+        others["chatty"] = '{"choices": [{"message": {"content": "Hard to say."}}]}'
+        self.wfile.write((content if body["model"] == "good" else others[body["model"]]).encode())
 
     def log_message(self, *_: object) -> None:
         pass
@@ -353,6 +379,12 @@ def test_a_judge(seen: Evidence, endpoint: str) -> None:
         judged_detection(Judge(endpoint, "broken"), found, seen, [0])
     with pytest.raises(ValueError, match="sent no chat completion"):
         judged_detection(Judge(endpoint, "odd"), found, seen, [0])
+    with pytest.raises(ValueError, match="thinking answered nothing in 64 tokens"):
+        judged_detection(Judge(endpoint, "thinking"), found, seen, [0])
+    with pytest.raises(ValueError, match=r"chatty neither named texts nor said none for feature 0: 'Hard to say.'"):
+        judged_detection(Judge(endpoint, "chatty"), found, seen, [0])
+    with pytest.raises(ValueError, match="tokens"):
+        Judge(endpoint, "good", tokens=0)
     with pytest.raises(ConnectionError, match="cannot be reached"):
         Judge("http://127.0.0.1:9/v1", "good", timeout=2).ask("Hello")
     with pytest.raises(ValueError, match="begins with http"):

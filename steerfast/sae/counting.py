@@ -70,9 +70,12 @@ class Text:
 class WordCounts:
     """Numbers of the words, and how often each occurs and each feature fires on it.
 
+    Word 0 is what has no number: tokens that end in no word, and words beyond the bound. It counts like any other, so that the
+    counts of a feature add up to its firings.
+
     Args:
-        pairs: (feature, word) pairs in memory at most, 16 bytes each; over it those with the lowest counts are forgotten, and
-            begin at 0 if they come again.
+        pairs: (feature, word) pairs in memory at most, 16 bytes each, beside one with word 0 for each feature; over it those with
+            the lowest counts become firings on word 0, and begin at 0 if they come again.
     """
 
     def __init__(self, pairs: int) -> None:
@@ -97,7 +100,7 @@ class WordCounts:
     def add(self, fired: Firings, words: np.ndarray, counted: np.ndarray) -> None:
         """Count the tokens of a batch that count, and what fires on them; words by token."""
         self.tokens += np.bincount(words[counted], minlength=_WORDS)
-        some = fired.of(counted & (words > 0))
+        some = fired.of(counted)
         self._fresh.append((some.feature.astype(np.int64) << _SHIFT) + words[some.row])
         self._waiting += len(some.row)
         if self._waiting > max(self._limit // 2, 1):
@@ -111,18 +114,22 @@ class WordCounts:
     def _merge(self) -> None:
         fresh, counts = np.unique(np.concatenate([np.empty(0, np.int64), *self._fresh]), return_counts=True)
         self._fresh, self._waiting = [], 0
-        keys = np.concatenate([self._keys, fresh])
-        counts = np.concatenate([self._counts, counts])
-        order = np.argsort(keys, kind="stable")
-        keys, counts = keys[order], counts[order]
-        starts = np.flatnonzero(np.concatenate([[True], np.diff(keys) != 0])) if len(keys) else np.empty(0, np.int64)
-        keys, counts = keys[starts], np.add.reduceat(counts, starts) if len(starts) else counts
-        if len(keys) > self._limit:
-            least = np.partition(counts, len(counts) - self._limit)[len(counts) - self._limit]
-            keep = counts > least
-            self.forgotten += int((~keep).sum())
-            keys, counts = keys[keep], counts[keep]
+        keys, counts = _summed(np.concatenate([self._keys, fresh]), np.concatenate([self._counts, counts]))
+        told = keys & (_WORDS - 1) > 0
+        if int(told.sum()) > self._limit:
+            least = np.partition(counts[told], -self._limit - 1)[-self._limit - 1]
+            lost = told & (counts <= least)
+            self.forgotten += int(lost.sum())
+            keys, counts = _summed(np.where(lost, keys & -_WORDS, keys), counts)
         self._keys, self._counts = keys, counts
+
+
+def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each key once, in order, with the sum of its counts."""
+    order = np.argsort(keys, kind="stable")
+    keys, counts = keys[order], counts[order]
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(keys) != 0])) if len(keys) else np.empty(0, np.int64)
+    return keys[starts], np.add.reduceat(counts, starts) if len(starts) else counts
 
 
 class TopPassages:

@@ -112,7 +112,8 @@ class Evidence:
         histogram: int64 (F, bins), active rows by activation.
         words: Words of the training side by number, as they were written; the first is "", which none is.
         word_tokens: int64 (words,), tokens of the training side that end in each.
-        word_counts: int64 (3, pairs): feature, word, how often the one fires on the other; by feature and word.
+        word_counts: int64 (3, pairs): feature, word, how often the one fires on the other; by feature and word. Firings on
+            tokens that end in no word, and on pairs that were forgotten, stand at word 0.
         forgotten: Pairs that were dropped to stay within `ObserveConfig.pairs`.
         training, held_out: Samples of passages of each side.
         top: The strongest passages, as kept; `passages` shows them.

@@ -10,7 +10,8 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from urllib.error import HTTPError, URLError
+from http.client import HTTPException
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -27,7 +28,6 @@ Texts:
 {texts}
 
 In which of these texts does the feature fire? Answer with their numbers alone, separated by commas, or with the word none."""
-_REPLY = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -39,34 +39,37 @@ class Judge:
         model: The name that the endpoint knows it by.
         key: Sent as a bearer token; None: none is.
         timeout: Seconds until an answer must be there.
+        tokens: Of an answer, at most; a model that thinks before it answers needs many more.
 
     Raises:
-        TypeError, ValueError: the URL is not http or https, or timeout is not above 0.
+        TypeError, ValueError: the URL is not http or https, or timeout or tokens is not above 0.
     """
 
     url: str
     model: str
     key: str | None = field(default=None, repr=False)
     timeout: float = 60.0
+    tokens: int = 64
 
     def __post_init__(self) -> None:
         if not re.match(r"https?://[^/\s]+", self.url):
             raise ValueError(f"Judge: url is {self.url!r}; expected one that begins with http:// or https://")
         if finite_number("Judge", "timeout", self.timeout) <= 0:
             raise ValueError(f"Judge: timeout is {self.timeout}; expected seconds above 0")
+        object.__setattr__(self, "tokens", whole_number("Judge", "tokens", self.tokens, 1))
 
     def ask(self, text: str) -> str:
         """The answer to a text, at temperature 0.
 
         Raises:
             ConnectionError: there is no answer, or the endpoint refuses.
-            ValueError: what comes back is no chat completion.
+            ValueError: what comes back is no chat completion, or one without text.
         """
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": text}],
             "temperature": 0,
-            "max_tokens": _REPLY,
+            "max_tokens": self.tokens,
         }
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         where = self.url.rstrip("/") + "/chat/completions"
@@ -76,12 +79,17 @@ class Judge:
         except HTTPError as error:
             said = error.read(300).decode("utf-8", "replace")
             raise ConnectionError(f"Judge: {where} answered {error.code} {error.reason}: {said}") from None
-        except (URLError, TimeoutError, OSError) as error:
+        except (HTTPException, OSError) as error:
             raise ConnectionError(f"Judge: {where} cannot be reached ({error}); check url and timeout") from None
         try:
-            return str(json.loads(content)["choices"][0]["message"]["content"])
+            said = json.loads(content)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"Judge: {where} sent no chat completion ({error!r}): {content[:200]!r}") from None
+        if not isinstance(said, str) or not said.strip():
+            raise ValueError(
+                f"Judge: {self.model} answered nothing in {self.tokens} tokens; give Judge(…, tokens=…) more if it thinks first"
+            )
+        return said
 
 
 def judged_detection(
@@ -104,10 +112,11 @@ def judged_detection(
         seed: Which are drawn, and their order.
 
     Returns:
-        Feature -> balanced accuracy; 0.5 is chance. An answer that names no text counts as none.
+        Feature -> balanced accuracy; 0.5 is chance.
 
     Raises:
-        ValueError: a feature fires in fewer than passages/2 held-out passages, or leaves fewer out; it is out of range.
+        ValueError: a feature fires in fewer than passages/2 held-out passages, or leaves fewer out; it is out of range; an answer
+            that neither names texts nor says none.
         ConnectionError: the judge does not answer.
     """
     half = whole_number("judged_detection", "passages", passages, 2) // 2
@@ -121,6 +130,10 @@ def judged_detection(
         texts = "\n".join(f"{i}. {' '.join(evidence.held_out.texts[one].split())}" for i, one in enumerate(shown, 1))
         answer = judge.ask(_ASKED.format(words=", ".join(explanations.words[feature]) or "(none)", texts=texts))
         named = {int(number) - 1 for number in re.findall(r"\d+", answer)}
+        if not named and not re.search(r"\bnone\b", answer, re.IGNORECASE):
+            raise ValueError(
+                f"judged_detection: {judge.model} neither named texts nor said none for feature {feature}: {answer[:200]!r}"
+            )
         said = np.array([i in named for i in range(len(shown))])
         found[feature] = float((said[fires].mean() + (~said[~fires]).mean()) / 2)
     return found

@@ -24,9 +24,12 @@ function fits(word, asked) {
   return word === asked ? 3 : word.includes(asked) ? 1 : 0;
 }
 
+// Without regard to capitals, as the words were told apart: "ß" is "ss".
+const fold = (text) => text.toUpperCase().toLowerCase();
+
 for (const one of features) {
-  one.low = one.w.map((word) => word.toLowerCase());
-  one.logits = (one.r || []).map((token) => token.trim().toLowerCase());
+  one.low = one.w.map(fold);
+  one.logits = (one.r || []).map((token) => fold(token.trim()));
 }
 
 // How well a feature fits what is asked for: its number, a word of its own, a logit that it raises; 0: not at all.
@@ -50,7 +53,7 @@ const orders = {
 };
 
 function search() {
-  const asked = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const asked = fold($("search").value).split(/\s+/).filter(Boolean);
   let found = features.slice().sort(orders[$("order").value]);
   if (asked.length) {
     const fitting = new Map(found.map((one) => [one, fit(one, asked)]));
@@ -102,7 +105,7 @@ function article(one) {
   if (one.d !== undefined) facts.push(`detection ${one.d.toFixed(2)}`);
   if (one.i !== undefined) facts.push(`intruder ${one.i.toFixed(2)}`);
   if (one.f !== undefined) facts.push(`fires on ${percent(one.f)} of tokens`);
-  facts.push(one.s === undefined ? "no words: it fires too rarely" : `${short(one.s)} nats`);
+  facts.push(one.s === undefined ? "no word tells when it fires" : `${short(one.s)} nats`);
   const words = make("ul", one.w.map((word) => make("li", word)), { class: "words" });
   const header = make("header", [make("h2", make("a", `Feature ${one.n}`, { href: `#${one.n}` })), ` `, make("span", facts.join(" · "), { class: "quiet" }), words]);
   const left = make("div");
