@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -129,11 +130,18 @@ def test_explain_and_steer(smollm, trained: Path, tmp_path: Path, capsys: pytest
     used = sf.sae.Explanations.load(tmp_path / "words.json")
     shown = capsys.readouterr().out
     assert used.ranking == "use"
-    assert used.table() in shown
+    lines = (
+        shown.partition("nats  words\n")[2].partition("\n\n")[0].splitlines()
+    )  # those that their words foretell best
+    assert len(lines) == 20
+    assert set(lines) < set(used.table(range(len(used))).splitlines())
     numbers = json.loads((tmp_path / "scores.json").read_text())
     assert f"detection   median {numbers['detection_median']:.3f}" in shown
     assert numbers["detection_median"] > 0.6
-    assert '"p":[[' in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '"p":[[' in page
+    best = [int(number) for number in re.findall(r'"n":(\d+),"w":\[[^]]*\],"s":[^,]*,"d":', page)[:10]]
+    assert {int(line.split()[0]) for line in lines} >= set(best)  # the page has the same order
     assert cli.main([*arguments, *files, *corpus, "--form", "embedding", "--tokens", "200"]) == 0
     seen = capsys.readouterr()
     assert "not scored: detect: " in seen.err

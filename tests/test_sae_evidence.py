@@ -187,6 +187,11 @@ def test_the_sides_are_disjoint_and_do_not_depend_on_the_order(smollm) -> None:
         assert all(any(passage in text for text in own) for passage in sample.texts)
     assert sorted(forward.held_out.texts) == sorted(back.held_out.texts)  # the sample is drawn by the texts alone
     assert forward.training.passages == 50
+    w = torch.randn(200, 576)
+    many = SAE(w, w, threshold=torch.full((200,), 4.0), origin=Origin(place=("resid_pre", 0)))
+    one, other = (explain_use(observe(many, model, tokenizer, order, config), 5) for order in (texts, texts[::-1]))
+    assert one.words == other.words  # words that tell as much as each other stand by the alphabet
+    assert max(map(len, one.words)) == 5
     assert all(any(str(passage) in text for text in texts if not sides[text]) for passage in forward.passages(0))
 
 

@@ -182,6 +182,7 @@ def _explain(args: argparse.Namespace) -> int:
     chosen = None if args.find is None else found.find(args.find)
     if chosen == []:
         raise ValueError(f"sae explain: no feature is explained by {', '.join(args.find)}; try other words")
+    chosen = _best(detection) if chosen is None else chosen
     shared.say(found.table(chosen))
     if args.judge is not None and evidence is not None:
         _ask(args, found, evidence, chosen)
@@ -192,6 +193,14 @@ def _explain(args: argparse.Namespace) -> int:
         relations = relate(sae, model, tokenizer, min(8, sae.features - 1)) if sae.features > 1 else None
         shared.say(f"Page        {write_page(args.html, found, evidence, detection=detection, relations=relations)}")
     return 0
+
+
+def _best(detection: Detection | None, most: int = 20) -> list[int] | None:
+    """The features whose words foretell best; None where nothing was scored."""
+    if detection is None:
+        return None
+    order: list[int] = detection.accuracy.nan_to_num(-1).argsort(descending=True, stable=True).tolist()
+    return order[: min(most, int(detection.scored.sum()))]
 
 
 def _scored(args: argparse.Namespace, found: Explanations, evidence: Evidence) -> Detection | None:

@@ -86,11 +86,12 @@ class Lexicon:
 
     @classmethod
     def of(cls, words: Sequence[str], kinds: Iterable[str] = KINDS) -> Lexicon:
-        """The lexicon of words that are numbered from 0; "" has no name."""
+        """The lexicon of words that are numbered from 0, names of a kind by the alphabet; "" has no name."""
+        in_order = sorted(enumerate(words), key=lambda numbered: (numbered[1].casefold(), numbered[1]))
         numbers: dict[str, int] = {}
         pairs: list[tuple[int, int]] = []
         for kind in [kind for kind in KINDS if kind in set(kinds)]:
-            for word, text in enumerate(words):
+            for word, text in in_order:
                 if text:
                     pairs += [(word, numbers.setdefault(name, len(numbers))) for name in names_of(text, (kind,))]
         word, name = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
