@@ -83,6 +83,7 @@ def test_strength_multiplies(plan: Any, tmp_path: Any) -> None:
         (lambda: sf.Plan({1: sf.Add(V, keep_norm=True)}), r"at resid_post 1 is no vector that is added"),
         (lambda: sf.Plan({1: sf.Add(V)}, positions="last"), r"has positions='last', which vectors cannot say"),
         (lambda: sf.Plan({-1: sf.Add(V)}), r"resid_post -1 counts from the end"),
+        (lambda: sf.Plan({1: sf.Add(V, 0.0)}), r"every addition of the plan has strength 0, so there is no vector"),
     ],
 )
 def test_what_a_vector_cannot_say_is_refused(made: Any, message: str, tmp_path: Any) -> None:

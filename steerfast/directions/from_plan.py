@@ -24,7 +24,7 @@ def directions_of(owner: str, plan: Plan) -> DirectionSet:
 
     Raises:
         ValueError: another intervention, keep_norm, positions other than "all", a layer that counts from the end, or
-            additions that cancel.
+            additions that cancel, or all of strength 0.
     """
     if plan.positions != "all":
         raise ValueError(
@@ -54,6 +54,10 @@ def directions_of(owner: str, plan: Plan) -> DirectionSet:
                 parts.append(Direction(vector, "plan", float(vector.norm()), origin))
         if parts:
             found.append(sum(parts[1:], parts[0]))
+    if not found:
+        raise ValueError(
+            f"{owner}: every addition of the plan has strength 0, so there is no vector; give another strength"
+        )
     return DirectionSet(found, plan.model)
 
 
