@@ -135,3 +135,17 @@ def test_a_setting_that_is_neither_true_nor_false_is_refused(value, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "apply_b_dec_to_input": value}))
     with pytest.raises(ValueError, match=r"apply_b_dec_to_input is .*; expected true or false"):
         sf.SAE.load(folder)
+
+
+@pytest.mark.parametrize(
+    "above",
+    ["layer_3", "gemma-scope-9b-it-mlp/layer_3", "gemma-scope-2b-pt-transcoders/layer_3/width_16k", "embedding"],
+)
+def test_folders_above_a_release_of_gemma_scope_say_nothing(above, tmp_path):
+    """The place is told by the folders that were released, and not by those that they were put into."""
+    inside = Path("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71/params.npz")
+    file = tmp_path / above / inside
+    file.parent.mkdir(parents=True)
+    file.write_bytes((SAES / inside).read_bytes())
+    sae = sf.SAE.load(file)
+    assert (type(sae), sae.place, sae.source.model) == (sf.SAE, ("resid_post", 20), "google/gemma-2-2b")

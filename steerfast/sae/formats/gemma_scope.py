@@ -33,7 +33,9 @@ SKIP = "affine_skip_connection"
 def read_first(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     """One of Gemma Scope 1; its place is told by the folders …-res/layer_20/… that it lies in."""
     folders = "/".join(path.absolute().parts)
-    kind, layer = re.search(r"gemma-scope-([\w.]+-\w+)-(\w+)(?=/)", folders), re.search(r"layer_(\d+)(?=/)", folders)
+    kind = next(reversed(list(re.finditer(r"gemma-scope-([\w.]+-\w+)-(\w+)(?=/)", folders))), None)
+    folders = folders if kind is None else folders[kind.end() :]  # those above it are the user's own
+    layer = next(reversed(list(re.finditer(r"(?<=/)layer_(\d+)(?=/)", folders))), None)
     site = None if kind is None else FIRST.get(kind[2])
     place = None if site is None or layer is None else Place(site, int(layer[1]))
     model = "" if kind is None else f"google/gemma-2-{kind[1].removesuffix('-pt')}"
