@@ -259,7 +259,7 @@ def test_bad_input(smollm, seen: Evidence) -> None:
     with pytest.raises(ValueError, match="passage is 200"):
         ObserveConfig(passage=200)
     few = observe(sae, model, tokenizer, documents(12), ObserveConfig(passage=12))
-    with pytest.raises(ValueError, match="no feature fires in 20 of"):
+    with pytest.raises(ValueError, match="held-out passages no feature fires in 20 and not in 20; read more"):
         detect(explain_use(few), few)
     with pytest.raises(ValueError, match="3 features are explained, 6 were observed"):
         detect(Explanations((("a",),) * 3, torch.ones(3, 1), "use", 1), few)

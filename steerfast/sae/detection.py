@@ -136,7 +136,7 @@ def detect(
     scored &= np.diff(evidence.training.bounds) < sides[0]
     if not scored.any():
         raise ValueError(
-            f"detect: no feature fires in {least} of {sides[1]} held-out passages; read more of the corpus"
+            f"detect: of {sides[1]} held-out passages no feature fires in {least} and not in {least}; read more of the corpus"
         )
     words = _Words(explanations, evidence)
     accuracy = np.full(len(evidence), np.nan, dtype=np.float32)
