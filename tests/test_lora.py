@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build, token_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import steerfast as sf
 from steerfast.cli.main import main
@@ -44,6 +44,7 @@ def hooked(model: Any, plan: Any) -> torch.Tensor:
 def adapted(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of base layers without a bias, and of tied embeddings, when merged
+        warnings.filterwarnings("error", message="Found missing adapter keys")
         return peft.PeftModel.from_pretrained(deepcopy(model), folder).eval()
 
 
@@ -125,6 +126,57 @@ def test_experts_in_one_tensor_are_peft_s_alone(name: str, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"mlp_out .*experts holds all experts in one tensor.* engine=\"peft\""):
         write_lora(model, plan, tmp_path / "adapter")
     check(model, plan, tmp_path / "adapter", "peft")
+
+
+_ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+_ONE = {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+SHARED: dict[str, dict[str, Any]] = {
+    "glm4_moe": {**_ROUTED, "moe_intermediate_size": 24, "num_experts_per_tok": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "llama4_text": {**_ONE, "intermediate_size_mlp": 40},
+    "llama4_text square": {**_ONE, "intermediate_size": 48},
+}
+"""Mixtures with a dense projection or a shared expert of the experts' name, or with the stream along their last axis."""
+
+
+def mixture(name: str) -> Any:
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    }
+    config = AutoConfig.for_model(
+        name.split()[0], **{**shape, "vocab_size": 101, "head_dim": 8, "pad_token_id": 0, **SHARED[name]}
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_has_the_name_of_the_experts_is_not_moved_to_them(name: str, tmp_path: Path) -> None:
+    """PEFT does that to target_modules, and only warns of what it then misses."""
+    model = mixture(name)
+    check(model, sf.tools.everywhere(model, sf.Ablate(directions())), tmp_path / "adapter", "peft")
+    check(model, {("mlp_out", 0): sf.Ablate(directions())}, tmp_path / "one", "peft")
+
+
+def test_a_dense_layer_beside_experts_is_no_module_for_any_engine(tmp_path: Path) -> None:
+    plan = {("mlp_out", 0): sf.Ablate(directions())}
+    with pytest.raises(ValueError, match=r"PEFT takes model.layers.0.mlp.down_proj for a part of the experts"):
+        write_lora(mixture("glm4_moe"), plan, tmp_path / "adapter")
+
+
+def test_a_bias_beside_experts_is_refused(tmp_path: Path) -> None:
+    plan = {("mlp_out", 1): sf.Ablate(directions()), ("attn_out", 1): sf.Add(directions()[0])}
+    with pytest.raises(ValueError, match=r"PEFT takes no lora_bias .*o_proj\) beside a target_parameter .*experts\)"):
+        write_lora(build("mixtral"), plan, tmp_path / "adapter", "peft")
+    assert not (tmp_path / "adapter").exists()
 
 
 REFUSED = [

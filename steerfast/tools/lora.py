@@ -77,16 +77,17 @@ def write_lora(
     target = Path(folder)
     if target.exists():
         raise FileExistsError(f"lora: {target} exists; choose another name, or remove it")
-    found = changes("lora", model, plan)
+    found, stacked = changes("lora", model, plan), _stacked(model)
     parts = [
-        _part(place, chain, writer, first=i == 0)
+        _part(place, chain, writer, stacked, first=i == 0)
         for place, chain, writers in found
         for i, writer in enumerate(_told(place, chain, writers))
     ]
     if engine == "any":
-        for part in parts:
+        for part in sorted(parts, key=lambda part: part.writer.rows().ndim, reverse=True):  # the experts first
             part.refuse_for_any()
     adapter = _Adapter(parts, any(part.bias is not None for part in parts))
+    adapter.refuse_bias_beside_parameters()
     target.mkdir(parents=True)
     replace_file(target / WEIGHTS, save(adapter.tensors(), {"format": "pt"}))
     replace_file(target / CONFIG, json.dumps(adapter.config(unwrapped(model)), indent=2).encode())
@@ -134,6 +135,7 @@ class _Part:
     right: Tensor  # C (r, d)
     shift: Tensor  # t (d,), divided by the writer's scale
     embeds: bool = field(default=False)
+    wrapped: bool = field(default=False)  # a target_parameter, no target_module
 
     @property
     def bias(self) -> Tensor | None:
@@ -149,6 +151,11 @@ class _Part:
             raise ValueError(
                 f"lora: {self.where}: {self.writer.path} holds all experts in one tensor, whose adapter is a target_parameter, "
                 f"{_ONLY_PEFT}"
+            )
+        if self.wrapped:
+            raise ValueError(
+                f"lora: {self.where}: PEFT takes {self.writer.path} for a part of the experts, whose tensor has the same name, "
+                f"unless it is a target_parameter, {_ONLY_PEFT}"
             )
         if self.bias is not None:
             raise ValueError(
@@ -166,9 +173,29 @@ class _Part:
             b = torch.cat([b, self.shift[:, None]], dim=1)
         return a, b
 
+    def of_experts(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """PEFT's factors of experts in one tensor: A a block of rows for each expert, B's columns with experts fastest.
+
+        PEFT takes such a tensor for (experts, out, in), or for (experts, in, out) where its module says `is_transposed`; where
+        the stream lies along what it takes for in, the factors change places.
+        """
+        b = b.expand(len(a), -1, -1)
+        if (self.writer.axis == 2) != bool(getattr(self.writer.module, "is_transposed", False)):
+            a, b = b.transpose(1, 2), a.transpose(1, 2)
+        return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
     @property
     def rank(self) -> int:
         return self.left.shape[1] + int(self.embeds and bool(self.shift.any()))
+
+
+def _stacked(model: nn.Module) -> set[str]:
+    """Names of tensors that hold all experts of a layer.
+
+    PEFT moves a target_module of such a name (`down_proj` of a dense layer or a shared expert) to the experts, since it was
+    one of theirs before they were stacked.
+    """
+    return {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.ndim > 2}
 
 
 def _told(place: tuple[str, int], chain: list[Intervention], writers: list[Writer]) -> list[Writer]:
@@ -188,7 +215,9 @@ def _told(place: tuple[str, int], chain: list[Intervention], writers: list[Write
     return writers
 
 
-def _part(place: tuple[str, int], chain: list[Intervention], writer: Writer, *, first: bool) -> _Part:
+def _part(
+    place: tuple[str, int], chain: list[Intervention], writer: Writer, stacked: set[str], *, first: bool
+) -> _Part:
     """The chain as M = I - L·C and t, in float64; of several embeddings the first carries t."""
     d = writer.rows().shape[-1]
     device = writer.rows().device
@@ -203,9 +232,9 @@ def _part(place: tuple[str, int], chain: list[Intervention], writer: Writer, *, 
         elif isinstance(edit, Add) and first:
             shift = shift + edit.strength * edit.tensors()["vector"].to("cpu", torch.float64)
     where = f"{type(chain[0]).__name__} at {place[0]} {place[1]}"
-    return _Part(
-        where, writer, left.to(device), right.to(device), (shift / writer.scale).to(device), place == EMBEDDING
-    )
+    wrapped = writer.rows().ndim > 2 or writer.path.rpartition(".")[2] in stacked
+    shift = (shift / writer.scale).to(device)
+    return _Part(where, writer, left.to(device), right.to(device), shift, place == EMBEDDING, wrapped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +249,15 @@ class _Adapter:
         """r of every part; those of less are filled up with zeros."""
         return max(1, *(part.rank for part in self.parts))
 
+    def refuse_bias_beside_parameters(self) -> None:
+        biased = [part for part in self.parts if part.bias is not None]
+        wrapped = [part.writer.path for part in self.parts if part.wrapped]
+        if biased and wrapped:
+            raise ValueError(
+                f"lora: {biased[0].where}: PEFT takes no lora_bias ({biased[0].writer.path}) beside a target_parameter "
+                f"({wrapped[0]}); write two adapters, or use steer"
+            )
+
     def tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         rank = self.rank
@@ -232,9 +270,8 @@ class _Adapter:
             if part.embeds:
                 found[f"{name}.lora_embedding_A"], found[f"{name}.lora_embedding_B"] = a, b
                 continue
-            if a.ndim > 2:  # one row block of A for each expert; B's columns count experts fastest
-                experts = a.shape[0]
-                a, b = a.flatten(0, 1), b[:, :, None].expand(-1, -1, experts).flatten(1)
+            if a.ndim > 2:
+                a, b = part.of_experts(a, b)
             found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = a, b
             if self.biased:
                 bias = part.bias
@@ -246,9 +283,9 @@ class _Adapter:
         return part.writer.rows().detach().to(b) + (b @ a).T
 
     def config(self, model: nn.Module) -> dict[str, Any]:
-        stacked = [part.writer for part in self.parts if part.writer.rows().ndim > 2]
+        wrapped = [part.writer for part in self.parts if part.wrapped]
         kept = [part.writer.path for part in self.parts if part.embeds and self.biased]
-        targets = [p.writer.path for p in self.parts if p.writer.path not in kept and p.writer.rows().ndim <= 2]
+        targets = [p.writer.path for p in self.parts if p.writer.path not in kept and not p.wrapped]
         settings: Any = model.config
         return {
             "peft_type": "LORA",
@@ -262,7 +299,7 @@ class _Adapter:
             "lora_bias": self.biased,
             "fan_in_fan_out": any(hasattr(part.writer.module, "nf") for part in self.parts),
             "target_modules": targets,
-            "target_parameters": [f"{writer.path}.{writer.weight}" for writer in stacked] or None,
+            "target_parameters": [f"{writer.path}.{writer.weight}" for writer in wrapped] or None,
             "modules_to_save": kept or None,
         }
 
