@@ -56,9 +56,10 @@ class Intervention:
 
     registry: ClassVar[dict[str, type[Intervention]]] = {}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, listed: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Intervention.registry[cls.__name__] = cls
+        if listed:  # among those that a file may name
+            Intervention.registry[cls.__name__] = cls
 
     @property
     def width(self) -> int:

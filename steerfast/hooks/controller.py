@@ -126,6 +126,7 @@ class Controller:
             self._count_places()
             self.passes.watch()
             self.attachments.append(new)
+            self.attachments.sort(key=lambda one: one.turn)
             self.passes.refresh()
             self._shadow()
         except BaseException:

@@ -24,6 +24,7 @@ from steerfast.place import Place
 from .bookkeeping import bookkeeping, is_mapped
 from .passes import Call, Passes
 from .positions import Pass
+from .records import Recorder
 from .recomputing import Act, backward_pass, plainly_recorded, runs_hooks_again
 
 Tables = tuple[Tensor, Tensor]
@@ -59,6 +60,7 @@ class Dispatcher:
         if fixed and (not place[0].startswith("resid") or runs_hooks_again(point.module)):
             passes.recomputing.prepared_inside = True
         self._programs: dict[int, Program] = {}  # of the edits that fit no slot
+        self._recorders: set[int] = set()  # of these, the slots of recorders
         self.judges = False  # whether a condition is read here
         self.hook: RemovableHandle = self.attach()
 
@@ -84,6 +86,7 @@ class Dispatcher:
             slotted = self._slotted({**self.edits, **edits}, {**self._programs, **programs})
             self.bank = fitting(slotted, self.bank, slots)
         self._programs.update(programs)
+        self._recorders |= {slot for slot, edit in edits.items() if isinstance(edit, Recorder)}
         self.edits.update(edits)
         self.bank.commit()  # a compiled graph reads the buffers directly
         self._found = _NOTHING
@@ -92,6 +95,7 @@ class Dispatcher:
         """Release the slots that are here."""
         gone = [slot for slot in slots if self.edits.pop(slot, None) is not None]
         held = [slot for slot in gone if self._programs.pop(slot, None) is None]
+        self._recorders -= set(gone)
         if self.fixed:
             for slot in held:
                 self.bank.release(slot)
@@ -130,10 +134,12 @@ class Dispatcher:
             found = self._decide(x, call)
         if found.table is not None:
             rows, scale = self._tables(x, found, found.table, call)
-            return self._by_table(x, rows, scale, self._columns(call.now, rows), self._programs, self.bank)
+            steered = self._by_table(x, rows, scale, self._columns(call.now, rows), self._programs, self.bank)
+            return None if steered is x else steered
+        given = x
         for run, gain in found.direct:
             x = run(x, gain)
-        return x if found.direct else None
+        return None if x is given else x  # who only reads leaves the model's own tensor
 
     def act(self, x: Tensor) -> Act | None:
         """What this pass does here, for a backward pass to repeat whatever has changed by then; None: nothing."""
@@ -155,19 +161,20 @@ class Dispatcher:
         rows, scale = x.new_full((tokens, most), -1, dtype=torch.int32), x.new_ones(tokens, most, dtype=torch.float32)
         for columns in range(1 if fixed is None else most, most + 1):
             self._by_slots(x, rows[:, :columns], scale[:, :columns], self.bank)
-        for run in self._programs.values():
-            run(x, torch.zeros_like(scale[:, 0]))
+        for slot, run in self._programs.items():
+            if slot not in self._recorders:
+                run(x, torch.zeros_like(scale[:, 0]))
         for when, place in self.passes.conditions.values():
             if place == self.place:
-                when.condition(x)
+                when.condition.probe.program(x.device)(x)
 
     def _decide(self, x: Tensor, call: Call) -> _Found:
         call.ran.add(self)
         found = self._found
         if found.now is not call.now:
             found = self._found = self._look(call.now, x, call)
-        if self.judges and call.now.owners != ():
-            call.gates.judge(self.place, x)
+        if self.judges and (call.now.owners != () or call.gates.remembers):
+            call.gates.judge(self.place, x, call.scored)
         return found
 
     def _look(self, now: Pass, x: Tensor, call: Call | None) -> _Found:
@@ -177,7 +184,7 @@ class Dispatcher:
             found = _Found(now, [], table, {})
         else:
             here = [(slot, weight) for slot, weight in now.owners or () if slot in self.edits]
-            if here and backend_of(x) == "torch":
+            if here and (backend_of(x) == "torch" or self._programs.keys() >= {slot for slot, _ in here}):
                 found = _Found(now, [self._effect(slot, weight) for slot, weight in here], None, {})
             else:
                 found = _Found(now, [], self.passes.broadcast(now) if here else None, {})
@@ -226,7 +233,8 @@ class Dispatcher:
         for column, slot in columns:
             x = self._by_slots(x, rows[:, first:column], scale[:, first:column], bank)
             x = programs[slot](x, torch.where(rows[:, column] == slot, scale[:, column], 0))
-            first = column  # a slot for other rows may stand here; a program's own is empty
+            # A slot for other rows may stand beside a program's, which is empty; beside a recorder's stands none.
+            first = column + (slot in self._recorders)
         return (
             self._by_slots(x, rows[:, first:], scale[:, first:], bank)
             if first

@@ -55,7 +55,7 @@ def steer(
     plans = [None if one is None else as_plan("steer", one) for one in given]
     if not any(plans):
         raise ValueError("steer: no plan is given; pass a Plan, a dict, or a list with at least one plan")
-    lengths = _prompt_lengths(prompt_length)
+    lengths = prompt_lengths(prompt_length)
     with LOCK:
         controller = controller_of(model)
         for one in plans:
@@ -112,11 +112,11 @@ def active(model: nn.Module) -> list[Steering]:
         []
     """
     controller = known_controller(model)
-    return [] if controller is None else [one.handle for one in controller.attachments]
+    return [] if controller is None else [one.handle for one in controller.attachments if not one.reads]
 
 
 def reset(model: nn.Module) -> None:
-    """Remove every handle from a model: no hook remains, unless it was prepared, and `generate` is its own again.
+    """Remove every handle from a model, of `steer` and of `read`: no hook remains, unless it was prepared, and `generate` is its own again.
 
     Args:
         model: Any model; one that is not steered stays as it is.
@@ -124,9 +124,10 @@ def reset(model: nn.Module) -> None:
     Example:
         >>> sf.reset(model)
     """
+    controller = known_controller(model)
     with ExitStack() as stack:  # a warning of one may be an error, and the others are removed all the same
-        for handle in active(model):
-            stack.callback(handle.remove)
+        for one in [] if controller is None else controller.attachments:
+            stack.callback(one.handle.remove)
 
 
 def prepare(
@@ -320,16 +321,16 @@ def _strengths(value: Any, count: int, per_row: bool) -> list[float]:
     return [finite_number("steer", "strength", value)] * count
 
 
-def _prompt_lengths(value: Any) -> tuple[int, ...] | None:
+def prompt_lengths(value: Any, caller: str = "steer") -> tuple[int, ...] | None:
     """prompt_length as given: one number for all rows, or one per row."""
     if value is None:
         return None
     given = listed(value)
     try:
         several = isinstance(given, Sequence) and not isinstance(given, str)
-        numbers = tuple(whole_number("steer", "prompt_length", one) for one in (given if several else [given]))
+        numbers = tuple(whole_number(caller, "prompt_length", one) for one in (given if several else [given]))
     except TypeError:
         numbers = ()
     if not numbers or min(numbers) < 1:
-        raise ValueError(f"steer: prompt_length is {value!r}; expected a number of tokens >= 1, or one per batch row")
+        raise ValueError(f"{caller}: prompt_length is {value!r}; expected a number of tokens >= 1, or one per batch row")
     return numbers

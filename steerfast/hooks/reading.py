@@ -1,0 +1,220 @@
+"""Reading: probes look at the stream while a model runs. `read` attaches them and returns a handle beside `steer`'s.
+
+To the passes of the model a reading is one more plan, whose edits change nothing and note what they see, so that positions,
+padding, batches and caches mean what they mean in `steer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from steerfast._checks import finite_number, flag
+from steerfast.plan import Plan, Positions
+from steerfast.probes.probe import Probe, as_probe
+
+from .attachment import Attachment
+from .controller import LOCK, Controller, controller_of
+from .positions import Table
+from .records import Log, Recorder, Scores
+from .steer import prompt_lengths
+
+
+def read(
+    model: nn.Module,
+    probes: Mapping[str, Any] | Any,
+    positions: Positions = "all",
+    prompt_length: int | Sequence[int] | None = None,
+    *,
+    special: Any = None,
+) -> Reading:
+    """Read a model's stream with probes until the returned handle is removed, or for a `with` block.
+
+    A probe sees the stream before the edits of its own place, those of all handles, unless it says `after=True`. The model
+    computes what it would without it, bit for bit.
+
+    Args:
+        model: A transformers causal language model, or its decoder.
+        probes: Name -> probe; or one probe, whose name is then "probe". A `Direction`, a `Barrier` or an `SAE` that knows its
+            place is a probe, too.
+        positions: Which tokens are read, as in `Plan`; padding never is, nor what follows the end of a row.
+        prompt_length: As in `steer`.
+        special: As in `Plan`.
+
+    Returns:
+        A handle: `scores()`, `handle[name]`, `criterion(...)`, `remove()`, and a context manager.
+
+    Raises:
+        TypeError, ValueError: no probe, one without a place, or one that does not fit the model; nothing has been attached.
+        RuntimeError: the model is prepared or compiled; the scores of a compiled graph are not brought out of it.
+
+    Example:
+        >>> with sf.read(model, {"refusal": sf.probes.LinearProbe(v, place=14)}) as reading:  # doctest: +SKIP
+        ...     model.generate(**inputs)
+        >>> reading["refusal"].max()  # doctest: +SKIP
+    """
+    named = {
+        name: as_probe("read", probe)
+        for name, probe in (probes if isinstance(probes, Mapping) else {"probe": probes}).items()
+    }
+    _check_named(named)
+    with LOCK:
+        controller = controller_of(model, "read")
+        if controller.prepared:
+            raise RuntimeError(
+                "read: the model is prepared, and a compiled graph does not bring scores out; read a model that is not"
+            )
+        plans = {after: _plan(controller, named, after, positions, special) for after in (False, True)}
+        lengths = prompt_lengths(prompt_length, "read")
+        given = [plan for plan in plans.values() if plan is not None]
+        for plan in given:
+            controller.check(plan)
+        controller.check_positions(given, lengths)
+        return Reading(controller, named, [
+            Attachment([plan], False, [1.0], lengths, reads="after" if after else "before")
+            for after, plan in plans.items() if plan is not None
+        ])
+
+
+class Reading:
+    """A removable handle of one `read` call, and a context manager."""
+
+    def __init__(self, controller: Controller, probes: dict[str, Probe], attachments: list[Attachment]) -> None:
+        self._controller, self._attachments = controller, attachments
+        self.probes = probes
+        self._recorders = {
+            name: (recorder, one)
+            for one in attachments
+            for plan in one.plans
+            for chain in (plan.edits.values() if plan is not None else ())
+            for recorder in chain
+            if isinstance(recorder, Recorder)
+            for name in recorder.probes
+        }
+        self._kept: dict[str, Scores] | None = None  # once it is removed
+        done: list[Attachment] = []
+        try:
+            for one in attachments:
+                one.handle = self
+                controller.attach(one)
+                done.append(one)
+        except BaseException:
+            for one in done:
+                controller.detach(one)
+            raise
+
+    def __getitem__(self, name: str) -> Scores:
+        """What one probe has read of the latest text.
+
+        Raises:
+            KeyError: no probe has this name.
+            RuntimeError: the model has not run since.
+        """
+        if name not in self.probes:
+            raise KeyError(f"read: there is no probe {name!r}; there are {', '.join(self.probes)}")
+        if self._kept is not None:
+            if name not in self._kept:
+                raise RuntimeError("read: the model did not run while this handle was there, so nothing was read")
+            return self._kept[name]
+        log = self._controller.passes.latest.log
+        if log is None:
+            raise RuntimeError("read: the model has not run yet, so nothing was read")
+        recorder, one = self._recorders[name]
+        return log.scores(recorder, name, _named(one, log))
+
+    def scores(self) -> dict[str, Scores]:
+        """What each probe has read of the latest text: all rows of the batch that ran last."""
+        return {name: self[name] for name in self.probes}
+
+    def criterion(self, name: str, threshold: float, above: bool = True) -> Any:
+        """A stopping criterion for `generate` that ends a row when one of its tokens is scored above (or below) a threshold.
+
+        The token that the crossing stream has produced is the row's last; `Scores.values` show where the crossing was.
+
+        Args:
+            name: A probe with one number per token.
+            threshold: Where a row ends, strictly beyond it.
+            above: Whether above it; False: below.
+
+        Raises:
+            KeyError, TypeError, ValueError: no such probe, several numbers per token, or a threshold that is no finite number.
+
+        Example:
+            >>> with sf.read(model, probes) as reading:  # doctest: +SKIP
+            ...     model.generate(**inputs, stopping_criteria=[reading.criterion("toxic", 0.9)])
+        """
+        from transformers import StoppingCriteria
+
+        if name not in self.probes:
+            raise KeyError(f"read: there is no probe {name!r}; there are {', '.join(self.probes)}")
+        if not self.probes[name].is_scalar:
+            raise ValueError(f"read: {name!r} has several numbers per token; name a probe with one, such as one feature")
+        limit = finite_number("read", "threshold", threshold)
+        flag("read", "above", above)
+        recorder, passes = self._recorders[name][0], self._controller.passes
+
+        class Crossed(StoppingCriteria):  # type: ignore[misc]
+            """Ends a row whose probe has crossed its threshold."""
+
+            def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+                log = passes.latest.log
+                if log is None or log.batch != input_ids.shape[0]:
+                    raise RuntimeError("read: this criterion belongs to a handle that does not read this generate")
+                return log.crossed(recorder, name, limit, above).to(input_ids.device)
+
+        return Crossed()
+
+    def remove(self) -> None:
+        """Detach: no hook remains, and `generate` is restored. What was read stays. Safe to call twice."""
+        if self._kept is not None:
+            return
+        with LOCK:
+            log = self._controller.passes.latest.log
+            self._kept = {} if log is None else self.scores()
+            for one in self._attachments:
+                self._controller.detach(one)
+
+    def __enter__(self) -> Reading:
+        if self._kept is not None:
+            raise RuntimeError("read: this handle has been removed; call read again")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+
+def _named(one: Attachment, log: Log) -> Tensor:
+    """bool (batch, P + 1): which positions of a text an attachment reads."""
+    table = Table(log.prompt, [one.layer(log.prompt.batch)], log.device)
+    return (table.rows >= 0).any(2).repeat_interleave(log.batch // log.prompt.batch, 0)
+
+
+def _check_named(probes: Mapping[str, Probe]) -> None:
+    if not probes:
+        raise ValueError("read: no probe is given; pass one, or a dict of name -> probe")
+    for name, probe in probes.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"read: {name!r} names a probe; expected a text")
+        if probe.place is None:
+            raise ValueError(f"read: {name!r} does not say where it is read; make it with place=, a layer or (site, layer)")
+
+
+def _plan(
+    controller: Controller, probes: Mapping[str, Probe], after: bool, positions: Positions, special: Any
+) -> Plan | None:
+    """The plan of a reading: a recorder at every place; None: no probe is read there."""
+    places: dict[tuple[str, int], dict[str, Probe]] = {}
+    for name, probe in probes.items():
+        if probe.after == after and probe.place is not None:
+            site, layer = probe.place
+            places.setdefault((site, controller.layers.resolve(layer, "read")), {})[name] = probe
+    if not places:
+        return None
+    edits = {place: Recorder(here, controller.passes) for place, here in places.items()}
+    return Plan(edits, positions, special=special)
