@@ -25,6 +25,7 @@ _HOMES = {
     "ops": [],
     "ops.backends": ["use_backend"],
     "plan": ["Plan"],
+    "probes": [],
     "sae": [],
     "sae.explanation": ["explain"],
     "sae.model": ["SAE"],

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import steerfast as sf
-from steerfast.edits.saes import Shelf
+from steerfast.files.shelf import Shelf
 from steerfast.place import Origin
 from steerfast.sae.formats import save_saelens
 from steerfast.sae.model import Source

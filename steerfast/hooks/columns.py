@@ -37,15 +37,15 @@ def places_of(plan: Plan, layers: Layers, caller: str = "steer") -> dict[Place, 
 
 def read_at(when: When, place: Place, layers: Layers, caller: str = "steer") -> Place:
     """Where a condition of an intervention at `place` is read."""
-    if when.layer is None:
+    if when.reads is None:
         return place
-    read = Place("resid_post", layers.resolve(when.layer, caller))
+    read = Place(when.reads.site, layers.resolve(when.reads.layer, caller))
     if read[1] > place[1] or (read[1] == place[1] and place[0] != read[0]):
         raise ValueError(
             f"{caller}: {when!r} stands at {place[0]} {place[1]}, before layer {read[1]} where its condition is read; name "
             "that layer or an earlier one"
         )
-    if layers.point(read[1], read[0], caller).width != when.width:
+    if layers.point(read[1], read[0], caller).width != when.condition.width:
         raise ValueError(f"{caller}: the condition of {when!r} does not have the width of {read[0]} {read[1]}")
     return read
 
