@@ -56,7 +56,9 @@ def left_padded(ids: torch.Tensor, padding: list[int]) -> tuple[torch.Tensor, to
     return torch.where(mask.bool(), ids, PAD), mask
 
 
-def expected(model: Any, out: torch.Tensor, mask: torch.Tensor | None = None, layer: int = 1, seed: int = 1) -> torch.Tensor:
+def expected(
+    model: Any, out: torch.Tensor, mask: torch.Tensor | None = None, layer: int = 1, seed: int = 1
+) -> torch.Tensor:
     """What `probe` must say of every token that ran: all but the last."""
     mask = torch.ones_like(out) if mask is None else torch.cat([mask, torch.ones_like(out[:, mask.shape[1] :])], 1)
     found = stream(model, out, layer, mask)[:, :-1]
@@ -77,7 +79,8 @@ def test_a_bare_pass_is_read_and_stays_as_it_is_bit_for_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, STATIC, {"prefill_chunk_size": 3}, {"num_return_sequences": 3, "do_sample": True}, {"use_cache": False}]
+    "options",
+    [{}, STATIC, {"prefill_chunk_size": 3}, {"num_return_sequences": 3, "do_sample": True}, {"use_cache": False}],
 )
 def test_generate_is_read_token_by_token(llama: Any, options: dict[str, Any]) -> None:
     ids, mask = left_padded(token_ids(3, 7), [0, 2, 4])
@@ -121,17 +124,17 @@ def test_selectors_that_look_at_tokens(llama: Any) -> None:
 def test_a_probe_sees_the_stream_before_the_edits_of_its_place_unless_it_says_after(llama: Any, first: str) -> None:
     ids, v = token_ids(2, 5), 3 * row(find_layers(llama).d, 7)
     probes = {"before": probe(llama), "after": probe(llama, after=True), "behind": probe(llama, 2)}
-    clean = stream(llama, ids, 1)
+    clean, behind = stream(llama, ids, 1), stream(llama, ids, 2)
     handles = []
     for what in [first, {"read": "steer", "steer": "read"}[first]]:
-        handles.append(sf.read(llama, probes) if what == "read" else sf.steer(llama, {1: sf.Add(v), 0: sf.Add(v * 0)}))
+        handles.append(sf.read(llama, probes) if what == "read" else sf.steer(llama, {1: sf.Add(v)}))
     with torch.no_grad():
         llama(ids)
     reading = next(one for one in handles if type(one).__name__ == "Reading")
     w = row(find_layers(llama).d)
     assert torch.allclose(reading["before"].values, clean @ w + 0.25, atol=1e-4)
     assert torch.allclose(reading["after"].values, (clean + v) @ w + 0.25, atol=1e-3)
-    assert not torch.allclose(reading["behind"].values, stream(llama, ids, 2) @ w + 0.25, atol=1e-3)
+    assert not torch.allclose(reading["behind"].values, behind @ w + 0.25, atol=1e-3)
     for one in handles:
         one.remove()
 

@@ -37,9 +37,12 @@ def places_of(plan: Plan, layers: Layers, caller: str = "steer") -> dict[Place, 
 
 def read_at(when: When, place: Place, layers: Layers, caller: str = "steer") -> Place:
     """Where a condition of an intervention at `place` is read."""
-    if when.reads is None:
-        return place
-    read = Place(when.reads.site, layers.resolve(when.reads.layer, caller))
+    read = place if when.reads is None else Place(when.reads.site, layers.resolve(when.reads.layer, caller))
+    if when.condition.probe.after and read == place:
+        raise ValueError(
+            f"{caller}: {when!r} looks at the stream after the edits of its own place, of which it is one; read an earlier "
+            "layer, or before the edits"
+        )
     if read[1] > place[1] or (read[1] == place[1] and place[0] != read[0]):
         raise ValueError(
             f"{caller}: {when!r} stands at {place[0]} {place[1]}, before layer {read[1]} where its condition is read; name "

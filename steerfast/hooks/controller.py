@@ -83,13 +83,13 @@ class Controller:
 
     # --- plans come and go -------------------------------------------------------------------------------------------
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: Plan, caller: str = "steer") -> None:
         """Refuse a plan that does not fit the model, before anything is attached."""
-        check_plan(plan, self.layers, self.dispatchers if self.prepared else None)
-        for site, layer in places_of(plan, self.layers):
-            refuse_split(self.proof, self.layers, layer, site, "steer")
+        check_plan(plan, self.layers, self.dispatchers if self.prepared else None, caller)
+        for site, layer in places_of(plan, self.layers, caller):
+            refuse_split(self.proof, self.layers, layer, site, caller)
         if not self.prepared and is_compiled(self.model):
-            raise RuntimeError(_COMPILED.format("steer"))
+            raise RuntimeError(_COMPILED.format(caller))
         warn_of_others(plan, self.layers)
 
     def check_positions(self, plans: list[Plan], lengths: tuple[int, ...] | None) -> None:

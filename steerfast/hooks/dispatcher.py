@@ -24,8 +24,8 @@ from steerfast.place import Place
 from .bookkeeping import bookkeeping, is_mapped
 from .passes import Call, Passes
 from .positions import Pass
-from .records import Recorder
 from .recomputing import Act, backward_pass, plainly_recorded, runs_hooks_again
+from .records import Recorder
 
 Tables = tuple[Tensor, Tensor]
 """(rows, scale) of the tokens of a pass."""
@@ -135,11 +135,11 @@ class Dispatcher:
         if found.table is not None:
             rows, scale = self._tables(x, found, found.table, call)
             steered = self._by_table(x, rows, scale, self._columns(call.now, rows), self._programs, self.bank)
-            return None if steered is x else steered
-        given = x
-        for run, gain in found.direct:
-            x = run(x, gain)
-        return None if x is given else x  # who only reads leaves the model's own tensor
+        else:
+            steered = _directly(found.direct, x)
+        if self.judges:
+            self._judge(steered, call, after=True)
+        return None if steered is x else steered  # who only reads leaves the model's own tensor
 
     def act(self, x: Tensor) -> Act | None:
         """What this pass does here, for a backward pass to repeat whatever has changed by then; None: nothing."""
@@ -173,9 +173,13 @@ class Dispatcher:
         found = self._found
         if found.now is not call.now:
             found = self._found = self._look(call.now, x, call)
-        if self.judges and (call.now.owners != () or call.gates.remembers):
-            call.gates.judge(self.place, x, call.scored)
+        if self.judges:
+            self._judge(x, call, after=False)
         return found
+
+    def _judge(self, x: Tensor, call: Call, after: bool) -> None:
+        if call.now.owners != () or call.gates.remembers:
+            call.gates.judge(self.place, x, call.scored, after)
 
     def _look(self, now: Pass, x: Tensor, call: Call | None) -> _Found:
         """Decide once per pass, and once for all equal passes: nothing, a table, or the same slots for every token."""

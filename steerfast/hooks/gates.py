@@ -78,10 +78,10 @@ class Gates:
             gate.open = None
 
     @torch.no_grad()
-    def judge(self, place: Place, x: Tensor, scored: Scored) -> None:
-        """Read the conditions of a place from the stream x (batch, tokens, d) that arrives there."""
+    def judge(self, place: Place, x: Tensor, scored: Scored, after: bool = False) -> None:
+        """Read the conditions of a place from the stream x (batch, tokens, d) before its edits, or `after` them."""
         for gate in self._gates.values():
-            if gate.place != place:
+            if gate.place != place or gate.when.condition.probe.after != after:
                 continue
             if not gate.when.per_token:
                 gate.open = self._latched(gate, x)

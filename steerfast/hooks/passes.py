@@ -35,8 +35,8 @@ from .gates import Conditions, Gates
 from .generation import Announcement, by_name, tokens_of, valid_tokens
 from .positions import IDLE, Owners, Pass, Table
 from .prompts import Prompt
-from .records import Log, Scored
 from .recomputing import THREADS, Recomputing, Thread
+from .records import Log, Scored
 from .texts import Batch, Filled, Texts, mark_of, unmoved
 from .watched import Watched
 

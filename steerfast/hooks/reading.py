@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from steerfast._checks import finite_number, flag
 from steerfast.plan import Plan, Positions
-from steerfast.probes.probe import Probe, as_probe
+from steerfast.probes.given import as_probe
+from steerfast.probes.probe import Probe
 
 from .attachment import Attachment
 from .controller import LOCK, Controller, controller_of
@@ -71,12 +72,17 @@ def read(
         lengths = prompt_lengths(prompt_length, "read")
         given = [plan for plan in plans.values() if plan is not None]
         for plan in given:
-            controller.check(plan)
+            controller.check(plan, "read")
         controller.check_positions(given, lengths)
-        return Reading(controller, named, [
-            Attachment([plan], False, [1.0], lengths, reads="after" if after else "before")
-            for after, plan in plans.items() if plan is not None
-        ])
+        return Reading(
+            controller,
+            named,
+            [
+                Attachment([plan], False, [1.0], lengths, reads="after" if after else "before")
+                for after, plan in plans.items()
+                if plan is not None
+            ],
+        )
 
 
 class Reading:
@@ -150,13 +156,15 @@ class Reading:
 
         if name not in self.probes:
             raise KeyError(f"read: there is no probe {name!r}; there are {', '.join(self.probes)}")
-        if not self.probes[name].is_scalar:
-            raise ValueError(f"read: {name!r} has several numbers per token; name a probe with one, such as one feature")
+        if not self.probes[name].single:
+            raise ValueError(
+                f"read: {name!r} has several numbers per token; name a probe with one, such as one feature"
+            )
         limit = finite_number("read", "threshold", threshold)
         flag("read", "above", above)
         recorder, passes = self._recorders[name][0], self._controller.passes
 
-        class Crossed(StoppingCriteria):  # type: ignore[misc]
+        class Crossed(StoppingCriteria):
             """Ends a row whose probe has crossed its threshold."""
 
             def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -188,7 +196,6 @@ class Reading:
         self.remove()
 
 
-
 def _named(one: Attachment, log: Log) -> Tensor:
     """bool (batch, P + 1): which positions of a text an attachment reads."""
     table = Table(log.prompt, [one.layer(log.prompt.batch)], log.device)
@@ -202,7 +209,9 @@ def _check_named(probes: Mapping[str, Probe]) -> None:
         if not isinstance(name, str) or not name:
             raise TypeError(f"read: {name!r} names a probe; expected a text")
         if probe.place is None:
-            raise ValueError(f"read: {name!r} does not say where it is read; make it with place=, a layer or (site, layer)")
+            raise ValueError(
+                f"read: {name!r} does not say where it is read; make it with place=, a layer or (site, layer)"
+            )
 
 
 def _plan(
@@ -211,9 +220,13 @@ def _plan(
     """The plan of a reading: a recorder at every place; None: no probe is read there."""
     places: dict[tuple[str, int], dict[str, Probe]] = {}
     for name, probe in probes.items():
-        if probe.after == after and probe.place is not None:
-            site, layer = probe.place
-            places.setdefault((site, controller.layers.resolve(layer, "read")), {})[name] = probe
+        if probe.after != after or probe.place is None:
+            continue
+        site, layer = probe.place.site, controller.layers.resolve(probe.place.layer, "read")
+        width = controller.layers.point(layer, site, "read").width
+        if probe.width != width:
+            raise ValueError(f"read: {name!r} has width {probe.width}; {site} {layer} of this model has {width}")
+        places.setdefault((site, layer), {})[name] = probe
     if not places:
         return None
     edits = {place: Recorder(here, controller.passes) for place, here in places.items()}

@@ -70,7 +70,7 @@ class Scores:
         self._check_seen(name)
         if self.indices is not None:
             raise ValueError(
-                f"Scores.{name}: the probe selects other features for every token; read sf.probes.FeatureProbe of those that count"
+                f"Scores.{name}: the probe selects other features for every token; read those of interest by FeatureProbe"
             )
         return self.read.view(*self.read.shape, *[1] * (self.values.dim() - 2))
 
@@ -147,9 +147,7 @@ class Log:
         return self.prompt is prompt and self.batch == batch and (isinstance(start, Tensor) or start > 0)
 
     @bookkeeping
-    def begin(
-        self, start: int | Tensor, tokens: int, ids: Tensor | None, recorders: Sequence[Intervention]
-    ) -> None:
+    def begin(self, start: int | Tensor, tokens: int, ids: Tensor | None, recorders: Sequence[Intervention]) -> None:
         """A pass over positions [start, start + tokens) of every row begins."""
         self._start, self._tokens = start, tokens
         if isinstance(start, Tensor) and not self.reached:
@@ -165,7 +163,11 @@ class Log:
     def write(self, recorder: Recorder, name: str, found: tuple[Tensor, ...], scale: Tensor | float) -> None:
         """What a probe has found in this pass, one number or several for each of its tokens; scale 0: not to be read."""
         here = (self.batch, self._tokens)
-        read = scale.view(here) != 0 if isinstance(scale, Tensor) else torch.ones(here, dtype=torch.bool, device=self.device)
+        read = (
+            scale.view(here) != 0
+            if isinstance(scale, Tensor)
+            else torch.ones(here, dtype=torch.bool, device=self.device)
+        )
         read = read.to(self.device)
         kept = self._read.get(recorder)
         empty = torch.zeros(self.batch, 0, dtype=torch.bool, device=self.device) if kept is None else kept
@@ -207,15 +209,15 @@ class Log:
         read &= ~self._over(count)
         found = self._found.get((recorder, name))
         if found is None:
-            width = () if probe.names is None else (len(probe.names),)
-            values, indices = torch.full((self.batch, count, *width), torch.nan), None
+            width = () if probe.single else (len(probe.names or ()),)
+            values = torch.full((self.batch, count, *width), torch.nan)
+            indices = torch.full((self.batch, count, 0), -1, dtype=torch.int32) if probe.pairs else None
         else:
             values = torch.where(read[..., None], _cut(found[0], count, torch.nan).cpu(), torch.nan)
             indices = torch.where(read[..., None], _cut(found[1], count, -1).cpu(), -1) if len(found) > 1 else None
-            if probe.names is None and indices is None:
-                values = values[..., 0]
+            values = values[..., 0] if probe.single else values
         unseen = named[:, : min(self._since.get(recorder, 0), named.shape[1] - 1)].any(1)
-        return Scores(values, read, probe.names, indices, unseen)
+        return Scores(values, read, probe.names or None, indices, unseen)
 
     def crossed(self, recorder: Recorder, name: str, threshold: float, above: bool) -> Tensor:
         """bool (batch,), on the device: which rows hold a token beyond a threshold."""

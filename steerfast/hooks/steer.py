@@ -116,7 +116,7 @@ def active(model: nn.Module) -> list[Steering]:
 
 
 def reset(model: nn.Module) -> None:
-    """Remove every handle from a model, of `steer` and of `read`: no hook remains, unless it was prepared, and `generate` is its own again.
+    """Remove every handle from a model, those of `read`, too: no hook remains, unless it was prepared, and `generate` is its own.
 
     Args:
         model: Any model; one that is not steered stays as it is.
@@ -332,5 +332,7 @@ def prompt_lengths(value: Any, caller: str = "steer") -> tuple[int, ...] | None:
     except TypeError:
         numbers = ()
     if not numbers or min(numbers) < 1:
-        raise ValueError(f"{caller}: prompt_length is {value!r}; expected a number of tokens >= 1, or one per batch row")
+        raise ValueError(
+            f"{caller}: prompt_length is {value!r}; expected a number of tokens >= 1, or one per batch row"
+        )
     return numbers
