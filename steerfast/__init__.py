@@ -18,6 +18,7 @@ _HOMES = {
     "edits.flow": ["Flow", "flow"],
     "edits.linear": ["Ablate", "Add", "Affine", "AffineAblate", "Clamp", "LoReFT"],
     "edits.rotations": ["Householder", "Rotate", "Spherical"],
+    "hooks.compiled": ["Room"],
     "hooks.reading": ["Reading", "read"],
     "hooks.steer": ["Steering", "active", "prepare", "reset", "steer", "unprepare", "warmup"],
     "integrations": [],

@@ -228,7 +228,7 @@ def test_generate_beside_a_cache_reads_what_is_new(llama: Any) -> None:
 def test_the_latest_text_is_shown_and_the_last_one_stays(llama: Any) -> None:
     long, short = token_ids(2, 9), token_ids(1, 3)
     with torch.no_grad(), sf.read(llama, probe(llama)) as reading:
-        with pytest.raises(RuntimeError, match="has not run yet"):
+        with pytest.raises(RuntimeError, match="has not run while"):
             reading["probe"]
         llama(long)
         assert reading["probe"].values.shape == (2, 9)

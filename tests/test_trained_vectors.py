@@ -216,7 +216,7 @@ def test_where_copies_are_kept_an_error_names_the_vector(tmp_path: Path) -> None
     for refusal in refusals:
         with pytest.raises(ValueError, match=r"vector of .* requires a gradient.*vector\.detach\(\)"):
             refusal()
-    sf.prepare(model, layers=[LAYER], batch=2, length=8, slots=2, directions=4)
+    sf.prepare(model, layers=[LAYER], room=sf.Room(batch=2, length=8, slots=2, directions=4))
     with pytest.raises(ValueError, match=r"a prepared model: vector of Add.* requires a gradient"):
         sf.steer(model, {LAYER: live})
     with sf.steer(model, {LAYER: sf.Add(drawn(D))}):  # nothing is left of the refused one

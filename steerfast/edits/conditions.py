@@ -135,12 +135,7 @@ class Condition:
         if self.release is None:
             return on
         off = score < self.release if self.above else score > self.release
-        changes = on | off if counts is None else (on | off) & counts
-        # the latest change, as twice its token's number, from 1, and whether it opens
-        order = 2 * torch.arange(1, score.shape[-1] + 1, device=score.device)
-        latest = torch.where(changes, order + on.long(), 0).cummax(-1).values
-        first = torch.zeros_like(latest[..., :1], dtype=torch.bool) if before is None else before[..., None]
-        return torch.where(latest == 0, first, latest % 2 == 1)
+        return held(on, off, before, counts)
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of the probe."""
@@ -171,6 +166,26 @@ class Condition:
         score = "similarity" if isinstance(self.probe, SimilarityProbe) else repr(self.probe)
         held = "" if self.release is None else f" until {'<' if self.above else '>'} {self.release}"
         return f"{score} {'>' if self.above else '<'} {self.threshold}{held}"
+
+
+def held(on: Tensor, off: Tensor, before: Tensor | None, counts: Tensor | None) -> Tensor:
+    """A state token by token: it opens with `on`, shuts with `off`, and stays as it is with neither.
+
+    Args:
+        on: bool (..., tokens).
+        off: bool (..., tokens), never where `on` is.
+        before: As in `Condition.decide`.
+        counts: As there.
+
+    Returns:
+        bool (..., tokens).
+    """
+    changes = on | off if counts is None else (on | off) & counts
+    # the latest change, as twice its token's number, from 1, and whether it opens
+    order = 2 * torch.arange(1, on.shape[-1] + 1, device=on.device)
+    latest = torch.where(changes, order + on.long(), 0).cummax(-1).values
+    first = torch.zeros_like(latest[..., :1], dtype=torch.bool) if before is None else before[..., None]
+    return torch.where(latest == 0, first, latest % 2 == 1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -71,11 +71,6 @@ def check_plan(plan: Plan, layers: Layers, prepared: Container[Place] | None, ca
         point = layers.point(layer, site, caller)
         for edit in chain:
             if isinstance(edit, When):
-                if prepared is not None:
-                    raise ValueError(
-                        f"{caller}: {edit!r} on a prepared model; conditions are read by hooks that a compiled graph does not "
-                        "hold: steer a model that has not been prepared"
-                    )
                 read_at(edit, Place(site, layer), layers, caller)
             if edit.width != point.width:
                 raise ValueError(

@@ -22,6 +22,7 @@ from steerfast.ops.slots import ALL_MODES
 from steerfast.place import Place
 
 from .bookkeeping import bookkeeping, is_mapped
+from .fixed import FixedProbe
 from .passes import Call, Passes
 from .positions import Pass
 from .recomputing import Act, backward_pass, plainly_recorded, runs_hooks_again
@@ -62,6 +63,8 @@ class Dispatcher:
         self._programs: dict[int, Program] = {}  # of the edits that fit no slot
         self._recorders: set[int] = set()  # of these, the slots of recorders
         self.judges = False  # whether a condition is read here
+        self.probes: list[FixedProbe] = []  # of a prepared model, those that are read here
+        self.edited = True  # whether a prepared place has room for edits
         self.hook: RemovableHandle = self.attach()
 
     def put(self, edits: dict[int, Intervention], slots: int) -> None:
@@ -116,10 +119,14 @@ class Dispatcher:
         """The steered stream, or None where no row is steered."""
         if self.fixed and torch.compiler.is_compiling():  # one graph for all threads: what it gathers from is shared
             now = self.passes.traced  # of the same graph; of an eager pass where only the blocks are compiled
-            found = self._look(now, x, None)
+            self._note(x, after=False)
+            found, steered = self._look(now, x, None), x
             if found.table is not None:
-                return self._by_table(x, *_beside(x, found.table, now), [], {}, self.bank)
-            return _directly(found.direct, x) if found.direct else None
+                steered = self._by_table(x, *self._open(*_beside(x, found.table, now)), [], {}, self.bank)
+            elif found.direct:
+                steered = _directly(found.direct, x)
+            self._note(steered, after=True)
+            return None if steered is x else steered
         call = self.passes.threads.call
         thread = call.thread
         if thread.region is not None:
@@ -128,7 +135,9 @@ class Dispatcher:
         if doubtful and not self.passes.recomputing.runs_anew(self.point.path):
             return None
         found = self._found
-        if found.now is call.now and not self.judges:  # what every pass but the first of its kind comes to
+        if (
+            found.now is call.now and not self.judges and not self.probes
+        ):  # what every pass but the first of its kind comes to
             call.ran.add(self)
         else:
             found = self._decide(x, call)
@@ -139,6 +148,7 @@ class Dispatcher:
             steered = _directly(found.direct, x)
         if self.judges:
             self._judge(steered, call, after=True)
+        self._note(steered, after=True)
         return None if steered is x else steered  # who only reads leaves the model's own tensor
 
     def act(self, x: Tensor) -> Act | None:
@@ -175,7 +185,18 @@ class Dispatcher:
             found = self._found = self._look(call.now, x, call)
         if self.judges:
             self._judge(x, call, after=False)
+        self._note(x, after=False)
         return found
+
+    def _note(self, x: Tensor, after: bool) -> None:
+        """The probes of a prepared model look at the stream."""
+        if self.probes and self.passes.fixed is not None:
+            self.passes.fixed.text.note(self.probes, x, after)
+
+    def _open(self, rows: Tensor, scale: Tensor) -> Tables:
+        """The tables of a prepared model without what its gates have shut."""
+        fixed = self.passes.fixed
+        return (rows if fixed is None or not fixed.text.opens else fixed.text.close(rows)), scale
 
     def _judge(self, x: Tensor, call: Call, after: bool) -> None:
         if call.now.owners != () or call.gates.remembers:
@@ -184,7 +205,7 @@ class Dispatcher:
     def _look(self, now: Pass, x: Tensor, call: Call | None) -> _Found:
         """Decide once per pass, and once for all equal passes: nothing, a table, or the same slots for every token."""
         if now.rows is not None and now.scale is not None:
-            table = (now.rows, now.scale) if self.fixed or self.edits else None
+            table = (now.rows, now.scale) if (self.fixed and self.edited) or self.edits else None
             found = _Found(now, [], table, {})
         else:
             here = [(slot, weight) for slot, weight in now.owners or () if slot in self.edits]
@@ -215,6 +236,8 @@ class Dispatcher:
     def _tables(self, x: Tensor, found: _Found, table: Tables, call: Call) -> Tables:
         """The tables of this pass beside x, without what a condition has shut."""
         rows, scale = _beside(x, table, call.now) if call.now.owners is None else _spread(x, found.spread, table)
+        if self.fixed:
+            return self._open(rows, scale)
         return (call.gates.close(rows, self.edits) if call.gates else rows), scale
 
     def _columns(self, now: Pass, rows: Tensor) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from steerfast.place import Place
 
 from .bookkeeping import bookkeeping, is_mapped, settled
 from .positions import Table
-from .prompts import Memory, Prompt, with_later
+from .prompts import Memory, Prompt
 from .records import Scored
 
 
@@ -122,7 +122,9 @@ class Gates:
         memory.room((start if isinstance(start, int) else memory.reached) + tokens + 1)
         here = torch.as_tensor(start, device=score.device).reshape(1) + torch.arange(tokens, device=score.device)
         before = memory.open.index_select(1, here[:1])[:, 0]
-        found = gate.when.condition.decide(score.reshape(batch, tokens), before, _real(table, here, batch, start))
+        found = gate.when.condition.decide(
+            score.reshape(batch, tokens), before, table.real(start, tokens, batch).to(score.device)
+        )
         memory.open.index_copy_(1, here + 1, found)
         memory.reached = start + tokens if isinstance(start, int) else memory.reached + tokens
         return found.reshape(-1)
@@ -187,12 +189,3 @@ class Gates:
                 "the prompt while the plan is active, or use WhenToken"
             )
         return gate.latch, here, ends
-
-
-def _real(table: Table, here: Tensor, batch: int, start: int | Tensor) -> Tensor | None:
-    """bool (batch, tokens): which tokens of a pass are no padding; None: all."""
-    prompt = table.prompt
-    if isinstance(start, int) and start >= prompt.valid.shape[1]:
-        return None
-    valid = torch.stack([with_later(row, True) for row in prompt.valid]).repeat_interleave(batch // prompt.batch, 0)
-    return valid.to(here.device)[:, here.clamp(max=valid.shape[1] - 1)]

@@ -31,6 +31,7 @@ from .bookkeeping import bookkeeping, refuse_tracing
 from .compiled import FixedTable, lengths_per_row
 from .continuous import pass_for_all
 from .counts import Counts
+from .fixed import Announced
 from .gates import Conditions, Gates
 from .generation import Announcement, by_name, tokens_of, valid_tokens
 from .positions import IDLE, Owners, Pass, Table
@@ -241,7 +242,10 @@ class Passes:
         """A prepared model's buffers hold the announced batch."""
         if self.fixed is not None and call.batch is not None and call.table is not None:
             self.fixed.unplaced = self.fixed.by_token = False
-            self.fixed.publish(call.table, call.batch.told.copies)
+            told = call.batch.told
+            held = 0 if told.cache is None else int(told.cache.get_seq_length())
+            announced = None if told.prompt is None else Announced(told.prompt, told.copies, (told.eos, told.pad), held)
+            self.fixed.publish(call.table, told.copies, announced)
 
     # --- what dispatchers and handles ask ----------------------------------------------------------------------------
 
@@ -275,6 +279,8 @@ class Passes:
 
     def decision(self, slot: int) -> Tensor | None:
         """bool (batch,) on the CPU: what a latched condition decided in the pass that began last."""
+        if self.fixed is not None:
+            return self.fixed.text.decision(slot)
         return self.latest.gates.decision(slot)
 
     # --- one pass ----------------------------------------------------------------------------------------------------
@@ -348,6 +354,8 @@ class Passes:
             call.gates.begin(table, start, count, batch)
         if self.recorders:
             self._follow(call, table, ids)
+        if self.fixed is not None and self.fixed.text:
+            self.fixed.text.begin(start, tokens, table.real(start, count, batch))
         self.threads.call = call
 
     def _follow(self, call: Call, table: Table, ids: Tensor | None) -> None:

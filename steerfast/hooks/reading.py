@@ -7,6 +7,7 @@ padding, batches and caches mean what they mean in `steer`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -19,8 +20,9 @@ from steerfast.probes.probe import Probe
 
 from .attachment import Attachment
 from .controller import LOCK, Controller, controller_of
+from .fixed import FixedProbe, FixedText
 from .positions import Table
-from .records import Log, Recorder, Scores
+from .records import Recorder, Scores
 from .steer import prompt_lengths
 
 
@@ -49,8 +51,9 @@ def read(
         A handle: `scores()`, `handle[name]`, `criterion(...)`, `remove()`, and a context manager.
 
     Raises:
-        TypeError, ValueError: no probe, one without a place, or one that does not fit the model; nothing has been attached.
-        RuntimeError: the model is prepared or compiled; the scores of a compiled graph are not brought out of it.
+        TypeError, ValueError: no probe, one without a place, one that does not fit the model, or that a prepared model was not
+            prepared for; nothing has been attached.
+        RuntimeError: the model is already compiled and was not prepared.
 
     Example:
         >>> with sf.read(model, {"refusal": sf.probes.LinearProbe(v, place=14)}) as reading:  # doctest: +SKIP
@@ -64,52 +67,93 @@ def read(
     _check_named(named)
     with LOCK:
         controller = controller_of(model, "read")
-        if controller.prepared:
-            raise RuntimeError(
-                "read: the model is prepared, and a compiled graph does not bring scores out; read a model that is not"
-            )
         plans = {after: _plan(controller, named, after, positions, special) for after in (False, True)}
         lengths = prompt_lengths(prompt_length, "read")
-        given = [plan for plan in plans.values() if plan is not None]
-        for plan in given:
+        given = {after: plan for after, plan in plans.items() if plan is not None}
+        for plan in given.values():
             controller.check(plan, "read")
-        controller.check_positions(given, lengths)
-        return Reading(
-            controller,
-            named,
-            [
-                Attachment([plan], False, [1.0], lengths, reads="after" if after else "before")
-                for after, plan in plans.items()
-                if plan is not None
-            ],
-        )
+        controller.check_positions(list(given.values()), lengths)
+        attachments = [
+            Attachment([plan], False, [1.0], lengths, reads="after" if after else "before")
+            for after, plan in given.items()
+        ]
+        fixed = controller.passes.fixed
+        source = _Recorded(controller, attachments) if fixed is None else _Prepared(controller, fixed.text, attachments)
+        return Reading(source, named)
+
+
+class _Recorded:
+    """What a model that is not prepared has recorded."""
+
+    def __init__(self, controller: Controller, attachments: list[Attachment]) -> None:
+        self.controller, self.attached = controller, attachments
+        self._of = {
+            name: (recorder, one)
+            for one in attachments
+            for recorder in one.recorders
+            if isinstance(recorder, Recorder)
+            for name in recorder.probes
+        }
+
+    def scores(self, name: str) -> Scores | None:
+        """What a probe has read of the latest text; None: no text has run."""
+        recorder, one = self._of[name]
+        log = self.controller.passes.latest.log
+        if log is None:
+            return None
+        table = Table(log.prompt, [one.layer(log.prompt.batch)], log.device)
+        named = (table.rows >= 0).any(2).repeat_interleave(log.batch // log.prompt.batch, 0)
+        return log.scores(recorder, name, named)
+
+    def crossed(self, name: str, threshold: float, above: bool, rows: int) -> Tensor:
+        """bool (rows,): which rows of the running batch hold a token beyond a threshold."""
+        log = self.controller.passes.latest.log
+        if log is None or log.batch != rows:
+            raise RuntimeError("read: this criterion belongs to a handle that does not read this generate")
+        return log.crossed(self._of[name][0], name, threshold, above)
+
+
+class _Prepared:
+    """What the graph of a prepared model has written into its buffers."""
+
+    def __init__(self, controller: Controller, text: FixedText, attachments: list[Attachment]) -> None:
+        self.controller, self._text = controller, text
+        # generate announces its prompts while something is attached; the graph reads what it was prepared for anyway
+        self.attached = [replace(one, plans=[None]) for one in attachments[:1]]
+        self._of: dict[str, tuple[FixedProbe, Attachment]] = {}
+        for one in attachments:
+            one.slots = [(0,)]
+            for plan in one.plans:
+                for place, chain in () if plan is None else plan.edits.items():
+                    for recorder in chain:
+                        probes = recorder.probes if isinstance(recorder, Recorder) else {}
+                        self._of |= {name: (text.find(probe, place, "read"), one) for name, probe in probes.items()}
+
+    def scores(self, name: str) -> Scores | None:
+        """As `_Recorded.scores`."""
+        return self._text.scores(*self._of[name])
+
+    def crossed(self, name: str, threshold: float, above: bool, rows: int) -> Tensor:
+        """As `_Recorded.crossed`."""
+        return self._text.crossed(*self._of[name], threshold, above)[:rows]
 
 
 class Reading:
     """A removable handle of one `read` call, and a context manager."""
 
-    def __init__(self, controller: Controller, probes: dict[str, Probe], attachments: list[Attachment]) -> None:
-        self._controller, self._attachments = controller, attachments
+    def __init__(self, source: _Recorded | _Prepared, probes: dict[str, Probe]) -> None:
+        self._source = source
         self.probes = probes
-        self._recorders = {
-            name: (recorder, one)
-            for one in attachments
-            for plan in one.plans
-            for chain in (plan.edits.values() if plan is not None else ())
-            for recorder in chain
-            if isinstance(recorder, Recorder)
-            for name in recorder.probes
-        }
-        self._kept: dict[str, Scores] | None = None  # once it is removed
+        self._kept: dict[str, Scores | ValueError | None] | None = None  # once it is removed
         done: list[Attachment] = []
         try:
-            for one in attachments:
+            for one in source.attached:
                 one.handle = self
-                controller.attach(one)
+                source.controller.attach(one)
                 done.append(one)
         except BaseException:
             for one in done:
-                controller.detach(one)
+                source.controller.detach(one)
             raise
 
     def __getitem__(self, name: str) -> Scores:
@@ -121,15 +165,18 @@ class Reading:
         """
         if name not in self.probes:
             raise KeyError(f"read: there is no probe {name!r}; there are {', '.join(self.probes)}")
-        if self._kept is not None:
-            if name not in self._kept:
-                raise RuntimeError("read: the model did not run while this handle was there, so nothing was read")
-            return self._kept[name]
-        log = self._controller.passes.latest.log
-        if log is None:
-            raise RuntimeError("read: the model has not run yet, so nothing was read")
-        recorder, one = self._recorders[name]
-        return log.scores(recorder, name, _named(one, log))
+        found = self._look(name) if self._kept is None else self._kept[name]
+        if found is None:
+            raise RuntimeError("read: the model has not run while this handle was there, so nothing was read")
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    def _look(self, name: str) -> Scores | ValueError | None:
+        try:
+            return self._source.scores(name)
+        except ValueError as reason:
+            return reason
 
     def scores(self) -> dict[str, Scores]:
         """What each probe has read of the latest text: all rows of the batch that ran last."""
@@ -162,16 +209,13 @@ class Reading:
             )
         limit = finite_number("read", "threshold", threshold)
         flag("read", "above", above)
-        recorder, passes = self._recorders[name][0], self._controller.passes
+        source = self._source
 
         class Crossed(StoppingCriteria):
             """Ends a row whose probe has crossed its threshold."""
 
             def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-                log = passes.latest.log
-                if log is None or log.batch != input_ids.shape[0]:
-                    raise RuntimeError("read: this criterion belongs to a handle that does not read this generate")
-                return log.crossed(recorder, name, limit, above).to(input_ids.device)
+                return source.crossed(name, limit, above, input_ids.shape[0]).to(input_ids.device)
 
         return Crossed()
 
@@ -180,10 +224,9 @@ class Reading:
         if self._kept is not None:
             return
         with LOCK:
-            log = self._controller.passes.latest.log
-            self._kept = {} if log is None else self.scores()
-            for one in self._attachments:
-                self._controller.detach(one)
+            self._kept = {name: self._look(name) for name in self.probes}
+            for one in self._source.attached:
+                self._source.controller.detach(one)
 
     def __enter__(self) -> Reading:
         if self._kept is not None:
@@ -194,12 +237,6 @@ class Reading:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
-
-
-def _named(one: Attachment, log: Log) -> Tensor:
-    """bool (batch, P + 1): which positions of a text an attachment reads."""
-    table = Table(log.prompt, [one.layer(log.prompt.batch)], log.device)
-    return (table.rows >= 0).any(2).repeat_interleave(log.batch // log.prompt.batch, 0)
 
 
 def _check_named(probes: Mapping[str, Probe]) -> None:

@@ -206,18 +206,10 @@ class Log:
         probe, count = recorder.probes[name], self.reached
         read = self._read.get(recorder)
         read = torch.zeros(self.batch, count, dtype=torch.bool) if read is None else _cut(read, count, False).cpu()
-        read &= ~self._over(count)
-        found = self._found.get((recorder, name))
-        if found is None:
-            width = () if probe.single else (len(probe.names or ()),)
-            values = torch.full((self.batch, count, *width), torch.nan)
-            indices = torch.full((self.batch, count, 0), -1, dtype=torch.int32) if probe.pairs else None
-        else:
-            values = torch.where(read[..., None], _cut(found[0], count, torch.nan).cpu(), torch.nan)
-            indices = torch.where(read[..., None], _cut(found[1], count, -1).cpu(), -1) if len(found) > 1 else None
-            values = values[..., 0] if probe.single else values
+        read &= ~over(_cut(self._ids, count, -1).cpu(), self.prompt, self._ends)
+        found = [_cut(part, count, 0).cpu() for part in self._found.get((recorder, name), ())]
         unseen = named[:, : min(self._since.get(recorder, 0), named.shape[1] - 1)].any(1)
-        return Scores(values, read, probe.names or None, indices, unseen)
+        return scores_of(probe, found, read, unseen)
 
     def crossed(self, recorder: Recorder, name: str, threshold: float, above: bool) -> Tensor:
         """bool (batch,), on the device: which rows hold a token beyond a threshold."""
@@ -227,18 +219,41 @@ class Log:
         values = found[0][..., 0]
         return (values > threshold if above else values < threshold).any(1)
 
-    def _over(self, count: int) -> Tensor:
-        """bool (batch, count): positions at and behind the token that has ended a row, which only its batch-mates run."""
-        ids, (eos, pad) = _cut(self._ids, count, -1).cpu(), self._ends
-        starts = self.prompt.starts
-        if starts is None or not (eos or pad is not None):
-            return torch.zeros(self.batch, count, dtype=torch.bool)
-        generated = torch.arange(count) >= starts.repeat_interleave(self.batch // self.prompt.batch)[:, None]
-        over = (torch.isin(ids, torch.tensor(eos, dtype=torch.int64)) & generated).cumsum(1) > 0
-        if pad is None or self.batch == 1:
-            return over
-        padded = ((ids == pad) & generated).flip(1).cummin(1).values.flip(1)  # to the end of the row
-        return over | padded
+
+def scores_of(probe: Probe, parts: Sequence[Tensor], read: Tensor, unseen: Tensor) -> Scores:
+    """What a probe has found, where it was read.
+
+    Args:
+        probe: Of it.
+        parts: The tensors that it returns, (batch, tokens, m) each; []: it never ran.
+        read: bool (batch, tokens).
+        unseen: bool (batch,), as in `Scores`.
+    """
+    if not parts:
+        width = 0 if probe.pairs else 1 if probe.single else len(probe.names or ())
+        parts = [torch.zeros(*read.shape, width), torch.zeros(*read.shape, width, dtype=torch.int32)][: 1 + probe.pairs]
+    values = torch.where(read[..., None], parts[0], torch.nan)
+    indices = torch.where(read[..., None], parts[1], -1) if probe.pairs else None
+    return Scores(values[..., 0] if probe.single else values, read, probe.names or None, indices, unseen)
+
+
+def over(ids: Tensor, prompt: Prompt, ends: tuple[tuple[int, ...], int | None]) -> Tensor:
+    """bool (batch, tokens): positions at and behind the token that has ended a row, which only its batch-mates run.
+
+    Args:
+        ids: int64 (batch, tokens) of the text.
+        prompt: Of it, before its rows were repeated.
+        ends: The tokens that end a row, and the one that pads rows that have ended.
+    """
+    (eos, pad), starts = ends, prompt.starts
+    if starts is None or not (eos or pad is not None):
+        return torch.zeros_like(ids, dtype=torch.bool)
+    generated = torch.arange(ids.shape[1]) >= starts.repeat_interleave(len(ids) // prompt.batch)[:, None]
+    ended = (torch.isin(ids, torch.tensor(eos, dtype=torch.int64)) & generated).cumsum(1) > 0
+    if pad is None or len(ids) == 1:
+        return ended
+    padded = ((ids == pad) & generated).flip(1).cummin(1).values.flip(1)  # to the end of the row
+    return ended | padded
 
 
 def _cut(buffer: Tensor, count: int, blank: float) -> Tensor:
