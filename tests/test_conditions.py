@@ -248,7 +248,7 @@ def test_a_prepared_model_refuses_conditions():
         sf.Condition(torch.ones(find_layers(model).d), 0.5),
         torch.ones(find_layers(model).d),
     )
-    with pytest.raises(ValueError, match="on a prepared model"):
+    with pytest.raises(ValueError, match="is no part of the prepared model"):
         sf.steer(model, {ACT: sf.When(condition, sf.Add(v))})
     assert ids.max() < VOCAB
 

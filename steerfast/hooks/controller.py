@@ -88,9 +88,10 @@ class Controller:
 
     def check(self, plan: Plan, caller: str = "steer") -> None:
         """Refuse a plan that does not fit the model, before anything is attached."""
-        steered = {place: one for place, one in self.dispatchers.items() if one.edited}
-        check_plan(plan, self.layers, steered if self.prepared else None, caller)
-        for site, layer in places_of(plan, self.layers, caller):
+        places = places_of(plan, self.layers, caller)
+        known = {place for place, one in self.dispatchers.items() if one.edited} if caller == "steer" else places
+        check_plan(plan, self.layers, known if self.prepared else None, caller)
+        for site, layer in places:
             refuse_split(self.proof, self.layers, layer, site, caller)
         if not self.prepared and is_compiled(self.model):
             raise RuntimeError(_COMPILED.format(caller))

@@ -221,7 +221,7 @@ class FixedText:
 
     def begin(self, start: int | Tensor, tokens: Tensor, real: Tensor) -> None:
         """A pass over `tokens` (batch, tokens, …) begins at a position; `real` (batch, tokens) is False on padding."""
-        self.opens.clear()
+        self.opens = {}  # a new one: a graph would be guarded by what the old one held
         first = (self._zero + start).reshape(())
         window = self.window = Window(first, real.to(self.device), self.length)
         ids = self._zero - 1 if tokens.is_floating_point() else tokens.to(self.device, torch.int64)
