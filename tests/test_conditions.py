@@ -175,7 +175,9 @@ def test_a_chunked_prompt_is_decided_at_its_end(llama):
 def test_per_token_at_the_same_place_reads_the_stream_before_the_edits_there(llama):
     ids, condition, v = setup(llama)
     here = stream(llama, ids, ACT)
-    condition = sf.Condition(condition.probe.direction, split_by(sf.ops.similarity(here, condition.probe.direction).flatten()))
+    condition = sf.Condition(
+        condition.probe.direction, split_by(sf.ops.similarity(here, condition.probe.direction).flatten())
+    )
     with sf.steer(llama, {ACT: [sf.Add(v), sf.WhenToken(condition, sf.Add(v))]}), torch.no_grad():
         got = llama(ids).logits
     torch.testing.assert_close(got, oracle(llama, ids, 1 + condition(here).float(), v), atol=1e-4, rtol=1e-4)

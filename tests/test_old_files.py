@@ -103,7 +103,10 @@ def look(thing: Any) -> Any:
         if isinstance(thing, sf.Flow):
             found |= {"barrier": look(thing.barrier)}
         if isinstance(thing, sf.When):
-            probe, there = thing.condition.probe, {"threshold": thing.condition.threshold, "above": thing.condition.above}
+            probe, there = (
+                thing.condition.probe,
+                {"threshold": thing.condition.threshold, "above": thing.condition.above},
+            )
             found["condition"] = there | {"direction": probe.direction, "similarity": probe.kind}
             found |= {"then": look(thing.then), "decisions": thing.condition(rows(thing.width))}
         return found
