@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import steerfast as sf
 from steerfast.files.shelf import Shelf
 from steerfast.place import Origin
+from steerfast.probes.encoder import shared_copy
 from steerfast.sae.formats import save_saelens
 from steerfast.sae.model import Source
 
@@ -169,7 +170,7 @@ def test_one_sae_is_loaded_once_and_held_once(tmp_path: Path, monkeypatch) -> No
 def test_edits_of_one_sae_share_its_encoder_on_a_device() -> None:
     first, second, third = edits(plan(make()))
     meta = torch.device("meta")
-    copies = [edit.sae._on(meta).encoder for edit in (first, second, third)]  # type: ignore[attr-defined]
+    copies = [shared_copy(edit.sae.sae, "encoder", edit.sae.encoder, meta) for edit in (first, second, third)]  # type: ignore[attr-defined]
     assert copies[0] is copies[1] is copies[2]
     gone = weakref.ref(copies[0])
     del copies
