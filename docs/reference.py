@@ -16,8 +16,8 @@ from steerfast.place import Origin
 from steerfast.sae.model import Source
 
 PAGES = ("steerfast", "steerfast.models.demo", "steerfast.place", "steerfast.sae.formats", "steerfast.sae.model")
-"""What the documentation names: the front door with `ops`, `probes`, `sae`, `tools` and `integrations` behind it, and the modules that it
-imports from."""
+"""What the documentation names: the front door with `ops`, `probes`, `sae`, `tools` and `integrations` behind it, and the modules
+that it imports from."""
 
 
 def main() -> None:
