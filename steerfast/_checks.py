@@ -1,4 +1,7 @@
-"""Checks of what a user passes: each names the argument, says what was got, what was expected and what to do."""
+"""Checks of what a user passes: each names the argument, says what was got, what was expected and what to do.
+
+Some return what they checked as the tensor that an object keeps, a float32 one on the CPU.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Barriers: h(a) = log p₊(a)/p₋(a), whose gradient a flow follows. `steerfast.barriers.fit` fits them.
+"""Barriers: h(a) = log p₊(a)/p₋(a), whose gradient a flow follows. `fit_barrier` fits them.
 
 Every barrier is of low rank: it sees an activation only through k numbers z = Qᵀx̂, x̂ = a/‖a‖, Q = basis.T, so its
 gradient lies in span(Q, a) and a whole flow stays there:

@@ -163,7 +163,9 @@ class Condition:
     @property
     def words(self) -> str:
         """The comparison in short, such as "similarity > 0.3"."""
-        score = "similarity" if isinstance(self.probe, SimilarityProbe) else repr(self.probe)
+        score = repr(self.probe)
+        if isinstance(self.probe, SimilarityProbe):
+            score = "similarity" if self.probe.place is None else f"similarity at {self.probe.place}"
         held = "" if self.release is None else f" until {'<' if self.above else '>'} {self.release}"
         return f"{score} {'>' if self.above else '<'} {self.threshold}{held}"
 
@@ -181,10 +183,12 @@ def held(on: Tensor, off: Tensor, before: Tensor | None, counts: Tensor | None) 
         bool (..., tokens).
     """
     changes = on | off if counts is None else (on | off) & counts
+    first = torch.zeros_like(on[..., :1]) if before is None else before[..., None]
+    if on.shape[-1] == 1:  # decoding: nothing to look back at
+        return torch.where(changes, on, first)
     # the latest change, as twice its token's number, from 1, and whether it opens
     order = 2 * torch.arange(1, on.shape[-1] + 1, device=on.device)
     latest = torch.where(changes, order + on.long(), 0).cummax(-1).values
-    first = torch.zeros_like(latest[..., :1], dtype=torch.bool) if before is None else before[..., None]
     return torch.where(latest == 0, first, latest % 2 == 1)
 
 

@@ -98,7 +98,7 @@ class Encoder:
         if hasattr(value, "w_enc"):
             return cls(value.w_enc, value.b_enc, value.threshold, value.k or 0, value.normalisation, sae=value)
         if hasattr(value, "encoder") and getattr(value, "threshold", None) is not None:
-            return cls(value.encoder, value.bias, value.threshold)
+            return cls(value.encoder, value.bias, value.threshold, 0, getattr(value, "normalisation", "none"))
         raise TypeError(f"{owner}: sae must be an SAE, a transcoder or Features; got {type(value).__name__}")
 
     @property
