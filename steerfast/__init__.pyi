@@ -33,6 +33,9 @@ from .edits.linear import LoReFT as LoReFT
 from .edits.rotations import Householder as Householder
 from .edits.rotations import Rotate as Rotate
 from .edits.rotations import Spherical as Spherical
+from .hooks.compiled import Room as Room
+from .hooks.reading import Reading as Reading
+from .hooks.reading import read as read
 from .hooks.steer import Steering as Steering
 from .hooks.steer import active as active
 from .hooks.steer import prepare as prepare

@@ -175,9 +175,13 @@ def test_a_gate_of_a_compiled_graph_stays_open_until_its_score_falls_back() -> N
     for release in (low, None):
         gate = sf.WhenToken(sf.Condition(probe, high, release=release), sf.Add(v))
         with sf.steer(eager, {ACT: gate}):
-            expected = eager.generate(ids, attention_mask=mask, **SETTINGS, output_logits=True, return_dict_in_generate=True)
+            expected = eager.generate(
+                ids, attention_mask=mask, **SETTINGS, output_logits=True, return_dict_in_generate=True
+            )
         with sf.steer(model, {ACT: gate}):
-            found = model.generate(ids, attention_mask=mask, **SETTINGS, output_logits=True, return_dict_in_generate=True)
+            found = model.generate(
+                ids, attention_mask=mask, **SETTINGS, output_logits=True, return_dict_in_generate=True
+            )
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=5e-5, rtol=5e-5)
         outputs.append(torch.stack(found.logits))
     assert not torch.equal(*outputs)
