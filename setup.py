@@ -21,7 +21,7 @@ setup(
     packages=[*find_packages(include=["steerfast", "steerfast.*"]), "steerfast_kernels"],
     package_dir={"steerfast": "steerfast", "steerfast_kernels": "kernels"},
     package_data={
-        "steerfast": ["py.typed", "*.pyi", "sae/*.pyi", "sae/page.css", "sae/page.js", "tools/*.pyi"],
+        "steerfast": ["py.typed", "*.pyi", "probes/*.pyi", "sae/*.pyi", "sae/page.css", "sae/page.js", "tools/*.pyi"],
         "steerfast_kernels": ["README.md"],
     },
     # A CUDA build of torch pins its own triton exactly, so triton is no requirement of ours.

@@ -34,7 +34,7 @@ def prepared(plain: Any) -> Any:
 def wide(plain: Any) -> Any:
     """Room for rank 64: a kernel that holds so many directions is another one."""
     model = models.twin(plain)
-    sf.prepare(model, rank=64)
+    sf.prepare(model, room=sf.Room(rank=64))
     return model
 
 

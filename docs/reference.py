@@ -16,8 +16,8 @@ from steerfast.place import Origin
 from steerfast.sae.model import Source
 
 PAGES = ("steerfast", "steerfast.models.demo", "steerfast.place", "steerfast.sae.formats", "steerfast.sae.model")
-"""What the documentation names: the front door with `ops`, `sae`, `tools` and `integrations` behind it, and the modules that it
-imports from."""
+"""What the documentation names: the front door with `ops`, `probes`, `sae`, `tools` and `integrations` behind it, and the modules
+that it imports from."""
 
 
 def main() -> None:
@@ -25,11 +25,11 @@ def main() -> None:
     (folder,) = sys.argv[1:]
     warnings.filterwarnings("error", module=r"pdoc\b")
     # A package imports a name at its first use, and pdoc looks at the names that are there.
-    for package in (steerfast, steerfast.sae, steerfast.tools):
+    for package in (steerfast, steerfast.probes, steerfast.sae, steerfast.tools):
         for name in package.__all__:
             setattr(package, name, getattr(package, name))
     # An inherited field is annotated in the words of the base's module, and pdoc looks them up in the module of the class.
-    for kind in steerfast.Intervention.registry.values():
+    for kind in (*steerfast.Intervention.registry.values(), *steerfast.probes.Probe.registry.values()):
         sys.modules[kind.__module__].Origin = Origin
     sys.modules[steerfast.sae.Transcoder.__module__].Source = Source
     pdoc.render.configure(docformat="google", math=False)

@@ -1,5 +1,6 @@
 from . import integrations as integrations
 from . import ops as ops
+from . import probes as probes
 from . import sae as sae
 from . import tools as tools
 from .bank import Bank as Bank
@@ -20,6 +21,7 @@ from .edits.features import Calibrate as Calibrate
 from .edits.features import DeficitPush as DeficitPush
 from .edits.features import EditFeatures as EditFeatures
 from .edits.features import Features as Features
+from .edits.fit_condition import fit_condition as fit_condition
 from .edits.flow import Flow as Flow
 from .edits.flow import flow as flow
 from .edits.linear import Ablate as Ablate
@@ -31,6 +33,9 @@ from .edits.linear import LoReFT as LoReFT
 from .edits.rotations import Householder as Householder
 from .edits.rotations import Rotate as Rotate
 from .edits.rotations import Spherical as Spherical
+from .hooks.compiled import Room as Room
+from .hooks.reading import Reading as Reading
+from .hooks.reading import read as read
 from .hooks.steer import Steering as Steering
 from .hooks.steer import active as active
 from .hooks.steer import prepare as prepare
@@ -42,6 +47,7 @@ from .integrations.read import load_directions as load_directions
 from .models.collect import collect as collect
 from .ops.backends import use_backend as use_backend
 from .plan import Plan as Plan
+from .probes.fit import fit_probe as fit_probe
 from .sae.explanation import explain as explain
 from .sae.model import SAE as SAE
 from .tools.bake import bake as bake

@@ -1,4 +1,7 @@
-"""Checks of what a user passes: each names the argument, says what was got, what was expected and what to do."""
+"""Checks of what a user passes: each names the argument, says what was got, what was expected and what to do.
+
+Some return what they checked as the tensor that an object keeps, a float32 one on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -290,3 +293,71 @@ def path_length(owner: str, T: float | None, angle: float | None) -> tuple[float
             f"{owner}: {name} is {value}; expected >= 0 (to steer the other way, swap the barrier's sides)"
         )
     return (value, 0.0) if angle is None else (0.0, value)
+
+
+class HasVector(Protocol):
+    """Anything that carries a vector (d,), such as a direction from `steerfast.extract`."""
+
+    @property
+    def vector(self) -> Tensor:
+        """The vector, (d,)."""
+        ...
+
+
+Directions = Tensor | HasVector
+
+
+ROUNDED = 1e-6
+"""Deviation from orthonormal rows that rounding to float32 explains."""
+
+
+DEPENDENT = 1e-4
+"""A row whose part outside the span of the earlier rows is shorter than this share of it counts as dependent."""
+
+
+def orthonormal(owner: str, name: str, rows: Tensor) -> Tensor:
+    """An orthonormal basis (m, d) of the span of m independent rows; a single row keeps its direction."""
+    count, width = rows.shape
+    if count > width:
+        raise ValueError(f"{owner}: {name} has {count} rows of width {width}; at most {width} can be independent")
+    wide = rows.double()
+    if (
+        wide @ wide.T - torch.eye(count, dtype=wide.dtype, device="cpu")
+    ).abs().max() <= ROUNDED:  # already a basis: what was saved comes back as it was
+        return rows
+    basis, triangle = torch.linalg.qr((wide / wide.norm(dim=1, keepdim=True)).T)
+    diagonal = triangle.diagonal()
+    weakest = int(diagonal.abs().argmin())
+    if diagonal[weakest].abs() < DEPENDENT:
+        raise ValueError(
+            f"{owner}: row {weakest} of {name} lies in the span of the rows before it (only {diagonal[weakest].abs():.1e} "
+            "of its length is outside); remove it"
+        )
+    return (basis * diagonal.sign()).T.float().contiguous()
+
+
+def float_table(owner: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A finite float32 CPU tensor of one shape."""
+    no_gradient(owner, name, value)
+    try:
+        table = tensor_of(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{owner}: {name} must be a tensor of shape {shape}; got {type(value).__name__}") from None
+    if tuple(table.shape) != shape or not table.is_floating_point():
+        raise ValueError(
+            f"{owner}: {name} has shape {tuple(table.shape)} and dtype {table.dtype}; expected {shape}, floating"
+        )
+    table = table.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if not table.isfinite().all():
+        raise ValueError(f"{owner}: {name} holds NaN or Inf")
+    return table
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A field that __post_init__ has made a tensor."""
+    return value
+
+
+def set_field(target: object, name: str, value: Any) -> None:
+    """Set a field of a frozen object, from its __post_init__."""
+    object.__setattr__(target, name, value)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from steerfast.edits.base import Intervention, intervention_type, untrained
 from steerfast.edits.linear import Add
-from steerfast.edits.saes import Shelf, with_saes
 from steerfast.files import container
+from steerfast.files.shelf import Shelf, with_saes
 from steerfast.place import NOWHERE, Origin, Place, place_of
 
 from ._checks import warn_user

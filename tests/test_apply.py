@@ -94,7 +94,7 @@ def test_conditions_read_what_they_are_given(place: str, then: str) -> None:
         assert torch.equal(got[~meets], before[ACT][~meets])
         here = sf.WhenToken(condition, EDITS[then])
         assert torch.equal(here.apply(before[ACT]), here.apply(before[ACT], read=before[ACT]))
-        theta = float(sf.ops.similarity(before[READ][:, -1], condition.direction.to(device)).mean())
+        theta = float(sf.ops.similarity(before[READ][:, -1], condition.probe.direction.to(device)).mean())
         once = sf.When(sf.Condition(w, theta), EDITS[then], layer=READ)
         after = streams(llama, {ACT: once}, 0.5)[ACT]
         got = once.apply(before[ACT][:, -1:], 0.5, read=before[READ][:, -1])
@@ -145,7 +145,7 @@ TOKEN = sf.WhenToken(sf.Condition(torch.ones(D), 0.5), ADD, layer=4)
         (lambda: WHEN.apply(X[0, 0], read=X[0, 0]), ValueError, r"x has shape \(12,\); expected \(..., tokens, d\)"),
         (lambda: WHEN.apply(X, torch.ones(3), X[:, 0]), ValueError, r"When.apply: strength is torch.float32 \(3,\)"),
         (lambda: TOKEN.apply(X, read="here"), ValueError, "read has type str; expected a tensor of shape"),
-        (lambda: TOKEN.apply(X), ValueError, "WhenToken.apply: the condition is read at layer 4; give read="),
+        (lambda: TOKEN.apply(X), ValueError, "WhenToken.apply: the condition is read at resid_post 4; give read="),
         (lambda: TOKEN.apply(X, read=X[0]), ValueError, r"read has shape \(3, 12\); expected .* \(2, 3, 12\)"),
     ],
 )

@@ -265,7 +265,7 @@ def test_a_prepared_model_eager_and_compiled(name: str) -> None:
     model.load_state_dict(like.state_dict())
     (ids, mask), rows = padded(), table()
     plan = {1: sf.Add(rows, 2.0), 2: [sf.Ablate(vector()), sf.Add(rows[:2], 3.0)]}
-    sf.prepare(model, batch=4, length=16, slots=16, columns=3)
+    sf.prepare(model, room=sf.Room(batch=4, length=16, slots=16, columns=3))
     with sf.steer(like, plan) as handle:
         expected = like.generate(ids, attention_mask=mask, **GREEDY, output_logits=True, return_dict_in_generate=True)
         counted = handle.stats()

@@ -38,7 +38,7 @@ def copy_of(name: str) -> torch.nn.Module:
 def test_a_prepared_model_compiles_once_and_follows_every_plan(name):
     eager, model, ids = build(name), copy_of(name), token_ids(2, 6, 0)
     count = Counter()
-    sf.prepare(model, batch=4, length=32)
+    sf.prepare(model, room=sf.Room(batch=4, length=32))
     compiled = torch.compile(model, fullgraph=True, backend=count)
     plans = [
         {1: sf.Add(vector(), 2.0)},
@@ -69,7 +69,7 @@ def test_an_unprepared_model_is_itself_again_and_can_be_prepared_anew():
     hooks = sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
     with torch.no_grad():
         clean = model(ids, use_cache=False).logits
-        sf.prepare(model, layers=[1], batch=2, length=8)
+        sf.prepare(model, layers=[1], room=sf.Room(batch=2, length=8))
         model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
         with sf.steer(model, {1: sf.Add(vector(), 2.0)}):
             steered = model(ids[:2], use_cache=False).logits
@@ -85,7 +85,7 @@ def test_an_unprepared_model_is_itself_again_and_can_be_prepared_anew():
         with sf.steer(model, {1: sf.Add(vector(), 2.0)}):
             torch.testing.assert_close(model(ids, use_cache=False).logits[:2], steered)
         count = Counter()
-        sf.prepare(model, batch=4, length=32)
+        sf.prepare(model, room=sf.Room(batch=4, length=32))
         model.forward = torch.compile(model.forward, fullgraph=True, backend=count)
         with sf.steer(model, {1: sf.Add(vector(), 2.0)}):
             torch.testing.assert_close(model(ids, use_cache=False).logits[:2], steered)
@@ -113,7 +113,7 @@ def test_unprepare_of_a_model_that_is_not_prepared_does_nothing():
 def test_blocks_compiled_one_by_one_follow_a_pass_that_is_not(plan):
     eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "output_logits": True}
-    sf.prepare(model, batch=2, length=8)
+    sf.prepare(model, room=sf.Room(batch=2, length=8))
     for block in model.model.layers:
         block.compile(backend="eager")
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_left_padding_under_compile():
     eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
-    sf.prepare(model, batch=2, length=32)
+    sf.prepare(model, room=sf.Room(batch=2, length=32))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         with sf.steer(eager, {1: sf.Add(vector(), 2.0)}):
@@ -145,7 +145,7 @@ def test_generate_with_a_static_cache_and_its_own_compile(positions):
     """generate compiles the decode step itself; positions mean the same as in eager mode, and nothing recompiles."""
     eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
     count = Counter()
-    sf.prepare(model, batch=4, length=32)
+    sf.prepare(model, room=sf.Room(batch=4, length=32))
     model.forward = torch.compile(model.forward, fullgraph=True, backend=count)
     settings = {
         "max_new_tokens": 6,
@@ -170,7 +170,7 @@ def test_generate_with_a_static_cache_and_its_own_compile(positions):
 
 def test_the_default_compiler_gives_the_same():
     eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
-    sf.prepare(model, layers=[1], batch=2, length=16)
+    sf.prepare(model, layers=[1], room=sf.Room(batch=2, length=16))
     compiled = torch.compile(model, fullgraph=True)
     alone = torch._inductor.config.patch(compile_threads=1, fx_graph_cache=False)  # nothing of another process
     with (
@@ -196,7 +196,7 @@ def test_a_compiled_model_that_was_not_prepared_is_refused():
 
 def test_what_was_not_prepared_is_refused():
     model, ids = copy_of("llama"), token_ids(1, 6, 0)
-    sf.prepare(model, layers=[1], batch=2, length=8, slots=2, directions=3)
+    sf.prepare(model, layers=[1], room=sf.Room(batch=2, length=8, slots=2, directions=3))
     with pytest.raises(RuntimeError, match="layer 0 was not prepared"):
         sf.steer(model, {0: sf.Add(vector())})
     with pytest.raises(RuntimeError, match="neighbouring directions"):
@@ -216,7 +216,7 @@ def test_what_was_not_prepared_is_refused():
 
 def test_a_token_meets_as_many_edits_as_columns_were_prepared():
     eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
-    sf.prepare(model, layers=[1], batch=2, length=8, columns=5)
+    sf.prepare(model, layers=[1], room=sf.Room(batch=2, length=8, columns=5))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     plan, more = {1: [sf.Add(vector(i)) for i in range(5)]}, sf.Plan({1: sf.Ablate(vector())}, positions=[0])
     with torch.no_grad(), sf.steer(model, plan), sf.steer(eager, plan):
@@ -228,7 +228,7 @@ def test_a_token_meets_as_many_edits_as_columns_were_prepared():
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, eager(ids, use_cache=False).logits)
     sf.unprepare(model)
     del compiled
-    sf.prepare(model, layers=[1], batch=2, length=8)
+    sf.prepare(model, layers=[1], room=sf.Room(batch=2, length=8))
     assert model._steerfast.passes.fixed.rows.shape == (2, 9, 2)
 
 
@@ -249,7 +249,7 @@ def test_a_block_is_edited_in_place_where_kernels_run_and_no_copy_is_made(monkey
         monkeypatch.setattr(Dispatcher, "_is_last_sum", lambda self, x, here=in_place: here)
         torch._dynamo.reset()
         model = copy_of("llama")
-        sf.prepare(model, batch=2, length=8, columns=1)
+        sf.prepare(model, room=sf.Room(batch=2, length=8, columns=1))
         compiled = torch.compile(model, fullgraph=True)
         with alone, torch.no_grad(), sf.steer(model, {1: sf.Add(vector(), 2.0), 2: sf.Ablate(vector())}):
             output, (code,) = run_and_get_code(compiled, ids, use_cache=False)
@@ -290,7 +290,7 @@ def test_ops_compile_without_a_graph_break(op):
 def test_a_compiled_pass_that_does_not_show_its_prompt_is_refused(fullgraph):
     """By the graph itself: an error of the tracer would reach the user wrapped, or not at all."""
     model, ids = copy_of("llama"), token_ids(2, 6, 0)
-    sf.prepare(model, batch=4, length=32)
+    sf.prepare(model, room=sf.Room(batch=4, length=32))
     count = Counter()
     compiled = torch.compile(model, fullgraph=fullgraph, backend=count)
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_a_compiled_pass_that_does_not_show_its_prompt_is_refused(fullgraph):
 def test_a_pass_that_a_compiler_leaves_is_followed_and_counted():
     """More rows than were prepared: the decoder runs outside of the graph, the hook behind it in one of its own."""
     eager, model, ids = build("llama"), copy_of("llama"), token_ids(3, 6, 0)
-    sf.prepare(model, batch=2, length=32)
+    sf.prepare(model, room=sf.Room(batch=2, length=32))
     compiled = torch.compile(model, backend="eager")
     plan = sf.Plan({1: sf.Add(vector(), 2.0)}, "all")
     with torch.no_grad(), sf.steer(eager, plan):

@@ -77,7 +77,7 @@ def setup(model, batch=4, tokens=6, similarity="projection"):
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}])
 def test_a_request_is_steered_from_its_last_prompt_token_if_it_meets_the_condition(llama, similarity, above, options):
     ids, condition, v = setup(llama, similarity=similarity)
-    condition = sf.Condition(condition.direction, condition.threshold, above, similarity)
+    condition = sf.Condition(condition.probe.direction, condition.threshold, above, similarity)
     meets = condition(stream(llama, ids, READ)[:, -1])
     assert 0 < int(meets.sum()) < 4
     with sf.steer(llama, {ACT: sf.When(condition, sf.Add(v), layer=READ)}) as handle:
@@ -130,7 +130,7 @@ def test_exactly_at_its_threshold_nothing_is_steered(llama, place, gate):
         ids, condition, v = setup(llama)
         model, ids = deepcopy(llama).to(device), ids.to(device)
         x = stream(model, ids, READ)
-        seen = sf.ops.similarity(x if gate.per_token else x[:, -1], condition.direction.to(device))
+        seen = sf.ops.similarity(x if gate.per_token else x[:, -1], condition.probe.direction.to(device))
         theta = (seen[1, -1] if gate.per_token else seen[1]).cpu()
         assert 0 < theta < 1
         with torch.no_grad():
@@ -141,7 +141,7 @@ def test_exactly_at_its_threshold_nothing_is_steered(llama, place, gate):
                 (torch.nextafter(theta, 0 * theta), True, True),
                 (torch.nextafter(theta, 1 + theta), False, True),
             ):
-                when = gate(sf.Condition(condition.direction, float(threshold), above), sf.Add(v), layer=READ)
+                when = gate(sf.Condition(condition.probe.direction, float(threshold), above), sf.Add(v), layer=READ)
                 plan = sf.Plan({ACT: [when, sf.Add(1e-30 * v)]}, positions=[-1])
                 with sf.steer(model, plan, prompt_length=ids.shape[1]):
                     moved = not torch.allclose(model(ids).logits[1, -1], plain, atol=1e-5)
@@ -175,7 +175,9 @@ def test_a_chunked_prompt_is_decided_at_its_end(llama):
 def test_per_token_at_the_same_place_reads_the_stream_before_the_edits_there(llama):
     ids, condition, v = setup(llama)
     here = stream(llama, ids, ACT)
-    condition = sf.Condition(condition.direction, split_by(sf.ops.similarity(here, condition.direction).flatten()))
+    condition = sf.Condition(
+        condition.probe.direction, split_by(sf.ops.similarity(here, condition.probe.direction).flatten())
+    )
     with sf.steer(llama, {ACT: [sf.Add(v), sf.WhenToken(condition, sf.Add(v))]}), torch.no_grad():
         got = llama(ids).logits
     torch.testing.assert_close(got, oracle(llama, ids, 1 + condition(here).float(), v), atol=1e-4, rtol=1e-4)
@@ -184,8 +186,8 @@ def test_per_token_at_the_same_place_reads_the_stream_before_the_edits_there(lla
 def test_one_condition_serves_many_layers_and_plans_per_row_keep_theirs(llama):
     ids, condition, v = setup(llama)
     one = sf.Plan({layer: sf.When(condition, sf.Add(v * 0.1), layer=0) for layer in (0, 1)})
-    never = sf.Plan({ACT: sf.When(sf.Condition(condition.direction, 1.0), sf.Add(v), layer=READ)})
-    always = sf.Plan({ACT: sf.When(sf.Condition(condition.direction, 0.0), sf.Add(v), layer=READ)})
+    never = sf.Plan({ACT: sf.When(sf.Condition(condition.probe.direction, 1.0), sf.Add(v), layer=READ)})
+    always = sf.Plan({ACT: sf.When(sf.Condition(condition.probe.direction, 0.0), sf.Add(v), layer=READ)})
     alone = []
     for plan, i in ((one, 0), (never, 1), (always, 2), (None, 3)):
         row = ids[i : i + 1]
@@ -206,7 +208,7 @@ def test_one_condition_serves_many_layers_and_plans_per_row_keep_theirs(llama):
 
 def test_a_condition_beside_plain_edits_holds_back_only_its_own(llama):
     ids, condition, v = setup(llama)
-    never = sf.Condition(condition.direction, 1.0)
+    never = sf.Condition(condition.probe.direction, 1.0)
     plan = {READ: sf.Add(v), ACT: [sf.When(never, sf.Ablate(v), layer=READ), sf.Add(2 * v)]}
     with torch.no_grad():
         with sf.steer(llama, plan):
@@ -246,7 +248,7 @@ def test_a_prepared_model_refuses_conditions():
         sf.Condition(torch.ones(find_layers(model).d), 0.5),
         torch.ones(find_layers(model).d),
     )
-    with pytest.raises(ValueError, match="on a prepared model"):
+    with pytest.raises(ValueError, match="is no part of the prepared model"):
         sf.steer(model, {ACT: sf.When(condition, sf.Add(v))})
     assert ids.max() < VOCAB
 

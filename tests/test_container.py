@@ -1,4 +1,4 @@
-"""The folder of JSON and tensors: one wording for each error of all four kinds, and a write that is whole or not at all."""
+"""The folder of JSON and tensors: one wording for each error of all kinds, and a write that is whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 
 import steerfast as sf
 from steerfast.files import container
-from steerfast.files.container import BARRIER, DIRECTIONS, KINDS, PLAN, SAE, Kind
+from steerfast.files.container import BARRIER, DIRECTIONS, KINDS, PLAN, PROBE, SAE, Kind
 from steerfast.place import Origin
 
 V = torch.tensor([3.0, 4.0, 0.0, 1.0, 0.5])
@@ -40,11 +40,16 @@ def sae(size: float = 1.0) -> sf.SAE:
     return sf.SAE(size * torch.ones(7, 5), torch.ones(7, 5), k=2)
 
 
+def probe(size: float = 1.0) -> sf.probes.Probe:
+    return sf.probes.LinearProbe(size * V, place=1)
+
+
 MAKERS: dict[str, tuple[Kind, Callable[..., Any], Callable[[Any], Any]]] = {
     "plan": (PLAN, plan, sf.Plan.load),
     "directions": (DIRECTIONS, directions, sf.load_directions),
     "barrier": (BARRIER, barrier, sf.Barrier.load),
     "sae": (SAE, sae, sf.SAE.load),
+    "probe": (PROBE, probe, sf.probes.Probe.load),
 }
 
 
@@ -194,7 +199,7 @@ def test_another_kind_says_who_reads_it(kind: Kind, load, other: str, tmp_path: 
 def test_a_folder_may_hold_one_of_each_kind(tmp_path: Path) -> None:
     for _, make, _ in MAKERS.values():
         make().save(tmp_path)
-    assert len(os.listdir(tmp_path)) == 8
+    assert len(os.listdir(tmp_path)) == 2 * len(KINDS)
     for _, make, load in MAKERS.values():
         assert type(load(tmp_path)) is type(make())
     (tmp_path / "directions.safetensors").unlink()

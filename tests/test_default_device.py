@@ -112,7 +112,7 @@ def test_every_intervention_is_made_under_another_default(name: str, default) ->
 def test_a_prepared_model_under_another_default(default) -> None:
     def run() -> list[torch.Tensor]:
         model = copy.deepcopy(build("llama"))
-        sf.prepare(model, batch=2, length=16, slots=4, directions=16)
+        sf.prepare(model, room=sf.Room(batch=2, length=16, slots=4, directions=16))
         return steered(model, [sf.Plan({1: sf.Ablate(V)}, "last"), None])
 
     expected = run()

@@ -20,7 +20,7 @@ PAGES = [
         ROOT / "README.md",
         *(
             ROOT / "docs" / f"{name}.md"
-            for name in ("hooks", "methods", "migration", "tools", "sae", "flow", "distributed")
+            for name in ("hooks", "methods", "probes", "migration", "tools", "sae", "flow", "distributed")
         ),
     )
 ]

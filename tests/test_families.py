@@ -173,7 +173,7 @@ def test_a_prepared_and_compiled_model_equals_the_eager_one(name: str) -> None:
         for plan in plans:
             with sf.steer(model, plan):
                 expected.append(model(ids, use_cache=False).logits)
-        sf.prepare(model, layers=[LAYER], batch=2, length=8, slots=2, directions=2)
+        sf.prepare(model, layers=[LAYER], room=sf.Room(batch=2, length=8, slots=2, directions=2))
         compiled = torch.compile(model, fullgraph=name not in NO_FULL_GRAPH, backend=count)
         clean = compiled(ids, use_cache=False).logits
         torch.testing.assert_close(clean, expected[0], atol=1e-5, rtol=1e-5)

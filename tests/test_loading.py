@@ -206,7 +206,7 @@ def test_generate_over_a_cache_follows_the_positions(way: Callable, saved: Path,
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in (spread, offloaded)])  # their hooks break graphs
 def test_compiled_once_it_follows_every_plan_row_and_strength(way: Callable, saved: Path) -> None:
     model, eager, ids, count = way(saved), way(saved), token_ids(2, 6, 0), Counter()
-    sf.prepare(model, batch=2, length=16)
+    sf.prepare(model, room=sf.Room(batch=2, length=16))
     logits(
         model, ids
     )  # a first pass, in which bitsandbytes lays its weights out, leaves nothing that a graph guards on

@@ -103,6 +103,11 @@ def look(thing: Any) -> Any:
         if isinstance(thing, sf.Flow):
             found |= {"barrier": look(thing.barrier)}
         if isinstance(thing, sf.When):
+            probe, there = (
+                thing.condition.probe,
+                {"threshold": thing.condition.threshold, "above": thing.condition.above},
+            )
+            found["condition"] = there | {"direction": probe.direction, "similarity": probe.kind}
             found |= {"then": look(thing.then), "decisions": thing.condition(rows(thing.width))}
         return found
     if isinstance(thing, sf.Barrier):
@@ -234,7 +239,8 @@ def bits(folder: Path) -> list[Any]:
     seen = {name: (t.dtype, t.shape, t.reshape(-1).view(torch.uint8).tolist()) for name, t in stored.items()}
     text = json.loads((folder / "plan.json").read_bytes())
     items = [item for place in text["edits"] for item in place["interventions"]]
-    return [{name: seen[key] for name, key in item["tensors"].items()} for item in items] + [seen.get("positions")]
+    kept = [{name.removeprefix("probe."): seen[key] for name, key in item["tensors"].items()} for item in items]
+    return [*kept, seen.get("positions")]
 
 
 def test_every_file_has_its_numbers() -> None:

@@ -94,7 +94,7 @@ def test_wheel_is_pure(wheel: Path) -> None:
 
 def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     expected = {"steerfast/py.typed", "steerfast/sae/page.css", "steerfast/sae/page.js"}
-    expected |= {*(f"steerfast/{room}__init__.pyi" for room in ("", "sae/", "tools/"))}
+    expected |= {*(f"steerfast/{room}__init__.pyi" for room in ("", "probes/", "sae/", "tools/"))}
     for package, folder in FOLDER_OF.items():
         for file in (ROOT / folder).rglob("*.py"):
             expected.add(f"{package}/{file.relative_to(ROOT / folder).as_posix()}")

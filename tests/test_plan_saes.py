@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import steerfast as sf
-from steerfast.edits.saes import Shelf
+from steerfast.files.shelf import Shelf
 from steerfast.place import Origin
+from steerfast.probes.encoder import shared_copy
 from steerfast.sae.formats import save_saelens
 from steerfast.sae.model import Source
 
@@ -113,9 +114,7 @@ def test_a_file_holds_no_weights_and_finds_them(tmp_path: Path, normalisation: s
     made = plan(sae)
     saved, folder = made.save(tmp_path / "plan"), sae.save(tmp_path / "saes" / "one")
     make(1).save(tmp_path / "saes" / "another")
-    assert [name.partition(".")[2] for name in load_file(saved / "plan.safetensors")] == [
-        "direction"
-    ]  # the condition's
+    assert [name.partition(".")[2] for name in load_file(saved / "plan.safetensors")] == ["probe.direction"]
     for saes in (
         sae,
         folder,
@@ -171,7 +170,7 @@ def test_one_sae_is_loaded_once_and_held_once(tmp_path: Path, monkeypatch) -> No
 def test_edits_of_one_sae_share_its_encoder_on_a_device() -> None:
     first, second, third = edits(plan(make()))
     meta = torch.device("meta")
-    copies = [edit.sae._shared("encoder", meta) for edit in (first, second, third)]  # type: ignore[attr-defined]
+    copies = [shared_copy(edit.sae.sae, "encoder", edit.sae.encoder, meta) for edit in (first, second, third)]  # type: ignore[attr-defined]
     assert copies[0] is copies[1] is copies[2]
     gone = weakref.ref(copies[0])
     del copies
@@ -206,7 +205,7 @@ def test_an_sae_that_is_not_given_is_named(tmp_path: Path, monkeypatch) -> None:
         sf.Plan.load(saved)
     words = str(error.value)
     for part in (
-        f"Plan.load: {saved / 'plan.json'} edits SAE(F=40, d=12, k=3", sae.fingerprint,
+        f"Plan.load: {saved / 'plan.json'} names SAE(F=40, d=12, k=3", sae.fingerprint,
         "was not given, and STEERFAST_SAES is not set", "Pass it as saes=", "sae.save writes one",
     ):  # fmt: skip
         assert part in words

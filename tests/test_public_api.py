@@ -35,11 +35,13 @@ MEANT = "if that is meant, `python tests/test_public_api.py` writes tests/data/p
 PLACES: dict[str, tuple[str, ...] | None] = {
     "steerfast": None,
     "steerfast.ops": None,
+    "steerfast.probes": None,
     "steerfast.sae": None,
     "steerfast.tools": None,
     "steerfast.place": ("Origin", "Place", "place_of"),
     "steerfast.plan": ("ModelCard",),
     "steerfast.barriers.barrier": ("BarrierInfo",),
+    "steerfast.edits.fitted": ("ConditionInfo", "LayerFit"),
     "steerfast.models.collect": ("Activations",),
     "steerfast.directions.sets": ("DirectionInfo",),
     "steerfast.directions.extract": ("difference", "logistic", "mean_difference", "pca"),

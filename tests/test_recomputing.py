@@ -281,7 +281,7 @@ def test_checkpointing_of_the_whole_model_is_refused() -> None:
 
 def test_a_prepared_model_that_checkpoints_is_refused() -> None:
     model = checkpointed()
-    sf.prepare(model, layers=[1], site="attn_out", batch=2, length=8)
+    sf.prepare(model, layers=[1], site="attn_out", room=sf.Room(batch=2, length=8))
     handle = sf.steer(model, {("attn_out", 1): sf.Add(V)})
     with handle, pytest.raises(RuntimeError, match="a prepared model that trains with gradient checkpointing"):
         loss(model)
@@ -290,7 +290,7 @@ def test_a_prepared_model_that_checkpoints_is_refused() -> None:
 def test_a_compiled_model_that_checkpoints_is_refused() -> None:
     """Its forward pass was not steered inside the checkpointed blocks, without a word."""
     model = checkpointed()
-    sf.prepare(model, layers=[1], site="attn_out", batch=2, length=8)
+    sf.prepare(model, layers=[1], site="attn_out", room=sf.Room(batch=2, length=8))
     plain = trained()
     model.forward = torch.compile(model.forward, backend="aot_eager")
     with sf.steer(model, {("attn_out", 1): sf.Add(V)}), sf.steer(plain, {("attn_out", 1): sf.Add(V)}):

@@ -57,7 +57,7 @@ def padded(batch: int = 2, length: int = 6, pads: int = 2) -> tuple[torch.Tensor
 
 
 def test_a_bare_pass_after_generate_does_not_keep_the_padding_of_the_last_prompt(model):
-    sf.prepare(model, batch=4, length=32)
+    sf.prepare(model, room=sf.Room(batch=4, length=32))
     model.forward = torch.compile(model.forward, backend="eager")
     ids, mask = padded()
     with torch.no_grad(), sf.steer(model, {1: sf.Add(v(), 3.0)}) as handle:
@@ -68,7 +68,7 @@ def test_a_bare_pass_after_generate_does_not_keep_the_padding_of_the_last_prompt
 
 
 def test_a_compiled_pass_that_cannot_know_its_prompt_is_an_error(model):
-    sf.prepare(model, batch=2, length=32)
+    sf.prepare(model, room=sf.Room(batch=2, length=32))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     ids = token_ids(1, 6, 0)
     with torch.no_grad():
@@ -109,13 +109,13 @@ def test_prepare_checks_before_it_hooks_and_runs_once(model):
         with pytest.raises((ValueError, TypeError)):
             sf.prepare(model, **arguments)
         assert untouched(model)
-    sf.prepare(model, layers=[1], slots=2)
+    sf.prepare(model, layers=[1], room=sf.Room(slots=2))
     with pytest.raises(RuntimeError, match="already prepared"):
         sf.prepare(model)
 
 
 def test_a_refused_plan_gives_its_slots_back(model):
-    sf.prepare(model, slots=4, columns=4)
+    sf.prepare(model, room=sf.Room(slots=4, columns=4))
     two, three = [sf.Add(v(i)) for i in range(2)], [sf.Add(v(i)) for i in range(3)]
     with pytest.raises(RuntimeError, match="neighbouring slots"):
         sf.steer(model, [sf.Plan({1: two}), sf.Plan({1: three})])
@@ -138,7 +138,7 @@ def test_an_interrupt_in_the_middle_of_attaching_leaves_nothing(model, monkeypat
         calls.clear()
         monkeypatch.setattr(sf.Bank, "register", register)
         if prepared:
-            sf.prepare(model, slots=2)
+            sf.prepare(model, room=sf.Room(slots=2))
         with pytest.raises(error):
             sf.steer(model, plan)
         monkeypatch.undo()
@@ -167,7 +167,7 @@ def test_settings_are_resolved_as_generate_does(model, how):
 
 
 def test_beams_named_in_a_positional_configuration(model):
-    sf.prepare(model, batch=8, length=16)
+    sf.prepare(model, room=sf.Room(batch=8, length=16))
     model.forward = torch.compile(model.forward, backend="eager")
     config = GenerationConfig(max_new_tokens=3, do_sample=False, num_beams=3, pad_token_id=0, eos_token_id=100)
     plan, ids = sf.Plan({1: sf.Add(v(), 3.0)}), token_ids(2, 6, 0)

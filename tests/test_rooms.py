@@ -14,8 +14,8 @@ import steerfast
 PACKAGE = Path(steerfast.__file__).parent
 ROOMS = (
     "_names", "_checks", "_positions", "place",
-    "files", "ops", "models", "barriers", "edits", "plan", "bank", "sae", "directions",
-    "probes", "hooks", "vllm", "integrations", "tools", "cli", "__main__",
+    "files", "ops", "models", "barriers", "probes", "edits", "plan", "bank", "sae",
+    "directions", "hooks", "vllm", "integrations", "tools", "cli", "__main__",
 )  # fmt: skip
 """From the ground up: a room imports itself and those before it."""
 DELEGATED = {("steerfast.sae.model", "steerfast.sae.formats")}

@@ -207,7 +207,7 @@ def test_a_second_text_remembers_its_own_tokens(llama: Any, positions: str) -> N
 
 
 def test_a_prepared_model_refuses_guidance(llama: Any) -> None:
-    sf.prepare(llama, batch=2, length=16)
+    sf.prepare(llama, room=sf.Room(batch=2, length=16))
     with sf.steer(llama, plan("last")):
         llama.generate(IDS, **GREEDY)
         with pytest.raises(ValueError, match="guidance_scale runs a second text"):
@@ -271,7 +271,7 @@ def test_a_prompt_that_is_not_shown_is_not_run_in_parts() -> None:
     with sf.steer(model, plan("last")), pytest.raises(ValueError, match="pass it as input_ids"):
         model.generate("5 6 7 8", prefill_chunk_size=2, **GREEDY)
     sf.reset(model)
-    sf.prepare(model, batch=2, length=16)
+    sf.prepare(model, room=sf.Room(batch=2, length=16))
     with (
         pytest.raises(ValueError, match="which a prepared model must be told"),
         sf.steer(model, plan("last")),

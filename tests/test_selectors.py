@@ -262,7 +262,7 @@ def test_a_decoder_that_is_given_embeddings_has_its_ids_from_the_model_around_it
 
 def test_a_prepared_model_refuses_what_its_graph_cannot_compare_and_follows_the_rest() -> None:
     model = build("llama").__class__(build("llama").config).eval()
-    sf.prepare(model, batch=2, length=16)
+    sf.prepare(model, room=sf.Room(batch=2, length=16))
     for selector in (f"all & !ids:{MARK}", f"prompt & after:ids:{MARK}", "special"):
         with pytest.raises(ValueError, match=r"positions='.*' on a prepared model; they look at token ids"):
             sf.steer(model, plan_of(selector))

@@ -216,7 +216,7 @@ def test_where_copies_are_kept_an_error_names_the_vector(tmp_path: Path) -> None
     for refusal in refusals:
         with pytest.raises(ValueError, match=r"vector of .* requires a gradient.*vector\.detach\(\)"):
             refusal()
-    sf.prepare(model, layers=[LAYER], batch=2, length=8, slots=2, directions=4)
+    sf.prepare(model, layers=[LAYER], room=sf.Room(batch=2, length=8, slots=2, directions=4))
     with pytest.raises(ValueError, match=r"a prepared model: vector of Add.* requires a gradient"):
         sf.steer(model, {LAYER: live})
     with sf.steer(model, {LAYER: sf.Add(drawn(D))}):  # nothing is left of the refused one
@@ -230,7 +230,7 @@ def test_every_tensor_of_every_intervention_takes_a_gradient_or_is_refused_by_na
     for key in tensors:
         given = {**tensors, key: tensors[key].clone().requires_grad_()}
         inner = getattr(edit, "then", edit)
-        if type(inner).__name__ in TRAINED and key not in ("R", "direction" if inner is not edit else "R"):
+        if type(inner).__name__ in TRAINED and key not in ("R", "probe.direction"):
             assert type(edit).restore(given, numbers).trained == (key,)
         else:
             with pytest.raises(TypeError, match=r"requires a gradient.*detach\(\)"):

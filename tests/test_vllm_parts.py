@@ -98,7 +98,7 @@ def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
             lambda: sf.Plan({0: sf.When(sf.Condition(unit(0), 0.1), sf.Add(unit(1)))}),
             "a condition .When. is not decided inside vLLM",
         ),
-        (lambda: sf.Plan({0: top_k_edit()}), "edits SAE.* was not given, and STEERFAST_SAES is not set"),
+        (lambda: sf.Plan({0: top_k_edit()}), "names SAE.* was not given, and STEERFAST_SAES is not set"),
         (lambda: sf.Plan({0: sf.Add(1e6 * unit(0))}), "resid_post 0: .* does not fit torch.float16: a row overflows"),
     ],
 )

@@ -89,7 +89,7 @@ def test_traffic_launches_what_was_warm(name, on_kernels):
 
 def test_a_prepared_model_needs_one_warmup_for_all_plans(on_kernels):
     model = build("llama")
-    sf.prepare(model, batch=9, length=128, rank=20)
+    sf.prepare(model, room=sf.Room(batch=9, length=128, rank=20))
     try:
         warm = keys_of([lambda: sf.warmup(model)])
         for plan in ({1: sf.Add(vector(), 2.0)}, {0: [sf.Ablate(vector()), sf.Add(vector(1))]}):

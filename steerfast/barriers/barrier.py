@@ -1,4 +1,4 @@
-"""Barriers: h(a) = log p₊(a)/p₋(a), whose gradient a flow follows. `steerfast.barriers.fit` fits them.
+"""Barriers: h(a) = log p₊(a)/p₋(a), whose gradient a flow follows. `fit_barrier` fits them.
 
 Every barrier is of low rank: it sees an activation only through k numbers z = Qᵀx̂, x̂ = a/‖a‖, Q = basis.T, so its
 gradient lies in span(Q, a) and a whole flow stays there:
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,18 @@ class Ridge:
 
     def __call__(self, z: Tensor) -> Tensor:
         """The sum at points z (..., k), as (...,)."""
-        inside = z @ self.directions.to(z).T + self.phases.to(z)
-        return (torch.cos(inside) if self.activation == "cos" else torch.tanh(inside)) @ self.weights.to(z)
+        return self.program(z.device)(z)
+
+    def program(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The sum as a function of points on one device, in their dtype."""
+        directions, phases, weights = (t.to(device) for t in (self.directions, self.phases, self.weights))
+        act = torch.cos if self.activation == "cos" else torch.tanh
+
+        def run(z: Tensor) -> Tensor:
+            inside = z @ directions.to(z.dtype).T + phases.to(z.dtype)
+            return act(inside) @ weights.to(z.dtype)
+
+        return run
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,18 +230,28 @@ class Barrier:
         """d, the width of the stream."""
         return self.basis.shape[1]
 
-    @in_full_precision
     def __call__(self, a: Tensor) -> Tensor:
         """h of activations (..., d), as (...,), in float32 or, for float64 activations, in float64; a zero row has z = 0."""
         if a.shape[-1:] != (self.width,):
             raise ValueError(f"Barrier: got activations of shape {tuple(a.shape)}; expected (..., {self.width})")
-        a = a if a.dtype == torch.float64 else a.float()
-        z = a @ self.basis.to(a).T
-        if not self.raw:
-            norm = a.norm(dim=-1, keepdim=True)
-            z = z / torch.where(norm > 0, norm, 1)
-        h = (z * z) @ self.eigenvalues.to(a) + z @ self.bias.to(a) + self.offset
-        return h if self.ridge is None else h + self.ridge(z)
+        return self.program(a.device)(a)
+
+    def program(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """h as a function of activations on one device: its tensors are moved there once, nothing is checked."""
+        basis, eigenvalues, bias = (t.to(device) for t in (self.basis, self.eigenvalues, self.bias))
+        ridge = None if self.ridge is None else self.ridge.program(device)
+
+        @in_full_precision
+        def run(a: Tensor) -> Tensor:
+            a = a if a.dtype == torch.float64 else a.float()
+            z = a @ basis.to(a.dtype).T
+            if not self.raw:
+                norm = a.norm(dim=-1, keepdim=True)
+                z = z / torch.where(norm > 0, norm, 1)
+            h = (z * z) @ eigenvalues.to(a.dtype) + z @ bias.to(a.dtype) + self.offset
+            return h if ridge is None else h + ridge(z)
+
+        return run
 
     def __neg__(self) -> Barrier:
         """log p₋/p₊: the barrier of the swapped sides, whose flow goes the other way."""

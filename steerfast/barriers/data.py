@@ -1,4 +1,4 @@
-"""The activations that a barrier is fitted on: checked, of length 1, with groups that are held out together."""
+"""The activations that a barrier or a probe is fitted on: checked, with groups that are held out together."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from .barrier import BarrierInfo
 SEARCHED = 1000
 """Rows, drawn by group, on which settings are compared."""
 FOLDS = 5
-IDENTICAL = "fit_barrier: the two sides are identical, so no direction separates them"
 
 
 @dataclass(frozen=True)
 class Data:
-    """Checked activations: rows of length 1 in float32, positives first."""
+    """Checked activations: rows in float32, positives first."""
 
     x: Tensor  # (n, d)
     labels: Tensor  # (n,) bool
     groups: Tensor  # (n,) int64
     origin: Origin
     seed: int
+    owner: str = "fit_barrier"  # the public function, as errors name it
 
     @classmethod
-    def of(cls, pos: Any, neg: Any, groups: Iterable[Any] | None, seed: int) -> Data:
+    def of(cls, pos: Any, neg: Any, groups: Iterable[Any] | None, seed: int, owner: str = "fit_barrier") -> Data:
         """Check both sides and put them together."""
         (first, pos_texts), (second, neg_texts) = _origin(pos), _origin(neg)
-        sides = [_activations("pos", pos), _activations("neg", neg)]
+        sides = [_activations(owner, "pos", pos), _activations(owner, "neg", neg)]
         if sides[0].shape[1] != sides[1].shape[1]:
             raise ValueError(
-                f"fit_barrier: pos has width {sides[0].shape[1]} and neg {sides[1].shape[1]}; both must come from one layer"
+                f"{owner}: pos has width {sides[0].shape[1]} and neg {sides[1].shape[1]}; both must come from one layer"
             )
-        origin = common_origin("fit_barrier: pos and neg", [first, second])
+        origin = common_origin(f"{owner}: pos and neg", [first, second])
         few = next(((name, len(side)) for name, side in zip(("pos", "neg"), sides, strict=True) if len(side) < 2), None)
         if few is not None:
-            raise ValueError(f"fit_barrier: {few[0]} has {few[1]} row(s); expected at least 2 on each side")
+            raise ValueError(f"{owner}: {few[0]} has {few[1]} row(s); expected at least 2 on each side")
         prints = [sorted(hash(row.tobytes()) for row in side.numpy()) for side in sides]
         if prints[0] == prints[1]:
-            raise ValueError(IDENTICAL)
+            raise identical(owner)
         x = torch.cat(sides)
         if groups is not None:
             names: list[Any] = list(groups.tolist() if isinstance(groups, Tensor) else groups)
@@ -59,21 +59,24 @@ class Data:
             names = list(range(len(x)))
         if len(names) != len(x):
             raise ValueError(
-                f"fit_barrier: groups has {len(names)} labels; expected {len(x)}, one per row of pos and then of neg"
+                f"{owner}: groups has {len(names)} labels; expected {len(x)}, one per row of pos and then of neg"
             )
         codes = {name: i for i, name in enumerate(dict.fromkeys(names))}
         if groups is not None and len(codes) < 2:
-            raise ValueError(
-                "fit_barrier: all rows are in one group, so none can be held out; give two groups at least"
-            )
-        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            raise ValueError(f"{owner}: all rows are in one group, so none can be held out; give two groups at least")
+        norms = torch.linalg.vector_norm(x, dim=1)
         return cls(
-            x / norms,
+            x,
             torch.arange(len(x), device="cpu") < len(sides[0]),
             torch.tensor([codes[name] for name in names], device="cpu"),
             replace(origin, typical_norm=float(norms.median())),
             seed,
+            owner,
         )
+
+    def on_sphere(self) -> Data:
+        """The same rows at length 1."""
+        return replace(self, x=self.x / torch.linalg.vector_norm(self.x, dim=1, keepdim=True))
 
     @property
     def prior(self) -> float:
@@ -83,7 +86,7 @@ class Data:
 
     def take(self, index: Tensor) -> Data:
         """Some of the rows."""
-        return Data(self.x[index], self.labels[index], self.groups[index], self.origin, self.seed)
+        return replace(self, x=self.x[index], labels=self.labels[index], groups=self.groups[index])
 
     def searched(self) -> Data:
         """At most `SEARCHED` rows, whole groups as far as they fit, in random order of the groups.
@@ -140,14 +143,17 @@ class Data:
 
 
 class Held(NamedTuple):
-    """What held-out rows say of a fit: mean log-likelihood, share on the right side, standard error of that mean."""
+    """What held-out rows say of a fit: mean log-likelihood, share on the right side, standard error of that mean, area under
+    the ROC curve.
+    """
 
     log_likelihood: float
     accuracy: float
     error: float
+    auroc: float
 
 
-UNKNOWN = Held(math.nan, math.nan, math.nan)
+UNKNOWN = Held(math.nan, math.nan, math.nan, math.nan)
 
 
 def _origin(value: Any) -> tuple[Origin, Tensor | None]:
@@ -156,25 +162,30 @@ def _origin(value: Any) -> tuple[Origin, Tensor | None]:
     return value.origin(next(iter(value))), value.text_index
 
 
-def _activations(name: str, value: Any) -> Tensor:
+def _activations(owner: str, name: str, value: Any) -> Tensor:
     if isinstance(value, dict):
         if len(value) != 1:
-            raise ValueError(f"fit_barrier: {name} holds {len(value)} layers; pass one of them, such as acts[14]")
+            raise ValueError(f"{owner}: {name} holds {len(value)} layers; pass one of them, such as acts[14]")
         value = next(iter(value.values()))
     rows = tensor_of(value).detach().float().cpu()
     if rows.dim() != 2 or rows.shape[0] == 0:
-        raise ValueError(f"fit_barrier: {name} has shape {tuple(rows.shape)}; expected (n, d) with n >= 1")
+        raise ValueError(f"{owner}: {name} has shape {tuple(rows.shape)}; expected (n, d) with n >= 1")
     bad = (~rows.isfinite()).any(1) | (rows == 0).all(1)
     if bad.any():
-        raise ValueError(f"fit_barrier: row {int(bad.nonzero()[0])} of {name} is zero or holds NaN or Inf; remove it")
+        raise ValueError(f"{owner}: row {int(bad.nonzero()[0])} of {name} is zero or holds NaN or Inf; remove it")
     return rows
 
 
-def not_flat(w: Tensor) -> float:
+def identical(owner: str) -> ValueError:
+    """The error for sides that no direction separates."""
+    return ValueError(f"{owner}: the two sides are identical, so no direction separates them")
+
+
+def not_flat(w: Tensor, owner: str = "fit_barrier") -> float:
     """The length of the fitted weights; sides that no direction separates are an error."""
     length = float(w.norm())
     if not length > 1e-9:
-        raise ValueError(IDENTICAL)
+        raise identical(owner)
     return length
 
 

@@ -23,7 +23,7 @@ from steerfast._checks import finite_number, one_of
 
 from .barrier import Barrier, Sketch
 from .data import Data, not_flat, seeded
-from .kernels import EXACT, Kernel, choose, product, regress
+from .kernels import EXACT, Kernel, choose, linear_weights, product, regress
 from .projected import fit_fourier, fit_network
 from .rank import check_rank, cut_rank
 
@@ -83,7 +83,7 @@ def fit_barrier(
         >>> bool((sf.fit_barrier(pos, neg)(pos) > 0).all())
         True
     """
-    data = Data.of(pos, neg, groups, seed)
+    data = Data.of(pos, neg, groups, seed).on_sphere()
     one_of("fit_barrier", "kind", kind, KINDS)
     if C is not None and finite_number("fit_barrier", "C", C) <= 0:
         raise ValueError(
@@ -112,12 +112,7 @@ def fit_barrier(
 
 def _linear(data: Data, C: float | None, kernel: None, rank: int | str) -> Barrier:
     _, C, held = choose(data, [None], lambda _, rows: rows @ rows.T, C)
-    if len(data.x) <= EXACT:
-        found = Kernel(product, data.x, data.x)
-        w, intercept = regress(found.coordinates, data.labels, C)
-        w = data.x.double().T @ found.dual(w)
-    else:
-        w, intercept = regress(data.x, data.labels, C)
+    w, intercept = linear_weights(data, C)
     length = not_flat(w)
     h = data.x.double() @ w + intercept
     info = data.info("linear", held, h, {"C": C})

@@ -63,7 +63,26 @@ def held_out(data: Data, folds: Sequence[Any], odds: Sequence[Tensor]) -> Held:
     z = torch.cat(list(odds)).double()
     y = torch.cat([data.labels[fold[1]] for fold in folds])
     each = torch.nn.functional.logsigmoid(torch.where(y, z, -z))
-    return Held(float(each.mean()), float(((z > 0) == y).double().mean()), float(each.std()) / math.sqrt(len(each)))
+    error = float(each.std()) / math.sqrt(len(each))
+    return Held(float(each.mean()), float(((z > 0) == y).double().mean()), error, area_under_roc(z, y))
+
+
+def area_under_roc(scores: Tensor, labels: Tensor) -> float:
+    """The chance that a positive scores above a negative, a tie counted half (Mann and Whitney); NaN without both."""
+    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
+    pos = int(labels.sum())
+    pairs = pos * (len(labels) - pos)
+    return float((ranks[labels].sum() - pos * (pos + 1) / 2) / pairs) if pairs else math.nan
+
+
+def linear_weights(data: Data, C: float) -> tuple[Tensor, float]:
+    """(w, intercept) of logistic regression on the rows themselves, with the penalty ‖w‖²/2C."""
+    if len(data.x) > EXACT:
+        return regress(data.x, data.labels, C)
+    found = Kernel(product, data.x, data.x)
+    w, intercept = regress(found.coordinates, data.labels, C)
+    return data.x.double().T @ found.dual(w), intercept
 
 
 def choose(
@@ -132,10 +151,10 @@ def _dual_path(K: Tensor, labels: Tensor, strengths: Sequence[float]) -> list[tu
     return found
 
 
-def scikit_learn() -> Any:
+def scikit_learn(owner: str = "fit_barrier") -> Any:
     """Its LogisticRegression, or an error that says how to install it."""
     try:
         from sklearn.linear_model import LogisticRegression
     except ModuleNotFoundError:
-        raise ModuleNotFoundError('fit_barrier needs scikit-learn: pip install "steerfast[demo]"') from None
+        raise ModuleNotFoundError(f'{owner} needs scikit-learn: pip install "steerfast[demo]"') from None
     return LogisticRegression

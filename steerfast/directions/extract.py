@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from steerfast.models.collect import Activations, collect, typical_norm_of
+from steerfast.models.collect import Activations, check_same_origin, collect, typical_norm_of
 from steerfast.models.texts import TextReader
 from steerfast.place import Origin, place_of
 
@@ -274,7 +274,7 @@ def _extract(
             f"{name}: pos is a {type(pos).__name__} and neg a {type(neg).__name__}; "
             f"give both as activations or both as tensors"
         )
-    _check_same_origin(name, pos, neg, paired)
+    check_same_origin(name, pos, neg, paired)
     directions = {}
     for layer in pos:
         direction = _direction(f"{name}: layer {layer}", method, pos[layer], neg[layer], normalize, project_out, paired)
@@ -282,26 +282,6 @@ def _extract(
         origin = replace(known, typical_norm=direction.origin.typical_norm)
         directions[layer] = replace(direction, method=name, origin=origin)
     return directions if len(directions) != 1 else next(iter(directions.values()))
-
-
-def _check_same_origin(name: str, pos: Mapping[int, Tensor], neg: Mapping[int, Tensor], paired: bool) -> None:
-    if not pos:
-        raise ValueError(f"{name}: pos holds no layers")
-    if set(pos) != set(neg):
-        raise ValueError(
-            f"{name}: pos has layers {sorted(pos)} and neg {sorted(neg)}; collect the same layers for both"
-        )
-    if not (isinstance(pos, Activations) and isinstance(neg, Activations)):
-        return
-    for key in ("model", "site", "position"):
-        mine, other = getattr(pos, key), getattr(neg, key)
-        if mine != other:
-            raise ValueError(f"{name}: pos has {key} {mine!r} and neg {other!r}; collect both alike")
-    if paired and pos.position == "all" and not torch.equal(pos.text_index, neg.text_index):
-        raise ValueError(
-            f"{name}: needs pairs, but the texts of pos and neg differ in length at position 'all'; "
-            f"use 'last' or 'mean', or mean_difference"
-        )
 
 
 def _direction(

@@ -6,39 +6,29 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from steerfast import ops
-from steerfast._checks import ORTHONORMAL, check_stream, direction_rows, finite_number, no_gradient, tensor_of
+from steerfast._checks import (
+    ORTHONORMAL,
+    Directions,
+    as_tensor,
+    check_stream,
+    direction_rows,
+    finite_number,
+    float_table,
+    set_field,
+)
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import Slot, constants, hinge
 from steerfast.place import NOWHERE, Origin, common_origin
 
-ROUNDED = 1e-6
-"""Deviation from orthonormal rows that rounding to float32 explains."""
-
 OFFSET, SLOPE, BEND, KNOT, BEND2, KNOT2, JUMP, EDGE = range(8)
 """Columns of a hinge: g = offset + slope·y + bend·relu(y - knot) + bend2·relu(y - knot2) + jump·[y > edge]."""
-
-DEPENDENT = 1e-4
-"""A row whose part outside the span of the earlier rows is shorter than this share of it counts as dependent."""
-
-
-class HasVector(Protocol):
-    """Anything that carries a vector (d,), such as a direction from `steerfast.extract`."""
-
-    @property
-    def vector(self) -> Tensor:
-        """The vector, (d,)."""
-        ...
-
-
-Directions = Tensor | HasVector
-
 
 Program = Callable[[Tensor, Tensor | float], Tensor]
 """(x (..., d), scale: a number or one per row, (n,)) -> x'; a row of scale 0 is returned bit for bit."""
@@ -56,9 +46,10 @@ class Intervention:
 
     registry: ClassVar[dict[str, type[Intervention]]] = {}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, listed: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Intervention.registry[cls.__name__] = cls
+        if listed:  # among those that a file may name
+            Intervention.registry[cls.__name__] = cls
 
     @property
     def width(self) -> int:
@@ -182,27 +173,6 @@ def intervention_type(owner: str, name: str) -> type[Intervention]:
     return Intervention.registry[name]
 
 
-def orthonormal(owner: str, name: str, rows: Tensor) -> Tensor:
-    """An orthonormal basis (m, d) of the span of m independent rows; a single row keeps its direction."""
-    count, width = rows.shape
-    if count > width:
-        raise ValueError(f"{owner}: {name} has {count} rows of width {width}; at most {width} can be independent")
-    wide = rows.double()
-    if (
-        wide @ wide.T - torch.eye(count, dtype=wide.dtype, device="cpu")
-    ).abs().max() <= ROUNDED:  # already a basis: what was saved comes back as it was
-        return rows
-    basis, triangle = torch.linalg.qr((wide / wide.norm(dim=1, keepdim=True)).T)
-    diagonal = triangle.diagonal()
-    weakest = int(diagonal.abs().argmin())
-    if diagonal[weakest].abs() < DEPENDENT:
-        raise ValueError(
-            f"{owner}: row {weakest} of {name} lies in the span of the rows before it (only {diagonal[weakest].abs():.1e} "
-            "of its length is outside); remove it"
-        )
-    return (basis * diagonal.sign()).T.float().contiguous()
-
-
 def check_orthonormal(owner: str, name: str, rows: Tensor) -> None:
     """Refuse rows that are not orthonormal, and say by how much."""
     deviation = (
@@ -304,23 +274,6 @@ def _edit_live(edit: Intervention, x: Tensor, scale: Tensor | float) -> Tensor:
     return run_slot(slot.to(x.device), float(slot.constants[2]), x, scale)
 
 
-def float_table(owner: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A finite float32 CPU tensor of one shape."""
-    no_gradient(owner, name, value)
-    try:
-        table = tensor_of(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{owner}: {name} must be a tensor of shape {shape}; got {type(value).__name__}") from None
-    if tuple(table.shape) != shape or not table.is_floating_point():
-        raise ValueError(
-            f"{owner}: {name} has shape {tuple(table.shape)} and dtype {table.dtype}; expected {shape}, floating"
-        )
-    table = table.detach().to("cpu", torch.float32, copy=True).contiguous()
-    if not table.isfinite().all():
-        raise ValueError(f"{owner}: {name} holds NaN or Inf")
-    return table
-
-
 def unit_row(owner: str, direction: Directions, name: str = "direction") -> Tensor:
     """One direction (d,), scaled to length 1."""
     row = direction_rows(owner, name, direction, one=True)[0].double()
@@ -335,13 +288,3 @@ def constants_row(T: float = 0.0, angle: float = 0.0, strength: float = 1.0) -> 
 def hinge_rows(rank: int, offset: float = 0.0, slope: float = 0.0, bend: float = 0.0, knot: float = 0.0) -> Tensor:
     """The same hinge for every direction, (rank, 8): g = offset + slope·y + bend·relu(y - knot)."""
     return torch.tensor([hinge(offset, slope, bend, knot)], dtype=torch.float32, device="cpu").repeat(rank, 1)
-
-
-def as_tensor(value: Any) -> Tensor:
-    """A field that __post_init__ has made a tensor."""
-    return value
-
-
-def set_field(target: object, name: str, value: Any) -> None:
-    """Set a field of a frozen object, from its __post_init__."""
-    object.__setattr__(target, name, value)

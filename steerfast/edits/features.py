@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from steerfast._checks import direction_rows, finite_number, flag, one_of
+from steerfast._checks import Directions, as_tensor, direction_rows, finite_number, flag, float_table, one_of, set_field
 from steerfast.ops.slots import HINGE, PUSH, Slot
 from steerfast.place import NOWHERE, Origin, Place
 
@@ -22,16 +22,12 @@ from .base import (
     KNOT,
     KNOT2,
     OFFSET,
-    Directions,
     Intervention,
     Program,
-    as_tensor,
     constants_row,
-    float_table,
     hinge_rows,
     live_rows,
     rows_of,
-    set_field,
 )
 from .selected import SelectedFeatures
 

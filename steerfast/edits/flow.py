@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from steerfast import ops
-from steerfast._checks import check_stream, finite_number, one_of, path_length, step_count
+from steerfast._checks import check_stream, finite_number, one_of, path_length, set_field, step_count
 from steerfast.barriers.barrier import Barrier
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import FLOW, SOLVE, Slot
 from steerfast.ops.solvers import SOLVERS, Field, Scheme, pack, scheme
 
-from .base import Intervention, Program, constants_row, set_field
+from .base import Intervention, Program, constants_row
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steerfast._checks import direction_rows, finite_number, flag, no_gradient, tensor_of
+from steerfast._checks import (
+    Directions,
+    as_tensor,
+    direction_rows,
+    finite_number,
+    flag,
+    no_gradient,
+    orthonormal,
+    set_field,
+    tensor_of,
+)
 from steerfast.ops.slots import ADD, AFFINE, HINGE, Slot
 
 from .base import (
@@ -22,18 +32,14 @@ from .base import (
     KNOT2,
     OFFSET,
     SLOPE,
-    Directions,
     Intervention,
-    as_tensor,
     beside,
     check_orthonormal,
     constants_row,
     hinge_rows,
     live_rows,
     live_table,
-    orthonormal,
     rows_of,
-    set_field,
     unit_row,
 )
 

@@ -8,20 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steerfast._checks import direction_rows, finite_number, flag
+from steerfast._checks import Directions, as_tensor, direction_rows, finite_number, flag, float_table, set_field
 from steerfast.ops.slots import REFLECT, ROTATE, SLERP, Slot
 
-from .base import (
-    Directions,
-    Intervention,
-    as_tensor,
-    check_orthonormal,
-    constants_row,
-    float_table,
-    hinge_rows,
-    set_field,
-    unit_row,
-)
+from .base import Intervention, check_orthonormal, constants_row, hinge_rows, unit_row
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,25 +13,9 @@ from steerfast import ops
 from steerfast.ops.backends import in_full_precision
 from steerfast.ops.torch_backend import restore_norm
 from steerfast.place import NOWHERE, Origin
+from steerfast.probes.encoder import normalised, shared_copy
 
 from .base import Program
-
-LAYER_NORM_EPSILON = 1e-5  # of OpenAI and SAELens, added to the deviation, not to the variance
-
-
-def normalised(x: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
-    """The rows as an encoder takes them, and what a reconstruction of them is multiplied with, (..., 1).
-
-    "none": x; "constant_norm_rescale": x·√d/‖x‖; "layer_norm": (x - mean)/(deviation + 1e-5), the deviation over d - 1.
-    """
-    if kind == "none":
-        return x, None
-    wide = x.double() if x.dtype == torch.float64 else x.float()
-    if kind == "constant_norm_rescale":
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-        return wide / length, length
-    deviation = wide.std(dim=-1, keepdim=True)
-    return (wide - wide.mean(dim=-1, keepdim=True)) / (deviation + LAYER_NORM_EPSILON), deviation
 
 
 def edit_row(mode: str, value: float) -> list[float]:
@@ -49,10 +32,6 @@ def edit_row(mode: str, value: float) -> list[float]:
 
 
 SHARED = ("encoder", "bias")
-_COPIES: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[tuple[str, torch.device], Tensor]] = (
-    weakref.WeakKeyDictionary()
-)
-"""An SAE to its encoder on each device: one copy there for all edits, freed with its last reference."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,15 +97,9 @@ class SelectedFeatures:
     def _on(self, device: torch.device) -> SelectedFeatures:
         """Themselves on a device; edits of one SAE share its encoder there."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items() if name not in SHARED}
-        moved |= {name: self._shared(name, device) for name in SHARED}
+        owner = self if self.sae is None else self.sae
+        moved |= {name: shared_copy(owner, name, getattr(self, name), device) for name in SHARED}
         return self.restore(moved, self.numbers())
-
-    def _shared(self, name: str, device: torch.device) -> Tensor:
-        copies = _COPIES.setdefault(self if self.sae is None else self.sae, weakref.WeakValueDictionary())
-        found = copies.get((name, device))
-        if found is None:
-            found = copies[name, device] = getattr(self, name).to(device)
-        return found
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> SelectedFeatures:

@@ -1,7 +1,7 @@
-"""The folder that a plan, a set of directions, a barrier and an SAE are saved as: NAME.json beside NAME.safetensors.
+"""The folder that a plan, a set of directions, a barrier, an SAE and a probe are saved as: NAME.json beside NAME.safetensors.
 
 The JSON says what it is ("kind"), in which form ("schema"), what is no tensor, and the checksum of the other file. Here is
-the one writer and the one reader of all four, and the one wording of each error.
+the one writer and the one reader of them all, and the one wording of each error.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ PLAN = Kind(
     "Plan.save",
     frozenset({"positions", "model", "edits"}),
     frozenset({"special"}),
-    schema=2,
+    schema=3,
 )
-"""Schema 2: an edit of a Top-K SAE names the SAE; in schema 1 it carried the encoder."""
+"""Schema 3: a condition looks at any probe; before, at a direction. Schema 2: an edit of a Top-K SAE names the SAE, whose encoder
+it carried in schema 1."""
 DIRECTIONS = Kind(
     "directions", "a set of directions", "load_directions", "save_directions", frozenset({"model", "directions"})
 )
@@ -94,7 +95,14 @@ SAE = Kind(
 )
 """Schema 3 may hold a transcoder. Schema 2 says the fingerprint, by which a plan finds it, and tells its origin from what its
 source says."""
-KINDS = (PLAN, DIRECTIONS, BARRIER, SAE)
+PROBE = Kind(
+    "probe",
+    "a probe",
+    "Probe.load",
+    "Probe.save",
+    frozenset({"type", "numbers", "place", "after", "origin", "tensors"}),
+)
+KINDS = (PLAN, DIRECTIONS, BARRIER, SAE, PROBE)
 
 
 def write(kind: Kind, folder: PathLike, text: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from steerfast._positions import parse
+from steerfast._positions import Selector, beyond, parse
+from steerfast.edits.base import Intervention
 from steerfast.edits.columns import Column
 from steerfast.plan import Plan, rule_of
 
@@ -29,6 +30,7 @@ class Attachment:
         gated: The slots behind a condition.
         latched: Those whose condition is decided once per request.
         handle: What the user holds of it.
+        reads: "before" or "after" the edits of all others, where its edits are recorders; "": it steers.
     """
 
     plans: list[Plan | None]
@@ -40,6 +42,28 @@ class Attachment:
     gated: set[int] = field(default_factory=set)
     latched: set[int] = field(default_factory=set)
     handle: Any = None
+    reads: str = ""
+
+    @property
+    def turn(self) -> int:
+        """When it acts among the attachments of a model: readers before all edits, edits in the order of their handles."""
+        return {"before": 0, "": 1, "after": 2}[self.reads]
+
+    @property
+    def recorders(self) -> list[Intervention]:
+        """What notes the stream for it."""
+        plans = [plan for plan in self.plans if plan is not None and self.reads]
+        return [edit for plan in plans for chain in plan.edits.values() for edit in chain]
+
+    def check_order(self, reorders: bool) -> None:
+        """Refuse to read what beams hand from row to row."""
+        for plan in self.plans if self.reads and reorders else ():
+            rule = None if plan is None else rule_of(plan)
+            if isinstance(rule, Selector) and beyond(rule) is not False:
+                raise ValueError(
+                    f"read: positions={str(rule)!r} name generated tokens, and beam search hands rows from one to the other; "
+                    'sample instead, or read positions="prompt"'
+                )
 
     @property
     def all_slots(self) -> list[int]:

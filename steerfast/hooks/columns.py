@@ -37,15 +37,18 @@ def places_of(plan: Plan, layers: Layers, caller: str = "steer") -> dict[Place, 
 
 def read_at(when: When, place: Place, layers: Layers, caller: str = "steer") -> Place:
     """Where a condition of an intervention at `place` is read."""
-    if when.layer is None:
-        return place
-    read = Place("resid_post", layers.resolve(when.layer, caller))
+    read = place if when.reads is None else Place(when.reads.site, layers.resolve(when.reads.layer, caller))
+    if when.condition.probe.after and read == place:
+        raise ValueError(
+            f"{caller}: {when!r} looks at the stream after the edits of its own place, of which it is one; read an earlier "
+            "layer, or before the edits"
+        )
     if read[1] > place[1] or (read[1] == place[1] and place[0] != read[0]):
         raise ValueError(
             f"{caller}: {when!r} stands at {place[0]} {place[1]}, before layer {read[1]} where its condition is read; name "
             "that layer or an earlier one"
         )
-    if layers.point(read[1], read[0], caller).width != when.width:
+    if layers.point(read[1], read[0], caller).width != when.condition.width:
         raise ValueError(f"{caller}: the condition of {when!r} does not have the width of {read[0]} {read[1]}")
     return read
 
@@ -68,11 +71,6 @@ def check_plan(plan: Plan, layers: Layers, prepared: Container[Place] | None, ca
         point = layers.point(layer, site, caller)
         for edit in chain:
             if isinstance(edit, When):
-                if prepared is not None:
-                    raise ValueError(
-                        f"{caller}: {edit!r} on a prepared model; conditions are read by hooks that a compiled graph does not "
-                        "hold: steer a model that has not been prepared"
-                    )
                 read_at(edit, Place(site, layer), layers, caller)
             if edit.width != point.width:
                 raise ValueError(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steerfast._checks import whole_number
 from steerfast.plan import needs_prompt
 
 from .attachment import Attachment
+from .fixed import Announced, FixedText
 from .positions import Pass, Table
 from .prompts import Prompt
 
@@ -27,19 +29,53 @@ _library.impl("unplaced", _refuse, "CompositeExplicitAutograd")
 torch.library.register_fake("steerfast::unplaced", torch.empty_like, lib=_library)
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a prepared model has room for: the sizes of the buffers that its compiled graph reads.
+
+    Args:
+        batch: Largest batch, beams and samples included.
+        length: Longest prompt, in tokens; where probes are prepared, the longest text whose tokens are read one by one.
+        slots: How many interventions can be active at one layer.
+        directions: How many rows of B and C each layer's bank holds.
+        rank: k, the largest rank of an intervention: the compiled kernels hold this many directions, so a small one is fast.
+        columns: How many interventions, of all handles together, a token can meet in one place. Each is a part of the
+            compiled graph in every prepared layer, used or not; on a GPU two launches each from rank 16 on and in passes of
+            more than 256 tokens, so that 1 is the fastest where one will do.
+
+    Raises:
+        TypeError, ValueError: not a whole number of at least 1.
+
+    Example:
+        >>> import steerfast as sf
+        >>> sf.Room(batch=4, columns=1)
+        Room(batch=4, length=4096, slots=64, directions=256, rank=8, columns=1)
+    """
+
+    batch: int = 16
+    length: int = 4096
+    slots: int = 64
+    directions: int = 256
+    rank: int = 8
+    columns: int = 2
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, whole_number("Room", one.name, getattr(self, one.name), 1))
+
+
 class FixedTable:
     """Owners of every position of every batch row, in tensors that are only ever written into.
 
     Args:
-        batch: Most rows of a batch.
-        length: Longest prompt; one more column stands for every later position.
-        columns: Most interventions that a token meets in one place: the graph looks for so many, used or not.
+        room: Their sizes; one more position stands for every later one.
         device: Where the compiled graph runs.
     """
 
-    def __init__(self, batch: int, length: int, columns: int, device: torch.device) -> None:
-        self.rows = torch.full((batch, length + 1, columns), -1, dtype=torch.int32, device=device)
-        self.scale = torch.ones(batch, columns, dtype=torch.float32, device=device)
+    def __init__(self, room: Room, device: torch.device) -> None:
+        self.rows = torch.full((room.batch, room.length + 1, room.columns), -1, dtype=torch.int32, device=device)
+        self.scale = torch.ones(room.batch, room.columns, dtype=torch.float32, device=device)
+        self.text = FixedText(room.batch, room.length, room.slots, device)
         self.unplaced = False  # the positions need a prompt that only generate would show
         self.by_token = False  # they count from each row's first real token, of which a bare pass shows the mask alone
 
@@ -58,8 +94,8 @@ class FixedTable:
         self.rows.fill_(-1)
         self.scale.fill_(1.0)
 
-    def publish(self, table: Table, copies: int) -> None:
-        """Copy a batch's table in, each of its rows `copies` times.
+    def publish(self, table: Table, copies: int, told: Announced | None = None) -> None:
+        """Copy a batch's table in, each of its rows `copies` times; `told`: what generate says of it.
 
         Raises:
             ValueError: the batch takes more room than what `prepare` made room for; nothing has been written.
@@ -76,13 +112,18 @@ class FixedTable:
         self.rows[: batch * copies, :span, :columns] = rows
         self.rows[: batch * copies, span:, :columns] = rows[:, -1:]
         self.scale[: batch * copies, :columns] = table.scale.repeat_interleave(copies, 0).to(self.scale.device)
+        if self.text:
+            self.text.announce(told, None if table.prompt.starts is None else table.ends.repeat_interleave(copies))
 
     def publish_unprompted(self, attachments: Sequence[Attachment]) -> None:
         """Fill the buffers for bare passes: what prompt_length, or positions="all", says without a prompt."""
         self.clear()
+        if self.text:
+            self.text.announce(None, None)
         given = next((one.prompt_length for one in attachments if one.prompt_length is not None), None)
         plans = [plan for one in attachments for plan in one.plans if plan is not None]
-        self.unplaced = given is None and any(map(needs_prompt, plans))
+        latched = any(one.latched for one in attachments)
+        self.unplaced = given is None and (latched or any(map(needs_prompt, plans)))
         self.by_token = any(one.by_token for one in attachments)
         if self.unplaced or not attachments:
             return
@@ -100,7 +141,11 @@ class FixedTable:
                 "padded on the left has none: leave attention_mask out, or use generate"
             )
         batch, count = tokens.shape[:2]
-        now = self.gather(start, batch, count, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if self.text:
+            whole = torch.ones(batch, count, dtype=torch.bool, device=self.rows.device)
+            self.text.begin(start, tokens, whole if mask is None else mask[:, -count:] != 0)
+        now = self.gather(start, batch, count, mask)
         if self.unplaced and now.rows is not None:  # an error of the tracer would only make it leave the graph
             return replace(now, rows=torch.ops.steerfast.unplaced(now.rows))
         return now

@@ -31,6 +31,10 @@ def pass_for_all(attachments: Sequence[Attachment], gated: bool, tokens: Tensor,
 def check_paged(attachments: Sequence[Attachment], gated: bool) -> None:
     """Refuse what continuous batching cannot follow."""
     for one in attachments:
+        if one.reads:
+            raise ValueError(
+                "read: continuous batching mixes requests in one row and does not say whose token is whose; use generate"
+            )
         if one.per_row:
             raise ValueError(
                 "steer: continuous batching mixes requests in one row and does not say whose token is whose, so a "

@@ -8,6 +8,7 @@ be refused before a background thread runs it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ from steerfast.models.proof import Proof, prove, refuse_split
 from steerfast.ops.backends import STEP_SIZES
 from steerfast.place import Place
 from steerfast.plan import Plan
+from steerfast.probes.probe import Probe
 
 from .attachment import Attachment
 from .bookkeeping import bookkeeping
 from .columns import check_lengths, check_plan, check_positions, layout_of, places_of, warn_of_others
-from .compiled import FixedTable, is_compiled
+from .compiled import FixedTable, Room, is_compiled
 from .continuous import cached_manager, check_paged, new_manager
 from .dispatcher import Dispatcher
+from .fixed import FixedProbe
 from .generation import announced
 from .passes import Passes
 
@@ -83,13 +86,15 @@ class Controller:
 
     # --- plans come and go -------------------------------------------------------------------------------------------
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: Plan, caller: str = "steer") -> None:
         """Refuse a plan that does not fit the model, before anything is attached."""
-        check_plan(plan, self.layers, self.dispatchers if self.prepared else None)
-        for site, layer in places_of(plan, self.layers):
-            refuse_split(self.proof, self.layers, layer, site, "steer")
+        places = places_of(plan, self.layers, caller)
+        known = {place for place, one in self.dispatchers.items() if one.edited} if caller == "steer" else places
+        check_plan(plan, self.layers, known if self.prepared else None, caller)
+        for site, layer in places:
+            refuse_split(self.proof, self.layers, layer, site, caller)
         if not self.prepared and is_compiled(self.model):
-            raise RuntimeError(_COMPILED.format("steer"))
+            raise RuntimeError(_COMPILED.format(caller))
         warn_of_others(plan, self.layers)
 
     def check_positions(self, plans: list[Plan], lengths: tuple[int, ...] | None) -> None:
@@ -116,16 +121,18 @@ class Controller:
                     if column.gate is not None:
                         read = column.gate[-1]
                         self._install(new, slot, next(iter(column.edits.values())), read)  # type: ignore[arg-type]
-                        wanted.setdefault(read, {})
+                        if not self.prepared:
+                            wanted.setdefault(read, {})
             for place in wanted:
                 self._dispatcher(place)
-            count = 1 + max(new.all_slots)
+            count = 1 + max(new.all_slots, default=-1)
             for place, dispatcher in self.dispatchers.items():  # one row table: every bank must know every slot
                 dispatcher.put(wanted.get(place, {}), count)
                 dispatcher.judges = self._read_here(place)
             self._count_places()
             self.passes.watch()
             self.attachments.append(new)
+            self.attachments.sort(key=lambda one: one.turn)
             self.passes.refresh()
             self._shadow()
         except BaseException:
@@ -144,6 +151,8 @@ class Controller:
                 self._runs.give(slots[0], len(old.numbers(slots)))
         for slot in old.all_slots:
             self.passes.conditions.pop(slot, None)
+        if self.passes.fixed is not None:
+            self.passes.fixed.text.free(old.all_slots)
         for place, dispatcher in list(self.dispatchers.items()):
             dispatcher.take(old.all_slots)
             dispatcher.judges = self._read_here(place)
@@ -194,7 +203,10 @@ class Controller:
         self.passes.watched.watch([dispatcher.point for dispatcher in self.dispatchers.values()])
 
     def _install(self, new: Attachment, slot: int, when: When, place: Place) -> None:
-        self.passes.conditions[slot] = when, place
+        if self.passes.fixed is None:
+            self.passes.conditions[slot] = when, place
+        else:
+            self.passes.fixed.text.gate(slot, when, place)
         new.gated.add(slot)
         if not when.per_token:
             new.latched.add(slot)
@@ -206,26 +218,47 @@ class Controller:
             self.dispatchers[place] = Dispatcher(self.passes, place, point, empty, fixed=False)
         return self.dispatchers[place]
 
-    def prepare(
-        self, points: list[Place], batch: int, length: int, slots: int, directions: int, rank: int, columns: int
-    ) -> None:
-        """Install inert dispatchers with banks of fixed size and a row table at a fixed address."""
+    def prepare(self, points: list[Place], room: Room, probes: Mapping[str, Probe]) -> None:
+        """Install inert dispatchers with banks of fixed size and a row table at a fixed address, and probes with buffers."""
         if self.prepared:
             raise RuntimeError("prepare: the model is already prepared; call unprepare(model) first")
         if is_compiled(self.model):
             raise RuntimeError("prepare: the model is already compiled; call prepare before torch.compile")
-        found = {place: self.layers.point(place[1], place[0], "prepare") for place in points}
+        read = {name: self._read_by(name, probe) for name, probe in probes.items()}
+        found = {
+            place: self.layers.point(place[1], place[0], "prepare")
+            for place in dict.fromkeys([*points, *read.values()])
+        }
+        sizes = {place: (room.slots, room.directions) if place in points else (1, 1) for place in found}
         banks = {
-            at: Bank(point.width, slots, directions, *stream_storage(self.layers.blocks[at[1]], self.model), rank=rank)
+            at: Bank(point.width, *sizes[at], *stream_storage(self.layers.blocks[at[1]], self.model), rank=room.rank)
             for at, point in found.items()
         }
+        fixed = FixedTable(room, self.passes.device)
+        for number, (name, place) in enumerate(read.items(), 1):
+            device = banks[place].vectors.device
+            fixed.text.probes.append(FixedProbe(name, probes[name], place, number, room.batch, room.length, device))
         for place, point in found.items():
-            self.dispatchers[place] = Dispatcher(self.passes, place, point, banks[place], fixed=True)
-        self._runs = Runs(slots)
-        self.passes.fixed = FixedTable(batch, length, columns, self.passes.device)
-        self.passes.counts.make_room(slots + 1, self.passes.device)
+            one = self.dispatchers[place] = Dispatcher(self.passes, place, point, banks[place], fixed=True)
+            one.probes = [probe for probe in fixed.text.probes if probe.place == place]
+            one.edited = place in points
+        self._runs = Runs(room.slots)
+        self.passes.fixed = fixed
+        self.passes.counts.make_room(room.slots + 1, self.passes.device)
         self.passes.watch()
         vars(self.model)[_ATTRIBUTE] = self
+
+    def _read_by(self, name: str, probe: Probe) -> Place:
+        """Where a probe of `prepare` is read."""
+        if probe.place is None:
+            raise ValueError(
+                f"prepare: {name!r} does not say where it is read; make it with place=, a layer or (site, layer)"
+            )
+        place = Place(probe.place.site, self.layers.resolve(probe.place.layer, "prepare"))
+        width = self.layers.point(place.layer, place.site, "prepare").width
+        if probe.width != width:
+            raise ValueError(f"prepare: {name!r} has width {probe.width}; {place} of this model has {width}")
+        return place
 
     @torch.no_grad()
     def rehearse(self) -> None:

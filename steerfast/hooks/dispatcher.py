@@ -22,9 +22,11 @@ from steerfast.ops.slots import ALL_MODES
 from steerfast.place import Place
 
 from .bookkeeping import bookkeeping, is_mapped
+from .fixed import FixedProbe
 from .passes import Call, Passes
 from .positions import Pass
 from .recomputing import Act, backward_pass, plainly_recorded, runs_hooks_again
+from .records import Recorder
 
 Tables = tuple[Tensor, Tensor]
 """(rows, scale) of the tokens of a pass."""
@@ -59,7 +61,10 @@ class Dispatcher:
         if fixed and (not place[0].startswith("resid") or runs_hooks_again(point.module)):
             passes.recomputing.prepared_inside = True
         self._programs: dict[int, Program] = {}  # of the edits that fit no slot
+        self._recorders: set[int] = set()  # of these, the slots of recorders
         self.judges = False  # whether a condition is read here
+        self.probes: list[FixedProbe] = []  # of a prepared model, those that are read here
+        self.edited = True  # whether a prepared place has room for edits
         self.hook: RemovableHandle = self.attach()
 
     def put(self, edits: dict[int, Intervention], slots: int) -> None:
@@ -84,6 +89,7 @@ class Dispatcher:
             slotted = self._slotted({**self.edits, **edits}, {**self._programs, **programs})
             self.bank = fitting(slotted, self.bank, slots)
         self._programs.update(programs)
+        self._recorders |= {slot for slot, edit in edits.items() if isinstance(edit, Recorder)}
         self.edits.update(edits)
         self.bank.commit()  # a compiled graph reads the buffers directly
         self._found = _NOTHING
@@ -92,6 +98,7 @@ class Dispatcher:
         """Release the slots that are here."""
         gone = [slot for slot in slots if self.edits.pop(slot, None) is not None]
         held = [slot for slot in gone if self._programs.pop(slot, None) is None]
+        self._recorders -= set(gone)
         if self.fixed:
             for slot in held:
                 self.bank.release(slot)
@@ -112,10 +119,14 @@ class Dispatcher:
         """The steered stream, or None where no row is steered."""
         if self.fixed and torch.compiler.is_compiling():  # one graph for all threads: what it gathers from is shared
             now = self.passes.traced  # of the same graph; of an eager pass where only the blocks are compiled
-            found = self._look(now, x, None)
+            self._note(x, after=False)
+            found, steered = self._look(now, x, None), x
             if found.table is not None:
-                return self._by_table(x, *_beside(x, found.table, now), [], {}, self.bank)
-            return _directly(found.direct, x) if found.direct else None
+                steered = self._by_table(x, *self._open(*_beside(x, found.table, now)), [], {}, self.bank)
+            elif found.direct:
+                steered = _directly(found.direct, x)
+            self._note(steered, after=True)
+            return None if steered is x else steered
         call = self.passes.threads.call
         thread = call.thread
         if thread.region is not None:
@@ -124,16 +135,21 @@ class Dispatcher:
         if doubtful and not self.passes.recomputing.runs_anew(self.point.path):
             return None
         found = self._found
-        if found.now is call.now and not self.judges:  # what every pass but the first of its kind comes to
+        if (
+            found.now is call.now and not self.judges and not self.probes
+        ):  # what every pass but the first of its kind comes to
             call.ran.add(self)
         else:
             found = self._decide(x, call)
         if found.table is not None:
             rows, scale = self._tables(x, found, found.table, call)
-            return self._by_table(x, rows, scale, self._columns(call.now, rows), self._programs, self.bank)
-        for run, gain in found.direct:
-            x = run(x, gain)
-        return x if found.direct else None
+            steered = self._by_table(x, rows, scale, self._columns(call.now, rows), self._programs, self.bank)
+        else:
+            steered = _directly(found.direct, x)
+        if self.judges:
+            self._judge(steered, call, after=True)
+        self._note(steered, after=True)
+        return None if steered is x else steered  # who only reads leaves the model's own tensor
 
     def act(self, x: Tensor) -> Act | None:
         """What this pass does here, for a backward pass to repeat whatever has changed by then; None: nothing."""
@@ -155,29 +171,45 @@ class Dispatcher:
         rows, scale = x.new_full((tokens, most), -1, dtype=torch.int32), x.new_ones(tokens, most, dtype=torch.float32)
         for columns in range(1 if fixed is None else most, most + 1):
             self._by_slots(x, rows[:, :columns], scale[:, :columns], self.bank)
-        for run in self._programs.values():
-            run(x, torch.zeros_like(scale[:, 0]))
+        for slot, run in self._programs.items():
+            if slot not in self._recorders:
+                run(x, torch.zeros_like(scale[:, 0]))
         for when, place in self.passes.conditions.values():
             if place == self.place:
-                when.condition(x)
+                when.condition.probe.program(x.device)(x)
 
     def _decide(self, x: Tensor, call: Call) -> _Found:
         call.ran.add(self)
         found = self._found
         if found.now is not call.now:
             found = self._found = self._look(call.now, x, call)
-        if self.judges and call.now.owners != ():
-            call.gates.judge(self.place, x)
+        if self.judges:
+            self._judge(x, call, after=False)
+        self._note(x, after=False)
         return found
+
+    def _note(self, x: Tensor, after: bool) -> None:
+        """The probes of a prepared model look at the stream."""
+        if self.probes and self.passes.fixed is not None:
+            self.passes.fixed.text.note(self.probes, x, after)
+
+    def _open(self, rows: Tensor, scale: Tensor) -> Tables:
+        """The tables of a prepared model without what its gates have shut."""
+        fixed = self.passes.fixed
+        return (rows if fixed is None or not fixed.text.opens else fixed.text.close(rows)), scale
+
+    def _judge(self, x: Tensor, call: Call, after: bool) -> None:
+        if call.now.owners != () or call.gates.remembers:
+            call.gates.judge(self.place, x, call.scored, after)
 
     def _look(self, now: Pass, x: Tensor, call: Call | None) -> _Found:
         """Decide once per pass, and once for all equal passes: nothing, a table, or the same slots for every token."""
         if now.rows is not None and now.scale is not None:
-            table = (now.rows, now.scale) if self.fixed or self.edits else None
+            table = (now.rows, now.scale) if (self.fixed and self.edited) or self.edits else None
             found = _Found(now, [], table, {})
         else:
             here = [(slot, weight) for slot, weight in now.owners or () if slot in self.edits]
-            if here and backend_of(x) == "torch":
+            if here and (backend_of(x) == "torch" or self._programs.keys() >= {slot for slot, _ in here}):
                 found = _Found(now, [self._effect(slot, weight) for slot, weight in here], None, {})
             else:
                 found = _Found(now, [], self.passes.broadcast(now) if here else None, {})
@@ -204,6 +236,8 @@ class Dispatcher:
     def _tables(self, x: Tensor, found: _Found, table: Tables, call: Call) -> Tables:
         """The tables of this pass beside x, without what a condition has shut."""
         rows, scale = _beside(x, table, call.now) if call.now.owners is None else _spread(x, found.spread, table)
+        if self.fixed:
+            return self._open(rows, scale)
         return (call.gates.close(rows, self.edits) if call.gates else rows), scale
 
     def _columns(self, now: Pass, rows: Tensor) -> list[tuple[int, int]]:
@@ -226,7 +260,8 @@ class Dispatcher:
         for column, slot in columns:
             x = self._by_slots(x, rows[:, first:column], scale[:, first:column], bank)
             x = programs[slot](x, torch.where(rows[:, column] == slot, scale[:, column], 0))
-            first = column  # a slot for other rows may stand here; a program's own is empty
+            # A slot for other rows may stand beside a program's, which is empty; beside a recorder's stands none.
+            first = column + (slot in self._recorders)
         return (
             self._by_slots(x, rows[:, first:], scale[:, first:], bank)
             if first

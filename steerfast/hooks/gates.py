@@ -7,8 +7,9 @@ the device; where a static cache hides the position of a pass from the host, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from steerfast.place import Place
 
 from .bookkeeping import bookkeeping, is_mapped, settled
 from .positions import Table
-from .prompts import Prompt
+from .prompts import Memory, Prompt
+from .records import Scored
 
 
 @dataclass(eq=False)
@@ -31,6 +33,14 @@ class Gate:
     latch: Tensor | None = None  # bool (batch,): what was decided at each last prompt token
     decided: Tensor | None = None  # bool (batch,), on the host; None where only the device knows
     open: Tensor | None = None  # bool (n,): which tokens of this pass may be edited
+    program: Callable[[Tensor], Any] | None = None  # of its probe, on the device of the stream
+    memory: Memory | None = None  # of one with a release, whether it is open before each position of `prompt`
+
+    def score(self, x: Tensor) -> Any:
+        """What its probe finds in the stream."""
+        if self.program is None:
+            self.program = self.when.condition.probe.program(x.device)
+        return self.program(x)
 
 
 Conditions = dict[int, tuple[When, Place]]
@@ -56,6 +66,11 @@ class Gates:
                 self._known[slot] = Gate(when, place)
         return {slot: self._known[slot] for slot in self._conditions}
 
+    @property
+    def remembers(self) -> bool:
+        """Whether some condition must see every token."""
+        return any(when.condition.release is not None for when, _ in self._conditions.values())
+
     def begin(self, table: Table, start: int | Tensor, tokens: int, batch: int) -> None:
         """A forward pass over positions [start, start + tokens) of every row begins."""
         self._pass = table, start, tokens, batch
@@ -63,15 +78,19 @@ class Gates:
             gate.open = None
 
     @torch.no_grad()
-    def judge(self, place: Place, x: Tensor) -> None:
-        """Read the conditions of a place from the stream x (batch, tokens, d) that arrives there."""
+    def judge(self, place: Place, x: Tensor, scored: Scored, after: bool = False) -> None:
+        """Read the conditions of a place from the stream x (batch, tokens, d) before its edits, or `after` them."""
         for gate in self._gates.values():
-            if gate.place != place:
+            if gate.place != place or gate.when.condition.probe.after != after:
                 continue
-            if gate.when.per_token:
-                gate.open = settled(gate.when.condition(x)).reshape(-1)
-            else:
+            if not gate.when.per_token:
                 gate.open = self._latched(gate, x)
+                continue
+            score = scored(gate.when.condition.probe, gate.score, x)[0]
+            if gate.when.condition.release is None:
+                gate.open = settled(gate.when.condition.decide(score)).reshape(-1)
+            else:
+                gate.open = self._held(gate, score)
 
     def close(self, rows: Tensor, slots: Iterable[int]) -> Tensor:
         """The row table (n, P) without the slots among `slots` whose gate is shut."""
@@ -91,6 +110,44 @@ class Gates:
         gate = self._gates.get(slot)
         return None if gate is None or gate.latch is None else gate.latch.cpu()
 
+    @bookkeeping
+    def _held(self, gate: Gate, score: Tensor) -> Tensor:
+        """The decision for every token of a condition that stays open until its score falls back."""
+        if self._pass is None:
+            raise RuntimeError("steer: a condition is read outside a forward pass of the decoder")
+        if is_mapped(score):
+            raise RuntimeError(f"steer: torch.vmap maps over the stream, and {gate.when!r} must remember each text")
+        table, start, tokens, batch = self._pass
+        memory = self._remembered(gate, table, start, batch, score.device)
+        memory.room((start if isinstance(start, int) else memory.reached) + tokens + 1)
+        here = torch.as_tensor(start, device=score.device).reshape(1) + torch.arange(tokens, device=score.device)
+        before = memory.open.index_select(1, here[:1])[:, 0]
+        found = gate.when.condition.decide(
+            score.reshape(batch, tokens), before, table.real(start, tokens, batch).to(score.device)
+        )
+        memory.open.index_copy_(1, here + 1, found)
+        memory.reached = start + tokens if isinstance(start, int) else memory.reached + tokens
+        return found.reshape(-1)
+
+    def _remembered(self, gate: Gate, table: Table, start: int | Tensor, batch: int, device: torch.device) -> Memory:
+        prompt, memory = table.prompt, gate.memory
+        known = memory is not None and gate.prompt is prompt and memory.open.shape[0] == batch
+        if memory is None or not known or (isinstance(start, int) and start == 0):
+            if prompt.reorders:
+                raise ValueError(
+                    f"steer: {gate.when!r} must know the tokens before each one, and beam search hands rows from one to the "
+                    "other; sample instead, or leave release out"
+                )
+            gate.prompt = prompt
+            memory = gate.memory = Memory(torch.zeros(batch, 1, dtype=torch.bool, device=device), 0)
+        first = start if isinstance(start, int) else (int(start) if not memory.reached else 0)
+        if first > memory.reached:
+            raise ValueError(
+                f"steer: {gate.when!r} must know the {first} tokens before this forward pass, and only {memory.reached} of them "
+                "ran under the plan; run the text from its start, or use generate"
+            )
+        return memory
+
     def _latched(self, gate: Gate, x: Tensor) -> Tensor:
         if self._pass is None:
             raise RuntimeError("steer: a condition is read outside a forward pass of the decoder")
@@ -99,12 +156,13 @@ class Gates:
         latch, here, ends = self._before(gate, table, start, tokens, batch, x.device)
         if here is not None and isinstance(start, int):
             if here.numel():
-                found = settled(gate.when.condition(stream[here, (ends - start)[here]]))
+                score = gate.score(settled(stream[here, (ends - start)[here]]))
+                found = settled(gate.when.condition.decide(score[:, None]))[:, 0]
                 latch = latch.index_put((here.to(x.device),), found)
         else:
             position = torch.as_tensor(start, device=x.device) + torch.arange(tokens, device=x.device)
             last = position == ends.to(x.device)[:, None]  # (batch, tokens)
-            found = settled(gate.when.condition(stream))
+            found = settled(gate.when.condition.decide(gate.score(stream)))
             latch = torch.where(last.any(1), (found & last).any(1), latch)
         latch = settled(latch)
         gate.latch = None if is_mapped(latch) else latch  # a decision of every example that is mapped over ends with it

@@ -31,6 +31,8 @@ class Announcement:
         assisted: Whether the model proposes tokens to itself, in a cache of their own.
         guided: Whether a second text runs beside each prompt.
         cache: The cache that generate was handed.
+        eos: The tokens that end a row.
+        pad: The token that rows are filled with behind their end; None: it is not known.
     """
 
     prompt: Prompt | None
@@ -40,6 +42,8 @@ class Announcement:
     assisted: bool = False
     guided: bool = False
     cache: Any = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
 
 
 def announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Announcement:
@@ -73,6 +77,8 @@ def announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         or bool(_setting(model, call, "assistant_early_exit")),
         guided=_setting(model, call, "guidance_scale") not in (None, 1),
         cache=None if found is None else found[1],
+        eos=_token_ids(_setting(model, call, "eos_token_id")),
+        pad=next(iter(_token_ids(_setting(model, call, "pad_token_id"))), None),
     )
 
 
@@ -189,6 +195,12 @@ def _setting(model: nn.Module, call: dict[str, Any], name: str) -> Any:
         if getattr(source, name, None) is not None:
             return getattr(source, name)
     return call.get(name)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """A setting that names a token, several, or none."""
+    given = value.tolist() if isinstance(value, Tensor) else value
+    return () if given is None else tuple(int(one) for one in (given if isinstance(given, (list, tuple)) else [given]))
 
 
 def _inferred_mask(model: nn.Module, ids: Tensor, call: dict[str, Any]) -> Tensor | None:

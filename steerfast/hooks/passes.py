@@ -20,34 +20,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steerfast._positions import Selector
+from steerfast.edits.base import Intervention
 from steerfast.models.caches import PAGED, cache_in, keeps_cache, past_length
 from steerfast.models.layers import Layers, stream_storage
 from steerfast.models.proof import Proof
-from steerfast.plan import needs_prompt, rule_of
+from steerfast.plan import needs_prompt
 
 from .attachment import Attachment
 from .bookkeeping import bookkeeping, refuse_tracing
 from .compiled import FixedTable, lengths_per_row
 from .continuous import pass_for_all
 from .counts import Counts
+from .fixed import Announced
 from .gates import Conditions, Gates
 from .generation import Announcement, by_name, tokens_of, valid_tokens
 from .positions import IDLE, Owners, Pass, Table
 from .prompts import Prompt
 from .recomputing import THREADS, Recomputing, Thread
-from .texts import Batch, Texts
+from .records import Log, Scored
+from .texts import Batch, Filled, Texts, mark_of, unmoved
 from .watched import Watched
 
 _UNSEEN = object()
-
-
-@dataclass(frozen=True, eq=False)
-class _Filled:
-    """Whose text a cache holds."""
-
-    prompt: Prompt
-    mark: tuple[int, int] | None  # of its counter, where that is a tensor
 
 
 @dataclass(eq=False)
@@ -66,6 +60,8 @@ class Call:
         other: The call of all other texts that run inside of generate.
         texts: Of that one: those that run without a cache.
         outer: Of that one, while it runs: the call to come back to.
+        log: What probes have read of its text.
+        scored: What probes have found in the running pass.
     """
 
     gates: Gates
@@ -77,6 +73,8 @@ class Call:
     batch: Batch | None = None
     ran: set[Any] = field(default_factory=set)
     other: Call | None = None
+    log: Log | None = None
+    scored: Scored = field(default_factory=Scored)
     texts: Texts | None = None
     outer: Call | None = None
     start: int | Tensor = 0  # position of the running pass's first token
@@ -107,6 +105,7 @@ class Passes:
         traced: The pass that a prepared model's dispatchers apply.
         generating: The thread that is inside generate.
         dispatchers: How many places have an edit.
+        recorders: What notes the stream for those who read it.
         counts: Tokens that each slot has been applied to.
         watched: The modules that carry dispatchers.
     """
@@ -118,6 +117,7 @@ class Passes:
         self.traced: Pass = IDLE
         self.generating: int | None = None
         self.dispatchers = 0
+        self.recorders: list[Intervention] = []
         self.counts = Counts()
         self.watched = Watched(model)
         self.decoder = model.get_submodule(layers.path.rpartition(".")[0])
@@ -130,7 +130,7 @@ class Passes:
         self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
         self._version = 0
         self._decided = False  # the running pass began outside of any graph, whatever of it a compiler took up
-        self._prompts: WeakKeyDictionary[Any, _Filled] = WeakKeyDictionary()  # by the cache that a bare pass filled
+        self._prompts: WeakKeyDictionary[Any, Filled] = WeakKeyDictionary()  # by the cache that a bare pass filled
         self._broadcasts: dict[Owners, tuple[Tensor, Tensor]] = {}
 
     def __reduce__(self) -> Any:
@@ -182,6 +182,7 @@ class Passes:
         """What is attached has changed: this thread's table is built anew now, those of others when they run next."""
         self._version += 1
         self._broadcasts.clear()
+        self.recorders = [recorder for one in self.attachments for recorder in one.recorders]
         slots = (slot for one in self.attachments for slot in one.all_slots)
         self.counts.make_room(2 + max(slots, default=0), self.device)
         call = self.threads.call
@@ -241,7 +242,10 @@ class Passes:
         """A prepared model's buffers hold the announced batch."""
         if self.fixed is not None and call.batch is not None and call.table is not None:
             self.fixed.unplaced = self.fixed.by_token = False
-            self.fixed.publish(call.table, call.batch.told.copies)
+            told = call.batch.told
+            held = 0 if told.cache is None else int(told.cache.get_seq_length())
+            announced = None if told.prompt is None else Announced(told.prompt, told.copies, (told.eos, told.pad), held)
+            self.fixed.publish(call.table, told.copies, announced)
 
     # --- what dispatchers and handles ask ----------------------------------------------------------------------------
 
@@ -275,6 +279,8 @@ class Passes:
 
     def decision(self, slot: int) -> Tensor | None:
         """bool (batch,) on the CPU: what a latched condition decided in the pass that began last."""
+        if self.fixed is not None:
+            return self.fixed.text.decision(slot)
         return self.latest.gates.decision(slot)
 
     # --- one pass ----------------------------------------------------------------------------------------------------
@@ -343,9 +349,24 @@ class Passes:
                 table.at(start, count, batch, ids) if isinstance(start, int) else table.gather(start, count, batch, ids)
             )
         self.traced = call.now
+        call.scored.clear()
         if self.conditions:
             call.gates.begin(table, start, count, batch)
+        if self.recorders:
+            self._follow(call, table, ids)
+        if self.fixed is not None and self.fixed.text:
+            self.fixed.text.begin(start, tokens, table.real(start, count, batch))
         self.threads.call = call
+
+    def _follow(self, call: Call, table: Table, ids: Tensor | None) -> None:
+        """Keep what probes read of this text beside what they read of it before."""
+        start, (batch, count) = call.start, call.shape
+        if call.log is None or not call.log.follows(table.prompt, start, batch):
+            told = None if call.batch is None else call.batch.told
+            for one in self.attachments:
+                one.check_order(table.prompt.reorders)
+            call.log = Log(table.prompt, batch, self.device, ((), None) if told is None else (told.eos, told.pad))
+        call.log.begin(start, count, ids, self.recorders)
 
     def _position(self, call: Call, inputs: dict[str, Any], count: int) -> int | Tensor:
         """The position of a pass's first token; a tensor is the cache's own."""
@@ -384,7 +405,7 @@ class Passes:
         if call.batch is not None:  # a cache that the decoder has made itself
             call.batch.caches[id(found[1])] = found[1]
         else:
-            self._prompts[found[1]] = _Filled(call.prompt, _mark(found[1].get_seq_length()))
+            self._prompts[found[1]] = Filled(call.prompt, mark_of(found[1].get_seq_length()))
 
     def _trace(self, inputs: dict[str, Any]) -> Pass:
         """The pass as a part of the compiled graph: a gather from the table that `announce` or `refresh` fills."""
@@ -435,8 +456,8 @@ class Passes:
         filled = None if found is None else self._prompts.get(found[1])
         known = filled.prompt if filled is not None and filled.prompt.batch == batch else None
         if isinstance(start, Tensor):  # read once per prompt: a static cache that we have not seen may be empty or not
-            unmoved = known is not None and filled is not None and _unmoved(start, filled.mark, count)
-            start = start.clone() if unmoved else int(start)
+            still = known is not None and filled is not None and unmoved(start, filled.mark, count)
+            start = start.clone() if still else int(start)
         call.start, call.seen = start, 0
         if known is not None and (isinstance(start, Tensor) or start > 0):
             return self._table_for(call, known)
@@ -483,32 +504,12 @@ class Passes:
         self.counts.add(call.now, call.shape, skipped, slots)
 
 
-def _mark(counter: int | Tensor) -> tuple[int, int] | None:
-    """By what a cache's own counter shows that nobody has written into it since; None: it does not."""
-    if not isinstance(counter, Tensor) or counter.is_inference():
-        return None
-    return id(counter), counter._version
-
-
-def _unmoved(counter: Tensor, mark: tuple[int, int] | None, count: int) -> bool:
-    """Whether a cache holds what the last pass left in it, without reading it from the device."""
-    if counter.is_inference():  # has no version; a text of several tokens may be a new one
-        return count == 1
-    return mark is not None and mark == _mark(counter)
-
-
 def _mask(inputs: dict[str, Any], given: Any) -> Any:
     """The mask of a pass in the form that shows padding, if any form of it does."""
     mask = inputs.get("attention_mask")
     if given is _UNSEEN or (isinstance(mask, Tensor) and mask.dim() == 2):
         return mask
     return given  # handed on as a prepared mask, or not at all
-
-
-def _needs_place(one: Attachment) -> bool:
-    """Whether a plan asks where in its text a token stands."""
-    plans = [plan for plan in one.plans if plan is not None]
-    return any(needs_prompt(p) or (isinstance(rule := rule_of(p), Selector) and rule.remembers) for p in plans)
 
 
 def _same(one: Prompt, other: Prompt) -> bool:

@@ -205,6 +205,15 @@ class Table:
         rows, scale = self._on_device(batch)
         return _flat(rows[:, self._columns(start, tokens, rows.device)], scale)
 
+    @bookkeeping
+    def real(self, start: int | Tensor, tokens: int, batch: int) -> Tensor:
+        """bool (batch, tokens): which tokens of a pass over [start, start + tokens) are no padding."""
+        valid = self.prompt.valid
+        if isinstance(start, int) and start >= valid.shape[1]:
+            return torch.ones(batch, tokens, dtype=torch.bool, device=self._device)
+        whole = torch.cat([valid, torch.ones_like(valid[:, :1])], 1).to(self._device)
+        return whole.repeat_interleave(batch // self.prompt.batch, 0)[:, self._columns(start, tokens, self._device)]
+
     def _columns(self, start: int | Tensor, tokens: int, device: torch.device) -> Tensor:
         """The table's columns of positions [start, start + tokens)."""
         first = start.to(device) if isinstance(start, Tensor) else start

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from steerfast._checks import finite_number, listed, whole_number, whole_numbers
 from steerfast.place import Place
 from steerfast.plan import Plan, as_plan
+from steerfast.probes.given import as_probe
 
 from .attachment import Attachment
+from .compiled import Room
 from .controller import LOCK, Controller, controller_of, known_controller
+from .fixed import check_probes
 
 
 def steer(
@@ -55,7 +58,7 @@ def steer(
     plans = [None if one is None else as_plan("steer", one) for one in given]
     if not any(plans):
         raise ValueError("steer: no plan is given; pass a Plan, a dict, or a list with at least one plan")
-    lengths = _prompt_lengths(prompt_length)
+    lengths = prompt_lengths(prompt_length)
     with LOCK:
         controller = controller_of(model)
         for one in plans:
@@ -112,11 +115,11 @@ def active(model: nn.Module) -> list[Steering]:
         []
     """
     controller = known_controller(model)
-    return [] if controller is None else [one.handle for one in controller.attachments]
+    return [] if controller is None else [one.handle for one in controller.attachments if not one.reads]
 
 
 def reset(model: nn.Module) -> None:
-    """Remove every handle from a model: no hook remains, unless it was prepared, and `generate` is its own again.
+    """Remove every handle from a model, those of `read`, too: no hook remains, unless it was prepared, and `generate` is its own.
 
     Args:
         model: Any model; one that is not steered stays as it is.
@@ -124,22 +127,18 @@ def reset(model: nn.Module) -> None:
     Example:
         >>> sf.reset(model)
     """
+    controller = known_controller(model)
     with ExitStack() as stack:  # a warning of one may be an error, and the others are removed all the same
-        for handle in active(model):
-            stack.callback(handle.remove)
+        for one in [] if controller is None else controller.attachments:
+            stack.callback(one.handle.remove)
 
 
 def prepare(
     model: nn.Module,
     layers: int | slice | Iterable[int] | Tensor | None = None,
     site: str = "resid_post",
-    batch: int = 16,
-    length: int = 4096,
-    slots: int = 64,
-    directions: int = 256,
-    rank: int = 8,
-    *,
-    columns: int = 2,
+    room: Room | None = None,
+    probes: Mapping[str, Any] | None = None,
 ) -> None:
     """Install inert dispatchers before torch.compile; afterwards `steer` only changes the contents of buffers.
 
@@ -147,17 +146,12 @@ def prepare(
         model: A transformers causal language model that has not been compiled yet.
         layers: Which layers may be steered: one, several (also an array or a tensor of integers), or a slice; None: all.
         site: At which site.
-        batch: Largest batch, beams and samples included.
-        length: Longest prompt, in tokens.
-        slots: How many interventions can be active at one layer.
-        directions: How many rows of B and C each layer's bank holds.
-        rank: k, the largest rank of an intervention: the compiled kernels hold this many directions, so a small one is fast.
-        columns: How many interventions, of all handles together, a token can meet in one place. Each is a part of the
-            compiled graph in every prepared layer, used or not; on a GPU two launches each from rank 16 on and in passes of
-            more than 256 tokens, so that 1 is the fastest where one will do.
+        room: What the buffers are large enough for; None: `Room()`.
+        probes: Name -> probe, as for `read`: what `read` and the conditions of `When` and `WhenToken` may look at. Each is a
+            part of the compiled graph, used or not.
 
     Raises:
-        TypeError, ValueError: a layer or site that the model does not have.
+        TypeError, ValueError: a layer or site that the model does not have, a probe without a place or of another width.
         RuntimeError: the model is already compiled, or is being steered.
 
     Example:
@@ -167,22 +161,17 @@ def prepare(
     controller = controller_of(model, "prepare")
     if controller.attachments:
         raise RuntimeError("prepare: the model is being steered; remove the handles first")
-    rooms = {
-        "batch": batch,
-        "length": length,
-        "slots": slots,
-        "directions": directions,
-        "rank": rank,
-        "columns": columns,
-    }
-    rooms = {name: whole_number("prepare", name, value, 1) for name, value in rooms.items()}
+    room = Room() if room is None else room
+    if not isinstance(room, Room):
+        raise TypeError(f"prepare: room must be a Room; got {room!r}")
+    named = {name: as_probe("prepare", probe) for name, probe in check_probes(probes).items()}
     count = controller.layers.count
     chosen = whole_numbers("prepare", "layers", slice(None) if layers is None else layers, count)
     if not chosen:
         raise ValueError(f"prepare: layers is {layers!r}, which names none of {count}; pass None for all")
     points = [Place(site, controller.layers.resolve(layer, "prepare")) for layer in chosen]
     with torch.inference_mode(False):
-        controller.prepare(points, **rooms)
+        controller.prepare(points, room, named)
 
 
 def unprepare(model: nn.Module) -> None:
@@ -320,16 +309,18 @@ def _strengths(value: Any, count: int, per_row: bool) -> list[float]:
     return [finite_number("steer", "strength", value)] * count
 
 
-def _prompt_lengths(value: Any) -> tuple[int, ...] | None:
+def prompt_lengths(value: Any, caller: str = "steer") -> tuple[int, ...] | None:
     """prompt_length as given: one number for all rows, or one per row."""
     if value is None:
         return None
     given = listed(value)
     try:
         several = isinstance(given, Sequence) and not isinstance(given, str)
-        numbers = tuple(whole_number("steer", "prompt_length", one) for one in (given if several else [given]))
+        numbers = tuple(whole_number(caller, "prompt_length", one) for one in (given if several else [given]))
     except TypeError:
         numbers = ()
     if not numbers or min(numbers) < 1:
-        raise ValueError(f"steer: prompt_length is {value!r}; expected a number of tokens >= 1, or one per batch row")
+        raise ValueError(
+            f"{caller}: prompt_length is {value!r}; expected a number of tokens >= 1, or one per batch row"
+        )
     return numbers

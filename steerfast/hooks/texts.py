@@ -8,6 +8,7 @@ or if it runs the batch's own tokens; every other one is a text by itself, and i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,28 @@ from .generation import Announcement, valid_tokens
 from .prompts import Prompt
 
 _PLAIN = (Tensor, bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """Whose text a cache holds."""
+
+    prompt: Prompt
+    mark: tuple[int, int] | None  # of its counter, where that is a tensor
+
+
+def mark_of(counter: int | Tensor) -> tuple[int, int] | None:
+    """By what a cache's own counter shows that nobody has written into it since; None: it does not."""
+    if not isinstance(counter, Tensor) or counter.is_inference():
+        return None
+    return id(counter), counter._version
+
+
+def unmoved(counter: Tensor, mark: tuple[int, int] | None, count: int) -> bool:
+    """Whether a cache holds what the last pass left in it, without reading it from the device."""
+    if counter.is_inference():  # has no version; a text of several tokens may be a new one
+        return count == 1
+    return mark is not None and mark == mark_of(counter)
 
 
 class Batch:

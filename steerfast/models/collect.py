@@ -53,9 +53,35 @@ class Activations(dict[int, Tensor]):
         place = Place(self.site, layer)
         return Origin(self.model, place, self.position, typical_norm_of(self[layer]))
 
+    def only(self, layer: int) -> Activations:
+        """Those of one layer."""
+        known = {"model": self.model, "site": self.site, "position": self.position}
+        return Activations({layer: self[layer]}, **known, text_index=self.text_index)  # type: ignore[arg-type]
+
     def __repr__(self) -> str:
         shapes = ", ".join(f"{layer}: {tuple(rows.shape)}" for layer, rows in self.items())
         return f"Activations({self.model}, {self.site}, position {self.position!r}, layers {{{shapes}}})"
+
+
+def check_same_origin(name: str, pos: Mapping[int, Tensor], neg: Mapping[int, Tensor], paired: bool) -> None:
+    """Refuse two sides whose layers, model, site or position differ; `paired`: or whose rows are no pairs."""
+    if not pos:
+        raise ValueError(f"{name}: pos holds no layers")
+    if set(pos) != set(neg):
+        raise ValueError(
+            f"{name}: pos has layers {sorted(pos)} and neg {sorted(neg)}; collect the same layers for both"
+        )
+    if not (isinstance(pos, Activations) and isinstance(neg, Activations)):
+        return
+    for key in ("model", "site", "position"):
+        mine, other = getattr(pos, key), getattr(neg, key)
+        if mine != other:
+            raise ValueError(f"{name}: pos has {key} {mine!r} and neg {other!r}; collect both alike")
+    if paired and pos.position == "all" and not torch.equal(pos.text_index, neg.text_index):
+        raise ValueError(
+            f"{name}: needs pairs, but the texts of pos and neg differ in length at position 'all'; "
+            f"use 'last' or 'mean', or mean_difference"
+        )
 
 
 def collect(

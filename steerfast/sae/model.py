@@ -21,11 +21,19 @@ import torch
 from torch import Tensor
 
 from steerfast import ops
-from steerfast._checks import check_dictionary, check_stream, finite_number, one_of, whole_number, whole_numbers
-from steerfast.edits.base import as_tensor
+from steerfast._checks import (
+    as_tensor,
+    check_dictionary,
+    check_stream,
+    finite_number,
+    one_of,
+    whole_number,
+    whole_numbers,
+)
 from steerfast.edits.features import Features
-from steerfast.edits.selected import SelectedFeatures, normalised
+from steerfast.edits.selected import SelectedFeatures
 from steerfast.place import NOWHERE, Origin, Place
+from steerfast.probes.encoder import normalised
 
 NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
 BLOCK_F = 4096  # features of a dense encode computed at a time

@@ -17,7 +17,7 @@ from steerfast._positions import as_selector
 from steerfast.edits.base import Intervention, slot_in
 from steerfast.edits.columns import Column, columns_of, numbered
 from steerfast.edits.conditions import When
-from steerfast.edits.saes import VARIABLE, Shelf
+from steerfast.files.shelf import VARIABLE, Shelf
 from steerfast.place import Place
 from steerfast.plan import Plan
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steerfast.edits.base import as_tensor
+from steerfast._checks import as_tensor
 from steerfast.place import Place
 from steerfast.sae.model import SAE, Source
 

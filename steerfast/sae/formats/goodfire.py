@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from steerfast.edits.base import as_tensor
+from steerfast._checks import as_tensor
 from steerfast.place import Place
 from steerfast.sae.model import SAE
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfast.edits.base import as_tensor
+from steerfast._checks import as_tensor
 from steerfast.place import place_of_hook
 from steerfast.sae.model import SAE, Source
 

@@ -1,4 +1,4 @@
-"""The SAEs that a plan names: found by their fingerprint among objects, files and folders."""
+"""The SAEs that a plan or a probe names: found by their fingerprint among objects, files and folders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from steerfast.files import container
+from . import container
 
 VARIABLE = "STEERFAST_SAES"
 _SHOWN = 4  # SAEs, and folders that hold none, that an error names
@@ -46,10 +46,10 @@ class Shelf:
         self._unread: dict[Path, str] = {}
 
     def find(self, name: Mapping[str, str], where: str) -> Any:
-        """The SAE with the fingerprint that a plan names.
+        """The SAE with the fingerprint that a file names.
 
         Args:
-            name: `{"fingerprint": …, "about": …}`, as `EditFeatures.numbers` says it.
+            name: `{"fingerprint": …, "about": …}`, as `EditFeatures.numbers` and `FeatureProbe.numbers` say it.
             where: The file that names it.
 
         Raises:
@@ -64,7 +64,7 @@ class Shelf:
                 self._objects.append(sae)
                 return sae
         raise FileNotFoundError(
-            f"{self.caller}: {where} edits {name['about']} with the fingerprint {wanted}, which {self._looked()}. Pass it as "
+            f"{self.caller}: {where} names {name['about']} with the fingerprint {wanted}, which {self._looked()}. Pass it as "
             f"saes= (the SAE, its folder, or a folder of SAE folders), or set {VARIABLE} to that folder; sae.save writes "
             "one. Other weights, another k or another dtype are another SAE"
         )
@@ -108,7 +108,7 @@ class Shelf:
 
 
 def with_saes(numbers: Any, shelf: Shelf, where: str) -> Any:
-    """What `numbers` of an intervention said, with the SAEs in place of their names, those of its inner ones, too."""
+    """What `numbers` of an intervention or a probe said, with the SAEs in place of their names, those of its inner ones, too."""
     if not isinstance(numbers, dict):
         return numbers
     if numbers.keys() == {"fingerprint", "about"}:

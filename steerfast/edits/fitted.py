@@ -1,0 +1,66 @@
+"""How a condition was fitted, and how good it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """The best condition on one layer.
+
+    Attributes:
+        layer: Its number.
+        threshold, above: θ, and the side that acts.
+        f1: F1 on the rows that it was fitted on.
+        held_out_f1: F1 on held-out rows; NaN if nothing was held out.
+    """
+
+    layer: int
+    threshold: float
+    above: bool
+    f1: float
+    held_out_f1: float = math.nan
+
+
+@dataclass(frozen=True)
+class ConditionInfo:
+    """How a condition was fitted, and how good it is.
+
+    Attributes:
+        f1: F1 on the rows that it was fitted on.
+        held_out_f1: F1 on held-out rows, the layer chosen anew without them; NaN if nothing was held out.
+        positives, negatives: Rows of each side.
+        groups: Groups of rows, each held out as a whole.
+        layers: What was found on each layer.
+    """
+
+    f1: float
+    held_out_f1: float
+    positives: int
+    negatives: int
+    groups: int
+    layers: tuple[LayerFit, ...]
+
+    def numbers(self) -> dict[str, Any]:
+        """Its fields, ready for JSON: what is unknown is null."""
+        layers = [_known(asdict(one)) for one in self.layers]
+        return {**_known(asdict(self)), "layers": layers}
+
+    @classmethod
+    def restore(cls, numbers: Mapping[str, Any]) -> ConditionInfo:
+        """The inverse of `numbers`."""
+        rest = dict(_measured(numbers))
+        layers = tuple(LayerFit(**_measured(one)) for one in rest.pop("layers"))
+        return cls(**rest, layers=layers)
+
+
+def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: None if value != value else value for name, value in fields.items()}
+
+
+def _measured(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in fields.items()}
