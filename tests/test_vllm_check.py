@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,17 @@ import steerfast as sf
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.model]
 
 
-def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On an engine that calls itself a release which nobody has tested: it starts for the proofs, and afterwards for anybody."""
     import vllm
 
     from steerfast.models import demo as demo_model
     from steerfast.tools import check_vllm as proof
-    from steerfast.vllm import seams
+    from steerfast.vllm import record, register, seams
+
+    model = str(demo_model.path())
+    monkeypatch.setenv("STEERFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(vllm, "__version__", "99.0+cpu")
 
     engines: list[Any] = []
     start = vllm.LLM
@@ -33,11 +39,22 @@ def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch) -> N
         "STEERFAST_DEFAULT": '{"steer": "mine"}',
         "STEERFAST_SLOTS": "7",
     }  # about other plans than those of the proofs
+    with pytest.raises(
+        RuntimeError, match=r"vLLM 99\.0\+cpu .* was not tested; run `steerfast check MODEL --engine vllm`"
+    ):
+        register()
     with environment(**ENVIRONMENT, **own):
-        findings = list(proof.prove(str(demo_model.path()), plan, dtype="float32"))
+        findings = []
+        for finding in proof.prove(model, plan, dtype="float32"):
+            assert [*tmp_path.rglob("*.json")] == [], "recorded before all proofs have passed"
+            findings.append(finding)
         assert {name: os.environ.get(name) for name in own} == own
     assert [(finding.name, finding.detail) for finding in findings if finding.outcome != "ok"] == []
-    assert len(findings) == 7
+    assert len(findings) == 8
+    (left,) = tmp_path.rglob("*")
+    assert findings[-1].detail == str(left)
+    assert record.passed("99.0+cpu")
+    register()
 
     class Deaf(proof._Asker):
         """An engine that steers nobody."""
