@@ -16,8 +16,7 @@ def release(root: Path) -> str:
     """The version that a source tree states, or "unknown"; `root` is its folder `vllm`."""
     file = root / "_version.py"
     for node in _parse(file).body if file.is_file() else ():
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        if "__version__" in [target.id for target in targets if isinstance(target, ast.Name)]:
+        if isinstance(node, ast.Assign) and "__version__" in _bound(node):
             return str(ast.literal_eval(node.value))
     return "unknown"
 
@@ -32,24 +31,20 @@ def forms(root: Path, seams: Mapping[str, tuple[Form, ...]] = SEAMS) -> tuple[di
     Returns:
         The form of every seam that has a known one, and what this release has, in words, for every other.
     """
-    modules: dict[str, ast.Module | None] = {}
+    trees = {module: _module(root, module) for module in dict.fromkeys(seam.partition(":")[0] for seam in seams)}
     found: dict[str, Form] = {}
     differs: list[str] = []
     for seam, known in seams.items():
         module, _, path = seam.partition(":")
-        if module not in modules:
-            file = _file(root, module)
-            modules[module] = _parse(file) if file is not None else None
-        tree = modules[module]
-        node = None if tree is None else _inside(tree, path)
-        lacks = {form: "" if node is None else _lacks(node, form) for form in known}
-        form = next((form for form, reason in lacks.items() if not reason), None)
+        node = _inside(trees[module], path)
         if node is None:
             differs.append(f"has no {seam}")
-        elif form is None:
-            differs.append(f"has another {seam}, which {' or '.join(lacks.values())}")
+            continue
+        reasons = [_lacks(node, form) for form in known]
+        if all(reasons):
+            differs.append(f"has another {seam}, which {' or '.join(reasons)}")
         else:
-            found[seam] = form
+            found[seam] = known[reasons.index("")]
     differs += [f"makes sampling parameters in {name}, too" for name in _strangers(root)]
     return found, differs
 
@@ -65,18 +60,19 @@ def _strangers(root: Path) -> list[str]:
     return [name for name in found if name not in REQUESTS]
 
 
-def _file(root: Path, module: str) -> Path | None:
+def _module(root: Path, module: str) -> ast.Module | None:
     base = root.joinpath(*module.split(".")[1:])
-    return next((file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None)
+    file = next((file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None)
+    return None if file is None else _parse(file)
 
 
 def _parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), str(file))
 
 
-def _inside(tree: ast.AST, path: str) -> ast.AST | None:
+def _inside(tree: ast.AST | None, path: str) -> ast.AST | None:
     """The class or function of that dotted path, or the tree itself."""
-    here: ast.AST | None = tree
+    here = tree
     for name in filter(None, path.split(".")):
         here = next((node for node in _definitions(here) if node.name == name), None)
     return here
@@ -134,7 +130,7 @@ def _members(owner: ast.AST) -> set[str]:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            found |= {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+            found |= _bound(node)
     for inner in _definitions(owner):
         found.add(inner.name)
         if not isinstance(inner, ast.ClassDef):
@@ -145,3 +141,8 @@ def _members(owner: ast.AST) -> set[str]:
                 if isinstance(one.ctx, ast.Store) and isinstance(one.value, ast.Name) and one.value.id == "self"
             }
     return found
+
+
+def _bound(statement: ast.AST) -> set[str]:
+    """The variables that an assignment binds."""
+    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
