@@ -46,12 +46,12 @@ def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch, tmp_
     with environment(**ENVIRONMENT, **own):
         findings = []
         for finding in proof.prove(model, plan, dtype="float32"):
-            assert [*tmp_path.rglob("*.json")] == [], "recorded before all proofs have passed"
             findings.append(finding)
+            assert [*tmp_path.rglob("*.json")] == [] or len(findings) == 8, "recorded before all proofs have passed"
         assert {name: os.environ.get(name) for name in own} == own
     assert [(finding.name, finding.detail) for finding in findings if finding.outcome != "ok"] == []
     assert len(findings) == 8
-    (left,) = tmp_path.rglob("*")
+    (left,) = tmp_path.rglob("*.json")
     assert findings[-1].detail == str(left)
     assert record.passed("99.0+cpu")
     register()
@@ -68,3 +68,25 @@ def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(seams, "salt", lambda given, *_: given)  # steered keys and values in everybody's cache
     with pytest.raises(RuntimeError, match="got another answer after the same prompt had been steered"):
         proof._caches(proof._Asker(vllm, engines[0]))
+
+
+def test_what_fails_is_not_recorded_and_a_pass_that_cannot_be_recorded_fails(monkeypatch, tmp_path: Path) -> None:
+    from steerfast.tools import check_vllm as proof
+    from steerfast.tools.check import Finding
+
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("STEERFAST_CACHE", str(cache))
+    for outcomes in (["ok", "failed", "ok"], ["ok", "ok"]):
+        seen = [Finding(f"proof {i}", outcome, "seen") for i, outcome in enumerate(outcomes)]
+        monkeypatch.setattr(proof, "_prove", lambda *_, seen=seen: iter(seen))
+        if "failed" in outcomes:
+            assert [*proof.prove("model")] == seen
+            assert not cache.exists()
+            cache.write_text("a file where the folder should be")
+            continue
+        *proven, last = proof.prove("model")
+        assert (proven, last.outcome) == (seen, "failed")
+        assert "name a folder that can be written in STEERFAST_CACHE" in last.detail
+        cache.unlink()
+        assert [finding.outcome for finding in proof.prove("model")] == ["ok"] * 3
+        assert len([*cache.rglob("*.json")]) == 1
