@@ -97,6 +97,20 @@ def test_a_second_form_is_known_by_what_it_has(tmp_path: Path) -> None:
     assert differs == [f"has another {seam}, which takes no request"]
 
 
+def test_a_form_may_stand_elsewhere(tmp_path: Path) -> None:
+    """What has moved is another form of the same seam, found at either place and missed at both."""
+    seam = "vllm.entrypoints.serve.middleware.register:init_entrypoints_middleware"
+    place = "vllm.entrypoints.later:init_entrypoints_middleware"
+    (form, *_) = SEAMS[seam]
+    both = {**SEAMS, seam: (form, form._replace(at=place, seen=("99.0",)))}
+    without = {other: known for other, known in SEAMS.items() if other != seam}
+    assert sources.forms(tree(tmp_path / "old", SEAMS), both)[0][seam] == form
+    found, differs = sources.forms(tree(tmp_path / "new", {**without, place: (form,)}), both)
+    assert (found[seam].at, differs) == (place, [])
+    _, differs = sources.forms(tree(tmp_path / "none", without), both)
+    assert differs == [f"has no {seam} or has no {place}"]
+
+
 def test_what_a_method_only_keeps_to_itself_is_no_attribute_of_its_class(tmp_path: Path) -> None:
     root = tree(tmp_path, SEAMS)
     file = root / "v1" / "request" / "__init__.py"

@@ -20,11 +20,13 @@ class Form(NamedTuple):
         names: What has to stand in it. Of a function: names that it reads, calls or passes. Of a class: its fields, methods and
             attributes. Of a module: what it defines or imports.
         seen: The releases that have this form.
+        at: Where it stands, if not where the seam's name says.
     """
 
     takes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     seen: tuple[str, ...] = RELEASES
+    at: str = ""
 
 
 PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"

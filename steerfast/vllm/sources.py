@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from .seam_table import REQUESTS, SEAMS, Form
@@ -31,22 +32,27 @@ def forms(root: Path, seams: Mapping[str, tuple[Form, ...]] = SEAMS) -> tuple[di
     Returns:
         The form of every seam that has a known one, and what this release has, in words, for every other.
     """
-    trees = {module: _module(root, module) for module in dict.fromkeys(seam.partition(":")[0] for seam in seams)}
+    read = functools.cache(functools.partial(_module, root))
     found: dict[str, Form] = {}
     differs: list[str] = []
     for seam, known in seams.items():
-        module, _, path = seam.partition(":")
-        node = _inside(trees[module], path)
-        if node is None:
-            differs.append(f"has no {seam}")
-            continue
-        reasons = [_lacks(node, form) for form in known]
+        reasons = [_differs(read, form.at or seam, form) for form in known]
         if all(reasons):
-            differs.append(f"has another {seam}, which {' or '.join(reasons)}")
+            differs.append(" or ".join(dict.fromkeys(reasons)))
         else:
             found[seam] = known[reasons.index("")]
     differs += [f"makes sampling parameters in {name}, too" for name in _strangers(root)]
     return found, differs
+
+
+def _differs(read: Callable[[str], ast.Module | None], place: str, form: Form) -> str:
+    """How what stands at a place differs from a form, in words; "" if it does not."""
+    module, _, path = place.partition(":")
+    node = _inside(read(module), path)
+    if node is None:
+        return f"has no {place}"
+    lacks = _lacks(node, form)
+    return f"has another {place}, which {lacks}" if lacks else ""
 
 
 def _strangers(root: Path) -> list[str]:
