@@ -14,7 +14,7 @@ INPUTS := setup.py pyproject.toml constraints-common.txt
 # Triton 3.10 flips the default of floating-point fusion; stated here, the tolerances of the tests do not move.
 export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help setup demo test test-ops test-rest coverage test-oldest test-newest test-zoo test-vllm lint types docs bench bars evidence evidence-vllm dist clean
+.PHONY: help setup demo test test-ops test-rest coverage test-oldest test-newest test-zoo test-vllm seams lint types docs bench bars evidence evidence-vllm dist clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-newest  the whole suite with the newest releases, no pin kept; installed from scratch; before a release"
 	@echo "make test-zoo     every architecture of transformers, each in a process of its own; about 8 minutes"
 	@echo "make test-vllm    the plugin on a real vLLM engine, in an environment of its own"
+	@echo "make seams        what steering builds on in vLLM, in the sources of a release or folder: VLLM=0.34.0, VLLM=path"
 	@echo "make setup        environment in $(VENV) with the versions of constraints.txt"
 	@echo "make lint types   ruff; mypy"
 	@echo "make docs         the API reference, as pages in build/docs"
@@ -142,6 +143,12 @@ test-vllm: $(VENV_VLLM)/.installed
 
 test-vllm-%: $(VENV_VLLM)/.installed
 	$(PARALLEL) $(if $(filter v2,$*),TRITON_INTERPRET=1) $(VENV_VLLM)/bin/python -m pytest -q --durations=3 tests/test_vllm_$*.py $(PYTEST_ARGS)
+
+# What steering builds on in vLLM, read from the sources of releases (fetched once, 340 MB each, of which 55 MB are kept) or of a
+# folder: make seams VLLM=0.34.0, make seams VLLM=path/to/vllm. Without VLLM the releases of steerfast/vllm/seam_table.py.
+SOURCES ?= build/vllm-sources
+seams: setup
+	$(BIN)/python tests/vllm_sources.py $(VLLM) --keep $(SOURCES)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,17 @@ import steerfast as sf
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.model]
 
 
-def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On an engine that calls itself a release which nobody has tested: it starts for the proofs, and afterwards for anybody."""
     import vllm
 
     from steerfast.models import demo as demo_model
     from steerfast.tools import check_vllm as proof
-    from steerfast.vllm import seams
+    from steerfast.vllm import record, register, seams
+
+    model = str(demo_model.path())
+    monkeypatch.setenv("STEERFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(vllm, "__version__", "99.0+cpu")
 
     engines: list[Any] = []
     start = vllm.LLM
@@ -33,11 +39,22 @@ def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch) -> N
         "STEERFAST_DEFAULT": '{"steer": "mine"}',
         "STEERFAST_SLOTS": "7",
     }  # about other plans than those of the proofs
+    with pytest.raises(
+        RuntimeError, match=r"vLLM 99\.0\+cpu .* was not tested; run `steerfast check MODEL --engine vllm`"
+    ):
+        register()
     with environment(**ENVIRONMENT, **own):
-        findings = list(proof.prove(str(demo_model.path()), plan, dtype="float32"))
+        findings = []
+        for finding in proof.prove(model, plan, dtype="float32"):
+            findings.append(finding)
+            assert [*tmp_path.rglob("*.json")] == [] or len(findings) == 8, "recorded before all proofs have passed"
         assert {name: os.environ.get(name) for name in own} == own
     assert [(finding.name, finding.detail) for finding in findings if finding.outcome != "ok"] == []
-    assert len(findings) == 7
+    assert len(findings) == 8
+    (left,) = tmp_path.rglob("*.json")
+    assert findings[-1].detail == str(left)
+    assert record.passed("99.0+cpu")
+    register()
 
     class Deaf(proof._Asker):
         """An engine that steers nobody."""
@@ -51,3 +68,25 @@ def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(seams, "salt", lambda given, *_: given)  # steered keys and values in everybody's cache
     with pytest.raises(RuntimeError, match="got another answer after the same prompt had been steered"):
         proof._caches(proof._Asker(vllm, engines[0]))
+
+
+def test_what_fails_is_not_recorded_and_a_pass_that_cannot_be_recorded_fails(monkeypatch, tmp_path: Path) -> None:
+    from steerfast.tools import check_vllm as proof
+    from steerfast.tools.check import Finding
+
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("STEERFAST_CACHE", str(cache))
+    for outcomes in (["ok", "failed", "ok"], ["ok", "ok"]):
+        seen = [Finding(f"proof {i}", outcome, "seen") for i, outcome in enumerate(outcomes)]
+        monkeypatch.setattr(proof, "_prove", lambda *_, seen=seen: iter(seen))
+        if "failed" in outcomes:
+            assert [*proof.prove("model")] == seen
+            assert not cache.exists()
+            cache.write_text("a file where the folder should be")
+            continue
+        *proven, last = proof.prove("model")
+        assert (proven, last.outcome) == (seen, "failed")
+        assert "name a folder that can be written in STEERFAST_CACHE" in last.detail
+        cache.unlink()
+        assert [finding.outcome for finding in proof.prove("model")] == ["ok"] * 3
+        assert len([*cache.rglob("*.json")]) == 1

@@ -1,8 +1,7 @@
-"""What stops an engine before it steers wrongly: an untested version, a missing seam, tokens that are split or reordered."""
+"""What stops an engine before it steers wrongly: seams of another form, untested releases, tokens that are split or reordered."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import subprocess
@@ -13,54 +12,56 @@ from types import SimpleNamespace
 import pytest
 from vllm_engines import needs_vllm
 
-from steerfast.vllm import counters, register, seams
+from steerfast.vllm import counters, guards, record, register, seam_table, sources
 
 pytestmark = [needs_vllm, pytest.mark.vllm]
 
 
-def test_an_untested_version_stops_the_engine_unless_asked_for(monkeypatch) -> None:
+def test_the_installed_engine_has_the_forms_that_its_release_was_seen_with() -> None:
     import vllm
 
-    monkeypatch.setattr(vllm, "__version__", "0.33.0+cpu")
-    with pytest.raises(
-        RuntimeError, match=r"vLLM 0\.33\.0\+cpu was not tested, 0\.32\.0 was; install that, set STEERFAST_"
-    ):
-        register()
-    monkeypatch.setenv("STEERFAST_UNTESTED_VLLM", "1")
+    found, differs = sources.forms(Path(vllm.__file__).parent)
+    version = vllm.__version__.partition("+")[0]
+    assert differs == []
+    assert [seam for seam, form in found.items() if version not in form.seen] == []
+
+
+def test_an_untested_release_stops_the_engine_until_it_has_passed_the_check(monkeypatch, tmp_path: Path) -> None:
+    import vllm
+
+    monkeypatch.setenv("STEERFAST_CACHE", str(tmp_path))
     register()
+    monkeypatch.setattr(vllm, "__version__", "99.0+cpu")
+    reason = r"vLLM 99\.0\+cpu has all that steering builds on, but was not tested; run `steerfast check MODEL --engine vllm`"
+    with pytest.raises(RuntimeError, match=reason):
+        register()
+    record.write("99.0+cpu")
+    register()
+    monkeypatch.setattr(vllm, "__version__", "99.1")
+    with pytest.raises(RuntimeError, match=r"vLLM 99\.1 .* was not tested"):
+        register()
 
 
-@pytest.mark.parametrize(("module", "name"), seams._SEAMS)
-def test_a_seam_that_is_gone_stops_the_engine_by_name(monkeypatch, module: str, name: str) -> None:
-    owner = seams._resolve(module, name)
-    for method in seams._SEAMS[module, name]:
-        if method == "__init__":
-            continue
-        with monkeypatch.context() as patched:
-            patched.delattr(owner, method)
-            with pytest.raises(RuntimeError, match=f"this vLLM has no {name}.{method}, which steering needs"):
-                register()
-        with monkeypatch.context() as patched:
-            patched.setattr(owner, method, lambda other: other)
-            if seams._SEAMS[module, name][method]:
-                with pytest.raises(
-                    RuntimeError, match=f"{name}.{method} of this vLLM takes no .*, which steering needs"
-                ):
-                    register()
+def test_a_seam_of_another_form_stops_the_engine_by_name_whatever_its_number(monkeypatch, tmp_path: Path) -> None:
+    """The installed engine's own source, with one argument renamed."""
+    import vllm
 
-
-def test_every_request_class_that_makes_sampling_parameters_is_known() -> None:
-    """What a new class of requests would let through unsteered, in silence."""
-    import vllm.entrypoints
-
-    root = Path(vllm.entrypoints.__file__).parent
-    makers = set()
-    for file in root.rglob("*.py"):
-        module = ".".join(("vllm.entrypoints", *file.relative_to(root).with_suffix("").parts))
-        for owner in ast.parse(file.read_text()).body:
-            if isinstance(owner, ast.ClassDef) and "to_sampling_params" in {getattr(f, "name", "") for f in owner.body}:
-                makers.add((module, owner.name))
-    assert makers == set(seams._REQUESTS.items())
+    root = Path(vllm.__file__).parent
+    for seam in seam_table.SEAMS:
+        path = Path(*seam.partition(":")[0].split(".")[1:])
+        file = next(f for f in (path.with_suffix(".py"), path / "__init__.py") if (root / f).is_file())
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes((root / file).read_bytes())
+    monkeypatch.setattr(vllm, "__file__", str(tmp_path / "__init__.py"))
+    register()
+    changed = tmp_path / "v1/engine/input_processor.py"
+    changed.write_text(
+        changed.read_text().replace("        resumable: bool = False,", "        growing: bool = False,")
+    )
+    for version in (vllm.__version__, "99.0"):
+        monkeypatch.setattr(vllm, "__version__", version)
+        with pytest.raises(RuntimeError, match=r"another .*:InputProcessor\.process_inputs, which takes no resumable"):
+            register()
 
 
 @pytest.mark.parametrize(
@@ -82,12 +83,12 @@ def test_what_splits_or_reorders_tokens_is_refused_by_name(change, reason: str) 
 
     parallel = ParallelConfig()
     config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(enable_sleep_mode=False))
-    seams.check_parallelism(config)
+    guards.check_parallelism(config)
     for name, value in change.items():
         assert hasattr(parallel, name), "vLLM has renamed it"
         object.__setattr__(parallel, name, value)
     with pytest.raises(ValueError, match=f"{reason} .* cannot be combined with steering; turn it off"):
-        seams.check_parallelism(config)
+        guards.check_parallelism(config)
 
 
 def test_sleep_mode_is_refused() -> None:
@@ -96,7 +97,7 @@ def test_sleep_mode_is_refused() -> None:
     assert "enable_sleep_mode" in {field.name for field in dataclasses.fields(ModelConfig)}, "vLLM has renamed it"
     config = SimpleNamespace(parallel_config=ParallelConfig(), model_config=SimpleNamespace(enable_sleep_mode=True))
     with pytest.raises(ValueError, match=r"sleep mode .* cannot be combined with steering"):
-        seams.check_parallelism(config)
+        guards.check_parallelism(config)
 
 
 @pytest.mark.parametrize("servers", ["one", "several"])

@@ -233,13 +233,42 @@ def test_several_answers_to_one_prompt_are_all_steered(server, truth) -> None:
     assert [choice["text"] for choice in answer.json()["choices"]] == [truth.tokenizer.decode(wanted)] * 3
 
 
-def test_a_route_that_does_not_steer_says_so(server) -> None:
-    asked = {"model": MODEL, "max_tokens": 2, "messages": [{"role": "user", "content": PROMPT}]}
-    assert server.http.post("/v1/messages", json=asked).status_code == 200
+def test_messages_are_steered_streaming_or_not(server) -> None:
+    """The route of another vendor's clients makes a chat request of the message; its text is that of the chat route."""
+    asked = server.body("chat/completions", None)
+    texts = {}
+    for name, xargs in {"plain": None, "ablate": {"steer": "ablate"}, "off": {"steer": []}}.items():
+        body = asked | ({} if xargs is None else {"vllm_xargs": xargs})
+        answer = server.http.post("/v1/messages", json=body)
+        assert answer.status_code == 200, answer.text
+        texts[name] = "".join(block["text"] for block in answer.json()["content"])
+        with server.http.stream("POST", "/v1/messages", json=body | {"stream": True}) as stream:
+            assert stream.status_code == 200
+            events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+        parts = [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"]
+        assert "".join(parts) == texts[name] == server.text("chat/completions", xargs, ignore_eos=False)
+    assert texts["plain"] == texts["off"] != texts["ablate"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("xargs", "reason"), BAD)
+def test_a_message_that_cannot_be_followed_is_a_400_with_the_reason(server, xargs, reason, stream) -> None:
+    text = json.dumps(server.body("chat/completions", xargs, stream=stream))
+    answer = server.http.post("/v1/messages", content=text, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert reason in answer.json()["error"]["message"]
+
+
+def test_a_field_that_a_message_or_a_route_would_drop_is_refused(server) -> None:
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}]}
+    refused = server.http.post("/v1/messages", json=asked | {"max_tokens": 2, "steer": "love"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "steer: steer stands beside vllm_xargs; put it inside"
+    assert server.http.post("/v1/messages/count_tokens", json=asked).json()["input_tokens"] > 0
     for fields in ({"steer": "love"}, {"vllm_xargs": {"steer": "love"}}):
-        refused = server.http.post("/v1/messages", json=asked | fields)
+        refused = server.http.post("/v1/messages/count_tokens", json=asked | fields)
         assert refused.status_code == 400
-        assert "steer: steer is not read by /v1/messages" in refused.json()["error"]["message"]
+        assert "steer: steer is not read by /v1/messages/count_tokens" in refused.json()["error"]["message"]
 
 
 def test_metrics_count_requests_tokens_and_refusals_per_plan(server) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from steerfast.edits.linear import Add
 from steerfast.plan import Plan
+from steerfast.vllm import record
 
 from .check import Finding
 
@@ -31,13 +32,16 @@ _Answer = list[tuple[int, float]]  # every token with its log-probability
 def prove(model: str, plan: Plan | None = None, dtype: str = "auto") -> Iterator[Finding]:
     """Start vLLM on a model as a user would, compile and CUDA graphs included, and prove steering on it.
 
+    That it passed is recorded in the user's cache (`steerfast.vllm.record`), after which a release that we have not tested
+    starts with the plugin. So that it starts here, the record lies among the plans of the proofs, until they end.
+
     Args:
         model: Folder or name of the model.
         plan: A plan that must fit and change what is generated.
         dtype: As vLLM takes it.
 
     Yields:
-        A finding per proof: prefill, cached decode, batch-mates, caches, refusals, the plan.
+        A finding per proof: prefill, cached decode, batch-mates, caches, refusals, the plan; and, if none failed, the record.
 
     Raises:
         RuntimeError: vLLM is not installed, or has not loaded the plugin.
@@ -49,11 +53,25 @@ def prove(model: str, plan: Plan | None = None, dtype: str = "auto") -> Iterator
     with tempfile.TemporaryDirectory(prefix="steerfast-check-") as folder:
         before = {name: os.environ.pop(name, None) for name in _SETTINGS}  # the user's own would get in the way
         os.environ["STEERFAST_PLANS"] = folder
+        failed = False
         try:
-            yield from _prove(vllm, Path(folder), model, plan, dtype)
+            record.write(vllm.__version__, Path(folder))
+            for finding in _prove(vllm, Path(folder), model, plan, dtype):
+                failed |= finding.outcome == "failed"
+                yield finding
+            if not failed:
+                yield _recorded(vllm.__version__)
         finally:
             del os.environ["STEERFAST_PLANS"]
             os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _recorded(version: str) -> Finding:
+    name = "that it passed is recorded, so that this vLLM may start with steering"
+    try:
+        return Finding(name, "ok", str(record.write(version)))
+    except OSError as reason:
+        return Finding(name, "failed", f"{reason}; name a folder that can be written in STEERFAST_CACHE")
 
 
 def _prove(vllm: Any, folder: Path, model: str, plan: Plan | None, dtype: str) -> Iterator[Finding]:

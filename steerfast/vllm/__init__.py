@@ -18,7 +18,7 @@ def register() -> None:
     """Put steering into this process's vLLM; vLLM calls it in each of its processes (entry point vllm.general_plugins).
 
     Raises:
-        RuntimeError: a vLLM version that was not tested, or one that lacks what steering builds on.
+        RuntimeError: a vLLM that lacks what steering builds on, or that neither we nor `steerfast check` have tested.
     """
     from . import counters, seams
 

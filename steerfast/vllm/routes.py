@@ -8,8 +8,18 @@ from typing import Any
 
 from .wire import steer_fields
 
-READERS = ("/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/invocations")
+MESSAGES = "/v1/messages"
+READERS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    MESSAGES,
+    "/v1/chat/completions/batch",
+    "/invocations",
+)
 """Routes whose requests carry `vllm_xargs` to the engine, where they are read; so do their /render twins."""
+
+BESIDE = "stands beside vllm_xargs; put it inside"
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -17,7 +27,8 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 def stray(path: str, body: bytes) -> str | None:
     """Why a request to this route cannot be followed, or None. A body that is no JSON object is left to the server."""
-    if b'"steer' not in body or path.removesuffix("/render").endswith(READERS):
+    route = path.removesuffix("/render")
+    if b'"steer' not in body or (route.endswith(READERS) and not route.endswith(MESSAGES)):
         return None
     try:
         fields = json.loads(body)
@@ -25,8 +36,11 @@ def stray(path: str, body: bytes) -> str | None:
         return None
     if not isinstance(fields, dict):
         return None
+    beside = steer_fields(fields)
+    if route.endswith(MESSAGES):  # makes a chat request of its own, into which only vllm_xargs go
+        return f"steer: {next(iter(beside))[:80]} {BESIDE}" if beside else None
     inside = fields.get("vllm_xargs")
-    found = steer_fields(fields) or steer_fields(inside if isinstance(inside, dict) else None)
+    found = beside or steer_fields(inside if isinstance(inside, dict) else None)
     if not found:
         return None
     return f"steer: {next(iter(found))[:80]} is not read by {path[:80]}; send the request to one of {', '.join(READERS[:4])}"

@@ -1,4 +1,4 @@
-"""Where steering enters vLLM: six seams, each checked before it is touched.
+"""Where steering enters vLLM: six places, of whose every seam (`seam_table.py`) the form is checked before one is touched.
 
 | seam | what is added |
 |---|---|
@@ -19,120 +19,33 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from . import counters
 from .edits import CONTEXT, find_places_with
+from .guards import check_engine, check_parallelism, check_runner
 from .plans import Chains, Library, load
-from .routes import Strays
+from .routes import BESIDE, Strays
 from .runner import Steered
+from .seam_table import PROCESSOR, REQUESTS, SCHEDULER, SERVER, WRAPPER
 from .slots import Admission
 from .wire import Part, check_prompt, read, salt, steer_fields
 
-TESTED = ("0.32.0",)
-
-_SEAMS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
-    ("vllm.v1.engine.input_processor", "InputProcessor"): {
-        "__init__": ("vllm_config",),
-        "process_inputs": ("request_id", "prompt", "params", "resumable"),
-    },
-    ("vllm.v1.core.sched.scheduler", "Scheduler"): {
-        "__init__": ("vllm_config",),
-        "_handle_blocked_waiting_request": ("request",),
-        "_free_request": ("request",),
-    },
-    ("vllm.v1.worker.worker_base", "WorkerWrapperBase"): {"init_device": ()},
-}
-_REQUESTS = {
-    "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
-    "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
-    "vllm.entrypoints.openai.responses.protocol": "ResponsesRequest",
-    "vllm.entrypoints.speech_to_text.transcription.protocol": "TranscriptionRequest",
-    "vllm.entrypoints.speech_to_text.translation.protocol": "TranslationRequest",
-}
-_SERVER = "vllm.entrypoints.launchers.app"
-_RUNNERS: tuple[
-    dict[str, tuple[str, ...]], ...
-] = (  # methods by which a generation of model runners is known, with the arguments that we read
-    {"load_model": (), "_update_states": ("scheduler_output",), "_prepare_inputs": ("scheduler_output",)},
-    {
-        "load_model": (),
-        "finish_requests": ("scheduler_output",),
-        "add_requests": ("scheduler_output",),
-        "prepare_inputs": ("scheduler_output",),
-    },
-)
-
-
-def check_version() -> None:
-    """Stop beside a vLLM that was not tested.
-
-    Raises:
-        RuntimeError: another version, and STEERFAST_UNTESTED_VLLM is not 1.
-    """
-    from vllm import __version__
-
-    if __version__.partition("+")[0] not in TESTED and os.environ.get("STEERFAST_UNTESTED_VLLM") != "1":
-        raise RuntimeError(
-            f"steerfast: vLLM {__version__} was not tested, {', '.join(TESTED)} was; install that, set "
-            "STEERFAST_UNTESTED_VLLM=1 to try, or leave steerfast out with VLLM_PLUGINS"
-        )
-
-
-def check_seam(owner: Any, methods: dict[str, tuple[str, ...]]) -> None:
-    """Stop where vLLM has not what we build on.
-
-    Raises:
-        RuntimeError: a method or an argument is missing; the message names it.
-    """
-    name = owner.__name__ if inspect.isclass(owner) else type(owner).__name__
-    for method, arguments in methods.items():
-        function = getattr(owner, method, None)
-        if function is None:
-            raise RuntimeError(f"steerfast: this vLLM has no {name}.{method}, which steering needs; {_ADVICE}")
-        missing = set(arguments) - set(inspect.signature(function).parameters)
-        if missing:
-            raise RuntimeError(
-                f"steerfast: {name}.{method} of this vLLM takes no {', '.join(sorted(missing))}, which steering needs; {_ADVICE}"
-            )
-
-
-_ADVICE = f"install vLLM {TESTED[-1]}, or leave steerfast out with VLLM_PLUGINS"
-
-
-def check_parallelism(config: Any) -> None:
-    """Stop where tokens are split or reordered, which a table with one row per token cannot follow, or vectors discarded.
-
-    Raises:
-        ValueError: sequence parallelism, dual-batch overlap, context parallelism or sleep mode is on; the message names it.
-    """
-    parallel = config.parallel_config
-    on = {
-        "sequence parallelism of experts (--enable-expert-parallel with data parallelism)": parallel.use_sequence_parallel_moe,
-        "sequence parallelism of hyper-connections (--enable-hc-sp)": parallel.enable_hc_sp,
-        "dual-batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
-        "prefill context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
-        "decode context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,
-        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
-        "sleep mode (--enable-sleep-mode), which discards the vectors": config.model_config.enable_sleep_mode,
-    }
-    for name, used in on.items():
-        if used:
-            raise ValueError(
-                f"steerfast: {name} cannot be combined with steering; turn it off, or start without steerfast"
-            )
-
 
 def patch() -> None:
-    """Put steering in front of vLLM's own methods. Called in every process that vLLM starts; a second time does nothing."""
-    check_version()
-    classes = {name: _resolve(*name) for name in _SEAMS}
-    for name, owner in classes.items():
-        check_seam(owner, _SEAMS[name])
+    """Put steering in front of vLLM's own methods. Called in every process that vLLM starts; a second time does nothing.
+
+    Raises:
+        RuntimeError: this vLLM has not what steering builds on, or was not tested; the message says what to do.
+    """
+    import vllm
+
+    check_engine(vllm.__version__, Path(vllm.__file__).parent)
     from vllm.forward_context import get_forward_context
 
     find_places_with(lambda: get_forward_context().no_compile_layers)
-    processor, scheduler, wrapper = classes.values()
+    processor, scheduler, wrapper = _resolve(PROCESSOR), _resolve(SCHEDULER), _resolve(WRAPPER)
     _wrap(processor, "__init__", _read_library)
     _wrap(processor, "process_inputs", _process_inputs)
     _wrap(scheduler, "__init__", _count_slots)
@@ -214,15 +127,13 @@ def _read_library(original: Callable[..., None], processor: Any, vllm_config: An
     original(processor, vllm_config, *args, **kwargs)
     _served = processor.steerfast = Served(vllm_config)
     _served.chains = {}  # the workers have their own
-    for module, name in _REQUESTS.items():
-        request = _resolve(module, name)
-        check_seam(request, {"to_sampling_params": ()})
+    for name, searches in REQUESTS.items():
+        request = _resolve(name)
         _wrap(request, "to_sampling_params", _to_sampling_params)
-        if hasattr(request, "to_beam_search_params"):
+        if searches:
             _wrap(request, "to_beam_search_params", _to_beam_search_params)
-    server = sys.modules.get(_SERVER)
+    server = sys.modules.get(SERVER)
     if server is not None:  # where there is no server, there are no routes
-        check_seam(server, {"init_entrypoints_middleware": ("args", "app")})
         _wrap(server, "init_entrypoints_middleware", _init_middleware)
     _served.counters.publish()
     for name, reason in _served.library.refused.items():
@@ -259,7 +170,7 @@ def _check_request(request: Any) -> None:
         return
     stray = steer_fields(getattr(request, "model_extra", None))
     if stray:
-        raise _served.refusal(f"steer: {next(iter(stray))[:80]} stands beside vllm_xargs; put it inside", None)
+        raise _served.refusal(f"steer: {next(iter(stray))[:80]} {BESIDE}", None)
     _served.accept(request.vllm_xargs)
 
 
@@ -300,8 +211,8 @@ def _parts(scheduler: Any, request: Any) -> tuple[Part, ...]:
     return request.steerfast
 
 
-def _admit(original: Callable[..., bool], scheduler: Any, request: Any) -> bool:
-    if not original(scheduler, request):
+def _admit(original: Callable[..., bool], scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> bool:
+    if not original(scheduler, request, *args, **kwargs):
         return False
     parts = _parts(scheduler, request)
     if not parts:
@@ -338,25 +249,20 @@ def _free(original: Callable[..., Any], scheduler: Any, request: Any, *args: Any
 # --- worker ------------------------------------------------------------------------------------------------------------
 
 
-def _init_device(original: Callable[..., Any], wrapper: Any) -> Any:
+def _init_device(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     config = wrapper.vllm_config
     served = Served(config)
     if not served.chains:
-        return original(wrapper)
+        return original(wrapper, *args, **kwargs)
     check_parallelism(config)
-    result = original(wrapper)
+    result = original(wrapper, *args, **kwargs)
     _follow(wrapper.worker.model_runner, config, served)
     return result
 
 
 def _follow(runner: Any, config: Any, served: Served) -> None:
     """Wrap the methods of one runner: V1 keeps its batch's order in `input_batch`, V2 returns it from `prepare_inputs`."""
-    kinds = [kind for kind in _RUNNERS if hasattr(runner, [*kind][-1])]
-    if len(kinds) != 1:
-        raise RuntimeError(f"steerfast: {type(runner).__name__} is no model runner that steering knows; {_ADVICE}")
-    check_seam(runner, kinds[0])
-    if kinds[0] is _RUNNERS[0] and not hasattr(getattr(runner, "input_ids", None), "gpu"):
-        raise RuntimeError(f"steerfast: {type(runner).__name__} of this vLLM has no input_ids.gpu; {_ADVICE}")
+    first_generation = check_runner(runner)
     if not isinstance(config.additional_config, dict):
         raise RuntimeError(
             "steerfast: additional_config is no dict, so the compile cache cannot be keyed; leave it out"
@@ -377,10 +283,10 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
         for new in scheduler_output.scheduled_new_reqs:
             steered[0].start(new.req_id, new.prompt_len, served.parts(new.sampling_params))
 
-    def update_states(original: Callable[..., Any], scheduler_output: Any) -> Any:
+    def update_states(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         steered[0].end(scheduler_output.finished_req_ids)
         begin(scheduler_output)
-        return original(scheduler_output)
+        return original(scheduler_output, *args, **kwargs)
 
     def prepare_v1(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(scheduler_output, *args, **kwargs)
@@ -388,14 +294,14 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
         steered[0].step(runner.input_batch.req_ids, starts, runner.positions, tokens, runner.input_ids.gpu)
         return result
 
-    def finish_requests(original: Callable[..., Any], scheduler_output: Any) -> Any:
+    def finish_requests(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         steered[0].end(scheduler_output.finished_req_ids)
         steered[0].end(scheduler_output.preempted_req_ids or ())
-        return original(scheduler_output)
+        return original(scheduler_output, *args, **kwargs)
 
-    def add_requests(original: Callable[..., Any], scheduler_output: Any) -> Any:
+    def add_requests(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         begin(scheduler_output)
-        return original(scheduler_output)
+        return original(scheduler_output, *args, **kwargs)
 
     def prepare_v2(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batch = original(*args, **kwargs)
@@ -403,7 +309,7 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
         return batch
 
     added: dict[str, Callable[..., Any]] = {"load_model": load_model}
-    if kinds[0] is _RUNNERS[0]:
+    if first_generation:
         added |= {"_update_states": update_states, "_prepare_inputs": prepare_v1}
     else:
         added |= {"finish_requests": finish_requests, "add_requests": add_requests, "prepare_inputs": prepare_v2}
@@ -425,11 +331,9 @@ def _wrap(owner: Any, name: str, addition: Callable[..., Any]) -> None:
     setattr(owner, name, wrapped)
 
 
-def _resolve(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        raise RuntimeError(f"steerfast: this vLLM has no {module}.{name}, which steering needs; {_ADVICE}") from None
+def _resolve(seam: str) -> Any:
+    module, _, name = seam.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _logger() -> Any:

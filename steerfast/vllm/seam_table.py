@@ -1,0 +1,140 @@
+"""What steering builds on in vLLM: every seam, each form of it that is known, and the releases in which that form was seen.
+
+A seam is a definition in vLLM's sources, written `module:Class.method`, `module:Class`, `module:function` or `module`. A release
+that has another form of one is not started; its form is added here once `seams.py` follows it, too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+RELEASES = ("0.32.0", "0.33.0")
+"""Releases on which steering was tested, every one of them seen in a form of every seam."""
+
+
+class Form(NamedTuple):
+    """One form of a definition.
+
+    Attributes:
+        takes: Arguments that we read, in their order; the first comes first, others may stand between and behind.
+        names: What has to stand in it. Of a function: names that it reads, calls or passes. Of a class: its fields, methods and
+            attributes. Of a module: what it defines or imports.
+        seen: The releases that have this form.
+        at: Where it stands, if not where the seam's name says.
+    """
+
+    takes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    seen: tuple[str, ...] = RELEASES
+    at: str = ""
+
+
+PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+WRAPPER = "vllm.v1.worker.worker_base:WorkerWrapperBase"
+V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+_MESSAGES = "vllm.entrypoints.anthropic"
+
+REQUESTS = {
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": True,
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest": True,
+    "vllm.entrypoints.openai.responses.protocol:ResponsesRequest": False,
+    "vllm.entrypoints.speech_to_text.transcription.protocol:TranscriptionRequest": True,
+    "vllm.entrypoints.speech_to_text.translation.protocol:TranslationRequest": True,
+}
+"""Every class of requests over HTTP that makes sampling parameters, and whether it also makes those of a beam search."""
+
+SERVER = "vllm.entrypoints.launchers.app"
+
+RUNNERS = {
+    V1: ("load_model", "_update_states", "_prepare_inputs"),
+    V2: ("load_model", "finish_requests", "add_requests", "prepare_inputs"),
+}
+"""The methods of a runner that steering wraps; the last one tells the generations apart, whatever class a platform has."""
+
+_IN = ("sampling_params", "prompt_token_ids", "prompt_embeds", "cache_salt")
+
+SEAMS: dict[str, tuple[Form, ...]] = {
+    # front end
+    f"{PROCESSOR}.__init__": (Form(("vllm_config",)),),
+    f"{PROCESSOR}.process_inputs": (
+        Form(("request_id", "prompt", "params", "resumable"), ("EngineCoreRequest", *_IN)),
+    ),
+    "vllm.v1.engine:EngineCoreRequest": (Form(names=_IN),),
+    "vllm.sampling_params:SamplingParams": (Form(names=("extra_args",)),),
+    "vllm.pooling_params:PoolingParams": (Form(names=("extra_kwargs",)),),
+    "vllm.exceptions:VLLMValidationError.__init__": (Form(("message", "parameter")),),
+    # API server
+    **{f"{request}": (Form(names=("vllm_xargs",)),) for request in REQUESTS},
+    **{f"{request}.to_sampling_params": (Form(names=("vllm_xargs", "extra_args")),) for request in REQUESTS},
+    **{f"{request}.to_beam_search_params": (Form(),) for request, searches in REQUESTS.items() if searches},
+    SERVER: (Form(names=("init_entrypoints_middleware",)),),
+    f"{SERVER}:build_app": (Form(names=("init_entrypoints_middleware",)),),
+    "vllm.entrypoints.serve.middleware.register:init_entrypoints_middleware": (Form(("args", "app")),),
+    f"{_MESSAGES}.protocol:AnthropicMessagesRequest": (Form(names=("vllm_xargs",)),),
+    f"{_MESSAGES}.serving:AnthropicServingMessages._build_base_request": (
+        Form(names=("ChatCompletionRequest", "vllm_xargs")),
+    ),
+    # engine core
+    f"{SCHEDULER}.__init__": (Form(("vllm_config",)),),
+    f"{SCHEDULER}.schedule": (Form(names=("_handle_blocked_waiting_request",)),),
+    f"{SCHEDULER}._handle_blocked_waiting_request": (Form(("request",)),),
+    f"{SCHEDULER}.finish_requests": (Form(names=("_free_request",)),),
+    f"{SCHEDULER}._free_request": (Form(("request",)),),
+    "vllm.v1.request:Request": (
+        Form(
+            names=("request_id", "sampling_params", "all_token_ids", "num_computed_tokens", "num_prompt_tokens"),
+        ),
+    ),
+    # worker
+    WRAPPER: (Form(names=("vllm_config", "worker")),),
+    f"{WRAPPER}.init_device": (Form(names=("worker",)),),
+    "vllm.v1.core.sched.output:SchedulerOutput": (
+        Form(
+            names=("scheduled_new_reqs", "finished_req_ids", "preempted_req_ids", "total_num_scheduled_tokens"),
+        ),
+    ),
+    "vllm.v1.core.sched.output:NewRequestData": (Form(names=("req_id", "prompt_len", "sampling_params")),),
+    V1: (Form(names=("input_batch", "query_start_loc", "positions", "input_ids", "max_num_tokens", "model")),),
+    f"{V1}.load_model": (Form(),),
+    f"{V1}.execute_model": (Form(names=("_update_states", "_prepare_inputs")),),
+    f"{V1}._update_states": (Form(("scheduler_output",)),),
+    f"{V1}._prepare_inputs": (Form(("scheduler_output",), ("query_start_loc", "positions", "input_ids")),),
+    "vllm.v1.worker.gpu_input_batch:InputBatch": (Form(names=("req_ids",)),),
+    V2: (Form(names=("max_num_tokens", "model")),),
+    f"{V2}.load_model": (Form(),),
+    f"{V2}.execute_model": (Form(names=("finish_requests", "add_requests", "prepare_inputs")),),
+    f"{V2}.finish_requests": (Form(("scheduler_output",)),),
+    f"{V2}.add_requests": (Form(("scheduler_output",)),),
+    f"{V2}.prepare_inputs": (Form(("scheduler_output",), ("InputBatch",)),),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": (
+        Form(names=("req_ids", "query_start_loc", "positions", "num_tokens", "input_ids")),
+    ),
+    # the model's forward, and what an engine is told
+    "vllm.forward_context": (Form(names=("get_forward_context",)),),
+    "vllm.forward_context:ForwardContext": (Form(names=("no_compile_layers",)),),
+    "vllm.forward_context:create_forward_context": (Form(names=("no_compile_layers", "static_forward_context")),),
+    "vllm.config.compilation:CompilationConfig": (
+        Form(names=("static_forward_context", "max_cudagraph_capture_size")),
+    ),
+    "vllm.config.vllm:VllmConfig": (
+        Form(names=("additional_config", "model_config", "parallel_config", "compilation_config")),
+    ),
+    "vllm.config.vllm:VllmConfig.compute_hash": (Form(names=("additional_config",)),),
+    "vllm.config.model:ModelConfig": (
+        Form(names=("dtype", "enable_sleep_mode", "get_hidden_size", "get_total_num_hidden_layers")),
+    ),
+    "vllm.config.parallel:ParallelConfig": (
+        Form(
+            names=(
+                "use_sequence_parallel_moe",
+                "enable_hc_sp",
+                "use_ubatching",
+                "prefill_context_parallel_size",
+                "decode_context_parallel_size",
+                "pipeline_parallel_size",
+            ),
+        ),
+    ),
+}
