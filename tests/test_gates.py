@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from copy import deepcopy
 from typing import Any
 
@@ -215,3 +216,42 @@ def test_probes_of_every_kind_are_read(llama: Any) -> None:
         assert torch.allclose(found.values, want, atol=1e-4), name
         assert torch.allclose(found.max(), want.amax(1), atol=1e-4)
         assert found.names == probe.names
+
+
+def encodes(monkeypatch: Any) -> list[int]:
+    """How often a whole dictionary is looked at."""
+    ran: list[int] = []
+    for name in ("sae_encode", "sae_edit_topk"):
+        op = getattr(sf.ops, name)
+        monkeypatch.setattr(sf.ops, name, lambda *args, op=op: (ran.append(1), op(*args))[1])
+    return ran
+
+
+@pytest.mark.parametrize("normalisation", ["none", "layer_norm"])
+@pytest.mark.parametrize("count", [1, 12])
+def test_one_encode_reads_gates_and_edits(llama: Any, monkeypatch: Any, count: int, normalisation: str) -> None:
+    ids, sae = token_ids(2, 6), dataclasses.replace(dictionary(), normalisation=normalisation)
+    edit = sf.EditFeatures(sae, dict.fromkeys(range(count), 3.0))
+    gate = sf.WhenToken(sf.Condition(sf.probes.FeatureProbe(sae, 5, place=ACT), -1.0), edit)
+    probes = {"top": sf.probes.TopKProbe(sae, place=ACT), "some": sf.probes.FeatureProbe(sae, [3, 4], place=ACT)}
+    with torch.no_grad():
+        with sf.steer(llama, {ACT: edit}):
+            alone = llama(ids).logits
+        ran = encodes(monkeypatch)
+        with sf.steer(llama, {ACT: gate}), sf.read(llama, probes):
+            assert torch.equal(llama(ids).logits, alone)
+    assert len(ran) == (
+        2 if count <= sf.ops.MOST_EDITS and normalisation == "none" else 1
+    )  # a few are edited by counting
+
+
+def test_a_dictionary_or_rows_that_changed_are_encoded_anew() -> None:
+    sae, x = dictionary(), torch.randn(5, 48)
+    probe, edit = sf.probes.TopKProbe(sae), sf.EditFeatures(sae, {2: 3.0})
+    for change in (lambda: x.mul_(-1), lambda: sae.w_enc.mul_(-1), lambda: sae.b_enc.add_(torch.randn(64))):
+        before = probe(x)[1]
+        change()
+        fresh = sf.SAE(sae.w_enc.clone(), sae.w_dec.clone(), sae.b_enc.clone(), sae.b_dec.clone(), k=4)
+        assert not torch.equal(probe(x)[1], before)
+        assert torch.equal(probe(x)[1], sf.probes.TopKProbe(fresh)(x.clone())[1])
+        assert torch.equal(edit.apply(x), sf.EditFeatures(fresh, {2: 3.0}).apply(x.clone()))

@@ -13,7 +13,7 @@ from steerfast import ops
 from steerfast.ops.backends import in_full_precision
 from steerfast.ops.torch_backend import restore_norm
 from steerfast.place import NOWHERE, Origin
-from steerfast.probes.encoder import normalised, shared_copy
+from steerfast.probes.encoder import encoded, normalised, shared_copy
 
 from .base import Program
 
@@ -124,13 +124,15 @@ class SelectedFeatures:
             return ops.sae_edit_topk(x, *arguments)
         if length is not None:  # what a feature is worth in the stream, a row at a time
             scale = scale * length.float().flatten()
-        values, indices = self._encode(inner)
+        values, indices = self._selected(x) if self.threshold is None else self._thresholded(inner, self.threshold)
         return ops.sae_edit(x, values, indices, self.features, table, self.decoder, scale)
 
     @in_full_precision
-    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.threshold is None:
-            return ops.sae_encode(x, self.encoder, self.bias, self.k)
+    def _selected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return encoded(x, self.encoder, self.bias, self.k, self.normalisation)
+
+    @in_full_precision
+    def _thresholded(self, x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.encoder.dtype), torch.float32)
         h = x.to(dtype) @ self.encoder.to(dtype).T + self.bias.to(dtype)
-        return torch.where(h <= self.threshold.to(dtype), 0, h), self.features.expand(h.shape)
+        return torch.where(h <= threshold.to(dtype), 0, h), self.features.expand(h.shape)
