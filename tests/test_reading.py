@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import VOCAB, build, token_ids
 
 import steerfast as sf
@@ -83,7 +84,10 @@ def test_a_bare_pass_is_read_and_stays_as_it_is_bit_for_bit(name: str) -> None:
     [{}, STATIC, {"prefill_chunk_size": 3}, {"num_return_sequences": 3, "do_sample": True}, {"use_cache": False}],
 )
 def test_generate_is_read_token_by_token(llama: Any, options: dict[str, Any]) -> None:
-    ids, mask = left_padded(token_ids(3, 7), [0, 2, 4])
+    chunked_before_5 = (
+        "prefill_chunk_size" in options and transformers.__version__ < "5"
+    )  # whose positions count padding
+    ids, mask = left_padded(token_ids(3, 7), [0, 0, 0] if chunked_before_5 else [0, 2, 4])
     with sf.read(llama, {"p": probe(llama)}) as reading:
         out = llama.generate(ids, attention_mask=mask, **GREEDY | options)
     mask = mask.repeat_interleave(options.get("num_return_sequences", 1), 0)
