@@ -19,8 +19,10 @@ from .act import FLOW, SOLVE
 from .flow import flow
 from .subspace_rows import is_light, launch_rows
 from .subspace_tiles import TILE_RANK, launch_tiles
+from .subspace_wide import launch_wide
 
 MOST = 512  # directions that fit into the registers of a tile
+WIDE_RANK = 64  # directions whose products, act and numbers one program has room for
 FEW_TOKENS = 256  # up to this many tokens, programs of one token each fill the device twice at most and finish first
 
 
@@ -52,6 +54,8 @@ def subspace(
             edit.out.copy_(flow(edit.x, *bank, rows, scale, bool(modes & SOLVE.value)))
         elif _by_rows(edit):
             launch_rows(edit)
+        elif edit.max_rank > WIDE_RANK:
+            launch_wide(edit)
         else:
             launch_tiles(edit)
     return out

@@ -125,10 +125,7 @@ def test_every_kernel_does_every_mode(place, path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("path", ["split", "tiles"])
-def test_five_hundred_directions(place, path, monkeypatch):
-    if place != "cpu":
-        roads.take(monkeypatch, path)
+def test_five_hundred_directions(place):
     with backend(place) as device:
         for dtype in (t for t in DTYPES if runs(place, t)):
             for rank in (130, 512):
