@@ -18,13 +18,17 @@ from .subspace_act import added, store_probe
 
 
 @triton.jit
-def _product(g_ptr, size, c_ptr, stride_v, offs_n, mask_n, offs_d, mask_d, rank, WIDTH: tl.constexpr, STEP_K: tl.constexpr):
+def _product(
+    g_ptr, size, c_ptr, stride_v, offs_n, mask_n, offs_d, mask_d, rank, WIDTH: tl.constexpr, STEP_K: tl.constexpr
+):
     """C·g of a block, in steps of directions, of which neither g nor C is kept."""
     lift = tl.zeros((offs_n.shape[0], offs_d.shape[0]), tl.float32)
     for k in range(0, WIDTH, STEP_K):
         offs_k = k + tl.arange(0, STEP_K)
         c = tl.load(
-            c_ptr + offs_k[:, None] * stride_v + offs_d[None, :], mask=(offs_k < rank)[:, None] & mask_d[None, :], other=0.0
+            c_ptr + offs_k[:, None] * stride_v + offs_d[None, :],
+            mask=(offs_k < rank)[:, None] & mask_d[None, :],
+            other=0.0,
         )
         part_ptr = g_ptr + offs_n[:, None] * WIDTH + offs_k[None, :]
         lift = tl.dot(tl.load(part_ptr, mask=mask_n[:, None], other=0.0), c, lift, input_precision="ieee")

@@ -28,7 +28,10 @@ ROWS = [(256, 16), (4224, 64), (1 << 62, 128)]
 # (most tokens, parts of d and of the directions together) of the first product, for an H200's 132 SMs
 PARTS = [(512, 8), (4224, 4), (1 << 62, 2)]
 SPLIT_STREAM_ROWS = 64  # of the second product, which then holds both halves
-DIRECTIONS = {True: 256, False: 128}  # of a tile of the first product at most, where four warps multiply together or not
+DIRECTIONS = {
+    True: 256,
+    False: 128,
+}  # of a tile of the first product at most, where four warps multiply together or not
 # (largest k, (columns of a step, stages)) of the first product
 STEP = [(128, (64, 4)), (512, (64, 3))]
 LESS = [(64, 2), (32, 2), (16, 2)]  # where shared memory is small
