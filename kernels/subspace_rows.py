@@ -147,7 +147,8 @@ def _rows_kernel(
                     gain = weight + tl.zeros((1,), tl.float32)
                     alpha, g = couple(y[None, :], norm, gain, head_ptr, constants_ptr, offs_k, offs_k < rank, MODES)
                     lift = _lift(tl.sum(g, axis=0), c_ptr, rank, stride_v, offs_d, mask_d, BLOCK_K, CHUNK)
-                    delta = (tl.sum(alpha, axis=0) - 1.0) * x + lift
+                    rest = tl.sum(alpha, axis=0) - 1.0
+                    delta = tl.where(rest == 0, 0.0, rest * x) + lift  # an infinite entry stays one
             moved = x + delta
             if KEEP_NORM & MODES:
                 if tl.load(head_ptr + 6) != 0:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from . import _device
-from ._launch import MIN_STEP, Edit, choose, fitting, power_of_two, stride, tile_bytes, warps_of
+from ._launch import MIN_STEP, Edit, choose, fitting, power_of_two, stride, tile_bytes, warps_of, width
 from ._tuned import tuned
 from .act import KEEP_NORM, SOLVE
 from .subspace_lift import lift_kernel
@@ -48,7 +48,8 @@ def launch_tiles(edit: Edit) -> None:
     n, d = edit.x.shape
     run = choose(tuned("subspace_tiles.RUN", RUN, edit.x), edit.max_rank)
     halves = (2 if edit.hidden is None else 4) + (0 if edit.x.data_ptr() == edit.out.data_ptr() else 1)
-    runs = -(-n * d * edit.x.element_size() * halves // (2 * run))
+    # of several columns each finds nobody in most tokens: what a run saves is less than its launches cost
+    runs = -(-n * d * edit.x.element_size() * halves // (2 * run)) if width(edit.rows) == 1 else 1
     size = -(-n // (64 * runs)) * 64 if runs > 1 else n
     for first in range(0, n, size):
         part = edit if runs == 1 else edit.between(first, min(first + size, n))
@@ -61,8 +62,8 @@ def _launch(edit: Edit) -> None:
     n, d = x.shape
     block_k = power_of_two(rank, TILE_RANK)
     split = n <= tuned("subspace_tiles.SPLIT_ROWS", SPLIT_ROWS, x)
-    width = tuned("subspace_tiles.SPLIT_COLUMNS", SPLIT_COLUMNS, x) if split else d
-    splits, programs = -(-d // width), OWNER_PROGRAMS if n <= OWNER_ROWS and edit.rows is not None else 1
+    part = tuned("subspace_tiles.SPLIT_COLUMNS", SPLIT_COLUMNS, x) if split else d
+    splits, programs = -(-d // part), OWNER_PROGRAMS if n <= OWNER_ROWS and edit.rows is not None else 1
     block_n = choose(choose(ROWS, rank), n)
     if edit.modes & SOLVE.value:
         block_n = min(block_n, SOLVER_ROWS[_device.device_of(x).lanes])
@@ -100,7 +101,7 @@ def _launch(edit: Edit) -> None:
         "y_ptr": y, "g_ptr": g, "numbers_ptr": numbers, "square_ptr": square, "N": n, "MODES": edit.modes,
     }  # fmt: skip
     project_kernel[(-(-n // block_n), splits, programs)](
-        **shared, COLUMNS=width, ACTS=not split, SUMS=sums,
+        **shared, COLUMNS=part, ACTS=not split, SUMS=sums,
         BLOCK_N=block_n, BLOCK_D=step, BLOCK_K=block_k, WIDTH=block_k, num_warps=warps_of(warps, x), num_stages=stages,
     )  # fmt: skip
     for measures in (True, False) if restores else (False,):

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from . import _device
-from ._launch import MIN_STEP, Edit, blocks_of, choose, fitting, power_of_two, stride, warps_of
+from ._launch import Edit, blocks_of, choose, fitting, power_of_two, stride, warps_of
 from ._tuned import tuned
 from .act import KEEP_NORM
 from .subspace_act import act_kernel
 from .subspace_lift import lift_kernel
 from .subspace_project import project_kernel
 
+LEAST = 64  # directions, no fewer than those of a step
 OWNER_ROWS, OWNER_PROGRAMS = 128, 4  # up to so many tokens, programs of their own walk the owners of a tile
 ACT_NUMBERS, ACT_ROWS = 4096, 16  # of a tile between the products
 # (most tokens, rows of a tile): of few tokens many owners, and programs enough for an H200; of many as little of B as can be
@@ -68,7 +69,7 @@ def launch_wide(edit: Edit) -> None:
 
 
 def _launch(edit: Edit) -> None:
-    x, width = edit.x, power_of_two(edit.max_rank, MIN_STEP)
+    x, width = edit.x, power_of_two(edit.max_rank, LEAST)
     (n, d), device = x.shape, x.device
     block_n, block_k, columns, step = _first_product(edit, width)
     lift, lift_columns = _second_product(edit, width, block_n)
