@@ -83,10 +83,10 @@ class Report:
     text: str = field(default="", repr=False)  # PTX or AMD assembly
 
 
-def _rows(d: int, dtype: torch.dtype, modes: int, rank: int) -> None:
+def _rows(d: int, dtype: torch.dtype, modes: int, rank: int, columns: int = 1) -> None:
     x = torch.empty(64, d, dtype=dtype)
     bank = torch.empty(4 * rank, d, dtype=dtype), torch.empty(64, 8), torch.empty(4, 8, dtype=torch.int32)
-    rows, scale = torch.zeros(64, 1, dtype=torch.int32), torch.empty(64, 1)
+    rows, scale = torch.zeros(64, columns, dtype=torch.int32), torch.empty(64, columns)
     subspace.subspace(x, *bank, rows, scale, modes, rank, out=torch.empty_like(x))
 
 
@@ -153,6 +153,7 @@ VARIANTS = [
     Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, vector_loads=True),
     Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 168, 16384, 0, True, targets=TWO),
     Variant("rows-one-direction", "_rows_kernel", lambda: _rows(4096, bf16, HINGE, 1), 168, 1024, vector_loads=True, targets=TWO),
+    Variant("rows-k64-four-columns", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 64, 4), 128, 1024, 0, True, targets=TWO),
     Variant("project-k64-hinge", "project_kernel", lambda: _tiles(MANY, bf16, HINGE, 64), 255, 147456, 0, False, True, True, TWO),
     Variant("project-k64-solve", "project_kernel", lambda: _tiles(MANY, bf16, SOLVE, 64), 255, 98304, 0, False, True, False, TWO),
     Variant("project-k8-all-modes", "project_kernel", lambda: _tiles(4096, bf16, ALL_MODES, 8), 255, 65536, 0, False, True),
