@@ -29,10 +29,8 @@ ROWS = [(256, 16), (4224, 64), (1 << 62, 128)]
 # (most tokens, parts of d and of the directions together) of the first product, for an H200's 132 SMs
 PARTS = [(512, 8), (4224, 4), (1 << 62, 2)]
 SPLIT_STREAM_ROWS = 64  # of the second product, which then holds both halves
-DIRECTIONS = {
-    True: 256,
-    False: 128,
-}  # of a tile of the first product at most, where four warps multiply together or not
+# of a tile of the first product at most, where four warps multiply together or not
+DIRECTIONS = {True: 256, False: 128}
 # (largest k, (columns of a step, stages)) of the first product
 STEP = [(128, (64, 4)), (512, (64, 3))]
 LESS = [(64, 2), (32, 2), (16, 2)]  # where shared memory is small
@@ -55,8 +53,8 @@ class Lift(NamedTuple):
         return (parts * self.rows * width + self.stages * (width + self.rows) * self.step) * size
 
 
-# (largest k, tile) of the second product
-LIFT = [(128, Lift(128, 64, 3, columns=512)), (256, Lift(128, 64, 2, columns=1024)), (512, Lift(128, 256, 3, 64))]
+# (largest k, tile as in `Lift`) of the second product
+LIFT = [(128, (128, 64, 3, 0, 512)), (256, (128, 64, 2, 0, 1024)), (512, (128, 256, 3, 64, 0))]
 LESS_LIFT = [Lift(64, 128, 3, 64), Lift(128, 128, 2, 32), Lift(64, 64, 2, 16)]
 LIFT_COLUMNS = [(256, 128), (4224, 256), (1 << 62, 1024)]  # (most tokens, columns of a program at most)
 FLOAT32_ROWS, FLOAT32_STEP, FLOAT32_LIFT = 64, (32, 2), Lift(64, 64, 2, 32)  # no tensor cores
@@ -122,7 +120,7 @@ def _first_product(edit: Edit, width: int) -> tuple[int, int, int, tuple[int, in
 def _second_product(edit: Edit, width: int, rows: int) -> tuple[Lift, int]:
     """A tile, and the columns of a program."""
     x = edit.x
-    first = choose(tuned("subspace_wide.LIFT", LIFT, x), edit.max_rank)
+    first = Lift(*choose(tuned("subspace_wide.LIFT", LIFT, x), edit.max_rank))
     most = choose(tuned("subspace_wide.LIFT_COLUMNS", LIFT_COLUMNS, x), x.shape[0])
     if x.dtype == torch.float32:
         first = FLOAT32_LIFT
