@@ -163,7 +163,7 @@ VARIANTS = [
     Variant("split-project", "project_kernel", lambda: _few(HINGE, 64), 168, 65536, tensor_cores=True, targets=TWO),
     Variant("split-lift", "lift_kernel", lambda: _few(ALL_MODES, 64), 255, 65536, tensor_cores=True, targets=TWO),
     Variant("split-lift-k32", "lift_kernel", lambda: _few(ALL_MODES, 32), 128, 65536, 16, False, True, False, TWO),
-    Variant("wide-project-k512", "project_kernel", lambda: _tiles(MANY, bf16, HINGE, 512), 255, 147500, 88, False, True, True, TWO),
+    Variant("wide-project", "project_kernel", lambda: _tiles(MANY, bf16, HINGE, 512), 255, 147500, 88, False, True, True, TWO),
     Variant("wide-act-k512", "act_kernel", lambda: _tiles(MANY, bf16, ALL_MODES, 512), 255, 8192, 16, targets=ONE),
     Variant("wide-lift-k256", "lift_kernel", lambda: _tiles(MANY, bf16, HINGE, 256), 255, 229376, 64, False, True, True, ONE),
     Variant("wide-lift-k512", "lift_kernel", lambda: _tiles(MANY, bf16, HINGE, 512), 255, 196700, 376, False, True, True, TWO),
