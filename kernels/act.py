@@ -129,7 +129,8 @@ def _reflect(y, norm, constants_ptr, weight, offs_k, mask_k):
     turns = (first + tl.load(constants_ptr + 4) < 0) & (sine > SINE)
     far = tl.where(turns, sin(gamma) / sine, 0.0)
     s = tl.where(turns, sin(phi - gamma) / sine + far, 1.0)
-    return s, tl.where((offs_k == 0)[None, :], (-2.0 * first * far)[:, None], 0.0)
+    g = tl.where(turns, -2.0 * first * far, 0.0)  # a row that stays may have no number in y
+    return s, tl.where((offs_k == 0)[None, :], g[:, None], 0.0)
 
 
 @triton.jit

@@ -40,3 +40,12 @@ def leave_rows(
             x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask)
             x = tl.where((owner < -1)[:, None], float("nan"), x)
             tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], x, mask=mask)
+
+
+@triton.jit
+def next_owner(owner, slot, times):
+    """Owners of a tile without `slot` and those behind it, `times` of them in all, and the next in line: -1 if none is."""
+    for _ in range(times):
+        owner = tl.where(owner == slot, -1, owner)
+        slot = tl.max(owner, axis=0)
+    return owner, slot

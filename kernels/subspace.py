@@ -2,9 +2,11 @@
 
 Sizes choose the road; all share the acts of `act.py`:
 
-    rank < 16 and few tokens, ≤ 3 of one mode, or mixed dtypes     subspace_rows    one program per token, any mix of slots
+    rank < 16 and few tokens, ≤ 3 of one mode, or mixed dtypes;
+    a decode step whose tables have several columns, rank ≤ 64      subspace_rows    one program per token, any mix of slots
     one flow of rank d                                             flow             two matrix products around all steps
-    else                                                           subspace_tiles   tiles of tokens on tensor cores
+    rank ≤ 64                                                      subspace_tiles   tiles of tokens on tensor cores, two launches
+    else                                                           subspace_wide    tall tiles, three launches
 
 A row never depends on the rows beside it. Papers: see the table of methods in README.md.
 """
@@ -14,13 +16,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launch import Edit, columns, flatten, on_device
+from ._launch import Edit, choose, columns, flatten, on_device, width
 from .act import FLOW, SOLVE
 from .flow import flow
 from .subspace_rows import is_light, launch_rows
 from .subspace_tiles import TILE_RANK, launch_tiles
+from .subspace_wide import launch_wide
 
 MOST = 512  # directions that fit into the registers of a tile
+WIDE_RANK = 64  # directions whose products, act and numbers one program has room for
+# (most tokens, directions for each column of the tables): up to so many, programs of one token, one launch for all columns and
+# at once done where nobody is steered, cost an H200 no more than the two or three launches a column of tiles that find nobody
+ONE_LAUNCH = [(128, 16), (256, 8), (1 << 62, 0)]
 FEW_TOKENS = 256  # up to this many tokens, programs of one token each fill the device twice at most and finish first
 
 
@@ -52,6 +59,8 @@ def subspace(
             edit.out.copy_(flow(edit.x, *bank, rows, scale, bool(modes & SOLVE.value)))
         elif _by_rows(edit):
             launch_rows(edit)
+        elif edit.max_rank > WIDE_RANK:
+            launch_wide(edit)
         else:
             launch_tiles(edit)
     return out
@@ -63,7 +72,7 @@ def _by_rows(edit: Edit) -> bool:
     if rank > MOST or edit.x.dtype != vectors.dtype:
         return True
     if rank >= TILE_RANK:
-        return False
+        return rank <= choose(ONE_LAUNCH, n) * width(edit.rows)
     return n <= FEW_TOKENS or is_light(edit) or edit.x.dtype == torch.float32
 
 

@@ -13,15 +13,35 @@ import triton.language as tl
 
 from ._launch import kernel
 from .act import AFFINE, COUPLED, KEEP_NORM, act, mode_of, restore
-from .owners import leave_rows, owners_of
-from .subspace_project import next_owner, store_probe
+from .owners import leave_rows, next_owner, owners_of
+from .subspace_act import added, store_probe
+
+
+@triton.jit
+def _product(
+    g_ptr, size, c_ptr, stride_v, offs_n, mask_n, offs_d, mask_d, rank, WIDTH: tl.constexpr, STEP_K: tl.constexpr
+):
+    """C·g of a block, in steps of directions, of which neither g nor C is kept."""
+    lift = tl.zeros((offs_n.shape[0], offs_d.shape[0]), tl.float32)
+    for k in range(0, WIDTH, STEP_K):
+        offs_k = k + tl.arange(0, STEP_K)
+        c = tl.load(
+            c_ptr + offs_k[:, None] * stride_v + offs_d[None, :],
+            mask=(offs_k < rank)[:, None] & mask_d[None, :],
+            other=0.0,
+        )
+        part_ptr = g_ptr + offs_n[:, None] * WIDTH + offs_k[None, :]
+        lift = tl.dot(tl.load(part_ptr, mask=mask_n[:, None], other=0.0), c, lift, input_precision="ieee")
+        if c.dtype != tl.float32:
+            lift = tl.dot(tl.load(part_ptr + size, mask=mask_n[:, None], other=0.0), c, lift)
+    return lift
 
 
 @triton.jit
 def _walk(
     x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, after_ptr, c_ptr, stride_v,
-    high, low, alpha, unit, gain, offs_n, mask_n, offs_k, mask_k, first, last,
-    IS_AFFINE: tl.constexpr, MEASURES: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    high, low, g_ptr, size, alpha, unit, gain, offs_n, mask_n, offs_k, rank, first, last,
+    IS_AFFINE: tl.constexpr, MEASURES: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, STEP_K: tl.constexpr,
 ):  # fmt: skip
     """Write x' of a tile from column first to last, or only the sum of its squares.
 
@@ -32,6 +52,8 @@ def _walk(
         offs_d = d + tl.arange(0, BLOCK_D)
         mask_d = offs_d < last
         mask = mask_n[:, None] & mask_d[None, :]
+        if STEP_K > 0 and not IS_AFFINE:
+            lift = _product(g_ptr, size, c_ptr, stride_v, offs_n, mask_n, offs_d, mask_d, rank, offs_k.shape[0], STEP_K)
         x = tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
         half = tl.zeros_like(x)
         if hidden_ptr is not None:
@@ -44,11 +66,12 @@ def _walk(
             bias = tl.load(c_ptr + stride_v + offs_d, mask=mask_d, other=0.0).to(tl.float32)
             moved = x + unit[:, None] * (slope[None, :] * x + bias[None, :])
         else:
-            mask_c = mask_k[:, None] & mask_d[None, :]
-            c = tl.load(c_ptr + offs_k[:, None] * stride_v + offs_d[None, :], mask=mask_c, other=0.0)
-            lift = tl.dot(high, c, input_precision="ieee")
-            if c.dtype != tl.float32:
-                lift = tl.dot(low, c, lift)
+            if STEP_K == 0:
+                mask_c = (offs_k < rank)[:, None] & mask_d[None, :]
+                c = tl.load(c_ptr + offs_k[:, None] * stride_v + offs_d[None, :], mask=mask_c, other=0.0)
+                lift = tl.dot(high, c, input_precision="ieee")
+                if c.dtype != tl.float32:
+                    lift = tl.dot(low, c, lift)
             moved = alpha[:, None] * x + unit[:, None] * lift
         if MEASURES:
             after += tl.sum(tl.where(mask_d[None, :], moved * moved, 0.0), axis=1)
@@ -57,15 +80,6 @@ def _walk(
             tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], out, mask=mask)
     if MEASURES:
         tl.store(after_ptr + offs_n, after, mask=mask_n)
-
-
-@triton.jit
-def _added(first_ptr, step, mask, SPLITS: tl.constexpr):
-    """Partial sums of a tile, one after another."""
-    total = tl.load(first_ptr, mask=mask, other=0.0)
-    for i_s in range(1, SPLITS):
-        total += tl.load(first_ptr + i_s * step, mask=mask, other=0.0)
-    return total
 
 
 @kernel
@@ -84,6 +98,7 @@ def lift_kernel(
     N, D,
     SPLITS: tl.constexpr, MODES: tl.constexpr, IN_PLACE: tl.constexpr, MEASURES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    STEP_K: tl.constexpr,  # directions of a step; 0: g of the tile is kept, and all of them are one
 ):  # fmt: skip
     """A tile of tokens × columns of x', or the squared lengths of its rows."""
     i_c = tl.program_id(1)
@@ -105,14 +120,15 @@ def lift_kernel(
     if slot >= 0:
         square = tl.zeros((BLOCK_N,), tl.float32)
         if (COUPLED | KEEP_NORM) & MODES:
-            square = _added(square_ptr + offs_n, N, owned, SPLITS)
+            square = added(square_ptr + offs_n, N, owned, SPLITS)
         if g_ptr is None:
-            y = _added(y_ptr + place, size, owned[:, None], SPLITS)
+            y = added(y_ptr + place, size, owned[:, None], SPLITS)
         while slot >= 0:  # once per distinct owner of the tile
             head_ptr = slots_ptr + slot * 8
             mine = owner == slot
             mode = mode_of(head_ptr, MODES)
-            mask_k = offs_k < tl.load(head_ptr + 1)
+            rank = tl.load(head_ptr + 1)
+            mask_k = offs_k < rank
             c_ptr = vectors_ptr + tl.load(head_ptr + 3).to(tl.int64) * stride_v
             if g_ptr is None:
                 constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
@@ -126,9 +142,11 @@ def lift_kernel(
             else:
                 alpha = tl.load(numbers_ptr + offs_n, mask=mine, other=1.0)
                 unit = tl.load(numbers_ptr + N + offs_n, mask=mine, other=0.0)
-                high = tl.load(g_ptr + place, mask=mine[:, None], other=0.0)
+                high = alpha  # unused where g is read in steps
+                if STEP_K == 0:
+                    high = tl.load(g_ptr + place, mask=mine[:, None], other=0.0)
                 low = high
-                if vectors_ptr.dtype.element_ty != tl.float32:
+                if STEP_K == 0 and vectors_ptr.dtype.element_ty != tl.float32:
                     low = tl.load(g_ptr + size + place, mask=mine[:, None], other=0.0)
             gain = tl.full(alpha.shape, 1.0, tl.float32)
             stop = last
@@ -144,13 +162,13 @@ def lift_kernel(
             if (AFFINE & MODES) and mode == AFFINE:
                 _walk(
                     x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, part_ptr, c_ptr, stride_v,
-                    high, low, alpha, unit, gain, offs_n, mine, offs_k, mask_k, first, stop,
-                    True, MEASURES, BLOCK_D, STAGES,
+                    high, low, g_ptr, size, alpha, unit, gain, offs_n, mine, offs_k, rank, first, stop,
+                    True, MEASURES, BLOCK_D, STAGES, STEP_K,
                 )  # fmt: skip
             else:
                 _walk(
                     x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, part_ptr, c_ptr, stride_v,
-                    high, low, alpha, unit, gain, offs_n, mine, offs_k, mask_k, first, stop,
-                    False, MEASURES, BLOCK_D, STAGES,
+                    high, low, g_ptr, size, alpha, unit, gain, offs_n, mine, offs_k, rank, first, stop,
+                    False, MEASURES, BLOCK_D, STAGES, STEP_K,
                 )  # fmt: skip
             owner, slot = next_owner(owner, slot, tl.num_programs(2))

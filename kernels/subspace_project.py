@@ -1,8 +1,9 @@
 """First half of project → act → lift by tiles: y = xBᵀ and ‖x‖² of a tile of tokens, on tensor cores.
 
-A program that has all columns of its tile acts on y as well and leaves g. Where few tokens leave most of a GPU idle, columns of
-d are split across programs, which leave partial sums; the second half adds them and acts.
-Bytes: x once, B once per tile and owner (from L2), 4·k a token and split for the sums or for g.
+A program that has all columns and all directions of its tile acts on y as well and leaves g. Where few tokens leave most of a
+GPU idle, or a rank is large, columns of d and directions are split across programs, which leave partial sums; what follows adds
+them and acts.
+Bytes: x once per part of the directions, B once per tile and owner (from L2), 4·k a token and split for the sums or for g.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import triton
 import triton.language as tl
 
 from ._launch import kernel
-from .act import COUPLED, KEEP_NORM, act
-from .owners import owners_of
+from .act import COUPLED, KEEP_NORM
+from .owners import next_owner, owners_of
+from .subspace_act import leave_g
 
 
 @triton.jit
@@ -59,24 +61,9 @@ def _project(
                 x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k,
                 offs_d, offs_d < last, odd, square, LENGTHS,
             )  # fmt: skip
-    return y + odd, square
-
-
-@triton.jit
-def store_probe(probe_ptr, stride_probe_n, K, y, head_ptr, offs_n, mask_n, offs_k, mask_k):
-    """What a slot projected, its first K numbers; nothing for ADD (1) and AFFINE (128), which project nothing."""
-    mode = tl.zeros_like(offs_k) + tl.load(head_ptr)
-    seen = mask_n[:, None] & (mask_k & (offs_k < K) & (mode != 1) & (mode != 128))[None, :]
-    tl.store(probe_ptr + offs_n[:, None] * stride_probe_n + offs_k[None, :], y, mask=seen)
-
-
-@triton.jit
-def next_owner(owner, slot, times):
-    """Owners of a tile without `slot` and those behind it, `times` of them in all, and the next in line: -1 if none is."""
-    for _ in range(times):
-        owner = tl.where(owner == slot, -1, owner)
-        slot = tl.max(owner, axis=0)
-    return owner, slot
+    if SUMS == 2:
+        y += odd
+    return y, square
 
 
 @kernel
@@ -89,30 +76,29 @@ def project_kernel(
     slots_ptr, S,
     rows_ptr, stride_rows_n,
     scale_ptr, stride_scale_n,
-    y_ptr,  # float32 (splits, N, BLOCK_K), or absent
-    g_ptr,  # (N, BLOCK_K), twice where it is in 16 bits, or absent
+    y_ptr,  # float32 (splits, N, WIDTH), or absent
+    g_ptr,  # (N, WIDTH), twice where it is in 16 bits, or absent
     numbers_ptr,  # float32 (2, N): s and unit of each row
     square_ptr,  # float32 (splits, N)
     N, D, COLUMNS,
     MODES: tl.constexpr, ACTS: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of a tile and a part of the columns, or g of a tile."""
-    i_s = tl.program_id(1)
+    """Partial sums of a tile, a part of the columns and BLOCK_K of the directions, or g of a tile."""
+    i_s, i_k = tl.program_id(1) // (WIDTH // BLOCK_K), tl.program_id(1) % (WIDTH // BLOCK_K)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
     owner, weight = owners_of(slots_ptr, S, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n)
     first, last = i_s * COLUMNS, tl.minimum((i_s + 1) * COLUMNS, D)
-    place = offs_n[:, None] * BLOCK_K + offs_k[None, :]
-    size = N.to(tl.int64) * BLOCK_K
+    place = offs_n[:, None] * WIDTH + offs_k[None, :]
+    size = N.to(tl.int64) * WIDTH
     owner, slot = next_owner(owner, tl.max(owner, axis=0), tl.program_id(2))
     while slot >= 0:  # once per distinct owner of the tile
         head_ptr = slots_ptr + slot * 8
         mine = owner == slot
         mask_k = offs_k < tl.load(head_ptr + 1)
         b_ptr = vectors_ptr + tl.load(head_ptr + 2).to(tl.int64) * stride_v
-        constants_ptr = coefficients_ptr + tl.load(head_ptr + 4).to(tl.int64) * 8
         y, square = _project(
             x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mine, offs_k, mask_k,
             first, last, (COUPLED | KEEP_NORM) & MODES, SUMS, BLOCK_D,
@@ -122,14 +108,8 @@ def project_kernel(
         if not ACTS:
             tl.store(y_ptr + i_s * size + place, y, mask=mine[:, None])
         else:
-            if probe_ptr is not None:
-                store_probe(probe_ptr, stride_probe_n, K, y, head_ptr, offs_n, mine, offs_k, mask_k)
-            strength = weight * tl.load(constants_ptr + 2)
-            alpha, unit, g = act(y, square, strength, head_ptr, constants_ptr, offs_k, mask_k, MODES)
-            tl.store(numbers_ptr + offs_n, alpha, mask=mine)
-            tl.store(numbers_ptr + N + offs_n, unit, mask=mine)
-            high = g.to(g_ptr.dtype.element_ty)
-            tl.store(g_ptr + place, high, mask=mine[:, None])
-            if g_ptr.dtype.element_ty != tl.float32:  # 16 bits in two parts: the leading ones and what they leave out
-                tl.store(g_ptr + size + place, (g - high.to(tl.float32)).to(high.dtype), mask=mine[:, None])
+            leave_g(
+                y, square, weight, head_ptr, coefficients_ptr, probe_ptr, stride_probe_n, K, g_ptr, numbers_ptr, N,
+                offs_n, mine, offs_k, mask_k, MODES,
+            )  # fmt: skip
         owner, slot = next_owner(owner, slot, tl.num_programs(2))

@@ -16,6 +16,8 @@ from .act import ADD, AFFINE, COUPLED, HINGE, KEEP_NORM, bent, couple, hinge_num
 # that little is said twice; and the warps elsewhere, whose few tokens are quickest when a row is spread over many threads
 WARPS = [(4096, 4), (8192, 8), (16384, 16)]
 WARPS_OF_FEW = [(576, 4), (1024, 8), (16384, 16)]
+MANY_DIRECTIONS = 16  # from here on a thread of 16 warps has too few registers for all of y
+WARPS_OF_MANY = [(576, 4), (8192, 8), (16384, 16)]
 # (largest d, directions read together): one reduction serves them all, and C is on its way meanwhile
 LIGHT = 3  # directions of an edit that threads with many elements serve
 CHUNK = [(1024, 8), (4096, 4), (8192, 2), (16384, 1)]
@@ -32,7 +34,10 @@ def _project(x, b_ptr, rank, stride_v, offs_d, mask_d, BLOCK_K: tl.constexpr, CH
         mask = (offs_j < rank)[:, None] & mask_d[None, :]
         b = tl.load(b_ptr + offs_j[:, None].to(tl.int64) * stride_v + offs_d[None, :], mask=mask, other=0.0)
         part = tl.sum(b.to(tl.float32) * x[None, :], axis=1)  # (CHUNK,)
-        y += tl.sum(tl.where(offs_k[:, None] == offs_j[None, :], part[None, :], 0.0), axis=1)
+        if BLOCK_K <= 16:
+            y += tl.sum(tl.where(offs_k[:, None] == offs_j[None, :], part[None, :], 0.0), axis=1)
+        else:  # the same with directions along the lanes: of many, Triton 3.6 would have each thread hold all
+            y += tl.sum(tl.where(offs_j[:, None] == offs_k[None, :], part[:, None], 0.0), axis=0)
     return y
 
 
@@ -46,7 +51,10 @@ def _lift(g, c_ptr, rank, stride_v, offs_d, mask_d, BLOCK_K: tl.constexpr, CHUNK
         offs_j = j + offs_c
         mask = (offs_j < rank)[:, None] & mask_d[None, :]
         c = tl.load(c_ptr + offs_j[:, None].to(tl.int64) * stride_v + offs_d[None, :], mask=mask, other=0.0)
-        part = tl.sum(tl.where(offs_k[:, None] == offs_j[None, :], g[:, None], 0.0), axis=0)  # (CHUNK,)
+        if BLOCK_K <= 16:
+            part = tl.sum(tl.where(offs_k[:, None] == offs_j[None, :], g[:, None], 0.0), axis=0)  # (CHUNK,)
+        else:
+            part = tl.sum(tl.where(offs_j[:, None] == offs_k[None, :], g[None, :], 0.0), axis=1)
         delta += tl.sum(c.to(tl.float32) * part[:, None], axis=0)
     return delta
 
@@ -101,8 +109,8 @@ def _rows_kernel(
     if hidden_ptr is not None:
         x += tl.load(hidden_ptr + i_n * stride_hidden_n + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     whole = x
-    edited = False
-    for p in tl.static_range(P):
+    edited = i_n < 0
+    for p in range(P):  # a loop, not P copies: those of all modes take a minute to compile
         slot = tl.full((), 0, tl.int32)
         if rows_ptr is not None:
             slot = tl.load(rows_ptr + i_n * stride_rows_n + p * stride_rows_p)
@@ -147,17 +155,18 @@ def _rows_kernel(
                     gain = weight + tl.zeros((1,), tl.float32)
                     alpha, g = couple(y[None, :], norm, gain, head_ptr, constants_ptr, offs_k, offs_k < rank, MODES)
                     lift = _lift(tl.sum(g, axis=0), c_ptr, rank, stride_v, offs_d, mask_d, BLOCK_K, CHUNK)
-                    delta = (tl.sum(alpha, axis=0) - 1.0) * x + lift
+                    rest = tl.sum(alpha, axis=0) - 1.0
+                    delta = tl.where(rest == 0, 0.0, rest * x) + lift  # an infinite entry stays one
             moved = x + delta
             if KEEP_NORM & MODES:
                 if tl.load(head_ptr + 6) != 0:
                     moved *= restore(tl.sum(x * x, axis=0), tl.sum(moved * moved, axis=0))
             x = moved
-            edited = True
+            edited = rank > 0
     if hidden_ptr is not None:
         x = original.to(tl.float32) + (x - whole)
     if IN_PLACE:
-        tl.store(out_ptr + i_n * stride_out_n + offs_d, x.to(original.dtype), mask=mask_d & edited)
+        tl.store(out_ptr + i_n * stride_out_n + offs_d, x.to(original.dtype), mask=offs_d < tl.where(edited, D, 0))
     else:
         out = tl.where(edited, x.to(original.dtype), original)
         tl.store(out_ptr + i_n * stride_out_n + offs_d, out, mask=mask_d)
@@ -173,11 +182,11 @@ def launch_rows(edit: Edit) -> None:
     """Every slot of every token in one launch."""
     x, rank = edit.x, power_of_two(edit.max_rank)
     n, d = x.shape
-    warps = (
-        tuned("subspace_rows.WARPS", WARPS, x)
-        if is_light(edit)
-        else tuned("subspace_rows.WARPS_OF_FEW", WARPS_OF_FEW, x)
-    )
+    warps = tuned("subspace_rows.WARPS_OF_FEW", WARPS_OF_FEW, x)
+    if is_light(edit):
+        warps = tuned("subspace_rows.WARPS", WARPS, x)
+    elif rank >= MANY_DIRECTIONS:
+        warps = tuned("subspace_rows.WARPS_OF_MANY", WARPS_OF_MANY, x)
     chunk = choose(tuned("subspace_rows.CHUNK", CHUNK, x), d)
     _rows_kernel[(n,)](
         **edit.reads(), **edit.writes(),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-ROADS = ["rows", "split", "tiles", "runs"]
-"""Programs of a token each; tiles whose columns are split; whole tiles; whole tiles in several runs of tokens."""
+ROADS = ["rows", "split", "tiles", "runs", "wide"]
+"""Programs of a token each; tiles whose columns are split; whole tiles; whole tiles in several runs of tokens (of one
+column); three launches."""
 
 
 def take(monkeypatch: pytest.MonkeyPatch, road: str) -> None:
@@ -13,5 +14,7 @@ def take(monkeypatch: pytest.MonkeyPatch, road: str) -> None:
     from steerfast_kernels import subspace, subspace_tiles
 
     monkeypatch.setattr(subspace, "TILE_RANK", 1000 if road == "rows" else 1)
+    monkeypatch.setattr(subspace, "ONE_LAUNCH", [(1 << 62, 0)])
+    monkeypatch.setattr(subspace, "WIDE_RANK", 0 if road == "wide" else 1000)
     monkeypatch.setattr(subspace_tiles, "SPLIT_ROWS", 1000 if road == "split" else 0)
     monkeypatch.setattr(subspace_tiles, "RUN", [(512, 512 if road == "runs" else 1 << 62)])

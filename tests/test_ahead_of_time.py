@@ -1,6 +1,6 @@
 """Every default kernel variant compiles for every target, without a spill, within its budget, with the instructions it needs.
 
-With the newest Triton all targets, with an older one sm_90 alone: 54 compilations at most. No GPU is needed.
+With the newest Triton all targets, with an older one sm_90 alone: 61 compilations at most. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -78,6 +78,6 @@ def test_the_check_for_tf32_sees_one() -> None:
     assert re.search(r"\.tf32\b", variants.compile_careless_product("sm_90"))
 
 
-def test_there_are_at_most_fifty_four_compilations() -> None:
-    assert len(CASES) <= 53  # and the careless product
+def test_there_are_at_most_sixty_one_compilations() -> None:
+    assert len(CASES) <= 60  # and the careless product
     assert {target for variant in VARIANTS for target in variant.targets} == set(TARGETS)

@@ -163,3 +163,24 @@ def test_a_compiled_graph_keeps_strays():
     moved, added = steered(x, rows)
     assert_only_strays(moved, reference.subspace(x, *bank.tensors, rows, scale), "subspace")
     assert_only_strays(added, reference.add(x, bank.vectors[:3], rows, scale), "add")
+
+
+@pytest.mark.parametrize("place", [p for p in PLACES if p != "cpu"])
+@pytest.mark.parametrize("path", roads.ROADS)
+def test_rows_without_numbers_are_edited_as_pytorch_does(place, path, monkeypatch):
+    """Rows with a NaN or an infinity: what stays a number there stays one, and an infinite entry of a row that stays is kept."""
+    roads.take(monkeypatch, path)
+    x = torch.randn(5, D)
+    x[0, 3], x[1, 3], x[2, 3], x[3] = (float(odd) for odd in ("nan", "inf", "-inf", "nan"))
+    x[4, 2], x[4, 5] = float("inf"), -float("inf")
+    net = torch.randn(4, D) / D**0.5, torch.randn(4), torch.randn(4), 0.1
+    edits = [sf.DeficitPush(torch.randn(5, D) / D**0.5, 1.0)]
+    edits += [sf.Householder(torch.randn(D), *net, offset) for offset in (100.0, -100.0)]
+    edits.append(sf.Spherical(torch.randn(D), beta=-0.9, kappa=1.0))
+    for edit in edits:
+        expected = edit.apply(x)
+        with backend(place) as device:
+            bank = sf.Bank(D, slots=1, directions=16, device=device)
+            bank.register(edit)
+            got = sf.ops.subspace(x.to(device), *bank.tensors, None, None, bank.modes, bank.max_rank)
+        torch.testing.assert_close(got.cpu(), expected, atol=1e-4, rtol=1e-4, equal_nan=True)

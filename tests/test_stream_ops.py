@@ -101,19 +101,20 @@ def test_every_kernel_does_every_mode(place, path, monkeypatch):
     roads.take(monkeypatch, path)
     with backend(place) as device:
         n, d, rank = (13, 72, 17) if place == "interpreter" else (70, 576, 33)
+        columns = 1 if path == "runs" else 2
         for dtype in (t for t in DTYPES if runs(place, t)):
-            bank, (rows, scale) = bank_of(d, device, dtype, rank), table(n, 2, device)
+            bank, (rows, scale) = bank_of(d, device, dtype, rank), table(n, columns, device)
             x, hidden = (torch.randn(n, d).to(dtype).to(device) for _ in range(2))
             true, seen = reference.subspace_probe(x, *bank.tensors, bank.max_rank, rows, scale)
             naive = x  # rounded after each slot, as the kernels do
-            for column in (0, 1):
+            for column in range(columns):
                 tables = rows[:, column], scale[:, column]
                 naive = reference.naive(reference.subspace, naive, *bank.tensors, *tables)
             got, y = sf.ops.subspace_probe(x, *bank.tensors, bank.max_rank, rows, scale)
             assert_exact(got, true, naive, f"{path} {dtype}")
             first = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
             torch.testing.assert_close(y[:, 0].cpu(), seen[:, 0].float(), atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(y[:, 1].cpu(), seen[:, 1].float(), atol=4 * first, rtol=4 * first)
+            torch.testing.assert_close(y[:, 1:].cpu(), seen[:, 1:].float(), atol=4 * first, rtol=4 * first)
             twin = x.clone()
             sf.ops.subspace_(twin, *bank.tensors, rows, scale, max_rank=bank.max_rank)
             assert torch.equal(twin, got)
@@ -125,10 +126,7 @@ def test_every_kernel_does_every_mode(place, path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("path", ["split", "tiles"])
-def test_five_hundred_directions(place, path, monkeypatch):
-    if place != "cpu":
-        roads.take(monkeypatch, path)
+def test_five_hundred_directions(place):
     with backend(place) as device:
         for dtype in (t for t in DTYPES if runs(place, t)):
             for rank in (130, 512):

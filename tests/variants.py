@@ -83,10 +83,10 @@ class Report:
     text: str = field(default="", repr=False)  # PTX or AMD assembly
 
 
-def _rows(d: int, dtype: torch.dtype, modes: int, rank: int) -> None:
+def _rows(d: int, dtype: torch.dtype, modes: int, rank: int, columns: int = 1) -> None:
     x = torch.empty(64, d, dtype=dtype)
     bank = torch.empty(4 * rank, d, dtype=dtype), torch.empty(64, 8), torch.empty(4, 8, dtype=torch.int32)
-    rows, scale = torch.zeros(64, 1, dtype=torch.int32), torch.empty(64, 1)
+    rows, scale = torch.zeros(64, columns, dtype=torch.int32), torch.empty(64, columns)
     subspace.subspace(x, *bank, rows, scale, modes, rank, out=torch.empty_like(x))
 
 
@@ -153,6 +153,7 @@ VARIANTS = [
     Variant("rows-d4096-all-modes", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 8), 128, 1024, vector_loads=True),
     Variant("rows-d576-all-modes", "_rows_kernel", lambda: _rows(576, bf16, ALL_MODES, 8), 168, 16384, 0, True, targets=TWO),
     Variant("rows-one-direction", "_rows_kernel", lambda: _rows(4096, bf16, HINGE, 1), 168, 1024, vector_loads=True, targets=TWO),
+    Variant("rows-k64-columns", "_rows_kernel", lambda: _rows(4096, bf16, ALL_MODES, 64, 4), 255, 1024, 0, True, targets=ONE),
     Variant("project-k64-hinge", "project_kernel", lambda: _tiles(MANY, bf16, HINGE, 64), 255, 147456, 0, False, True, True, TWO),
     Variant("project-k64-solve", "project_kernel", lambda: _tiles(MANY, bf16, SOLVE, 64), 255, 98304, 0, False, True, False, TWO),
     Variant("project-k8-all-modes", "project_kernel", lambda: _tiles(4096, bf16, ALL_MODES, 8), 255, 65536, 0, False, True),
@@ -161,7 +162,11 @@ VARIANTS = [
     Variant("flow-full-rank", "_flow_kernel", _full_rank, 128, 16384),
     Variant("split-project", "project_kernel", lambda: _few(HINGE, 64), 168, 65536, tensor_cores=True, targets=TWO),
     Variant("split-lift", "lift_kernel", lambda: _few(ALL_MODES, 64), 255, 65536, tensor_cores=True, targets=TWO),
-    Variant("split-lift-k16", "lift_kernel", lambda: _few(ALL_MODES, 16), 128, 65536, 16, False, True, False, TWO),
+    Variant("split-lift-k32", "lift_kernel", lambda: _few(ALL_MODES, 32), 128, 65536, 16, False, True, False, TWO),
+    Variant("wide-project", "project_kernel", lambda: _tiles(MANY, bf16, HINGE, 512), 255, 147500, 88, False, True, True, TWO),
+    Variant("wide-act-k512", "act_kernel", lambda: _tiles(MANY, bf16, ALL_MODES, 512), 255, 8192, 16, targets=ONE),
+    Variant("wide-lift-k256", "lift_kernel", lambda: _tiles(MANY, bf16, HINGE, 256), 255, 229376, 64, False, True, True, ONE),
+    Variant("wide-lift-k512", "lift_kernel", lambda: _tiles(MANY, bf16, HINGE, 512), 255, 196700, 376, False, True, True, TWO),
     Variant("lift-float32", "lift_kernel", lambda: _tiles(1024, fp32, ALL_MODES, 64), 168, 65536, targets=ONE),
     Variant("split-lift-float32", "lift_kernel", lambda: _tiles(300, fp32, ALL_MODES, 64), 200, 65536, targets=ONE),
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(4096, bf16), 200, 200704, tensor_cores=True, wgmma=True),

@@ -1,7 +1,9 @@
 """`python -m benchmarks.static`: what the kernels need, move and issue, and what that predicts; no GPU takes part.
 
     python -m benchmarks.static [NAME …] [--targets sm_90 gfx942] [--json] [--hold]
+    python -m benchmarks.static --published [--json]
 
+--published sets kernels whose times others measured beside what is predicted for them, and says by how much that misses.
 --json keeps all of it as benchmarks/results/static.json; --hold writes the counts that tests/test_static.py holds, for sm_90 and
 the Triton version that runs.
 """
@@ -11,15 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import triton
 from lab.rows import circumstances
 
 from .cases import CASES
 from .cases import HELD as KEPT
-from .constants import DEFAULT, TARGETS
-from .model import Row, as_json, binds, count_all, rows
+from .constants import DEFAULT, TARGETS, Range
+from .model import Row, as_json, binds, count_all, rows, time_of
+from .published import PUBLISHED, SOURCE, miss
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "static.json"
@@ -28,6 +33,8 @@ COUNTS = (
     "case", "target", "kernel", "grid", "regs", "stack", "shared", "per SM", "flight kB", "access", "tensor",
     "cycles/tok", "L2 B/tok", "DRAM B/tok",
 )  # fmt: skip
+OTHERS = ROOT / "benchmarks" / "results" / "static-published.json"
+MISSES = ("case", "published as", "measured µs", "measured bound", "PREDICTED µs", "bound by", "miss")
 TIMES = ("case", "launches", "torch", "floor µs", "PREDICTED µs", "of floor", "bound by")
 
 
@@ -71,11 +78,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"short names of cases: {', '.join(CASES)}")
     parser.add_argument("--targets", nargs="+", default=DEFAULT, choices=TARGETS)
+    parser.add_argument("--published", action="store_true", help="kernels of others, whose times are known")
     parser.add_argument("--json", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
     parser.add_argument("--hold", action="store_true", help=f"write {HELD.relative_to(ROOT)}")
     options = parser.parse_args(argv)
     if unknown := set(options.names) - set(CASES):
         parser.error(f"no such case: {', '.join(sorted(unknown))}; known are {', '.join(CASES)}")
+    if options.published:
+        return beside_published(options.json)
     names = options.names or list(CASES)
     counted = count_all(names)
     found = {name: rows(name, counted[name], options.targets) for name in names}
@@ -84,9 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(COUNTS, [line for row in every for line in counts_of(row)]))
     timed = [row for row in every if row.predicted is not None]
     if timed:
-        print(
-            "\nPredictions for an H200, in no way measured; the constants are assumed and the model is unvalidated:\n"
-        )
+        print("\nPredictions for an H200, in no way measured; the constants are assumed (how far off: --published):\n")
         print(table(TIMES, [time_of_row(row) for row in timed]))
     if options.json:
         run = {"triton": triton.__version__, "commit": circumstances("predicted")["commit"]}
@@ -96,6 +104,36 @@ def main(argv: list[str] | None = None) -> int:
         RESULTS.write_text(text + "\n", encoding="utf-8")
     if options.hold:
         hold({name: next(row for row in found[name] if row.target == "sm_90") for name in names if name in KEPT})
+    return 0
+
+
+def misses(names: Iterable[str] = PUBLISHED) -> list[dict[str, Any]]:
+    """What was measured and what is predicted, without the launch, of published kernels."""
+    found = []
+    counted = count_all(names)
+    for name in names:
+        one = PUBLISHED[name]
+        row = rows(name, counted[name], ["sm_90"])[0]
+        predicted = Range(*(round(1e6 * end, 1) for end in time_of(row.kernels[0])))
+        found.append({
+            "case": name, "published_as": one.kernel, "measured_microseconds": one.microseconds, "measured_bound": one.bound,
+            "predicted_microseconds": predicted._asdict(), "bound_by": binds(row),
+            "miss": round(miss(one.microseconds, predicted), 2),
+        })  # fmt: skip
+    return found
+
+
+def beside_published(keep: bool) -> int:
+    """Print the table of misses, and keep it."""
+    found = misses()
+    lines = []
+    for row in found:
+        predicted = "{short:.0f} … {long:.0f}".format(**row["predicted_microseconds"])
+        lines.append((*list(row.values())[:4], predicted, row["bound_by"], row["miss"]))
+    print(table(MISSES, lines))
+    if keep:
+        text = json.dumps({"triton": triton.__version__, "source": SOURCE, "rows": found}, indent=1, ensure_ascii=False)
+        OTHERS.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

@@ -11,6 +11,8 @@ from lab import cases, goals, sae_cases
 from lab.case import Case, Stream
 from torch import Tensor
 
+from . import published
+
 D, N, FEATURES, K = 4096, 8192, 65536, 32
 
 
@@ -96,6 +98,9 @@ HELD = tuple(CASES)
 
 # --- the goals of a GPU that are not among them, under the names of headline.py ---
 CASES |= {name: partial(goal.case, AT) for name, goal in goals.GOALS.items() if name not in CASES}
+
+EVERY = CASES | published.CASES
+"""With kernels whose times others have published."""
 
 QUICK = ("add", "hinge k=1", "hinge k=64")
 """What the fast test counts."""

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from .cases import CASES
+from .cases import EVERY
 from .constants import SECTOR
 from .launches import as_on_a_gpu, kernels_chosen
 from .lines import is_kernel, statement
@@ -198,7 +198,7 @@ def _shared(row: list[Program], key: tuple[str, str]) -> bool:
 
 
 def main(names: list[str]) -> None:
-    print(json.dumps({name: count(as_on_a_gpu(CASES[name]())) for name in names}))
+    print(json.dumps({name: count(as_on_a_gpu(EVERY[name]())) for name in names}))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ class Launch:
 @functools.cache
 def _cache() -> str:
     """A folder for what these very files compile to."""
-    files = [file for folder in steerfast_kernels.__path__ for file in sorted(Path(folder).glob("*.py"))]
+    folders = [*steerfast_kernels.__path__, Path(__file__).parent / "yardsticks"]
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.py"))]
     text = "".join(f"{file}\n{file.read_text(encoding='utf-8')}" for file in files)
     return str(Path(__file__).parents[2] / ".cache" / "static" / hashlib.sha256(text.encode()).hexdigest()[:16])
 

@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-FOLDERS = ("steerfast_kernels", "kernels")
+FOLDERS = ("steerfast_kernels", "kernels", "yardsticks")
 
 
 class Statement(NamedTuple):

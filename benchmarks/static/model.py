@@ -15,7 +15,7 @@ from typing import Any
 from lab.case import Case
 
 from . import constants as c
-from .cases import CASES, tokens
+from .cases import EVERY, tokens
 from .launches import Launch, as_on_a_gpu, launches_of
 from .machine import Resources, disassemble, resources, tensor_instructions
 from .walk import Counted, Walk, walk
@@ -100,7 +100,7 @@ def count_all(names: Iterable[str]) -> dict[str, list[Counted]]:
 
 def rows(name: str, counted: list[Counted], targets: Iterable[str]) -> list[Row]:
     """A case on each target."""
-    case = CASES[name]()
+    case = EVERY[name]()
     return [_row(case, counted, target) for target in targets]
 
 

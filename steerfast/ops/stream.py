@@ -14,7 +14,7 @@ from .backends import backend_of, kernels
 from .slots import AFFINE, FLOW, HINGE, SOLVE, Eight, Tables, hinge
 from .solvers import SOLVERS, Field, Scheme, scheme
 from .subspace import check_in_place, check_op, edited, edited_, needs_gradient
-from .tables import affine_tables, flow_tables, hinge_tables, loreft_tables
+from .tables import affine_tables, flow_tables, hinge_tables, loreft_tables, with_numbers
 
 
 def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -400,7 +400,11 @@ def _flow_bank(
 ) -> Tables:
     vectors = basis.reshape(-1, basis.shape[-1])
     rank, dtype = vectors.shape[0], torch.promote_types(eigenvalues.dtype, torch.float32)
-    table, slots = flow_tables(rank, path, steps, how, dtype, x.device)
-    table = table.clone()
-    table[1 : 1 + rank, 0], table[1 : 1 + rank, 1] = eigenvalues, bias
+    kept, slots = flow_tables(rank, steps, how, dtype, x.device)
+    table = with_numbers(kept, {(0, 0, 0): path[0], (0, 0, 1): path[1]}, x.device)
+    table = kept.clone() if table is kept else table
+    for column, numbers in enumerate((eigenvalues, bias)):
+        table.as_strided((rank,), (8,), 8 + column).copy_(
+            numbers
+        )  # rows 1 to rank: half the time of an index on the host
     return vectors, table, slots

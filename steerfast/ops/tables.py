@@ -87,8 +87,11 @@ def filled(rows: Sequence[tuple[int, Sequence[float]]], dtype: torch.dtype, devi
     return table
 
 
-def _with_numbers(table: Tensor, numbers: dict[tuple[int, int, int], float], device: torch.device) -> Tensor:
-    """A table in which the numbers (first row, last row, column) are 0, with them: a launch for each that is not 0."""
+def with_numbers(table: Tensor, numbers: dict[tuple[int, int, int], float], device: torch.device) -> Tensor:
+    """A table in which the numbers (first row, last row, column) are 0, with them: a launch for each that is not 0.
+
+    The same table where all are 0, else a new one.
+    """
     for place, number in numbers.items():
         if number != 0:
             table = torch.add(table, marked(table.shape[0], *place, table.dtype, device), alpha=number)
@@ -119,7 +122,7 @@ def plain(rank: int, extra: tuple[tuple[float, ...], ...], dtype: torch.dtype, d
 def hinge_tables(rank: int, numbers: Eight, device: torch.device) -> tuple[Tensor, Tensor]:
     """(coefficients, slots) of one slot whose directions share their eight numbers."""
     places = {(1, rank, column): number for column, number in enumerate(numbers)}
-    table = _with_numbers(plain(rank, (), torch.float32, device), places, device)
+    table = with_numbers(plain(rank, (), torch.float32, device), places, device)
     return table, header(Header(HINGE, rank), device)
 
 
@@ -136,11 +139,10 @@ def loreft_tables(rank: int, dtype: torch.dtype, device: torch.device) -> tuple[
 
 
 @Kept
-def flow_tables(
-    rank: int, path: tuple[float, float], steps: int, how: Scheme, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(coefficients, slots) of one flow; the numbers of its barrier, columns 0 and 1 of rows 1 to `rank`, are 0."""
+def flow_tables(rank: int, steps: int, how: Scheme, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(coefficients, slots) of one flow; the numbers of its path and, in rows 1 to `rank`, of its barrier are 0."""
     extra = tuple(map(tuple, scheme_rows(Field(None, None), how)))
-    table = _with_numbers(plain(rank, extra, dtype, device), {(0, 0, 0): path[0], (0, 0, 1): path[1]}, device)
     mode = FLOW if how.plain else SOLVE
-    return table, header(Header(mode, rank, steps=how.count(steps), extra=len(extra)), device)
+    return plain(rank, extra, dtype, device), header(
+        Header(mode, rank, steps=how.count(steps), extra=len(extra)), device
+    )

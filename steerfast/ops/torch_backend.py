@@ -342,7 +342,7 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
             out = _lift(x, scale * hinge(y, table), lift)
         else:
             s, g = _couple(x, y, slot, table, scale)
-            out = _lift(x, g, lift, None if s is None else (s - 1) * x)
+            out = _lift(x, g, lift, None if s is None else torch.where(s == 1, 0, (s - 1) * x))
     return restore_norm(out, x) if slot.keep_norm else out
 
 
