@@ -68,6 +68,7 @@ def announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             "as input_ids"
         )
     found, helper = cache_in(call), call.get("assistant_model")
+    eos, pad = (_token_ids(_setting(model, call, name)) for name in ("eos_token_id", "pad_token_id"))
     return Announcement(
         None if prompt is None else replace(prompt, reorders=beams > 1),
         copies=max(beams, samples),
@@ -77,8 +78,8 @@ def announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         or bool(_setting(model, call, "assistant_early_exit")),
         guided=_setting(model, call, "guidance_scale") not in (None, 1),
         cache=None if found is None else found[1],
-        eos=_token_ids(_setting(model, call, "eos_token_id")),
-        pad=next(iter(_token_ids(_setting(model, call, "pad_token_id"))), None),
+        eos=eos,
+        pad=next(iter(pad or eos), None),
     )
 
 
@@ -189,12 +190,12 @@ def _whole_length(call: dict[str, Any], mask: Any, length: int) -> int:
 
 def _setting(model: nn.Module, call: dict[str, Any], name: str) -> Any:
     """A setting as generate resolves it: its own argument, the given configuration, the model's."""
+    if name in call:  # None, too: it switches off what a configuration says
+        return call[name]
     for source in (call.get("generation_config"), getattr(model, "generation_config", None)):
-        if call.get(name) is not None:
-            return call[name]
         if getattr(source, name, None) is not None:
             return getattr(source, name)
-    return call.get(name)
+    return None
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,12 @@ class Call:
         None  # as that model was given them; None: it was given none, or the decoder is the model
     )
 
+    @property
+    def text(self) -> Log | None:
+        """What probes have read of the text that it is asked about; of a prompt that generate does not show its first pass."""
+        unshown = self.batch is not None and self.batch.told.prompt is None and self.other is not None
+        return self.other.log if unshown else self.log  # type: ignore[union-attr]
+
 
 class _Threads(threading.local):
     """The call of each thread that asks."""
@@ -130,7 +136,7 @@ class Passes:
         self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
         self._version = 0
         self._decided = False  # the running pass began outside of any graph, whatever of it a compiler took up
-        self._prompts: WeakKeyDictionary[Any, Filled] = WeakKeyDictionary()  # by the cache that a bare pass filled
+        self._prompts: weakref.WeakKeyDictionary[Any, Filled] = weakref.WeakKeyDictionary()  # by the cache that a bare pass filled
         self._broadcasts: dict[Owners, tuple[Tensor, Tensor]] = {}
 
     def __reduce__(self) -> Any:
@@ -230,6 +236,8 @@ class Passes:
     @bookkeeping
     def _retract(self, before: Call | None) -> None:
         """Generate has ended; `before` is the call of the one that goes on."""
+        if (log := self.threads.call.text) is not None:
+            log.settle()  # its cache is not kept
         self.threads.call = Call(Gates(self.conditions), THREADS.own) if before is None else before
         self.traced = IDLE
         if before is not None:
@@ -353,12 +361,13 @@ class Passes:
         if self.conditions:
             call.gates.begin(table, start, count, batch)
         if self.recorders:
-            self._follow(call, table, ids)
+            found = cache_in(inputs)
+            self._follow(call, table, ids, None if found is None else found[1])
         if self.fixed is not None and self.fixed.text:
             self.fixed.text.begin(start, tokens, table.real(start, count, batch))
         self.threads.call = call
 
-    def _follow(self, call: Call, table: Table, ids: Tensor | None) -> None:
+    def _follow(self, call: Call, table: Table, ids: Tensor | None, cache: Any) -> None:
         """Keep what probes read of this text beside what they read of it before."""
         start, (batch, count) = call.start, call.shape
         if call.log is None or not call.log.follows(table.prompt, start, batch):
@@ -366,6 +375,8 @@ class Passes:
             for one in self.attachments:
                 one.check_order(table.prompt.reorders)
             call.log = Log(table.prompt, batch, self.device, ((), None) if told is None else (told.eos, told.pad))
+        if cache is not None:
+            call.log.cache = weakref.ref(cache)
         call.log.begin(start, count, ids, self.recorders)
 
     def _position(self, call: Call, inputs: dict[str, Any], count: int) -> int | Tensor:
@@ -393,6 +404,7 @@ class Passes:
         if (torch.compiler.is_compiling() and not decided) or not self.attachments:
             return
         call = self.threads.call
+        call.scored.clear()
         if call.ran or self.fixed is not None:  # compiled blocks do not say that they ran
             self._count(call)
         if call.outer is not None:
@@ -482,7 +494,8 @@ class Passes:
         prompt = prompt.behind(virtual) if virtual else prompt
         if texts is not None and ids is not None:
             texts.keep(ids, prompt)
-        again = call.table is not None and not call.table.remembers and _same(call.table.prompt, prompt)
+        keeps = bool(self.conditions or self.recorders)  # what is decided and read of one text is not another's
+        again = not keeps and call.table is not None and not call.table.remembers and _same(call.table.prompt, prompt)
         return self._table_for(call, call.table.prompt if again else prompt)  # type: ignore[union-attr]
 
     def _table_for(self, call: Call, prompt: Prompt) -> Table:
