@@ -136,7 +136,9 @@ class Passes:
         self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
         self._version = 0
         self._decided = False  # the running pass began outside of any graph, whatever of it a compiler took up
-        self._prompts: weakref.WeakKeyDictionary[Any, Filled] = weakref.WeakKeyDictionary()  # by the cache that a bare pass filled
+        self._prompts: weakref.WeakKeyDictionary[Any, Filled] = (
+            weakref.WeakKeyDictionary()
+        )  # by the cache that a bare pass filled
         self._broadcasts: dict[Owners, tuple[Tensor, Tensor]] = {}
 
     def __reduce__(self) -> Any:

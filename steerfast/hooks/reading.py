@@ -122,14 +122,17 @@ class _Prepared:
         self.controller, self._text = controller, text
         # generate announces its prompts while something is attached; the graph reads what it was prepared for anyway
         self.attached = [replace(one, plans=[None]) for one in attachments[:1]]
-        self._of: dict[str, tuple[FixedProbe, Attachment]] = {}
+        self._of: dict[str, tuple[FixedProbe, Attachment, tuple[int, int]]] = {}
+        mark = text.mark()
         for one in attachments:
             one.slots = [(0,)]
             for plan in one.plans:
                 for place, chain in () if plan is None else plan.edits.items():
                     for recorder in chain:
                         probes = recorder.probes if isinstance(recorder, Recorder) else {}
-                        self._of |= {name: (text.find(probe, place, "read"), one) for name, probe in probes.items()}
+                        self._of |= {
+                            name: (text.find(probe, place, "read"), one, mark) for name, probe in probes.items()
+                        }
 
     def scores(self, name: str) -> Scores | None:
         """As `_Recorded.scores`."""

@@ -249,9 +249,9 @@ class Log:
         if found is None:
             return torch.zeros(self.batch, dtype=torch.bool, device=self.device)
         values = found[0][..., 0]
-        found = (values > threshold if above else values < threshold).any(1)
-        self._stopped = torch.where(found, self._stopped.clamp(max=self.reached), self._stopped)
-        return found
+        rows = (values > threshold if above else values < threshold).any(1)
+        self._stopped = torch.where(rows, self._stopped.clamp(max=self.reached), self._stopped)
+        return rows
 
 
 def scores_of(probe: Probe, parts: Sequence[Tensor], read: Tensor, unseen: Tensor) -> Scores:
@@ -282,7 +282,7 @@ def over(ids: Tensor, prompt: Prompt, ends: tuple[tuple[int, ...], int | None], 
         stopped: int64 (batch,): where a criterion of ours wanted a row to end, with the token at that position.
     """
     (eos, pad), starts = ends, prompt.starts
-    if starts is None or not (eos or pad is not None):
+    if starts is None or not eos:  # rows are filled up only where a token can end them
         return torch.zeros_like(ids, dtype=torch.bool)
     here = torch.arange(ids.shape[1], device="cpu")
     first = starts.repeat_interleave(len(ids) // prompt.batch)[:, None]
