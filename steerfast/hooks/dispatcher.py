@@ -190,8 +190,9 @@ class Dispatcher:
 
     def _note(self, x: Tensor, after: bool) -> None:
         """The probes of a prepared model look at the stream."""
-        if self.probes and self.passes.fixed is not None:
-            self.passes.fixed.text.note(self.probes, x, after)
+        fixed = self.passes.fixed
+        if self.probes and fixed is not None and (fixed.text.window is not None or self.passes.attachments):
+            fixed.text.note(self.probes, x, after)
 
     def _open(self, rows: Tensor, scale: Tensor) -> Tables:
         """The tables of a prepared model without what its gates have shut."""

@@ -181,7 +181,6 @@ class FixedText:
         """Generate runs a batch now, whose prompts end at `ends` (batch,); None: it does not, or nothing is known."""
         self.ends.fill_(-1)
         self.valid.fill_(True)
-        self._stopped.fill_(NEVER)
         if ends is not None:
             self.ends[: len(ends)] = ends.to(self.device)
         if told is None:
@@ -196,6 +195,7 @@ class FixedText:
         self.valid[: len(valid), : valid.shape[1]] = valid
         serial = 1 if self._announced is None else self._announced[0] + 1
         self._announced = serial, told
+        self._stopped.fill_(NEVER)
         self._serial.fill_(serial)
 
     def find(self, probe: Probe, place: Place, caller: str) -> FixedProbe:

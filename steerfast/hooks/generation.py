@@ -17,6 +17,10 @@ from .prompts import Prompt
 
 _PROMPTS = ("inputs_embeds", "input_ids", "inputs")
 """What generate calls its prompt."""
+_ENDS = ("stopping_criteria", "stop_strings")
+"""What can end one row before the others, beside the tokens of `eos`."""
+_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""What makes generate propose tokens before it knows them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +33,11 @@ class Announcement:
         reorders: Whether rows may change places, as beams do.
         named: Whether the prompt and its mask have the names that generate gives them; if not, the first pass is asked.
         assisted: Whether the model proposes tokens to itself, in a cache of their own.
+        drafts: Whether tokens are proposed, of which some are taken back.
         guided: Whether a second text runs beside each prompt.
         cache: The cache that generate was handed.
         eos: The tokens that end a row.
-        pad: The token that rows are filled with behind their end; None: it is not known.
+        pad: The token that rows are filled with behind their end; None: only `eos` ends a row, and what follows is known.
     """
 
     prompt: Prompt | None
@@ -40,6 +45,7 @@ class Announcement:
     reorders: bool = False
     named: bool = True
     assisted: bool = False
+    drafts: bool = False
     guided: bool = False
     cache: Any = None
     eos: tuple[int, ...] = ()
@@ -76,10 +82,11 @@ def announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         named=named,
         assisted=(helper is not None and getattr(helper, "_orig_mod", helper) is model)
         or bool(_setting(model, call, "assistant_early_exit")),
+        drafts=any(_setting(model, call, name) for name in _DRAFTS),
         guided=_setting(model, call, "guidance_scale") not in (None, 1),
         cache=None if found is None else found[1],
         eos=eos,
-        pad=next(iter(pad or eos), None),
+        pad=next(iter(pad or eos), None) if any(_setting(model, call, name) for name in _ENDS) else None,
     )
 
 

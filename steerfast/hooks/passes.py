@@ -224,6 +224,11 @@ class Passes:
                 "steer: guidance_scale runs a second text beside each prompt, which a compiled graph cannot tell from the first; "
                 "steer a model that has not been prepared"
             )
+        if self.fixed is not None and told.drafts and any(one.reads for one in self.attachments):
+            raise ValueError(
+                "read: assisted generation takes tokens back, which a compiled graph does not see; generate without drafts, or "
+                "read a model that has not been prepared"
+            )
         if self.fixed is not None and told.prompt is None:
             self.fixed.publish_unprompted(self.attachments)
             if self.fixed.unplaced:
@@ -319,6 +324,7 @@ class Passes:
         call.ran.clear()
         if not self.attachments:
             call.now = self.traced = IDLE
+            self._unattached(by_name(self._names, args, kwargs))
             return
         self.recomputing.begin(follow=self.fixed is None)
         refuse_tracing()
@@ -368,6 +374,11 @@ class Passes:
         if self.fixed is not None and self.fixed.text:
             self.fixed.text.begin(start, tokens, table.real(start, count, batch))
         self.threads.call = call
+
+    def _unattached(self, inputs: dict[str, Any]) -> None:
+        """A pass that nobody steers or reads begins; the probes of a prepared model run in it, and need its shape."""
+        if self.fixed is not None and self.fixed.text and not inputs.keys() >= PAGED:
+            self.fixed.follow(past_length(inputs), tokens_of(inputs), inputs.get("attention_mask"))
 
     def _follow(self, call: Call, table: Table, ids: Tensor | None, cache: Any) -> None:
         """Keep what probes read of this text beside what they read of it before."""
