@@ -38,7 +38,7 @@ from .positions import IDLE, Owners, Pass, Table
 from .prompts import Prompt
 from .recomputing import THREADS, Recomputing, Thread
 from .records import Log, Scored
-from .texts import Batch, Filled, Texts, mark_of, unmoved
+from .texts import Batch, Filled, Texts, carried, mark_of, unmoved
 from .watched import Watched
 
 _UNSEEN = object()
@@ -477,6 +477,11 @@ class Passes:
                 f"steer: {self._layers.name} keeps no cache that counts its tokens, so a bare pass does not show where it "
                 'begins; use generate, or positions="all"'
             )
+        if not self.keeps_cache and self._remembers() and carried(inputs):
+            raise ValueError(
+                f"steer: {self._layers.name} keeps no cache that counts its tokens, so a bare pass that goes on from an earlier one "
+                "does not show where it begins, which read and release= must know; use generate, or run the whole text at once"
+            )
         (batch, count), found = call.shape, cache_in(inputs)
         filled = None if found is None else self._prompts.get(found[1])
         known = filled.prompt if filled is not None and filled.prompt.batch == batch else None
@@ -510,6 +515,10 @@ class Passes:
         keeps = bool(self.conditions or self.recorders)  # what is decided and read of one text is not another's
         again = not keeps and call.table is not None and not call.table.remembers and _same(call.table.prompt, prompt)
         return self._table_for(call, call.table.prompt if again else prompt)  # type: ignore[union-attr]
+
+    def _remembers(self) -> bool:
+        """Whether something attached goes on from what it saw of a text before."""
+        return bool(self.recorders) or any(when.condition.release is not None for when, _ in self.conditions.values())
 
     def _table_for(self, call: Call, prompt: Prompt) -> Table:
         return call.table if prompt is call.prompt and call.table is not None else self._build(call, prompt)

@@ -233,11 +233,20 @@ class Log:
             recorder: Of its handle and place.
             name: Its name there.
             named: bool (batch, P + 1): which positions of each prompt, and all later ones, the handle reads.
+
+        Raises:
+            ValueError: rows may have ended, and the passes do not show where.
         """
-        probe, count = recorder.probes[name], self.reached
+        probe, count, starts = recorder.probes[name], self.reached, self.prompt.starts
+        ids = _cut(self._ids, count, -1).cpu()
+        if self.batch > 1 and self._ends[0] and starts is not None and bool((ids[:, int(starts.max()) :] < 0).any()):
+            raise ValueError(
+                "read: passes of this generate did not show their ids (embeddings came instead, or nobody read then), so where its "
+                "rows have ended cannot be said; generate one row at a time, or with eos_token_id=None"
+            )
         read = self._read.get(recorder)
         read = torch.zeros(self.batch, count, dtype=torch.bool) if read is None else _cut(read, count, False).cpu()
-        read &= ~over(_cut(self._ids, count, -1).cpu(), self.prompt, self._ends, self._stopped.cpu())
+        read &= ~over(ids, self.prompt, self._ends, self._stopped.cpu())
         found = [_cut(part, count, 0).cpu() for part in self._found.get((recorder, name), ())]
         unseen = named[:, : self._since[recorder]].any(1)
         return scores_of(probe, found, read, unseen)
