@@ -22,8 +22,9 @@ from steerfast.ops.slots import ALL_MODES
 from steerfast.place import Place
 
 from .bookkeeping import bookkeeping, is_mapped
+from .call import Call
 from .fixed import FixedProbe
-from .passes import Call, Passes
+from .passes import Passes
 from .positions import Pass
 from .recomputing import Act, backward_pass, plainly_recorded, runs_hooks_again
 from .records import Recorder

@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,6 +27,7 @@ from steerfast.plan import needs_prompt
 
 from .attachment import Attachment
 from .bookkeeping import bookkeeping, refuse_tracing
+from .call import UNSEEN, Call, Calls
 from .compiled import FixedTable, lengths_per_row
 from .continuous import pass_for_all
 from .counts import Counts
@@ -36,68 +36,10 @@ from .gates import Conditions, Gates
 from .generation import Announcement, by_name, tokens_of, valid_tokens
 from .positions import IDLE, Owners, Pass, Table
 from .prompts import Prompt
-from .recomputing import THREADS, Recomputing, Thread
-from .records import Log, Scored
+from .recomputing import THREADS, Recomputing
+from .records import Log
 from .texts import Batch, Filled, Texts, carried, mark_of, unmoved
 from .watched import Watched
-
-_UNSEEN = object()
-
-
-@dataclass(eq=False)
-class Call:
-    """What one thread runs: its prompt, its table, and its running pass.
-
-    Attributes:
-        gates: What the conditions have decided.
-        thread: What else that thread runs.
-        now: The running pass.
-        shape: (rows, tokens) of the stream in it.
-        prompt: The batch of prompts; None: none is known.
-        table: Its owners.
-        batch: What generate has announced; None: it is not running.
-        ran: The dispatchers that the running pass has reached.
-        other: The call of all other texts that run inside of generate.
-        texts: Of that one: those that run without a cache.
-        outer: Of that one, while it runs: the call to come back to.
-        log: What probes have read of its text.
-        scored: What probes have found in the running pass.
-    """
-
-    gates: Gates
-    thread: Thread
-    now: Pass = IDLE
-    shape: tuple[int, int] = (0, 0)
-    prompt: Prompt | None = None
-    table: Table | None = None
-    batch: Batch | None = None
-    ran: set[Any] = field(default_factory=set)
-    other: Call | None = None
-    log: Log | None = None
-    scored: Scored = field(default_factory=Scored)
-    texts: Texts | None = None
-    outer: Call | None = None
-    start: int | Tensor = 0  # position of the running pass's first token
-    seen: int = 0  # positions that have been counted
-    version: int = 0  # of what is attached, when the table was built
-    reorders: bool = False  # rows of its texts may change places
-    given_mask: Any = _UNSEEN  # as the model around the decoder was given it, not yet prepared
-    given_ids: Tensor | None = (
-        None  # as that model was given them; None: it was given none, or the decoder is the model
-    )
-
-    @property
-    def text(self) -> Log | None:
-        """What probes have read of the text that it is asked about; of a prompt that generate does not show its first pass."""
-        unshown = self.batch is not None and self.batch.told.prompt is None and self.other is not None
-        return self.other.log if unshown else self.log  # type: ignore[union-attr]
-
-
-class _Threads(threading.local):
-    """The call of each thread that asks."""
-
-    def __init__(self, conditions: Conditions) -> None:
-        self.call = Call(Gates(conditions), THREADS.own)
 
 
 class Passes:
@@ -129,7 +71,7 @@ class Passes:
         self.decoder = model.get_submodule(layers.path.rpartition(".")[0])
         self.recomputing = Recomputing(self.decoder)
         self.keeps_cache = keeps_cache(model, self.decoder)
-        self.threads = _Threads(self.conditions)
+        self.threads = Calls(self.conditions)
         self.latest = self.threads.call  # of any thread
         self._model, self._layers, self._proof = model, layers, proof
         self._names = list(inspect.signature(self.decoder.forward).parameters)
@@ -177,7 +119,7 @@ class Passes:
     def forget(self) -> None:
         """Nothing is attached any more: no prompt, no table."""
         self._version += 1
-        self.threads = _Threads(self.conditions)
+        self.threads = Calls(self.conditions)
         self._broadcasts.clear()
         self._prompts.clear()
         self.traced = IDLE
@@ -312,7 +254,7 @@ class Passes:
     def _forget_given(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the whole model ran: its decoder may be called by itself."""
         if not torch.compiler.is_compiling() and self.attachments:
-            self.threads.call.given_mask, self.threads.call.given_ids = _UNSEEN, None
+            self.threads.call.given_mask, self.threads.call.given_ids = UNSEEN, None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the decoder runs: decide who owns which token of this pass."""
@@ -479,8 +421,9 @@ class Passes:
             )
         if not self.keeps_cache and self._remembers() and carried(inputs):
             raise ValueError(
-                f"steer: {self._layers.name} keeps no cache that counts its tokens, so a bare pass that goes on from an earlier one "
-                "does not show where it begins, which read and release= must know; use generate, or run the whole text at once"
+                f"steer: {self._layers.name} keeps no cache that counts its tokens, so a bare pass that goes on from an "
+                "earlier one does not show where it begins, as read and release= must know; use generate, or run the whole text "
+                "at once"
             )
         (batch, count), found = call.shape, cache_in(inputs)
         filled = None if found is None else self._prompts.get(found[1])
@@ -542,7 +485,7 @@ class Passes:
 def _mask(inputs: dict[str, Any], given: Any) -> Any:
     """The mask of a pass in the form that shows padding, if any form of it does."""
     mask = inputs.get("attention_mask")
-    if given is _UNSEEN or (isinstance(mask, Tensor) and mask.dim() == 2):
+    if given is UNSEEN or (isinstance(mask, Tensor) and mask.dim() == 2):
         return mask
     return given  # handed on as a prepared mask, or not at all
 

@@ -241,8 +241,8 @@ class Log:
         ids = _cut(self._ids, count, -1).cpu()
         if self.batch > 1 and self._ends[0] and starts is not None and bool((ids[:, int(starts.max()) :] < 0).any()):
             raise ValueError(
-                "read: passes of this generate did not show their ids (embeddings came instead, or nobody read then), so where its "
-                "rows have ended cannot be said; generate one row at a time, or with eos_token_id=None"
+                "read: passes of this generate did not show their ids (embeddings came instead, or nobody read then), so where "
+                "its rows have ended cannot be said; generate one row at a time, or with eos_token_id=None"
             )
         read = self._read.get(recorder)
         read = torch.zeros(self.batch, count, dtype=torch.bool) if read is None else _cut(read, count, False).cpu()
