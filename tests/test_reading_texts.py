@@ -213,3 +213,17 @@ def test_soft_prompts_show_no_ids_so_the_ends_of_rows_are_not_guessed() -> None:
                 reading["probe"]
         else:
             assert reading["probe"].read.sum(1).tolist() == [6] * len(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_edits_beside_reading_keep_their_bits_in_every_dtype(llama: Any, dtype: torch.dtype, count: int) -> None:
+    model, ids = llama.to(dtype), token_ids(2, 7)
+    plan = {1: [sf.Add(row(48, 9 + one)) for one in range(count)]}
+    with torch.no_grad():
+        with sf.steer(model, plan):
+            alone = model(ids).logits
+        for place, after in ((0, False), (1, False), (1, True), (2, False)):
+            for positions in ("all", "0:2", f"ids:{int(ids[0, 3])}"):
+                with sf.steer(model, plan), sf.read(model, probe(model, place, after=after), positions):
+                    assert torch.equal(model(ids).logits, alone), (place, after, positions)

@@ -222,6 +222,17 @@ class Passes:
             before += max(len(chain) for chain in one.slots)
         return found
 
+    def margins(self, now: Pass) -> tuple[int, int]:
+        """How many columns of a pass's row table are readers', on its left and on its right: the edits stand between them."""
+        if not self.recorders:
+            return 0, 0
+        widths = [(one, max(len(chain) for chain in one.slots)) for one in self.attachments]
+        if now.owners is not None:
+            here = [slot for slot, _ in now.owners]
+            widths = [(one, sum(slot in one.all_slots for slot in here)) for one, _ in widths]
+        left, right = (sum(width for one, width in widths if one.reads == side) for side in ("before", "after"))
+        return left, right
+
     @bookkeeping
     def broadcast(self, now: Pass) -> tuple[Tensor, Tensor]:
         """The owners of a pass that treats every token alike, as tables with one row."""
