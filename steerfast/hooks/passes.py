@@ -318,7 +318,6 @@ class Passes:
                 table.at(start, count, batch, ids) if isinstance(start, int) else table.gather(start, count, batch, ids)
             )
         self.traced = call.now
-        call.scored.clear()
         if self.conditions:
             call.gates.begin(table, start, count, batch)
         if self.recorders:
@@ -370,7 +369,8 @@ class Passes:
         if (torch.compiler.is_compiling() and not decided) or not self.attachments:
             return
         call = self.threads.call
-        call.scored.clear()
+        if self.conditions or self.recorders:
+            call.scored.clear()  # it holds the stream
         if call.ran or self.fixed is not None:  # compiled blocks do not say that they ran
             self._count(call)
         if call.outer is not None:
