@@ -235,3 +235,46 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="is no part of the prepared model"):
         sf.steer(model, {ACT: sf.WhenToken(sf.Condition(probes()["logistic"], 0.5), sf.Add(v))})
     sf.unprepare(model)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_prepared_model_runs_where_nobody_reads_and_a_handle_has_seen_what_it_was_there_for(compiled: bool) -> None:
+    one, model, ids = probes()["linear"], copy_of(), token_ids(2, 6)
+    sf.prepare(model, layers=[ACT], probes={"one": one}, room=sf.Room(batch=4, length=16))
+    run = torch.compile(model, backend="eager") if compiled else model
+    with torch.no_grad():
+        run(token_ids(3, 9))
+        with sf.read(model, one) as reading:
+            with pytest.raises(RuntimeError, match="has not run while"):
+                reading["probe"]
+            whole = run(ids) and reading["probe"].values
+        assert whole.shape == (2, 6)
+        cache = run(ids[:, :4]).past_key_values
+        with sf.read(model, one) as late:
+            run(ids[:, 4:], past_key_values=cache)
+    torch.testing.assert_close(late["probe"].values[:, 4:], whole[:, 4:], atol=1e-4, rtol=1e-4)
+    assert late["probe"].read.sum(1).tolist() == [2, 2]
+    with pytest.raises(ValueError, match="lie in the cache"):
+        late["probe"].max()
+
+
+def test_drafts_of_a_prepared_model_are_not_read() -> None:
+    one, model = probes()["linear"], copy_of()
+    sf.prepare(model, layers=[ACT], probes={"one": one})
+    with sf.read(model, one), pytest.raises(ValueError, match="assisted generation takes tokens back"):
+        model.generate(token_ids(1, 6), prompt_lookup_num_tokens=3, max_new_tokens=4, do_sample=False)
+
+
+def test_a_row_that_a_criterion_ends_is_read_as_alone_where_the_end_token_fills_up_rows() -> None:
+    ids, model, one = token_ids(3, 5, 1), copy_of(), probes()["linear"]
+    options = SETTINGS | {"pad_token_id": 2, "eos_token_id": 2, "attention_mask": torch.ones_like(ids)}
+    sf.prepare(model, layers=[ACT], probes={"one": one})
+    with sf.read(model, one, "generated") as reading:
+        model.generate(ids, **options)
+    limit, ends = float(reading["probe"].max().sort().values[:2].mean()), []
+    for rows in (ids, *ids[:, None]):
+        with sf.read(model, one, "last") as reading:
+            mask = {"attention_mask": torch.ones_like(rows)}
+            model.generate(rows, stopping_criteria=[reading.criterion("probe", limit)], **options | mask)
+        ends += reading["probe"].last_token().tolist()
+    assert ends[:3] == ends[3:]

@@ -141,14 +141,19 @@ class FixedTable:
                 "padded on the left has none: leave attention_mask out, or use generate"
             )
         batch, count = tokens.shape[:2]
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if self.text:
-            whole = torch.ones(batch, count, dtype=torch.bool, device=self.rows.device)
-            self.text.begin(start, tokens, whole if mask is None else mask[:, -count:] != 0)
-        now = self.gather(start, batch, count, mask)
+            self.follow(start, tokens, mask)
+        now = self.gather(start, batch, count, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
         if self.unplaced and now.rows is not None:  # an error of the tracer would only make it leave the graph
             return replace(now, rows=torch.ops.steerfast.unplaced(now.rows))
         return now
+
+    def follow(self, start: Any, tokens: Tensor, mask: Any) -> None:
+        """Probes follow a pass over `tokens` of which a 2-D mask alone shows the padding."""
+        batch, count = tokens.shape[:2]
+        shows = isinstance(mask, Tensor) and mask.dim() == 2
+        whole = torch.ones(batch, count, dtype=torch.bool, device=self.rows.device)
+        self.text.begin(start, tokens, mask[:, -count:] != 0 if shows else whole)
 
     def gather(self, start: Any, batch: int, tokens: int, mask: Tensor | None) -> Pass:
         """The pass over positions [start, start + tokens) as a part of the graph; padding in a 2-D mask is left out."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -22,8 +24,9 @@ from steerfast.ops.slots import ALL_MODES
 from steerfast.place import Place
 
 from .bookkeeping import bookkeeping, is_mapped
+from .call import Call
 from .fixed import FixedProbe
-from .passes import Call, Passes
+from .passes import Passes
 from .positions import Pass
 from .recomputing import Act, backward_pass, plainly_recorded, runs_hooks_again
 from .records import Recorder
@@ -143,7 +146,8 @@ class Dispatcher:
             found = self._decide(x, call)
         if found.table is not None:
             rows, scale = self._tables(x, found, found.table, call)
-            steered = self._by_table(x, rows, scale, self._columns(call.now, rows), self._programs, self.bank)
+            columns, margins = self._columns(call.now, rows), self.passes.margins(call.now)
+            steered = self._by_table(x, rows, scale, columns, self._programs, self.bank, margins)
         else:
             steered = _directly(found.direct, x)
         if self.judges:
@@ -158,7 +162,8 @@ class Dispatcher:
         if found.table is not None:
             rows, scale = self._tables(x, found, found.table, call)
             columns, programs, bank = self._columns(call.now, rows), dict(self._programs), self.bank
-            return lambda x: self._by_table(x, rows, scale, columns, programs, bank)
+            margins = self.passes.margins(call.now)
+            return lambda x: self._by_table(x, rows, scale, columns, programs, bank, margins)
         return partial(_directly, found.direct) if found.direct else None
 
     def rehearse(self, tokens: int) -> None:
@@ -190,8 +195,9 @@ class Dispatcher:
 
     def _note(self, x: Tensor, after: bool) -> None:
         """The probes of a prepared model look at the stream."""
-        if self.probes and self.passes.fixed is not None:
-            self.passes.fixed.text.note(self.probes, x, after)
+        fixed = self.passes.fixed
+        if self.probes and fixed is not None and (fixed.text.window is not None or self.passes.attachments):
+            fixed.text.note(self.probes, x, after)
 
     def _open(self, rows: Tensor, scale: Tensor) -> Tables:
         """The tables of a prepared model without what its gates have shut."""
@@ -210,12 +216,24 @@ class Dispatcher:
         else:
             here = [(slot, weight) for slot, weight in now.owners or () if slot in self.edits]
             if here and (backend_of(x) == "torch" or self._programs.keys() >= {slot for slot, _ in here}):
-                found = _Found(now, [self._effect(slot, weight) for slot, weight in here], None, {})
+                found = _Found(now, self._effects(here, x.dtype), None, {})
             else:
                 found = _Found(now, [], self.passes.broadcast(now) if here else None, {})
         if call is not None and (found.table is not None or found.direct or self.judges):
             self._check_shape(x, *call.shape)
         return found
+
+    def _effects(self, owners: Sequence[tuple[int, float]], dtype: torch.dtype) -> list[tuple[Program, float]]:
+        """What some slots do to a row, one after the other; neighbours in 16 bits round once, as they do by a table."""
+        found = [(slot in self._programs, self._effect(slot, weight)) for slot, weight in owners]
+        if dtype.itemsize > 2 or len(found) < 2:
+            return [effect for _, effect in found]
+        effects: list[tuple[Program, float]] = []
+        for alone, group in groupby(found, key=itemgetter(0)):
+            several = [effect for _, effect in group]
+            parts = [several[part] for part in _parts(len(several))]
+            effects += several if alone else [(partial(_widely, part), 1.0) for part in parts]
+        return effects
 
     def _effect(self, slot: int, weight: float) -> tuple[Program, float]:
         """What a slot does to a row, and how strongly."""
@@ -253,20 +271,21 @@ class Dispatcher:
         columns: list[tuple[int, int]],
         programs: dict[int, Program],
         bank: Bank,
+        margins: tuple[int, int] = (0, 0),
     ) -> Tensor:
         if columns and is_mapped(rows):
             return self._by_masks(x, rows, scale, columns, programs, bank)
-        first = 0
+        first, end = margins[0], rows.shape[1] - margins[1]
         for column, slot in columns:
-            x = self._by_slots(x, rows[:, first:column], scale[:, first:column], bank)
+            if first < (upto := min(column, end)):
+                x = self._by_slots(x, rows[:, first:upto], scale[:, first:upto], bank)
             x = programs[slot](x, torch.where(rows[:, column] == slot, scale[:, column], 0))
-            # A slot for other rows may stand beside a program's, which is empty; beside a recorder's stands none.
-            first = column + (slot in self._recorders)
-        return (
-            self._by_slots(x, rows[:, first:], scale[:, first:], bank)
-            if first
-            else self._by_slots(x, rows, scale, bank)
-        )
+            # a slot for other rows may stand beside a program's, which is empty
+            first = max(first, min(column, end))
+        whole = first == 0 and end == rows.shape[1]
+        if whole:
+            return self._by_slots(x, rows, scale, bank)
+        return x if first >= end else self._by_slots(x, rows[:, first:end], scale[:, first:end], bank)
 
     def _by_masks(
         self,
@@ -335,6 +354,11 @@ def _beside(x: Tensor, table: Tables, now: Pass) -> Tables:
     if now.owners is not None:  # one row for every token
         rows, scale = rows.expand(count, -1), scale.expand(count, -1)
     return rows.to(x.device), scale.to(x.device)
+
+
+def _widely(edits: list[tuple[Program, float]], x: Tensor, scale: Tensor | float) -> Tensor:
+    """Edits of a stream in 16 bits, rounded once behind the last; `scale` is in theirs."""
+    return _directly(edits, x.float()).to(x.dtype)
 
 
 def _directly(edits: list[tuple[Program, float]], x: Tensor) -> Tensor:

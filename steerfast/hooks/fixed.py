@@ -22,7 +22,7 @@ from .attachment import Attachment
 from .bookkeeping import bookkeeping
 from .positions import Table
 from .prompts import Prompt
-from .records import Scores, over, scores_of
+from .records import NEVER, Scores, over, scores_of
 
 PADDING = -2
 """Stands in the place of a token that is none."""
@@ -160,8 +160,13 @@ class FixedText:
         self.opens: dict[int, Tensor] = {}  # number of a gate -> bool (n,), in the running pass
         self.ids = torch.full((batch, length + 1), -1, dtype=torch.int64, device=device)
         self.ends = torch.full((batch,), -1, dtype=torch.int64, device=device)
+        self.valid = torch.ones(
+            batch, length + 1, dtype=torch.bool, device=device
+        )  # False on padding that was announced
+        self._stopped = torch.full((batch,), NEVER, dtype=torch.int64, device="cpu")  # as in `over`
         self._zero = torch.zeros((), dtype=torch.int64, device=device)
-        self._seen = torch.zeros(4, dtype=torch.int64, device=device)  # rows, reached, announced, first
+        # rows, reached, announced, first, passes, and how many there were before this text
+        self._seen = torch.zeros(6, dtype=torch.int64, device=device)
         self._serial = torch.zeros((), dtype=torch.int64, device=device)  # of what generate has announced; 0: nothing
         self._gate_of = torch.zeros(slots + 1, dtype=torch.int64, device=device)  # slot + 1 -> gate
         self._announced: tuple[int, Announced] | None = None
@@ -175,6 +180,7 @@ class FixedText:
     def announce(self, told: Announced | None, ends: Tensor | None) -> None:
         """Generate runs a batch now, whose prompts end at `ends` (batch,); None: it does not, or nothing is known."""
         self.ends.fill_(-1)
+        self.valid.fill_(True)
         if ends is not None:
             self.ends[: len(ends)] = ends.to(self.device)
         if told is None:
@@ -185,8 +191,11 @@ class FixedText:
                 "steer: a condition with release must know the tokens before each one, and beam search hands rows from one to "
                 "the other; sample instead"
             )
+        valid = told.prompt.valid.repeat_interleave(told.copies, 0).to(self.device)
+        self.valid[: len(valid), : valid.shape[1]] = valid
         serial = 1 if self._announced is None else self._announced[0] + 1
         self._announced = serial, told
+        self._stopped.fill_(NEVER)
         self._serial.fill_(serial)
 
     def find(self, probe: Probe, place: Place, caller: str) -> FixedProbe:
@@ -224,12 +233,18 @@ class FixedText:
         self.opens = {}  # a new one: a graph would be guarded by what the old one held
         first = (self._zero + start).reshape(())
         window = self.window = Window(first, real.to(self.device), self.length)
+        window.real = window.real & self.valid[: window.batch].index_select(
+            1, window.at
+        )  # a static cache hides its mask
         ids = self._zero - 1 if tokens.is_floating_point() else tokens.to(self.device, torch.int64)
         self.ids[: window.batch].index_copy_(1, window.at, torch.where(window.real, ids, PADDING))
         goes_on = (first == self._seen[1]) & (self._seen[0] == window.batch)
-        since = torch.where(first == 0, first, torch.where(goes_on, self._seen[3], first))
-        rows = self._zero + window.batch
-        self._seen.copy_(torch.stack([rows, first + window.tokens, self._serial, since]))
+        goes_on = goes_on & (first != 0)
+        since, began = (
+            torch.where(goes_on, old, new) for old, new in ((self._seen[3], first), (self._seen[5], self._seen[4]))
+        )
+        rows, passes = self._zero + window.batch, self._seen[4] + 1
+        self._seen.copy_(torch.stack([rows, first + window.tokens, self._serial, since, passes, began]))
 
     def note(self, probes: Sequence[FixedProbe], x: Tensor, after: bool) -> None:
         """The probes of a place look at the stream before its edits, or after them."""
@@ -256,11 +271,15 @@ class FixedText:
         found = next((one.latch[:rows].cpu() for one in self.probes if slot in one.slots), None)
         return found if rows else None
 
+    def mark(self) -> tuple[int, int]:
+        """Passes until now, and what the latest text has reached."""
+        return int(self._seen[4]), int(self._seen[1])
+
     @bookkeeping
-    def scores(self, one: FixedProbe, reading: Attachment) -> Scores | None:
-        """What a probe has read of the latest text where an attachment reads; None: no pass has run."""
-        rows, reached, serial, first = self._seen.tolist()
-        if not rows:
+    def scores(self, one: FixedProbe, reading: Attachment, mark: tuple[int, int]) -> Scores | None:
+        """What a probe has read of the latest text, where an attachment reads, since a mark; None: no pass has run."""
+        rows, reached, serial, first, passes, began = self._seen.tolist()
+        if passes == mark[0]:
             return None
         if reached > self.length:
             raise ValueError(
@@ -270,29 +289,34 @@ class FixedText:
         ids = self.ids[:rows, :reached].cpu()
         told = self._told(serial, rows, ids, reading)
         named = self._named(told, reading, rows)
-        positions = torch.arange(reached).clamp(max=named.shape[1] - 1)
-        read = named[:, positions] & (ids != PADDING) & ~over(ids, told.prompt, told.ends)
-        since = max(first, told.held)
+        positions = torch.arange(reached, device="cpu").clamp(max=named.shape[1] - 1)
+        read = named[:, positions] & (ids != PADDING) & ~over(ids, told.prompt, told.ends, self._stopped[:rows])
+        since = max(first, told.held, mark[1] if began < mark[0] else 0)
         read[:, :since] = False
         parts = [part[:rows, :reached].cpu() for part in one.parts]
-        unseen = named[:, : min(since, named.shape[1] - 1)].any(1)
+        unseen = named[:, :since].any(1)
         return scores_of(one.probe, parts, read, unseen)
 
-    def crossed(self, one: FixedProbe, reading: Attachment, threshold: float, above: bool) -> Tensor:
-        """bool (batch,): which rows hold a token, among those that an attachment reads, beyond a threshold."""
-        found = self.scores(one, reading)
-        if found is None:
-            return torch.zeros(len(self.ends), dtype=torch.bool)
-        return (found.values > threshold if above else found.values < threshold).any(1)
+    def crossed(
+        self, one: FixedProbe, reading: Attachment, mark: tuple[int, int], threshold: float, above: bool
+    ) -> Tensor:
+        """bool (batch,): which rows hold a token, among those that `scores` says, beyond a threshold; these end here."""
+        scores = self.scores(one, reading, mark)
+        if scores is None:
+            return torch.zeros(len(self.ends), dtype=torch.bool, device="cpu")
+        found = (scores.values > threshold if above else scores.values < threshold).any(1)
+        stopped = self._stopped[: len(found)]
+        stopped.copy_(torch.where(found, stopped.clamp(max=scores.values.shape[1]), stopped))
+        return found
 
     def _told(self, serial: int, rows: int, ids: Tensor, reading: Attachment) -> Announced:
         """What is known of the latest text: what generate announced, or what a bare pass showed."""
         if serial and self._announced is not None and self._announced[0] == serial:
             return self._announced[1]
         given = reading.prompt_length
-        starts = None if given is None else torch.tensor(given).expand(rows).clone()
+        starts = None if given is None else torch.tensor(given, device="cpu").expand(rows).clone()
         length = ids.shape[1] if starts is None else int(starts.max())
-        valid = torch.ones(rows, length, dtype=torch.bool)
+        valid = torch.ones(rows, length, dtype=torch.bool, device="cpu")
         valid[:, : ids.shape[1]] = ids[:, :length] != PADDING
         return Announced(Prompt(valid, starts), 1, ((), None), 0)
 

@@ -17,6 +17,10 @@ from .prompts import Prompt
 
 _PROMPTS = ("inputs_embeds", "input_ids", "inputs")
 """What generate calls its prompt."""
+_ENDS = ("stopping_criteria", "stop_strings")
+"""What can end one row before the others, beside the tokens of `eos`."""
+_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""What makes generate propose tokens before it knows them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +33,11 @@ class Announcement:
         reorders: Whether rows may change places, as beams do.
         named: Whether the prompt and its mask have the names that generate gives them; if not, the first pass is asked.
         assisted: Whether the model proposes tokens to itself, in a cache of their own.
+        drafts: Whether tokens are proposed, of which some are taken back.
         guided: Whether a second text runs beside each prompt.
         cache: The cache that generate was handed.
         eos: The tokens that end a row.
-        pad: The token that rows are filled with behind their end; None: it is not known.
+        pad: The token that rows are filled with behind their end; None: only `eos` ends a row, and what follows is known.
     """
 
     prompt: Prompt | None
@@ -40,6 +45,7 @@ class Announcement:
     reorders: bool = False
     named: bool = True
     assisted: bool = False
+    drafts: bool = False
     guided: bool = False
     cache: Any = None
     eos: tuple[int, ...] = ()
@@ -68,6 +74,7 @@ def announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             "as input_ids"
         )
     found, helper = cache_in(call), call.get("assistant_model")
+    eos, pad = (_token_ids(_setting(model, call, name)) for name in ("eos_token_id", "pad_token_id"))
     return Announcement(
         None if prompt is None else replace(prompt, reorders=beams > 1),
         copies=max(beams, samples),
@@ -75,10 +82,11 @@ def announced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         named=named,
         assisted=(helper is not None and getattr(helper, "_orig_mod", helper) is model)
         or bool(_setting(model, call, "assistant_early_exit")),
+        drafts=any(_setting(model, call, name) for name in _DRAFTS),
         guided=_setting(model, call, "guidance_scale") not in (None, 1),
         cache=None if found is None else found[1],
-        eos=_token_ids(_setting(model, call, "eos_token_id")),
-        pad=next(iter(_token_ids(_setting(model, call, "pad_token_id"))), None),
+        eos=eos,
+        pad=next(iter(pad or eos), None) if any(_setting(model, call, name) for name in _ENDS) else None,
     )
 
 
@@ -189,12 +197,12 @@ def _whole_length(call: dict[str, Any], mask: Any, length: int) -> int:
 
 def _setting(model: nn.Module, call: dict[str, Any], name: str) -> Any:
     """A setting as generate resolves it: its own argument, the given configuration, the model's."""
+    if name in call:  # None, too: it switches off what a configuration says
+        return call[name]
     for source in (call.get("generation_config"), getattr(model, "generation_config", None)):
-        if call.get(name) is not None:
-            return call[name]
         if getattr(source, name, None) is not None:
             return getattr(source, name)
-    return call.get(name)
+    return None
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from steerfast.plan import needs_prompt
 
 from .attachment import Attachment
 from .bookkeeping import bookkeeping, refuse_tracing
+from .call import UNSEEN, Call, Calls
 from .compiled import FixedTable, lengths_per_row
 from .continuous import pass_for_all
 from .counts import Counts
@@ -36,62 +36,10 @@ from .gates import Conditions, Gates
 from .generation import Announcement, by_name, tokens_of, valid_tokens
 from .positions import IDLE, Owners, Pass, Table
 from .prompts import Prompt
-from .recomputing import THREADS, Recomputing, Thread
-from .records import Log, Scored
-from .texts import Batch, Filled, Texts, mark_of, unmoved
+from .recomputing import THREADS, Recomputing
+from .records import Log
+from .texts import Batch, Filled, Texts, carried, mark_of, unmoved
 from .watched import Watched
-
-_UNSEEN = object()
-
-
-@dataclass(eq=False)
-class Call:
-    """What one thread runs: its prompt, its table, and its running pass.
-
-    Attributes:
-        gates: What the conditions have decided.
-        thread: What else that thread runs.
-        now: The running pass.
-        shape: (rows, tokens) of the stream in it.
-        prompt: The batch of prompts; None: none is known.
-        table: Its owners.
-        batch: What generate has announced; None: it is not running.
-        ran: The dispatchers that the running pass has reached.
-        other: The call of all other texts that run inside of generate.
-        texts: Of that one: those that run without a cache.
-        outer: Of that one, while it runs: the call to come back to.
-        log: What probes have read of its text.
-        scored: What probes have found in the running pass.
-    """
-
-    gates: Gates
-    thread: Thread
-    now: Pass = IDLE
-    shape: tuple[int, int] = (0, 0)
-    prompt: Prompt | None = None
-    table: Table | None = None
-    batch: Batch | None = None
-    ran: set[Any] = field(default_factory=set)
-    other: Call | None = None
-    log: Log | None = None
-    scored: Scored = field(default_factory=Scored)
-    texts: Texts | None = None
-    outer: Call | None = None
-    start: int | Tensor = 0  # position of the running pass's first token
-    seen: int = 0  # positions that have been counted
-    version: int = 0  # of what is attached, when the table was built
-    reorders: bool = False  # rows of its texts may change places
-    given_mask: Any = _UNSEEN  # as the model around the decoder was given it, not yet prepared
-    given_ids: Tensor | None = (
-        None  # as that model was given them; None: it was given none, or the decoder is the model
-    )
-
-
-class _Threads(threading.local):
-    """The call of each thread that asks."""
-
-    def __init__(self, conditions: Conditions) -> None:
-        self.call = Call(Gates(conditions), THREADS.own)
 
 
 class Passes:
@@ -123,14 +71,16 @@ class Passes:
         self.decoder = model.get_submodule(layers.path.rpartition(".")[0])
         self.recomputing = Recomputing(self.decoder)
         self.keeps_cache = keeps_cache(model, self.decoder)
-        self.threads = _Threads(self.conditions)
+        self.threads = Calls(self.conditions)
         self.latest = self.threads.call  # of any thread
         self._model, self._layers, self._proof = model, layers, proof
         self._names = list(inspect.signature(self.decoder.forward).parameters)
         self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
         self._version = 0
         self._decided = False  # the running pass began outside of any graph, whatever of it a compiler took up
-        self._prompts: WeakKeyDictionary[Any, Filled] = WeakKeyDictionary()  # by the cache that a bare pass filled
+        self._prompts: weakref.WeakKeyDictionary[Any, Filled] = (
+            weakref.WeakKeyDictionary()
+        )  # by the cache that a bare pass filled
         self._broadcasts: dict[Owners, tuple[Tensor, Tensor]] = {}
 
     def __reduce__(self) -> Any:
@@ -169,7 +119,7 @@ class Passes:
     def forget(self) -> None:
         """Nothing is attached any more: no prompt, no table."""
         self._version += 1
-        self.threads = _Threads(self.conditions)
+        self.threads = Calls(self.conditions)
         self._broadcasts.clear()
         self._prompts.clear()
         self.traced = IDLE
@@ -216,6 +166,11 @@ class Passes:
                 "steer: guidance_scale runs a second text beside each prompt, which a compiled graph cannot tell from the first; "
                 "steer a model that has not been prepared"
             )
+        if self.fixed is not None and told.drafts and any(one.reads for one in self.attachments):
+            raise ValueError(
+                "read: assisted generation takes tokens back, which a compiled graph does not see; generate without drafts, or "
+                "read a model that has not been prepared"
+            )
         if self.fixed is not None and told.prompt is None:
             self.fixed.publish_unprompted(self.attachments)
             if self.fixed.unplaced:
@@ -230,6 +185,8 @@ class Passes:
     @bookkeeping
     def _retract(self, before: Call | None) -> None:
         """Generate has ended; `before` is the call of the one that goes on."""
+        if (log := self.threads.call.text) is not None:
+            log.settle()  # its cache is not kept
         self.threads.call = Call(Gates(self.conditions), THREADS.own) if before is None else before
         self.traced = IDLE
         if before is not None:
@@ -265,6 +222,17 @@ class Passes:
             before += max(len(chain) for chain in one.slots)
         return found
 
+    def margins(self, now: Pass) -> tuple[int, int]:
+        """How many columns of a pass's row table are readers', on its left and on its right: the edits stand between them."""
+        if not self.recorders:
+            return 0, 0
+        widths = [(one, max(len(chain) for chain in one.slots)) for one in self.attachments]
+        if now.owners is not None:
+            here = [slot for slot, _ in now.owners]
+            widths = [(one, sum(slot in one.all_slots for slot in here)) for one, _ in widths]
+        left, right = (sum(width for one, width in widths if one.reads == side) for side in ("before", "after"))
+        return left, right
+
     @bookkeeping
     def broadcast(self, now: Pass) -> tuple[Tensor, Tensor]:
         """The owners of a pass that treats every token alike, as tables with one row."""
@@ -297,7 +265,7 @@ class Passes:
     def _forget_given(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the whole model ran: its decoder may be called by itself."""
         if not torch.compiler.is_compiling() and self.attachments:
-            self.threads.call.given_mask, self.threads.call.given_ids = _UNSEEN, None
+            self.threads.call.given_mask, self.threads.call.given_ids = UNSEEN, None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the decoder runs: decide who owns which token of this pass."""
@@ -309,6 +277,7 @@ class Passes:
         call.ran.clear()
         if not self.attachments:
             call.now = self.traced = IDLE
+            self._unattached(by_name(self._names, args, kwargs))
             return
         self.recomputing.begin(follow=self.fixed is None)
         refuse_tracing()
@@ -349,16 +318,21 @@ class Passes:
                 table.at(start, count, batch, ids) if isinstance(start, int) else table.gather(start, count, batch, ids)
             )
         self.traced = call.now
-        call.scored.clear()
         if self.conditions:
             call.gates.begin(table, start, count, batch)
         if self.recorders:
-            self._follow(call, table, ids)
+            found = cache_in(inputs)
+            self._follow(call, table, ids, None if found is None else found[1])
         if self.fixed is not None and self.fixed.text:
             self.fixed.text.begin(start, tokens, table.real(start, count, batch))
         self.threads.call = call
 
-    def _follow(self, call: Call, table: Table, ids: Tensor | None) -> None:
+    def _unattached(self, inputs: dict[str, Any]) -> None:
+        """A pass that nobody steers or reads begins; the probes of a prepared model run in it, and need its shape."""
+        if self.fixed is not None and self.fixed.text and not inputs.keys() >= PAGED:
+            self.fixed.follow(past_length(inputs), tokens_of(inputs), inputs.get("attention_mask"))
+
+    def _follow(self, call: Call, table: Table, ids: Tensor | None, cache: Any) -> None:
         """Keep what probes read of this text beside what they read of it before."""
         start, (batch, count) = call.start, call.shape
         if call.log is None or not call.log.follows(table.prompt, start, batch):
@@ -366,6 +340,8 @@ class Passes:
             for one in self.attachments:
                 one.check_order(table.prompt.reorders)
             call.log = Log(table.prompt, batch, self.device, ((), None) if told is None else (told.eos, told.pad))
+        if cache is not None:
+            call.log.cache = weakref.ref(cache)
         call.log.begin(start, count, ids, self.recorders)
 
     def _position(self, call: Call, inputs: dict[str, Any], count: int) -> int | Tensor:
@@ -393,6 +369,8 @@ class Passes:
         if (torch.compiler.is_compiling() and not decided) or not self.attachments:
             return
         call = self.threads.call
+        if self.conditions or self.recorders:
+            call.scored.clear()  # it holds the stream
         if call.ran or self.fixed is not None:  # compiled blocks do not say that they ran
             self._count(call)
         if call.outer is not None:
@@ -452,6 +430,12 @@ class Passes:
                 f"steer: {self._layers.name} keeps no cache that counts its tokens, so a bare pass does not show where it "
                 'begins; use generate, or positions="all"'
             )
+        if not self.keeps_cache and self._remembers() and carried(inputs):
+            raise ValueError(
+                f"steer: {self._layers.name} keeps no cache that counts its tokens, so a bare pass that goes on from an "
+                "earlier one does not show where it begins, as read and release= must know; use generate, or run the whole text "
+                "at once"
+            )
         (batch, count), found = call.shape, cache_in(inputs)
         filled = None if found is None else self._prompts.get(found[1])
         known = filled.prompt if filled is not None and filled.prompt.batch == batch else None
@@ -482,8 +466,13 @@ class Passes:
         prompt = prompt.behind(virtual) if virtual else prompt
         if texts is not None and ids is not None:
             texts.keep(ids, prompt)
-        again = call.table is not None and not call.table.remembers and _same(call.table.prompt, prompt)
+        keeps = bool(self.conditions or self.recorders)  # what is decided and read of one text is not another's
+        again = not keeps and call.table is not None and not call.table.remembers and _same(call.table.prompt, prompt)
         return self._table_for(call, call.table.prompt if again else prompt)  # type: ignore[union-attr]
+
+    def _remembers(self) -> bool:
+        """Whether something attached goes on from what it saw of a text before."""
+        return bool(self.recorders) or any(when.condition.release is not None for when, _ in self.conditions.values())
 
     def _table_for(self, call: Call, prompt: Prompt) -> Table:
         return call.table if prompt is call.prompt and call.table is not None else self._build(call, prompt)
@@ -507,7 +496,7 @@ class Passes:
 def _mask(inputs: dict[str, Any], given: Any) -> Any:
     """The mask of a pass in the form that shows padding, if any form of it does."""
     mask = inputs.get("attention_mask")
-    if given is _UNSEEN or (isinstance(mask, Tensor) and mask.dim() == 2):
+    if given is UNSEEN or (isinstance(mask, Tensor) and mask.dim() == 2):
         return mask
     return given  # handed on as a prepared mask, or not at all
 

@@ -98,18 +98,20 @@ class _Recorded:
     def scores(self, name: str) -> Scores | None:
         """What a probe has read of the latest text; None: no text has run."""
         recorder, one = self._of[name]
-        log = self.controller.passes.latest.log
-        if log is None:
+        log = self.controller.passes.latest.text
+        if log is None or not log.reads(recorder):
             return None
+        log.settle()
         table = Table(log.prompt, [one.layer(log.prompt.batch)], log.device)
         named = (table.rows >= 0).any(2).repeat_interleave(log.batch // log.prompt.batch, 0)
         return log.scores(recorder, name, named)
 
     def crossed(self, name: str, threshold: float, above: bool, rows: int) -> Tensor:
         """bool (rows,): which rows of the running batch hold a token beyond a threshold."""
-        log = self.controller.passes.latest.log
+        log = self.controller.passes.latest.text
         if log is None or log.batch != rows:
             raise RuntimeError("read: this criterion belongs to a handle that does not read this generate")
+        log.settle()
         return log.crossed(self._of[name][0], name, threshold, above)
 
 
@@ -120,14 +122,17 @@ class _Prepared:
         self.controller, self._text = controller, text
         # generate announces its prompts while something is attached; the graph reads what it was prepared for anyway
         self.attached = [replace(one, plans=[None]) for one in attachments[:1]]
-        self._of: dict[str, tuple[FixedProbe, Attachment]] = {}
+        self._of: dict[str, tuple[FixedProbe, Attachment, tuple[int, int]]] = {}
+        mark = text.mark()
         for one in attachments:
             one.slots = [(0,)]
             for plan in one.plans:
                 for place, chain in () if plan is None else plan.edits.items():
                     for recorder in chain:
                         probes = recorder.probes if isinstance(recorder, Recorder) else {}
-                        self._of |= {name: (text.find(probe, place, "read"), one) for name, probe in probes.items()}
+                        self._of |= {
+                            name: (text.find(probe, place, "read"), one, mark) for name, probe in probes.items()
+                        }
 
     def scores(self, name: str) -> Scores | None:
         """As `_Recorded.scores`."""

@@ -16,6 +16,9 @@ from .bookkeeping import bookkeeping, is_mapped, settled
 from .prompts import Prompt
 from .recomputing import THREADS, backward_pass
 
+NEVER = 1 << 62
+"""The position of what has not come."""
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -33,7 +36,7 @@ class Scores:
     read: Tensor
     names: tuple[str, ...] | None = None
     indices: Tensor | None = None
-    unseen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    unseen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool, device="cpu"))
 
     def max(self) -> Tensor:
         """Per request, the largest score of its tokens: float32 (batch,) or (batch, m); NaN where nothing was read.
@@ -56,15 +59,15 @@ class Scores:
         Their indices are `indices` at the same token, which `last_token` names.
         """
         self._check_seen("last")
-        rows, at = torch.arange(len(self.values)), self.last_token()
+        rows, at = torch.arange(len(self.values), device="cpu"), self.last_token()
         found = self.values[rows, at.clamp(min=0)]
         return torch.where((at >= 0).view(-1, *[1] * (found.dim() - 1)), found, torch.nan)
 
     def last_token(self) -> Tensor:
         """int64 (batch,): the position of each row's last token that was read, -1 where nothing was."""
         if not self.read.shape[1]:
-            return torch.full((len(self.read),), -1)
-        return torch.where(self.read, torch.arange(self.read.shape[1]), -1).amax(1)
+            return torch.full((len(self.read),), -1, dtype=torch.int64, device="cpu")
+        return torch.where(self.read, torch.arange(self.read.shape[1], device="cpu"), -1).amax(1)
 
     def _whole(self, name: str) -> Tensor:
         self._check_seen(name)
@@ -134,9 +137,11 @@ class Log:
     ) -> None:
         self.prompt, self.batch, self.device = prompt, batch, device
         self.reached = 0
+        self.cache: Any = lambda: None  # a weak reference to what holds its keys and values
         self._since: dict[Intervention, int] = {}  # position of the first token that ran before each recorder
         self._ends = ends
         self._ids = torch.full((batch, 0), -1, dtype=torch.int64, device=device)
+        self._stopped = torch.full((batch,), NEVER, dtype=torch.int64, device=device)
         self._read: dict[Recorder, Tensor] = {}
         self._found: dict[tuple[Recorder, str], tuple[Tensor, ...]] = {}
         self._start: int | Tensor = 0
@@ -146,13 +151,19 @@ class Log:
         """Whether a pass goes on with this text."""
         return self.prompt is prompt and self.batch == batch and (isinstance(start, Tensor) or start > 0)
 
+    def reads(self, recorder: Recorder) -> bool:
+        """Whether a pass of this text has begun since a recorder came."""
+        return recorder in self._since
+
     @bookkeeping
     def begin(self, start: int | Tensor, tokens: int, ids: Tensor | None, recorders: Sequence[Intervention]) -> None:
         """A pass over positions [start, start + tokens) of every row begins."""
         self._start, self._tokens = start, tokens
         if isinstance(start, Tensor) and not self.reached:
             self.reached = int(start)  # of a static cache once a text
-        self.reached = max(self.reached, start + tokens) if isinstance(start, int) else self.reached + tokens
+        behind = start + tokens if isinstance(start, int) else self.reached + tokens
+        self._forget(behind)  # of tokens that were taken back, as rejected drafts are
+        self.reached = behind
         for recorder in recorders:
             if recorder not in self._since:
                 self._since[recorder] = start if isinstance(start, int) else self.reached - tokens
@@ -181,6 +192,26 @@ class Log:
             parts.append(self._put(part[:, :0] if before is None else before[number], part, blank))
         self._found[recorder, name] = tuple(parts)
 
+    @bookkeeping
+    def settle(self) -> None:
+        """Forget the tokens that have been taken out of the cache behind this text since its last pass."""
+        cache = self.cache()
+        held = None if cache is None else cache.get_seq_length()
+        if isinstance(held, int) and 0 < held < self.reached:  # 0: it was emptied for another text
+            self._forget(held)
+            self.reached = held
+
+    def _forget(self, start: int) -> None:
+        """Nothing is known of positions from `start` on."""
+        if start >= self.reached:
+            return
+        self._ids[:, start:] = -1
+        for read in self._read.values():
+            read[:, start:] = False
+        for parts in self._found.values():
+            for number, part in enumerate(parts):
+                part[:, start:] = -1 if number else torch.nan
+
     def _put(self, buffer: Tensor, part: Tensor, blank: float) -> Tensor:
         """The buffer (batch, room, …) with `part` at the positions of this pass; it grows as a text does."""
         room = buffer.shape[1]
@@ -202,22 +233,34 @@ class Log:
             recorder: Of its handle and place.
             name: Its name there.
             named: bool (batch, P + 1): which positions of each prompt, and all later ones, the handle reads.
+
+        Raises:
+            ValueError: rows may have ended, and the passes do not show where.
         """
-        probe, count = recorder.probes[name], self.reached
+        probe, count, starts = recorder.probes[name], self.reached, self.prompt.starts
+        ids = _cut(self._ids, count, -1).cpu()
+        if self.batch > 1 and self._ends[0] and starts is not None and bool((ids[:, int(starts.max()) :] < 0).any()):
+            raise ValueError(
+                "read: passes of this generate did not show their ids (embeddings came instead, or nobody read then), so where "
+                "its rows have ended cannot be said; generate one row at a time, or with eos_token_id=None"
+            )
         read = self._read.get(recorder)
         read = torch.zeros(self.batch, count, dtype=torch.bool) if read is None else _cut(read, count, False).cpu()
-        read &= ~over(_cut(self._ids, count, -1).cpu(), self.prompt, self._ends)
+        read &= ~over(ids, self.prompt, self._ends, self._stopped.cpu())
         found = [_cut(part, count, 0).cpu() for part in self._found.get((recorder, name), ())]
-        unseen = named[:, : min(self._since.get(recorder, 0), named.shape[1] - 1)].any(1)
+        unseen = named[:, : self._since[recorder]].any(1)
         return scores_of(probe, found, read, unseen)
 
+    @bookkeeping
     def crossed(self, recorder: Recorder, name: str, threshold: float, above: bool) -> Tensor:
-        """bool (batch,), on the device: which rows hold a token beyond a threshold."""
+        """bool (batch,), on the device: which rows hold a token beyond a threshold; these end here."""
         found = self._found.get((recorder, name))
         if found is None:
             return torch.zeros(self.batch, dtype=torch.bool, device=self.device)
         values = found[0][..., 0]
-        return (values > threshold if above else values < threshold).any(1)
+        rows = (values > threshold if above else values < threshold).any(1)
+        self._stopped = torch.where(rows, self._stopped.clamp(max=self.reached), self._stopped)
+        return rows
 
 
 def scores_of(probe: Probe, parts: Sequence[Tensor], read: Tensor, unseen: Tensor) -> Scores:
@@ -231,29 +274,35 @@ def scores_of(probe: Probe, parts: Sequence[Tensor], read: Tensor, unseen: Tenso
     """
     if not parts:
         width = 0 if probe.pairs else 1 if probe.single else len(probe.names or ())
-        parts = [torch.zeros(*read.shape, width), torch.zeros(*read.shape, width, dtype=torch.int32)][: 1 + probe.pairs]
+        kinds = [torch.float32, torch.int32][: 1 + probe.pairs]
+        parts = [torch.zeros(*read.shape, width, dtype=kind, device="cpu") for kind in kinds]
     values = torch.where(read[..., None], parts[0], torch.nan)
     indices = torch.where(read[..., None], parts[1], -1) if probe.pairs else None
     return Scores(values[..., 0] if probe.single else values, read, probe.names or None, indices, unseen)
 
 
-def over(ids: Tensor, prompt: Prompt, ends: tuple[tuple[int, ...], int | None]) -> Tensor:
+def over(ids: Tensor, prompt: Prompt, ends: tuple[tuple[int, ...], int | None], stopped: Tensor) -> Tensor:
     """bool (batch, tokens): positions at and behind the token that has ended a row, which only its batch-mates run.
 
     Args:
         ids: int64 (batch, tokens) of the text.
         prompt: Of it, before its rows were repeated.
         ends: The tokens that end a row, and the one that pads rows that have ended.
+        stopped: int64 (batch,): where a criterion of ours wanted a row to end, with the token at that position.
     """
     (eos, pad), starts = ends, prompt.starts
-    if starts is None or not (eos or pad is not None):
+    if starts is None or not eos:  # rows are filled up only where a token can end them
         return torch.zeros_like(ids, dtype=torch.bool)
-    generated = torch.arange(ids.shape[1]) >= starts.repeat_interleave(len(ids) // prompt.batch)[:, None]
-    ended = (torch.isin(ids, torch.tensor(eos, dtype=torch.int64)) & generated).cumsum(1) > 0
+    here = torch.arange(ids.shape[1], device="cpu")
+    first = starts.repeat_interleave(len(ids) // prompt.batch)[:, None]
+    ended = (torch.isin(ids, torch.tensor(eos, dtype=torch.int64, device="cpu")) & (here >= first)).cumsum(1) > 0
     if pad is None or len(ids) == 1:
         return ended
-    padded = ((ids == pad) & generated).flip(1).cummin(1).values.flip(1)  # to the end of the row
-    return ended | padded
+    padded = ((ids == pad) & (here > first)).flip(1).cummin(1).values.flip(1)  # to the end of the row
+    if pad not in eos:
+        return ended | padded | torch.nn.functional.pad(padded[:, 1:], (0, 1))  # whatever has ended the row
+    behind = here > stopped[:, None]
+    return ended | ((here >= stopped[:, None]) & (padded | ~behind).all(1, keepdim=True))
 
 
 def _cut(buffer: Tensor, count: int, blank: float) -> Tensor:

@@ -78,7 +78,7 @@ class Batch:
         found = next((value for value in inputs.values() if hasattr(type(value), "get_seq_length")), None)
         if not known and self.caches and not (self.told.assisted and found is not None):
             return False
-        if found is None and self.done and tokens.shape[1] == 1 and _carried(inputs):
+        if found is None and self.done and tokens.shape[1] == 1 and carried(inputs):
             return True  # the state of a model that keeps no keys and values
         if tokens.shape[0] % prompt.batch or not self._begins(prompt, tokens, ids, start):
             return False
@@ -147,7 +147,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other.to(one.device))
 
 
-def _carried(inputs: Mapping[str, Any]) -> bool:
+def carried(inputs: Mapping[str, Any]) -> bool:
     """Whether a pass is handed something that goes on from an earlier one."""
     return any(not isinstance(value, _PLAIN) for value in inputs.values())
 

@@ -1,0 +1,74 @@
+"""What one thread runs in a model: its prompt, its table, its running pass, and what is remembered of its text."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .gates import Conditions, Gates
+from .positions import IDLE, Pass, Table
+from .prompts import Prompt
+from .recomputing import THREADS, Thread
+from .records import Log, Scored
+from .texts import Batch, Texts
+
+UNSEEN = object()
+
+
+@dataclass(eq=False)
+class Call:
+    """What one thread runs: its prompt, its table, and its running pass.
+
+    Attributes:
+        gates: What the conditions have decided.
+        thread: What else that thread runs.
+        now: The running pass.
+        shape: (rows, tokens) of the stream in it.
+        prompt: The batch of prompts; None: none is known.
+        table: Its owners.
+        batch: What generate has announced; None: it is not running.
+        ran: The dispatchers that the running pass has reached.
+        other: The call of all other texts that run inside of generate.
+        texts: Of that one: those that run without a cache.
+        outer: Of that one, while it runs: the call to come back to.
+        log: What probes have read of its text.
+        scored: What probes have found in the running pass.
+    """
+
+    gates: Gates
+    thread: Thread
+    now: Pass = IDLE
+    shape: tuple[int, int] = (0, 0)
+    prompt: Prompt | None = None
+    table: Table | None = None
+    batch: Batch | None = None
+    ran: set[Any] = field(default_factory=set)
+    other: Call | None = None
+    log: Log | None = None
+    scored: Scored = field(default_factory=Scored)
+    texts: Texts | None = None
+    outer: Call | None = None
+    start: int | Tensor = 0  # position of the running pass's first token
+    seen: int = 0  # positions that have been counted
+    version: int = 0  # of what is attached, when the table was built
+    reorders: bool = False  # rows of its texts may change places
+    given_mask: Any = UNSEEN  # as the model around the decoder was given it, not yet prepared
+    given_ids: Tensor | None = (
+        None  # as that model was given them; None: it was given none, or the decoder is the model
+    )
+
+    @property
+    def text(self) -> Log | None:
+        """What probes have read of the text that it is asked about; of a prompt that generate does not show its first pass."""
+        unshown = self.batch is not None and self.batch.told.prompt is None and self.other is not None
+        return self.other.log if unshown else self.log  # type: ignore[union-attr]
+
+
+class Calls(threading.local):
+    """The call of each thread that asks."""
+
+    def __init__(self, conditions: Conditions) -> None:
+        self.call = Call(Gates(conditions), THREADS.own)
