@@ -10,6 +10,7 @@ _HOMES = {
     "barriers.fit": ["fit_barrier"],
     "directions.direction": ["Direction"],
     "directions.extract": [],
+    "directions.fit": ["fit"],
     "directions.pairs": ["directions_from"],
     "directions.sets": ["DirectionSet", "list_directions", "save_directions"],
     "edits.base": ["Intervention"],
