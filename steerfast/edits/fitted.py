@@ -16,7 +16,8 @@ class FitInfo:
         method: Name of the estimator.
         closed: Share of the squared distance between the means of the two held-out sides that the edit closes: 1 if edited
             negative rows end at the positive mean, 0 if they come no nearer, negative if they move away. A removal edits both
-            sides. NaN if nothing was held out.
+            sides. The scatter of few held-out rows stays, so with few rows even the best edit closes less. NaN if nothing was
+            held out.
         dose: Mean ‖x' − x‖/‖x‖ of the held-out rows that were edited; NaN if nothing was held out.
         positives, negatives: Rows of each side.
         groups: Groups of rows, each held out as a whole.

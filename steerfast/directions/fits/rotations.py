@@ -46,9 +46,9 @@ def rotate(sides: Sides, degrees: float | None = None, adaptive: bool = False) -
     candidates = torch.stack([_candidate(data) for data in sides.layers.values()])
     first = _candidate(sides.data)
     first = first / first.norm()
-    component = torch.linalg.svd(candidates - candidates.mean(0), full_matrices=False).Vh[0]
-    second = component - (component @ first) * first
-    if not float(second.norm()) > ROUNDING:
+    _, sizes, components = torch.linalg.svd(candidates - candidates.mean(0), full_matrices=False)
+    second = components[0] - (components[0] @ first) * first
+    if not float(sizes[0]) > ROUNDING * float(candidates.norm()) or not float(second.norm()) > ROUNDING:
         raise ValueError(f"{sides.owner}: the candidates of the layers vary along one line only; collect more layers")
     second = second / second.norm()
     if float(second @ sides.data.x.double().mean(0)) < 0:
