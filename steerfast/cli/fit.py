@@ -53,9 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `steerfast fit`; returns the exit code."""
     from steerfast.directions.fit import fit
+    from steerfast.edits.flow import Flow
     from steerfast.models.collect import collect
     from steerfast.models.layers import find_layers
     from steerfast.plan import Plan
+    from steerfast.tools.flow_plot import plot_flow
 
     settings = _settings(args)
     _check_plot(args)
@@ -82,9 +84,7 @@ def run(args: argparse.Namespace) -> int:
     )
     _say_held_out(edit)
     shared.say(f"Plan        {saved} ({edit!r}, positions {steered})")
-    if args.plot is not None:
-        from steerfast.tools.flow_plot import plot_flow
-
+    if args.plot is not None and isinstance(edit, Flow):
         shared.say(f"Picture     {plot_flow(edit, sides[1][layer], args.plot)}")
     shared.say(f'Next        steerfast generate {args.model} "Your prompt" --plan {saved}')
     return 0
