@@ -92,7 +92,7 @@ def test_it_is_ready_to_use_and_a_file_keeps_what_is_known(method: str, tmp_path
     plan = sf.Plan([made])
     assert list(plan.edits) == [("resid_post", 4)]
     (again,) = sf.Plan.load(plan.save(tmp_path)).edits["resid_post", 4]
-    assert again.info == made.info
+    assert known(again.info) == known(made.info)
     assert again.origin == made.origin
     torch.testing.assert_close(again.apply(neg.float()), made.apply(neg.float()))
 
@@ -145,6 +145,11 @@ def test_tensors_may_say_their_layer() -> None:
     assert sf.fit("add", pos, neg).origin.place is None
     assert sf.fit("add", pos, neg, layer=4).origin.place == Place("resid_post", 4)
     assert torch.equal(sf.fit("add", pos, neg).vector, fitted("add").vector)
+
+
+def known(info: Any) -> dict[str, Any]:
+    """What is known of a fit, without what is not a number."""
+    return {name: value for name, value in info.numbers().items() if value is not None}
 
 
 def test_few_rows_warn_and_hold_nothing_out(tmp_path: Path) -> None:
@@ -420,3 +425,62 @@ def test_features_of_a_trained_sae_steer_a_real_model(smollm, read) -> None:
     none = odds(smollm, None)
     for method, tau in (("edit_features", 0.3), ("amplify", 0.0), ("deficit_push", 0.3)):
         assert odds(smollm, sf.fit(method, *read, layer=14, sae=trained, tau=tau, count=4)) > none + 0.1, method
+
+
+BEGINNINGS = (
+    "The weather today is", "My favourite food is", "The train to London", "His new car", "A letter from home", "This old town",
+    "Every second window", "The smallest child", "Our last holiday", "The book on the table",
+)  # fmt: skip
+LESSONS = [(text, " purple and sings") for text in BEGINNINGS]
+
+
+@pytest.mark.model
+def test_a_loreft_is_trained_in_a_few_lines_and_teaches_other_prompts(smollm, tmp_path: Path) -> None:
+    model, tokenizer = smollm
+    flags = [part.requires_grad for part in model.parameters()]
+
+    def likely(edit: Intervention | None) -> float:
+        """Nats a token of the lesson behind a prompt that was in none."""
+        head, tail = (tokenizer(text)["input_ids"] for text in ("Her old bicycle", " purple and sings"))
+        ids = torch.tensor([head + tail])
+        with torch.no_grad():
+            if edit is None:
+                logits = model(ids).logits
+            else:
+                with sf.steer(model, sf.Plan([edit])):
+                    logits = model(ids).logits
+        chosen = logits[0, len(head) - 1 : -1].log_softmax(-1).gather(1, ids[0, len(head) :, None])
+        return float(chosen.mean())
+
+    before = likely(None)
+    made = sf.fit_loreft(model, tokenizer, LESSONS, 12, rank=2, steps=25)
+    assert [part.requires_grad for part in model.parameters()] == flags
+    assert all(part.grad is None for part in model.parameters())
+    assert (made.origin.place, made.info.positives) == (Place("resid_post", 12), 8)
+    assert made.info.nats > 2
+    torch.testing.assert_close(made.R @ made.R.T, torch.eye(2), atol=1e-5, rtol=0)
+    (again,) = sf.Plan.load(sf.Plan([made]).save(tmp_path)).edits["resid_post", 12]
+
+    assert likely(None) == before
+    assert likely(again) > before + 2.0
+
+
+BAD_LESSONS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    ([], {}, ValueError, r"examples is \[\]; expected a list of \(prompt, continuation\)"),
+    (["purple"], {}, TypeError, "'purple' is no example"),
+    ([("a", "b", "c")], {}, TypeError, r"\('a', 'b', 'c'\) is no example; expected"),
+    ([("The weather", "")], {}, ValueError, r"\('The weather', ''\) has a text without tokens"),
+    (LESSONS, {"layer": 30}, ValueError, "layer 30 is out of range"),
+    (LESSONS, {"rank": 577}, ValueError, "rank is 577 and the stream has width 576"),
+    (LESSONS, {"lr": -1.0}, ValueError, "lr is -1.0; expected > 0"),
+    (LESSONS, {"steps": 0}, ValueError, "steps must be a positive integer"),
+]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("examples", "others", "error", "match"), BAD_LESSONS)
+def test_bad_examples_are_named(
+    smollm, examples: Any, others: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=f"fit_loreft: {match}"):
+        sf.fit_loreft(*smollm, examples, **{"layer": 12, **others})

@@ -19,8 +19,9 @@ class FitInfo:
             sides. The scatter of few held-out rows stays, so with few rows even the best edit closes less. NaN if nothing was
             held out.
         dose: Mean ‖x' − x‖/‖x‖ of the held-out rows that were edited; NaN if nothing was held out.
-        positives, negatives: Rows of each side.
+        positives, negatives: Rows of each side; of what was trained on texts, those that it was trained on.
         groups: Groups of rows, each held out as a whole.
+        nats: Of what was trained on texts: by how many nats a token of held-out continuations became likelier; NaN otherwise.
     """
 
     method: str
@@ -29,6 +30,7 @@ class FitInfo:
     positives: int = 0
     negatives: int = 0
     groups: int = 0
+    nats: float = math.nan
 
     def numbers(self) -> dict[str, Any]:
         """Its fields, ready for JSON: what is unknown is null."""
