@@ -128,7 +128,7 @@ def spherical(sample: Sample) -> Edits:
 
 def one_step(sample: Sample) -> Edits:
     """The quadratic barrier in a single Euler step."""
-    return sample.at(sf.Flow(sample.barrier("quadratic"), angle=1.0, method="one-step"))
+    return sample.at(sf.Flow(sample.barrier("quadratic", kernel="likelihood"), angle=1.0, method="one-step"))
 
 
 def ode(kind: str, **choices: Any) -> Callable[[Sample], Edits]:
@@ -164,7 +164,7 @@ METHODS = {
     "affine": Method("affine ablation", affine_ablate, SHARES),
     "spherical": Method("ODE linear (spherical)", spherical),
     "one-step": Method("ODE quadratic, one step", one_step),
-    "quadratic": Method("ODE quadratic", ode("quadratic")),
+    "quadratic": Method("ODE quadratic", ode("quadratic", kernel="likelihood")),
     "published": Method("ODE quadratic, published constants", ode("quadratic", kernel=PUBLISHED)),
     "sketch": Method("ODE sketch (ODESteer)", ode("sketch")),
     "rff": Method("ODE random features", ode("rff")),

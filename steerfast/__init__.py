@@ -10,6 +10,8 @@ _HOMES = {
     "barriers.fit": ["fit_barrier"],
     "directions.direction": ["Direction"],
     "directions.extract": [],
+    "directions.fit": ["fit"],
+    "directions.fits.loreft": ["fit_loreft"],
     "directions.pairs": ["directions_from"],
     "directions.sets": ["DirectionSet", "list_directions", "save_directions"],
     "edits.base": ["Intervention"],

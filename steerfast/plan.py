@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from steerfast.edits.base import Intervention, intervention_type, untrained
+from steerfast.edits.fitted import FitInfo
 from steerfast.edits.linear import Add
 from steerfast.files import container
 from steerfast.files.shelf import Shelf, with_saes
@@ -323,6 +324,8 @@ def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
         names[name] = next((key for key, other in tensors.items() if other is value), f"{len(tensors)}.{name}")
         tensors[names[name]] = value  # an object that stands in two places is written once
     known = {} if edit.origin == NOWHERE else {"origin": edit.origin.numbers()}
+    if edit.info is not None:
+        known["info"] = edit.info.numbers()
     return {"type": type(edit).__name__, "tensors": names, "numbers": edit.numbers(), **known}
 
 
@@ -350,6 +353,8 @@ def _rebuild(places: Any, tensors: dict[str, Tensor], shelf: Shelf, source: str)
                 parts = {name: tensors[stored] for name, stored in item["tensors"].items()}
                 numbers = with_saes(item["numbers"], shelf, source)
                 edit = intervention_type("Plan.load", item["type"]).restore(parts, numbers)
-                made[key] = edit.known_from(Origin.restore(item["origin"])) if "origin" in item else edit
+                origin = Origin.restore(item["origin"]) if "origin" in item else edit.origin
+                info = FitInfo.restore(item["info"]) if "info" in item else None
+                made[key] = edit.known_from(origin, info)
             chain.append(made[key])
     return edits

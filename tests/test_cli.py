@@ -8,6 +8,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -216,18 +217,18 @@ def test_generate_streams_both_texts(saved, tmp_path: Path, capsys: pytest.Captu
 
 @pytest.fixture
 def flowing(saved, tmp_path: Path) -> tuple[str, list[str], Path]:
-    """A tiny model, the arguments of fit-ode on texts in files, and its directory of output."""
+    """A tiny model, the arguments of `fit flow` on texts in files, and its directory of output."""
     (tmp_path / "kind.txt").write_text("i love you\npeople are kind\nlove the good dog\nkind fox\n")
     (tmp_path / "rude.txt").write_text("i hate you\npeople are rude\nhate the bad dog\nrude fox\n")
     sides = ["--positive", f"@{tmp_path / 'kind.txt'}", "--negative", f"@{tmp_path / 'rude.txt'}"]
     out = tmp_path / "flow"
-    return saved("llama"), ["fit-ode", saved("llama"), *sides, "--layer", "1", "--out", str(out)], out
+    return saved("llama"), ["fit", "flow", saved("llama"), *sides, "--layer", "1", "--out", str(out)], out
 
 
-def test_fit_ode_saves_what_the_library_fits(flowing, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_saves_what_the_library_fits(flowing, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, argv, out = flowing
-    numbers = ["--T", "0.3", "--steps", "4", "--method", "heun", "--steer", "all"]
-    assert cli.main([*argv, "--kind", "quadratic", *numbers]) == 0
+    numbers = ["--set", "kind=quadratic", "T=0.3", "steps=4", "--set", "method=heun", "--steer", "all"]
+    assert cli.main([*argv, *numbers]) == 0
     shown = capsys.readouterr().out
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -236,7 +237,6 @@ def test_fit_ode_saves_what_the_library_fits(flowing, tmp_path: Path, capsys: py
     sides = [sf.collect(model, tokenizer, side, [1], progress=False) for side in texts]
     expected = sf.fit_barrier(*sides, kind="quadratic")
     x = torch.randn(5, expected.width)
-    torch.testing.assert_close(sf.Barrier.load(out / "barrier")(x), expected(x))
     plan = sf.Plan.load(out)
     (place, (flow,)), *rest = plan.edits.items()
     assert (place, rest, plan.positions) == (("resid_post", 1), [], "all")
@@ -244,8 +244,11 @@ def test_fit_ode_saves_what_the_library_fits(flowing, tmp_path: Path, capsys: py
     torch.testing.assert_close(flow.barrier(x), expected(x))
     assert "4 positive and 4 negative texts, resid_post of layer 1" in shown
     assert f"accuracy {expected.info.accuracy:.1%}, log-likelihood {expected.info.log_likelihood:.3f}" in shown
+    assert (
+        f"closes {flow.info.closed:.1%} of the distance between the sides, at a dose of {flow.info.dose:.2f}" in shown
+    )
     typical = expected.origin.typical_norm
-    assert cli.main([*argv, "--kind", "linear", "--norms", "2"]) == 0  # over what is there
+    assert cli.main([*argv, "--set", "kind=linear", "norms=2"]) == 0  # over what is there
     (again,) = sf.Plan.load(out).edits["resid_post", 1]
     assert again.T / typical == pytest.approx(2)
 
@@ -253,7 +256,7 @@ def test_fit_ode_saves_what_the_library_fits(flowing, tmp_path: Path, capsys: py
 def test_generate_flows_along_a_saved_plan(flowing, capsys: pytest.CaptureFixture[str]) -> None:
     """What the command prints is what the library generates, and a strength of 0 is the unsteered text."""
     folder, argv, out = flowing
-    assert cli.main([*argv, "--kind", "linear", "--angle", "1.5", "--steer", "last"]) == 0
+    assert cli.main([*argv, "--set", "kind=linear", "angle=1.5"]) == 0
     capsys.readouterr()
     generate = ["generate", folder, "i hate you because", "--plan", str(out), "--tokens", "12"]
     assert cli.main(generate) == 0
@@ -272,31 +275,81 @@ def test_generate_flows_along_a_saved_plan(flowing, capsys: pytest.CaptureFixtur
     assert unsteered.rpartition("\n(")[0] == steered.rpartition("\n(")[0]
 
 
-def test_fit_ode_draws(flowing, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_fit_draws(flowing, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     """With matplotlib a picture; without it one clear line, before anything is loaded or written."""
     _, argv, out = flowing
     picture = tmp_path / "flow.png"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
-        assert cli.main([*argv, "--kind", "linear", "--plot", str(picture)]) == 2
-        assert only_line(capsys) == 'steerfast fit-ode: plot_flow: needs matplotlib; pip install "steerfast[bench]"'
+        assert cli.main([*argv, "--set", "kind=linear", "--plot", str(picture)]) == 2
+        assert only_line(capsys) == 'steerfast fit: plot_flow: needs matplotlib; pip install "steerfast[bench]"'
         assert not out.exists()
     pytest.importorskip("matplotlib")
-    assert cli.main([*argv, "--kind", "linear", "--plot", str(picture)]) == 0
+    assert cli.main([*argv, "--set", "kind=linear", "--plot", str(picture)]) == 0
     assert f"Picture     {picture}" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
 
 
+@pytest.mark.parametrize("method", ["clamp", "rotate", "edit_features"])
+def test_fit_by_other_methods(flowing, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the command saves is what the library fits; the plane of a rotation is made of all layers."""
+    folder, argv, out = flowing
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = [(tmp_path / f"{side}.txt").read_text().splitlines() for side in ("kind", "rude")]
+    sides = [sf.collect(model, tokenizer, side, slice(None), progress=False) for side in texts]
+    given = {
+        "clamp": {"low": 0.5, "high": None},
+        "rotate": {"adaptive": True},
+        "edit_features": {"count": 2, "tau": 0},
+    }[method]
+    numbers = [f"{name}={json.dumps(value)}" for name, value in given.items()]
+    more: dict[str, Any] = {}
+    if method == "edit_features":
+        eye = torch.eye(sides[0][1].shape[1])
+        more["sae"] = sf.SAE(eye, eye, origin=sides[0].origin(1))
+        numbers += ["--sae", str(more["sae"].save(tmp_path / "sae"))]
+    expected = sf.fit(method, *sides, layer=1, **given, **more)
+    argv[1] = method
+    assert cli.main([*argv, "--set", *numbers, "--steer", "generated"]) == 0
+    plan = sf.Plan.load(out)
+    ((place, (made,)),) = plan.edits.items()
+    assert (place, plan.positions, made.info) == (("resid_post", 1), "generated", expected.info)
+    x = torch.randn(5, expected.width)
+    torch.testing.assert_close(made.apply(x), expected.apply(x))
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "match"),
+    [
+        ("clamp", ["--set", "low"], "--set: cannot read 'low'; write NAME=VALUE, such as low=1"),
+        ("clamp", ["--set", "level=1"], "'clamp' has no setting 'level'; it has low, high, keep_norm"),
+        ("clamp", ["--layer", "0,1"], "--layer: '0,1' names 2 layers"),
+        ("clamp", ["--plot", "x.png"], "--plot: draws a flow, and the method is clamp"),
+        ("amplify", [], "--sae: amplify edits features of an SAE; give its path"),
+    ],
+)
+def test_fit_says_what_is_wrong(
+    flowing, method: str, more: list[str], match: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, argv, out = flowing
+    argv[1] = method
+    assert cli.main([*argv, *more]) == 2
+    assert match in only_line(capsys)
+    assert not out.exists()
+
+
 @pytest.mark.model
-def test_fit_ode_steers_a_real_model(smollm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_steers_a_real_model(smollm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Texts in files, a barrier, a plan: kind words become likelier, and more so the further the flow goes."""
     words = (("wonderful", "excellent", "lovely", "kind", "perfect"), ("terrible", "awful", "nasty", "rude", "boring"))
     frames = ("The film was {}", "What a {} day", "Her cooking was {}", "They are {} people")
     for name, side in zip(("pos", "neg"), words, strict=True):
         (tmp_path / name).write_text("\n".join(frame.format(word) for word in side for frame in frames))
     sides = ["--positive", f"@{tmp_path / 'pos'}", "--negative", f"@{tmp_path / 'neg'}"]
-    assert cli.main(["fit-ode", "demo", *sides, "--layer", "14", "--out", str(tmp_path / "plan")]) == 0
-    assert "Held out    accuracy" in capsys.readouterr().out
+    assert cli.main(["fit", "flow", "demo", *sides, "--layer", "14", "--out", str(tmp_path / "plan")]) == 0
+    assert "Barrier     rank" in capsys.readouterr().out
     model, tokenizer = smollm
     inputs = tokenizer("I think this place is", return_tensors="pt")
     good, bad = (torch.tensor([tokenizer(f" {word}")["input_ids"][0] for word in side]) for side in words)

@@ -41,7 +41,7 @@ PLACES: dict[str, tuple[str, ...] | None] = {
     "steerfast.place": ("Origin", "Place", "place_of"),
     "steerfast.plan": ("ModelCard",),
     "steerfast.barriers.barrier": ("BarrierInfo",),
-    "steerfast.edits.fitted": ("ConditionInfo", "LayerFit"),
+    "steerfast.edits.fitted": ("ConditionInfo", "FitInfo", "LayerFit"),
     "steerfast.models.collect": ("Activations",),
     "steerfast.directions.sets": ("DirectionInfo",),
     "steerfast.directions.extract": ("difference", "logistic", "mean_difference", "pca"),

@@ -116,10 +116,10 @@ def test_a_flow_is_swept_by_its_angle_or_its_length() -> None:
     [
         (Cell("pca", 3, -1.0, 5.0, 1.0, 1.0), "stream", "extract m --positive ... --negative ... --layers 3 --site s "
          "--method pca --normalize --strength -5"),
-        (Cell("flow", 3, 0.5, 5.0, 1.0, 1.0), "stream", "fit-ode m --positive ... --negative ... --layer 3 --site s "
-         "--angle 0.5 --steer all"),
-        (Cell("flow", 3, -2.0, 2.0, 1.0, 1.0), "vector", "fit-ode m --positive (the negative ones) --negative (the "
-         "positive ones) --layer 3 --site s --T 2 --steer all"),
+        (Cell("flow", 3, 0.5, 5.0, 1.0, 1.0), "stream", "fit flow m --positive ... --negative ... --layer 3 --site s "
+         "--set angle=0.5 --steer all"),
+        (Cell("flow", 3, -2.0, 2.0, 1.0, 1.0), "vector", "fit flow m --positive (the negative ones) --negative (the "
+         "positive ones) --layer 3 --site s --set T=2 --steer all"),
     ],
 )  # fmt: skip
 def test_the_next_command_makes_the_best_cell(cell: Cell, unit: str, command: str) -> None:

@@ -7,7 +7,8 @@ barrier K is the exact polynomial kernel (γ·x·y + c₀)² and β gives the po
     A = γ²·X̂ᵀ diag(β) X̂,   b = 2γc₀·X̂ᵀβ,   c = c₀²·Σβ,
 
 so no feature is ever computed; above `EXACT` rows the kernel is taken on that many landmarks (Nyström).
-C, and γ and c₀ with it, are chosen by the log-likelihood of held-out groups.
+The constants are those that steer best as far as that is measured, the published ones; or those of the highest log-likelihood of
+held-out groups, which predict better and steer worse.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .rank import check_rank, cut_rank
 KINDS = ("linear", "quadratic", "sketch", "rff", "mlp")
 PUBLISHED = (0.1, 1.0)
 """γ and c₀ of ODESteer; its C is 1."""
+RULES = ("steer", "likelihood")
 COMPONENTS = 8000  # of the count sketch
 RATIOS = (10.0, 1.0, 0.1)  # c₀/γ; with C it is all that the quadratic kernel depends on
 
@@ -40,7 +42,7 @@ def fit_barrier(
     kind: str = "linear",
     C: float | None = None,
     groups: Iterable[Any] | None = None,
-    kernel: tuple[float, float] | None = None,
+    kernel: tuple[float, float] | str = "steer",
     rank: int | str = "auto",
     seed: int = 0,
 ) -> Barrier:
@@ -56,11 +58,12 @@ def fit_barrier(
         neg: Activations on the other side, (m, d).
         kind: "linear", "quadratic", "sketch", "rff" or "mlp".
         C: Inverse strength of the L2 penalty, as in scikit-learn. None: chosen by held-out log-likelihood, but 1 for
-            "sketch" and with the published kernel. For "mlp" its inverse is the weight decay.
+            "sketch" and with the published constants. For "mlp" its inverse is the weight decay.
         groups: One label per row, those of pos first: rows that share one (such as prompts with the same word) are held
             out together. None: every row by itself, or the rows of one text where `pos` and `neg` know their texts.
-        kernel: (γ, c₀) of "quadratic" and "sketch"; None: chosen by held-out log-likelihood, or `PUBLISHED` = (0.1, 1) for
-            "sketch".
+        kernel: γ and c₀ of "quadratic" and "sketch": the pair itself; "steer", the published constants `PUBLISHED` = (0.1, 1),
+            whose flow moves a model more at equal damage (docs/quality.md); or, for "quadratic", "likelihood", those of the
+            highest held-out log-likelihood, whose h is calibrated: for a probe or a gate.
         rank: k, at most 64 but for "sketch"; "auto": by the displacement error that the cut causes (quadratic), 32 (rff,
             mlp), d (sketch), 1 (linear).
         seed: Of folds, landmarks, hashes and random features.
@@ -89,22 +92,33 @@ def fit_barrier(
         raise ValueError(
             f"fit_barrier: C is {C}; expected > 0, and finite: separable sides have no optimum without a penalty"
         )
-    if kernel is not None and kind not in ("quadratic", "sketch"):
-        raise ValueError(f"fit_barrier: kernel={kernel} is for quadratic and sketch; leave it away for {kind!r}")
-    if kernel is not None:
-        pair = kernel if isinstance(kernel, (tuple, list)) else ()
-        numbers = tuple(finite_number("fit_barrier", "a number of kernel", value) for value in pair)
-        if len(numbers) != 2 or numbers[0] <= 0 or numbers[1] < 0:
-            raise ValueError(f"fit_barrier: kernel is {kernel}; expected (γ, c₀) with γ > 0 and c₀ >= 0")
-        kernel = numbers[0], numbers[1]
+    constants = _constants(kind, kernel)
     rank = check_rank(kind, rank, *data.x.shape)
-    if C is None and kernel == PUBLISHED:
+    if C is None and constants == PUBLISHED:
         C = 1.0
     fits: dict[str, Any] = {
         "linear": _linear, "quadratic": _quadratic, "sketch": _sketch, "rff": fit_fourier, "mlp": fit_network,
     }  # fmt: skip
-    found: Barrier = fits[kind](data, C, kernel, rank)
+    found: Barrier = fits[kind](data, C, constants, rank)
     return replace(found, origin=data.origin)
+
+
+def _constants(kind: str, kernel: Any) -> tuple[float, float] | None:
+    """γ and c₀; None: there are none, or they are to be chosen."""
+    if kind not in ("quadratic", "sketch"):
+        if kernel != "steer":
+            raise ValueError(f"fit_barrier: kernel={kernel!r} is for quadratic and sketch; leave it away for {kind!r}")
+        return None
+    if isinstance(kernel, str):
+        one_of("fit_barrier", "kernel", kernel, RULES if kind == "quadratic" else RULES[:1])
+        return PUBLISHED if kernel == "steer" else None
+    pair = kernel if isinstance(kernel, (tuple, list)) else ()
+    numbers = tuple(finite_number("fit_barrier", "a number of kernel", value) for value in pair)
+    if len(numbers) != 2 or numbers[0] <= 0 or numbers[1] < 0:
+        raise ValueError(
+            f"fit_barrier: kernel is {kernel!r}; expected (γ, c₀) with γ > 0 and c₀ >= 0, or {' or '.join(map(repr, RULES))}"
+        )
+    return numbers[0], numbers[1]
 
 
 # --- the kinds ---------------------------------------------------------------------------------------------------------
@@ -145,9 +159,9 @@ def _quadratic(data: Data, C: float | None, kernel: tuple[float, float] | None, 
     return Barrier(_orthonormal(cut @ span.double().T), eigenvalues, bias, offset, info)
 
 
-def _sketch(data: Data, C: float | None, kernel: tuple[float, float] | None, rank: int | str) -> Barrier:
+def _sketch(data: Data, C: float | None, kernel: tuple[float, float], rank: int | str) -> Barrier:
     C = 1.0 if C is None else C
-    gamma, coef0 = PUBLISHED if kernel is None else kernel
+    gamma, coef0 = kernel
     d = data.x.shape[1]
     generator = seeded(data.seed)
     hashes = torch.randint(0, COMPONENTS, (2, d + 1), generator=generator, dtype=torch.int32, device="cpu")

@@ -1,4 +1,4 @@
-"""The command `steerfast`: demo, extract, generate, check, sweep, plan, sae and bench.
+"""The command `steerfast`: demo, extract, fit, generate, check, sweep, plan, sae and bench.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a check failed, 2 the input does not work
 (one line says why; `--debug` shows the traceback), 130 interrupted. Anything heavy is imported by the command that
@@ -22,7 +22,7 @@ COMMANDS = {
     "generate": "stream a steered text beside the unsteered one",
     "check": "prove on your own model that steering works",
     "sweep": "try layers and strengths, effect against perplexity",
-    "fit-ode": "fit a barrier and save a plan that flows along it",
+    "fit": "fit an intervention on two sides of texts, by any method",
     "plan": "look at a file of steering, or convert it",
     "sae": "train, measure, explain and use a sparse autoencoder",
     "bench": "time every op on this machine, against its own peak",

@@ -100,5 +100,5 @@ def _next(args: argparse.Namespace, best: Cell) -> str:
         return f"extract {args.model} {' '.join(sides)} {dose}"
     if best.strength < 0:  # a flow goes one way
         sides = ["--positive (the negative ones)", "--negative (the positive ones)"]
-    length = f"{'--angle' if args.unit == 'stream' else '--T'} {abs(best.strength):g}"
-    return f"fit-ode {args.model} {' '.join(sides)} --layer {best.layer} --site {args.site} {length} --steer all"
+    length = f"{'angle' if args.unit == 'stream' else 'T'}={abs(best.strength):g}"
+    return f"fit flow {args.model} {' '.join(sides)} --layer {best.layer} --site {args.site} --set {length} --steer all"

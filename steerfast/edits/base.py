@@ -27,8 +27,13 @@ from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import Slot, constants, hinge
 from steerfast.place import NOWHERE, Origin, common_origin
 
+from .fitted import FitInfo
+
 OFFSET, SLOPE, BEND, KNOT, BEND2, KNOT2, JUMP, EDGE = range(8)
 """Columns of a hinge: g = offset + slope·y + bend·relu(y - knot) + bend2·relu(y - knot2) + jump·[y > edge]."""
+
+# Fields that say where an intervention comes from, not what it does.
+_KNOWN = ("origin", "info")
 
 Program = Callable[[Tensor, Tensor | float], Tensor]
 """(x (..., d), scale: a number or one per row, (n,)) -> x'; a row of scale 0 is returned bit for bit."""
@@ -40,9 +45,11 @@ class Intervention:
 
     Attributes:
         origin: Where the direction, the barrier or the SAE comes from that it was given, as far as that is known.
+        info: How it was fitted: what `sf.fit` knows; None: it was made by hand.
     """
 
     origin: Origin = field(default=NOWHERE, kw_only=True)
+    info: FitInfo | None = field(default=None, kw_only=True)
 
     registry: ClassVar[dict[str, type[Intervention]]] = {}
 
@@ -62,16 +69,17 @@ class Intervention:
         return False
 
     def __post_init__(self) -> None:
-        given = [getattr(self, f.name) for f in fields(self) if f.name != "origin"]
+        given = [getattr(self, f.name) for f in fields(self) if f.name not in _KNOWN]
         several = [item for value in given for item in (value if isinstance(value, (list, tuple)) else [value])]
         found = [one for item in several if isinstance(one := getattr(item, "origin", None), Origin)]
         if found:
             set_field(self, "origin", common_origin(type(self).__name__, found))
 
-    def known_from(self, origin: Origin) -> Intervention:
-        """The same edit with an origin: of a file, or of a direction that it was made from."""
+    def known_from(self, origin: Origin, info: FitInfo | None = None) -> Intervention:
+        """The same edit with an origin, and with what is known of its fit: of a file, or of what it was made from."""
         known = copy(self)
         set_field(known, "origin", origin)
+        set_field(known, "info", info)
         return known
 
     @property
@@ -141,8 +149,8 @@ class Intervention:
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
     def numbers(self) -> dict[str, Any]:
-        """The fields that are not tensors, by name, but for the origin."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "origin"}
+        """The fields that are not tensors, by name, but for what is known of its making."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _KNOWN}
         return {name: value for name, value in found.items() if not isinstance(value, Tensor)}
 
     @classmethod

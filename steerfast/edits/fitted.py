@@ -1,4 +1,4 @@
-"""How a condition was fitted, and how good it is."""
+"""How an intervention or a condition was fitted, and how good it is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,40 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class FitInfo:
+    """How `sf.fit` made an intervention, and what it does to rows that were held out.
+
+    Attributes:
+        method: Name of the estimator.
+        closed: Share of the squared distance between the means of the two held-out sides that the edit closes: 1 if edited
+            negative rows end at the positive mean, 0 if they come no nearer, negative if they move away. A removal edits both
+            sides. The scatter of few held-out rows stays, so with few rows even the best edit closes less. NaN if nothing was
+            held out.
+        dose: Mean ‖x' − x‖/‖x‖ of the held-out rows that were edited; NaN if nothing was held out.
+        positives, negatives: Rows of each side; of what was trained on texts, those that it was trained on.
+        groups: Groups of rows, each held out as a whole.
+        nats: Of what was trained on texts: by how many nats a token of held-out continuations became likelier; NaN otherwise.
+    """
+
+    method: str
+    closed: float = math.nan
+    dose: float = math.nan
+    positives: int = 0
+    negatives: int = 0
+    groups: int = 0
+    nats: float = math.nan
+
+    def numbers(self) -> dict[str, Any]:
+        """Its fields, ready for JSON: what is unknown is null."""
+        return _known(asdict(self))
+
+    @classmethod
+    def restore(cls, numbers: Mapping[str, Any]) -> FitInfo:
+        """The inverse of `numbers`."""
+        return cls(**_measured(numbers))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,137 @@
+"""`steerfast fit`: an intervention from two sides of texts, by any method that is fitted on activations."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from steerfast.directions.fit import ESTIMATORS, settings_of
+
+from . import shared
+
+DESCRIPTION = (
+    "Fit an intervention on the activations of two sides of texts, and save a plan that applies it. Prints what the same "
+    "fit does to texts that it has not seen."
+)
+EXAMPLE = (
+    'steerfast fit affine_ablate demo --positive "I love you" "I adore you" --negative "I hate you" "I loathe you" \\\n'
+    "    --layer 14 --out love\n"
+    "steerfast fit flow demo --positive @kind.txt --negative @rude.txt --layer 14 --set kind=linear angle=0.3 --out kind\n"
+    'steerfast generate demo "I hate you because" --plan love'
+)
+SEVERAL_LAYERS = ("rotate",)
+"""Methods that look at all layers to edit one."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `steerfast fit` to a parser."""
+    parser.add_argument("method", metavar="METHOD", choices=tuple(ESTIMATORS), help=", ".join(ESTIMATORS))
+    shared.model_arguments(parser)
+    for side, meaning in (("positive", "with the property"), ("negative", "without it")):
+        text = f"texts {meaning}; @FILE: one per line"
+        parser.add_argument(f"--{side}", nargs="+", action="extend", required=True, metavar="TEXT", help=text)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the plan")
+    parser.add_argument("--layer", default="middle", metavar="L", help="one layer, or middle (default: %(default)s)")
+    position = "token that is read: last, mean, all, or an index (default: %(default)s)"
+    parser.add_argument("--position", default="last", metavar="TOKEN", help=position)
+    parser.add_argument(
+        "--site", default=shared.SITES[0], choices=shared.SITES, help="where in the layer (default: %(default)s)"
+    )
+    numbers = "settings of the method, such as alpha=0.5 or kind=linear; see sf.fit"
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=numbers)
+    parser.add_argument("--sae", type=Path, metavar="PATH", help="the SAE whose features are edited")
+    steered = "tokens that the plan steers, as generated, 0:8 or 'all & !special' (default: all; last for a flow)"
+    parser.add_argument("--steer", type=shared.selector, metavar="POSITIONS", help=steered)
+    picture = "of a flow: draw h along the path, from the negative texts, and its gain by the number of steps (needs matplotlib)"
+    parser.add_argument("--plot", type=Path, metavar="PNG", help=picture)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `steerfast fit`; returns the exit code."""
+    from steerfast.directions.fit import fit
+    from steerfast.edits.flow import Flow
+    from steerfast.models.collect import collect
+    from steerfast.models.layers import find_layers
+    from steerfast.plan import Plan
+    from steerfast.tools.flow_plot import plot_flow
+
+    settings = _settings(args)
+    _check_plot(args)
+    positive, negative = shared.texts("--positive", args.positive), shared.texts("--negative", args.negative)
+    position = shared.position(args.position)
+    model, tokenizer = shared.load(args)
+    count = find_layers(model, "fit").count
+    layers = shared.layers(args.layer, count)
+    if len(layers) != 1:
+        raise ValueError(f"--layer: {args.layer!r} names {len(layers)} layers; an intervention is fitted on one")
+    layer = layers[0] + count if layers[0] < 0 else layers[0]
+    read = range(count) if args.method in SEVERAL_LAYERS else layers
+    sides = [
+        collect(model, tokenizer, texts, read, position, args.site, progress=sys.stderr.isatty())
+        for texts in (positive, negative)
+    ]
+    edit = fit(args.method, sides[0], sides[1], layer=layer, **settings)
+    steered = args.steer or ("last" if args.method == "flow" else "all")
+    known = shared.special(tokenizer, steered)
+    saved = Plan({(args.site, layer): edit}, positions=steered, model=model, special=known).save(args.out)
+    texts = f"{len(positive)} positive and {len(negative)} negative texts"
+    shared.say(
+        f"{args.method}: {texts}, {args.site} of layer {layer}, typical activation {edit.origin.typical_norm:.4g}"
+    )
+    _say_held_out(edit)
+    shared.say(f"Plan        {saved} ({edit!r}, positions {steered})")
+    if args.plot is not None and isinstance(edit, Flow):
+        shared.say(f"Picture     {plot_flow(edit, sides[1][layer], args.plot)}")
+    shared.say(f'Next        steerfast generate {args.model} "Your prompt" --plan {saved}')
+    return 0
+
+
+def _say_held_out(edit: Any) -> None:
+    """Print what is known of the fit."""
+    if not math.isnan(edit.info.closed):
+        shared.say(
+            f"Held out    closes {edit.info.closed:.1%} of the distance between the sides, at a dose of {edit.info.dose:.2f}"
+        )
+    if (barrier := getattr(edit, "barrier", None)) is None:
+        return
+    info = barrier.info
+    shared.say(f"Barrier     rank {barrier.rank} of {barrier.width}, {info.kind}: accuracy {info.accuracy:.1%}, log-likelihood "
+               f"{info.log_likelihood:.3f} per held-out text")  # fmt: skip
+    if info.separable:
+        shared.say("Separable   every text lies on its own side, so the size of h comes from the penalty")
+    shared.say("Settings    " + ", ".join(f"{name} {value:g}" for name, value in info.settings.items()))
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The method's settings from the command line: numbers, true, false, null, or words."""
+    settings: dict[str, Any] = {}
+    for item in args.set:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set: cannot read {item!r}; write NAME=VALUE, such as {settings_of(args.method)[0]}=1")
+        try:
+            settings[name] = json.loads(text)
+        except ValueError:
+            settings[name] = text
+    if args.sae is not None:
+        from steerfast.sae.model import SAE
+
+        settings["sae"] = SAE.load(args.sae)
+    elif "sae" in settings_of(args.method):
+        raise ValueError(f"--sae: {args.method} edits features of an SAE; give its path")
+    return settings
+
+
+def _check_plot(args: argparse.Namespace) -> None:
+    """Refuse a picture that cannot be drawn before the model is loaded."""
+    if args.plot is None:
+        return
+    if args.method != "flow":
+        raise ValueError(f"--plot: draws a flow, and the method is {args.method}; leave it out")
+    from steerfast.tools.flow_plot import require_matplotlib
+
+    require_matplotlib()

@@ -1,0 +1,199 @@
+"""Interventions fitted by one call, from two sides of activations."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from steerfast._checks import one_of, warn_user, whole_number
+from steerfast.barriers.data import Data
+from steerfast.barriers.kernels import scikit_learn
+from steerfast.edits.base import Intervention
+from steerfast.edits.fitted import FitInfo
+from steerfast.edits.linear import Ablate
+from steerfast.place import common_origin, place_of
+from steerfast.probes.fit import data_by_layer
+
+from .fits import features, flow, linear, rotations
+from .fits.sides import Sides
+
+ESTIMATORS: dict[str, Callable[..., Intervention]] = {
+    "add": linear.add,
+    "ablate": linear.ablate,
+    "affine_ablate": linear.affine_ablate,
+    "clamp": linear.clamp,
+    "affine": linear.affine,
+    "rotate": rotations.rotate,
+    "spherical": rotations.spherical,
+    "householder": rotations.householder,
+    "flow": flow.flow,
+    "edit_features": features.edit_features,
+    "amplify": features.amplify,
+    "calibrate": features.calibrate,
+    "deficit_push": features.deficit_push,
+}
+"""Method -> estimator: (sides, settings by name) -> intervention. A new one is offered, and tested, by being listed."""
+PAIRED = ("householder",)
+"""Methods that take row i of one side against row i of the other."""
+
+
+def fit(
+    method: str,
+    positive: Any,
+    negative: Any,
+    /,
+    layer: int | None = None,
+    *,
+    groups: Iterable[Any] | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Intervention:
+    """Fit an intervention on activations with a property and without it, ready to use.
+
+    | method | estimate | settings |
+    |---|---|---|
+    | "add" | mean difference (CAA, arXiv:2312.06681) | strength, keep_norm |
+    | "ablate" | mean difference (arXiv:2406.11717) | keep_norm |
+    | "affine_ablate" | class means (ACE, arXiv:2411.09003) | alpha, keep_norm |
+    | "clamp" | quantiles of the positive side along the mean difference (arXiv:2601.10387) | low, high, keep_norm |
+    | "affine" | optimal transport of each coordinate (Linear-AcT, arXiv:2410.23054) | keep_norm |
+    | "rotate" | plane of several layers' candidates (Angular Steering, arXiv:2510.26243) | degrees, adaptive |
+    | "spherical" | antipodal prototypes (arXiv:2602.08169) | alpha, beta, kappa |
+    | "householder" | linear probe and angle net, on pairs (HPR, arXiv:2409.10053) | hidden, C, steps |
+    | "flow" | barrier (ODESteer, arXiv:2602.17560) | kind, angle, T, norms, steps, method, level |
+    | "edit_features" | contrast of an SAE's mean activations (arXiv:2503.00177) | sae, count, tau, mode |
+    | "amplify" | the same features' decoder rows (arXiv:2502.15576) | sae, count, tau, alpha |
+    | "calibrate", "deficit_push" | and how active they are on the positive side (arXiv:2502.15576) | sae, count, tau |
+
+    Each is a function of its own in `steerfast.directions.fits`, whose docstring has the formula. A LoReFT is trained on a
+    model: `sf.fit_loreft`. A condition is fitted by `sf.fit_condition`.
+
+    Args:
+        method: A name of the table.
+        positive: Activations with the property, (n, d): a tensor, or layer -> tensor, such as `sf.collect` returns.
+        negative: Activations without it, (m, d), the same layers and site.
+        layer: Which of several layers; of tensors the layer that they come from, if that is to be kept.
+        groups: One label per row, those of `positive` first: rows that share one are held out together. None: every row by
+            itself, or the rows of one text where the sides know their texts.
+        seed: Of the folds, and of what an estimator draws.
+        settings: Of the method, by name.
+
+    Returns:
+        The intervention: its `origin` holds place, model and typical norm of the activations, so that `sf.Plan([…])` finds its
+        place; its `info` (a `FitInfo`) what the same fit does to rows that it has not seen, in five folds.
+
+    Raises:
+        TypeError, ValueError: an unknown method, layer or setting; a side has fewer than 2 rows, NaN or a zero row; widths,
+            layers or models differ; the sides, or their means, do not differ; fewer rows than the method has directions.
+        ModuleNotFoundError: scikit-learn is not installed.
+
+    Warns:
+        UserWarning: the rows are too few to hold some out.
+
+    Example:
+        >>> pos = sf.collect(model, tokenizer, kind_texts, layers=[14])
+        >>> neg = sf.collect(model, tokenizer, rude_texts, layers=[14])
+        >>> edit = sf.fit("affine_ablate", pos, neg)
+        >>> edit.origin.place.layer, edit.info.method
+        (14, 'affine_ablate')
+        >>> plan = sf.Plan([edit])
+    """
+    if method == "loreft":
+        raise ValueError("fit: 'loreft' is trained on a model, not fitted on activations; use sf.fit_loreft")
+    make = partial(ESTIMATORS[one_of("fit", "method", method, tuple(ESTIMATORS))], **_known(method, settings))
+    scikit_learn("fit")
+    owner = f"fit: {method}"
+    sides = _sides(owner, positive, negative, layer, None if groups is None else list(groups), seed)
+    if method in PAIRED:
+        sides = replace(sides, data=_by_pair(sides.data, groups is None))
+    edit = make(sides)
+    closed, dose = _held_out(make, sides)
+    data = sides.data
+    if math.isnan(closed):
+        warn_user(f"{owner}: the {len(data.x)} rows are too few, or in too few groups, to hold some out; give more")
+    positives = int(data.labels.sum())
+    info = FitInfo(method, closed, dose, positives, len(data.x) - positives, len(data.groups.unique()))
+    origin = common_origin(owner, [data.origin, replace(edit.origin, typical_norm=None)])
+    return edit.known_from(replace(origin, position=data.origin.position), info)
+
+
+def settings_of(method: str) -> tuple[str, ...]:
+    """The names of a method's settings."""
+    return tuple(inspect.signature(ESTIMATORS[method]).parameters)[1:]
+
+
+def _known(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, all of them known to the method and none missing."""
+    names = settings_of(method)
+    unknown = [name for name in settings if name not in names]
+    if unknown:
+        raise TypeError(f"fit: {method!r} has no setting {unknown[0]!r}; it has {', '.join(names)}")
+    if "sae" in names and "sae" not in settings:
+        raise TypeError(f"fit: {method!r} edits features of an SAE; give it as sae=, such as sf.SAE.load gives")
+    return settings
+
+
+def _sides(owner: str, positive: Any, negative: Any, layer: int | None, groups: list[Any] | None, seed: int) -> Sides:
+    """Both sides of one layer, and of those beside it."""
+    layers = data_by_layer(owner, positive, negative, groups, seed)
+    if not isinstance(positive, Mapping):
+        (data,) = layers.values()
+        if layer is None:
+            return Sides(data, layers)
+        place = place_of(owner, layer)
+        return Sides(replace(data, origin=replace(data.origin, place=place)), {place.layer: data})
+    if layer is None and len(layers) > 1:
+        raise ValueError(f"{owner}: the sides hold layers {sorted(layers)}; name one with layer=")
+    chosen = next(iter(layers)) if layer is None else whole_number(owner, "layer", layer)
+    if chosen not in layers:
+        raise ValueError(f"{owner}: layer is {layer}; the sides hold layers {sorted(layers)}")
+    counts = {len(data.x) for data in layers.values()}
+    if len(counts) > 1:
+        raise ValueError(f"{owner}: the layers have {sorted(counts)} rows; collect all layers on the same texts")
+    return Sides(layers[chosen], layers)
+
+
+def _by_pair(data: Data, alone: bool) -> Data:
+    """The rows with each pair held out as a whole; `alone`: and by itself."""
+    count = int(data.labels.sum())
+    if 2 * count != len(data.x):  # no pairs: the estimator says so
+        return data
+    if alone:
+        return replace(data, groups=torch.arange(count, device="cpu").repeat(2))
+    apart = (data.groups[:count] != data.groups[count:]).nonzero().flatten().tolist()
+    if apart:
+        raise ValueError(f"{data.owner}: row {apart[0]} of pos and of neg are a pair, but in two groups; give them one")
+    return data
+
+
+def _held_out(make: Callable[[Sides], Intervention], sides: Sides) -> tuple[float, float]:
+    """(share of the squared distance of held-out means that the edit closes, mean dose), NaN if nothing can be held out."""
+    gap = left = 0.0
+    doses, failed, data = [], [], sides.data
+    for fitted, held in data.folds:
+        part, x, positive = data.labels[fitted], data.x[held], data.labels[held]
+        if min(int(part.sum()), int((~part).sum())) < 2 or not 0 < int(positive.sum()) < len(x):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                edit = make(sides.take(fitted))
+        except ValueError as reason:
+            failed.append(str(reason))
+            continue
+        edited = torch.ones_like(positive) if isinstance(edit, Ablate) else ~positive
+        moved = torch.where(edited[:, None], edit.apply(x), x).double()
+        x = x.double()
+        gap += float((x[positive].mean(0) - x[~positive].mean(0)).square().sum())
+        left += float((moved[positive].mean(0) - moved[~positive].mean(0)).square().sum())
+        doses.append(((moved - x).norm(dim=1) / x.norm(dim=1))[edited])
+    if failed:
+        warn_user(f"{failed[0]} (in {len(failed)} of {len(data.folds)} folds, which the held-out figures leave out)")
+    return (1 - left / gap, float(torch.cat(doses).mean())) if doses else (math.nan, math.nan)
