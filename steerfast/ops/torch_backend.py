@@ -258,7 +258,7 @@ def hinge(y: Tensor, c: Tensor) -> Tensor:
 
     Ablate, amplify, calibrate, clamp, affine and SAE feature edits are each one choice of the eight numbers.
     """
-    c0, c1, c2, c3, c4, c5, c6, c7 = c.unbind(1)
+    c0, c1, c2, c3, c4, c5, c6, c7 = c.unbind(-1)
     g = torch.addcmul(c0, c1, y)
     g = torch.addcmul(g, c2, torch.relu(y - c3))
     g = torch.addcmul(g, c4, torch.relu(y - c5))

@@ -1,0 +1,411 @@
+"""The quick roads of the PyTorch backend: plain CPU tensors of which nobody asks a gradient, block by block in the cache.
+
+What they compute is what `torch_backend` computes. Each returns None where it does not serve, and that one runs. A block of rows is
+widened, edited and rounded while it lies in the cache: nothing of the size of x is allocated but the output, whose memory's first
+touch already costs more than the arithmetic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import struct
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import in_plain_arithmetic, transformed
+from .slots import ADD, HINGE, PUSH, ROTATE, Tables
+from .torch_backend import VANISHED, hinge
+
+BLOCK = 1 << 17
+"""Numbers of a block: half a megabyte in float32."""
+SHARED = 4
+"""From so many rows per owner on every owner has products of its own; below, one batched product serves all."""
+WIDE = (torch.float32, torch.float64)
+
+Act = Callable[[Tensor], Tensor]
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors of the CPU and nothing more: no subclass, no transform around them, no gradient asked of them."""
+    watched = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) is not Tensor or not tensor.is_cpu or (watched and tensor.requires_grad)):
+            return False
+    return not transformed() and in_plain_arithmetic()
+
+
+def is_elementwise(x: Tensor, *vectors: Tensor) -> bool:
+    """Whether x (..., d) and vectors (d,) are CPU tensors of one floating dtype: PyTorch's own arithmetic then rounds once."""
+    if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling():
+        return False
+    width, dtype = x.shape[-1:], x.dtype
+    if not width or not width[0] or not dtype.is_floating_point:
+        return False
+    for vector in vectors:
+        if type(vector) is not Tensor or vector.dtype is not dtype or vector.shape != width or not vector.is_cpu:
+            return False
+    return dtype.itemsize > 1
+
+
+class How(NamedTuple):
+    """g = share · act(Bx), and whether the length of the row is restored; the act may write into what it is given."""
+
+    share: float
+    act: Act | None = None
+    keep_norm: bool = False
+
+
+def hinged(x: Tensor, directions: Tensor, how: How, in_place: bool = False) -> Tensor | None:
+    """x + share · act(xBᵀ)B, with the rows B = directions."""
+    if not is_plain(x, directions):
+        return None
+    rows = directions if directions.dim() == 2 else directions[None]
+    return _edited(x, rows, rows, how, None, in_place)
+
+
+def _edited(
+    x: Tensor, project: Tensor, lift: Tensor, how: How, scale: Tensor | None, in_place: bool = False
+) -> Tensor | None:
+    """x + scale · share · act(x·projectᵀ)·lift; scale is (n, 1)."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    dtype = flat.dtype
+    if project.dtype is not dtype or dtype not in WIDE:
+        if torch.float64 in (dtype, project.dtype):
+            return None
+        same, project = project is lift, project.float()
+        lift = project if same else lift.float()
+    n, d = flat.shape
+    if in_place and x.dim() != 2 and not x.is_contiguous():
+        return None
+    if n * d <= 2 * BLOCK:
+        out = _moved(flat if dtype in WIDE else flat.float(), project.T, lift, how, scale)
+        if in_place:
+            flat.copy_(out)
+            return x
+        out = out if dtype in WIDE else out.to(dtype)
+        return out if x.dim() == 2 else out.view(x.shape)
+    out = x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
+    step = max(1, BLOCK // d)
+    into = (out if x.dim() == 2 else out.view(-1, d)).split(step)
+    weights = (None,) * len(into) if scale is None else scale.split(step)
+    for block, target, weight in zip(flat.split(step), into, weights, strict=True):
+        if dtype not in WIDE or in_place:
+            target.copy_(_moved(block if dtype in WIDE else block.float(), project.T, lift, how, weight))
+        else:
+            _moved(block, project.T, lift, how, weight, target)
+    return out
+
+
+def _moved(
+    x: Tensor, columns: Tensor, lift: Tensor, how: How, scale: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """One block. The edit is summed before x is added: addmm would round every term to the precision of x."""
+    y = torch.mm(x, columns)
+    if how.act is not None:
+        y = how.act(y)
+    if scale is not None:
+        y.mul_(scale)
+    out = torch.mm(y, lift) if out is None else torch.mm(y, lift, out=out)
+    torch.add(x, out, alpha=how.share, out=out)
+    return _with_norm(out, x) if how.keep_norm else out
+
+
+def _with_norm(out: Tensor, x: Tensor) -> Tensor:
+    """`torch_backend.restore_norm`, written into out."""
+    before, after = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, out))
+    return out.mul_(torch.where(after > VANISHED * before, before / after, 1))
+
+
+def add(x: Tensor, vectors: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor | None:
+    """x + scale · vectors[rows] where every row of x has one vector, or none."""
+    if rows.dim() == 2 and rows.shape[1] != 1 or not is_plain(x, vectors, rows, scale) or not x.numel():
+        return None
+    owners = rows if rows.dim() == 1 else rows[:, 0]
+    least, most = (int(v) for v in owners.aminmax())
+    bank = vectors if vectors.dim() == 2 else vectors[None]
+    dtype = torch.promote_types(torch.promote_types(x.dtype, bank.dtype), torch.float32)
+    if least < -1 or most >= bank.shape[0] or (dtype == torch.float64 and x.dtype != dtype):
+        return None
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    weights = None if scale is None else scale.reshape(-1, 1)
+    if least == -1:
+        mine = (owners >= 0).nonzero().flatten()
+        part = None if weights is None else weights[mine]
+        moved = _added(flat[mine], bank, owners[mine], part, dtype)
+        return flat.clone(memory_format=torch.contiguous_format).index_copy_(0, mine, moved).view(x.shape)
+    return _added(flat, bank, owners, weights, dtype).view(x.shape)
+
+
+def _added(flat: Tensor, bank: Tensor, owners: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    (n, d), same = flat.shape, flat.dtype == dtype
+    plain = flat.dtype == bank.dtype and scale is None  # one sum, which PyTorch rounds once
+    if not plain and bank.dtype != dtype and bank.shape[0] <= n:
+        bank = bank.to(dtype)
+    if dtype == torch.float64 and scale is not None:
+        scale = scale.double()
+    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    step = max(1, BLOCK // d)
+    weights = [None] * -(-n // step) if scale is None else scale.split(step)
+    for x, target, own, weight in zip(flat.split(step), out.split(step), owners.split(step), weights, strict=True):
+        picked = bank.index_select(0, own)
+        if plain:
+            torch.add(x, picked, out=target)
+            continue
+        wide, picked = (x, picked.to(dtype)) if same else (x.to(dtype), picked.to(dtype))
+        into = target if same else picked
+        if weight is None:
+            torch.add(wide, picked, out=into)
+        else:
+            torch.addcmul(wide, weight, picked, out=into)
+        if not same:
+            target.copy_(into)
+    return out
+
+
+class _Step(NamedTuple):
+    """A slot of a bank, decoded: where its rows stand, and what it does with what they project."""
+
+    rank: int
+    project: int
+    lift: int
+    start: int
+    mode: int
+    how: How | None  # None: of another mode, or its numbers differ in what a few calls cannot say
+
+
+def subspace(
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    in_place: bool = False,
+) -> Tensor | None:
+    """Project → act → lift where every row has one slot, or none."""
+    if (
+        not is_plain(x, vectors, coefficients, slots, rows, scale)
+        or coefficients.dtype is not torch.float32
+        or not x.numel()
+        or (scale is not None and x.dtype is torch.float64)
+    ):
+        return None
+    bank = vectors, coefficients, slots
+    if rows is None or rows.numel() == 1:
+        return _by_one(x, bank, 0 if rows is None else int(rows.item()), scale, in_place)
+    if rows.dim() == 2 and rows.shape[1] != 1:
+        return None
+    rows = rows if rows.dim() == 1 else rows[:, 0]
+    owners = rows.tolist() if rows.stride(0) else rows[:1].tolist()
+    counts = Counter(owners)
+    if len(counts) == 1:
+        return _by_one(x, bank, owners[0], scale, in_place)
+    if in_place and x.dim() != 2 and not x.is_contiguous():
+        return None
+    steps = {owner: _step_of(bank, owner) for owner in sorted(counts) if owner != -1}
+    if any(step is None for step in steps.values()):
+        return None
+    out = _by_owners(x.reshape(-1, x.shape[-1]), bank, rows, owners, counts, steps, scale)
+    return None if out is None else x.copy_(out.view(x.shape)) if in_place else out.view(x.shape)
+
+
+def _step_of(bank: Tables, owner: int) -> _Step | None:
+    """A slot, decoded; what has been decoded is found again by its numbers, so that a change of the bank is seen at once."""
+    vectors, coefficients, slots = bank
+    if not 0 <= owner < slots.shape[0]:
+        return None
+    header = ctypes.string_at(slots.data_ptr() + 32 * owner, 32)
+    _, rank, project, lift, start, *_ = struct.unpack("8i", header)
+    last = vectors.shape[0] - rank
+    if not (0 <= start < coefficients.shape[0] - rank and 0 <= project <= last and 0 <= lift <= last and rank > 0):
+        return None
+    return _decoded(header, ctypes.string_at(coefficients.data_ptr() + 32 * start, 32 * (1 + rank)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _decoded(header: bytes, numbers: bytes) -> _Step:
+    mode, rank, project, lift, start, _, keep_norm, _ = struct.unpack("8i", header)
+    constants, *table = struct.iter_unpack("8f", numbers)
+    columns = tuple(zip(*table, strict=True))
+    how = None
+    if mode == HINGE:
+        how = _hinge_of(constants[2], columns)
+    elif mode == PUSH:
+        bias = _number(columns[0])
+        how = How(constants[2], lambda y: _pushed(y, constants[3], bias))
+    elif mode == ROTATE and constants[4] == 0:
+        angle = constants[2] * constants[3]
+        axis = torch.tensor([math.cos(angle), math.sin(angle)], device="cpu")
+        how = How(1.0, lambda y: torch.linalg.vector_norm(y, dim=-1, keepdim=True).mul(axis).sub_(y))
+    elif mode == ADD:
+        how = How(constants[2])
+    return _Step(rank, project, lift, start, mode, how and how._replace(keep_norm=bool(keep_norm)))
+
+
+def _number(column: tuple[float, ...]) -> float | Tensor:
+    """What all directions share, or a number for each."""
+    return column[0] if len(set(column)) == 1 else torch.tensor(column, device="cpu")
+
+
+def _is_zero(column: float | Tensor) -> bool:
+    return isinstance(column, float) and column == 0
+
+
+def _hinge_of(gain: float, columns: tuple[tuple[float, ...], ...]) -> How:
+    """What `torch_backend.hinge` makes of these numbers, without the terms that are nothing."""
+    c0, c1, c2, c3, c4, c5, c6, c7 = map(_number, columns)
+    if _is_zero(c4) and _is_zero(c6) and isinstance(c0, float):
+        if _is_zero(c2) and isinstance(c1, float) and abs(c1) > 1e-3:
+            offset = c0 / c1
+            return How(gain * c1, (lambda y: y.add_(offset)) if offset else None)
+        if _is_zero(c1) and isinstance(c2, float) and isinstance(c3, float) and abs(c2) > 1e-3:
+            return How(gain * c2, _bend(c3, c0 / c2))
+    terms: list[Act] = []
+    if not _is_zero(c1):
+        terms.append(lambda y: y * c1)
+    for size, knot in ((c2, c3), (c4, c5)):
+        if not _is_zero(size):
+            terms.append(lambda y, size=size, knot=knot: torch.relu_(y - knot).mul_(size))
+    if not _is_zero(c6):
+        terms.append(lambda y: (y > c7).to(y.dtype).mul_(c6))
+    return How(gain, lambda y: _summed([term(y) for term in terms] or [torch.zeros_like(y)], c0))
+
+
+def _summed(terms: list[Tensor], offset: float | Tensor) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total.add_(term)
+    return total if _is_zero(offset) else total.add_(offset)
+
+
+def _bend(knot: float, offset: float) -> Act:
+    """relu(y - knot) + offset."""
+
+    def act(y: Tensor) -> Tensor:
+        y = (y.sub_(knot) if knot else y).relu_()
+        return y.add_(offset) if offset else y
+
+    return act
+
+
+def _pushed(y: Tensor, target: float, bias: float | Tensor) -> Tensor:
+    """`torch_backend.push` of strength 1."""
+    short = torch.relu_(target - (y if _is_zero(bias) else y.add_(bias)).relu_())
+    total = short.sum(-1, keepdim=True)
+    return short.mul_(torch.where(total > 0, target / total, 0))
+
+
+def _by_one(x: Tensor, bank: Tables, owner: int, scale: Tensor | None, in_place: bool) -> Tensor | None:
+    """Every row after one slot."""
+    step = _step_of(bank, owner)
+    return None if step is None else _with_step(x, bank, owner, step, scale, in_place)
+
+
+def _with_step(
+    x: Tensor, bank: Tables, owner: int, step: _Step, scale: Tensor | None, in_place: bool = False
+) -> Tensor | None:
+    """Rows after a slot: in few calls, or a block at a time as the general road edits them."""
+    rank, project, lift, _, mode, how = step
+    vectors = bank[0]
+    if how is None or (scale is not None and mode == ROTATE) or mode == ADD:
+        return None
+    rows = vectors if vectors.shape[0] == rank else vectors[lift : lift + rank]
+    other = rows if project == lift else vectors[project : project + rank]
+    return _edited(x, other, rows, how, None if scale is None else scale.reshape(-1, 1), in_place)
+
+
+def _by_owners(
+    flat: Tensor,
+    bank: Tables,
+    rows: Tensor,
+    owners: list[int],
+    counts: Counter[int],
+    steps: dict[int, _Step],
+    scale: Tensor | None,
+) -> Tensor | None:
+    """Rows of several slots, in the order of their owners: of each its own products, or one batched product of all."""
+    weights = None if scale is None else scale.reshape(-1, 1)
+    ordered, place = rows.sort(stable=True)
+    if sorts := ordered.tolist() != owners:
+        flat = flat.index_select(0, place)
+        weights = None if weights is None else weights.index_select(0, place)
+    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    idle = counts[-1]
+    if idle:
+        out[:idle] = flat[:idle]
+    kinds = {(step.rank, step.project == step.lift, step.mode, step.how and step.how.keep_norm) for step in steps.values()}
+    if len(kinds) == 1 and flat.shape[0] - idle < SHARED * len(steps) and next(iter(steps.values())).mode == HINGE:
+        every = [step for owner, step in steps.items() for _ in range(counts[owner])]
+        if not _batched(flat[idle:], out[idle:], bank, every, None if weights is None else weights[idle:]):
+            return None
+    else:
+        start = idle
+        for owner, step in steps.items():
+            stop = start + counts[owner]
+            part = None if weights is None else weights[start:stop]
+            moved = _with_step(flat[start:stop], bank, owner, step, part)
+            if moved is None:
+                return None
+            out[start:stop] = moved
+            start = stop
+    return torch.empty_like(out).index_copy_(0, place, out) if sorts else out
+
+
+def _batched(flat: Tensor, out: Tensor, bank: Tables, steps: list[_Step], scale: Tensor | None) -> bool:
+    """Hinges of one rank, every row with its own directions: (b, k, d) of a block is read where it stands, or gathered."""
+    vectors, coefficients, _ = bank
+    (n, d), first = flat.shape, steps[0]
+    if torch.float64 in (flat.dtype, vectors.dtype):
+        return False
+    same = all(step.how is first.how for step in steps)
+    block = max(1, 2 * BLOCK // (d * first.rank))
+    for begin in range(0, n, block):
+        end = min(begin + block, n)
+        part = steps[begin:end]
+        lift = _directions(vectors, [step.lift for step in part], first.rank)
+        project = lift if first.project == first.lift else _directions(vectors, [s.project for s in part], first.rank)
+        x = flat[begin:end].float()
+        y = _dots(project, x)
+        if same and first.how is not None:
+            y, share = y if first.how.act is None else first.how.act(y), first.how.share
+        else:
+            numbers = torch.tensor([step.start for step in part])
+            gains = coefficients[:, 2].index_select(0, numbers)
+            places = (numbers[:, None] + torch.arange(1, first.rank + 1)).view(-1)
+            table = coefficients.index_select(0, places)
+            y, share = hinge(y.view(-1), table).view(y.shape).mul_(gains[:, None]), 1.0
+        if scale is not None:
+            y.mul_(scale[begin:end])
+        moved = _combined(y, lift)
+        torch.add(x, moved, alpha=share, out=moved)
+        if first.how is not None and first.how.keep_norm:
+            _with_norm(moved, x)
+        out[begin:end] = moved
+    return True
+
+
+def _directions(vectors: Tensor, first: list[int], rank: int) -> Tensor:
+    """The rows of several slots, (b, k, d) in float32: a view where they stand one after another."""
+    start, stop = first[0], first[-1] + rank
+    if stop - start == rank * len(first) and all(b - a == rank for a, b in zip(first, first[1:], strict=False)):
+        found = vectors[start:stop]
+    else:
+        places = torch.tensor(first)
+        found = vectors.index_select(0, (places[:, None] + torch.arange(rank)).view(-1) if rank > 1 else places)
+    return found.float().view(len(first), rank, -1)
+
+
+def _dots(rows: Tensor, x: Tensor) -> Tensor:
+    """(b, k): every x times its own rows."""
+    return torch.bmm(rows, x[:, :, None])[:, :, 0]
+
+
+def _combined(y: Tensor, rows: Tensor) -> Tensor:
+    """(b, d): every row's own rows, weighted."""
+    return torch.bmm(y[:, None], rows)[:, 0]
