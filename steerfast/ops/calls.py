@@ -28,7 +28,10 @@ def add(backend: str, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Te
 
 def add_(backend: str, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None) -> None:
     """In place, on a backend."""
-    if backend == "torch" or not _dense(x):
+    if backend == "torch":
+        if rows is None or torch_cpu.add(x, vectors, rows, scale, in_place=True) is None:
+            x.copy_(torch_backend.add(x, vectors, rows, scale))
+    elif not _dense(x):
         x.copy_(add(backend, x, vectors, rows, scale))
     else:
         kernels("add").add(x, vectors, rows, scale, out=x)

@@ -18,39 +18,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from steerfast._checks import FLOATS
+
 from .backends import in_plain_arithmetic, transformed
 from .slots import ADD, HINGE, PUSH, ROTATE, Tables
 from .torch_backend import VANISHED, hinge
 
 BLOCK = 1 << 17
 """Numbers of a block: half a megabyte in float32."""
+TURNED = 16
+"""From so many rows on xBᵀ costs less as (Bxᵀ)ᵀ: a library of products packs its larger operand once."""
 SHARED = 4
 """From so many rows per owner on every owner has products of its own; below, one batched product serves all."""
 WIDE = (torch.float32, torch.float64)
 
 Act = Callable[[Tensor], Tensor]
+_bytes_at = ctypes.string_at
+_unpacked = struct.Struct("8i").unpack
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are tensors of the CPU and nothing more: no subclass, no transform around them, no gradient asked of them."""
-    watched = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) is not Tensor or not tensor.is_cpu or (watched and tensor.requires_grad)):
+def is_plain(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether these, beside each other, are CPU tensors and nothing more: no subclass, no transform, no gradient asked of them."""
+    if type(x) is not Tensor or not x.is_cpu:
+        return False
+    for tensor in others:
+        if tensor is not None and type(tensor) is not Tensor:
             return False
+    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, *others)):
+        return False
     return not transformed() and in_plain_arithmetic()
 
 
 def is_elementwise(x: Tensor, *vectors: Tensor) -> bool:
     """Whether x (..., d) and vectors (d,) are CPU tensors of one floating dtype: PyTorch's own arithmetic then rounds once."""
-    if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling():
+    if type(x) is not Tensor or torch.compiler.is_compiling() or not x.is_cpu:
         return False
     width, dtype = x.shape[-1:], x.dtype
-    if not width or not width[0] or not dtype.is_floating_point:
-        return False
     for vector in vectors:
         if type(vector) is not Tensor or vector.dtype is not dtype or vector.shape != width or not vector.is_cpu:
             return False
-    return dtype.itemsize > 1
+    return dtype in FLOATS and width != () and width[0] > 0
 
 
 class How(NamedTuple):
@@ -106,13 +113,16 @@ def _moved(
     x: Tensor, columns: Tensor, lift: Tensor, how: How, scale: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
     """One block. The edit is summed before x is added: addmm would round every term to the precision of x."""
-    y = torch.mm(x, columns)
+    y = torch.mm(x, columns) if x.shape[0] < TURNED else torch.mm(columns.T, x.T).T
     if how.act is not None:
         y = how.act(y)
     if scale is not None:
         y.mul_(scale)
-    out = torch.mm(y, lift) if out is None else torch.mm(y, lift, out=out)
-    torch.add(x, out, alpha=how.share, out=out)
+    if lift.shape[0] == 1:
+        out = torch.addcmul(x, y, lift, value=how.share, out=out)
+    else:
+        out = torch.mm(y, lift) if out is None else torch.mm(y, lift, out=out)
+        torch.add(x, out, alpha=how.share, out=out)
     return _with_norm(out, x) if how.keep_norm else out
 
 
@@ -122,50 +132,70 @@ def _with_norm(out: Tensor, x: Tensor) -> Tensor:
     return out.mul_(torch.where(after > VANISHED * before, before / after, 1))
 
 
-def add(x: Tensor, vectors: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor | None:
+def add(x: Tensor, vectors: Tensor, rows: Tensor, scale: Tensor | None, in_place: bool = False) -> Tensor | None:
     """x + scale · vectors[rows] where every row of x has one vector, or none."""
-    if rows.dim() == 2 and rows.shape[1] != 1 or not is_plain(x, vectors, rows, scale) or not x.numel():
+    if (rows.dim() == 2 and rows.shape[1] != 1) or not is_plain(x, vectors, rows, scale) or not x.numel():
         return None
+    dtype = x.dtype if x.dtype in WIDE else torch.float32
     owners = rows if rows.dim() == 1 else rows[:, 0]
-    least, most = (int(v) for v in owners.aminmax())
     bank = vectors if vectors.dim() == 2 else vectors[None]
-    dtype = torch.promote_types(torch.promote_types(x.dtype, bank.dtype), torch.float32)
-    if least < -1 or most >= bank.shape[0] or (dtype == torch.float64 and x.dtype != dtype):
+    least, most = _ends(owners)
+    if least < -1 or most >= bank.shape[0] or (bank.dtype is torch.float64) != (dtype is torch.float64):
         return None
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    weights = None if scale is None else scale.reshape(-1, 1)
+    if scale is not None:
+        scale = scale.reshape(-1, 1).to(dtype)
+    into = x.view(-1, x.shape[-1]) if in_place and x.is_contiguous() else None
     if least == -1:
-        mine = (owners >= 0).nonzero().flatten()
-        part = None if weights is None else weights[mine]
-        moved = _added(flat[mine], bank, owners[mine], part, dtype)
-        return flat.clone(memory_format=torch.contiguous_format).index_copy_(0, mine, moved).view(x.shape)
-    return _added(flat, bank, owners, weights, dtype).view(x.shape)
+        mine = (owners >= 0).nonzero()[:, 0]
+        moved = _added(flat[mine], bank, owners[mine], None if scale is None else scale[mine], dtype)
+        out = flat.clone(memory_format=torch.contiguous_format) if into is None else into
+        out.index_copy_(0, mine, moved)
+    else:
+        out = _added(flat, bank, owners, scale, dtype, into)
+    if in_place:
+        return x.copy_(out.view(x.shape)) if into is None else x
+    return out if x.dim() == 2 else out.view(x.shape)
 
 
-def _added(flat: Tensor, bank: Tensor, owners: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    (n, d), same = flat.shape, flat.dtype == dtype
-    plain = flat.dtype == bank.dtype and scale is None  # one sum, which PyTorch rounds once
-    if not plain and bank.dtype != dtype and bank.shape[0] <= n:
+def _ends(owners: Tensor) -> tuple[int, int]:
+    """The least and the largest number of a column."""
+    if owners.shape[0] <= 32:
+        numbers = owners.tolist()
+        return min(numbers), max(numbers)
+    least, most = owners.aminmax()
+    return int(least.item()), int(most.item())
+
+
+def _added(
+    x: Tensor, bank: Tensor, owners: Tensor, scale: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """x (n, d) plus its vectors, a block at a time."""
+    n, d = x.shape
+    if bank.dtype is not dtype and (bank.shape[0] <= n) and not (scale is None and bank.dtype is x.dtype):
         bank = bank.to(dtype)
-    if dtype == torch.float64 and scale is not None:
-        scale = scale.double()
-    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
     step = max(1, BLOCK // d)
-    weights = [None] * -(-n // step) if scale is None else scale.split(step)
-    for x, target, own, weight in zip(flat.split(step), out.split(step), owners.split(step), weights, strict=True):
-        picked = bank.index_select(0, own)
-        if plain:
-            torch.add(x, picked, out=target)
-            continue
-        wide, picked = (x, picked.to(dtype)) if same else (x.to(dtype), picked.to(dtype))
-        into = target if same else picked
-        if weight is None:
-            torch.add(wide, picked, out=into)
-        else:
-            torch.addcmul(wide, weight, picked, out=into)
-        if not same:
-            target.copy_(into)
+    if n <= step:
+        return _plus(x, bank.index_select(0, owners), scale, dtype, out)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    weights = (None,) * -(-n // step) if scale is None else scale.split(step)
+    for block, target, own, weight in zip(x.split(step), out.split(step), owners.split(step), weights, strict=True):
+        _plus(block, bank.index_select(0, own), weight, dtype, target)
     return out
+
+
+def _plus(x: Tensor, picked: Tensor, scale: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """x + scale · picked in this dtype, rounded once; may write into picked."""
+    if scale is None and picked.dtype is x.dtype:
+        return torch.add(x, picked, out=out)
+    picked = picked.to(dtype)
+    if x.dtype is dtype:
+        into = picked if out is None else out
+        return torch.add(x, picked, out=into) if scale is None else torch.addcmul(x, scale, picked, out=into)
+    if scale is not None:
+        picked.mul_(scale)
+    picked.add_(x)
+    return picked.to(x.dtype) if out is None else out.copy_(picked)
 
 
 class _Step(NamedTuple):
@@ -192,13 +222,13 @@ def subspace(
     if (
         not is_plain(x, vectors, coefficients, slots, rows, scale)
         or coefficients.dtype is not torch.float32
-        or not x.numel()
         or (scale is not None and x.dtype is torch.float64)
+        or not x.numel()
     ):
         return None
     bank = vectors, coefficients, slots
-    if rows is None or rows.numel() == 1:
-        return _by_one(x, bank, 0 if rows is None else int(rows.item()), scale, in_place)
+    if rows is None:
+        return _by_one(x, bank, 0, scale, in_place)
     if rows.dim() == 2 and rows.shape[1] != 1:
         return None
     rows = rows if rows.dim() == 1 else rows[:, 0]
@@ -220,17 +250,17 @@ def _step_of(bank: Tables, owner: int) -> _Step | None:
     vectors, coefficients, slots = bank
     if not 0 <= owner < slots.shape[0]:
         return None
-    header = ctypes.string_at(slots.data_ptr() + 32 * owner, 32)
-    _, rank, project, lift, start, *_ = struct.unpack("8i", header)
+    header = _bytes_at(slots.data_ptr() + 32 * owner, 32)
+    _, rank, project, lift, start, *_ = _unpacked(header)
     last = vectors.shape[0] - rank
-    if not (0 <= start < coefficients.shape[0] - rank and 0 <= project <= last and 0 <= lift <= last and rank > 0):
+    if not (rank > 0 and 0 <= start < coefficients.shape[0] - rank and 0 <= project <= last and 0 <= lift <= last):
         return None
-    return _decoded(header, ctypes.string_at(coefficients.data_ptr() + 32 * start, 32 * (1 + rank)))
+    return _decoded(header, _bytes_at(coefficients.data_ptr() + 32 * start, 32 + 32 * rank))
 
 
 @functools.lru_cache(maxsize=4096)
 def _decoded(header: bytes, numbers: bytes) -> _Step:
-    mode, rank, project, lift, start, _, keep_norm, _ = struct.unpack("8i", header)
+    mode, rank, project, lift, start, _, keep_norm, _ = _unpacked(header)
     constants, *table = struct.iter_unpack("8f", numbers)
     columns = tuple(zip(*table, strict=True))
     how = None
@@ -403,7 +433,7 @@ def _directions(vectors: Tensor, first: list[int], rank: int) -> Tensor:
 
 def _dots(rows: Tensor, x: Tensor) -> Tensor:
     """(b, k): every x times its own rows."""
-    return torch.bmm(rows, x[:, :, None])[:, :, 0]
+    return torch.bmm(x[:, None], rows.mT)[:, 0]  # the other way round it takes 10 times as long
 
 
 def _combined(y: Tensor, rows: Tensor) -> Tensor:
