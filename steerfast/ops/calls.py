@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import torch_backend, torch_cpu, torch_topk
+from . import torch_backend, torch_cpu, torch_encode, torch_topk
 from .backends import in_full_sums, interpreted, kernels
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def add_rms_norm(
 def sae_encode(backend: str, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """(values, indices) on a backend; float64 on PyTorch."""
     if backend == "torch" or torch.float64 in (x.dtype, w_enc.dtype):
-        return torch_backend.sae_encode(x, w_enc, b_enc, k)
+        return torch_encode.sae_encode(x, w_enc, b_enc, k)
     return kernels("sae_encode").sae_encode(x, w_enc, b_enc, k)
 
 
@@ -117,7 +117,7 @@ def sae_encode_threshold(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values, indices, counts) on a backend; float64 on PyTorch."""
     if backend == "torch" or torch.float64 in (x.dtype, w_enc.dtype):
-        return torch_backend.sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
+        return torch_encode.sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
     return kernels("sae_encode_threshold").sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
 
 
