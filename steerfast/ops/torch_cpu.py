@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from steerfast._checks import FLOATS
 
@@ -77,58 +78,63 @@ def hinged(x: Tensor, directions: Tensor, how: How, in_place: bool = False) -> T
 
 
 def _edited(
-    x: Tensor, project: Tensor, lift: Tensor, how: How, scale: Tensor | None, in_place: bool = False
+    x: Tensor, project: Tensor | None, lift: Tensor, how: How, scale: Tensor | None, in_place: bool = False
 ) -> Tensor | None:
-    """x + scale · share · act(x·projectᵀ)·lift; scale is (n, 1)."""
+    """x + scale · share · act(x·projectᵀ)·lift; scale is (n, 1), and without a projection the act is 1."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     dtype = flat.dtype
-    if project.dtype is not dtype or dtype not in WIDE:
-        if torch.float64 in (dtype, project.dtype):
+    if lift.dtype is not dtype or dtype not in WIDE:
+        if dtype is torch.float64 or lift.dtype is torch.float64:
             return None
-        same, project = project is lift, project.float()
-        lift = project if same else lift.float()
-    n, d = flat.shape
+        same, lift = project is lift, lift.float()
+        project = lift if same else None if project is None else project.float()
     if in_place and x.dim() != 2 and not x.is_contiguous():
         return None
-    if n * d <= 2 * BLOCK:
-        out = _moved(flat if dtype in WIDE else flat.float(), project.T, lift, how, scale)
-        if in_place:
-            flat.copy_(out)
-            return x
-        out = out if dtype in WIDE else out.to(dtype)
-        return out if x.dim() == 2 else out.view(x.shape)
+    wide, (n, d) = dtype in WIDE, flat.shape
+    if n * d <= 2 * BLOCK and (wide or not in_place):
+        out = _moved(flat if wide else flat.float(), project, lift, how, scale, flat if in_place else None)
+        out = out if wide else out.to(dtype)
+        return x if in_place else out if x.dim() == 2 else out.view(x.shape)
     out = x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
     step = max(1, BLOCK // d)
     into = (out if x.dim() == 2 else out.view(-1, d)).split(step)
     weights = (None,) * len(into) if scale is None else scale.split(step)
     for block, target, weight in zip(flat.split(step), into, weights, strict=True):
-        if dtype not in WIDE or in_place:
-            target.copy_(_moved(block if dtype in WIDE else block.float(), project.T, lift, how, weight))
+        if wide:
+            _moved(block, project, lift, how, weight, block if in_place else target)
         else:
-            _moved(block, project.T, lift, how, weight, target)
+            target.copy_(_moved(block.float(), project, lift, how, weight))
     return out
 
 
 def _moved(
-    x: Tensor, columns: Tensor, lift: Tensor, how: How, scale: Tensor | None, out: Tensor | None = None
+    x: Tensor, project: Tensor | None, lift: Tensor, how: How, scale: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
-    """One block. The edit is summed before x is added: addmm would round every term to the precision of x."""
-    y = torch.mm(x, columns) if x.shape[0] < TURNED else torch.mm(columns.T, x.T).T
-    if how.act is not None:
-        y = how.act(y)
-    if scale is not None:
-        y.mul_(scale)
-    if lift.shape[0] == 1:
-        out = torch.addcmul(x, y, lift, value=how.share, out=out)
+    """One block, perhaps into x itself. The edit is summed before x is added: addmm would round every term to x's precision."""
+    before = torch.linalg.vector_norm(x, dim=-1, keepdim=True) if how.keep_norm else None
+    if project is None:
+        moved = (
+            torch.add(x, lift, alpha=how.share, out=out)
+            if scale is None
+            else torch.addcmul(x, scale, lift, value=how.share, out=out)
+        )
     else:
-        out = torch.mm(y, lift) if out is None else torch.mm(y, lift, out=out)
-        torch.add(x, out, alpha=how.share, out=out)
-    return _with_norm(out, x) if how.keep_norm else out
+        y = linear(x, project) if x.shape[0] < TURNED else torch.mm(project, x.T).T
+        if how.act is not None:
+            y = how.act(y)
+        if scale is not None:
+            y.mul_(scale)
+        if lift.shape[0] == 1:
+            moved = torch.addcmul(x, y, lift, value=how.share, out=out)
+        else:
+            delta = torch.mm(y, lift) if out is None or out is x else torch.mm(y, lift, out=out)
+            moved = torch.add(x, delta, alpha=how.share, out=delta if out is None else out)
+    return moved if before is None else _with_norm(moved, before)
 
 
-def _with_norm(out: Tensor, x: Tensor) -> Tensor:
-    """`torch_backend.restore_norm`, written into out."""
-    before, after = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, out))
+def _with_norm(out: Tensor, before: Tensor) -> Tensor:
+    """out with the lengths that x had, as `torch_backend.restore_norm` gives them back."""
+    after = torch.linalg.vector_norm(out, dim=-1, keepdim=True)
     return out.mul_(torch.where(after > VANISHED * before, before / after, 1))
 
 
@@ -343,10 +349,10 @@ def _with_step(
     """Rows after a slot: in few calls, or a block at a time as the general road edits them."""
     rank, project, lift, _, mode, how = step
     vectors = bank[0]
-    if how is None or (scale is not None and mode == ROTATE) or mode == ADD:
+    if how is None or (scale is not None and mode == ROTATE):
         return None
     rows = vectors if vectors.shape[0] == rank else vectors[lift : lift + rank]
-    other = rows if project == lift else vectors[project : project + rank]
+    other = None if mode == ADD else rows if project == lift else vectors[project : project + rank]
     return _edited(x, other, rows, how, None if scale is None else scale.reshape(-1, 1), in_place)
 
 
@@ -415,7 +421,7 @@ def _batched(flat: Tensor, out: Tensor, bank: Tables, steps: list[_Step], scale:
         moved = _combined(y, lift)
         torch.add(x, moved, alpha=share, out=moved)
         if first.how is not None and first.how.keep_norm:
-            _with_norm(moved, x)
+            _with_norm(moved, torch.linalg.vector_norm(x, dim=-1, keepdim=True))
         out[begin:end] = moved
     return True
 
