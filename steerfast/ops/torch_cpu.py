@@ -12,7 +12,7 @@ import functools
 import math
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ TURNED = 16
 """From so many rows on xBᵀ costs less as (Bxᵀ)ᵀ: a library of products packs its larger operand once."""
 SHARED = 4
 """From so many rows per owner on every owner has products of its own; below, one batched product serves all."""
+REMEMBERED = 1 << 14
+"""Bytes of the tables of a bank up to which the slots of a whole batch are remembered by them."""
 WIDE = (torch.float32, torch.float64)
 
 Act = Callable[[Tensor], Tensor]
@@ -215,6 +217,14 @@ class _Step(NamedTuple):
     how: How | None  # None: of another mode, or its numbers differ in what a few calls cannot say
 
 
+class _Steps(NamedTuple):
+    """The slots of the rows of a batch."""
+
+    idle: int  # rows of none
+    found: list[tuple[int, _Step]]  # number of rows, in the order of the slots
+    every: list[_Step] | None  # of each row, in that order, where one batched product serves
+
+
 def subspace(
     x: Tensor,
     vectors: Tensor,
@@ -239,15 +249,12 @@ def subspace(
         return None
     rows = rows if rows.dim() == 1 else rows[:, 0]
     owners = rows.tolist() if rows.stride(0) else rows[:1].tolist()
-    counts = Counter(owners)
-    if len(counts) == 1:
+    if owners.count(owners[0]) == len(owners):
         return _by_one(x, bank, owners[0], scale, in_place)
-    if in_place and x.dim() != 2 and not x.is_contiguous():
+    steps = _steps_of(bank, owners)
+    if steps is None:
         return None
-    steps = {owner: _step_of(bank, owner) for owner in sorted(counts) if owner != -1}
-    if any(step is None for step in steps.values()):
-        return None
-    out = _by_owners(x.reshape(-1, x.shape[-1]), bank, rows, owners, counts, steps, scale)
+    out = _by_owners(x.reshape(-1, x.shape[-1]), bank, rows, owners, steps, scale)
     return None if out is None else x.copy_(out.view(x.shape)) if in_place else out.view(x.shape)
 
 
@@ -264,9 +271,53 @@ def _step_of(bank: Tables, owner: int) -> _Step | None:
     return _decoded(header, _bytes_at(coefficients.data_ptr() + 32 * start, 32 + 32 * rank))
 
 
+def _steps_of(bank: Tables, owners: list[int]) -> _Steps | None:
+    """The slots of several rows, in the order of their numbers, and how many rows each has."""
+    vectors, coefficients, slots = bank
+    sizes = 32 * slots.shape[0], 32 * coefficients.shape[0]
+    if sum(sizes) <= REMEMBERED:
+        tables = _bytes_at(slots.data_ptr(), sizes[0]), _bytes_at(coefficients.data_ptr(), sizes[1])
+        return _remembered(*tables, vectors.shape[0], tuple(owners))
+    return _counted(owners, lambda owner: _step_of(bank, owner))
+
+
+@functools.lru_cache(maxsize=256)
+def _remembered(headers: bytes, numbers: bytes, directions: int, owners: tuple[int, ...]) -> _Steps | None:
+    def step(owner: int) -> _Step | None:
+        header = headers[32 * owner : 32 * owner + 32]
+        if owner < 0 or not header:
+            return None
+        _, rank, project, lift, start, *_ = _unpacked(header)
+        own, last = numbers[32 * max(start, 0) : 32 * (start + 1 + rank)], directions - rank
+        fits = rank > 0 and start >= 0 and len(own) == 32 + 32 * rank and 0 <= project <= last and 0 <= lift <= last
+        return _decoded(header, own) if fits else None
+
+    return _counted(owners, step)
+
+
+def _counted(owners: Sequence[int], step_of: Callable[[int], _Step | None]) -> _Steps | None:
+    counts, found = Counter(owners), []
+    for owner in sorted(counts):
+        step = None if owner == -1 else step_of(owner)
+        if step is None and owner != -1:
+            return None
+        if step is not None:
+            found.append((counts[owner], step))
+    kinds = {(s.rank, s.project == s.lift, s.mode, s.how is None or s.how.keep_norm) for _, s in found}
+    batched = len(kinds) == 1 and found[0][1].mode == HINGE and len(owners) - counts[-1] < SHARED * len(found)
+    every = [step for count, step in found for _ in range(count)] if batched else None
+    return _Steps(counts[-1], found, every)
+
+
 @functools.lru_cache(maxsize=4096)
 def _decoded(header: bytes, numbers: bytes) -> _Step:
     mode, rank, project, lift, start, _, keep_norm, _ = _unpacked(header)
+    return _Step(rank, project, lift, start, mode, _how(mode, bool(keep_norm), numbers))
+
+
+@functools.lru_cache(maxsize=4096)
+def _how(mode: int, keep_norm: bool, numbers: bytes) -> How | None:
+    """What the rows of coefficients of a slot say: one object for equal numbers."""
     constants, *table = struct.iter_unpack("8f", numbers)
     columns = tuple(zip(*table, strict=True))
     how = None
@@ -281,7 +332,7 @@ def _decoded(header: bytes, numbers: bytes) -> _Step:
         how = How(1.0, lambda y: torch.linalg.vector_norm(y, dim=-1, keepdim=True).mul(axis).sub_(y))
     elif mode == ADD:
         how = How(constants[2])
-    return _Step(rank, project, lift, start, mode, how and how._replace(keep_norm=bool(keep_norm)))
+    return how and how._replace(keep_norm=keep_norm)
 
 
 def _number(column: tuple[float, ...]) -> float | Tensor:
@@ -340,11 +391,11 @@ def _pushed(y: Tensor, target: float, bias: float | Tensor) -> Tensor:
 def _by_one(x: Tensor, bank: Tables, owner: int, scale: Tensor | None, in_place: bool) -> Tensor | None:
     """Every row after one slot."""
     step = _step_of(bank, owner)
-    return None if step is None else _with_step(x, bank, owner, step, scale, in_place)
+    return None if step is None else _with_step(x, bank, step, scale, in_place)
 
 
 def _with_step(
-    x: Tensor, bank: Tables, owner: int, step: _Step, scale: Tensor | None, in_place: bool = False
+    x: Tensor, bank: Tables, step: _Step, scale: Tensor | None, in_place: bool = False
 ) -> Tensor | None:
     """Rows after a slot: in few calls, or a block at a time as the general road edits them."""
     rank, project, lift, _, mode, how = step
@@ -357,13 +408,7 @@ def _with_step(
 
 
 def _by_owners(
-    flat: Tensor,
-    bank: Tables,
-    rows: Tensor,
-    owners: list[int],
-    counts: Counter[int],
-    steps: dict[int, _Step],
-    scale: Tensor | None,
+    flat: Tensor, bank: Tables, rows: Tensor, owners: list[int], steps: _Steps, scale: Tensor | None
 ) -> Tensor | None:
     """Rows of several slots, in the order of their owners: of each its own products, or one batched product of all."""
     weights = None if scale is None else scale.reshape(-1, 1)
@@ -372,76 +417,72 @@ def _by_owners(
         flat = flat.index_select(0, place)
         weights = None if weights is None else weights.index_select(0, place)
     out = torch.empty_like(flat, memory_format=torch.contiguous_format)
-    idle = counts[-1]
-    if idle:
-        out[:idle] = flat[:idle]
-    kinds = {(step.rank, step.project == step.lift, step.mode, step.how and step.how.keep_norm) for step in steps.values()}
-    if len(kinds) == 1 and flat.shape[0] - idle < SHARED * len(steps) and next(iter(steps.values())).mode == HINGE:
-        every = [step for owner, step in steps.items() for _ in range(counts[owner])]
-        if not _batched(flat[idle:], out[idle:], bank, every, None if weights is None else weights[idle:]):
+    start = steps.idle
+    if start:
+        out[:start] = flat[:start]
+    if steps.every is not None:
+        if not _batched(flat[start:], out[start:], bank, steps.every, None if weights is None else weights[start:]):
             return None
-    else:
-        start = idle
-        for owner, step in steps.items():
-            stop = start + counts[owner]
-            part = None if weights is None else weights[start:stop]
-            moved = _with_step(flat[start:stop], bank, owner, step, part)
-            if moved is None:
-                return None
-            out[start:stop] = moved
-            start = stop
+        return torch.empty_like(out).index_copy_(0, place, out) if sorts else out
+    for count, step in steps.found:
+        some = slice(start, start + count)
+        moved = _with_step(flat[some], bank, step, None if weights is None else weights[some])
+        if moved is None:
+            return None
+        out[some] = moved
+        start += count
     return torch.empty_like(out).index_copy_(0, place, out) if sorts else out
 
 
 def _batched(flat: Tensor, out: Tensor, bank: Tables, steps: list[_Step], scale: Tensor | None) -> bool:
-    """Hinges of one rank, every row with its own directions: (b, k, d) of a block is read where it stands, or gathered."""
-    vectors, coefficients, _ = bank
-    (n, d), first = flat.shape, steps[0]
-    if torch.float64 in (flat.dtype, vectors.dtype):
+    """Hinges of one rank, every row with its own directions, (b, k, d): read where they stand, or gathered a block at a time."""
+    vectors, first = bank[0], steps[0]
+    if flat.dtype is torch.float64 or vectors.dtype is torch.float64:
         return False
-    same = all(step.how is first.how for step in steps)
-    block = max(1, 2 * BLOCK // (d * first.rank))
-    for begin in range(0, n, block):
-        end = min(begin + block, n)
-        part = steps[begin:end]
+    together = vectors.dtype is torch.float32 and _stand_together([step.lift for step in steps], first.rank)
+    block = len(steps) if together else max(1, 2 * BLOCK // (flat.shape[1] * first.rank))
+    how = first.how if all(step.how is first.how for step in steps) else None
+    for begin in range(0, len(steps), block):
+        part, some = steps[begin : begin + block], slice(begin, begin + block)
         lift = _directions(vectors, [step.lift for step in part], first.rank)
         project = lift if first.project == first.lift else _directions(vectors, [s.project for s in part], first.rank)
-        x = flat[begin:end].float()
-        y = _dots(project, x)
-        if same and first.how is not None:
-            y, share = y if first.how.act is None else first.how.act(y), first.how.share
-        else:
-            numbers = torch.tensor([step.start for step in part])
-            gains = coefficients[:, 2].index_select(0, numbers)
-            places = (numbers[:, None] + torch.arange(1, first.rank + 1)).view(-1)
-            table = coefficients.index_select(0, places)
-            y, share = hinge(y.view(-1), table).view(y.shape).mul_(gains[:, None]), 1.0
+        x = flat[some].float()
+        y = torch.bmm(x[:, None], project.mT)[:, 0]  # the other way round it takes 10 times as long
+        if how is None:
+            y = _own_hinges(y, bank[1], [step.start for step in part])
+        elif how.act is not None:
+            y = how.act(y)
         if scale is not None:
-            y.mul_(scale[begin:end])
-        moved = _combined(y, lift)
-        torch.add(x, moved, alpha=share, out=moved)
+            y.mul_(scale[some])
+        moved = torch.bmm(y[:, None], lift)[:, 0]
+        torch.add(x, moved, alpha=1.0 if how is None else how.share, out=moved)
         if first.how is not None and first.how.keep_norm:
             _with_norm(moved, torch.linalg.vector_norm(x, dim=-1, keepdim=True))
-        out[begin:end] = moved
+        out[some] = moved
     return True
 
 
+def _own_hinges(y: Tensor, coefficients: Tensor, starts: list[int]) -> Tensor:
+    """Every row (k,) by the numbers of its own slot, whose constants stand in these rows."""
+    rank = y.shape[1]
+    first = torch.tensor(starts, device="cpu")
+    places = (first[:, None] + torch.arange(1, rank + 1, device="cpu")).view(-1)
+    gains = coefficients[:, 2].index_select(0, first)
+    return hinge(y.reshape(-1), coefficients.index_select(0, places)).view(y.shape).mul_(gains[:, None])
+
+
+def _stand_together(first: list[int], rank: int) -> bool:
+    """Whether rows that begin there, so many each, follow one after another."""
+    return all(b - a == rank for a, b in zip(first, first[1:], strict=False))
+
+
 def _directions(vectors: Tensor, first: list[int], rank: int) -> Tensor:
-    """The rows of several slots, (b, k, d) in float32: a view where they stand one after another."""
-    start, stop = first[0], first[-1] + rank
-    if stop - start == rank * len(first) and all(b - a == rank for a, b in zip(first, first[1:], strict=False)):
-        found = vectors[start:stop]
+    """The rows of several slots, (b, k, d) in float32: a view where they stand together."""
+    if _stand_together(first, rank):
+        found = vectors[first[0] : first[-1] + rank]
     else:
-        places = torch.tensor(first)
-        found = vectors.index_select(0, (places[:, None] + torch.arange(rank)).view(-1) if rank > 1 else places)
+        places = torch.tensor(first, device="cpu")
+        if rank > 1:
+            places = (places[:, None] + torch.arange(rank, device="cpu")).view(-1)
+        found = vectors.index_select(0, places)
     return found.float().view(len(first), rank, -1)
-
-
-def _dots(rows: Tensor, x: Tensor) -> Tensor:
-    """(b, k): every x times its own rows."""
-    return torch.bmm(x[:, None], rows.mT)[:, 0]  # the other way round it takes 10 times as long
-
-
-def _combined(y: Tensor, rows: Tensor) -> Tensor:
-    """(b, d): every row's own rows, weighted."""
-    return torch.bmm(y[:, None], rows)[:, 0]
