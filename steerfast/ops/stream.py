@@ -157,14 +157,26 @@ def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
     """
     check_op("calibrate", x, "features", features)
     share = finite_number("calibrate", "beta", beta) * features.shape[-1] / features.numel()
-    return _hinged(x, features, hinge(share, bend=-1.0), lambda y: share - torch.relu(y), How(-1.0, lambda y: y.relu_().sub_(share)))
+    return _hinged(
+        x,
+        features,
+        hinge(share, bend=-1.0),
+        lambda y: share - torch.relu(y),
+        How(-1.0, lambda y: y.relu_().sub_(share)),
+    )
 
 
 def calibrate_(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
     """`calibrate`, written into x."""
     check_op("calibrate_", x, "features", features, in_place=True)
     share = finite_number("calibrate_", "beta", beta) * features.shape[-1] / features.numel()
-    return _hinged_(x, features, hinge(share, bend=-1.0), lambda y: share - torch.relu(y), How(-1.0, lambda y: y.relu_().sub_(share)))
+    return _hinged_(
+        x,
+        features,
+        hinge(share, bend=-1.0),
+        lambda y: share - torch.relu(y),
+        How(-1.0, lambda y: y.relu_().sub_(share)),
+    )
 
 
 def flow(

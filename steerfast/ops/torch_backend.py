@@ -426,4 +426,5 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def widened(x: Tensor) -> Tensor:
+    """x in the dtype of the arithmetic: 16 bits as float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,8 +1,8 @@
 """The quick roads of the PyTorch backend: plain CPU tensors of which nobody asks a gradient, block by block in the cache.
 
-What they compute is what `torch_backend` computes. Each returns None where it does not serve, and that one runs. A block of rows is
-widened, edited and rounded while it lies in the cache: nothing of the size of x is allocated but the output, whose memory's first
-touch already costs more than the arithmetic.
+What they compute is what `torch_backend` computes. Each returns None where it does not serve, and that one runs. A block of rows
+is widened, edited and rounded while it lies in the cache: nothing of the size of x is allocated but the output, whose memory's
+first touch already costs more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ TURNED = 16
 SHARED = 4
 """From so many rows per owner on every owner has products of its own; below, one batched product serves all."""
 REMEMBERED = 1 << 14
-"""Bytes of the tables of a bank up to which the slots of a whole batch are remembered by them."""
+"""Bytes of a table of a bank up to which the slots of a whole batch are remembered by them."""
 WIDE = (torch.float32, torch.float64)
 
 Act = Callable[[Tensor], Tensor]
+_modes = torch._C._len_torch_dispatch_stack
 _bytes_at = ctypes.string_at
 _unpacked = struct.Struct("8i").unpack
 
 
 def is_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether these, beside each other, are CPU tensors and nothing more: no subclass, no transform, no gradient asked of them."""
+    """Whether these, beside each other, are CPU tensors and no more: no subclass, mode or transform, no gradient asked of them."""
     if type(x) is not Tensor or not x.is_cpu:
         return False
     for tensor in others:
@@ -49,7 +50,7 @@ def is_plain(x: Tensor, *others: Tensor | None) -> bool:
             return False
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, *others)):
         return False
-    return not transformed() and in_plain_arithmetic()
+    return not (transformed() or _modes()) and in_plain_arithmetic()
 
 
 def is_elementwise(x: Tensor, *vectors: Tensor) -> bool:
@@ -237,7 +238,8 @@ def subspace(
     """Project → act → lift where every row has one slot, or none."""
     if (
         not is_plain(x, vectors, coefficients, slots, rows, scale)
-        or coefficients.dtype is not torch.float32
+        or not _is_readable(coefficients, torch.float32)
+        or not _is_readable(slots, torch.int32)
         or (scale is not None and x.dtype is torch.float64)
         or not x.numel()
     ):
@@ -258,6 +260,11 @@ def subspace(
     return None if out is None else x.copy_(out.view(x.shape)) if in_place else out.view(x.shape)
 
 
+def _is_readable(table: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the memory of a table is rows of eight such numbers."""
+    return table.dtype is dtype and table.is_cpu and table.is_contiguous()
+
+
 def _step_of(bank: Tables, owner: int) -> _Step | None:
     """A slot, decoded; what has been decoded is found again by its numbers, so that a change of the bank is seen at once."""
     vectors, coefficients, slots = bank
@@ -274,23 +281,41 @@ def _step_of(bank: Tables, owner: int) -> _Step | None:
 def _steps_of(bank: Tables, owners: list[int]) -> _Steps | None:
     """The slots of several rows, in the order of their numbers, and how many rows each has."""
     vectors, coefficients, slots = bank
-    sizes = 32 * slots.shape[0], 32 * coefficients.shape[0]
-    if sum(sizes) <= REMEMBERED:
-        tables = _bytes_at(slots.data_ptr(), sizes[0]), _bytes_at(coefficients.data_ptr(), sizes[1])
-        return _remembered(*tables, vectors.shape[0], tuple(owners))
+    if 32 * slots.shape[0] <= REMEMBERED:
+        headers, mine = _bytes_at(slots.data_ptr(), 32 * slots.shape[0]), tuple(owners)
+        span = _span(headers, mine, vectors.shape[0], coefficients.shape[0])
+        if span is None:
+            return None
+        first, rows = span
+        if 32 * rows <= REMEMBERED:
+            return _remembered(headers, _bytes_at(coefficients.data_ptr() + 32 * first, 32 * rows), first, mine)
     return _counted(owners, lambda owner: _step_of(bank, owner))
 
 
 @functools.lru_cache(maxsize=256)
-def _remembered(headers: bytes, numbers: bytes, directions: int, owners: tuple[int, ...]) -> _Steps | None:
-    def step(owner: int) -> _Step | None:
+def _span(headers: bytes, owners: tuple[int, ...], directions: int, size: int) -> tuple[int, int] | None:
+    """First row and number of the rows of coefficients that hold these slots; None where one does not fit the bank."""
+    ends = []
+    for owner in set(owners) - {-1}:
         header = headers[32 * owner : 32 * owner + 32]
         if owner < 0 or not header:
             return None
         _, rank, project, lift, start, *_ = _unpacked(header)
-        own, last = numbers[32 * max(start, 0) : 32 * (start + 1 + rank)], directions - rank
-        fits = rank > 0 and start >= 0 and len(own) == 32 + 32 * rank and 0 <= project <= last and 0 <= lift <= last
-        return _decoded(header, own) if fits else None
+        last = directions - rank
+        if not (rank > 0 and 0 <= start < size - rank and 0 <= project <= last and 0 <= lift <= last):
+            return None
+        ends.append((start, start + 1 + rank))
+    first = min(start for start, _ in ends)
+    return first, max(stop for _, stop in ends) - first
+
+
+@functools.lru_cache(maxsize=256)
+def _remembered(headers: bytes, numbers: bytes, first: int, owners: tuple[int, ...]) -> _Steps | None:
+    def step(owner: int) -> _Step:
+        header = headers[32 * owner : 32 * owner + 32]
+        _, rank, _, _, start, *_ = _unpacked(header)
+        begin = 32 * (start - first)
+        return _decoded(header, numbers[begin : begin + 32 + 32 * rank])
 
     return _counted(owners, step)
 
@@ -358,10 +383,15 @@ def _hinge_of(gain: float, columns: tuple[tuple[float, ...], ...]) -> How:
         terms.append(lambda y: y * c1)
     for size, knot in ((c2, c3), (c4, c5)):
         if not _is_zero(size):
-            terms.append(lambda y, size=size, knot=knot: torch.relu_(y - knot).mul_(size))
+            terms.append(functools.partial(_bent, size, knot))
     if not _is_zero(c6):
         terms.append(lambda y: (y > c7).to(y.dtype).mul_(c6))
     return How(gain, lambda y: _summed([term(y) for term in terms] or [torch.zeros_like(y)], c0))
+
+
+def _bent(size: float | Tensor, knot: float | Tensor, y: Tensor) -> Tensor:
+    """size · relu(y - knot)."""
+    return torch.relu_(y - knot).mul_(size)
 
 
 def _summed(terms: list[Tensor], offset: float | Tensor) -> Tensor:
@@ -394,9 +424,7 @@ def _by_one(x: Tensor, bank: Tables, owner: int, scale: Tensor | None, in_place:
     return None if step is None else _with_step(x, bank, step, scale, in_place)
 
 
-def _with_step(
-    x: Tensor, bank: Tables, step: _Step, scale: Tensor | None, in_place: bool = False
-) -> Tensor | None:
+def _with_step(x: Tensor, bank: Tables, step: _Step, scale: Tensor | None, in_place: bool = False) -> Tensor | None:
     """Rows after a slot: in few calls, or a block at a time as the general road edits them."""
     rank, project, lift, _, mode, how = step
     vectors = bank[0]
@@ -473,7 +501,7 @@ def _own_hinges(y: Tensor, coefficients: Tensor, starts: list[int]) -> Tensor:
 
 def _stand_together(first: list[int], rank: int) -> bool:
     """Whether rows that begin there, so many each, follow one after another."""
-    return all(b - a == rank for a, b in zip(first, first[1:], strict=False))
+    return first == list(range(first[0], first[0] + rank * len(first), rank))
 
 
 def _directions(vectors: Tensor, first: list[int], rank: int) -> Tensor:

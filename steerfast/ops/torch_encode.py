@@ -9,7 +9,9 @@ from .backends import in_full_precision, transformed
 from .torch_backend import widened
 
 SAE_BLOCK, SAE_GROUP = 4096, 32  # features walked at a time by many rows, and those that share a maximum
-SAE_CELLS = 1 << 21  # pre-activations at a time where rows are few: a block costs 20 calls, and each may wait for a thread
+SAE_CELLS = (
+    1 << 21
+)  # pre-activations at a time where rows are few: a block costs 20 calls, and each may wait for a thread
 SAE_DIRECT = 1 << 17  # pre-activations of which torch.topk finds the largest sooner than maxima of groups do
 SAE_WIDENED = 1 << 20  # numbers of an encoder that are widened at a time
 
