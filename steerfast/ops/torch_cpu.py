@@ -42,7 +42,7 @@ _unpacked = struct.Struct("8i").unpack
 
 
 def is_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether these, beside each other, are CPU tensors and no more: no subclass, mode or transform, no gradient asked of them."""
+    """Whether these, beside each other, are plain CPU tensors: no subclass, mode or transform, no gradient asked of them."""
     if type(x) is not Tensor or not x.is_cpu:
         return False
     for tensor in others:
