@@ -46,7 +46,7 @@ def test_rows_of_many_owners_in_one_product(dtype: torch.dtype, mixed: bool, ran
 def test_a_change_of_the_bank_is_seen_however_it_was_written() -> None:
     """What is remembered of a slot is found by its numbers, so that no write goes past it: not even one without a version."""
     bank, x = bank_of(2, 2), torch.randn(3, D)
-    vectors, coefficients, slots = bank.tensors
+    _, coefficients, slots = bank.tensors
     for rows in (None, torch.tensor([0, 1, 0], dtype=torch.int32)):
         before = ops.subspace(x, *bank.tensors, rows)
         coefficients.numpy()[int(slots[0, 4]), 2] *= 3
