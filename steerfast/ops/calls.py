@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import torch_backend, torch_topk
+from . import torch_backend, torch_cpu, torch_encode, torch_topk
 from .backends import in_full_sums, interpreted, kernels
 
 if TYPE_CHECKING:
@@ -21,13 +21,17 @@ Edit = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int, int]
 def add(backend: str, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None) -> Tensor:
     """Out of place, on a backend."""
     if backend == "torch":
-        return torch_backend.add(x, vectors, rows, scale)
+        quick = None if rows is None else torch_cpu.add(x, vectors, rows, scale)
+        return torch_backend.add(x, vectors, rows, scale) if quick is None else quick
     return kernels("add").add(x, vectors, rows, scale, out=empty_like(x))
 
 
 def add_(backend: str, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: Tensor | None) -> None:
     """In place, on a backend."""
-    if backend == "torch" or not _dense(x):
+    if backend == "torch":
+        if rows is None or torch_cpu.add(x, vectors, rows, scale, in_place=True) is None:
+            x.copy_(torch_backend.add(x, vectors, rows, scale))
+    elif not _dense(x):
         x.copy_(add(backend, x, vectors, rows, scale))
     else:
         kernels("add").add(x, vectors, rows, scale, out=x)
@@ -36,7 +40,8 @@ def add_(backend: str, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: T
 def subspace(backend: str, x: Tensor, *edit: Unpack[Edit]) -> Tensor:
     """Out of place, on a backend."""
     if backend == "torch":
-        return torch_backend.subspace(x, *edit[:5])
+        quick = torch_cpu.subspace(x, *edit[:5])
+        return torch_backend.subspace(x, *edit[:5]) if quick is None else quick
     if _to_widen(x, edit[0]):
         return subspace(backend, x.float(), edit[0].float(), *edit[1:]).to(x.dtype)
     return _launched(x, *edit)(x, *edit, out=empty_like(x))
@@ -44,7 +49,10 @@ def subspace(backend: str, x: Tensor, *edit: Unpack[Edit]) -> Tensor:
 
 def subspace_(backend: str, x: Tensor, *edit: Unpack[Edit]) -> None:
     """In place, on a backend."""
-    if backend == "torch" or not _dense(x) or _to_widen(x, edit[0]):
+    if backend == "torch":
+        if torch_cpu.subspace(x, *edit[:5], in_place=True) is None:
+            x.copy_(torch_backend.subspace(x, *edit[:5]))
+    elif not _dense(x) or _to_widen(x, edit[0]):
         x.copy_(subspace(backend, x, *edit))
     else:
         _launched(x, *edit)(x, *edit, out=x)
@@ -100,7 +108,7 @@ def add_rms_norm(
 def sae_encode(backend: str, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """(values, indices) on a backend; float64 on PyTorch."""
     if backend == "torch" or torch.float64 in (x.dtype, w_enc.dtype):
-        return torch_backend.sae_encode(x, w_enc, b_enc, k)
+        return torch_encode.sae_encode(x, w_enc, b_enc, k)
     return kernels("sae_encode").sae_encode(x, w_enc, b_enc, k)
 
 
@@ -109,7 +117,7 @@ def sae_encode_threshold(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values, indices, counts) on a backend; float64 on PyTorch."""
     if backend == "torch" or torch.float64 in (x.dtype, w_enc.dtype):
-        return torch_backend.sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
+        return torch_encode.sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
     return kernels("sae_encode_threshold").sae_encode_threshold(x, w_enc, b_enc, threshold, capacity)
 
 

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from steerfast._checks import finite_number, one_of, path_length, step_count
 
-from . import calls, torch_backend
+from . import calls, torch_backend, torch_cpu
 from .backends import backend_of, kernels
 from .slots import AFFINE, FLOW, HINGE, SOLVE, Eight, Tables, hinge
 from .solvers import SOLVERS, Field, Scheme, scheme
 from .subspace import check_in_place, check_op, edited, edited_, needs_gradient
 from .tables import affine_tables, flow_tables, hinge_tables, loreft_tables, with_numbers
+from .torch_cpu import How
 
 
 def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -43,6 +44,8 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
         tensor([[1., 1., 1.],
                 [2., 2., 2.]])
     """
+    if rows is None and scale is None and _is_elementwise(x, vectors):
+        return torch.add(x, vectors)
     check_op("add", x, "vectors", vectors, rows, scale)
     if torch.compiler.is_compiling():
         return torch.ops.steerfast.add(x, vectors, rows, scale)
@@ -55,6 +58,8 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
 def add_(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """`add`, written into x."""
     check_op("add_", x, "vectors", vectors, rows, scale, in_place=True)
+    if rows is None and scale is None and _is_elementwise(x, vectors):
+        return x.add_(vectors)
     if torch.compiler.is_compiling():
         torch.ops.steerfast.add_(x, vectors, rows, scale)
     else:
@@ -85,13 +90,13 @@ def ablate(x: Tensor, basis: Tensor) -> Tensor:
         tensor([[0., 4.]])
     """
     check_op("ablate", x, "basis", basis)
-    return _hinged(x, basis, hinge(slope=-1.0), torch.neg)
+    return _hinged(x, basis, hinge(slope=-1.0), torch.neg, How(-1.0))
 
 
 def ablate_(x: Tensor, basis: Tensor) -> Tensor:
     """`ablate`, written into x."""
     check_op("ablate_", x, "basis", basis, in_place=True)
-    return _hinged_(x, basis, hinge(slope=-1.0), torch.neg)
+    return _hinged_(x, basis, hinge(slope=-1.0), torch.neg, How(-1.0))
 
 
 def amplify(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
@@ -118,14 +123,14 @@ def amplify(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
     """
     check_op("amplify", x, "features", features)
     alpha = finite_number("amplify", "alpha", alpha)
-    return _hinged(x, features, hinge(bend=alpha), lambda y: alpha * torch.relu(y))
+    return _hinged(x, features, hinge(bend=alpha), lambda y: alpha * torch.relu(y), How(alpha, torch.relu_))
 
 
 def amplify_(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
     """`amplify`, written into x."""
     check_op("amplify_", x, "features", features, in_place=True)
     alpha = finite_number("amplify_", "alpha", alpha)
-    return _hinged_(x, features, hinge(bend=alpha), lambda y: alpha * torch.relu(y))
+    return _hinged_(x, features, hinge(bend=alpha), lambda y: alpha * torch.relu(y), How(alpha, torch.relu_))
 
 
 def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
@@ -152,14 +157,26 @@ def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
     """
     check_op("calibrate", x, "features", features)
     share = finite_number("calibrate", "beta", beta) * features.shape[-1] / features.numel()
-    return _hinged(x, features, hinge(share, bend=-1.0), lambda y: share - torch.relu(y))
+    return _hinged(
+        x,
+        features,
+        hinge(share, bend=-1.0),
+        lambda y: share - torch.relu(y),
+        How(-1.0, lambda y: y.relu_().sub_(share)),
+    )
 
 
 def calibrate_(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
     """`calibrate`, written into x."""
     check_op("calibrate_", x, "features", features, in_place=True)
     share = finite_number("calibrate_", "beta", beta) * features.shape[-1] / features.numel()
-    return _hinged_(x, features, hinge(share, bend=-1.0), lambda y: share - torch.relu(y))
+    return _hinged_(
+        x,
+        features,
+        hinge(share, bend=-1.0),
+        lambda y: share - torch.relu(y),
+        How(-1.0, lambda y: y.relu_().sub_(share)),
+    )
 
 
 def flow(
@@ -291,6 +308,8 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         >>> sf.ops.affine(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.5]), torch.tensor([0.0, 1.0]))
         tensor([[3., 3.]])
     """
+    if _is_elementwise(x, weight, bias):
+        return torch.addcmul(bias, weight, x)
     _check_affine("affine", x, weight, bias)
     backend = backend_of(x)
     if backend == "torch":
@@ -302,6 +321,8 @@ def affine_(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`affine`, written into x."""
     _check_affine("affine_", x, weight, bias)
     check_in_place("affine_", x, weight, bias)
+    if _is_elementwise(x, weight, bias):
+        return torch.addcmul(bias, weight, x, out=x)
     backend = backend_of(x)
     if backend == "torch":
         return x.copy_(torch_backend.affine(x, weight, bias))
@@ -352,20 +373,26 @@ def _affine_bank(x: Tensor, weight: Tensor, bias: Tensor) -> Tables:
     return torch.stack([weight.to(wide) - 1, bias.to(wide)]), *affine_tables(x.device)
 
 
-def _hinged(x: Tensor, directions: Tensor, numbers: Eight, act: Callable[[Tensor], Tensor]) -> Tensor:
-    """x + Bᵀg: g = act(Bx) on PyTorch, and the hinge of these eight numbers, which is the same, elsewhere."""
+def _is_elementwise(x: Tensor, *vectors: Tensor) -> bool:
+    return torch_cpu.is_elementwise(x, *vectors) and backend_of(x) == "torch"
+
+
+def _hinged(x: Tensor, directions: Tensor, numbers: Eight, act: Callable[[Tensor], Tensor], how: How) -> Tensor:
+    """x + Bᵀg: g = act(Bx) on PyTorch, as `how` says in other words, and the hinge of these eight numbers elsewhere."""
     backend = backend_of(x)
     if backend == "torch":
-        return torch_backend.hinged(x, directions, act)
+        quick = None if torch.compiler.is_compiling() else torch_cpu.hinged(x, directions, how)
+        return torch_backend.hinged(x, directions, act) if quick is None else quick
     bank = _hinge_bank(x, directions, numbers)
     return edited(backend, x, bank, HINGE, bank[0].shape[0])
 
 
-def _hinged_(x: Tensor, directions: Tensor, numbers: Eight, act: Callable[[Tensor], Tensor]) -> Tensor:
+def _hinged_(x: Tensor, directions: Tensor, numbers: Eight, act: Callable[[Tensor], Tensor], how: How) -> Tensor:
     """`_hinged`, written into x."""
     backend = backend_of(x)
     if backend == "torch":
-        return x.copy_(torch_backend.hinged(x, directions, act))
+        quick = None if torch.compiler.is_compiling() else torch_cpu.hinged(x, directions, how, in_place=True)
+        return x.copy_(torch_backend.hinged(x, directions, act)) if quick is None else x
     bank = _hinge_bank(x, directions, numbers)
     return edited_(backend, x, bank, HINGE, bank[0].shape[0])
 

@@ -16,7 +16,6 @@ from .backends import in_full_precision, transformed
 from .slots import ADD, AFFINE, FLOW, HINGE, PUSH, ROTATE, SLERP, SOLVE, Slot, slot_of
 from .solvers import EULER, Field, Scheme, are_few, few_eulers, integrate, unpack
 
-SAE_BLOCK, SAE_GROUP = 4096, 32  # features walked at a time, and those that share a maximum
 SAE_ROWS = 256  # 16-bit decoder rows that are widened at a time: in float32 they stay in the cache
 TINY = 1e-30  # stands in for the length of a zero row
 
@@ -30,7 +29,7 @@ VANISHED = 1e-5
 def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """x + scale · vectors[rows]; a row whose entries are all -1 is copied bit for bit, one beyond the bank becomes NaN."""
     bank = vectors.reshape(-1, vectors.shape[-1])
-    flat = _wide(x.reshape(-1, x.shape[-1]))
+    flat = widened(x.reshape(-1, x.shape[-1]))
     if rows is None and bank.shape[0]:
         weight = 1.0 if scale is None else scale.reshape(-1, 1).to(flat.dtype)
         return (flat + weight * bank[:1].to(flat.dtype)).to(x.dtype).view_as(x)
@@ -81,7 +80,7 @@ def subspace(
 ) -> Tensor:
     """Project → act → lift with the slots of a bank: x' = s·x + C·g, (s, g) = act(Bᵀx, ‖x‖); NaN beyond the bank."""
     flat = x.reshape(-1, x.shape[-1])
-    out, table = _wide(flat), _table(rows, flat)
+    out, table = widened(flat), _table(rows, flat)
     weights = None if scale is None else _columns(scale).to(out.dtype)
     whole = False  # whether a slot has edited every row
     for column in range(table.shape[1]):
@@ -118,7 +117,7 @@ def subspace_probe(
     """(x', y): `subspace`, and what it projected, y = Bᵀx as (n, P, max_rank): its first numbers, zero beyond a slot's rank."""
     flat = x.reshape(-1, x.shape[-1])
     table, weights = _table(rows, flat), None if scale is None else _columns(scale)
-    wide = _wide(flat)
+    wide = widened(flat)
     y = wide.new_zeros(*table.shape, max_rank)
     for column in range(table.shape[1]):
         for owner, mine in _owners(table[:, column]):
@@ -179,7 +178,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @in_full_precision
 def similarity(x: Tensor, basis: Tensor, squash: bool) -> Tensor:
     """‖Wx‖/‖x‖ = |cos(x, proj_W x)| for orthonormal rows W; squashed: cos(x, tanh(WᵀWx)). A zero row has similarity 0."""
-    wide, rows = _rows(x), _wide(basis.reshape(-1, basis.shape[-1]))
+    wide, rows = _rows(x), widened(basis.reshape(-1, basis.shape[-1]))
     y = wide @ rows.to(wide.dtype).T
     norm = torch.linalg.vector_norm(wide, dim=-1)
     if squash:
@@ -258,31 +257,11 @@ def hinge(y: Tensor, c: Tensor) -> Tensor:
 
     Ablate, amplify, calibrate, clamp, affine and SAE feature edits are each one choice of the eight numbers.
     """
-    c0, c1, c2, c3, c4, c5, c6, c7 = c.unbind(1)
+    c0, c1, c2, c3, c4, c5, c6, c7 = c.unbind(-1)
     g = torch.addcmul(c0, c1, y)
     g = torch.addcmul(g, c2, torch.relu(y - c3))
     g = torch.addcmul(g, c4, torch.relu(y - c5))
     return torch.addcmul(g, c6, (y > c7).to(y.dtype))
-
-
-@in_full_precision
-def sae_encode(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Top-K of relu(x W_encᵀ + b_enc), walking blocks of features: the matrix (n, F) never exists."""
-    values, indices, _ = _walk(x, w_enc, b_enc, None, k)
-    return values, indices
-
-
-@in_full_precision
-def sae_encode_threshold(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, capacity: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """f = h·[h > θ], h = x W_encᵀ + b_enc, as sorted lists of what is not zero, and their lengths.
-
-    A row with more than `capacity` active features is NaN throughout: its count says what it needs.
-    """
-    values, indices, counts = _walk(x, w_enc, b_enc, threshold, capacity)
-    over = (counts > capacity)[..., None]
-    return values.masked_fill(over, torch.nan), indices.masked_fill(over, 0), counts
 
 
 @in_full_precision
@@ -299,9 +278,9 @@ def sae_add(x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, scale: Te
     """x + scale · Σⱼ values[j] · W_dec[indices[j]], rounded once; a row of scale 0 is copied bit for bit."""
     delta = _gather_sum(values, indices, w_dec)
     if scale is None:
-        return (_wide(x) + delta).to(x.dtype)
+        return (widened(x) + delta).to(x.dtype)
     weight = scale.view(*x.shape[:-1], 1)
-    return torch.where(weight == 0, x, (_wide(x) + weight * delta).to(x.dtype))
+    return torch.where(weight == 0, x, (widened(x) + weight * delta).to(x.dtype))
 
 
 @in_full_precision
@@ -318,11 +297,11 @@ def sae_edit(
     values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
     f = torch.stack([(values * (indices == feature)).sum(1) for feature in features], 1)
     g = torch.clamp(table[:, 0] * f + table[:, 1], table[:, 2], table[:, 3]) - f
-    delta = (g.to(_wide(w_dec).dtype) @ _wide(w_dec)).view_as(x)
+    delta = (g.to(widened(w_dec).dtype) @ widened(w_dec)).view_as(x)
     if scale is None:
-        return (_wide(x) + delta).to(x.dtype)
+        return (widened(x) + delta).to(x.dtype)
     weight = scale.view(*x.shape[:-1], 1)
-    return torch.where(weight == 0, x, (_wide(x) + weight * delta).to(x.dtype))
+    return torch.where(weight == 0, x, (widened(x) + weight * delta).to(x.dtype))
 
 
 @in_full_precision
@@ -390,52 +369,6 @@ def restore_norm(out: Tensor, x: Tensor) -> Tensor:
     return torch.where(after > VANISHED * before, out * (before / after), out)
 
 
-def _walk(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | None, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest positive entries of each row above the threshold, (..., k) twice, and how many there are, (...).
-
-    Blocks are walked in the order of their features, so that an entry that only equals the k-th value so far has lost its
-    tie already; few entries of a block survive that comparison, and only these are sorted (stably).
-    """
-    flat = _wide(x.reshape(-1, x.shape[-1]))
-    flat = flat.to(torch.promote_types(flat.dtype, w_enc.dtype))
-    n, features = flat.shape[0], w_enc.shape[0]
-    if transformed():
-        values, indices, counts = _sorted(flat, w_enc, b_enc, threshold, k)
-        shape = (*x.shape[:-1], k)
-        return values.view(shape), indices.to(torch.int32).view(shape), counts.to(torch.int32).view(x.shape[:-1])
-    values, indices = flat.new_zeros(n, k), torch.zeros(n, k, dtype=torch.int64, device=x.device)
-    counts = torch.zeros(n, dtype=torch.int64, device=x.device)
-    start, width = 0, 256  # narrow at first: the k-th value rises fast
-    while start < features and n:
-        stop = min(start + width, features)
-        rows = w_enc[start:stop].to(flat.dtype)
-        pre = flat @ rows.T if b_enc is None else torch.addmm(b_enc[start:stop].to(flat.dtype), flat, rows.T)
-        if threshold is not None:
-            silent = pre <= threshold[start:stop].to(flat.dtype)  # NaN is active
-            counts += (stop - start) - silent.sum(1)
-            pre = pre.masked_fill(silent, 0)
-        values, indices = _merge(values, indices, pre, start)
-        start, width = stop, min(2 * width, SAE_BLOCK)
-    shape = (*x.shape[:-1], k)
-    indices = indices.to(torch.int32).view(shape)
-    return values.contiguous().view(shape), indices, counts.to(torch.int32).view(x.shape[:-1])
-
-
-def _sorted(
-    flat: Tensor, w_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | None, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_walk` finds, from the whole matrix (n, F) and without a look at its values, which a transform may hide."""
-    pre = flat @ w_enc.to(flat.dtype).T
-    pre = pre if b_enc is None else pre + b_enc.to(flat.dtype)
-    if threshold is not None:
-        pre = torch.where(pre <= threshold.to(flat.dtype), 0, pre)
-    pre = torch.where(pre <= 0, 0, pre)
-    values, indices = (part[:, :k] for part in pre.sort(dim=1, descending=True, stable=True))
-    return values, torch.where(values == 0, 0, indices), (pre != 0).sum(1)
-
-
 def _gather_sum(values: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:
     """Σⱼ values[j] · W_dec[indices[j]] in the dtype of the arithmetic."""
     k, d = values.shape[-1], w_dec.shape[-1]
@@ -451,28 +384,6 @@ def _gather_sum(values: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:
         rows = ((v[:, None], w_dec.index_select(0, i.reshape(-1)).view(-1, k, d)) for v, i in blocks)
         out = torch.cat([torch.bmm(v.to(dtype), w.to(dtype))[:, 0] for v, w in rows])
     return out.view(*values.shape[:-1], d)
-
-
-def _merge(values: Tensor, indices: Tensor, pre: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """The running best of each row, (n, k), with those entries of a block of pre-activations that beat its last one.
-
-    Maxima of 32 neighbours are compared first: one cheap pass leaves little to look at. NaN beats every number, as in
-    torch.topk.
-    """
-    n, k = values.shape
-    groups = torch.nn.functional.pad(pre, (0, -pre.shape[1] % SAE_GROUP)).view(n, -1, SAE_GROUP)
-    last = values[:, -1:].nan_to_num(nan=torch.inf)
-    row, group = (groups.amax(2) <= last).logical_not_().nonzero(as_tuple=True)
-    entries = groups[row, group]
-    which, place = (entries <= last[row]).logical_not_().nonzero(as_tuple=True)
-    entries, row, column = entries[which, place], row[which], group[which] * SAE_GROUP + place
-    count = torch.bincount(row, minlength=n)
-    slot = torch.arange(row.numel(), device=row.device) - (count.cumsum(0) - count)[row]
-    width = int(count.max())
-    more = values.new_zeros(n, width).index_put((row, slot), entries)
-    where = indices.new_zeros(n, width).index_put((row, slot), column + start)
-    merged, order = torch.cat([values, more], 1).sort(dim=1, descending=True, stable=True)
-    return merged[:, :k], torch.cat([indices, where], 1).gather(1, order[:, :k])
 
 
 def _owners(column: Tensor) -> list[tuple[int, Tensor | None]]:
@@ -511,8 +422,9 @@ def _columns(table: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """x as (n, d) in the dtype of the arithmetic."""
-    return _wide(x.reshape(-1, x.shape[-1]))
+    return widened(x.reshape(-1, x.shape[-1]))
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype of the arithmetic: 16 bits as float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

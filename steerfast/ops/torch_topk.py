@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends import in_full_precision, transformed
-from .torch_backend import SAE_BLOCK, SAE_GROUP, sae_encode
+from .torch_encode import SAE_BLOCK, SAE_GROUP, sae_encode
 
 
 @in_full_precision

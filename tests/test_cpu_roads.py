@@ -1,0 +1,106 @@
+"""The quick roads of the CPU backend: what they compute is what the general one does, and where they do not serve they say so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import steerfast as sf
+from steerfast import ops
+from steerfast.ops import torch_backend, torch_cpu, torch_encode
+
+D = 40
+
+
+def bank_of(count: int, rank: int, dtype: torch.dtype = torch.float32, mixed: bool = False) -> sf.Bank:
+    bank = sf.Bank(D, slots=count, directions=4 * rank * count, dtype=dtype)
+    for i in range(count):
+        bank.register(sf.Amplify(torch.randn(rank, D) / 6, (i if mixed else 0) + 0.5))
+    return bank
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    unit = torch.finfo(got.dtype).eps * wanted.abs().max()
+    assert (got.float() - wanted.float()).abs().max() <= 4 * unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_rows_of_many_owners_in_one_product(dtype: torch.dtype, mixed: bool, rank: int) -> None:
+    """In order or not, with rows of nobody and with strengths: the general road's values, and idle rows bit for bit."""
+    bank, x = bank_of(9, rank, dtype, mixed), torch.randn(11, D).to(dtype)
+    for rows in (torch.arange(11) % 9, torch.tensor([3, 1, -1, 8, 0, 5, -1, 2, 7, 6, 4]), torch.arange(11) // 6):
+        rows = rows.int()
+        for scale in (None, torch.rand(11)):
+            got = torch_cpu.subspace(x, *bank.tensors, rows, scale)
+            assert got is not None
+            close(got, torch_backend.subspace(x, *bank.tensors, rows, scale))
+            assert torch.equal(got[rows < 0], x[rows < 0])
+            twin = x.clone()
+            assert torch_cpu.subspace(twin, *bank.tensors, rows, scale, in_place=True) is twin
+            assert torch.equal(twin, got)
+
+
+def test_a_change_of_the_bank_is_seen_however_it_was_written() -> None:
+    """What is remembered of a slot is found by its numbers, so that no write goes past it: not even one without a version."""
+    bank, x = bank_of(2, 2), torch.randn(3, D)
+    _, coefficients, slots = bank.tensors
+    for rows in (None, torch.tensor([0, 1, 0], dtype=torch.int32)):
+        before = ops.subspace(x, *bank.tensors, rows)
+        coefficients.numpy()[int(slots[0, 4]), 2] *= 3
+        after = ops.subspace(x, *bank.tensors, rows)
+        assert not torch.equal(before, after)
+        close(after, torch_backend.subspace(x, *bank.tensors, rows))
+
+
+@pytest.mark.parametrize(
+    "header", [(2, 99, 0, 0, 0), (2, 1, 0, 10**6, 0), (2, 1, 0, 0, 10**6), (2, 1, -1, 0, 0), (2, 1, 0, 0, -3)]
+)
+def test_a_header_that_points_outside_the_bank_is_not_followed(header: tuple[int, ...]) -> None:
+    """Memory beside the tables is never read."""
+    vectors, coefficients, slots = bank_of(2, 1).tensors
+    slots = slots.clone()
+    slots[0, :5] = torch.tensor(header, dtype=torch.int32)
+    assert torch_cpu.subspace(torch.randn(2, D), vectors, coefficients, slots, None, None) is None
+    assert torch_cpu.subspace(torch.randn(2, D), vectors, coefficients, slots, torch.tensor([0, 1]).int(), None) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_make_no_difference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows block by block, out of place and in place, and the same rows at once."""
+    x, b = torch.randn(37, D).to(dtype), (torch.randn(3, D) / 6).to(dtype)
+    rows = torch.randint(0, 3, (37,)).int()
+    calls = (
+        lambda x: ops.amplify(x, b, 0.7),
+        lambda x: ops.amplify_(x.clone(), b, 0.7),
+        lambda x: ops.ablate(x, b[0]),
+        lambda x: ops.add(x, b, rows, torch.linspace(0, 1, 37)),
+        lambda x: ops.add_(x.clone(), b, rows),
+    )
+    whole = [call(x) for call in calls]
+    monkeypatch.setattr(torch_cpu, "BLOCK", 5 * D)
+    for call, wanted in zip(calls, whole, strict=True):
+        close(call(x), wanted)
+
+
+def test_elementwise_sums_round_once() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        x, w, b = torch.randn(50, D).to(dtype), torch.randn(D).to(dtype), torch.randn(D).to(dtype)
+        assert torch.equal(ops.add(x, b), (x.float() + b.float()).to(dtype))
+        assert torch.equal(ops.affine(x, w, b), (x.float() * w.float() + b.float()).to(dtype))
+
+
+def test_a_direct_selection_leaves_ties_and_nan_to_the_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal entries go to the lower index and NaN comes first, whether torch.topk or the walk has found them."""
+    w = torch.cat([torch.eye(8), torch.eye(8)])
+    x = torch.tensor([[3.0, 1.0, 0.0, 0.0, 2.0, 0.0, 0.0, -1.0], [1.0, float("nan"), 0.0, 0.0, 2.0, 0.0, 0.0, 0.0]])
+    for rows in (x[:1], x):
+        direct = ops.sae_encode(rows, w, None, 5)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch_encode, "SAE_DIRECT", 0)
+            walked = ops.sae_encode(rows, w, None, 5)
+        for got, wanted in zip(direct, walked, strict=True):
+            torch.testing.assert_close(got, wanted, equal_nan=True)
+    assert ops.sae_encode(x[:1], w, None, 5)[1].tolist() == [[0, 8, 4, 12, 1]]
