@@ -343,7 +343,9 @@ def test_layers_and_room_of_a_prepared_model() -> None:
     for given, layers in LAYERS.values():
         model = deepcopy(build("llama"))
         sf.prepare(
-            model, layers=given, batch=np.int64(2), length=torch.tensor(8), slots=np.int8(2), directions=4, rank=2
+            model,
+            layers=given,
+            room=sf.Room(batch=np.int64(2), length=torch.tensor(8), slots=np.int8(2), directions=4, rank=2),
         )
         for layer in range(3):
             if layer in layers:
@@ -365,16 +367,27 @@ def test_layers_and_room_of_a_prepared_model() -> None:
         ({"layers": slice(3, None)}, ValueError, "layers is slice.*, which names none of 3"),
         ({"layers": [3]}, ValueError, "layer 3 is out of range"),
         ({"site": "residual"}, ValueError, "unknown site 'residual'"),
-        ({"batch": 0}, ValueError, "batch is 0; expected a whole number >= 1"),
-        ({"length": 2.0}, TypeError, "length must be a whole number >= 1; got 2.0"),
-        ({"slots": True}, TypeError, "slots must be a whole number >= 1; got True"),
-        ({"columns": 0}, ValueError, "columns is 0; expected a whole number >= 1"),
+        ({"room": {"batch": 2}}, TypeError, "room must be a Room"),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "model must be a transformers model"),
     ],
 )
 def test_what_prepare_refuses(change: Any, error: Any, message: Any) -> None:
     with pytest.raises(error, match=f"^prepare: {message}"):
         sf.prepare(**{"model": deepcopy(build("llama"))} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batch": 0}, ValueError, "batch is 0; expected a whole number >= 1"),
+        ({"length": 2.0}, TypeError, "length must be a whole number >= 1; got 2.0"),
+        ({"slots": True}, TypeError, "slots must be a whole number >= 1; got True"),
+        ({"columns": 0}, ValueError, "columns is 0; expected a whole number >= 1"),
+    ],
+)
+def test_what_a_room_refuses(change: Any, error: Any, message: Any) -> None:
+    with pytest.raises(error, match=f"^Room: {message}"):
+        sf.Room(**change)
 
 
 def test_prepare_refuses_a_compiled_model_in_its_own_name() -> None:
