@@ -1,4 +1,4 @@
-"""What happens at one place of the model in one step: the edits that the row table names, from that place's bank.
+"""What happens at one place of the model in one step: what is read there, and the edits that the row table names.
 
 One opaque op per place, `steerfast::engine_edit_`, knows its place by a name, finds the rest in the engine's forward
 context, and so survives torch.compile and CUDA graphs: everything that changes between steps is in buffers. On a GPU it
@@ -22,6 +22,7 @@ from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import ADD, needs
 
+from .reading import Readers
 from .table import RowTable
 
 CONTEXT = "steerfast"
@@ -126,20 +127,33 @@ class EditedPlace:
 
 
 class Places:
-    """All places of a model, and the row table that they share."""
+    """All places of a model, the row table that they share, and what reads there."""
 
-    def __init__(self, places: dict[str, EditedPlace], table: RowTable) -> None:
+    def __init__(self, places: dict[str, EditedPlace], table: RowTable, readers: Readers | None = None) -> None:
         self.places = places
         self.table = table
+        self.readers = Readers({}, {}, 0, table.rows.device) if readers is None else readers
 
     def edit_(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
-        """Edit stream (..., d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
+        """Read and edit stream (..., d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
+        if not self.readers.reading:
+            self._edit_(stream, hidden, place)
+            return
+        rows = stream.view(-1, stream.shape[-1])
+        other = None if hidden is None else hidden.reshape(rows.shape)
+        self.readers.write(rows, other, place, after=False)
+        self._edit_(stream, hidden, place)
+        self.readers.write(rows, other, place, after=True)
+
+    def _edit_(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
         table, count = self.table, stream.numel() // stream.shape[-1]
         if count > table.rows.shape[0]:
             raise RuntimeError(f"steerfast: {place} handles {count} tokens; the engine announced {table.rows.shape[0]}")
         on_host = stream.device.type == "cpu"
         if on_host and not table.tokens:
             return  # no row is steered; on a GPU the kernel finds that itself
+        if place not in self.places:
+            return  # it is only read
         stream = stream.view(count, -1)  # vLLM's backend for models of transformers has (1, n, d)
         hidden = None if hidden is None else hidden.reshape(stream.shape)
         here = self.places[place]

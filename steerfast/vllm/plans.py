@@ -71,10 +71,12 @@ class Library:
     Attributes:
         plans: By name, sorted.
         refused: Name to the reason why no request may use it.
+        entered: The layers, but the first, that some plan edits at resid_pre.
     """
 
     plans: dict[str, ServedPlan] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    entered: frozenset[int] = frozenset()
 
     @property
     def slots(self) -> int:
@@ -110,6 +112,7 @@ def load(
     served: dict[str, ServedPlan] = {}
     refused: dict[str, str] = {}
     chains: dict[str, Chains] = {}
+    entered: set[int] = set()
     saes = Shelf("Plan.load")  # one for all plans, so that none is read twice
     for folder in sorted(path for path in root.iterdir() if (path / "plan.json").is_file()):
         name = folder.name
@@ -117,24 +120,30 @@ def load(
             plan = Plan.load(folder, saes)
             columns = _fit(plan, width, layers, dtype)
         except (ValueError, TypeError, OSError) as reason:
-            refused[name] = _public(str(reason), root)
+            refused[name] = public(str(reason), root)
             continue
         chains[name] = numbered(columns)
+        entered |= {layer % layers for site, layer in plan.edits if site == "resid_pre"} - {0}
         # plan.json holds the hash of the tensors beside it, which loading has checked: its own hash covers both.
         fingerprint = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
         tokens = tuple(column.tokens for column in columns)
         served[name] = ServedPlan(name, fingerprint, tokens, _selector(plan), plan.special)
     if not served and not refused:
         raise ValueError(f"STEERFAST_PLANS: {str(root)!r} holds no plan; save one with plan.save(directory / name)")
-    return Library(served, refused), chains
+    return Library(served, refused, frozenset(entered)), chains
 
 
-def _public(reason: str, root: Path) -> str:
+def public(reason: str, root: Path) -> str:
     """What a client may read of it: no path of the server."""
     if named := os.environ.get(VARIABLE):
         saes = Path(named).expanduser()
         reason = reason.replace(f"{VARIABLE}={saes}", VARIABLE).replace(f"{saes}{os.sep}", "")
     return reason.replace(f"{root}{os.sep}", "")
+
+
+def engine_place(site: str, layer: int) -> Place:
+    """Where an engine has its hook for a place: what enters a later layer is what left the one before."""
+    return Place("resid_post", layer - 1) if site == "resid_pre" and layer else Place(site, layer)
 
 
 def _selector(plan: Plan) -> str | None:
@@ -168,7 +177,7 @@ def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> list[Column
                 if part is not None:
                     slot_in(f"{site} {layer}", dtype, part)  # what no bank could hold must not stop the engine later
         index = layer % layers
-        place = Place("resid_post", index - 1) if site == "resid_pre" and index else Place(site, index)
+        place = engine_place(site, index)
         chains[place] = chains.get(place, ()) + chain
     columns = columns_of(chains)
     if len(columns) > MAX_SLOTS_PER_ROW:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from .wire import steer_fields
+from .fields import steer_fields
 
 MESSAGES = "/v1/messages"
 READERS = (
