@@ -1,25 +1,37 @@
 """Reading inside vLLM's V1 runner on a CPU, against `sf.read` in transformers: one engine for all tests.
 
-It is scarce as that of `test_vllm_v1.py`: 4 slots, 64 tokens a step (chunked prefill), 384 tokens of keys and values (preemption).
+It is as scarce as that of `test_vllm_v1.py`: 4 slots, 64 tokens a step (chunked prefill), 384 tokens of keys and values.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from vllm_engines import ENVIRONMENT, LAYERS, PROMPT, WIDTH, Transformers, environment, fields, needs_vllm, save, unit
+from vllm_engines import (
+    CLOSE_SCORE,
+    ENVIRONMENT,
+    LAYERS,
+    PROMPT,
+    WIDTH,
+    Transformers,
+    assert_scores,
+    environment,
+    fields,
+    needs_vllm,
+    reads,
+    save,
+    unit,
+)
 
 import steerfast as sf
 
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.model]
 TOKENS = 6
 LONG = "The quick brown fox jumps over the lazy dog and runs away from the old grey wolf. " * 6
-CLOSE = 1e-3
 
 
 def probes() -> dict[str, sf.probes.Probe]:
@@ -121,46 +133,9 @@ def truth() -> Transformers:
     return Transformers()
 
 
-@torch.inference_mode()
-def wanted(
-    engine: Engine, truth: Transformers, names: list[str], output: Any, plans: list[tuple[str, float]], positions: str
-) -> dict[str, Any]:
-    """What transformers reads of the text that the engine has made, in one pass."""
-    ids = torch.tensor([[*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]])
-    with ExitStack() as stack:
-        for name, strength in plans:
-            steer = sf.steer(
-                truth.model, engine.plans[name], strength=strength, prompt_length=len(output.prompt_token_ids)
-            )
-            stack.enter_context(steer)
-        chosen = {name: engine.probes[name] for name in names}
-        reading = stack.enter_context(
-            sf.read(truth.model, chosen, positions=positions, prompt_length=len(output.prompt_token_ids))
-        )
-        truth.model(input_ids=ids)
-        return reading.scores()
-
-
 def assert_read(engine, truth, output, names, plans=(), positions="all") -> None:
-    found = output.kv_transfer_params["steerfast"]
-    assert list(found) == names
-    for name, scores in wanted(engine, truth, names, output, list(plans), positions).items():
-        read, got = scores.read[0], found[name]
-        assert got["positions"] == read.nonzero().flatten().tolist(), name
-        values = scores.values[0][read].numpy()
-        scale = max(1.0, float(np.abs(values).max(initial=0)))
-        assert np.abs(np.asarray(got["scores"]) - values).max(initial=0) < CLOSE * scale, name
-        assert got["tokens"] == len(values)
-        for reduced in ("max", "mean", "last"):
-            if len(values):
-                expected = getattr(scores, reduced)()[0].numpy()
-                assert np.abs(np.asarray(got[reduced]) - expected).max() < CLOSE * scale, (name, reduced)
-            else:
-                assert got[reduced] is None
-
-
-def reads(*names: str, **more: Any) -> dict[str, Any]:
-    return {"steer_read": list(names), "steer_read_what": "tokens", **more}
+    steered = [(engine.plans[name], strength) for name, strength in plans]
+    assert_scores(truth.model, output, {name: engine.probes[name] for name in names}, steered, positions)
 
 
 def test_every_kind_of_probe_reads_what_transformers_reads(engine, truth) -> None:
@@ -175,7 +150,7 @@ def test_every_kind_of_probe_reads_what_transformers_reads(engine, truth) -> Non
 
 @pytest.mark.parametrize("positions", ["all", "generated", "last", "1:9 | last"])
 def test_readers_steered_and_plain_requests_share_a_batch(engine, truth, positions) -> None:
-    """Chunked prefill, scarce slots, every request with probes of its own; a probe sees the stream before the edits of its place."""
+    """Chunked prefill, scarce slots, probes of its own for every request; a probe sees the stream before its place is edited."""
     names = ["linear", "logistic", "linear after"]
     asked: list[tuple[list[str], list[tuple[str, float]]]] = [
         (names, []),
@@ -265,7 +240,7 @@ def test_every_sample_has_its_own_scores(engine, truth) -> None:
         ids = torch.tensor([[*output.prompt_token_ids, *sample.token_ids[:-1]]])
         with torch.inference_mode(), sf.read(truth.model, {"linear": engine.probes["linear"]}) as reading:
             truth.model(input_ids=ids)
-        assert torch.allclose(torch.tensor(answer["linear"]["scores"]), reading["linear"].values[0], atol=CLOSE)
+        assert torch.allclose(torch.tensor(answer["linear"]["scores"]), reading["linear"].values[0], atol=CLOSE_SCORE)
 
 
 def test_without_tokens_an_answer_is_a_few_numbers(engine) -> None:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,3 +150,62 @@ class Transformers:
 def fields(*steered: tuple[Any, ...]) -> dict[str, Any]:
     """The wire form of (name, strength) pairs."""
     return {"steer": [name for name, *_ in steered], "steer_strength": [strength for _, strength, *_ in steered]}
+
+
+CLOSE_SCORE = 1e-3
+"""Of scores, over the largest of them where that is above 1: float32 in another order of summation."""
+
+
+def reads(*names: str, **more: Any) -> dict[str, Any]:
+    """The wire form of reading these probes, token by token."""
+    return {"steer_read": list(names), "steer_read_what": "tokens", **more}
+
+
+def tiny_probes(folder: Path, saes: Path) -> dict[str, sf.probes.Probe]:
+    """A few probes for the tiny model, saved; one of them names an SAE, which is saved, too."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(32, 128, generator=generator) / 8
+    sae = sf.SAE(rows, rows, k=4)
+    sae.save(saes / "sae")
+    made = {
+        "lean": sf.probes.LinearProbe(unit(11, 128), place=1),
+        "sure": sf.probes.LogisticProbe(unit(12, 128), 0.1, place=("mlp_out", 2)),
+        "after": sf.probes.SimilarityProbe(unit(13, 128), place=1, after=True),
+        "top": sf.probes.TopKProbe(sae, place=2),
+    }
+    for name, probe in made.items():
+        probe.save(folder / name)
+    return made
+
+
+@torch.inference_mode()
+def assert_scores(
+    model: Any, output: Any, probes: dict[str, Any], steered: list[tuple[sf.Plan, float]], positions: str = "all"
+) -> None:
+    """An output says what transformers reads of its text, in one pass under the same plans."""
+    prompt = len(output.prompt_token_ids)
+    ids = torch.tensor([[*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]])
+    with ExitStack() as stack:
+        for plan, strength in steered:
+            stack.enter_context(sf.steer(model, plan, strength=strength, prompt_length=prompt))
+        reading = stack.enter_context(sf.read(model, probes, positions=positions, prompt_length=prompt))
+        model(input_ids=ids)
+        wanted = reading.scores()
+    found = output.kv_transfer_params["steerfast"]
+    assert list(found) == list(probes)
+    for name, scores in wanted.items():
+        read, got = scores.read[0], found[name]
+        values = scores.values[0][read].numpy()
+        assert got["positions"] == read.nonzero().flatten().tolist(), name
+        assert got["tokens"] == len(values)
+        within = CLOSE_SCORE * max(1.0, float(np.abs(values).max(initial=0)))
+        assert np.abs(np.asarray(got["scores"]).reshape(values.shape) - values).max(initial=0) < within, name
+        if scores.indices is not None:
+            assert got["features"] == scores.indices[0][read].tolist(), name
+            continue
+        for reduced in ("max", "mean", "last"):
+            expected = getattr(scores, reduced)()[0].numpy() if len(values) else None
+            same = (
+                got[reduced] is None if expected is None else np.abs(np.asarray(got[reduced]) - expected).max() < within
+            )
+            assert same, (name, reduced)
