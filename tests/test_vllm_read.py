@@ -67,6 +67,54 @@ def save_probes(folder: Path) -> dict[str, sf.probes.Probe]:
     return made
 
 
+def save_gated(folder: Path) -> dict[str, sf.Plan]:
+    """Plans with conditions of every kind, with thresholds in the widest gap of what their probes find in the middle of LONG."""
+    from steerfast.models import demo as demo_model
+
+    model, tokenizer = demo_model.load()
+    v, w = unit(40) * 40, unit(41) * 60
+    lean = sf.probes.LinearProbe(unit(21), place=8)
+    sure = sf.probes.LogisticProbe(unit(24) * 3, place=("mlp_out", 9))
+    similar = sf.probes.SimilarityProbe(unit(25), place=12)
+    ids = torch.tensor([tokenizer(LONG)["input_ids"]])
+    with torch.inference_mode(), sf.read(model, {"lean": lean, "sure": sure, "similar": similar}) as reading:
+        model(input_ids=ids)
+    found = {name: scores.values[0] for name, scores in reading.scores().items()}
+    with torch.inference_mode(), sf.read(model, {"lean": lean}) as reading:
+        ends = []
+        for prompt in (PROMPT, LONG):
+            model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]]))
+            ends.append(float(reading["lean"].values[0, -1]))
+    on, off = gap(found["lean"], 0.6), gap(found["lean"], 0.3)
+    made = {
+        "when": sf.Plan({12: sf.When(sf.Condition(lean, sum(ends) / 2, above=ends[0] > ends[1]), sf.Add(v))}),
+        "never": sf.Plan({12: sf.When(sf.Condition(lean, 1e6), sf.Add(v))}),
+        "token": sf.Plan({12: sf.WhenToken(sf.Condition(lean, on), sf.Add(v))}),
+        "held": sf.Plan({12: sf.WhenToken(sf.Condition(lean, on, release=off), sf.Add(w)), 20: sf.Add(v)}),
+        "below": sf.Plan(
+            {("attn_out", 10): sf.WhenToken(sf.Condition(sure, gap(found["sure"], 0.5), above=False), sf.Add(v))}
+        ),
+        "own": sf.Plan(
+            {12: [sf.WhenToken(sf.Condition(similar, gap(found["similar"], 0.5)), sf.Ablate(unit(25))), sf.Add(v)]}
+        ),
+        "after": sf.Plan(
+            {8: sf.Add(unit(21), 5.0), 9: sf.WhenToken(sf.Condition(lean.at(8, after=True), on + 5.0), sf.Add(v))}
+        ),
+    }
+    for name, plan in made.items():
+        plan.save(folder / name)
+    late = sf.WhenToken(sf.Condition(lean.at(20), 0.0), sf.Add(v))
+    sf.Plan({9: late}).save(folder / "late")
+    return made
+
+
+def gap(scores: torch.Tensor, share: float) -> float:
+    """The middle of the widest gap between two scores near this share of them: a threshold that rounding does not meet."""
+    near = scores.sort().values[int((share - 0.1) * len(scores)) : int((share + 0.1) * len(scores))]
+    at = int(near.diff().argmax())
+    return float(near[at : at + 2].mean())
+
+
 class Engine:
     """An LLM beside its plans and probes."""
 
@@ -75,7 +123,7 @@ class Engine:
 
         from steerfast.models import demo as demo_model
 
-        self.plans = save(folder / "plans")
+        self.plans = save(folder / "plans") | save_gated(folder / "plans")
         self.probes = save_probes(folder / "probes")
         scarce = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 12, "block_size": 32}
         self.llm = LLM(
@@ -267,6 +315,15 @@ def test_without_tokens_an_answer_is_a_few_numbers(engine) -> None:
         ({"steer_read": "linear", "steer_read_positions": "99"}, "position 99 is out of range"),
         ({"steer_read": "linear", "steer_read_what": "everything"}, "expected 'request' or 'tokens'"),
         ({"steer_read_what": "tokens"}, "without steer_read"),
+        ({"steer_abort": "nobody>1"}, "there is no probe 'nobody'"),
+        (
+            {"steer_abort": "linear>much"},
+            "steer_abort is 'linear>much'; expected a probe's name, > or <, and a finite number",
+        ),
+        ({"steer_abort": "linear>nan"}, "a finite number"),
+        ({"steer_abort": "linear"}, "a finite number"),
+        ({"steer_abort": [["linear>1"]]}, "a finite number"),
+        ({"steer_abort": "rows>1"}, "'rows' gives several numbers per token"),
     ],
 )
 def test_what_cannot_be_read_is_refused_and_leaves_the_others_alone(engine, truth, bad, reason) -> None:
@@ -318,3 +375,155 @@ def test_the_histogram_counts_what_was_read(engine) -> None:
         key = f'steerfast:score_bucket{{le="{end}",probe="logistic"}}'
         assert change(key) == (scores <= float(end.replace("+Inf", "inf"))).sum(), end
     assert all(change(key) == 0 for key in after if 'probe="linear"' in key)
+
+
+# --- conditions --------------------------------------------------------------------------------------------------------
+
+GATED = ["when", "never", "token", "held", "below", "own", "after"]
+CLOSE = 5e-3  # in log-probability, as in test_vllm_v1.py
+
+
+def assert_like_transformers(engine, truth, output, prompt, steered, positions=None, tokens=TOKENS) -> None:
+    wanted, likely = truth.generate(prompt, [(engine.plans[n], s, positions) for n, s in steered], tokens)
+    chosen = output.outputs[0]
+    assert list(chosen.token_ids) == wanted, steered
+    found = torch.tensor([step[token].logprob for step, token in zip(chosen.logprobs, chosen.token_ids, strict=True)])
+    assert (found - likely).abs().max() < CLOSE, steered
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, LONG])
+def test_conditions_decide_in_a_mixed_batch_what_they_decide_in_transformers(engine, truth, prompt) -> None:
+    """Each beside plain and steered requests, LONG in chunks; what is read is read behind the gates."""
+    asked: list[list[tuple[str, float]]] = [
+        [],
+        *([(name, 1.0)] for name in GATED),
+        [("love", 1.0)],
+        [("token", 0.5), ("love", 0.5)],
+    ]
+    outputs = engine.run(
+        [(prompt, {**fields(*plans), **reads("rows")} if plans else None) for plans in asked], logprobs=0
+    )
+    for plans, output in zip(asked, outputs, strict=True):
+        assert_like_transformers(engine, truth, output, prompt, plans)
+        if plans:
+            assert_read(engine, truth, output, ["rows"], plans)
+    likely = {
+        str(plans): [next(iter(step.values())).logprob for step in o.outputs[0].logprobs]
+        for plans, o in zip(asked, outputs, strict=True)
+    }
+    assert (likely["[]"] == likely["[('never', 1.0)]"]) or np.allclose(
+        likely["[]"], likely["[('never', 1.0)]"], atol=1e-5
+    )
+    acts = {name for name in GATED if not np.allclose(likely["[]"], likely[str([(name, 1.0)])], atol=1e-3)}
+    assert acts >= {"token", "held", "own", "after"}
+    assert ("when" in acts) == (prompt == PROMPT), "its request is open, the other shut"
+    assert engine.idle()
+
+
+@pytest.mark.parametrize("positions", ["prompt", "generated", "last"])
+def test_conditions_stay_within_the_positions_of_the_request(engine, truth, positions) -> None:
+    # What is decided in a prompt that the plan does not touch, transformers refuses to read.
+    names = [name for name in GATED if positions != "generated" or name not in ("when", "never", "held")]
+    requests = [(LONG, {**fields((name, 1.0)), "steer_positions": positions}) for name in names]
+    for name, output in zip(names, engine.run(requests, logprobs=0), strict=True):
+        assert_like_transformers(engine, truth, output, LONG, [(name, 1.0)], positions)
+
+
+def test_requests_with_conditions_keep_their_state_when_rows_move_and_when_they_are_preempted(engine, truth) -> None:
+    before = sum(m.value for m in engine.llm.get_metrics() if m.name == "vllm:num_preemptions")
+    prompt, names = "Once upon a time there was a king who", ["when", "held", "token", "held"] * 2
+    lengths = [48, 40, 30, 20, 44, 36, 28, 12]
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, logprobs=0, extra_args=fields((name, 1.0)))
+        for name, n in zip(names, lengths, strict=True)
+    ]
+    outputs = engine.llm.generate([prompt] * len(params), params, use_tqdm=False)
+    assert sum(m.value for m in engine.llm.get_metrics() if m.name == "vllm:num_preemptions") > before
+    for name, output, tokens in zip(names, outputs, lengths, strict=True):
+        assert_like_transformers(engine, truth, output, prompt, [(name, 1.0)], tokens=tokens)
+    assert engine.idle()
+    assert not engine.steered.gates._requests
+
+
+def test_a_gated_request_takes_nothing_from_the_prefix_cache_and_shares_nothing_with_others(engine, truth) -> None:
+    prompt = "Once more: " + LONG[:250]
+    for _ in range(2):
+        (output,) = engine.run([(prompt, fields(("held", 1.0)))], logprobs=0)
+        assert output.num_cached_tokens == 0
+        assert_like_transformers(engine, truth, output, prompt, [("held", 1.0)])
+    (plain,) = engine.run([(prompt, None)], logprobs=0)
+    assert_like_transformers(engine, truth, plain, prompt, [])
+
+
+def test_a_condition_that_is_read_later_than_it_acts_is_refused(engine) -> None:
+    with pytest.raises(
+        ValueError, match="is read at resid_post 20, and it is to act at resid_post 9, which comes first"
+    ):
+        engine.run([(PROMPT, fields(("late", 1.0)))])
+
+
+# --- ending a request --------------------------------------------------------------------------------------------------
+
+
+def record(scores: list[float]) -> tuple[int, float]:
+    """The last token that exceeds all before it, but for the first, and a limit that it is the first to cross."""
+    best = [max(scores[:i]) for i in range(1, len(scores))]
+    at = max(i for i in range(1, len(scores)) if scores[i] > best[i - 1])
+    return at, (scores[at] + best[at - 1]) / 2
+
+
+def test_a_request_ends_with_the_token_that_crosses_a_limit(engine, truth) -> None:
+    """Beside one that crosses nothing, one that is below a limit, and one that is steered."""
+    asked = reads("linear", steer_read_positions="generated")
+    plain, steered = engine.run([(PROMPT, asked), (PROMPT, {**asked, **fields(("love", 1.0))})], tokens=24)
+    found = [output.kv_transfer_params["steerfast"]["linear"]["scores"] for output in (plain, steered)]
+    up, high = record(found[0])
+    down, low = record([-score for score in found[0]])
+    other, love = record(found[1])
+    outputs = engine.run(
+        [
+            (PROMPT, {**asked, "steer_abort": f"linear>{high}"}),
+            (PROMPT, {**asked, "steer_abort": ["logistic>2", f"linear<{-low}"]}),
+            (PROMPT, {**asked, "steer_abort": f"linear>{love}", **fields(("love", 1.0))}),
+            (PROMPT, {**asked, "steer_abort": f"linear>{max(found[0]) + 1}"}),
+            (PROMPT, None),
+        ],
+        tokens=24,
+    )
+    whole = list(plain.outputs[0].token_ids)
+    wanted = [whole[: up + 1], whole[: down + 1], list(steered.outputs[0].token_ids)[: other + 1], whole, whole]
+    assert [list(output.outputs[0].token_ids) for output in outputs] == wanted
+    assert [output.outputs[0].finish_reason for output in outputs] == ["stop"] * 3 + ["length"] * 2
+    reasons = [output.outputs[0].stop_reason for output in outputs]
+    assert reasons == [
+        f"steer_abort: linear>{high:g}",
+        f"steer_abort: linear<{-low:g}",
+        f"steer_abort: linear>{love:g}",
+        None,
+        None,
+    ]
+    crossing = outputs[0].kv_transfer_params["steerfast"]["linear"]
+    assert crossing["tokens"] == up + 1, "the token that crosses is the last one, and has its score"
+    assert crossing["last"] == crossing["max"] > high
+    assert engine.idle()
+
+
+def test_a_prompt_that_crosses_is_not_answered_and_not_run_to_its_end(engine) -> None:
+    (whole,) = engine.run([(LONG, reads("linear"))])
+    scores = whole.kv_transfer_params["steerfast"]["linear"]["scores"]
+    early = max(scores[:60]) - 1e-3
+    late = max(scores[len(whole.prompt_token_ids) - 20 : len(whole.prompt_token_ids)])
+    outputs = engine.run(
+        [
+            (LONG, {"steer_abort": f"linear>{early}"}),
+            (LONG, {"steer_abort": f"linear>{late - 1e-3}", "steer_read_positions": "-20: & prompt"}),
+            (LONG, {"steer_abort": f"linear>{max(scores) + 1}"}),
+        ]
+    )
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [0, 0, TOKENS]
+    assert [output.outputs[0].text == "" for output in outputs] == [True, True, False]
+    assert outputs[0].outputs[0].stop_reason == f"steer_abort: linear>{early:g}"
+    assert outputs[0].kv_transfer_params["steerfast"]["linear"]["tokens"] <= 64, "further chunks were run"
+    assert engine.idle()

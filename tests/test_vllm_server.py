@@ -174,6 +174,7 @@ BAD = [
     ({"steer_read": "../probes/lean"}, "there is no probe '../probes/lean'"),
     ({"steer_read": "lean", "steer_read_positions": "sometimes"}, "expected all, prompt, generated, last"),
     ({"steer_read": "lean", "steer_read_what": 3}, "expected 'request' or 'tokens'"),
+    ({"steer_abort": "lean>much"}, "a finite number, such as"),
 ]
 
 
@@ -294,6 +295,23 @@ def test_metrics_have_a_histogram_of_scores(server) -> None:
     assert count() - before == answer.json()["kv_transfer_params"]["steerfast"]["sure"]["tokens"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_that_crosses_a_limit_ends_by_name_streaming_or_not(server, kind) -> None:
+    whole = server.post(kind, {**READ, "steer_read_positions": "generated"}).json()
+    scores = whole["kv_transfer_params"]["steerfast"]["lean"]["scores"]
+    level = max(scores) - 1e-3
+    ended = {"steer_abort": f"lean>{level}", "steer_read_positions": "generated"}
+    answer = server.post(kind, ended).json()
+    choice = answer["choices"][0]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", f"steer_abort: lean>{level:g}")
+    assert answer["usage"]["completion_tokens"] == scores.index(max(scores)) + 1 < TOKENS
+    last = [chunk for chunk in chunks(server, kind, ended) if chunk["choices"]][-1]
+    assert last["choices"][0]["stop_reason"] == f"steer_abort: lean>{level:g}"
+    assert last["kv_transfer_params"]["steerfast"]["lean"]["tokens"] == answer["usage"]["completion_tokens"]
+    streamed = server.stream(kind, ended)
+    assert streamed == (choice["message"]["content"] if kind.startswith("chat") else choice["text"])
+
+
 def test_refusals_leave_the_engine_and_its_neighbours_alone(server) -> None:
     wanted = server.text("completions", {"steer": "love"}, max_tokens=40)
     with ThreadPoolExecutor(8) as pool:
@@ -349,7 +367,9 @@ def test_a_message_that_cannot_be_followed_is_a_400_with_the_reason(server, xarg
     text = json.dumps(server.body("chat/completions", xargs, stream=stream))
     answer = server.http.post("/v1/messages", content=text, headers={"content-type": "application/json"})
     assert answer.status_code == 400, answer.text
-    reason = "no place for scores" if stream and "steer_read" in xargs else reason  # whatever it says
+    reason = (
+        "no place for scores" if stream and {"steer_read", "steer_abort"} & xargs.keys() else reason
+    )  # whatever it says
     assert reason in answer.json()["error"]["message"]
 
 

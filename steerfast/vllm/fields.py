@@ -9,7 +9,7 @@ from steerfast._positions import parse
 
 PLANS = ("steer", "steer_strength", "steer_positions")
 """What a request says of plans, and"""
-PROBES = ("steer_read", "steer_read_positions", "steer_read_what")
+PROBES = ("steer_read", "steer_read_positions", "steer_read_what", "steer_abort")
 """of probes."""
 FIELDS = PLANS + PROBES
 LONGEST = 500

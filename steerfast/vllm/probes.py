@@ -17,7 +17,7 @@ from steerfast.ops.backends import in_full_precision
 from steerfast.place import Place
 from steerfast.probes import FeatureProbe, LinearProbe, LogisticProbe, Probe, SimilarityProbe, TopKProbe
 
-from .plans import SITES, Library, engine_place, public
+from .plans import Library, public, read_place
 
 
 @dataclass(frozen=True)
@@ -100,27 +100,9 @@ def _fit(probe: Probe, width: int, layers: int, plans: Library) -> tuple[Place, 
     """Where an engine reads a probe, and whether after the edits there; or the reason why it cannot."""
     if probe.place is None:
         raise ValueError("it does not say where it is read; save it with place=, a layer or (site, layer)")
-    site, layer = probe.place
-    if not -layers <= layer < layers:
-        raise ValueError(f"layer {layer} is out of range; this model has {layers} layers, 0 to {layers - 1}")
-    if site not in SITES:
-        raise ValueError(f"site {site!r} cannot be read inside vLLM; the sites are {', '.join(SITES)}")
     if probe.width != width:
         raise ValueError(f"it has width {probe.width}; this model has {width}")
-    index = layer % layers
-    place = engine_place(site, index)
-    # Edits of what enters a layer follow those of what left the one before, at one hook: nothing reads between the two.
-    between = (index if site == "resid_pre" else index + 1) in plans.entered
-    if between and (site == "resid_pre") != probe.after:
-        raise ValueError(
-            f"{'after' if probe.after else 'at'} {site} {layer} lies between the edits of resid_post {place.layer} and those of "
-            f"resid_pre {place.layer + 1}, which a plan edits; read it {'before' if probe.after else 'after'} them"
-        )
-    return place, probe.after or place.site != site
-
-
-Reader = Callable[[Tensor, Tensor], None]
-"""(x float32 (n, d), the table of scores (n, columns)) -> nothing: what is found is written into the table."""
+    return read_place(*probe.place, probe.after, layers, plans.entered)
 
 
 class PlaceReader:

@@ -4,6 +4,7 @@
 |---|---|
 | worker: what `sample_tokens` returns | the rows of the step, on the `ModelRunnerOutput` itself |
 | engine core: `Scheduler.update_from_output` | they go into the outputs of their requests, as `kv_transfer_params` |
+| engine core: `Scheduler._update_request_with_output` | a request that has crossed a limit ends, and its new token is dropped |
 | front end: `RequestState.make_request_output` | they are collected; with the last output the answer takes their place |
 | API server: the generators of streams | the answer goes into the last chunk, where a release does not put it there |
 """
@@ -18,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from .reading import Taken
-from .scores import ANSWERED, Answer, Desk
-from .seam_table import CHAT, COMPLETION, RESPONSES, SCHEDULER, STATE, STREAMS
+from .scores import ANSWERED, Answer, Desk, Reading
+from .seam_table import CHAT, COMPLETION, OUTPUT, RESPONSES, SCHEDULER, STATE, STATUS, STREAMS
 from .wrapping import resolve, wrap
 
 ANSWER_FIELD = "kv_transfer_params"
@@ -35,6 +36,7 @@ def patch(observe: Observe) -> None:
         observe: Called where a request ends, with a probe's name and the scores that were read.
     """
     wrap(resolve(SCHEDULER), "update_from_output", _update)
+    wrap(resolve(SCHEDULER), "_update_request_with_output", _end_crossed)
     wrap(resolve(STATE), "make_request_output", partial(_make_output, observe))
 
 
@@ -86,17 +88,20 @@ def _update(
     if found is None:
         return original(scheduler, scheduler_output, model_runner_output, *args)
     desk: Desk = scheduler.steerfast_desk
-    readings = {}
+    readings: dict[str, Reading] = {}
     for rows in found:
         request = scheduler.requests.get(rows[0])
         if request is None or request.is_finished():
             continue
-        readings[rows[0]] = scheduler.steerfast.reading(request.sampling_params)
+        reading = readings[rows[0]] = _reading(scheduler, request)
         # Where a step's tokens will be sampled anew, its scores are of tokens that the text will not have.
         if not (request.num_stale_output_tokens and request.drop_stale_output):
             desk.note(rows)
+            if reading.limits:
+                request.steerfast_crossed = reading.crossed(*rows[1:], request.all_token_ids, request.num_prompt_tokens)
     with desk.open():
         outputs = original(scheduler, scheduler_output, model_runner_output, *args)
+        _end_unfinished(scheduler, [name for name, reading in readings.items() if reading.limits], outputs)
         for sent in outputs.values():
             for output in sent.outputs:
                 reading = readings.get(output.request_id)
@@ -104,6 +109,47 @@ def _update(
                 if message is not None:
                     output.kv_transfer_params = {**(output.kv_transfer_params or {}), ANSWERED: message}
     return outputs
+
+
+def _reading(scheduler: Any, request: Any) -> Reading:
+    """What a request reads, looked up once."""
+    if not hasattr(request, "steerfast_reading"):
+        request.steerfast_reading = scheduler.steerfast.reading(request.sampling_params)
+    return request.steerfast_reading
+
+
+def _end_crossed(
+    original: Callable[..., Any], scheduler: Any, request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any
+) -> Any:
+    """A request that has crossed a limit ends with the token that crossed it: what that has produced comes after it."""
+    crossed = getattr(request, "steerfast_crossed", None)
+    if crossed is None:
+        return original(scheduler, request, new_token_ids, *args, **kwargs)
+    request.status, request.stop_reason = resolve(STATUS).FINISHED_STOPPED, f"steer_abort: {crossed}"
+    return [], True
+
+
+def _end_unfinished(scheduler: Any, names: list[str], outputs: dict[int, Any]) -> None:
+    """Requests that have crossed a limit before their prompt's end, where nothing is sampled yet."""
+    for name in names:
+        request = scheduler.requests.get(name)
+        crossed = None if request is None else getattr(request, "steerfast_crossed", None)
+        if request is None or crossed is None or request.is_finished():
+            continue
+        request.stop_reason = f"steer_abort: {crossed}"
+        scheduler.finish_requests(name, resolve(STATUS).FINISHED_STOPPED)
+        output = resolve(OUTPUT)(
+            request_id=name,
+            new_token_ids=[],
+            finish_reason=request.get_finished_reason(),
+            stop_reason=request.stop_reason,
+            events=request.take_events(),
+            trace_headers=request.trace_headers,
+        )
+        if request.client_index in outputs:
+            outputs[request.client_index].outputs.append(output)
+        else:
+            outputs[request.client_index] = resolve(f"{OUTPUT}s")(outputs=[output])
 
 
 # --- front end ---------------------------------------------------------------------------------------------------------

@@ -73,14 +73,21 @@ class Readers:
         """A request has left; nothing happens if it did not read."""
         self._wanted.pop(request, None)
 
-    def begin(self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int) -> None:
-        """A step begins; arguments as of `RowTable.fill`."""
-        if not self._wanted:
-            if self._running is not None:
-                self._show(None)
+    def begin(
+        self,
+        requests: Iterable[str],
+        starts: Tensor,
+        positions: Tensor,
+        tokens: int,
+        gated: frozenset[tuple[str, bool]] = frozenset(),
+    ) -> None:
+        """A step begins; arguments as of `RowTable.fill`, and the places that the gates of its requests read."""
+        if not self._wanted and not gated:
+            if self.reading:
+                self._show(None, gated)
             return
         here = [(i, name, self._wanted[name]) for i, name in enumerate(requests) if name in self._wanted]
-        self._show(Step(here, starts, positions, tokens) if here else None)
+        self._show(Step(here, starts, positions, tokens) if here else None, gated)
 
     def write(self, x: Tensor, hidden: Tensor | None, place: str, after: bool) -> None:
         """What the probes of a place find in the stream x (n, d), or in hidden + x."""
@@ -94,15 +101,13 @@ class Readers:
         running, self._running = self._running, None
         if running is None:
             return None
-        found = Taken(running, self.scores)
-        self._show(None)
-        return found
+        return Taken(running, self.scores)
 
-    def _show(self, running: Step | None) -> None:
+    def _show(self, running: Step | None, gated: frozenset[tuple[str, bool]]) -> None:
         self._running = running
         if not self._always:
             probes = () if running is None else (one for _, _, wanted in running.here for one in wanted.probes)
-            self._read = frozenset((f"{one.place.site}.{one.place.layer}", one.after) for one in probes)
+            self._read = gated.union((f"{one.place.site}.{one.place.layer}", one.after) for one in probes)
             self.reading = bool(self._read)
 
 

@@ -18,6 +18,7 @@ from steerfast.models.points import MIXER, NORM, SCALE, Unresolved, post_norm
 from steerfast.probes.probe import Probe
 
 from .edits import EditedPlace, Places
+from .gating import Gates
 from .pieces import Piece
 from .plans import Chains, Library, ServedPlan
 from .probes import ProbeLibrary
@@ -70,7 +71,9 @@ class Steered:
         places: dict[str, EditedPlace] = {}
         device = next(model.parameters()).device
         read = {} if probes is None else probes.probes
-        visited = dict.fromkeys([*wanted, *(one.place for one in read.values())])
+        self.gates = Gates(chains, library.entered, layers, (slots, tokens), device)
+        watched = self.gates.served(sum(one.columns for one in read.values()))
+        visited = dict.fromkeys([*wanted, *(one.place for one in (*read.values(), *watched.values()))])
         if visited:
             found = decoder_blocks(model, layers)
             dtype = stream_dtype(model)
@@ -79,8 +82,8 @@ class Steered:
                     places[f"{site}.{layer}"] = EditedPlace(edits, slots, found.d, dtype, device)
                 _hook(found, site, layer)
         self.table = RowTable(tokens, device, (slots, library.by_token))
-        self.readers = Readers(read, loaded or {}, tokens, device)
-        self.places = Places(places, self.table, self.readers)
+        self.readers = Readers({**read, **watched}, {**(loaded or {}), **self.gates.probes}, tokens, device)
+        self.places = Places(places, self.table, self.readers, self.gates if watched else None)
         if library.slots <= slots:  # all of them stay, and no request ever waits for another's slot
             for served in library.plans.values():
                 self._hold(served)
@@ -103,6 +106,7 @@ class Steered:
         if parts:
             self._requests[request] = parts
         self.table.put(request, owners)
+        self.gates.start(request, prompt, [part.served.name for part in parts if part.served.gated])
         if wanted is not None:
             self.readers.start(request, wanted)
 
@@ -112,6 +116,7 @@ class Steered:
             for part in self._requests.pop(request, ()):
                 self._residents.release(part.served)
             self.table.drop(request)
+            self.gates.end(request)
             self.readers.end(request)
 
     def step(
@@ -123,7 +128,8 @@ class Steered:
                 place.bank.commit()
             self._loaded = False
         self.table.fill(requests, starts, positions, tokens, ids)
-        self.readers.begin(requests, starts, positions, tokens)
+        gated = self.gates.begin(requests, starts, positions, tokens)
+        self.readers.begin(requests, starts, positions, tokens, gated)
         if TRACE in os.environ:
             self._trace(requests, starts, positions)
 
@@ -152,10 +158,12 @@ class Steered:
         for slot in emptied:
             for place in self.places.places.values():
                 place.unload(slot)
+            self.gates.unload(slot)
         if missing:
             for (site, layer), chain in self._chains[served.name].items():
                 for number, edit in chain.items():
                     self.places.places[f"{site}.{layer}"].load(numbers[number], edit)
+                    self.gates.load(served.name, f"{site}.{layer}", number, numbers[number])
             for run in served.runs(numbers):
                 self.table.spread(run)
             self._names |= dict.fromkeys(numbers, served.name)

@@ -4,6 +4,7 @@
 |---|---|
 | `steer_read` | a probe's name, or a list of them; `[]` declines a default |
 | `steer_read_positions` | a selector (`steerfast._positions`) for all of them; default: all |
+| `steer_abort` | "probe>0.9", "probe<-2", or a list: the request ends at a token that is read and beyond; they are read, too |
 | `steer_read_what` | "request" (default): how many tokens were read, their largest score, mean and last; "tokens": each, too |
 
 Scores are told apart by the position of their token, so that tokens which a preempted request runs again are counted once, and a
@@ -16,14 +17,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from steerfast._positions import EVER, Selector, allowed, parse, resolved
 
-from .fields import PROBES, names_of, selector_of, short, steer_fields
-from .pieces import pieces
+from .fields import LONGEST, PROBES, names_of, selector_of, short, steer_fields
+from .pieces import Piece, pieces
 from .probes import ProbeLibrary, ServedProbe
 from .reading import Rows, Wanted
 
@@ -31,6 +34,36 @@ MOST_PROBES = 64
 """Probes that one request may name."""
 ANSWERED = "steerfast"
 """The key under which an answer's `kv_transfer_params` hold the scores."""
+
+
+class Limit(NamedTuple):
+    """A request ends where a score is above a number, or below it."""
+
+    probe: str
+    above: bool
+    level: float
+
+    def __str__(self) -> str:
+        return f"{self.probe}{'>' if self.above else '<'}{self.level:g}"
+
+    @classmethod
+    def parse(cls, value: Any) -> Limit:
+        """What a client writes as "probe>0.9".
+
+        Raises:
+            ValueError: it is something else.
+        """
+        text = value if isinstance(value, str) and len(value) <= LONGEST else ""
+        at = max(text.rfind(">"), text.rfind("<"))
+        try:
+            level = float(text[at + 1 :]) if at > 0 else math.nan
+        except ValueError:
+            level = math.nan
+        if not math.isfinite(level):
+            raise ValueError(
+                f"steer: steer_abort is {short(value)}; expected a probe's name, > or <, and a finite number, such as 'toxic>0.9'"
+            )
+        return cls(text[:at].strip(), text[at] == ">", level)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +74,15 @@ class Reading:
         probes: In the order in which they were named.
         positions: A selector.
         by_token: Whether the answer says the score of every token.
+        limits: Where the request ends.
     """
 
     probes: tuple[ServedProbe, ...]
     positions: str
     by_token: bool
+    limits: tuple[Limit, ...] = ()
 
-    @property
+    @cached_property
     def selector(self) -> Selector:
         """Its positions as a tree."""
         return parse("steer: steer_read_positions", self.positions)
@@ -58,6 +93,32 @@ class Reading:
             return 0
         where = pieces(self.selector, prompt)
         return where[0].first if where else EVER
+
+    def crossed(self, first: int, scores: np.ndarray, ids: Sequence[int], prompt: int) -> Limit | None:
+        """The first of its limits that a token of a step is beyond, among those that are read.
+
+        Args:
+            first: Position of the first of these tokens.
+            scores: What they have, float32 (tokens, columns).
+            ids: The request's tokens, at least up to these.
+            prompt: How many of them were given.
+        """
+        stop = first + len(scores)
+        if self.selector.reads_tokens or self.selector.remembers:
+            read = allowed(self.selector, ids[:stop], prompt).numpy()[first:]
+        else:
+            here = np.arange(first, stop)
+            read = np.zeros(len(scores), dtype=bool)
+            for piece in _pieces(self.positions, prompt):
+                read |= (here >= piece.first) & (here < piece.stop)
+        column = dict(
+            zip((one.name for one in self.probes), accumulate(one.columns for one in self.probes), strict=True)
+        )
+        for limit in self.limits:
+            found = scores[read, column[limit.probe] - 1]
+            if bool((found > limit.level if limit.above else found < limit.level).any()):
+                return limit
+        return None
 
     def wanted(self, prompt: int) -> Wanted:
         """What a worker must know of it."""
@@ -73,9 +134,15 @@ def read_probes(given: Mapping[str, Any] | None, library: ProbeLibrary, default:
     fields = {name: value for name, value in steer_fields(given).items() if name in PROBES}
     if not fields:
         return default
-    if "steer_read" not in fields:
+    if "steer_read" not in fields and "steer_abort" not in fields:
         raise ValueError(f"steer: {next(iter(fields))} is given without steer_read; name the probes it is about")
-    names = dict.fromkeys(names_of("steer_read", "probe", fields["steer_read"], MOST_PROBES))
+    ends = fields.get("steer_abort", [])
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    if len(ends) > MOST_PROBES:
+        raise ValueError(f"steer: steer_abort has {len(ends)} limits; at most {MOST_PROBES} are possible")
+    limits = tuple(Limit.parse(text) for text in ends)
+    names = dict.fromkeys(names_of("steer_read", "probe", fields.get("steer_read", []), MOST_PROBES))
+    names |= dict.fromkeys(limit.probe for limit in limits)
     probes = tuple(_served(name, library) for name in names)
     positions = selector_of("steer_read_positions", fields.get("steer_read_positions", "all"))
     try:
@@ -92,7 +159,18 @@ def read_probes(given: Mapping[str, Any] | None, library: ProbeLibrary, default:
             raise ValueError(
                 f"steer: {short(probe.name)} selects other features for every token; read it with steer_read_what='tokens'"
             )
-    return Reading(probes, positions, what == "tokens") if probes else None
+    for limit in limits:
+        one = library.probes[limit.probe]
+        if one.names is not None or one.pairs:
+            raise ValueError(
+                f"steer: steer_abort: {short(one.name)} gives several numbers per token; name a probe with one"
+            )
+    return Reading(probes, positions, what == "tokens", limits) if probes else None
+
+
+@lru_cache(maxsize=4096)
+def _pieces(positions: str, prompt: int) -> tuple[Piece, ...]:
+    return pieces(parse("steer: steer_read_positions", positions), prompt)
 
 
 def check_read(reading: Reading, ids: Sequence[int] | None, prompt: int) -> None:

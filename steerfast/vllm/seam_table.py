@@ -31,6 +31,8 @@ class Form(NamedTuple):
 
 PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+OUTPUT = "vllm.v1.engine:EngineCoreOutput"
+STATUS = "vllm.v1.request:RequestStatus"
 STATE = "vllm.v1.engine.output_processor:RequestState"
 WRAPPER = "vllm.v1.worker.worker_base:WorkerWrapperBase"
 V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -96,7 +98,19 @@ SEAMS: dict[str, tuple[Form, ...]] = {
             ),
         ),
     ),
-    "vllm.v1.engine:EngineCoreOutput": (Form(names=("request_id", "finish_reason", "kv_transfer_params")),),
+    OUTPUT: (
+        Form(
+            names=(
+                "request_id",
+                "new_token_ids",
+                "finish_reason",
+                "stop_reason",
+                "events",
+                "trace_headers",
+                "kv_transfer_params",
+            ),
+        ),
+    ),
     "vllm.outputs:RequestOutput.__init__": (Form(names=("kv_transfer_params",)),),
     "vllm.pooling_params:PoolingParams": (Form(names=("extra_kwargs",)),),
     "vllm.exceptions:VLLMValidationError.__init__": (Form(("message", "parameter")),),
@@ -125,7 +139,9 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     f"{SCHEDULER}.update_from_output": (
         Form(("scheduler_output", "model_runner_output"), ("requests", "kv_transfer_params", "drop_stale_output")),
     ),
-    "vllm.v1.engine:EngineCoreOutputs": (Form(names=("outputs",)),),
+    f"{SCHEDULER}._update_request_with_output": (Form(("request", "new_token_ids"), ("stopped",)),),
+    f"{OUTPUT}s": (Form(names=("outputs",)),),
+    STATUS: (Form(names=("FINISHED_STOPPED",)),),
     "vllm.v1.outputs:ModelRunnerOutput": (Form(names=("req_ids", "sampled_token_ids")),),
     "vllm.v1.outputs:AsyncModelRunnerOutput.get_output": (Form(),),
     "vllm.v1.request:Request": (
@@ -140,6 +156,12 @@ SEAMS: dict[str, tuple[Form, ...]] = {
                 "drop_stale_output",
                 "skip_reading_prefix_cache",
                 "is_finished",
+                "get_finished_reason",
+                "take_events",
+                "stop_reason",
+                "trace_headers",
+                "client_index",
+                "status",
             ),
         ),
     ),

@@ -26,6 +26,7 @@ from steerfast.probes.probe import Probe
 from . import counters, read_seams
 from .edits import CONTEXT, find_places_with
 from .fields import PROBES, short, steer_fields
+from .gating import gates_read
 from .guards import check_engine, check_parallelism, check_runner
 from .plans import Chains, Library, load
 from .probes import ProbeLibrary, load_probes
@@ -199,7 +200,9 @@ def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **
         raise served.refusal(str(error), given) from None
     if parts:
         request.cache_salt = salt(request.cache_salt, parts, length)
-    if reading is not None and reading.first(length) < length - 1:  # the last token is never taken from the cache
+    gated = any(part.served.gated for part in parts)
+    # What is cached has no activations. A prompt's last token is never taken from there, unless the request was preempted.
+    if gated or (reading is not None and reading.first(length) < length - 1):
         request.sampling_params.skip_reading_prefix_cache = True
     for name in {part.served.name for part in parts}:
         served.counters.add("requests", name)
@@ -317,6 +320,7 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
         )
     visited = {place for chains in served.chains.values() for place in chains}
     visited |= {one.place for one in served.probes.probes.values()}
+    visited |= gates_read(served.chains, served.layers, served.library.entered)
     config.additional_config["steerfast"] = sorted(f"{site}.{layer}" for site, layer in visited)
     steered: list[Steered] = []  # one, once the model is loaded
 
