@@ -119,10 +119,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     **{f"{request}.to_sampling_params": (Form(names=("vllm_xargs", "extra_args")),) for request in REQUESTS},
     **{f"{request}.to_beam_search_params": (Form(),) for request, searches in REQUESTS.items() if searches},
     **{generator: (Form(("request", "result_generator")),) for generator in STREAMS},
-    **{
-        response: (Form(names=("kv_transfer_params",), seen=("0.33.0",)), Form(seen=("0.32.0",)))
-        for response in STREAMS.values()
-    },
+    **{response: (Form(),) for response in STREAMS.values()},
     SERVER: (Form(names=("init_entrypoints_middleware",)),),
     f"{SERVER}:build_app": (Form(names=("init_entrypoints_middleware",)),),
     "vllm.entrypoints.serve.middleware.register:init_entrypoints_middleware": (Form(("args", "app")),),
