@@ -172,6 +172,24 @@ def test_requests_read_what_transformers_reads(engine) -> None:
     assert engine.runner.steerfast.reading == 0
 
 
+def test_conditions_are_decided_on_the_device(engine) -> None:
+    """Through our kernels, in prompts that come in chunks and in decoding; of some requests the last prompt token is shut out."""
+    truth = Transformers(engine.model)
+    prompts = [prompt(50 + i, 40 if i % 3 == 1 else 7 + i) for i in range(6)]
+    asked = [[(name, 1.0)] for name in ("held", "once", "once", "held", "once")] + [[]]
+    found = engine.run(
+        [(ids, fields(*steered) if steered else None) for ids, steered in zip(prompts, asked, strict=True)]
+    )
+    acted = set()
+    for ids, steered, got in zip(prompts, asked, found, strict=True):
+        wanted, _ = truth.generate(ids, [(engine.plans[name], s, None) for name, s in steered], TOKENS)
+        assert got == wanted, steered
+        plain, _ = truth.generate(ids, [], TOKENS)
+        acted |= {(name, got != plain) for name, _ in steered}
+    assert ("held", True) in acted
+    assert len(engine.runner.steerfast.gates._requests) == 0 or engine.run([(prompts[0], None)])
+
+
 def test_trap_5_it_is_the_second_runner_that_was_steered_and_nothing_is_left_in_it(engine) -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 

@@ -108,6 +108,10 @@ def tiny_plans(folder: Path) -> dict[str, sf.Plan]:
         "rows": sf.Plan({1: sf.Add(torch.stack([unit(seed, 128) for seed in (3, 4, 5, 6)]), 3.0)}),
         "flow": sf.Plan({2: [sf.Flow(barrier, angle=0.8, steps=3), sf.Amplify(w, 2.0)]}, positions="last"),
     }
+    lean = sf.probes.LinearProbe(unit(11, 128), place=0)
+    held = sf.WhenToken(sf.Condition(lean, 0.05, release=-0.05), sf.Add(v, 3.0))
+    made["held"] = sf.Plan({1: held, 2: sf.WhenToken(sf.Condition(lean, 0.0, above=False), sf.Add(w, 2.0))})
+    made["once"] = sf.Plan({1: [sf.Ablate(v), sf.When(sf.Condition(lean, 0.0), sf.Add(w, 4.0))]})
     for name, plan in made.items():
         plan.save(folder / name)
     return made
