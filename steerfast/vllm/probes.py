@@ -102,7 +102,8 @@ def _fit(probe: Probe, width: int, layers: int, plans: Library) -> tuple[Place, 
         raise ValueError("it does not say where it is read; save it with place=, a layer or (site, layer)")
     if probe.width != width:
         raise ValueError(f"it has width {probe.width}; this model has {width}")
-    return read_place(*probe.place, probe.after, layers, plans.entered)
+    site, layer = probe.place
+    return read_place(site, layer, probe.after, layers, plans.entered)
 
 
 class PlaceReader:
@@ -136,7 +137,7 @@ class PlaceReader:
     @in_full_precision
     def write(self, x: Tensor, scores: Tensor) -> None:
         """What the probes find in x, float32 (n, d), into their columns of scores, float32 (n, columns)."""
-        if self._weight is not None:
+        if self._weight is not None and self._bias is not None:
             found = torch.addmm(self._bias, x, self._weight)
             for columns, rows, finish in self._finish:
                 scores[:, columns] = finish(found[:, rows], x)

@@ -90,22 +90,26 @@ def _update(
     desk: Desk = scheduler.steerfast_desk
     readings: dict[str, Reading] = {}
     for rows in found:
-        request = scheduler.requests.get(rows[0])
+        name, first, scores = rows
+        request = scheduler.requests.get(name)
         if request is None or request.is_finished():
             continue
-        reading = readings[rows[0]] = _reading(scheduler, request)
+        reading = readings[name] = _reading(scheduler, request)
         # Where a step's tokens will be sampled anew, its scores are of tokens that the text will not have.
         if not (request.num_stale_output_tokens and request.drop_stale_output):
             desk.note(rows)
             if reading.limits:
-                request.steerfast_crossed = reading.crossed(*rows[1:], request.all_token_ids, request.num_prompt_tokens)
+                request.steerfast_crossed = reading.crossed(
+                    first, scores, request.all_token_ids, request.num_prompt_tokens
+                )
     with desk.open():
         outputs = original(scheduler, scheduler_output, model_runner_output, *args)
         _end_unfinished(scheduler, [name for name, reading in readings.items() if reading.limits], outputs)
         for sent in outputs.values():
             for output in sent.outputs:
-                reading = readings.get(output.request_id)
-                message = None if reading is None else desk.message(output.request_id, reading)
+                if output.request_id not in readings:
+                    continue
+                message = desk.message(output.request_id, readings[output.request_id])
                 if message is not None:
                     output.kv_transfer_params = {**(output.kv_transfer_params or {}), ANSWERED: message}
     return outputs
@@ -157,14 +161,13 @@ def _end_unfinished(scheduler: Any, names: list[str], outputs: dict[int, Any]) -
 
 def _make_output(observe: Observe, original: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) -> Any:
     given = args[_CARRIED] if len(args) > _CARRIED else kwargs.get(ANSWER_FIELD)
-    message = given.get(ANSWERED) if given else None
+    message: dict[str, Any] = (given or {}).get(ANSWERED) or {}
     answer: Answer | None = getattr(state, "steerfast", None)
-    if message is None and answer is None:
+    if not message and answer is None:
         return original(state, *args, **kwargs)
     if answer is None:
         answer = state.steerfast = Answer(message["reading"])
-    if message is not None:
-        answer.add(message["rows"])
+    answer.add(message.get("rows", ()))
     rest = {name: value for name, value in (given or {}).items() if name != ANSWERED}
     if (args[_ENDED] if len(args) > _ENDED else kwargs["finish_reason"]) is not None:
         rest[ANSWERED] = _finish(observe, state, answer)

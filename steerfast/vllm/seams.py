@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from steerfast.probes.probe import Probe
 
 from . import counters, read_seams
@@ -58,7 +60,7 @@ def patch() -> None:
     wrap(scheduler, "_handle_blocked_waiting_request", _admit)
     wrap(scheduler, "_free_request", _free)
     wrap(wrapper, "init_device", _init_device)
-    read_seams.patch(lambda probe, scores: _served and _served.counters.observe(probe, scores))
+    read_seams.patch(_observe)
 
 
 # --- front end ---------------------------------------------------------------------------------------------------------
@@ -207,6 +209,11 @@ def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **
     for name in {part.served.name for part in parts}:
         served.counters.add("requests", name)
     return request
+
+
+def _observe(probe: str, scores: np.ndarray) -> None:
+    if _served is not None:
+        _served.counters.observe(probe, scores)
 
 
 def _check_request(request: Any) -> None:
