@@ -21,6 +21,7 @@ from vllm_engines import (
     assert_scores,
     environment,
     fields,
+    gated,
     needs_vllm,
     reads,
     save,
@@ -67,54 +68,6 @@ def save_probes(folder: Path) -> dict[str, sf.probes.Probe]:
     return made
 
 
-def save_gated(folder: Path) -> dict[str, sf.Plan]:
-    """Plans with conditions of every kind, with thresholds in the widest gap of what their probes find in the middle of LONG."""
-    from steerfast.models import demo as demo_model
-
-    model, tokenizer = demo_model.load()
-    v, w = unit(40) * 40, unit(41) * 60
-    lean = sf.probes.LinearProbe(unit(21), place=8)
-    sure = sf.probes.LogisticProbe(unit(24) * 3, place=("mlp_out", 9))
-    similar = sf.probes.SimilarityProbe(unit(25), place=12)
-    ids = torch.tensor([tokenizer(LONG)["input_ids"]])
-    with torch.inference_mode(), sf.read(model, {"lean": lean, "sure": sure, "similar": similar}) as reading:
-        model(input_ids=ids)
-    found = {name: scores.values[0] for name, scores in reading.scores().items()}
-    with torch.inference_mode(), sf.read(model, {"lean": lean}) as reading:
-        ends = []
-        for prompt in (PROMPT, LONG):
-            model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]]))
-            ends.append(float(reading["lean"].values[0, -1]))
-    on, off = gap(found["lean"], 0.6), gap(found["lean"], 0.3)
-    made = {
-        "when": sf.Plan({12: sf.When(sf.Condition(lean, sum(ends) / 2, above=ends[0] > ends[1]), sf.Add(v))}),
-        "never": sf.Plan({12: sf.When(sf.Condition(lean, 1e6), sf.Add(v))}),
-        "token": sf.Plan({12: sf.WhenToken(sf.Condition(lean, on), sf.Add(v))}),
-        "held": sf.Plan({12: sf.WhenToken(sf.Condition(lean, on, release=off), sf.Add(w)), 20: sf.Add(v)}),
-        "below": sf.Plan(
-            {("attn_out", 10): sf.WhenToken(sf.Condition(sure, gap(found["sure"], 0.5), above=False), sf.Add(v))}
-        ),
-        "own": sf.Plan(
-            {12: [sf.WhenToken(sf.Condition(similar, gap(found["similar"], 0.5)), sf.Ablate(unit(25))), sf.Add(v)]}
-        ),
-        "after": sf.Plan(
-            {8: sf.Add(unit(21), 5.0), 9: sf.WhenToken(sf.Condition(lean.at(8, after=True), on + 5.0), sf.Add(v))}
-        ),
-    }
-    for name, plan in made.items():
-        plan.save(folder / name)
-    late = sf.WhenToken(sf.Condition(lean.at(20), 0.0), sf.Add(v))
-    sf.Plan({9: late}).save(folder / "late")
-    return made
-
-
-def gap(scores: torch.Tensor, share: float) -> float:
-    """The middle of the widest gap between two scores near this share of them: a threshold that rounding does not meet."""
-    near = scores.sort().values[int((share - 0.1) * len(scores)) : int((share + 0.1) * len(scores))]
-    at = int(near.diff().argmax())
-    return float(near[at : at + 2].mean())
-
-
 class Engine:
     """An LLM beside its plans and probes."""
 
@@ -123,7 +76,7 @@ class Engine:
 
         from steerfast.models import demo as demo_model
 
-        self.plans = save(folder / "plans") | save_gated(folder / "plans")
+        self.plans = save(folder / "plans") | gated(folder / "plans", LONG)
         self.probes = save_probes(folder / "probes")
         scarce = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 12, "block_size": 32}
         self.llm = LLM(

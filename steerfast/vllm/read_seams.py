@@ -66,7 +66,8 @@ def with_scores(result: Any, taken: Taken) -> Any:
     """What a step has sampled, with what its requests have read."""
     get = getattr(result, "get_output", None)
     if get is None:
-        result.steerfast = taken.rows()
+        if result is not None and result.req_ids:  # all steps that sampled nothing share one empty output
+            result.steerfast = taken.rows()
         return result
 
     def get_output() -> Any:

@@ -26,9 +26,23 @@ class Wanted(NamedTuple):
     first: int
 
     @property
-    def columns(self) -> list[int]:
+    def columns(self) -> tuple[int, ...]:
         """Their columns of the table of scores, one probe after the other."""
-        return [probe.column + i for probe in self.probes for i in range(probe.columns)]
+        return tuple(probe.column + i for probe in self.probes for i in range(probe.columns))
+
+    @property
+    def places(self) -> frozenset[tuple[str, bool]]:
+        """Where they are read, and whether after the edits there."""
+        return frozenset((f"{one.place.site}.{one.place.layer}", one.after) for one in self.probes)
+
+
+class Reader(NamedTuple):
+    """A request that reads, as every step needs it."""
+
+    name: str
+    first: int
+    columns: tuple[int, ...]
+    places: frozenset[tuple[str, bool]]
 
 
 Rows = tuple[str, int, np.ndarray]
@@ -59,19 +73,25 @@ class Readers:
         self._read: frozenset[tuple[str, bool]] = frozenset(self._at) if self._always else frozenset()
         self.reading = bool(self._read)
         """Whether some place is to be read in the running step."""
-        self._wanted: dict[str, Wanted] = {}
+        self._readers: dict[str, Reader] = {}
         self._running: Step | None = None
+        self._batch: tuple[list[str], frozenset[tuple[str, bool]]] | None = (
+            None  # that stands in `_here`, and its gates
+        )
+        self._here: list[tuple[int, Reader]] = []
 
     def __len__(self) -> int:
-        return len(self._wanted)
+        return len(self._readers)
 
     def start(self, request: str, wanted: Wanted) -> None:
         """A request that reads arrives."""
-        self._wanted[request] = wanted
+        self._readers[request] = Reader(request, wanted.first, wanted.columns, wanted.places)
+        self._batch = None
 
     def end(self, request: str) -> None:
         """A request has left; nothing happens if it did not read."""
-        self._wanted.pop(request, None)
+        if self._readers.pop(request, None) is not None:
+            self._batch = None
 
     def begin(
         self,
@@ -82,12 +102,20 @@ class Readers:
         gated: frozenset[tuple[str, bool]] = frozenset(),
     ) -> None:
         """A step begins; arguments as of `RowTable.fill`, and the places that the gates of its requests read."""
-        if not self._wanted and not gated:
-            if self.reading:
-                self._show(None, gated)
+        self._running = None
+        if not self._readers and not gated:
+            if self.reading and not self._always:
+                self._read, self.reading, self._batch = frozenset(), False, None
             return
-        here = [(i, name, self._wanted[name]) for i, name in enumerate(requests) if name in self._wanted]
-        self._show(Step(here, starts, positions, tokens) if here else None, gated)
+        batch = list(requests), gated
+        if batch != self._batch:  # otherwise it decodes, as in the step before
+            self._batch = batch
+            self._here = [(i, self._readers[name]) for i, name in enumerate(batch[0]) if name in self._readers]
+            if not self._always:
+                self._read = gated.union(*(reader.places for _, reader in self._here))
+                self.reading = bool(self._read)
+        if self._here:
+            self._running = Step(self._here, starts, positions, tokens)
 
     def write(self, x: Tensor, hidden: Tensor | None, place: str, after: bool) -> None:
         """What the probes of a place find in the stream x (n, d), or in hidden + x."""
@@ -99,22 +127,13 @@ class Readers:
     def take(self) -> Taken | None:
         """What the requests of the step that has run have read; None: no request of it reads."""
         running, self._running = self._running, None
-        if running is None:
-            return None
-        return Taken(running, self.scores)
-
-    def _show(self, running: Step | None, gated: frozenset[tuple[str, bool]]) -> None:
-        self._running = running
-        if not self._always:
-            probes = () if running is None else (one for _, _, wanted in running.here for one in wanted.probes)
-            self._read = gated.union((f"{one.place.site}.{one.place.layer}", one.after) for one in probes)
-            self.reading = bool(self._read)
+        return None if running is None else Taken(running, self.scores)
 
 
 class Step(NamedTuple):
     """A running step: its requests that read, with their number in the batch, and where its tokens stand."""
 
-    here: Sequence[tuple[int, str, Wanted]]
+    here: Sequence[tuple[int, Reader]]
     starts: Tensor
     positions: Tensor
     tokens: int
@@ -144,12 +163,16 @@ class Taken:
         if self._done is not None:
             self._done.synchronize()
         scores, positions, starts = (part.numpy() for part in self._parts)
+        bounds = starts[: self._here[-1][0] + 2].tolist()
+        begin = positions[bounds[:-1]].tolist()
+        picked: dict[tuple[int, ...], np.ndarray] = {}  # many requests read the same
         found: list[Rows] = []
-        for i, request, wanted in self._here:
-            first, stop = int(starts[i]), int(starts[i + 1])
-            skipped = min(max(wanted.first - int(positions[first]), 0), stop - first)
-            rows = scores[first + skipped : stop, wanted.columns]
-            found.append((request, int(positions[first]) + skipped, np.ascontiguousarray(rows)))
+        for i, reader in self._here:
+            first, stop = bounds[i], bounds[i + 1]
+            if reader.columns not in picked:
+                picked[reader.columns] = scores[:, reader.columns]
+            skipped = min(max(reader.first - begin[i], 0), stop - first)
+            found.append((reader.name, begin[i] + skipped, picked[reader.columns][first + skipped : stop]))
         return found
 
 
