@@ -1,4 +1,4 @@
-"""What steering costs inside vLLM, always against the same engine with the same flags and no request steered.
+"""What steering and reading cost inside vLLM, always against the same engine with the same flags and neither of them.
 
     python benchmarks/vllm_cost.py --out benchmarks/results
 
@@ -43,21 +43,28 @@ TWICE = (f"{BASE}, first", f"{BASE}, second")
 
 
 class Arm(NamedTuple):
-    """Which share of the rows is steered, by which kind of plan, and how many distinct ones of it the batch holds."""
+    """Which share of the rows is steered, by which kind of plan, and how many distinct ones of it the batch holds.
+
+    Or it reads: probes of which kind, and how many of them every row reads.
+    """
 
     share: float
-    kind: str  # "one layer", "all layers" or "all layers, rank 8"
+    kind: str  # "one layer", "all layers" or "all layers, rank 8"; "reads"
     configurations: int
 
     def __str__(self) -> str:
         if not self.share:
             return "idle"
+        if self.kind == READS:
+            return f"{self.share * 100:.0f} %, read {self.configurations} probes"
         return f"{self.share * 100:.0f} %, {self.kind}, {self.configurations} configurations"
 
     def steer(self, i: int, batch: int) -> dict[str, Any] | None:
         """What request i of a batch asks for."""
         if i >= self.share * batch:
             return None
+        if self.kind == READS:
+            return {"steer_read": [f"{READS}-{j}" for j in range(self.configurations)]}
         return {"steer": f"{self.kind}-{i % self.configurations}", "steer_strength": 1.0 + 0.01 * i}
 
 
@@ -70,14 +77,22 @@ class Load(NamedTuple):
     arms: tuple[Arm, ...]
 
 
-ONE, ALL, RANK = "one layer", "all layers", "all layers, rank 8"
+ONE, ALL, RANK, READS = "one layer", "all layers", "all layers, rank 8", "reads"
+PROBED = 30
+"""Probes that there are, spread over all layers: of the default model one for each."""
 IDLE = Arm(0.0, ONE, 1)
 LOADS = {
     "decode-16": Load(
         16, 16, 24,
-        (IDLE, Arm(0.25, ONE, 1), Arm(0.25, ALL, 1), Arm(1.0, ONE, 1), Arm(1.0, RANK, 1), Arm(1.0, ALL, 16), Arm(1.0, ALL, 1)),
+        (
+            IDLE, Arm(0.25, ONE, 1), Arm(0.25, ALL, 1), Arm(1.0, ONE, 1), Arm(1.0, RANK, 1), Arm(1.0, ALL, 16),
+            Arm(1.0, READS, 1), Arm(1.0, READS, PROBED), Arm(1.0, ALL, 1),
+        ),
     ),
-    "prefill-16": Load(16, 96, 2, (IDLE, Arm(0.25, ALL, 1), Arm(1.0, ONE, 1), Arm(1.0, ALL, 1))),
+    "prefill-16": Load(
+        16, 96, 2,
+        (IDLE, Arm(0.25, ALL, 1), Arm(1.0, ONE, 1), Arm(1.0, READS, 1), Arm(1.0, READS, PROBED), Arm(1.0, ALL, 1)),
+    ),
     "decode-256": Load(256, 4, 4, (Arm(1.0, ONE, 256), Arm(1.0, ALL, 64), Arm(1.0, ALL, 256))),
 }  # fmt: skip
 Row = dict[str, Any]
@@ -104,6 +119,7 @@ def main() -> int:
     signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
     with tempfile.TemporaryDirectory() as folder:
         save_plans(Path(folder), args.model)
+        save_probes(Path(folder) / READS, args.model)
         rows = measure(args, Path(folder))
     for row in rows:
         report(row)
@@ -129,6 +145,20 @@ def save_plans(folder: Path, model: str) -> None:
     for i in range(count[RANK]):
         bases = [torch.linalg.qr(torch.randn(width, 8))[0].T for _ in range(layers)]
         sf.Plan({j: sf.Ablate(basis) for j, basis in enumerate(bases)}).save(folder / f"{RANK}-{i}")
+
+
+def save_probes(folder: Path, model: str) -> None:
+    """One probability in the middle layer, then one in each of the others."""
+    import torch
+    from transformers import AutoConfig
+
+    import steerfast as sf
+
+    config: Any = AutoConfig.from_pretrained(model).get_text_config()
+    layers, width = config.num_hidden_layers, config.hidden_size
+    for i in range(PROBED):
+        layer = (layers // 2 + i * layers // PROBED) % layers
+        sf.probes.LogisticProbe(torch.randn(width) / width**0.5, place=layer).save(folder / f"{READS}-{i}")
 
 
 def measure(args: argparse.Namespace, plans: Path) -> list[Row]:
@@ -181,6 +211,7 @@ def here(place: str) -> Row:
 def start(name: str, plans: Path) -> Any:
     environment = ON_CPU | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     environment |= {"VLLM_PLUGINS": "steerfast" if name == "steered" else "none", "STEERFAST_PLANS": str(plans)}
+    environment["STEERFAST_PROBES"] = str(plans / READS)
     return subprocess.Popen(
         [sys.executable, *sys.argv, "--serve", name],
         env=environment,

@@ -28,6 +28,8 @@ import steerfast as sf
 from steerfast.vllm import seams
 from steerfast.vllm.edits import EditedPlace, Places
 from steerfast.vllm.plans import Library, ServedPlan
+from steerfast.vllm.probes import ServedProbe
+from steerfast.vllm.reading import Readers, Wanted
 from steerfast.vllm.slots import Admission
 from steerfast.vllm.table import EVER, Owner, RowTable
 from steerfast.vllm.wire import read
@@ -61,6 +63,7 @@ def main() -> None:
     found["idle"] = found["steered_0_goes_on"]
     found["steered_64"] = max(found["host_changed"], found["device_changed"])
     found["waiting_64"] = show(f"scheduler, {REQUESTS} requests that wait for a slot, looked at once", look_at(queue()))
+    found |= reading()
     for steered in (0, 64):
         places = layers(table(steered))
         stream, hidden = torch.randn(REQUESTS, WIDTH).bfloat16(), torch.randn(REQUESTS, WIDTH).bfloat16()
@@ -134,6 +137,35 @@ def layers(made: RowTable) -> Places:
         for slot, edit in enumerate(edits):
             place.load(slot, edit)
     return Places(found, made)
+
+
+def reading() -> dict[str, float]:
+    """A step that nobody reads in, with 30 probes loaded, and one in which all requests read one of them or all."""
+    loaded = {f"{i}": sf.probes.LogisticProbe(torch.randn(WIDTH), place=i) for i in range(LAYERS)}
+    served = {name: ServedProbe(name, probe.place, False, i, 1) for i, (name, probe) in enumerate(loaded.items())}
+    stream, hidden = torch.randn(REQUESTS, WIDTH).bfloat16(), torch.randn(REQUESTS, WIDTH).bfloat16()
+    found: dict[str, float] = {}
+    for count in (0, 1, LAYERS):
+        made = Readers(served, loaded, 2048, torch.device("cpu"))
+        places = Places({}, RowTable(2048, torch.device("cpu")), made)
+        for name in NAMES if count else ():
+            made.start(name, Wanted(tuple(served.values())[:count], 0))
+
+        def host(made: Readers = made) -> None:
+            made.begin(NAMES, STARTS, POSITIONS, REQUESTS)
+            taken = made.take()
+            if taken is not None:
+                taken.rows()
+
+        def ops(made: Readers = made, places: Places = places) -> None:
+            made.begin(NAMES, STARTS, POSITIONS, REQUESTS)
+            for i in range(LAYERS):
+                places.edit_(stream, hidden, f"resid_post.{i}")
+
+        with torch.inference_mode():
+            found[f"read_{count}_host"] = show(f"scores, {REQUESTS} requests read {count} probes, host", host)
+            found[f"read_{count}_ops"] = show(f"scores, {REQUESTS} requests read {count} probes, {LAYERS} places", ops)
+    return found
 
 
 def show(name: str, call: Callable[[], object]) -> float:

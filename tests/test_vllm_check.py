@@ -47,10 +47,10 @@ def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch, tmp_
         findings = []
         for finding in proof.prove(model, plan, dtype="float32"):
             findings.append(finding)
-            assert [*tmp_path.rglob("*.json")] == [] or len(findings) == 8, "recorded before all proofs have passed"
+            assert [*tmp_path.rglob("*.json")] == [] or len(findings) == 11, "recorded before all proofs have passed"
         assert {name: os.environ.get(name) for name in own} == own
     assert [(finding.name, finding.detail) for finding in findings if finding.outcome != "ok"] == []
-    assert len(findings) == 8
+    assert len(findings) == 11
     (left,) = tmp_path.rglob("*.json")
     assert findings[-1].detail == str(left)
     assert record.passed("99.0+cpu")
@@ -62,9 +62,25 @@ def test_the_proofs_hold_and_each_can_fail(monkeypatch: pytest.MonkeyPatch, tmp_
         def __call__(self, prompts: Any, steering: Any) -> Any:
             return super().__call__(prompts, [None] * len(steering))
 
+        def outputs(self, prompts: Any, steering: Any) -> Any:
+            heard = [extra and {k: v for k, v in extra.items() if k.startswith("steer_read")} for extra in steering]
+            return super().outputs(prompts, heard)
+
     for one in (proof._prefill, proof._decode, proof._mates, proof._caches, proof._refusals, proof._plan):
         with pytest.raises(RuntimeError):
             one(Deaf(vllm, engines[0]))
+    for one in (proof._reads, proof._gates, proof._ends):  # nobody is steered, nothing ends
+        with pytest.raises(RuntimeError):
+            one(Deaf(vllm, engines[0]))
+
+    class Mute(proof._Asker):
+        """An engine in which nobody reads."""
+
+        def outputs(self, prompts: Any, steering: Any) -> Any:
+            return super().outputs(prompts, [None] * len(steering))
+
+    with pytest.raises(RuntimeError, match="the output has no scores"):
+        proof._reads(Mute(vllm, engines[0]))
     monkeypatch.setattr(seams, "salt", lambda given, *_: given)  # steered keys and values in everybody's cache
     with pytest.raises(RuntimeError, match="got another answer after the same prompt had been steered"):
         proof._caches(proof._Asker(vllm, engines[0]))

@@ -95,8 +95,23 @@ def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
         (lambda: sf.Plan({0: [sf.Add(unit(i)) for i in range(5)]}), "5 interventions act in one place"),
         (lambda: sf.Plan({0: sf.Add(unit(0))}, model=ModelCard("M", D, 30)), "made for width 12 and 30 layers"),
         (
-            lambda: sf.Plan({0: sf.When(sf.Condition(unit(0), 0.1), sf.Add(unit(1)))}),
-            "a condition .When. is not decided inside vLLM",
+            lambda: sf.Plan({0: sf.When(sf.Condition(sf.probes.LinearProbe(unit(0), place=2), 0.1), sf.Add(unit(1)))}),
+            "is read at resid_post 2, and it is to act at resid_post 0, which comes first; read an earlier place",
+        ),
+        (
+            lambda: sf.Plan({("resid_pre", 2): sf.When(sf.Condition(unit(0), 0.1), sf.Add(unit(1)))}),
+            "stands at resid_pre 2, whose edits join those of resid_post 1 inside vLLM; put it there",
+        ),
+        (
+            lambda: sf.Plan(
+                {
+                    ("resid_pre", 2): sf.Add(unit(2)),
+                    3: sf.When(
+                        sf.Condition(sf.probes.LinearProbe(unit(0), place=("resid_pre", 2)), 0.1), sf.Add(unit(1))
+                    ),
+                }
+            ),
+            "before resid_pre 2 lies between the edits of resid_post 1 and of resid_pre 2",
         ),
         (lambda: sf.Plan({0: top_k_edit()}), "names SAE.* was not given, and STEERFAST_SAES is not set"),
         (lambda: sf.Plan({0: sf.Add(1e6 * unit(0))}), "resid_post 0: .* does not fit torch.float16: a row overflows"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_engines import ENVIRONMENT, PROMPT, Transformers, needs_vllm, save
+from vllm_engines import ENVIRONMENT, PROMPT, Transformers, needs_vllm, save, unit
 
 import steerfast as sf
 
@@ -33,6 +33,13 @@ class Server:
 
         self.plans = save(folder)
         sf.Plan({3: sf.Add(torch.ones(7))}).save(folder / "narrow")
+        self.probes = {
+            "lean": sf.probes.LinearProbe(unit(1), place=8),
+            "sure": sf.probes.LogisticProbe(unit(2), 0.3, place=20),
+        }
+        for name, probe in self.probes.items():
+            probe.save(folder.parent / "probes" / name)
+        sf.probes.LinearProbe(torch.ones(7), place=3).save(folder.parent / "probes" / "narrow")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -51,7 +58,9 @@ class Server:
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [*command, *(word for option in options.items() for word in option)],
-                env=os.environ | ENVIRONMENT | {"STEERFAST_PLANS": str(folder)},
+                env=os.environ
+                | ENVIRONMENT
+                | {"STEERFAST_PLANS": str(folder), "STEERFAST_PROBES": str(folder.parent / "probes")},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -160,6 +169,12 @@ BAD = [
     ({"steer": "love", "steer_positions": "sometimes"}, "expected all, prompt, generated, last"),
     ({"steer_strength": 2}, "without steer"),
     ({"steering": "love"}, "unknown field 'steering'"),
+    ({"steer_read": "nobody"}, "there is no probe 'nobody'; this engine has 2 probes"),
+    ({"steer_read": "narrow"}, "has width 7; this model has 576"),
+    ({"steer_read": "../probes/lean"}, "there is no probe '../probes/lean'"),
+    ({"steer_read": "lean", "steer_read_positions": "sometimes"}, "expected all, prompt, generated, last"),
+    ({"steer_read": "lean", "steer_read_what": 3}, "expected 'request' or 'tokens'"),
+    ({"steer_abort": "lean>much"}, "a finite number, such as"),
 ]
 
 
@@ -199,6 +214,102 @@ def test_beam_search_with_plans_is_refused_and_without_runs(server, kind) -> Non
     assert answer.status_code == 400
     assert "beam search drops the fields of a request" in answer.json()["error"]["message"]
     assert server.post(kind, None, use_beam_search=True, n=2).status_code == 200
+
+
+READ = {"steer_read": ["lean", "sure"], "steer_read_what": "tokens"}
+
+
+def chunks(server, kind: str, xargs: Any, **more: Any) -> list[dict[str, Any]]:
+    with server.http.stream("POST", f"/v1/{kind}", json=server.body(kind, xargs, stream=True, **more)) as answer:
+        assert answer.status_code == 200
+        return [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_come_with_the_answer_and_with_the_last_chunk_of_a_stream(server, truth, kind) -> None:
+    answer = server.post(kind, READ, return_token_ids=True).json()
+    found, choice = answer["kv_transfer_params"]["steerfast"], answer["choices"][0]
+    ids = [*(answer.get("prompt_token_ids") or choice["prompt_token_ids"]), *choice["token_ids"][:-1]]
+    with torch.inference_mode(), sf.read(truth.model, server.probes) as reading:
+        truth.model(input_ids=torch.tensor([ids]))
+    for name, scores in reading.scores().items():
+        assert found[name]["positions"] == list(range(len(ids)))
+        assert torch.allclose(torch.tensor(found[name]["scores"]), scores.values[0], atol=1e-3), name
+        assert found[name]["max"] == pytest.approx(float(scores.max()), abs=1e-3)
+    for more in ({}, {"stream_options": {"include_usage": True}}):
+        streamed = chunks(server, kind, READ, **more)
+        ended = [chunk for chunk in streamed if chunk["choices"] and chunk["choices"][0]["finish_reason"]]
+        assert [chunk for chunk in streamed if chunk.get("kv_transfer_params")] == ended
+        assert len(ended) == 1
+        for name, scores in ended[0]["kv_transfer_params"]["steerfast"].items():
+            assert scores["scores"] == pytest.approx(found[name]["scores"], abs=1e-3)
+        texts = [chunk["choices"][0] for chunk in streamed if chunk["choices"]]
+        text = "".join((c["delta"].get("content") or "") if kind.startswith("chat") else c["text"] for c in texts)
+        assert text == server.text(kind, None)
+    assert server.post(kind, None).json().get("kv_transfer_params") is None
+    assert all("kv_transfer_params" not in chunk for chunk in chunks(server, kind, None))
+
+
+def test_readers_at_once_each_get_their_own(server) -> None:
+    asked = [
+        READ,
+        {**READ, "steer": "love"},
+        {"steer_read": "sure"},
+        None,
+        {**READ, "steer_read_positions": "generated"},
+    ]
+    alone = [server.post("completions", xargs).json().get("kv_transfer_params") for xargs in asked]
+    with ThreadPoolExecutor(16) as pool:
+        calls = [pool.submit(server.post, "completions", asked[i % 5]) for i in range(40)]
+        for i, call in enumerate(calls):
+            found, wanted = call.result().json().get("kv_transfer_params"), alone[i % 5]
+            assert (found is None) == (wanted is None)
+            for name in wanted["steerfast"] if wanted else ():
+                assert found["steerfast"][name]["tokens"] == wanted["steerfast"][name]["tokens"]
+                assert found["steerfast"][name]["mean"] == pytest.approx(wanted["steerfast"][name]["mean"], abs=1e-3)
+
+
+def test_the_other_routes_answer_with_scores_or_refuse_to_read(server) -> None:
+    asked = server.body("chat/completions", READ)
+    message = server.http.post("/v1/messages", json=asked)
+    assert message.json()["kv_transfer_params"]["steerfast"]["lean"]["tokens"] > 0
+    refused = server.http.post("/v1/messages", json=asked | {"stream": True})
+    assert refused.status_code == 400
+    assert "no place for scores" in refused.json()["error"]["message"]
+    several = server.post("completions", READ, prompt=[PROMPT, PROMPT])
+    assert several.status_code == 400
+    assert "send them one by one" in several.json()["error"]["message"]
+    ask = {"model": MODEL, "input": PROMPT, "max_output_tokens": 4, "temperature": 0, "vllm_xargs": READ}
+    assert server.http.post("/v1/responses", json=ask).json()["kv_transfer_params"]["steerfast"]["sure"]["tokens"] > 0
+    both = server.post("completions", READ, n=2, temperature=1.0).json()["kv_transfer_params"]["steerfast"]
+    assert [sorted(one) for one in both] == [["lean", "sure"]] * 2
+
+
+def test_metrics_have_a_histogram_of_scores(server) -> None:
+    def count() -> float:
+        lines = server.http.get("/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith('steerfast:score_count{probe="sure"}')).split()[-1])
+
+    before = count()
+    answer = server.post("completions", READ)
+    assert count() - before == answer.json()["kv_transfer_params"]["steerfast"]["sure"]["tokens"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_that_crosses_a_limit_ends_by_name_streaming_or_not(server, kind) -> None:
+    whole = server.post(kind, {**READ, "steer_read_positions": "generated"}).json()
+    scores = whole["kv_transfer_params"]["steerfast"]["lean"]["scores"]
+    level = max(scores) - 1e-3
+    ended = {"steer_abort": f"lean>{level}", "steer_read_positions": "generated"}
+    answer = server.post(kind, ended).json()
+    choice = answer["choices"][0]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", f"steer_abort: lean>{level:g}")
+    assert answer["usage"]["completion_tokens"] == scores.index(max(scores)) + 1 < TOKENS
+    last = [chunk for chunk in chunks(server, kind, ended) if chunk["choices"]][-1]
+    assert last["choices"][0]["stop_reason"] == f"steer_abort: lean>{level:g}"
+    assert last["kv_transfer_params"]["steerfast"]["lean"]["tokens"] == answer["usage"]["completion_tokens"]
+    streamed = server.stream(kind, ended)
+    assert streamed == (choice["message"]["content"] if kind.startswith("chat") else choice["text"])
 
 
 def test_refusals_leave_the_engine_and_its_neighbours_alone(server) -> None:
@@ -256,6 +367,9 @@ def test_a_message_that_cannot_be_followed_is_a_400_with_the_reason(server, xarg
     text = json.dumps(server.body("chat/completions", xargs, stream=stream))
     answer = server.http.post("/v1/messages", content=text, headers={"content-type": "application/json"})
     assert answer.status_code == 400, answer.text
+    reason = (
+        "no place for scores" if stream and {"steer_read", "steer_abort"} & xargs.keys() else reason
+    )  # whatever it says
     assert reason in answer.json()["error"]["message"]
 
 

@@ -8,19 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_engines import ENVIRONMENT, Transformers, environment, fields, needs_vllm, tiny, tiny_plans
+from vllm_engines import (
+    ENVIRONMENT,
+    Transformers,
+    assert_scores,
+    environment,
+    fields,
+    needs_vllm,
+    reads,
+    tiny,
+    tiny_plans,
+    tiny_probes,
+)
 
 pytestmark = [needs_vllm, pytest.mark.vllm]
 TOKENS = 5
 
 
-def test_two_workers_steer_alike_and_the_default_holds_for_all_who_do_not_decline(tmp_path: Path) -> None:
+def test_two_workers_steer_and_read_alike_and_the_default_holds_for_all_who_do_not_decline(tmp_path: Path) -> None:
     from vllm import LLM, SamplingParams
 
     model = tiny(tmp_path / "model")
     plans = tiny_plans(tmp_path / "plans")
-    default = json.dumps({"steer": "add", "steer_strength": 0.7})
-    with environment(**ENVIRONMENT, STEERFAST_PLANS=str(tmp_path / "plans"), STEERFAST_DEFAULT=default):
+    probes = tiny_probes(tmp_path / "probes", tmp_path / "saes")
+    default = json.dumps({"steer": "add", "steer_strength": 0.7, "steer_read": "lean"})
+    folders = {f"STEERFAST_{name.upper()}": str(tmp_path / name) for name in ("plans", "probes", "saes")}
+    with environment(**ENVIRONMENT, **folders, STEERFAST_DEFAULT=default):
         llm = LLM(
             str(tmp_path / "model"),
             skip_tokenizer_init=True,
@@ -36,7 +49,7 @@ def test_two_workers_steer_alike_and_the_default_holds_for_all_who_do_not_declin
             ({"steer": []}, []),
             (fields(("many", 1.0)), [("many", 1.0)]),
             (fields(("norm", 1.0), ("add", -0.5)), [("norm", 1.0), ("add", -0.5)]),
-            (fields(("flow", 1.0)), [("flow", 1.0)]),
+            (fields(("flow", 1.0)) | reads(*probes), [("flow", 1.0)]),
         ]
         prompts = [random.Random(i).choices(range(3, 120), k=6 + i) for i in range(len(asked))]
         params = [
@@ -48,4 +61,8 @@ def test_two_workers_steer_alike_and_the_default_holds_for_all_who_do_not_declin
         for ids, (_, steered), output in zip(prompts, asked, outputs, strict=True):
             wanted, _ = truth.generate(ids, [(plans[name], s, None) for name, s in steered], TOKENS)
             assert list(output.outputs[0].token_ids) == wanted, steered
+            assert list(output.kv_transfer_params["steerfast"]) == (
+                list(probes) if steered[:1] == [("flow", 1.0)] else ["lean"]
+            )
+        assert_scores(model, outputs[-1], probes, [(plans["flow"], 1.0)])
         llm.llm_engine.engine_core.shutdown()

@@ -14,7 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_engines import ENVIRONMENT, Transformers, environment, fields, needs_vllm, tiny, tiny_plans
+from vllm_engines import (
+    ENVIRONMENT,
+    Transformers,
+    assert_scores,
+    environment,
+    fields,
+    needs_vllm,
+    reads,
+    tiny,
+    tiny_plans,
+    tiny_probes,
+)
 
 pytestmark = [
     needs_vllm,
@@ -64,6 +75,7 @@ class Engine:
 
         self.model = tiny(folder / "model")
         self.plans = tiny_plans(folder / "plans")
+        self.probes = tiny_probes(folder / "probes", folder / "saes")
         self.llm = LLM(
             str(folder / "model"),
             skip_tokenizer_init=True,
@@ -78,6 +90,9 @@ class Engine:
         table._write = table._on_device  # as on a GPU
 
     def run(self, requests: list[tuple[list[int], dict[str, Any] | None]]) -> list[list[int]]:
+        return [list(output.outputs[0].token_ids) for output in self.outputs(requests)]
+
+    def outputs(self, requests: list[tuple[list[int], dict[str, Any] | None]]) -> list[Any]:
         from vllm import SamplingParams
 
         params = [
@@ -85,7 +100,7 @@ class Engine:
             for _, extra in requests
         ]
         prompts: Any = [{"prompt_token_ids": ids} for ids, _ in requests]
-        return [list(o.outputs[0].token_ids) for o in self.llm.generate(prompts, params, use_tqdm=False)]
+        return self.llm.generate(prompts, params, use_tqdm=False)
 
     @property
     def runner(self) -> Any:
@@ -101,6 +116,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory):
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_USE_V2_MODEL_RUNNER="1",
         STEERFAST_PLANS=str(folder / "plans"),
+        STEERFAST_PROBES=str(folder / "probes"),
+        STEERFAST_SAES=str(folder / "saes"),
         STEERFAST_BACKEND="triton",
     ):
         yield Engine(folder)
@@ -137,6 +154,40 @@ def test_a_row_for_each_of_a_prompts_first_tokens(engine) -> None:
         wanted, _ = truth.generate(ids, [(engine.plans[name], s, None) for name, s in steered], TOKENS)
         assert got == wanted, steered
     assert found != engine.run([(ids, None) for ids in prompts])
+
+
+def test_requests_read_what_transformers_reads(engine) -> None:
+    """Beside steered and plain requests, one of them in chunks; the places are read before and after our kernels edit them."""
+    asked = [[], [("add", 1.0)], [("norm", 0.5), ("add", -1.0)], [("flow", 1.0)]]
+    prompts = [prompt(30 + i, 40 if i == 1 else 7 + i) for i in range(len(asked))]
+    names = list(engine.probes)
+    plain = engine.run([(ids, fields(*steered)) for ids, steered in zip(prompts, asked, strict=True)])
+    outputs = engine.outputs(
+        [(ids, {**fields(*steered), **reads(*names)}) for ids, steered in zip(prompts, asked, strict=True)]
+    )
+    assert [list(output.outputs[0].token_ids) for output in outputs] == plain
+    for steered, output in zip(asked, outputs, strict=True):
+        assert_scores(engine.model, output, engine.probes, [(engine.plans[name], s) for name, s in steered])
+    engine.run([(prompts[0], None)])
+    assert engine.runner.steerfast.reading == 0
+
+
+def test_conditions_are_decided_on_the_device(engine) -> None:
+    """Through our kernels, in prompts that come in chunks and in decoding; of some requests the last prompt token is shut out."""
+    truth = Transformers(engine.model)
+    prompts = [prompt(50 + i, 40 if i % 3 == 1 else 7 + i) for i in range(6)]
+    asked = [[(name, 1.0)] for name in ("held", "once", "once", "held", "once")] + [[]]
+    found = engine.run(
+        [(ids, fields(*steered) if steered else None) for ids, steered in zip(prompts, asked, strict=True)]
+    )
+    acted = set()
+    for ids, steered, got in zip(prompts, asked, found, strict=True):
+        wanted, _ = truth.generate(ids, [(engine.plans[name], s, None) for name, s in steered], TOKENS)
+        assert got == wanted, steered
+        plain, _ = truth.generate(ids, [], TOKENS)
+        acted |= {(name, got != plain) for name, _ in steered}
+    assert ("held", True) in acted
+    assert len(engine.runner.steerfast.gates._requests) == 0 or engine.run([(prompts[0], None)])
 
 
 def test_trap_5_it_is_the_second_runner_that_was_steered_and_nothing_is_left_in_it(engine) -> None:

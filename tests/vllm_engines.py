@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,6 +108,10 @@ def tiny_plans(folder: Path) -> dict[str, sf.Plan]:
         "rows": sf.Plan({1: sf.Add(torch.stack([unit(seed, 128) for seed in (3, 4, 5, 6)]), 3.0)}),
         "flow": sf.Plan({2: [sf.Flow(barrier, angle=0.8, steps=3), sf.Amplify(w, 2.0)]}, positions="last"),
     }
+    lean = sf.probes.LinearProbe(unit(11, 128), place=0)
+    held = sf.WhenToken(sf.Condition(lean, 0.05, release=-0.05), sf.Add(v, 3.0))
+    made["held"] = sf.Plan({1: held, 2: sf.WhenToken(sf.Condition(lean, 0.0, above=False), sf.Add(w, 2.0))})
+    made["once"] = sf.Plan({1: [sf.Ablate(v), sf.When(sf.Condition(lean, 0.0), sf.Add(w, 4.0))]})
     for name, plan in made.items():
         plan.save(folder / name)
     return made
@@ -149,3 +154,110 @@ class Transformers:
 def fields(*steered: tuple[Any, ...]) -> dict[str, Any]:
     """The wire form of (name, strength) pairs."""
     return {"steer": [name for name, *_ in steered], "steer_strength": [strength for _, strength, *_ in steered]}
+
+
+CLOSE_SCORE = 1e-3
+"""Of scores, over the largest of them where that is above 1: float32 in another order of summation."""
+
+
+def reads(*names: str, **more: Any) -> dict[str, Any]:
+    """The wire form of reading these probes, token by token."""
+    return {"steer_read": list(names), "steer_read_what": "tokens", **more}
+
+
+def tiny_probes(folder: Path, saes: Path) -> dict[str, sf.probes.Probe]:
+    """A few probes for the tiny model, saved; one of them names an SAE, which is saved, too."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(32, 128, generator=generator) / 8
+    sae = sf.SAE(rows, rows, k=4)
+    sae.save(saes / "sae")
+    made = {
+        "lean": sf.probes.LinearProbe(unit(11, 128), place=1),
+        "sure": sf.probes.LogisticProbe(unit(12, 128), 0.1, place=("mlp_out", 2)),
+        "after": sf.probes.SimilarityProbe(unit(13, 128), place=1, after=True),
+        "top": sf.probes.TopKProbe(sae, place=2),
+    }
+    for name, probe in made.items():
+        probe.save(folder / name)
+    return made
+
+
+def gated(folder: Path, text: str) -> dict[str, sf.Plan]:
+    """Plans with conditions of every kind, with thresholds in the widest gap of what their probes find on a text."""
+    from steerfast.models import demo as demo_model
+
+    model, tokenizer = demo_model.load()
+    v, w = unit(40) * 40, unit(41) * 60
+    lean = sf.probes.LinearProbe(unit(21), place=8)
+    sure = sf.probes.LogisticProbe(unit(24) * 3, place=("mlp_out", 9))
+    similar = sf.probes.SimilarityProbe(unit(25), place=12)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.inference_mode(), sf.read(model, {"lean": lean, "sure": sure, "similar": similar}) as reading:
+        model(input_ids=ids)
+    found = {name: scores.values[0] for name, scores in reading.scores().items()}
+    with torch.inference_mode(), sf.read(model, {"lean": lean}) as reading:
+        ends = []
+        for prompt in (PROMPT, text):
+            model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]]))
+            ends.append(float(reading["lean"].values[0, -1]))
+    on, off = gap(found["lean"], 0.6), gap(found["lean"], 0.3)
+    made = {
+        "when": sf.Plan({12: sf.When(sf.Condition(lean, sum(ends) / 2, above=ends[0] > ends[1]), sf.Add(v))}),
+        "never": sf.Plan({12: sf.When(sf.Condition(lean, 1e6), sf.Add(v))}),
+        "token": sf.Plan({12: sf.WhenToken(sf.Condition(lean, on), sf.Add(v))}),
+        "held": sf.Plan({12: sf.WhenToken(sf.Condition(lean, on, release=off), sf.Add(w)), 20: sf.Add(v)}),
+        "below": sf.Plan(
+            {("attn_out", 10): sf.WhenToken(sf.Condition(sure, gap(found["sure"], 0.5), above=False), sf.Add(v))}
+        ),
+        "own": sf.Plan(
+            {12: [sf.WhenToken(sf.Condition(similar, gap(found["similar"], 0.5)), sf.Ablate(unit(25))), sf.Add(v)]}
+        ),
+        "after": sf.Plan(
+            {8: sf.Add(unit(21), 5.0), 9: sf.WhenToken(sf.Condition(lean.at(8, after=True), on + 5.0), sf.Add(v))}
+        ),
+    }
+    for name, plan in made.items():
+        plan.save(folder / name)
+    late = sf.WhenToken(sf.Condition(lean.at(20), 0.0), sf.Add(v))
+    sf.Plan({9: late}).save(folder / "late")
+    return made
+
+
+def gap(scores: torch.Tensor, share: float) -> float:
+    """The middle of the widest gap between two scores near this share of them: a threshold that rounding does not meet."""
+    near = scores.sort().values[int((share - 0.1) * len(scores)) : int((share + 0.1) * len(scores))]
+    at = int(near.diff().argmax())
+    return float(near[at : at + 2].mean())
+
+
+@torch.inference_mode()
+def assert_scores(
+    model: Any, output: Any, probes: dict[str, Any], steered: list[tuple[sf.Plan, float]], positions: str = "all"
+) -> None:
+    """An output says what transformers reads of its text, in one pass under the same plans."""
+    prompt = len(output.prompt_token_ids)
+    ids = torch.tensor([[*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]])
+    with ExitStack() as stack:
+        for plan, strength in steered:
+            stack.enter_context(sf.steer(model, plan, strength=strength, prompt_length=prompt))
+        reading = stack.enter_context(sf.read(model, probes, positions=positions, prompt_length=prompt))
+        model(input_ids=ids)
+        wanted = reading.scores()
+    found = output.kv_transfer_params["steerfast"]
+    assert list(found) == list(probes)
+    for name, scores in wanted.items():
+        read, got = scores.read[0], found[name]
+        values = scores.values[0][read].numpy()
+        assert got["positions"] == read.nonzero().flatten().tolist(), name
+        assert got["tokens"] == len(values)
+        within = CLOSE_SCORE * max(1.0, float(np.abs(values).max(initial=0)))
+        assert np.abs(np.asarray(got["scores"]).reshape(values.shape) - values).max(initial=0) < within, name
+        if scores.indices is not None:
+            assert got["features"] == scores.indices[0][read].tolist(), name
+            continue
+        for reduced in ("max", "mean", "last"):
+            expected = getattr(scores, reduced)()[0].numpy() if len(values) else None
+            same = (
+                got[reduced] is None if expected is None else np.abs(np.asarray(got[reduced]) - expected).max() < within
+            )
+            assert same, (name, reduced)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 
+from steerfast.edits.conditions import Condition, When, WhenToken
 from steerfast.edits.linear import Add
 from steerfast.plan import Plan
+from steerfast.probes import SimilarityProbe
 from steerfast.vllm import record
 
 from .check import Finding
@@ -20,12 +23,13 @@ from .check import Finding
 PROMPTS = ("The quick brown fox jumps over", "Once upon a time", "The capital of France is", "One, two, three,")
 TOKENS = 6
 _CACHE = 1 << 30  # bytes for keys and values: enough for these prompts, whatever else runs on the machine
-_SETTINGS = ("STEERFAST_PLANS", "STEERFAST_DEFAULT", "STEERFAST_SLOTS")
+_SETTINGS = ("STEERFAST_PLANS", "STEERFAST_PROBES", "STEERFAST_DEFAULT", "STEERFAST_SLOTS")
 _TURN = (
     1e4  # v is far longer than any row: with its length kept, a row becomes v's direction, whatever the model's scale
 )
 
 _NOISE = 0.01  # of a log-probability; what proves something moves by far more
+_MET = 0.9  # of the direction in a row: most that were turned are above, all others below
 _Answer = list[tuple[int, float]]  # every token with its log-probability
 
 
@@ -41,7 +45,8 @@ def prove(model: str, plan: Plan | None = None, dtype: str = "auto") -> Iterator
         dtype: As vLLM takes it.
 
     Yields:
-        A finding per proof: prefill, cached decode, batch-mates, caches, refusals, the plan; and, if none failed, the record.
+        A finding per proof: prefill, cached decode, batch-mates, caches, refusals, reading, conditions, ending, the plan; and, if
+        none failed, the record.
 
     Raises:
         RuntimeError: vLLM is not installed, or has not loaded the plugin.
@@ -52,17 +57,17 @@ def prove(model: str, plan: Plan | None = None, dtype: str = "auto") -> Iterator
         raise RuntimeError("check: vLLM is not installed here; install it, or leave out --engine vllm") from None
     with tempfile.TemporaryDirectory(prefix="steerfast-check-") as folder:
         before = {name: os.environ.pop(name, None) for name in _SETTINGS}  # the user's own would get in the way
-        os.environ["STEERFAST_PLANS"] = folder
+        os.environ |= {"STEERFAST_PLANS": f"{folder}/plans", "STEERFAST_PROBES": f"{folder}/probes"}
         failed = False
         try:
-            record.write(vllm.__version__, Path(folder))
+            record.write(vllm.__version__, Path(folder) / "plans")
             for finding in _prove(vllm, Path(folder), model, plan, dtype):
                 failed |= finding.outcome == "failed"
                 yield finding
             if not failed:
                 yield _recorded(vllm.__version__)
         finally:
-            del os.environ["STEERFAST_PLANS"]
+            del os.environ["STEERFAST_PLANS"], os.environ["STEERFAST_PROBES"]
             os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
@@ -79,10 +84,14 @@ def _prove(vllm: Any, folder: Path, model: str, plan: Plan | None, dtype: str) -
 
     config: Any = AutoConfig.from_pretrained(model).get_text_config()
     vector = torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(0))
-    turn = Add(vector / vector.norm(), _TURN, keep_norm=True)
-    Plan({config.num_hidden_layers // 2: turn}).save(folder / "turn")
+    turn, layer = Add(vector / vector.norm(), _TURN, keep_norm=True), config.num_hidden_layers // 2
+    gated = {"open": WhenToken(Condition(vector, 1.0, above=False), turn), "shut": When(Condition(vector, 1.0), turn)}
+    for name, edit in {"turn": turn, **gated}.items():
+        Plan({layer: edit}).save(folder / "plans" / name)
+    for after in (False, True):
+        SimilarityProbe(vector, place=layer, after=after).save(folder / "probes" / ("after" if after else "before"))
     if plan is not None:
-        plan.save(folder / "plan")
+        plan.save(folder / "plans" / "plan")
     small = {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": _CACHE}
     engine = vllm.LLM(model, dtype=dtype, **small)
     if not hasattr(engine.llm_engine.input_processor, "steerfast"):
@@ -96,6 +105,9 @@ def _prove(vllm: Any, folder: Path, model: str, plan: Plan | None, dtype: str) -
         ("batch-mates are equal, token for token, to the same batch unsteered", _mates),
         ("steered keys and values are not shared with unsteered requests", _caches),
         ("what cannot be followed is refused", _refusals),
+        ("probes read every token, before and after the edits of their place", _reads),
+        ("conditions act where they are met, and only there", _gates),
+        ("a request ends with the token that crosses its limit", _ends),
     ]
     if plan is not None:
         proofs.append(("the plan fits and changes what is generated", _plan))
@@ -113,15 +125,28 @@ class _Asker:
         self.params, self.engine = vllm.SamplingParams, engine
 
     def __call__(self, prompts: Sequence[Any], steering: Sequence[dict[str, Any] | None]) -> list[_Answer]:
+        found = []
+        for output in self.outputs(prompts, steering):
+            steps = zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+            found.append([(token, step[token].logprob) for token, step in steps])
+        return found
+
+    def outputs(self, prompts: Sequence[Any], steering: Sequence[dict[str, Any] | None]) -> list[Any]:
+        """What the engine returns."""
         params = [
             self.params(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=0, extra_args=extra)
             for extra in steering
         ]
-        found = []
-        for output in self.engine.generate(list(prompts), params, use_tqdm=False):
-            steps = zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
-            found.append([(token, step[token].logprob) for token, step in steps])
-        return found
+        return list(self.engine.generate(list(prompts), params, use_tqdm=False))
+
+    def read(self, steering: dict[str, Any], **more: Any) -> tuple[Any, dict[str, list[float]]]:
+        """One output, and the scores of every token before and after the edit."""
+        asked = {"steer_read": ["before", "after"], "steer_read_what": "tokens", **steering, **more}
+        output = self.outputs([PROMPTS[0], *PROMPTS[1:]], [asked, None, None, None])[0]
+        answer = (output.kv_transfer_params or {}).get("steerfast")
+        if answer is None:
+            raise RuntimeError("the output has no scores")
+        return output, {name: answer[name].get("scores", []) for name in ("before", "after")}
 
     def moved(self, steering: dict[str, Any], token: int) -> tuple[bool, str]:
         """Whether steering moves that token, beyond what an unsteered one moves from run to run, and what was seen.
@@ -199,6 +224,43 @@ def _refusals(ask: _Asker) -> str:
             continue
         raise RuntimeError(f"{bad} was accepted")
     return "an unknown plan, a strength that is no number, an unknown field"
+
+
+def _reads(ask: _Asker) -> str:
+    output, plain = ask.read({})
+    _, turned = ask.read({"steer": "turn"})
+    count = len(output.prompt_token_ids) + TOKENS - 1  # the last one that is generated is not run
+    scores = {"unsteered, before": plain["before"], "unsteered, after": plain["after"], **turned}
+    for name, found in scores.items():
+        if len(found) != count or (_middle(found) > _MET) != (name == "after"):
+            raise RuntimeError(f"{name}: {len(found)} scores for {count} tokens, {_middle(found):.3f} in the middle")
+    return (
+        f"{count} tokens: {_middle(turned['before']):.3f} before the edit and {_middle(turned['after']):.3f} after it"
+    )
+
+
+def _gates(ask: _Asker) -> str:
+    opened, shut = (_middle(ask.read({"steer": name})[1]["after"]) for name in ("open", "shut"))
+    seen = f"{opened:.3f} of the direction where a condition is met, {shut:.3f} where it is not"
+    if opened < _MET or shut > _MET:
+        raise RuntimeError(seen)
+    return seen
+
+
+def _middle(scores: Sequence[float]) -> float:
+    """The median: the rows of a few tokens are so long that nothing turns them."""
+    return statistics.median(scores) if scores else 0.0
+
+
+def _ends(ask: _Asker) -> str:
+    limit = {"steer_abort": f"after>{_MET}", "steer_read_positions": "generated"}
+    lengths = []
+    for steering in ({}, {"steer": "turn", "steer_positions": "generated"}):
+        output, _ = ask.read(steering, **limit)
+        lengths.append(len(output.outputs[0].token_ids))
+    if lengths != [TOKENS, 1]:
+        raise RuntimeError(f"{lengths[0]} tokens without a crossing and {lengths[1]} with one; expected {TOKENS} and 1")
+    return str(output.outputs[0].stop_reason)
 
 
 def _plan(ask: _Asker) -> str:

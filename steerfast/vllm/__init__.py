@@ -1,4 +1,4 @@
-"""Steering inside vLLM, as a plugin that vLLM itself loads: compile, CUDA graphs and continuous batching stay on.
+"""Steering and reading inside vLLM, as a plugin that vLLM itself loads: compile, CUDA graphs and continuous batching stay on.
 
     STEERFAST_PLANS=plans vllm serve MODEL
 
@@ -6,6 +6,12 @@ serves every plan of the folder `plans` (each a folder written by `plan.save`) t
 
     SamplingParams(extra_args={"steer": ["polite"], "steer_strength": [1.5], "steer_positions": "generated"})
     {"vllm_xargs": {"steer": ["polite", "terse"], "steer_strength": [1.5, 0.5]}, ...}
+
+    STEERFAST_PROBES=probes vllm serve MODEL
+
+lets requests read the probes of the folder `probes` (each a folder written by `probe.save`), and end where one crosses a limit:
+
+    {"vllm_xargs": {"steer_read": ["toxic"], "steer_abort": "toxic>0.9"}, ...}
 
 Each request of a batch has its own plans, strengths and positions. What cannot be followed is refused with the reason:
 HTTP 400, or a ValueError. `docs/vllm.md` says the rest. Importing this module imports nothing of vLLM.

@@ -1,4 +1,4 @@
-"""What happens at one place of the model in one step: the edits that the row table names, from that place's bank.
+"""What happens at one place of the model in one step: what is read there, and the edits that the row table names.
 
 One opaque op per place, `steerfast::engine_edit_`, knows its place by a name, finds the rest in the engine's forward
 context, and so survives torch.compile and CUDA graphs: everything that changes between steps is in buffers. On a GPU it
@@ -22,6 +22,8 @@ from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import ADD, needs
 
+from .gating import Gates
+from .reading import Readers
 from .table import RowTable
 
 CONTEXT = "steerfast"
@@ -105,6 +107,10 @@ class EditedPlace:
         self._owned, self._step = (found, table.step) if table.tokens <= KEPT else ([], -1)
         return found
 
+    def sorted(self, rows: Tensor, table: RowTable) -> list[Owned]:
+        """The same of other rows than the table's, which nothing is kept of."""
+        return self._sort(rows.numpy(), table.scale[: table.tokens].numpy())
+
     def _sort(self, rows: np.ndarray, scale: np.ndarray) -> list[Owned]:
         found = []
         kinds = self._kind[rows]
@@ -126,35 +132,68 @@ class EditedPlace:
 
 
 class Places:
-    """All places of a model, and the row table that they share."""
+    """All places of a model, the row table that they share, what reads there, and what that holds back."""
 
-    def __init__(self, places: dict[str, EditedPlace], table: RowTable) -> None:
+    def __init__(
+        self,
+        places: dict[str, EditedPlace],
+        table: RowTable,
+        readers: Readers | None = None,
+        gates: Gates | None = None,
+    ) -> None:
         self.places = places
         self.table = table
+        self.readers = Readers({}, {}, 0, table.rows.device) if readers is None else readers
+        self.gates = gates
 
     def edit_(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
-        """Edit stream (..., d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
+        """Read and edit stream (..., d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
+        if not self.readers.reading:
+            self._edit_(stream, hidden, place)
+            return
+        rows = stream.view(-1, stream.shape[-1])
+        other = None if hidden is None else hidden.reshape(rows.shape)
+        for after in (False, True):
+            self.readers.write(rows, other, place, after)
+            if self.gates is not None:
+                self.gates.judge(self.readers.scores[: len(rows)], place, after)
+            if not after:
+                self._edit_(stream, hidden, place)
+
+    def _edit_(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
         table, count = self.table, stream.numel() // stream.shape[-1]
         if count > table.rows.shape[0]:
             raise RuntimeError(f"steerfast: {place} handles {count} tokens; the engine announced {table.rows.shape[0]}")
         on_host = stream.device.type == "cpu"
         if on_host and not table.tokens:
             return  # no row is steered; on a GPU the kernel finds that itself
+        if place not in self.places:
+            return  # it is only read
         stream = stream.view(count, -1)  # vLLM's backend for models of transformers has (1, n, d)
         hidden = None if hidden is None else hidden.reshape(stream.shape)
         here = self.places[place]
         if on_host and backend_of(stream) == "torch":
-            self._edit_on_host(stream, hidden, here)
+            self._edit_on_host(stream, hidden, place)
             return
         rows, scale = table.rows[:count], table.scale[:count]
+        if self.gates is not None:
+            rows = self.gates.close(rows, place)
         bank = here.bank.vectors, here.bank.coefficients, here.bank.slots  # committed before the step
         if hidden is None:
             ops.subspace_(stream, *bank, rows, scale, here.modes, here.rank)
         else:
             ops.subspace_split_(hidden, stream, *bank, rows, scale, (here.modes, here.rank))
 
-    def _edit_on_host(self, stream: Tensor, hidden: Tensor | None, place: EditedPlace) -> None:
-        columns, count = place.owned(self.table), self.table.tokens
+    def _columns(self, name: str, place: EditedPlace) -> list[Owned]:
+        """Who acts at a place: what the table says, without those whose gate is shut."""
+        rows = self.table.rows[: self.table.tokens]
+        open_rows = rows if self.gates is None else self.gates.close(rows, name)
+        return place.owned(self.table) if open_rows is rows else place.sorted(open_rows, self.table)
+
+    def _edit_on_host(self, stream: Tensor, hidden: Tensor | None, name: str) -> None:
+        place = self.places[name]
+        count = self.table.tokens
+        columns = self._columns(name, place)
         if not columns:
             return
         stream, hidden = stream[:count], None if hidden is None else hidden[:count]

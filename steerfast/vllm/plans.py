@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -24,6 +24,9 @@ from steerfast.plan import Plan
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 """Where an engine can be steered; the heads of head_out are split over devices under tensor parallelism."""
 
+SITES_IN_ORDER = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+"""The same, in the order in which a layer comes to them."""
+
 Chains = dict[Place, dict[int, Intervention]]
 """(site, layer) -> slot of the plan, counted from 0 -> intervention, in the order in which they act; layers are counted from 0,
 and resid_pre of a later layer is resid_post of the one before."""
@@ -40,6 +43,7 @@ class ServedPlan:
             tokens it has a slot each; 0: it has one slot, for all tokens.
         positions: What it says itself, as a selector; None: a mask, which a server does not follow.
         special: The ids that "special" means, where the plan says.
+        gated: Whether some of its interventions stand behind a condition.
     """
 
     name: str
@@ -47,6 +51,7 @@ class ServedPlan:
     columns: tuple[int, ...]
     positions: str | None
     special: tuple[int, ...] | None = None
+    gated: bool = False
 
     @property
     def slots(self) -> int:
@@ -71,10 +76,12 @@ class Library:
     Attributes:
         plans: By name, sorted.
         refused: Name to the reason why no request may use it.
+        entered: The layers, but the first, that some plan edits at resid_pre.
     """
 
     plans: dict[str, ServedPlan] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    entered: frozenset[int] = frozenset()
 
     @property
     def slots(self) -> int:
@@ -110,6 +117,7 @@ def load(
     served: dict[str, ServedPlan] = {}
     refused: dict[str, str] = {}
     chains: dict[str, Chains] = {}
+    entered: set[int] = set()
     saes = Shelf("Plan.load")  # one for all plans, so that none is read twice
     for folder in sorted(path for path in root.iterdir() if (path / "plan.json").is_file()):
         name = folder.name
@@ -117,24 +125,90 @@ def load(
             plan = Plan.load(folder, saes)
             columns = _fit(plan, width, layers, dtype)
         except (ValueError, TypeError, OSError) as reason:
-            refused[name] = _public(str(reason), root)
+            refused[name] = public(str(reason), root)
             continue
         chains[name] = numbered(columns)
+        entered |= {layer % layers for site, layer in plan.edits if site == "resid_pre"} - {0}
         # plan.json holds the hash of the tensors beside it, which loading has checked: its own hash covers both.
         fingerprint = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
         tokens = tuple(column.tokens for column in columns)
-        served[name] = ServedPlan(name, fingerprint, tokens, _selector(plan), plan.special)
+        gated = any(isinstance(edit, When) for column in columns for edit in column.edits.values())
+        served[name] = ServedPlan(name, fingerprint, tokens, _selector(plan), plan.special, gated)
+    for name in [name for name, plan in served.items() if plan.gated]:
+        try:
+            for place, chain in chains[name].items():
+                for edit in chain.values():
+                    if isinstance(edit, When):
+                        gate_place(edit, place, layers, entered)
+        except ValueError as reason:
+            refused[name] = str(reason)
+            del served[name], chains[name]
     if not served and not refused:
         raise ValueError(f"STEERFAST_PLANS: {str(root)!r} holds no plan; save one with plan.save(directory / name)")
-    return Library(served, refused), chains
+    return Library(served, refused, frozenset(entered)), chains
 
 
-def _public(reason: str, root: Path) -> str:
+def public(reason: str, root: Path) -> str:
     """What a client may read of it: no path of the server."""
     if named := os.environ.get(VARIABLE):
         saes = Path(named).expanduser()
         reason = reason.replace(f"{VARIABLE}={saes}", VARIABLE).replace(f"{saes}{os.sep}", "")
     return reason.replace(f"{root}{os.sep}", "")
+
+
+def engine_place(site: str, layer: int) -> Place:
+    """Where an engine has its hook for a place: what enters a later layer is what left the one before."""
+    return Place("resid_post", layer - 1) if site == "resid_pre" and layer else Place(site, layer)
+
+
+def read_place(site: str, layer: int, after: bool, layers: int, entered: Collection[int]) -> tuple[Place, bool]:
+    """Where an engine reads what is to be read at a place, and whether after the edits that its hook makes there.
+
+    Args:
+        site: One of `SITES`.
+        layer: Negative ones count from the end.
+        after: After the edits of that place.
+        layers: Of the model.
+        entered: The layers, but the first, that some plan edits at resid_pre.
+
+    Raises:
+        ValueError: it has no such place, or nothing can be read between the edits there.
+    """
+    if not -layers <= layer < layers:
+        raise ValueError(f"layer {layer} is out of range; this model has {layers} layers, 0 to {layers - 1}")
+    if site not in SITES:
+        raise ValueError(f"site {site!r} cannot be read inside vLLM; the sites are {', '.join(SITES)}")
+    index = layer % layers
+    place = engine_place(site, index)
+    # Edits of what enters a layer follow those of what left the one before, at one hook.
+    if site == "resid_pre" and index in entered and not after:
+        raise ValueError(
+            f"before resid_pre {index} lies between the edits of resid_post {index - 1} and of resid_pre {index}, which inside "
+            f"vLLM are made at once; read resid_post {index - 1} before its edits, or read after=True"
+        )
+    if site == "resid_post" and index + 1 in entered and after:
+        raise ValueError(
+            f"after resid_post {index} lies between its edits and those of resid_pre {index + 1}, which inside vLLM are made at "
+            f"once; read before them, or after resid_pre {index + 1}"
+        )
+    return place, after or place.site != site
+
+
+def gate_place(when: When, place: Place, layers: int, entered: Collection[int]) -> tuple[Place, bool]:
+    """Where the condition of an intervention at an engine's place is read, as `read_place` has it.
+
+    Raises:
+        ValueError: it is read nowhere, or later than the intervention acts.
+    """
+    asked = when.reads or place
+    read, after = read_place(asked.site, asked.layer, when.condition.probe.after, layers, entered)
+    order = [(where.layer, SITES_IN_ORDER.index(where.site)) for where in (read, place)]
+    if order[0] > order[1] or (read == place and after):
+        raise ValueError(
+            f"the condition of {when!r} is read {'after' if after else 'at'} {read.site} {read.layer}, and it is to act at "
+            f"{place.site} {place.layer}, which comes first; read an earlier place"
+        )
+    return read, after
 
 
 def _selector(plan: Plan) -> str | None:
@@ -158,17 +232,20 @@ def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> list[Column
         if site not in SITES:
             raise ValueError(f"site {site!r} cannot be steered inside vLLM; the sites are {', '.join(SITES)}")
         for edit in chain:
-            if isinstance(edit, When):
+            if isinstance(edit, When) and site == "resid_pre" and layer % layers:
                 raise ValueError(
-                    f"a condition ({type(edit).__name__}) is not decided inside vLLM; use sf.steer instead"
+                    f"{edit!r} stands at resid_pre {layer}, whose edits join those of resid_post {layer % layers - 1} inside "
+                    "vLLM; put it there"
                 )
+            if isinstance(edit, When) and edit.condition.width != width:
+                raise ValueError(f"the condition of {edit!r} has width {edit.condition.width}; this model has {width}")
             if edit.width != width:
                 raise ValueError(f"{edit!r} at {site} {layer} has width {edit.width}; this model has {width}")
             for part in edit.by_token or (edit,):
                 if part is not None:
                     slot_in(f"{site} {layer}", dtype, part)  # what no bank could hold must not stop the engine later
         index = layer % layers
-        place = Place("resid_post", index - 1) if site == "resid_pre" and index else Place(site, index)
+        place = engine_place(site, index)
         chains[place] = chains.get(place, ()) + chain
     columns = columns_of(chains)
     if len(columns) > MAX_SLOTS_PER_ROW:

@@ -6,15 +6,16 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from .wire import steer_fields
+from .fields import PROBES, steer_fields
 
 MESSAGES = "/v1/messages"
+BATCH = "/v1/chat/completions/batch"
 READERS = (
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses",
     MESSAGES,
-    "/v1/chat/completions/batch",
+    BATCH,
     "/invocations",
 )
 """Routes whose requests carry `vllm_xargs` to the engine, where they are read; so do their /render twins."""
@@ -28,7 +29,7 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 def stray(path: str, body: bytes) -> str | None:
     """Why a request to this route cannot be followed, or None. A body that is no JSON object is left to the server."""
     route = path.removesuffix("/render")
-    if b'"steer' not in body or (route.endswith(READERS) and not route.endswith(MESSAGES)):
+    if b'"steer' not in body or (route.endswith(READERS) and not route.endswith((MESSAGES, BATCH))):
         return None
     try:
         fields = json.loads(body)
@@ -37,10 +38,16 @@ def stray(path: str, body: bytes) -> str | None:
     if not isinstance(fields, dict):
         return None
     beside = steer_fields(fields)
-    if route.endswith(MESSAGES):  # makes a chat request of its own, into which only vllm_xargs go
-        return f"steer: {next(iter(beside))[:80]} {BESIDE}" if beside else None
     inside = fields.get("vllm_xargs")
-    found = beside or steer_fields(inside if isinstance(inside, dict) else None)
+    within = steer_fields(inside if isinstance(inside, dict) else None)
+    if route.endswith((MESSAGES, BATCH)):  # makes chat requests of its own, into which only vllm_xargs go
+        if beside:
+            return f"steer: {next(iter(beside))[:80]} {BESIDE}"
+        reads = [name for name in within if name in PROBES]
+        if not reads or (route.endswith(MESSAGES) and not fields.get("stream")):
+            return None
+        return f"steer: {reads[0]}: the answer of this route has no place for scores; send it to one of {', '.join(READERS[:2])}"
+    found = beside or within
     if not found:
         return None
     return f"steer: {next(iter(found))[:80]} is not read by {path[:80]}; send the request to one of {', '.join(READERS[:4])}"

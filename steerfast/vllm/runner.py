@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from steerfast.models.layers import Layers
 from steerfast.models.points import MIXER, NORM, SCALE, Unresolved, post_norm
+from steerfast.probes.probe import Probe
 
 from .edits import EditedPlace, Places
+from .gating import Gates
 from .pieces import Piece
 from .plans import Chains, Library, ServedPlan
+from .probes import ProbeLibrary
+from .reading import Readers, Taken, Wanted
 from .slots import Residents
 from .table import Owner, RowTable
 from .wire import Part
@@ -39,6 +43,8 @@ class Steered:
         chains: What each of them does, by name.
         slots: How many slots each bank has; at least those of four interventions.
         tokens: How many tokens a batch can have, padding included.
+        probes: The probes that requests may name.
+        loaded: The probes themselves, by name.
     """
 
     def __init__(
@@ -49,6 +55,8 @@ class Steered:
         chains: dict[str, Chains],
         slots: int,
         tokens: int,
+        probes: ProbeLibrary | None = None,
+        loaded: Mapping[str, Probe] | None = None,
     ) -> None:
         self.library = library
         self._residents = Residents(slots)
@@ -62,14 +70,20 @@ class Steered:
                 wanted.setdefault(place, []).extend(chain.values())
         places: dict[str, EditedPlace] = {}
         device = next(model.parameters()).device
-        if wanted:
+        read = {} if probes is None else probes.probes
+        self.gates = Gates(chains, library.entered, layers, (slots, tokens), device)
+        watched = self.gates.served(sum(one.columns for one in read.values()))
+        visited = dict.fromkeys([*wanted, *(one.place for one in (*read.values(), *watched.values()))])
+        if visited:
             found = decoder_blocks(model, layers)
             dtype = stream_dtype(model)
-            for (site, layer), edits in wanted.items():
-                places[f"{site}.{layer}"] = EditedPlace(edits, slots, found.d, dtype, device)
+            for site, layer in visited:
+                if edits := wanted.get((site, layer)):
+                    places[f"{site}.{layer}"] = EditedPlace(edits, slots, found.d, dtype, device)
                 _hook(found, site, layer)
         self.table = RowTable(tokens, device, (slots, library.by_token))
-        self.places = Places(places, self.table)
+        self.readers = Readers({**read, **watched}, {**(loaded or {}), **self.gates.probes}, tokens, device)
+        self.places = Places(places, self.table, self.readers, self.gates if watched else None)
         if library.slots <= slots:  # all of them stay, and no request ever waits for another's slot
             for served in library.plans.values():
                 self._hold(served)
@@ -78,8 +92,8 @@ class Steered:
             for here in places.values():
                 here.seal()
 
-    def start(self, request: str, prompt: int, parts: tuple[Part, ...]) -> None:
-        """A request arrives, with its prompt's length in tokens."""
+    def start(self, request: str, prompt: int, parts: tuple[Part, ...], wanted: Wanted | None = None) -> None:
+        """A request arrives, with its prompt's length in tokens, and with what it reads."""
         self.end([request])
         owners: list[Owner] = []
         for part in parts:
@@ -92,6 +106,9 @@ class Steered:
         if parts:
             self._requests[request] = parts
         self.table.put(request, owners)
+        self.gates.start(request, prompt, [part.served.name for part in parts if part.served.gated])
+        if wanted is not None:
+            self.readers.start(request, wanted)
 
     def end(self, requests: Iterable[str]) -> None:
         """Requests have left, or were preempted by a runner that will be told of them anew."""
@@ -99,6 +116,8 @@ class Steered:
             for part in self._requests.pop(request, ()):
                 self._residents.release(part.served)
             self.table.drop(request)
+            self.gates.end(request)
+            self.readers.end(request)
 
     def step(
         self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int, ids: Tensor | None = None
@@ -109,8 +128,19 @@ class Steered:
                 place.bank.commit()
             self._loaded = False
         self.table.fill(requests, starts, positions, tokens, ids)
+        gated = self.gates.begin(requests, starts, positions, tokens)
+        self.readers.begin(requests, starts, positions, tokens, gated)
         if TRACE in os.environ:
             self._trace(requests, starts, positions)
+
+    def take(self) -> Taken | None:
+        """What the requests of the step that has run have read; None: nobody reads."""
+        return self.readers.take()
+
+    @property
+    def reading(self) -> int:
+        """Requests in flight that read."""
+        return len(self.readers)
 
     @property
     def steered(self) -> int:
@@ -128,10 +158,12 @@ class Steered:
         for slot in emptied:
             for place in self.places.places.values():
                 place.unload(slot)
+            self.gates.unload(slot)
         if missing:
             for (site, layer), chain in self._chains[served.name].items():
                 for number, edit in chain.items():
                     self.places.places[f"{site}.{layer}"].load(numbers[number], edit)
+                    self.gates.load(served.name, f"{site}.{layer}", number, numbers[number])
             for run in served.runs(numbers):
                 self.table.spread(run)
             self._names |= dict.fromkeys(numbers, served.name)

@@ -31,25 +31,42 @@ class Form(NamedTuple):
 
 PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+OUTPUT = "vllm.v1.engine:EngineCoreOutput"
+STATUS = "vllm.v1.request:RequestStatus"
+STATE = "vllm.v1.engine.output_processor:RequestState"
 WRAPPER = "vllm.v1.worker.worker_base:WorkerWrapperBase"
 V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _MESSAGES = "vllm.entrypoints.anthropic"
 
+CHAT = "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest"
+COMPLETION = "vllm.entrypoints.openai.completion.protocol:CompletionRequest"
+RESPONSES = "vllm.entrypoints.openai.responses.protocol:ResponsesRequest"
+
 REQUESTS = {
-    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": True,
-    "vllm.entrypoints.openai.completion.protocol:CompletionRequest": True,
-    "vllm.entrypoints.openai.responses.protocol:ResponsesRequest": False,
+    CHAT: True,
+    COMPLETION: True,
+    RESPONSES: False,
     "vllm.entrypoints.speech_to_text.transcription.protocol:TranscriptionRequest": True,
     "vllm.entrypoints.speech_to_text.translation.protocol:TranslationRequest": True,
 }
 """Every class of requests over HTTP that makes sampling parameters, and whether it also makes those of a beam search."""
 
+STREAMS = {
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator": (
+        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionStreamResponse"
+    ),
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion.completion_stream_generator": (
+        "vllm.entrypoints.openai.completion.protocol:CompletionStreamResponse"
+    ),
+}
+"""What makes the chunks of a stream, and what a chunk is; 0.33 puts `kv_transfer_params` into the last one itself."""
+
 SERVER = "vllm.entrypoints.launchers.app"
 
 RUNNERS = {
-    V1: ("load_model", "_update_states", "_prepare_inputs"),
-    V2: ("load_model", "finish_requests", "add_requests", "prepare_inputs"),
+    V1: ("load_model", "_update_states", "sample_tokens", "_prepare_inputs"),
+    V2: ("load_model", "finish_requests", "add_requests", "sample_tokens", "prepare_inputs"),
 }
 """The methods of a runner that steering wraps; the last one tells the generations apart, whatever class a platform has."""
 
@@ -62,13 +79,47 @@ SEAMS: dict[str, tuple[Form, ...]] = {
         Form(("request_id", "prompt", "params", "resumable"), ("EngineCoreRequest", *_IN)),
     ),
     "vllm.v1.engine:EngineCoreRequest": (Form(names=_IN),),
-    "vllm.sampling_params:SamplingParams": (Form(names=("extra_args",)),),
+    "vllm.sampling_params:SamplingParams": (Form(names=("extra_args", "skip_reading_prefix_cache")),),
+    f"{STATE}.make_request_output": (
+        Form(
+            ("new_token_ids", "pooling_output", "finish_reason", "stop_reason", "kv_transfer_params"),
+            ("finish_reason",),
+        ),
+    ),
+    STATE: (
+        Form(
+            names=(
+                "detokenizer",
+                "output_kind",
+                "parent_req",
+                "prompt_len",
+                "prompt_token_ids",
+                "request_index",
+            ),
+        ),
+    ),
+    OUTPUT: (
+        Form(
+            names=(
+                "request_id",
+                "new_token_ids",
+                "finish_reason",
+                "stop_reason",
+                "events",
+                "trace_headers",
+                "kv_transfer_params",
+            ),
+        ),
+    ),
+    "vllm.outputs:RequestOutput.__init__": (Form(names=("kv_transfer_params",)),),
     "vllm.pooling_params:PoolingParams": (Form(names=("extra_kwargs",)),),
     "vllm.exceptions:VLLMValidationError.__init__": (Form(("message", "parameter")),),
     # API server
     **{f"{request}": (Form(names=("vllm_xargs",)),) for request in REQUESTS},
     **{f"{request}.to_sampling_params": (Form(names=("vllm_xargs", "extra_args")),) for request in REQUESTS},
     **{f"{request}.to_beam_search_params": (Form(),) for request, searches in REQUESTS.items() if searches},
+    **{generator: (Form(("request", "result_generator")),) for generator in STREAMS},
+    **{response: (Form(),) for response in STREAMS.values()},
     SERVER: (Form(names=("init_entrypoints_middleware",)),),
     f"{SERVER}:build_app": (Form(names=("init_entrypoints_middleware",)),),
     "vllm.entrypoints.serve.middleware.register:init_entrypoints_middleware": (Form(("args", "app")),),
@@ -82,9 +133,33 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     f"{SCHEDULER}._handle_blocked_waiting_request": (Form(("request",)),),
     f"{SCHEDULER}.finish_requests": (Form(names=("_free_request",)),),
     f"{SCHEDULER}._free_request": (Form(("request",)),),
+    f"{SCHEDULER}.update_from_output": (
+        Form(("scheduler_output", "model_runner_output"), ("requests", "kv_transfer_params", "drop_stale_output")),
+    ),
+    f"{SCHEDULER}._update_request_with_output": (Form(("request", "new_token_ids"), ("stopped",)),),
+    f"{OUTPUT}s": (Form(names=("outputs",)),),
+    STATUS: (Form(names=("FINISHED_STOPPED",)),),
+    "vllm.v1.outputs:ModelRunnerOutput": (Form(names=("req_ids", "sampled_token_ids")),),
+    "vllm.v1.outputs:AsyncModelRunnerOutput.get_output": (Form(),),
     "vllm.v1.request:Request": (
         Form(
-            names=("request_id", "sampling_params", "all_token_ids", "num_computed_tokens", "num_prompt_tokens"),
+            names=(
+                "request_id",
+                "sampling_params",
+                "all_token_ids",
+                "num_computed_tokens",
+                "num_prompt_tokens",
+                "num_stale_output_tokens",
+                "drop_stale_output",
+                "skip_reading_prefix_cache",
+                "is_finished",
+                "get_finished_reason",
+                "take_events",
+                "stop_reason",
+                "trace_headers",
+                "client_index",
+                "status",
+            ),
         ),
     ),
     # worker
@@ -99,12 +174,14 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     V1: (Form(names=("input_batch", "query_start_loc", "positions", "input_ids", "max_num_tokens", "model")),),
     f"{V1}.load_model": (Form(),),
     f"{V1}.execute_model": (Form(names=("_update_states", "_prepare_inputs")),),
+    f"{V1}.sample_tokens": (Form(("grammar_output",), ("ModelRunnerOutput",)),),
     f"{V1}._update_states": (Form(("scheduler_output",)),),
     f"{V1}._prepare_inputs": (Form(("scheduler_output",), ("query_start_loc", "positions", "input_ids")),),
     "vllm.v1.worker.gpu_input_batch:InputBatch": (Form(names=("req_ids",)),),
     V2: (Form(names=("max_num_tokens", "model")),),
     f"{V2}.load_model": (Form(),),
     f"{V2}.execute_model": (Form(names=("finish_requests", "add_requests", "prepare_inputs")),),
+    f"{V2}.sample_tokens": (Form(("grammar_output",), ("ModelRunnerOutput",)),),
     f"{V2}.finish_requests": (Form(("scheduler_output",)),),
     f"{V2}.add_requests": (Form(("scheduler_output",)),),
     f"{V2}.prepare_inputs": (Form(("scheduler_output",), ("InputBatch",)),),
@@ -119,7 +196,16 @@ SEAMS: dict[str, tuple[Form, ...]] = {
         Form(names=("static_forward_context", "max_cudagraph_capture_size")),
     ),
     "vllm.config.vllm:VllmConfig": (
-        Form(names=("additional_config", "model_config", "parallel_config", "compilation_config")),
+        Form(
+            names=(
+                "additional_config",
+                "model_config",
+                "parallel_config",
+                "compilation_config",
+                "speculative_config",
+                "kv_transfer_config",
+            ),
+        ),
     ),
     "vllm.config.vllm:VllmConfig.compute_hash": (Form(names=("additional_config",)),),
     "vllm.config.model:ModelConfig": (

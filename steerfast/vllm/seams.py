@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import json
 import os
@@ -22,15 +21,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import counters
+import numpy as np
+
+from steerfast.probes.probe import Probe
+
+from . import counters, read_seams
 from .edits import CONTEXT, find_places_with
+from .fields import PROBES, short, steer_fields
+from .gating import gates_read
 from .guards import check_engine, check_parallelism, check_runner
 from .plans import Chains, Library, load
+from .probes import ProbeLibrary, load_probes
 from .routes import BESIDE, Strays
 from .runner import Steered
+from .scores import Desk, Reading, check_read, read_probes
 from .seam_table import PROCESSOR, REQUESTS, SCHEDULER, SERVER, WRAPPER
 from .slots import Admission
-from .wire import Part, check_prompt, read, salt, steer_fields
+from .wire import Part, check_prompt, read, salt
+from .wrapping import resolve, wrap
 
 
 def patch() -> None:
@@ -45,20 +53,21 @@ def patch() -> None:
     from vllm.forward_context import get_forward_context
 
     find_places_with(lambda: get_forward_context().no_compile_layers)
-    processor, scheduler, wrapper = _resolve(PROCESSOR), _resolve(SCHEDULER), _resolve(WRAPPER)
-    _wrap(processor, "__init__", _read_library)
-    _wrap(processor, "process_inputs", _process_inputs)
-    _wrap(scheduler, "__init__", _count_slots)
-    _wrap(scheduler, "_handle_blocked_waiting_request", _admit)
-    _wrap(scheduler, "_free_request", _free)
-    _wrap(wrapper, "init_device", _init_device)
+    processor, scheduler, wrapper = resolve(PROCESSOR), resolve(SCHEDULER), resolve(WRAPPER)
+    wrap(processor, "__init__", _read_library)
+    wrap(processor, "process_inputs", _process_inputs)
+    wrap(scheduler, "__init__", _count_slots)
+    wrap(scheduler, "_handle_blocked_waiting_request", _admit)
+    wrap(scheduler, "_free_request", _free)
+    wrap(wrapper, "init_device", _init_device)
+    read_seams.patch(_observe)
 
 
 # --- front end ---------------------------------------------------------------------------------------------------------
 
 
 class Served:
-    """What the processes of one engine know: its plans, its default, its counters."""
+    """What the processes of one engine know: its plans, its probes, its default, its counters."""
 
     def __init__(self, config: Any) -> None:
         model, directory = config.model_config, os.environ.get("STEERFAST_PLANS")
@@ -67,12 +76,21 @@ class Served:
         self.chains: dict[str, Chains] = {}
         if directory:
             self.library, self.chains = load(directory, model.get_hidden_size(), self.layers, model.dtype)
-        self.counters = counters.Counters(sorted([*self.library.plans, *self.library.refused]))
+        self.probes = ProbeLibrary()
+        self.loaded: dict[str, Probe] = {}
+        if probes := os.environ.get("STEERFAST_PROBES"):
+            self.probes, self.loaded = load_probes(probes, model.get_hidden_size(), self.layers, self.library)
+        self.unread = _unread(config)
+        single = [name for name, one in self.probes.probes.items() if one.names is None and not one.pairs]
+        self.counters = counters.Counters(sorted([*self.library.plans, *self.library.refused]), single)
         text = os.environ.get("STEERFAST_DEFAULT")
         self.default: tuple[Part, ...] = ()
+        self.default_reading: Reading | None = None
         if text:
             try:
-                self.default = read(json.loads(text), self.library)
+                given = json.loads(text)
+                self.default = read(given, self.library)
+                self.default_reading = self._reading(given)
             except ValueError as error:
                 raise ValueError(f"STEERFAST_DEFAULT: {text!r} is no JSON of a request's fields: {error}") from None
 
@@ -93,14 +111,24 @@ class Served:
         """What a request that the front end has accepted asks for."""
         return () if sampling_params is None else read(sampling_params.extra_args, self.library, self.default)
 
-    def accept(self, given: Any) -> tuple[Part, ...]:
-        """What a request asks for.
+    def reading(self, sampling_params: Any) -> Reading | None:
+        """What a request that the front end has accepted reads."""
+        return None if sampling_params is None else self._reading(sampling_params.extra_args)
+
+    def _reading(self, given: Any) -> Reading | None:
+        reading = read_probes(given, self.probes, self.default_reading)
+        if reading is not None and self.unread:
+            raise ValueError(f"steer: probes cannot be read with {self.unread}; leave steer_read out")
+        return reading
+
+    def accept(self, given: Any) -> tuple[tuple[Part, ...], Reading | None]:
+        """What a request asks for: plans, and what it reads.
 
         Raises:
             VLLMValidationError: it cannot be followed; also a ValueError.
         """
         try:
-            return read(given, self.library, self.default)
+            return read(given, self.library, self.default), self._reading(given)
         except ValueError as error:
             raise self.refusal(str(error), given) from None
 
@@ -110,6 +138,13 @@ class Served:
         first = named if isinstance(named, str) else named[0] if isinstance(named, (list, tuple)) and named else ""
         self.counters.add("refused", first if isinstance(first, str) else "")
         return _refused_type()(text, parameter="steer")
+
+
+def _unread(config: Any) -> str:
+    """What keeps an engine from reading: tokens that have no activations here, or that are taken back."""
+    if config.speculative_config is not None:
+        return "speculative decoding"
+    return "keys and values from elsewhere (kv_transfer_config)" if config.kv_transfer_config is not None else ""
 
 
 @functools.cache
@@ -126,18 +161,21 @@ def _read_library(original: Callable[..., None], processor: Any, vllm_config: An
     global _served
     original(processor, vllm_config, *args, **kwargs)
     _served = processor.steerfast = Served(vllm_config)
-    _served.chains = {}  # the workers have their own
+    _served.chains, _served.loaded = {}, {}  # the workers have their own
     for name, searches in REQUESTS.items():
-        request = _resolve(name)
-        _wrap(request, "to_sampling_params", _to_sampling_params)
+        request = resolve(name)
+        wrap(request, "to_sampling_params", _to_sampling_params)
         if searches:
-            _wrap(request, "to_beam_search_params", _to_beam_search_params)
+            wrap(request, "to_beam_search_params", _to_beam_search_params)
     server = sys.modules.get(SERVER)
     if server is not None:  # where there is no server, there are no routes
-        _wrap(server, "init_entrypoints_middleware", _init_middleware)
+        wrap(server, "init_entrypoints_middleware", _init_middleware)
+        read_seams.patch_streams()
     _served.counters.publish()
     for name, reason in _served.library.refused.items():
         _logger().warning("steerfast: the plan %r is refused: %s", name, reason)
+    for name, reason in _served.probes.refused.items():
+        _logger().warning("steerfast: the probe %r is refused: %s", name, reason)
 
 
 def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,21 +185,35 @@ def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **
     given = getattr(params, "extra_args", None)
     if steer_fields(getattr(params, "extra_kwargs", None)):
         raise served.refusal("steer: pooling requests cannot be steered; leave the fields out", None)
-    parts = served.accept(given)
-    if parts and call.get("resumable"):
+    parts, reading = served.accept(given)
+    if (parts or reading) and call.get("resumable"):
         raise served.refusal("steer: a request whose prompt is still to grow cannot be steered; send it whole", given)
     request = original(processor, *args, **kwargs)
-    if request.sampling_params is not None and parts:
-        ids, embeds = request.prompt_token_ids, getattr(request, "prompt_embeds", None)
-        length = len(ids) if ids is not None else 0 if embeds is None else len(embeds)
-        try:
-            check_prompt(parts, ids if embeds is None else None, length)
-        except ValueError as error:
-            raise served.refusal(str(error), given) from None
+    if request.sampling_params is None or not (parts or reading):
+        return request
+    ids, embeds = request.prompt_token_ids, getattr(request, "prompt_embeds", None)
+    length = len(ids) if ids is not None else 0 if embeds is None else len(embeds)
+    shown = ids if embeds is None else None
+    try:
+        check_prompt(parts, shown, length)
+        if reading is not None:
+            check_read(reading, shown, length)
+    except ValueError as error:
+        raise served.refusal(str(error), given) from None
+    if parts:
         request.cache_salt = salt(request.cache_salt, parts, length)
-        for name in {part.served.name for part in parts}:
-            served.counters.add("requests", name)
+    gated = any(part.served.gated for part in parts)
+    # What is cached has no activations. A prompt's last token is never taken from there, unless the request was preempted.
+    if gated or (reading is not None and reading.first(length) < length - 1):
+        request.sampling_params.skip_reading_prefix_cache = True
+    for name in {part.served.name for part in parts}:
+        served.counters.add("requests", name)
     return request
+
+
+def _observe(probe: str, scores: np.ndarray) -> None:
+    if _served is not None:
+        _served.counters.observe(probe, scores)
 
 
 def _check_request(request: Any) -> None:
@@ -172,6 +224,10 @@ def _check_request(request: Any) -> None:
     if stray:
         raise _served.refusal(f"steer: {next(iter(stray))[:80]} {BESIDE}", None)
     _served.accept(request.vllm_xargs)
+    reads = [name for name in steer_fields(request.vllm_xargs) if name in PROBES]
+    reason = read_seams.unanswered(request) if reads else ""
+    if reason:
+        raise _served.refusal(f"steer: {short(reads[0])}: {reason}", None)
 
 
 def _init_middleware(original: Callable[..., Any], args: Any, app: Any, *others: Any) -> None:
@@ -200,7 +256,8 @@ def _to_beam_search_params(original: Callable[..., Any], request: Any, *args: An
 def _count_slots(original: Callable[..., None], scheduler: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
     original(scheduler, vllm_config, *args, **kwargs)
     scheduler.steerfast = Served(vllm_config)
-    scheduler.steerfast.chains = {}
+    scheduler.steerfast.chains, scheduler.steerfast.loaded = {}, {}
+    scheduler.steerfast_desk = Desk()
     scheduler.steerfast_slots = Admission(scheduler.steerfast.slots)
 
 
@@ -230,6 +287,7 @@ def _admit(original: Callable[..., bool], scheduler: Any, request: Any, *args: A
 
 def _free(original: Callable[..., Any], scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     parts = _parts(scheduler, request)
+    scheduler.steerfast_desk.end(request.request_id)
     if parts:
         admission: Admission = scheduler.steerfast_slots
         waiting, free = admission.waiting, admission.free
@@ -252,7 +310,7 @@ def _free(original: Callable[..., Any], scheduler: Any, request: Any, *args: Any
 def _init_device(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     config = wrapper.vllm_config
     served = Served(config)
-    if not served.chains:
+    if not (served.chains or served.loaded):
         return original(wrapper, *args, **kwargs)
     check_parallelism(config)
     result = original(wrapper, *args, **kwargs)
@@ -267,13 +325,17 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
         raise RuntimeError(
             "steerfast: additional_config is no dict, so the compile cache cannot be keyed; leave it out"
         )
-    config.additional_config["steerfast"] = sorted({f"{s}.{i}" for chains in served.chains.values() for s, i in chains})
+    visited = {place for chains in served.chains.values() for place in chains}
+    visited |= {one.place for one in served.probes.probes.values()}
+    visited |= gates_read(served.chains, served.layers, served.library.entered)
+    config.additional_config["steerfast"] = sorted(f"{site}.{layer}" for site, layer in visited)
     steered: list[Steered] = []  # one, once the model is loaded
 
     def load_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         tokens = max(runner.max_num_tokens, config.compilation_config.max_cudagraph_capture_size or 0)
-        now = Steered(runner.model, served.layers, served.library, served.chains, served.slots, tokens)
+        plans, probes = (served.library, served.chains), (served.probes, served.loaded)
+        now = Steered(runner.model, served.layers, *plans, served.slots, tokens, *probes)
         steered[:] = [now]
         runner.steerfast = now
         config.compilation_config.static_forward_context[CONTEXT] = now.places
@@ -281,7 +343,9 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
 
     def begin(scheduler_output: Any) -> None:
         for new in scheduler_output.scheduled_new_reqs:
-            steered[0].start(new.req_id, new.prompt_len, served.parts(new.sampling_params))
+            reading = served.reading(new.sampling_params)
+            wanted = None if reading is None else reading.wanted(new.prompt_len)
+            steered[0].start(new.req_id, new.prompt_len, served.parts(new.sampling_params), wanted)
 
     def update_states(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         steered[0].end(scheduler_output.finished_req_ids)
@@ -308,32 +372,18 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
         steered[0].step(batch.req_ids, batch.query_start_loc, batch.positions, batch.num_tokens, batch.input_ids)
         return batch
 
-    added: dict[str, Callable[..., Any]] = {"load_model": load_model}
+    def sample_tokens(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        taken = steered[0].take()
+        return result if taken is None else read_seams.with_scores(result, taken)
+
+    added: dict[str, Callable[..., Any]] = {"load_model": load_model, "sample_tokens": sample_tokens}
     if first_generation:
         added |= {"_update_states": update_states, "_prepare_inputs": prepare_v1}
     else:
         added |= {"finish_requests": finish_requests, "add_requests": add_requests, "prepare_inputs": prepare_v2}
     for name, addition in added.items():
         setattr(runner, name, functools.partial(addition, getattr(runner, name)))
-
-
-def _wrap(owner: Any, name: str, addition: Callable[..., Any]) -> None:
-    """Let `addition(original, self, ...)` stand for a method; once."""
-    original = getattr(owner, name)
-    if getattr(original, "steerfast", False):
-        return
-
-    @functools.wraps(original)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return addition(original, self, *args, **kwargs)
-
-    wrapped.steerfast = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)
-
-
-def _resolve(seam: str) -> Any:
-    module, _, name = seam.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _logger() -> Any:

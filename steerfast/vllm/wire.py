@@ -1,4 +1,4 @@
-"""What a client may say: flat fields in `SamplingParams.extra_args`, or `vllm_xargs` over HTTP, and nothing else.
+"""What a client may say of plans: flat fields in `SamplingParams.extra_args`, or `vllm_xargs` over HTTP, and nothing else.
 
 | field | meaning |
 |---|---|
@@ -22,14 +22,10 @@ from typing import Any
 from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast._positions import Selector, allowed, parse, resolved
 
+from .fields import FIELDS, PLANS, names_of, selector_of, short, steer_fields
 from .pieces import Piece, most_pieces, pieces
 from .plans import Library, ServedPlan
 
-FIELDS = ("steer", "steer_strength", "steer_positions")
-LONGEST = 500
-"""Characters of a selector, and"""
-MOST = 8
-"""its parts: what a client sends is read in some milliseconds."""
 LARGEST_STRENGTH = 65504.0  # the largest float16: beyond it some engine dtype overflows
 
 
@@ -60,11 +56,6 @@ class Part:
         return sum(max(min(piece.stop, computed) - piece.first, 0) for piece in where)
 
 
-def steer_fields(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The fields that speak of steering, known or not."""
-    return {key: value for key, value in (given or {}).items() if str(key).startswith("steer")}
-
-
 def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part, ...] = ()) -> tuple[Part, ...]:
     """The plans that a request asks for; `default` where it does not speak of steering.
 
@@ -72,18 +63,19 @@ def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part,
         ValueError: an unknown field or plan, a malformed value; the message says what was expected.
     """
     fields = steer_fields(given)
-    if not fields:
-        return default
     unknown = sorted(set(fields) - set(FIELDS))
     if unknown:
-        raise ValueError(f"steer: unknown field {_short(unknown[0])}; the fields are {', '.join(FIELDS)}")
+        raise ValueError(f"steer: unknown field {short(unknown[0])}; the fields are {', '.join(FIELDS)}")
+    fields = {name: value for name, value in fields.items() if name in PLANS}
+    if not fields:
+        return default
     if "steer" not in fields:
         raise ValueError(f"steer: {next(iter(fields))} is given without steer; name the plans it is about")
-    names = _names(fields["steer"])
+    names = names_of("steer", "plan", fields["steer"], MAX_SLOTS_PER_ROW)
     strengths = _strengths(fields.get("steer_strength", 1.0), len(names))
     positions = fields.get("steer_positions")
     if positions is not None:
-        positions = _selector(positions)
+        positions = selector_of("steer_positions", positions)
     parts = tuple(
         Part(served := _served(name, library), strength, _positions(served, positions))
         for name, strength in zip(names, strengths, strict=True)
@@ -99,7 +91,7 @@ def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part,
     if columns > MAX_SLOTS_PER_ROW:
         split = max(parts, key=lambda part: _most_pieces(part.selector))
         raise ValueError(
-            f"steer: {_short(split.positions)} may fall into {_most_pieces(split.selector)} pieces, each of which takes the room "
+            f"steer: {short(split.positions)} may fall into {_most_pieces(split.selector)} pieces, each of which takes the room "
             f"of an intervention: {columns} in all, at most {MAX_SLOTS_PER_ROW} are possible"
         )
     return parts
@@ -114,12 +106,12 @@ def check_prompt(parts: tuple[Part, ...], ids: Sequence[int] | None, length: int
     for part in parts:
         if ids is None and part.selector.reads_tokens:
             raise ValueError(
-                f"steer: {_short(part.positions)} looks at token ids, and this prompt is given as embeddings; send tokens"
+                f"steer: {short(part.positions)} looks at token ids, and this prompt is given as embeddings; send tokens"
             )
         try:
             part.pieces(length)
         except ValueError as reason:
-            raise ValueError(f"steer: {_short(part.positions)}: {reason}") from None
+            raise ValueError(f"steer: {short(part.positions)}: {reason}") from None
 
 
 def salt(given: str | None, parts: tuple[Part, ...], prompt: int) -> str:
@@ -128,26 +120,14 @@ def salt(given: str | None, parts: tuple[Part, ...], prompt: int) -> str:
     return "steerfast:" + hashlib.sha256(json.dumps([given, steering]).encode()).hexdigest()
 
 
-def _selector(value: Any) -> str:
-    """A client's positions as a selector is written."""
-    if not isinstance(value, str) or len(value) > LONGEST:
-        raise ValueError(
-            f"steer: steer_positions is {_short(value)}; expected one selector, up to {LONGEST} characters"
-        )
-    selector = parse("steer: steer_positions", value)
-    if len(selector.leaves) > MOST:
-        raise ValueError(f"steer: steer_positions joins {len(selector.leaves)} selectors; at most {MOST} are possible")
-    return str(selector)
-
-
 def _check_followed(part: Part) -> None:
     try:
         selector = part.selector
     except ValueError as reason:
-        raise ValueError(f"steer: the plan {_short(part.served.name)}: {reason}") from None
+        raise ValueError(f"steer: the plan {short(part.served.name)}: {reason}") from None
     if selector.remembers:
         raise ValueError(
-            f"steer: {_short(part.positions)} must know the tokens before each one, which is not kept inside vLLM; name "
+            f"steer: {short(part.positions)} must know the tokens before each one, which is not kept inside vLLM; name "
             "tokens with ids:, or use sf.steer"
         )
 
@@ -155,18 +135,6 @@ def _check_followed(part: Part) -> None:
 @lru_cache(maxsize=1024)
 def _most_pieces(selector: Selector) -> int:
     return most_pieces(selector)
-
-
-def _names(value: Any) -> list[str]:
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, (list, tuple)):
-        raise ValueError(f"steer: steer is {_short(value)}; expected a plan's name or a list of names")
-    if len(names) > MAX_SLOTS_PER_ROW:
-        raise ValueError(f"steer: steer names {len(names)} plans; at most {MAX_SLOTS_PER_ROW} can act on a token")
-    for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"steer: a plan's name is {_short(name)}; expected text")
-    return list(names)
 
 
 def _strengths(value: Any, count: int) -> list[float]:
@@ -179,19 +147,19 @@ def _strengths(value: Any, count: int) -> list[float]:
 def _strength(value: Any) -> float:
     # The bound is compared before the conversion, which a whole number of 400 digits would not survive.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"steer: steer_strength is {_short(value)}; expected a number")
+        raise ValueError(f"steer: steer_strength is {short(value)}; expected a number")
     if (isinstance(value, float) and not math.isfinite(value)) or not -LARGEST_STRENGTH <= value <= LARGEST_STRENGTH:
         raise ValueError(
-            f"steer: steer_strength is {_short(value)}; expected a finite number, at most {LARGEST_STRENGTH:g} in size"
+            f"steer: steer_strength is {short(value)}; expected a finite number, at most {LARGEST_STRENGTH:g} in size"
         )
     return float(value)
 
 
 def _served(name: str, library: Library) -> ServedPlan:
     if name in library.refused:
-        raise ValueError(f"steer: the plan {_short(name)} cannot be used: {library.refused[name]}")
+        raise ValueError(f"steer: the plan {short(name)} cannot be used: {library.refused[name]}")
     if name not in library.plans:
-        raise ValueError(f"steer: there is no plan {_short(name)}; this engine has {len(library.plans)} plans")
+        raise ValueError(f"steer: there is no plan {short(name)}; this engine has {len(library.plans)} plans")
     return library.plans[name]
 
 
@@ -199,21 +167,12 @@ def _positions(served: ServedPlan, positions: str | None) -> str:
     chosen = served.positions if positions is None else positions
     if chosen is None:
         raise ValueError(
-            f"steer: the plan {_short(served.name)} has a mask as its positions, which a server does not follow; give "
+            f"steer: the plan {short(served.name)} has a mask as its positions, which a server does not follow; give "
             "steer_positions"
         )
     if served.by_token and chosen != "all":
         raise ValueError(
-            f"steer: the plan {_short(served.name)} adds a row of its own to each of a prompt's first tokens, so "
-            f"steer_positions={_short(positions)} cannot be followed; leave them out"
+            f"steer: the plan {short(served.name)} adds a row of its own to each of a prompt's first tokens, so "
+            f"steer_positions={short(positions)} cannot be followed; leave them out"
         )
     return chosen
-
-
-def _short(value: Any) -> str:
-    """A client's value in a message: never longer than a line, whatever was sent."""
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number of more digits than Python prints
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."

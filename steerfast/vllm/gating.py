@@ -1,0 +1,248 @@
+"""Conditions inside an engine: what a probe finds opens and shuts slots, decided on the device, one state per request.
+
+Every condition of every plan is known at start and is a gate with a number, whose probe has a column in the table of scores. The
+op of the place that it reads decides for each token of the batch whether it is open; the op of the place where the slot acts
+takes it out of the row table where it is shut. What a request has decided before (its last prompt token, hysteresis) is a row of
+its own in buffers that never move, wherever the request stands in a batch. A request with gates takes no tokens from the prefix
+cache, so that a preempted one decides everything anew, as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steerfast._positions import EVER
+from steerfast.edits.conditions import Condition, When
+from steerfast.place import Place
+from steerfast.probes.probe import Probe
+
+from .plans import Chains, gate_place
+from .probes import ServedProbe
+
+ROWS = 1 << 14
+"""Requests with gates that can be in flight, preempted ones among them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """One condition of a plan.
+
+    Attributes:
+        when: The intervention with its condition.
+        acts: The place where it acts, and the number of its slot within the plan.
+        read: Where its probe is read.
+        after: After the edits there.
+    """
+
+    when: When
+    acts: tuple[str, int]
+    read: Place
+    after: bool
+
+    @property
+    def where(self) -> tuple[str, bool]:
+        """Its place by name, and when."""
+        return f"{self.read.site}.{self.read.layer}", self.after
+
+
+class Group:
+    """The gates that one place decides at one time.
+
+    Args:
+        gates: Number and gate.
+        columns: Of the table of scores, by number.
+        device: Of the stream.
+    """
+
+    def __init__(self, gates: Sequence[tuple[int, Gate]], columns: Mapping[int, int], device: torch.device) -> None:
+        def sent(values: list[float], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        conditions: list[Condition] = [gate.when.condition for _, gate in gates]
+        self.numbers = sent([number for number, _ in gates], torch.int64)
+        self.columns = sent([columns[number] for number, _ in gates], torch.int64)
+        self.level = sent([one.threshold for one in conditions], torch.float32)
+        self.release = sent(
+            [one.threshold if one.release is None else one.release for one in conditions], torch.float32
+        )
+        self.above = sent([one.above for one in conditions], torch.bool)
+        self.each = sent([gate.when.per_token for _, gate in gates], torch.bool)
+        self.held = sent([one.release is not None for one in conditions], torch.bool)
+        self.holds = any(one.release is not None for one in conditions)
+
+
+class Gates:
+    """All conditions of a model's plans on one device.
+
+    Args:
+        chains: What each plan does, by name.
+        entered: As in `Library`.
+        layers: Of the model.
+        room: Slots of every bank, and tokens that a batch can have.
+        device: Where the model runs.
+    """
+
+    def __init__(
+        self,
+        chains: Mapping[str, Chains],
+        entered: Collection[int],
+        layers: int,
+        room: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self._gates, self._of = _gates(chains, layers, entered)
+        self._layers, self._device = layers, device
+        slots, tokens = room
+        count = len(self._gates)
+        self._gate_of = {
+            gate.acts[0]: torch.zeros(slots + 1, dtype=torch.int64, device=device) for gate in self._gates
+        }  # place -> slot + 1 -> number of the gate + 1
+        rows, tokens = (ROWS, tokens) if count else (0, 0)
+        self._latch, self._state = (torch.zeros(rows, count, dtype=torch.bool, device=device) for _ in range(2))
+        self._end = torch.full((rows,), EVER, dtype=torch.int64, device=device)  # of each row: its last prompt token
+        self._open = torch.ones(tokens, count + 1, dtype=torch.bool, device=device)
+        self._row, self._position, self._first = (
+            torch.zeros(tokens, dtype=torch.int64, device=device) for _ in range(3)
+        )
+        self._final = torch.zeros(tokens, dtype=torch.bool, device=device)  # a request's last token of the step
+        self._count = torch.arange(tokens, device=device)
+        self._groups: dict[tuple[str, bool], Group] = {}
+        self._free = list(range(rows - 1, 0, -1))  # row 0 takes what belongs to no request
+        self._requests: dict[str, tuple[int, frozenset[tuple[str, bool]]]] = {}
+        self._reached = 0
+        self._always = device.type != "cpu"
+        self.active = self._always and count > 0
+        """Whether a request of the running step has gates; on a GPU, whose graph may be captured, always."""
+
+    @property
+    def probes(self) -> dict[str, Probe]:
+        """What the gates look at, by a name that no folder has."""
+        return {_name(number): gate.when.condition.probe for number, gate in enumerate(self._gates)}
+
+    def served(self, column: int) -> dict[str, ServedProbe]:
+        """Their places and columns, the first of which is `column`."""
+        where: dict[tuple[str, bool], list[tuple[int, Gate]]] = {}
+        for number, gate in enumerate(self._gates):
+            where.setdefault(gate.where, []).append((number, gate))
+        columns = {number: column + number for number in range(len(self._gates))}
+        self._groups = {place: Group(gates, columns, self._device) for place, gates in where.items()}
+        return {
+            _name(number): ServedProbe(_name(number), gate.read, gate.after, column + number, 1)
+            for number, gate in enumerate(self._gates)
+        }
+
+    def load(self, plan: str, place: str, number: int, slot: int) -> None:
+        """The slot `number` of a plan stands in a slot of a place's bank now."""
+        if place in self._gate_of:
+            self._gate_of[place][slot + 1] = self._of.get(plan, {}).get((place, number), -1) + 1
+
+    def unload(self, slot: int) -> None:
+        """A slot is empty in all banks."""
+        for gates in self._gate_of.values():
+            gates[slot + 1] = 0
+
+    def start(self, request: str, prompt: int, plans: Iterable[str]) -> None:
+        """A request arrives that some of these plans hold gates for."""
+        numbers = [number for plan in plans for number in self._of.get(plan, {}).values()]
+        if not numbers:
+            return
+        if not self._free:
+            raise RuntimeError(f"steerfast: more than {ROWS - 1} requests with conditions are in flight")
+        row = self._free.pop()
+        self._requests[request] = row, frozenset(self._gates[number].where for number in numbers)
+        self._latch[row] = self._state[row] = False
+        self._end[row] = prompt - 1
+
+    def end(self, request: str) -> None:
+        """A request has left; nothing happens if it had no gates."""
+        row, _ = self._requests.pop(request, (0, None))
+        if row:
+            self._free.append(row)
+
+    def begin(
+        self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int
+    ) -> frozenset[tuple[str, bool]]:
+        """A step begins; arguments as of `RowTable.fill`. Returns the places that its gates read."""
+        found = [self._requests.get(request) for request in requests] if self._requests else []
+        read = frozenset[tuple[str, bool]]().union(*(one[1] for one in found if one is not None))
+        if not read:
+            self._row[: self._reached].zero_()
+            self._reached, self.active = 0, self._always and bool(self._gates)
+            return read
+        index = self._send([0 if one is None else one[0] for one in found])
+        bounds = starts[: len(found) + 1].to(torch.int64)
+        here = self._count[:tokens]
+        owner = torch.searchsorted(bounds[1:], here, right=True).clamp_(max=len(found) - 1)
+        self._row[:tokens], self._position[:tokens] = index[owner], positions[:tokens]
+        self._row[tokens : self._reached].zero_()
+        self._first[:tokens], self._final[:tokens] = bounds[owner], here == bounds[owner + 1] - 1
+        self._reached, self.active = tokens, True
+        return read
+
+    def judge(self, scores: Tensor, place: str, after: bool) -> None:
+        """Decide the gates of a place from the scores (n, columns) that its probes have just written."""
+        group = self._groups.get((place, after)) if self.active else None
+        if group is None:
+            return
+        count = len(scores)
+        score, row, position = scores[:, group.columns], self._row[:count], self._position[:count]
+        on = torch.where(group.above, score > group.level, score < group.level)
+        each = self._hysteresis(group, score, on) if group.holds else on
+        ends = self._end[row]
+        last = torch.where(position == ends, row, 0)
+        self._latch[last[:, None], group.numbers] = on
+        latched = self._latch[row[:, None], group.numbers] & (position >= ends)[:, None]
+        self._open[:count].index_copy_(1, group.numbers + 1, torch.where(group.each, each, latched))
+
+    def close(self, rows: Tensor, place: str) -> Tensor:
+        """The row table (n, P) of a place without the slots whose gate is shut; rows itself where none is."""
+        gates = self._gate_of.get(place) if self.active else None
+        if gates is None:
+            return rows
+        return torch.where(self._open[: len(rows)].gather(1, gates[rows.long() + 1]), rows, -1)
+
+    def _hysteresis(self, group: Group, score: Tensor, on: Tensor) -> Tensor:
+        """As `held` of conditions, for tokens of many requests side by side; where a gate has no release, `on`."""
+        count = len(score)
+        row, first = self._row[:count], self._first[:count]
+        off = torch.where(group.above, score < group.release, score > group.release)
+        order = 2 * (self._count[:count] + 1)[:, None]
+        latest = torch.where(on | off, order + on.long(), 0).cummax(0).values
+        before = self._state[row[:, None], group.numbers] & (self._position[first] > 0)[:, None]
+        found = torch.where(latest >= 2 * (first + 1)[:, None], latest % 2 == 1, before)
+        self._state[torch.where(self._final[:count], row, 0)[:, None], group.numbers] = found
+        return torch.where(group.held, found, on)
+
+    def _send(self, values: Sequence[int]) -> Tensor:
+        host = torch.from_numpy(np.asarray(values, dtype=np.int64))
+        return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host
+
+
+def gates_read(chains: Mapping[str, Chains], layers: int, entered: Collection[int]) -> set[Place]:
+    """The places that conditions of these plans read."""
+    return {gate.read for gate in _gates(chains, layers, entered)[0]}
+
+
+def _gates(
+    chains: Mapping[str, Chains], layers: int, entered: Collection[int]
+) -> tuple[list[Gate], dict[str, dict[tuple[str, int], int]]]:
+    """Every gate, and the number of each: plan -> (place, slot within the plan) -> number."""
+    found: list[Gate] = []
+    of: dict[str, dict[tuple[str, int], int]] = {}
+    for name, plan in chains.items():
+        for place, chain in plan.items():
+            for slot, edit in chain.items():
+                if isinstance(edit, When):
+                    acts = f"{place.site}.{place.layer}", slot
+                    of.setdefault(name, {})[acts] = len(found)
+                    found.append(Gate(edit, acts, *gate_place(edit, place, layers, entered)))
+    return found, of
+
+
+def _name(number: int) -> str:
+    return f"/{number}"

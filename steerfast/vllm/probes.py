@@ -1,0 +1,189 @@
+"""The probes that an engine reads: read once from a directory, known by name, each with its columns of a table of scores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from steerfast._checks import as_tensor
+from steerfast.files import container
+from steerfast.files.shelf import Shelf
+from steerfast.ops.backends import in_full_precision
+from steerfast.place import Place
+from steerfast.probes import FeatureProbe, LinearProbe, LogisticProbe, Probe, SimilarityProbe, TopKProbe
+
+from .plans import Library, public, read_place
+
+
+@dataclass(frozen=True)
+class ServedProbe:
+    """What a server must know of a probe to answer requests.
+
+    Attributes:
+        name: Name of its folder.
+        place: Where its hook is, (site, layer).
+        after: Whether it sees the stream after the edits there.
+        column: Its first column in the table of scores.
+        columns: How many it has: numbers per token; of a pair the values, then as many indices.
+        names: What its numbers are called; None: it gives one.
+        pairs: Whether it says which features it has selected.
+    """
+
+    name: str
+    place: Place
+    after: bool
+    column: int
+    columns: int
+    names: tuple[str, ...] | None = None
+    pairs: bool = False
+
+
+@dataclass(frozen=True)
+class ProbeLibrary:
+    """All probes of a directory, and why some of them cannot be read.
+
+    Attributes:
+        probes: By name, sorted.
+        refused: Name to the reason why no request may name it.
+    """
+
+    probes: dict[str, ServedProbe] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> int:
+        """Of the table of scores."""
+        return sum(served.columns for served in self.probes.values())
+
+
+def load_probes(
+    directory: str | os.PathLike[str], width: int, layers: int, plans: Library
+) -> tuple[ProbeLibrary, dict[str, Probe]]:
+    """Read every probe of a directory, for a model of that width and number of layers in which these plans are served.
+
+    A probe that is damaged or does not fit is refused by name; the others are served. SAEs that probes name are looked for
+    where STEERFAST_SAES says.
+
+    Raises:
+        ValueError: there is no such directory, or it holds no probe.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise ValueError(f"STEERFAST_PROBES: {str(root)!r} is not a directory; expected one with a folder per probe")
+    served: dict[str, ServedProbe] = {}
+    refused: dict[str, str] = {}
+    loaded: dict[str, Probe] = {}
+    saes, column = Shelf("Probe.load"), 0
+    for folder in sorted(path for path in root.iterdir() if (path / container.PROBE.text_name).is_file()):
+        name = folder.name
+        try:
+            probe = Probe.load(folder, saes)
+            place, after = _fit(probe, width, layers, plans)
+        except (ValueError, TypeError, OSError) as reason:
+            refused[name] = public(str(reason), root)
+            continue
+        columns = 2 * int(probe.k or 0) if isinstance(probe, TopKProbe) else len(probe.names or (0,))
+        loaded[name] = probe
+        served[name] = ServedProbe(name, place, after, column, columns, probe.names or None, probe.pairs)
+        column += columns
+    if not served and not refused:
+        raise ValueError(f"STEERFAST_PROBES: {str(root)!r} holds no probe; save one with probe.save(directory / name)")
+    return ProbeLibrary(served, refused), loaded
+
+
+def _fit(probe: Probe, width: int, layers: int, plans: Library) -> tuple[Place, bool]:
+    """Where an engine reads a probe, and whether after the edits there; or the reason why it cannot."""
+    if probe.place is None:
+        raise ValueError("it does not say where it is read; save it with place=, a layer or (site, layer)")
+    if probe.width != width:
+        raise ValueError(f"it has width {probe.width}; this model has {width}")
+    site, layer = probe.place
+    return read_place(site, layer, probe.after, layers, plans.entered)
+
+
+class PlaceReader:
+    """All probes that read one place at one time: one product for those that are rows of a matrix, then each of the others.
+
+    Args:
+        probes: What is read, by name.
+        served: Their columns.
+        device: Of the stream.
+    """
+
+    def __init__(self, probes: Mapping[str, Probe], served: Mapping[str, ServedProbe], device: torch.device) -> None:
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        self._finish: list[tuple[slice, slice, Callable[[Tensor, Tensor], Tensor]]] = []
+        self._others: list[tuple[slice, Callable[[Tensor], Tensor]]] = []
+        reached = 0
+        for name, probe in probes.items():
+            columns = slice(served[name].column, served[name].column + served[name].columns)
+            rows = _as_rows(probe, device)
+            if rows is None:
+                self._others.append((columns, _numbers(probe, device)))
+                continue
+            weights.append(rows[0])
+            biases.append(rows[1])
+            self._finish.append((columns, slice(reached, reached + len(rows[0])), rows[2]))
+            reached += len(rows[0])
+        self._weight = torch.cat(weights).T.contiguous().to(device) if weights else None
+        self._bias = torch.cat(biases).to(device) if biases else None
+
+    @in_full_precision
+    def write(self, x: Tensor, scores: Tensor) -> None:
+        """What the probes find in x, float32 (n, d), into their columns of scores, float32 (n, columns)."""
+        if self._weight is not None and self._bias is not None:
+            found = torch.addmm(self._bias, x, self._weight)
+            for columns, rows, finish in self._finish:
+                scores[:, columns] = finish(found[:, rows], x)
+        for columns, numbers in self._others:
+            scores[:, columns] = numbers(x)
+
+
+def _as_rows(probe: Probe, device: torch.device) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]] | None:
+    """(W (m, d), b (m,), what makes the scores of Wx + b and x); None: it is no product with rows."""
+    if isinstance(probe, LinearProbe):
+        weight = as_tensor(probe.weight)
+        bias = probe.bias if isinstance(probe.bias, Tensor) else torch.full((1,), float(probe.bias))
+        return weight.reshape(-1, probe.width), bias, _as_it_is
+    if isinstance(probe, LogisticProbe):
+        return as_tensor(probe.weight)[None], torch.full((1,), probe.bias), _probability
+    if isinstance(probe, SimilarityProbe) and probe.kind == "projection":
+        rows = as_tensor(probe.direction)
+        return rows, torch.zeros(len(rows)), _share
+    if isinstance(probe, FeatureProbe) and probe.sae.threshold is not None and probe.sae.normalisation == "none":
+        threshold = probe.sae.threshold.to(device)
+        return probe.sae.weight, probe.sae.bias, lambda found, x: torch.where(found <= threshold, 0, found)
+    return None
+
+
+def _as_it_is(found: Tensor, x: Tensor) -> Tensor:
+    return found
+
+
+def _probability(found: Tensor, x: Tensor) -> Tensor:
+    return torch.sigmoid(found)
+
+
+def _share(found: Tensor, x: Tensor) -> Tensor:
+    """‖Wx‖/‖x‖, and 0 of a row of zeros, as `ops.stream.similarity` has it."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.linalg.vector_norm(found, dim=-1, keepdim=True) / torch.where(length == 0, 1, length)
+
+
+def _numbers(probe: Probe, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What a probe finds, as float32 columns."""
+    program = probe.program(device)
+
+    def run(x: Tensor) -> Tensor:
+        found = program(x)
+        if isinstance(found, tuple):
+            return torch.cat([found[0], found[1].float()], -1)  # whole numbers up to 2²⁴ are exact
+        return found.reshape(len(x), -1)
+
+    return run

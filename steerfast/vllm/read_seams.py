@@ -1,0 +1,224 @@
+"""Where scores travel through vLLM: with what a step has sampled, with a request's outputs, and in what is answered.
+
+| seam | what is added |
+|---|---|
+| worker: what `sample_tokens` returns | the rows of the step, on the `ModelRunnerOutput` itself |
+| engine core: `Scheduler.update_from_output` | they go into the outputs of their requests, as `kv_transfer_params` |
+| engine core: `Scheduler._update_request_with_output` | a request that has crossed a limit ends, and its new token is dropped |
+| front end: `RequestState.make_request_output` | they are collected; with the last output the answer takes their place |
+| API server: the generators of streams | the answer goes into the last chunk, where a release does not put it there |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .reading import Taken
+from .scores import ANSWERED, Answer, Desk, Reading
+from .seam_table import CHAT, COMPLETION, OUTPUT, RESPONSES, SCHEDULER, STATE, STATUS, STREAMS
+from .wrapping import resolve, wrap
+
+ANSWER_FIELD = "kv_transfer_params"
+"""The field of outputs and answers that both releases let through."""
+
+Observe = Callable[[str, np.ndarray], object]
+
+
+def patch(observe: Observe) -> None:
+    """Let scores through. Called in every process; a second time does nothing.
+
+    Args:
+        observe: Called where a request ends, with a probe's name and the scores that were read.
+    """
+    wrap(resolve(SCHEDULER), "update_from_output", _update)
+    wrap(resolve(SCHEDULER), "_update_request_with_output", _end_crossed)
+    wrap(resolve(STATE), "make_request_output", partial(_make_output, observe))
+
+
+def patch_streams() -> None:
+    """Put the answer into streams, of a release that does not do so itself."""
+    for generator, response in STREAMS.items():
+        owner, _, method = generator.rpartition(".")
+        if ANSWER_FIELD not in resolve(response).model_fields:
+            wrap(resolve(owner), method, _stream)
+
+
+def unanswered(request: Any) -> str:
+    """Why the answer to a request over HTTP has no place for scores; "" if it has one."""
+    kind = f"{type(request).__module__}:{type(request).__qualname__}"
+    if kind not in (CHAT, COMPLETION, RESPONSES):
+        return "the answer of this route has no place for scores; use /v1/completions or /v1/chat/completions"
+    prompt = getattr(request, "prompt", None)
+    if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+        return f"{len(prompt)} prompts share one answer, which has a place for the scores of one; send them one by one"
+    return ""
+
+
+# --- worker ------------------------------------------------------------------------------------------------------------
+
+
+def with_scores(result: Any, taken: Taken) -> Any:
+    """What a step has sampled, with what its requests have read."""
+    get = getattr(result, "get_output", None)
+    if get is None:
+        if result is not None and result.req_ids:  # all steps that sampled nothing share one empty output
+            result.steerfast = taken.rows()
+        return result
+
+    def get_output() -> Any:
+        output = get()
+        output.steerfast = taken.rows()
+        return output
+
+    result.get_output = get_output  # of this one step
+    return result
+
+
+# --- engine core -------------------------------------------------------------------------------------------------------
+
+
+def _update(
+    original: Callable[..., Any], scheduler: Any, scheduler_output: Any, model_runner_output: Any, *args: Any
+) -> Any:
+    found = getattr(model_runner_output, "steerfast", None)
+    if found is None:
+        return original(scheduler, scheduler_output, model_runner_output, *args)
+    desk: Desk = scheduler.steerfast_desk
+    readings: dict[str, Reading] = {}
+    for rows in found:
+        name, first, scores = rows
+        request = scheduler.requests.get(name)
+        if request is None or request.is_finished():
+            continue
+        reading = readings[name] = _reading(scheduler, request)
+        # Where a step's tokens will be sampled anew, its scores are of tokens that the text will not have.
+        if not (request.num_stale_output_tokens and request.drop_stale_output):
+            desk.note(rows)
+            if reading.limits:
+                request.steerfast_crossed = reading.crossed(
+                    first, scores, request.all_token_ids, request.num_prompt_tokens
+                )
+    with desk.open():
+        outputs = original(scheduler, scheduler_output, model_runner_output, *args)
+        _end_unfinished(scheduler, [name for name, reading in readings.items() if reading.limits], outputs)
+        for sent in outputs.values():
+            for output in sent.outputs:
+                if output.request_id not in readings:
+                    continue
+                message = desk.message(output.request_id, readings[output.request_id])
+                if message is not None:
+                    output.kv_transfer_params = {**(output.kv_transfer_params or {}), ANSWERED: message}
+    return outputs
+
+
+def _reading(scheduler: Any, request: Any) -> Reading:
+    """What a request reads, looked up once."""
+    if not hasattr(request, "steerfast_reading"):
+        request.steerfast_reading = scheduler.steerfast.reading(request.sampling_params)
+    return request.steerfast_reading
+
+
+def _end_crossed(
+    original: Callable[..., Any], scheduler: Any, request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any
+) -> Any:
+    """A request that has crossed a limit ends with the token that crossed it: what that has produced comes after it."""
+    crossed = getattr(request, "steerfast_crossed", None)
+    if crossed is None:
+        return original(scheduler, request, new_token_ids, *args, **kwargs)
+    request.status, request.stop_reason = resolve(STATUS).FINISHED_STOPPED, f"steer_abort: {crossed}"
+    return [], True
+
+
+def _end_unfinished(scheduler: Any, names: list[str], outputs: dict[int, Any]) -> None:
+    """Requests that have crossed a limit before their prompt's end, where nothing is sampled yet."""
+    for name in names:
+        request = scheduler.requests.get(name)
+        crossed = None if request is None else getattr(request, "steerfast_crossed", None)
+        if request is None or crossed is None or request.is_finished():
+            continue
+        request.stop_reason = f"steer_abort: {crossed}"
+        scheduler.finish_requests(name, resolve(STATUS).FINISHED_STOPPED)
+        output = resolve(OUTPUT)(
+            request_id=name,
+            new_token_ids=[],
+            finish_reason=request.get_finished_reason(),
+            stop_reason=request.stop_reason,
+            events=request.take_events(),
+            trace_headers=request.trace_headers,
+        )
+        if request.client_index in outputs:
+            outputs[request.client_index].outputs.append(output)
+        else:
+            outputs[request.client_index] = resolve(f"{OUTPUT}s")(outputs=[output])
+
+
+# --- front end ---------------------------------------------------------------------------------------------------------
+
+
+def _make_output(observe: Observe, original: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) -> Any:
+    given = args[_CARRIED] if len(args) > _CARRIED else kwargs.get(ANSWER_FIELD)
+    message: dict[str, Any] = (given or {}).get(ANSWERED) or {}
+    answer: Answer | None = getattr(state, "steerfast", None)
+    if not message and answer is None:
+        return original(state, *args, **kwargs)
+    if answer is None:
+        answer = state.steerfast = Answer(message["reading"])
+    answer.add(message.get("rows", ()))
+    rest = {name: value for name, value in (given or {}).items() if name != ANSWERED}
+    if (args[_ENDED] if len(args) > _ENDED else kwargs["finish_reason"]) is not None:
+        rest[ANSWERED] = _finish(observe, state, answer)
+    if len(args) > _CARRIED:
+        args = (*args[:_CARRIED], rest or None, *args[_CARRIED + 1 :])
+    else:
+        kwargs[ANSWER_FIELD] = rest or None
+    return original(state, *args, **kwargs)
+
+
+_ENDED, _CARRIED = 2, 4  # of what make_request_output takes
+
+
+def _finish(observe: Observe, state: Any, answer: Answer) -> Any:
+    """What a request has read; of several samples that are answered together a list, one for each."""
+    prompt = state.prompt_token_ids if state.prompt_token_ids is not None else [0] * state.prompt_len
+    found, scores = answer.finish([*prompt, *state.detokenizer.output_token_ids], len(prompt))
+    for name, values in scores.items():
+        observe(name, values)
+    parent = state.parent_req
+    if parent is None or state.output_kind.name != "FINAL_ONLY":
+        return found
+    samples = vars(parent).setdefault("steerfast", {})
+    samples[state.request_index] = found
+    return [samples[index] for index in sorted(samples)]
+
+
+# --- API server --------------------------------------------------------------------------------------------------------
+
+
+async def _stream(
+    original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
+) -> AsyncIterator[str]:
+    """The chunks of a stream; the first that says why it ended, once the scores are there, carries them."""
+    found: list[dict[str, Any]] = []
+
+    async def watched(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for result in results:
+            output = result[1] if isinstance(result, tuple) else result
+            if output.kv_transfer_params is not None:
+                found.append(output.kv_transfer_params)
+            yield result
+
+    args = tuple(watched(value) if hasattr(value, "__aiter__") else value for value in args)
+    kwargs = {name: watched(value) if hasattr(value, "__aiter__") else value for name, value in kwargs.items()}
+    async for line in original(serving, request, *args, **kwargs):
+        yield _with_answer(line, found) if found and '"finish_reason":"' in line else line
+
+
+def _with_answer(line: str, found: list[dict[str, Any]]) -> str:
+    chunk = json.loads(line.removeprefix("data: "))
+    chunk[ANSWER_FIELD] = found.pop(0)
+    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"

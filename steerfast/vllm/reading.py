@@ -1,0 +1,181 @@
+"""What probes find in an engine's steps: one table of scores per device, and the rows of it that requests have asked for.
+
+The op of a place writes the columns of its probes for every token of the batch: on a CPU only where a request of the running
+step reads, on a GPU, whose graph may be captured, always. A step's rows leave the device together, without a wait, and go to the
+scheduler beside what was sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steerfast.probes.probe import Probe
+
+from .probes import PlaceReader, ServedProbe
+
+
+class Wanted(NamedTuple):
+    """What one request reads: these probes, from a position on."""
+
+    probes: tuple[ServedProbe, ...]
+    first: int
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Their columns of the table of scores, one probe after the other."""
+        return tuple(probe.column + i for probe in self.probes for i in range(probe.columns))
+
+    @property
+    def places(self) -> frozenset[tuple[str, bool]]:
+        """Where they are read, and whether after the edits there."""
+        return frozenset((f"{one.place.site}.{one.place.layer}", one.after) for one in self.probes)
+
+
+class Reader(NamedTuple):
+    """A request that reads, as every step needs it."""
+
+    name: str
+    first: int
+    columns: tuple[int, ...]
+    places: frozenset[tuple[str, bool]]
+
+
+Rows = tuple[str, int, np.ndarray]
+"""A request, the position of its first token of a step that it reads, and the scores, float32 (tokens, columns)."""
+
+
+class Readers:
+    """All probes of a model on one device.
+
+    Args:
+        served: What requests may name.
+        loaded: The probes themselves.
+        tokens: How many tokens a batch can have, padding included.
+        device: Where the model runs.
+    """
+
+    def __init__(
+        self, served: Mapping[str, ServedProbe], loaded: Mapping[str, Probe], tokens: int, device: torch.device
+    ) -> None:
+        self.scores = torch.zeros(tokens, sum(one.columns for one in served.values()), device=device)
+        self._at: dict[tuple[str, bool], PlaceReader] = {}
+        groups: dict[tuple[str, bool], dict[str, Probe]] = {}
+        for name, one in served.items():
+            groups.setdefault((f"{one.place.site}.{one.place.layer}", one.after), {})[name] = loaded[name]
+        for where, probes in groups.items():
+            self._at[where] = PlaceReader(probes, served, device)
+        self._always = device.type != "cpu"
+        self._read: frozenset[tuple[str, bool]] = frozenset(self._at) if self._always else frozenset()
+        self.reading = bool(self._read)
+        """Whether some place is to be read in the running step."""
+        self._readers: dict[str, Reader] = {}
+        self._running: Step | None = None
+        self._batch: tuple[list[str], frozenset[tuple[str, bool]]] | None = (
+            None  # that stands in `_here`, and its gates
+        )
+        self._here: list[tuple[int, Reader]] = []
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def start(self, request: str, wanted: Wanted) -> None:
+        """A request that reads arrives."""
+        self._readers[request] = Reader(request, wanted.first, wanted.columns, wanted.places)
+        self._batch = None
+
+    def end(self, request: str) -> None:
+        """A request has left; nothing happens if it did not read."""
+        if self._readers.pop(request, None) is not None:
+            self._batch = None
+
+    def begin(
+        self,
+        requests: Iterable[str],
+        starts: Tensor,
+        positions: Tensor,
+        tokens: int,
+        gated: frozenset[tuple[str, bool]] = frozenset(),
+    ) -> None:
+        """A step begins; arguments as of `RowTable.fill`, and the places that the gates of its requests read."""
+        self._running = None
+        if not self._readers and not gated:
+            if self.reading and not self._always:
+                self._read, self.reading, self._batch = frozenset(), False, None
+            return
+        batch = list(requests), gated
+        if batch != self._batch:  # otherwise it decodes, as in the step before
+            self._batch = batch
+            self._here = [(i, self._readers[name]) for i, name in enumerate(batch[0]) if name in self._readers]
+            if not self._always:
+                self._read = gated.union(*(reader.places for _, reader in self._here))
+                self.reading = bool(self._read)
+        if self._here:
+            self._running = Step(self._here, starts, positions, tokens)
+
+    def write(self, x: Tensor, hidden: Tensor | None, place: str, after: bool) -> None:
+        """What the probes of a place find in the stream x (n, d), or in hidden + x."""
+        where = place, after
+        if where in self._read:
+            stream = x.float() if hidden is None else hidden.float() + x.float()
+            self._at[where].write(stream, self.scores[: len(x)])
+
+    def take(self) -> Taken | None:
+        """What the requests of the step that has run have read; None: no request of it reads."""
+        running, self._running = self._running, None
+        return None if running is None else Taken(running, self.scores)
+
+
+class Step(NamedTuple):
+    """A running step: its requests that read, with their number in the batch, and where its tokens stand."""
+
+    here: Sequence[tuple[int, Reader]]
+    starts: Tensor
+    positions: Tensor
+    tokens: int
+
+
+class Taken:
+    """The scores of one step on their way to the host.
+
+    Args:
+        step: What has run.
+        scores: The table that its probes have written, which the next step writes anew.
+    """
+
+    def __init__(self, step: Step, scores: Tensor) -> None:
+        self._here = step.here
+        parts = scores[: step.tokens], step.positions[: step.tokens], step.starts
+        self._done: torch.cuda.Event | None = None
+        if scores.device.type == "cuda":
+            self._parts = tuple(_sent(part) for part in parts)
+            self._done = torch.cuda.Event()
+            self._done.record()
+        else:
+            self._parts = tuple(part.clone() for part in parts)
+
+    def rows(self) -> list[Rows]:
+        """What each request has read; waits until the device has sent it. A request that reads nothing here has no tokens."""
+        if self._done is not None:
+            self._done.synchronize()
+        scores, positions, starts = (part.numpy() for part in self._parts)
+        bounds = starts[: self._here[-1][0] + 2].tolist()
+        begin = positions[bounds[:-1]].tolist()
+        picked: dict[tuple[int, ...], np.ndarray] = {}  # many requests read the same
+        found: list[Rows] = []
+        for i, reader in self._here:
+            first, stop = bounds[i], bounds[i + 1]
+            if reader.columns not in picked:
+                picked[reader.columns] = scores[:, reader.columns]
+            skipped = min(max(reader.first - begin[i], 0), stop - first)
+            found.append((reader.name, begin[i] + skipped, picked[reader.columns][first + skipped : stop]))
+        return found
+
+
+def _sent(part: Tensor) -> Tensor:
+    host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+    return host.copy_(part, non_blocking=True)
