@@ -37,7 +37,7 @@ EVERY = set(ci.PARTS)
         ("constraints-common.txt", {"oldest", "zoo"}),
         ("tests/families.py", {"oldest"}),
         ("kernels/subspace_rows.py", {"oldest", "vllm"}),
-        ("steerfast/barriers/fit.py", {"oldest"}),
+        ("steerfast/barriers/fit.py", {"oldest", "zoo", "vllm"}),
         ("tests/zoo_oracle.py", {"zoo"}),
         ("tests/zoo_runner.py", {"zoo"}),
         ("tests/data/zoo.json", {"zoo"}),

@@ -130,11 +130,6 @@ def in_full_sums(function: Function) -> Function:
     return cast(Function, exact)
 
 
-def in_plain_arithmetic() -> bool:
-    """Whether products on a CPU are exact as they are: no autocast, no reduced float32."""
-    return not _any_autocast() and not _is_reduced("cpu")
-
-
 def _is_reduced(kind: str) -> bool:
     """Whether products of float32 tensors on such a device may take fewer bits."""
     return _float32_precision("cuda" if kind == "cuda" else "mkldnn", "matmul") not in ("ieee", "none")

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from steerfast._checks import FLOATS
 
-from .backends import in_plain_arithmetic, transformed
+from .backends import in_full_precision, transformed
 from .slots import ADD, HINGE, PUSH, ROTATE, Tables
 from .torch_backend import VANISHED, hinge
 
@@ -50,7 +50,7 @@ def is_plain(x: Tensor, *others: Tensor | None) -> bool:
             return False
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, *others)):
         return False
-    return not (transformed() or _modes()) and in_plain_arithmetic()
+    return not (transformed() or _modes())
 
 
 def is_elementwise(x: Tensor, *vectors: Tensor) -> bool:
@@ -72,6 +72,7 @@ class How(NamedTuple):
     keep_norm: bool = False
 
 
+@in_full_precision
 def hinged(x: Tensor, directions: Tensor, how: How, in_place: bool = False) -> Tensor | None:
     """x + share · act(xBᵀ)B, with the rows B = directions."""
     if not is_plain(x, directions):
@@ -141,6 +142,7 @@ def _with_norm(out: Tensor, before: Tensor) -> Tensor:
     return out.mul_(torch.where(after > VANISHED * before, before / after, 1))
 
 
+@in_full_precision
 def add(x: Tensor, vectors: Tensor, rows: Tensor, scale: Tensor | None, in_place: bool = False) -> Tensor | None:
     """x + scale · vectors[rows] where every row of x has one vector, or none."""
     if (rows.dim() == 2 and rows.shape[1] != 1) or not is_plain(x, vectors, rows, scale) or not x.numel():
@@ -226,6 +228,7 @@ class _Steps(NamedTuple):
     every: list[_Step] | None  # of each row, in that order, where one batched product serves
 
 
+@in_full_precision
 def subspace(
     x: Tensor,
     vectors: Tensor,
