@@ -110,11 +110,12 @@ def test_a_prediction_is_a_range_around_no_point(quick: dict[str, Row]) -> None:
         assert sum(time_of(kernel).short for kernel in row.kernels) < row.predicted.short
 
 
-@pytest.mark.parametrize(
-    "names", [("softmax short", "gradient fp32"), pytest.param(tuple(PUBLISHED), marks=pytest.mark.slow)]
-)
-def test_how_far_the_model_misses_is_what_is_stated(names: tuple[str, ...]) -> None:
-    """Predictions of kernels that others have timed, beside the committed table: misses included, the worst of them named."""
+def test_how_far_the_model_misses_is_what_is_stated() -> None:
+    """Predictions of kernels that others have timed, beside the committed table: misses included, the worst of them named.
+
+    Two of them; `python -m benchmarks.static --published` counts all, with inputs of 16 GB and more.
+    """
+    names = ("softmax short", "gradient fp32")
     stated = json.loads(OTHERS.read_text(encoding="utf-8"))
     assert {row["case"] for row in stated["rows"]} == set(PUBLISHED)
     assert max(row["miss"] for row in stated["rows"]) == 1.28
