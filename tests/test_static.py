@@ -113,9 +113,9 @@ def test_a_prediction_is_a_range_around_no_point(quick: dict[str, Row]) -> None:
 def test_how_far_the_model_misses_is_what_is_stated() -> None:
     """Predictions of kernels that others have timed, beside the committed table: misses included, the worst of them named.
 
-    Two of them; `python -m benchmarks.static --published` counts all, with inputs of 16 GB and more.
+    One of them; `python -m benchmarks.static --published` counts all, with inputs of up to 16 GB.
     """
-    names = ("softmax short", "gradient fp32")
+    names = ("softmax short",)
     stated = json.loads(OTHERS.read_text(encoding="utf-8"))
     assert {row["case"] for row in stated["rows"]} == set(PUBLISHED)
     assert max(row["miss"] for row in stated["rows"]) == 1.28
