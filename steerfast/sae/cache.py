@@ -101,7 +101,9 @@ class ActivationCache:
             )
         for number in range(len(counts)):
             if not shard_file(path, number).is_file():
-                raise ValueError(f"ActivationCache: {shard_file(path, number)} is gone; remove {path} and collect again")
+                raise ValueError(
+                    f"ActivationCache: {shard_file(path, number)} is gone; remove {path} and collect again"
+                )
         return cls(path, info, tuple(counts))
 
     def read(self, shard: int) -> Tensor:

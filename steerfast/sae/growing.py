@@ -1,7 +1,7 @@
 """A cache of activations that grows: contexts are added one by one, and whatever is on disk is a whole `ActivationCache`.
 
-Every shard but the last holds the same number of contexts; the last one is written anew until it is full. A shard and the
-manifest that counts its rows are replaced together.
+Every shard but the last has the same number of contexts; the last one is written anew until it is full. One whose rows reach a
+number of bytes before is filled up with empty contexts. A shard and the manifest that counts its rows are replaced together.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from steerfast.files.replace import replace_files
 from .cache import MANIFEST, CacheInfo, manifest, opened, read_manifest, shard_file
 
 _ABOUT = "contexts"
+FULL = 32 << 20
+"""Bytes of rows with which a shard is full, whatever its contexts."""
 
 
 class Context(NamedTuple):
@@ -79,12 +81,16 @@ class GrowingCache:
         """
         self._tail.append(context)
         self.changed = True
-        if len(self._tail) == self.info.shard:
-            try:
-                self.write()
-            except OSError:
-                self._tail.pop()
-                raise
+        if len(self._tail) < self.info.shard and sum(held.rows.nbytes for held in self._tail) < FULL:
+            return
+        count = len(self._tail)
+        empty = Context(torch.zeros_like(context.tokens), context.positions[:0], context.rows[:0], ("", 0))
+        self._tail += [empty] * (self.info.shard - count)
+        try:
+            self.write()
+        except OSError:
+            del self._tail[count - 1 :]
+            raise
 
     def write(self) -> None:
         """Bring everything that was added to disk.
