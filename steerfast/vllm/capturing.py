@@ -65,7 +65,7 @@ class Step(NamedTuple):
 
     Attributes:
         names: The requests of the batch, in order; "" for one that captures nothing.
-        lost: Requests whose rows had no room.
+        lost: Requests whose rows had no room, and how many these may be.
         wants: bool (lines, points), on the host: where the tokens of a request are captured; the last line is nobody's.
         parts: On the device: the line of each token's request, or -1, its position, its id, and the first token of each request.
         first: Of the reserved rows, and
@@ -74,7 +74,7 @@ class Step(NamedTuple):
     """
 
     names: Sequence[str]
-    lost: frozenset[str]
+    lost: Mapping[str, int]
     wants: np.ndarray
     parts: tuple[Tensor, Tensor, Tensor, Tensor]
     first: int
@@ -165,7 +165,7 @@ class Captures:
         first = None if late else self._ring.reserve(count)
         self._table.fill(names, starts, positions, tokens, ids)
         line = self._table.rows[:tokens].amax(1)
-        lost = frozenset(name for name, bound in bounds.items() if bound and first is None)
+        lost = {name: bound for name, bound in bounds.items() if bound and first is None}
         if first is None:
             line, first, count = torch.full_like(line, -1), 0, 0
         self._send(line, tokens, first, count)

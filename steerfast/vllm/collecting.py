@@ -174,8 +174,8 @@ class Collector:
 
     def _step(self, step: Step) -> None:
         rows, line, positions, ids, bounds = self._fetch(step)
-        for name in step.lost:
-            self._lose(name, 0)
+        for name, count in step.lost.items():
+            self._lose(name, count)
         asked = step.wants[line]  # (tokens, points)
         per_point = asked.sum(0)
         begins = np.cumsum(per_point) - per_point
