@@ -14,7 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_engines import ENVIRONMENT, PROMPT, WIDTH, Transformers, environment, fields, needs_vllm, reads, save, unit
+from vllm_engines import (
+    ENVIRONMENT,
+    PROMPT,
+    WIDTH,
+    Transformers,
+    captured_rows,
+    environment,
+    fields,
+    needs_vllm,
+    reads,
+    save,
+    unit,
+)
 
 import steerfast as sf
 from steerfast.sae.growing import contexts_of
@@ -75,21 +87,9 @@ class Engine:
 
     def captured(self, output: Any, name: str) -> tuple[list[int], torch.Tensor, list[int]]:
         """Positions, rows and tokens that a cache has of a request."""
-        cache = sf.sae.ActivationCache.open(self.folder / name)
-        positions: list[int] = []
-        rows, tokens = [], {}
-        for shard in range(len(cache.counts)):
-            text, where = cache.contexts(shard)
-            activations = cache.read(shard)
-            for i, (request, first) in enumerate(contexts_of(self.folder / name, shard)):
-                if request.split("-")[0] != output.request_id:
-                    continue
-                here = where // cache.info.context == i
-                positions += (where[here] % cache.info.context + first).tolist()
-                rows.append(activations[here])
-                tokens |= dict(enumerate(text[i].tolist(), first))
         ids = [*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]
-        return positions, torch.cat(rows) if rows else torch.zeros(0, WIDTH), [tokens[i] for i in range(len(ids))]
+        positions, rows, tokens = captured_rows(self.folder / name, output.request_id)
+        return positions, rows, tokens[: len(ids)]
 
     def counted(self, field: str) -> float:
         return self.core.scheduler.steerfast.counters.total()[field][""]
@@ -225,8 +225,7 @@ def test_tokens_from_the_prefix_cache_have_no_stream_so_none_are_taken_where_it_
         (output,) = engine.run([(prompt, captures(8, steer_capture_positions=positions))])
         assert (output.num_cached_tokens > 0) == cached, positions
         engine.settle()
-        where, _, _ = engine.captured(output, "resid_post.8.before.float32") if positions == "all" else ([], None, None)
-        assert positions != "all" or len(where) >= len(output.prompt_token_ids)
+        assert_captured(engine, truth, output, ("resid_post", 8), [], (positions, False))
 
 
 def test_a_preempted_request_yields_no_row_twice(engine, truth) -> None:
@@ -332,7 +331,7 @@ def test_what_cannot_be_captured_is_refused_and_leaves_the_others_alone(engine, 
 
 def test_what_is_beyond_the_bounds_is_refused(engine) -> None:
     with pytest.raises(
-        ValueError, match="may take 208 tokens of this request, 5 of prompt and up to 204 new ones"
+        ValueError, match="may take 207 tokens of this request, 4 of prompt and up to 204 new ones"
     ) as error:
         engine.run([(PROMPT, captures(8))], tokens=204)
     assert "at most 200 of one" in str(error.value)

@@ -183,14 +183,22 @@ class Worker:
         return found
 
 
+def as_on_a_device(captures: Captures) -> None:
+    """What a graph would write, at the same addresses in every step, and no number of which the host learns before it."""
+    captures._on_host, captures.active = False, True
+    captures._table._write = captures._table._on_device
+
+
 def stream(ids: torch.Tensor, positions: torch.Tensor, place: str, after: bool) -> torch.Tensor:
     number = sum(map(ord, place)) + 0.5 * after
     return (ids + positions / 100 + 1000 * number)[:, None] + torch.arange(D) / 1000
 
 
-@pytest.fixture
-def worker(tmp_path: Path) -> Iterator[Worker]:
+@pytest.fixture(params=["as on a host", "as on a device"])
+def worker(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Worker]:
     made = Worker(tmp_path)
+    if request.param == "as on a device":
+        as_on_a_device(made.captures)
     yield made
     made.collector.close()
 

@@ -98,7 +98,7 @@ class Captures:
         self._on_host = device.type == "cpu"
         self._table = RowTable(tokens, device, (0, 0))
         self._spare = ring.rows + torch.arange(tokens, device=device) % _SPARE
-        self._into = self._spare.repeat(0 if self._on_host else len(points), 1)  # a graph reads it
+        self._into = self._spare.repeat(len(points), 1)  # a graph reads it
         self._picked: dict[int, tuple[Tensor, Tensor]] = {}  # on the host: point -> tokens, and where they go
         self._lines: dict[str, int] = {}
         self._free: list[int] = []
@@ -128,7 +128,7 @@ class Captures:
         wants[line, numbers] = True
         there = torch.from_numpy(wants)
         device = self._wants_there.device
-        self._wants_there = there if self._on_host else there.pin_memory().to(device, non_blocking=True)
+        self._wants_there = there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there
         self._wants = wants
         self._table.put(request, [Owner(line, 1.0, *piece) for piece in where])
         self._asked[request] = where, len(numbers)
@@ -190,7 +190,7 @@ class Captures:
     def take(self) -> Step | None:
         """The step that has run, to be collected; None: no request of it captures."""
         running, self._running = self._running, None
-        if running is None or self._on_host:
+        if running is None or self._ring.buffer.device.type == "cpu":
             return running
         done = torch.cuda.Event()
         done.record()
