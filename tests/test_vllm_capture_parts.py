@@ -341,9 +341,12 @@ def test_two_servers_do_not_write_one_folder(tmp_path: Path) -> None:
         )
         takers.append((taker, steered))
     (first, steered), (second, other) = takers
+    (tmp_path / "resid_post.1.before.float32").mkdir()
+    (tmp_path / "resid_post.1.before.float32" / ".00003.safetensors.123").write_bytes(b"half")
     first.attach(steered, model, (0, 0), 64)
     with pytest.raises(ValueError, match="is written by another server"):
         second.attach(other, model, (0, 0), 64)
+    assert not list(tmp_path.rglob("*.safetensors*")), "what a server that was killed has left is gone"
     second.attach(other, model, (0, 1), 64)  # another engine of the same server has a folder of its own
     first.close()
     second.close()

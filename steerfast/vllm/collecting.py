@@ -126,11 +126,12 @@ class Collector:
     @property
     def full(self) -> bool:
         """Whether the thread is so far behind that a step must not wait for it."""
-        return self._inbox.qsize() >= WAITING
+        return self._inbox.qsize() >= WAITING or not self._thread.is_alive()
 
     def put(self, message: Begin | End | Step) -> None:
         """Tell the thread; never waits."""
-        self._inbox.put(message)
+        if self._thread.is_alive():
+            self._inbox.put(message)
 
     def drain(self, seconds: float = 60.0) -> bool:
         """Wait until everything told so far is on disk; False: it took longer."""
