@@ -96,6 +96,8 @@ def _say_held_out(edit: Any) -> None:
         shared.say(
             f"Held out    closes {edit.info.closed:.1%} of the distance between the sides, at a dose of {edit.info.dose:.2f}"
         )
+    if edit.info.null is not None:
+        shared.say(f"Null        {edit.info.null}")
     if (barrier := getattr(edit, "barrier", None)) is None:
         return
     info = barrier.info

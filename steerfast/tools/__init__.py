@@ -7,6 +7,7 @@ _HOMES = {
     "dose": ["DoseTable"],
     "flow_plot": ["plot_flow"],
     "lora": ["describe_lora", "write_lora"],
+    "refusal": ["Candidate", "Refusal", "RefusalRules", "refusal_rates", "select_refusal"],
     "sweep": ["Grid", "Question", "Sweep"],
 }
 __getattr__, __all__ = lazily(__name__, _HOMES)

@@ -1,6 +1,11 @@
 from .bake import everywhere as everywhere
 from .dose import DoseTable as DoseTable
 from .flow_plot import plot_flow as plot_flow
+from .refusal import Candidate as Candidate
+from .refusal import Refusal as Refusal
+from .refusal import RefusalRules as RefusalRules
+from .refusal import refusal_rates as refusal_rates
+from .refusal import select_refusal as select_refusal
 from .sweep import Grid as Grid
 from .sweep import Question as Question
 from .sweep import Sweep as Sweep
