@@ -11,6 +11,7 @@ _HOMES = {
     "directions.direction": ["Direction"],
     "directions.extract": [],
     "directions.fit": ["fit"],
+    "directions.fits.heads": ["fit_heads"],
     "directions.fits.loreft": ["fit_loreft"],
     "directions.pairs": ["directions_from"],
     "directions.sets": ["DirectionSet", "list_directions", "save_directions"],

@@ -9,6 +9,7 @@ from .barriers.fit import fit_barrier as fit_barrier
 from .directions import extract as extract
 from .directions.direction import Direction as Direction
 from .directions.fit import fit as fit
+from .directions.fits.heads import fit_heads as fit_heads
 from .directions.fits.loreft import fit_loreft as fit_loreft
 from .directions.pairs import directions_from as directions_from
 from .directions.sets import DirectionSet as DirectionSet

@@ -120,9 +120,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         except ValueError:
             settings[name] = text
     if args.sae is not None:
-        from steerfast.sae.model import SAE
-
-        settings["sae"] = SAE.load(args.sae)
+        settings["sae"] = shared.sae(args.sae)
     elif "sae" in settings_of(args.method):
         raise ValueError(f"--sae: {args.method} edits features of an SAE; give its path")
     return settings

@@ -21,7 +21,7 @@ from steerfast.place import common_origin, place_of
 from steerfast.probes.fit import data_by_layer
 
 from .fits import features, flow, linear, rotations
-from .fits.held_out import held_out
+from .fits.held_out import Make, held_out
 from .fits.sides import Sides
 
 ESTIMATORS: dict[str, Callable[..., Intervention]] = {
@@ -108,16 +108,9 @@ def fit(
         (14, 'affine_ablate')
         >>> plan = sf.Plan([edit])
     """
-    if method == "loreft":
-        raise ValueError("fit: 'loreft' is trained on a model, not fitted on activations; use sf.fit_loreft")
-    make = partial(ESTIMATORS[one_of("fit", "method", method, tuple(ESTIMATORS))], **_known(method, settings))
-    scikit_learn("fit")
-    owner = f"fit: {method}"
-    sides = _sides(owner, positive, negative, layer, None if groups is None else list(groups), seed)
-    if method in PAIRED:
-        sides = replace(sides, data=_by_pair(sides.data, groups is None))
-    edit = make(sides)
     whole_number("fit", "draws", draws, 0)
+    make, sides = prepare(method, positive, negative, layer, None if groups is None else list(groups), seed, settings)
+    edit, owner = make(sides), sides.owner
     closed, dose, null = held_out(make, sides, draws)
     data = sides.data
     if math.isnan(closed):
@@ -126,6 +119,27 @@ def fit(
     info = FitInfo(method, closed, dose, positives, len(data.x) - positives, len(data.groups.unique()), null=null)
     origin = common_origin(owner, [data.origin, replace(edit.origin, typical_norm=None)])
     return edit.known_from(replace(origin, position=data.origin.position), info)
+
+
+def prepare(
+    method: str,
+    positive: Any,
+    negative: Any,
+    layer: int | None = None,
+    groups: list[Any] | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[Make, Sides]:
+    """The estimator with its settings, and the checked sides, as of `fit`: `make(sides)` is the intervention."""
+    if method == "loreft":
+        raise ValueError("fit: 'loreft' is trained on a model, not fitted on activations; use sf.fit_loreft")
+    name = one_of("fit", "method", method, tuple(ESTIMATORS))
+    make = partial(ESTIMATORS[name], **_known(name, dict(settings or {})))
+    scikit_learn("fit")
+    sides = _sides(f"fit: {name}", positive, negative, layer, groups, seed)
+    if name in PAIRED:
+        sides = replace(sides, data=_by_pair(sides.data, groups is None))
+    return make, sides
 
 
 def settings_of(method: str) -> tuple[str, ...]:

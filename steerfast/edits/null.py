@@ -41,7 +41,7 @@ class Null:
     @property
     def beaten(self) -> bool:
         """Whether the effect is better than nearly all draws of either kind."""
-        return all(share <= LEVEL for share in self.shares)
+        return all(share <= LEVEL for share in self.shares if share == share)
 
     def numbers(self) -> dict[str, Any]:
         """Its fields, ready for JSON."""
@@ -53,9 +53,9 @@ class Null:
         return cls.of(numbers["effect"], numbers["shuffled"], numbers["random"])
 
     def __str__(self) -> str:
-        counts = [(sum(v >= self.effect for v in side), len(side)) for side in (self.shuffled, self.random)]
-        (s, shuffled), (r, random) = counts
-        said = f"{s} of {shuffled} fits on shuffled labels and {r} of {random} random directions did as well"
+        kinds = (("fits on shuffled labels", self.shuffled), ("random directions", self.random))
+        counts = [f"{sum(v >= self.effect for v in side)} of {len(side)} {name}" for name, side in kinds if side]
+        said = f"{' and '.join(counts) or 'no controls'} did as well"
         return said if self.beaten else f"{said}: it does not beat its null"
 
 

@@ -8,7 +8,8 @@ _HOMES = {
     "flow_plot": ["plot_flow"],
     "lora": ["describe_lora", "write_lora"],
     "refusal": ["Candidate", "Refusal", "RefusalRules", "refusal_rates", "select_refusal"],
-    "sweep": ["Grid", "Question", "Sweep"],
+    "sweep": ["Grid", "Sweep"],
+    "sweep_scores": ["Question"],
 }
 __getattr__, __all__ = lazily(__name__, _HOMES)
 

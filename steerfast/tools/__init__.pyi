@@ -7,7 +7,7 @@ from .refusal import RefusalRules as RefusalRules
 from .refusal import refusal_rates as refusal_rates
 from .refusal import select_refusal as select_refusal
 from .sweep import Grid as Grid
-from .sweep import Question as Question
 from .sweep import Sweep as Sweep
+from .sweep_scores import Question as Question
 
 __all__: list[str]
