@@ -13,6 +13,7 @@ _HOMES = {
     "directions.fit": ["fit"],
     "directions.fits.heads": ["fit_heads"],
     "directions.fits.loreft": ["fit_loreft"],
+    "directions.fits.vector": ["LMObjective", "ReFTr1", "RePS", "fit_vector"],
     "directions.pairs": ["directions_from"],
     "directions.sets": ["DirectionSet", "list_directions", "save_directions"],
     "edits.base": ["Intervention"],
