@@ -12,6 +12,7 @@ _HOMES = {
     "directions.extract": [],
     "directions.fit": ["fit"],
     "directions.fits.heads": ["fit_heads"],
+    "directions.fits.lineas": ["LinEAS", "fit_lineas"],
     "directions.fits.loreft": ["fit_loreft"],
     "directions.fits.vector": ["LMObjective", "ReFTr1", "RePS", "fit_vector"],
     "directions.pairs": ["directions_from"],

@@ -10,6 +10,8 @@ from .directions import extract as extract
 from .directions.direction import Direction as Direction
 from .directions.fit import fit as fit
 from .directions.fits.heads import fit_heads as fit_heads
+from .directions.fits.lineas import LinEAS as LinEAS
+from .directions.fits.lineas import fit_lineas as fit_lineas
 from .directions.fits.loreft import fit_loreft as fit_loreft
 from .directions.fits.vector import LMObjective as LMObjective
 from .directions.fits.vector import ReFTr1 as ReFTr1

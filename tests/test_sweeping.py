@@ -50,7 +50,7 @@ def one_by_one(plan: Any, strength: float = 1.0) -> tuple[float, float]:
             if plan is None:
                 logits = model(ids).logits
             else:
-                with sf.steer(model, plan):
+                with sf.steer(model, plan, strength):
                     logits = model(ids).logits
         likelihoods = logits[0].double().log_softmax(-1)
         return sum(float(likelihoods[len(head) - 1 + i, token]) for i, token in enumerate(tail))
