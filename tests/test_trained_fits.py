@@ -88,11 +88,32 @@ def test_reps_prefers_in_both_directions() -> None:
         assert loss_of(goal, w, draw=draw) == pytest.approx(wanted, abs=1e-4)
 
 
+def likely(plan: Any, text: str) -> float:
+    """Mean log p of a continuation's tokens behind a held-out prompt."""
+    head, tail = Letters()("a tells")["input_ids"], Letters()(text, False)["input_ids"]
+    ids, model = torch.tensor([head + tail]), build("llama")
+    with torch.no_grad():
+        if plan is None:
+            logits = model(ids).logits
+        else:
+            with sf.steer(model, plan):
+                logits = model(ids).logits
+    rows = logits[0, len(head) - 1 : -1].log_softmax(-1)
+    return float(rows.gather(1, torch.tensor(tail)[:, None]).mean())
+
+
 @pytest.mark.parametrize(
-    ("goal", "examples", "method"),
-    [(None, LESSONS, "vector"), (sf.ReFTr1(top=2), LESSONS, "reft_r1"), (sf.RePS((2.0, 4.0)), CONTRASTS, "reps")],
+    ("goal", "examples", "method", "least"),
+    [
+        (None, LESSONS, "vector", 0.5),
+        (sf.ReFTr1(top=2), LESSONS, "reft_r1", 0.5),
+        # a preference is about the gap, not about the likelihood itself
+        (sf.RePS((2.0, 4.0)), CONTRASTS, "reps", 0.0),
+    ],
 )
-def test_it_teaches_prompts_that_were_held_out(goal: Any, examples: Any, method: str, tmp_path: Path) -> None:
+def test_it_teaches_prompts_that_were_held_out(
+    goal: Any, examples: Any, method: str, least: float, tmp_path: Path
+) -> None:
     model = build("llama")
     before = [part.clone() for part in model.parameters()]
     flags = [part.requires_grad for part in model.parameters()]
@@ -100,23 +121,14 @@ def test_it_teaches_prompts_that_were_held_out(goal: Any, examples: Any, method:
     assert [part.requires_grad for part in model.parameters()] == flags
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert (made.info.method, made.info.positives, made.origin.place) == (method, 9, Place("resid_post", LAYER))
-    assert made.info.nats > 0.5
+    assert made.info.nats > least
     assert made.info.null is not None
     assert made.info.null.beaten
     assert (len(made.info.null.random), made.info.null.shuffled) == (20, ())
-    head, tail = Letters()("a tells")["input_ids"], Letters()(" zq", False)["input_ids"]
-    gains = []
-    for plan in (None, sf.Plan.load(sf.Plan([made]).save(tmp_path))):
-        ids = torch.tensor([head + tail])
-        with torch.no_grad():
-            if plan is None:
-                logits = model(ids).logits
-            else:
-                with sf.steer(model, plan):
-                    logits = model(ids).logits
-        rows = logits[0, len(head) - 1 : -1].log_softmax(-1)
-        gains.append(float(rows.gather(1, torch.tensor(tail)[:, None]).mean()))
-    assert gains[1] > gains[0] + 0.5
+    plan = sf.Plan.load(sf.Plan([made]).save(tmp_path))
+    wanted, unwanted = (likely(plan, tail) - likely(None, tail) for tail in (" zq", " kk"))
+    assert wanted > least
+    assert wanted - unwanted > 1.0
     again = sf.fit_vector(model, Letters(), examples, LAYER, goal, steps=30, lr=0.05)
     assert torch.equal(again.vector, made.vector)
 

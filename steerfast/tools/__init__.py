@@ -5,6 +5,7 @@ from steerfast._names import lazily
 _HOMES = {
     "bake": ["everywhere"],
     "dose": ["DoseTable"],
+    "evaluate": ["Choice", "ChoiceScores", "TextScores", "evaluate_choices", "evaluate_text", "read_choices"],
     "flow_plot": ["plot_flow"],
     "lora": ["describe_lora", "write_lora"],
     "refusal": ["Candidate", "Refusal", "RefusalRules", "refusal_rates", "select_refusal"],

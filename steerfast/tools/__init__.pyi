@@ -1,5 +1,11 @@
 from .bake import everywhere as everywhere
 from .dose import DoseTable as DoseTable
+from .evaluate import Choice as Choice
+from .evaluate import ChoiceScores as ChoiceScores
+from .evaluate import TextScores as TextScores
+from .evaluate import evaluate_choices as evaluate_choices
+from .evaluate import evaluate_text as evaluate_text
+from .evaluate import read_choices as read_choices
 from .flow_plot import plot_flow as plot_flow
 from .refusal import Candidate as Candidate
 from .refusal import Refusal as Refusal

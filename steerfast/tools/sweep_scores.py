@@ -122,7 +122,8 @@ def _forward(model: nn.Module, batch: list[Scored], doses: list[Dose]) -> list[f
     mask = (torch.arange(ids.shape[1]) < torch.tensor([len(s.ids) for s in batch])[:, None]).long()
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
     if any(dose.plan is not None for dose in doses):
-        with steer(model, [dose.plan for dose in doses], [dose.strength for dose in doses]):
+        starts = [sequence.start for sequence in batch]
+        with steer(model, [dose.plan for dose in doses], [dose.strength for dose in doses], starts):
             logits: Tensor = model(**inputs).logits
     else:
         logits = model(**inputs).logits
