@@ -17,6 +17,7 @@ from steerfast.cli.sweep import _next, add_arguments, run
 from steerfast.directions import extract
 from steerfast.directions.fit import ESTIMATORS
 from steerfast.tools.sweep import Grid, Sweep, sweep
+from steerfast.tools.sweep_lessons import examples_of
 from steerfast.tools.sweep_scores import NEUTRAL, Question
 from steerfast.tools.sweep_store import Cell
 
@@ -210,6 +211,28 @@ def sae() -> sf.SAE:
 
 
 MORE = (["abc d", "bcd", "cc", "ccb", "ab"], ["xyz", "zz y", "wxy", "yy", "xw"])
+
+
+PAIRS = ([f"some {a} zq" for a in "abcd"], [f"some {a} kk" for a in "abcd"])
+
+
+def test_trained_methods_are_swept() -> None:
+    assert examples_of(("I love you", "good dog", "x"), ("I hate you", "bad cat", "y")) == [
+        ("I", " love you", " hate you"), ("good", " dog", " cat"),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="needs texts of two words"):
+        examples_of(("x",), ("y",))
+    with pytest.raises(ValueError, match="'reps' is trained at resid_post, and site is 'mlp_out'"):
+        Grid((1,), (1.0,), ("reps",), site="mlp_out")
+    grid = Grid((1,), (1.0,), ("loreft", "vector", "reft_r1", "reps", "lineas"), "vector", draws=0)
+    found = {cell.method: cell for cell in swept(grid=grid, sides=PAIRS)}
+    lessons = [(f"some {a}", " zq") for a in "abcd"]
+    made = sf.fit_vector(build("llama"), Letters(), lessons, 1)
+    assert found["vector"].effect == pytest.approx(one_by_one({1: made})[0], abs=1e-3)
+    assert found["vector"].norm == pytest.approx(float(made.vector.norm()), rel=1e-4)
+    affine = sf.fit_lineas(build("llama"), Letters(), *PAIRS, [1])
+    assert found["lineas"].effect == pytest.approx(one_by_one(affine)[0], abs=1e-3)
+    assert len({round(cell.effect, 4) for cell in found.values()}) == 5
 
 
 def test_an_sae_is_asked_for_before_anything_runs() -> None:

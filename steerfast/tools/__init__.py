@@ -4,6 +4,7 @@ from steerfast._names import lazily
 
 _HOMES = {
     "bake": ["everywhere"],
+    "barrier_constants": ["fit_steering_barrier"],
     "dose": ["DoseTable"],
     "evaluate": ["Choice", "ChoiceScores", "TextScores", "evaluate_choices", "evaluate_text", "read_choices"],
     "flow_plot": ["plot_flow"],

@@ -1,4 +1,5 @@
 from .bake import everywhere as everywhere
+from .barrier_constants import fit_steering_barrier as fit_steering_barrier
 from .dose import DoseTable as DoseTable
 from .evaluate import Choice as Choice
 from .evaluate import ChoiceScores as ChoiceScores

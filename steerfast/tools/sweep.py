@@ -36,6 +36,7 @@ from steerfast.plan import card
 
 from .flow_plot import require_matplotlib
 from .sweep_edits import METHODS, SEVERAL_LAYERS, UNITS, Trial, control
+from .sweep_lessons import TRAINED, Teacher
 from .sweep_scores import Dose, Question, Scored, measure, sequences_of, several, texts_of
 from .sweep_store import Cell, Store
 
@@ -48,7 +49,8 @@ class Grid:
         layers: 0-based, negative from the end; also an array or a tensor of integers, or a slice of all layers.
         strengths: In the given unit; negative ones steer the other way, 0 is the unsteered model.
         methods: Functions of `steerfast.extract` ("mean_difference", "difference", "pca", "logistic"), whose vector is added, and
-            methods of `sf.fit` with their default settings.
+            methods of `sf.fit` with their default settings; and, trained on the model with the texts as examples, "loreft",
+            "vector", "reft_r1", "reps" and "lineas": the texts are paired row by row, and what a pair begins with is the prompt.
         unit: "stream": the length of the change as a share of the stream's typical (median) norm at that layer, so that layers
             and methods compare; of a flow the angle. What is no addition is multiplied until it would be that long if it grew in
             proportion. "vector": multiples of the edit as it was fitted; of a flow its length.
@@ -84,6 +86,9 @@ class Grid:
             if not isinstance(values, slice) and len(set(values)) != len(values):
                 raise ValueError(f"Grid: {name} is {values}; name each once")
             object.__setattr__(self, name, values)
+        trained = [one for one in methods if one in TRAINED]
+        if trained and self.site != "resid_post":
+            raise ValueError(f"Grid: {trained[0]!r} is trained at resid_post, and site is {self.site!r}")
         featured = [one for one in methods if one in ESTIMATORS and "sae" in settings_of(one)]
         if featured and self.sae is None:
             raise TypeError(
@@ -252,7 +257,7 @@ def sweep(
         )
         return first, second
 
-    trial = Trial(collected, grid.site, grid.unit, grid.sae)
+    trial = Trial(collected, Teacher(model, tokenizer, both), grid.site, grid.unit, grid.sae)
     with evaluating(model), _bar(len(wanted), len(wanted) - len(missing), progress) as bar:
         if store.baseline is None:
             ((effect, perplexity),) = run([Dose()])

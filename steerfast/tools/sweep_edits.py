@@ -21,10 +21,11 @@ from steerfast.models.collect import Activations, typical_norm_of
 from steerfast.place import Place
 from steerfast.plan import Plan
 
+from .sweep_lessons import TRAINED, Teacher
 from .sweep_scores import Dose
 
-METHODS = (*extract.METHODS, *ESTIMATORS)
-"""Methods of extraction, whose vector is added, and those of `sf.fit`."""
+METHODS = (*extract.METHODS, *ESTIMATORS, *TRAINED)
+"""Methods of extraction, whose vector is added, those of `sf.fit`, and those that are trained on the model."""
 UNITS = ("stream", "vector")
 SEVERAL_LAYERS = ("rotate",)  # of which one is edited
 
@@ -77,9 +78,9 @@ class Trial:
     """What edits are fitted on: a model's activations of two sides of texts, collected once, when they are first needed."""
 
     def __init__(
-        self, read: Callable[[], tuple[Activations, Activations]], site: str, unit: str, sae: Any = None
+        self, read: Callable[[], tuple[Activations, Activations]], teach: Teacher, site: str, unit: str, sae: Any = None
     ) -> None:
-        self.read, self.site, self.unit, self.sae = read, site, unit, sae
+        self.read, self.teach, self.site, self.unit, self.sae = read, teach, site, unit, sae
         self._fitted: dict[tuple[str, int], Swept] = {}
 
     @functools.cached_property
@@ -99,6 +100,8 @@ class Trial:
         return found
 
     def _edit(self, method: str, layer: int, generator: torch.Generator | None) -> Intervention | Barrier:
+        if method in TRAINED:
+            return self.teach(method, layer, generator)
         if method in extract.METHODS or method == "flow":
             pos, neg = (side[layer] for side in self.sides)
             if generator is not None:
