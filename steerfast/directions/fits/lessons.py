@@ -165,7 +165,7 @@ def descend(
             optimizer.zero_grad()
             found = loss(step, part)
             if not bool(found.isfinite()):
-                raise ValueError(f"{owner}: the loss is {float(found)} in step {step + 1}; take a smaller lr")
+                raise ValueError(f"{owner}: the loss is {float(found.detach())} in step {step + 1}; take a smaller lr")
             found.backward()
             optimizer.step()
             if after is not None:

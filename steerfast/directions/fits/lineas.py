@@ -33,11 +33,11 @@ class LinEAS:
     """How affine maps of several layers are trained.
 
     Args:
-        penalty: λ₁, per coordinate: empties coordinates.
-        group_penalty: λ_G: empties layers.
+        penalty: λ₁: leaves coordinates alone that gain less than this.
+        group_penalty: λ_G: leaves layers alone.
         pool: What stands for a text: "mean" or "last" of its tokens. Every token is edited.
-        steps: Steps of Adam, on eight texts of each side.
-        lr: Its learning rate.
+        steps: How many, on eight texts of each side.
+        lr: The learning rate.
 
     Raises:
         TypeError, ValueError: a number out of range, or an unknown pool.
@@ -47,7 +47,7 @@ class LinEAS:
     group_penalty: float = 0.0
     pool: str = "mean"
     steps: int = 200
-    lr: float = 0.02
+    lr: float = 0.01
 
     def __post_init__(self) -> None:
         one_of("LinEAS", "pool", self.pool, POOLS)
@@ -69,13 +69,14 @@ def fit_lineas(
 ) -> Plan:
     """Train w ⊙ x + b at several layers together, so that negative texts have the activations of positive ones (LinEAS).
 
-        loss = Σ over layers of the mean over coordinates of W₂²(edited negative, positive)
-               + λ₁·(‖w − 1‖₁ + ‖b‖₁) + λ_G·√d·(‖w − 1‖₂ + ‖b‖₂) per layer
+        loss = Σ over layers and coordinates of W₂²(edited negative, positive)
+               + λ₁·(‖w − 1‖₁ + ‖c‖₁) + λ_G·√d·(‖w − 1‖₂ + ‖c‖₂) per layer
 
     The activations of a layer are those that the edits before it and there have made, pooled over the tokens of each text; W₂²
-    in one dimension is the mean squared difference of the sorted values. Each coordinate is measured in standard deviations of
-    both sides there, b with it, so that one learning rate serves all. Adam takes the place of the paper's gradient descent; the
-    two penalties are taken by their proximal step. A layer that they empty is left out of the plan.
+    in one dimension is the mean squared difference of the sorted values. Each coordinate is measured in standard deviations σ
+    of both sides there, and turns about its negative mean μ, x ↦ x + (w − 1)(x − μ) + σc, so that one learning rate serves all:
+    b = σc − (w − 1)μ. Steps are those of the paper: down the gradient, then the proximal step of both penalties. A layer that
+    they empty is left out of the plan.
 
     Args:
         model: A `transformers` causal language model; its weights stay as they are.
@@ -144,20 +145,25 @@ def shrink(x: Tensor, penalty: float, group_penalty: float) -> Tensor:
 
 
 class _Map:
-    """An affine map in units of a layer's coordinates: x ↦ (1 + v) ⊙ x + σ ⊙ c."""
+    """An affine map in units of a layer's coordinates: x ↦ x + v ⊙ (x − μ) + σ ⊙ c."""
 
     def __init__(self, positive: Tensor, negative: Tensor) -> None:
         rows = torch.cat([positive, negative])
         self.size = rows.std(0).clamp(min=1e-6 * float(rows.norm(dim=1).median()))
+        self.middle = negative.mean(0)
         self.v, self.c = (torch.zeros_like(self.size).requires_grad_() for _ in range(2))
 
     def __call__(self, x: Tensor) -> Tensor:
-        v, shift = (1 + self.v).to(x.device), (self.size * self.c).to(x.device)
-        return (x.float() * v + shift).to(x.dtype)
+        weight, bias = self.affine()
+        return (x.float() * weight.to(x.device) + bias.to(x.device)).to(x.dtype)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """(w, b)."""
+        return 1 + self.v, self.size * self.c - self.v * self.middle
 
     def loss(self, edited: Tensor, target: Tensor) -> Tensor:
-        """Mean over the coordinates of W₂², in squared standard deviations."""
-        return wasserstein(edited.float().cpu() / self.size, target / self.size).mean()
+        """Σ over the coordinates of W₂², in squared standard deviations."""
+        return wasserstein(edited.float().cpu() / self.size, target / self.size).sum()
 
     def shrink(self, settings: LinEAS) -> None:
         """The proximal step behind a step of the optimizer."""
@@ -167,8 +173,8 @@ class _Map:
 
     def weights(self) -> tuple[Tensor, Tensor] | None:
         """(w, b); None: it changes nothing."""
-        v, c = self.v.detach(), self.c.detach()
-        return (1 + v, self.size * c) if bool(v.any()) or bool(c.any()) else None
+        weight, bias = (part.detach() for part in self.affine())
+        return (weight, bias) if bool(self.v.any()) or bool(self.c.any()) else None
 
 
 class _Pass:
@@ -208,8 +214,8 @@ class _Pass:
 def _train(
     owner: str, model: _Pass, maps: dict[int, _Map], texts: list[str], target: Activations, settings: LinEAS, generator: Any
 ) -> None:  # fmt: skip
-    """Adam on the distances, with the proximal step of the penalties behind each step."""
-    optimizer = torch.optim.Adam([part for one in maps.values() for part in (one.v, one.c)], lr=settings.lr)
+    """Gradient descent on the distances, with the proximal step of the penalties behind each step."""
+    optimizer = torch.optim.SGD([part for one in maps.values() for part in (one.v, one.c)], lr=settings.lr)
     count = len(next(iter(target.values())))
     for step in range(settings.steps):
         mine = torch.randperm(len(texts), generator=generator, device="cpu")[:BATCH].tolist()
@@ -218,7 +224,7 @@ def _train(
         edited = model([texts[i] for i in mine])
         loss = torch.stack([one.loss(edited[layer], target[layer][other]) for layer, one in maps.items()]).sum()
         if not bool(loss.isfinite()):
-            raise ValueError(f"{owner}: the loss is {float(loss)} in step {step + 1}; take a smaller lr")
+            raise ValueError(f"{owner}: the loss is {float(loss.detach())} in step {step + 1}; take a smaller lr")
         loss.backward()
         optimizer.step()
         with torch.no_grad():
