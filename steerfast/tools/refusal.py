@@ -206,7 +206,7 @@ class Refusal(Sequence[Candidate]):
         size = (max(5.0, 0.28 * len(layers) + 2.5), 3 * max(1.6, 0.3 * len(positions) + 1.1))
         figure = Figure(figsize=size, layout="constrained")
         for axes, (name, title, colours) in zip(figure.subplots(3, 1), _PANELS, strict=True):
-            values = torch.full((len(positions), len(layers)), math.nan)
+            values = torch.full((len(positions), len(layers)), math.nan, device="cpu")
             for one in self._candidates:
                 cell = positions.index(one.position), layers.index(one.layer)
                 values[cell] = getattr(one, name)
@@ -408,9 +408,9 @@ def _complete(
     generator = seeded(rules.seed)
     kinds: list[list[tuple[float, float, float]]] = [[], []]
     for _ in range(rules.draws):
-        mixed = rows[torch.randperm(len(rows), generator=generator)].double()
+        mixed = rows[torch.randperm(len(rows), generator=generator, device="cpu")].double()
         shuffled = mixed[: len(sides[0])].mean(0) - mixed[len(sides[0]) :].mean(0)
-        drawn = torch.randn(vector.shape, generator=generator)
+        drawn = torch.randn(vector.shape, generator=generator, device="cpu")
         for kind, control in zip(kinds, (shuffled.float(), drawn * vector.norm() / drawn.norm()), strict=True):
             kind.append(_scores(scorer, control, best.layer, held, plain))
     bypass, induction = ([[sign * score[i] for score in kind] for kind in kinds] for i, sign in ((0, -1.0), (1, 1.0)))
