@@ -336,7 +336,7 @@ def refusal_rates(
     )
     ids = scorer.ids(_instructions("refusal_rates", "instructions", instructions, least=1))
     with evaluating(model):
-        scores = [scorer.refusal(scorer.logits(ids, plan)) for plan in plans]
+        scores = [scorer.scores(ids, plan) for plan in plans]
     return [float((score > 0).double().mean()) for score in scores]
 
 
@@ -347,9 +347,9 @@ def _scores(
     harmful, harmless = held
     plans = _plans(scorer.model, vector, layer)
     ablated = scorer.logits([*harmful, *harmless], plans[0])
-    added = scorer.logits(harmless, plans[1])
+    added = scorer.scores(harmless, plans[1])
     bypass = float(scorer.refusal(ablated[: len(harmful)]).mean())
-    return bypass, float(scorer.refusal(added).mean()), divergence(plain, ablated[len(harmful) :])
+    return bypass, float(added.mean()), divergence(plain, ablated[len(harmful) :])
 
 
 def _plans(model: nn.Module, vector: Tensor | Direction, layer: int) -> tuple[Plan, Plan]:
@@ -422,7 +422,7 @@ def _filtered(scorer: RefusalScorer, texts: list[str], refused: bool, rules: Ref
     """The prompts that the model treats as its side says."""
     if not rules.filtered:
         return texts
-    scores = scorer.refusal(scorer.logits(scorer.ids(texts)))
+    scores = scorer.scores(scorer.ids(texts))
     kept = [text for text, score in zip(texts, scores.tolist(), strict=True) if (score > 0) == refused]
     if len(kept) < HELD:
         what = "refuses" if refused else "follows"

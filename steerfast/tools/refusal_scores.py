@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -72,15 +72,22 @@ class RefusalScorer:
                 found.append(self.reader.bare(chat))
         return found
 
-    @torch.no_grad()
     def logits(self, prompts: Sequence[Sequence[int]], plan: Plan | None = None) -> Tensor:
         """Logits of the first token of each answer, float64 (n, V) on the CPU."""
+        return self._read(prompts, plan, lambda rows: rows)
+
+    def scores(self, prompts: Sequence[Sequence[int]], plan: Plan | None = None) -> Tensor:
+        """`refusal` of each answer's first token, (n,); no logits are kept."""
+        return self._read(prompts, plan, self.refusal)
+
+    @torch.no_grad()
+    def _read(self, prompts: Sequence[Sequence[int]], plan: Plan | None, read: Callable[[Tensor], Tensor]) -> Tensor:
         found: list[Tensor] = [torch.empty(0, device="cpu")] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for first in range(0, len(order), self.batch_size):
             part = order[first : first + self.batch_size]
-            rows = self._forward([prompts[i] for i in part], plan)
-            for i, row in zip(part, rows.double().cpu(), strict=True):
+            rows = read(self._forward([prompts[i] for i in part], plan).double().cpu())
+            for i, row in zip(part, rows, strict=True):
                 found[i] = row
         return torch.stack(found)
 
