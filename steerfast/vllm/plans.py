@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from steerfast.edits.conditions import When
 from steerfast.files.shelf import VARIABLE, Shelf
 from steerfast.place import Place
 from steerfast.plan import Plan
+
+from .programs import costs_an_encode, fits_no_slot
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 """Where an engine can be steered; the heads of head_out are split over devices under tensor parallelism."""
@@ -77,11 +79,13 @@ class Library:
         plans: By name, sorted.
         refused: Name to the reason why no request may use it.
         entered: The layers, but the first, that some plan edits at resid_pre.
+        width: Columns of the row table: how many interventions can act on a token in one place.
     """
 
     plans: dict[str, ServedPlan] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     entered: frozenset[int] = frozenset()
+    width: int = MAX_SLOTS_PER_ROW
 
     @property
     def slots(self) -> int:
@@ -92,7 +96,12 @@ class Library:
     def least(self) -> int:
         """Slots that whatever one request may name can take."""
         columns = sorted(max(tokens, 1) for served in self.plans.values() for tokens in served.columns)
-        return max(MAX_SLOTS_PER_ROW, sum(columns[-MAX_SLOTS_PER_ROW:]))
+        return max(self.width, sum(columns[-self.width :]))
+
+    @property
+    def longest(self) -> int:
+        """Columns of the longest plan."""
+        return max((len(served.columns) for served in self.plans.values()), default=0)
 
     @property
     def by_token(self) -> int:
@@ -101,12 +110,16 @@ class Library:
 
 
 def load(
-    directory: str | os.PathLike[str], width: int, layers: int, dtype: torch.dtype = torch.float32
+    directory: str | os.PathLike[str],
+    width: int,
+    layers: int,
+    dtype: torch.dtype = torch.float32,
+    saes: Shelf | None = None,
 ) -> tuple[Library, dict[str, Chains]]:
     """Read every plan of a directory, for a model of that width, number of layers and dtype of the stream.
 
     A plan that is damaged or does not fit is refused by name; the others are served. SAEs that plans name are looked for
-    where STEERFAST_SAES says.
+    on `saes`, or where STEERFAST_SAES says.
 
     Raises:
         ValueError: there is no such directory, or it holds no plan.
@@ -118,7 +131,7 @@ def load(
     refused: dict[str, str] = {}
     chains: dict[str, Chains] = {}
     entered: set[int] = set()
-    saes = Shelf("Plan.load")  # one for all plans, so that none is read twice
+    saes = Shelf("Plan.load") if saes is None else saes  # one for all, so that none is read twice
     for folder in sorted(path for path in root.iterdir() if (path / "plan.json").is_file()):
         name = folder.name
         try:
@@ -145,7 +158,21 @@ def load(
             del served[name], chains[name]
     if not served and not refused:
         raise ValueError(f"STEERFAST_PLANS: {str(root)!r} holds no plan; save one with plan.save(directory / name)")
-    return Library(served, refused, frozenset(entered)), chains
+    library = Library(served, refused, frozenset(entered))
+    every = {id(edit): edit for plan in chains.values() for chain in plan.values() for edit in chain.values()}
+    free = all(map(_is_free, every.values()))
+    return replace(library, width=max(library.longest, MAX_SLOTS_PER_ROW if free else 1)), chains
+
+
+ONE_LAUNCH = 16
+"""Directions below which a GPU takes all columns of the row table in one launch."""
+
+
+def _is_free(edit: Intervention) -> bool:
+    """Whether a column of the row table in which nobody asks for an edit costs nothing."""
+    if fits_no_slot(edit, torch.device("cpu")):
+        return not costs_an_encode(edit)
+    return edit.slot().rank < ONE_LAUNCH
 
 
 def public(reason: str, root: Path) -> str:
@@ -242,14 +269,9 @@ def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> list[Column
             if edit.width != width:
                 raise ValueError(f"{edit!r} at {site} {layer} has width {edit.width}; this model has {width}")
             for part in edit.by_token or (edit,):
-                if part is not None:
+                if part is not None and not fits_no_slot(part, torch.device("cpu")):
                     slot_in(f"{site} {layer}", dtype, part)  # what no bank could hold must not stop the engine later
         index = layer % layers
         place = engine_place(site, index)
         chains[place] = chains.get(place, ()) + chain
-    columns = columns_of(chains)
-    if len(columns) > MAX_SLOTS_PER_ROW:
-        raise ValueError(
-            f"{len(columns)} interventions act in one place; a token takes at most {MAX_SLOTS_PER_ROW} there"
-        )
-    return columns
+    return columns_of(chains)

@@ -62,12 +62,12 @@ class ProbeLibrary:
 
 
 def load_probes(
-    directory: str | os.PathLike[str], width: int, layers: int, plans: Library
+    directory: str | os.PathLike[str], width: int, layers: int, plans: Library, saes: Shelf | None = None
 ) -> tuple[ProbeLibrary, dict[str, Probe]]:
     """Read every probe of a directory, for a model of that width and number of layers in which these plans are served.
 
     A probe that is damaged or does not fit is refused by name; the others are served. SAEs that probes name are looked for
-    where STEERFAST_SAES says.
+    on `saes`, or where STEERFAST_SAES says.
 
     Raises:
         ValueError: there is no such directory, or it holds no probe.
@@ -78,7 +78,7 @@ def load_probes(
     served: dict[str, ServedProbe] = {}
     refused: dict[str, str] = {}
     loaded: dict[str, Probe] = {}
-    saes, column = Shelf("Probe.load"), 0
+    saes, column = Shelf("Probe.load") if saes is None else saes, 0
     for folder in sorted(path for path in root.iterdir() if (path / container.PROBE.text_name).is_file()):
         name = folder.name
         try:

@@ -81,7 +81,7 @@ class Steered:
                 if edits := wanted.get((site, layer)):
                     places[f"{site}.{layer}"] = EditedPlace(edits, slots, found.d, dtype, device)
                 _hook(found, site, layer)
-        self.table = RowTable(tokens, device, (slots, library.by_token))
+        self.table = RowTable(tokens, device, (slots, library.by_token), library.width)
         self.readers = Readers({**read, **watched}, {**(loaded or {}), **self.gates.probes}, tokens, device)
         self.places = Places(places, self.table, self.readers, self.gates if watched else None)
         if library.slots <= slots:  # all of them stay, and no request ever waits for another's slot

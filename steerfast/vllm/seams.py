@@ -18,11 +18,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from steerfast.files.shelf import Shelf
 from steerfast.probes.probe import Probe
 
 from . import counters, read_seams
@@ -39,6 +41,10 @@ from .seam_table import PROCESSOR, REQUESTS, SCHEDULER, SERVER, WRAPPER
 from .slots import Admission
 from .wire import Part, check_prompt, read, salt
 from .wrapping import resolve, wrap
+
+
+MOST_COLUMNS = 64
+"""Of a row table, whose lines a request writes whole."""
 
 
 def patch() -> None:
@@ -74,12 +80,16 @@ class Served:
         self.layers = model.get_total_num_hidden_layers()
         self.library = Library()
         self.chains: dict[str, Chains] = {}
+        saes = Shelf("Plan.load or Probe.load")  # one for both, so that who reads and who edits share an encode
         if directory:
-            self.library, self.chains = load(directory, model.get_hidden_size(), self.layers, model.dtype)
+            self.library, self.chains = load(directory, model.get_hidden_size(), self.layers, model.dtype, saes)
+            self.library = replace(self.library, width=_columns(self.library))
         self.probes = ProbeLibrary()
         self.loaded: dict[str, Probe] = {}
         if probes := os.environ.get("STEERFAST_PROBES"):
-            self.probes, self.loaded = load_probes(probes, model.get_hidden_size(), self.layers, self.library)
+            self.probes, self.loaded = load_probes(
+                probes, model.get_hidden_size(), self.layers, self.library, saes
+            )
         self.unread = _unread(config)
         single = [name for name, one in self.probes.probes.items() if one.names is None and not one.pairs]
         self.counters = counters.Counters(sorted([*self.library.plans, *self.library.refused]), single)
@@ -138,6 +148,20 @@ class Served:
         first = named if isinstance(named, str) else named[0] if isinstance(named, (list, tuple)) and named else ""
         self.counters.add("refused", first if isinstance(first, str) else "")
         return _refused_type()(text, parameter="steer")
+
+
+def _columns(library: Library) -> int:
+    """How many interventions can act on a token in one place."""
+    given = os.environ.get("STEERFAST_COLUMNS")
+    if given is None:
+        return library.width
+    least = max(library.longest, 1)
+    if not given.isdecimal() or not least <= int(given) <= max(least, MOST_COLUMNS):
+        raise ValueError(
+            f"STEERFAST_COLUMNS is {given!r}; expected a whole number from {least}, what the longest plan takes, to "
+            f"{max(least, MOST_COLUMNS)}"
+        )
+    return int(given)
 
 
 def _unread(config: Any) -> str:

@@ -1,6 +1,6 @@
 """The row table of an engine step: which slots edit which token of the batch, in buffers that never move.
 
-What a request wants is one row of 20 numbers, written when it arrives: four slots, the first position that each acts on,
+What a request wants is one row of five numbers a column, written when it arrives: slots, the first position that each acts on,
 the position where it stops, its strength, and which tokens it looks for. A step gathers these rows by request, compares
 them with the positions (and, where someone looks, the tokens) that the engine itself has on its device, and writes the
 table: nothing is read back, and no count that is only a guess under speculation is used. A slot may stand for a run of them,
@@ -19,10 +19,9 @@ from torch import Tensor
 from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast._positions import EVER
 
-WIDTH = MAX_SLOTS_PER_ROW
 EVERY_TOKEN = 1
 """Of `TokenSets`: not in the empty set."""
-__all__ = ["EVER", "EVERY_TOKEN", "WIDTH", "Owner", "RowTable", "TokenSets"]
+__all__ = ["EVER", "EVERY_TOKEN", "Owner", "RowTable", "TokenSets"]
 
 
 class Owner(NamedTuple):
@@ -79,7 +78,7 @@ class TokenSets:
             self._free.append(self._numbers.pop(ids))
 
     def found(self, numbers: Tensor, tokens: Tensor) -> Tensor:
-        """bool, like numbers (tokens, WIDTH): whether each token is one that is looked for."""
+        """bool, like numbers (tokens, columns): whether each token is one that is looked for."""
         for ids in self._new:
             self._members[self._numbers[ids]].zero_().index_fill_(0, _send(ids, self._device), True)
         self._new.clear()
@@ -106,17 +105,21 @@ class RowTable:
         tokens: How many tokens a batch can have, padding included.
         device: Where the model runs.
         runs: Slots of every bank, and the length of the longest run that one of them may stand for; 0: of itself alone.
+        width: Columns: how many slots can edit a token, one after the other.
     """
 
-    def __init__(self, tokens: int, device: torch.device, runs: tuple[int, int] = (0, 0)) -> None:
-        self.rows = torch.full((tokens, WIDTH), -1, dtype=torch.int32, device=device)
-        self.scale = torch.ones(tokens, WIDTH, dtype=torch.float32, device=device)
+    def __init__(
+        self, tokens: int, device: torch.device, runs: tuple[int, int] = (0, 0), width: int = MAX_SLOTS_PER_ROW
+    ) -> None:
+        self.width = width
+        self.rows = torch.full((tokens, width), -1, dtype=torch.int32, device=device)
+        self.scale = torch.ones(tokens, width, dtype=torch.float32, device=device)
         self.tokens = 0  # of the running batch
         self.step = 0  # on the CPU: changes whenever the table does
         self._wanted = torch.zeros(
-            1, 5 * WIDTH, dtype=torch.int32, device=device
+            1, 5 * width, dtype=torch.int32, device=device
         )  # one line per request; no graph sees it
-        self._wanted[0, :WIDTH] = -1  # whoever is not steered
+        self._wanted[0, :width] = -1  # whoever is not steered
         self._sets = TokenSets(device)
         self._looks: dict[str, list[tuple[int, ...]]] = {}  # what each request holds there
         self._free: list[int] = []
@@ -126,7 +129,7 @@ class RowTable:
         self._reached = np.zeros((0, 1))  # on the host: where it was; nothing changes from there on
         self._slots = self._first = self._stop = self._look = self.rows[
             :0
-        ]  # on the device: gathered for its tokens, (tokens, WIDTH)
+        ]  # on the device: gathered for its tokens, (tokens, width)
         self._count = torch.arange(tokens, device=device)
         self._runs = torch.zeros(runs, dtype=torch.int32, device=device)  # the slot that acts at a position
         self._write = self._on_host if device.type == "cpu" else self._on_device
@@ -139,7 +142,7 @@ class RowTable:
         if not self._free:
             self._grow()
         line = self._line[request] = self._free.pop()
-        wanted = np.zeros((5, WIDTH), dtype=np.int32)
+        wanted = np.zeros((5, self.width), dtype=np.int32)
         wanted[0] = -1
         for column, owner in enumerate(owners):
             number = self._sets.hold(owner.ids, owner.among)
@@ -204,9 +207,9 @@ class RowTable:
                 )
                 index = index[owner.clamp_(max=len(lines) - 1)]
             self._slots, self._first, self._stop, strength, self._look = (
-                self._wanted[index].view(-1, 5, WIDTH).unbind(1)
+                self._wanted[index].view(-1, 5, self.width).unbind(1)
             )
-            self.scale[:tokens] = strength.view(torch.float32)  # each of the five is (tokens, WIDTH)
+            self.scale[:tokens] = strength.view(torch.float32)  # each of the five is (tokens, width)
             self._steady = lines if tokens == len(lines) else None
         here = positions[:tokens, None]
         acting = (here >= self._first) & (here < self._stop)
@@ -232,7 +235,7 @@ class RowTable:
         index = np.asarray(lines)
         if tokens != len(lines):
             index = np.repeat(index, np.diff(starts.numpy()[: len(lines) + 1]))
-        slots, first, stop, strength, look = wanted[index].reshape(-1, 5, WIDTH).transpose(1, 0, 2)
+        slots, first, stop, strength, look = wanted[index].reshape(-1, 5, self.width).transpose(1, 0, 2)
         begun, goes_on = here >= first, here < stop
         changes = ~begun | (goes_on & (stop < EVER))
         if self._sets and ids is not None:
@@ -255,7 +258,7 @@ class RowTable:
 
     def _grow(self) -> None:
         count = self._wanted.shape[0]
-        self._wanted = torch.cat([self._wanted, self._wanted.new_zeros(max(count, 64), 5 * WIDTH)])
+        self._wanted = torch.cat([self._wanted, self._wanted.new_zeros(max(count, 64), 5 * self.width)])
         self._free = list(range(self._wanted.shape[0] - 1, count - 1, -1))
 
     def _send(self, values: Sequence[object], dtype: type = np.int64) -> Tensor:

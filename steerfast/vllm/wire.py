@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast._positions import Selector, allowed, parse, resolved
 
 from .fields import FIELDS, PLANS, names_of, selector_of, short, steer_fields
@@ -71,7 +70,7 @@ def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part,
         return default
     if "steer" not in fields:
         raise ValueError(f"steer: {next(iter(fields))} is given without steer; name the plans it is about")
-    names = names_of("steer", "plan", fields["steer"], MAX_SLOTS_PER_ROW)
+    names = names_of("steer", "plan", fields["steer"], library.width)
     strengths = _strengths(fields.get("steer_strength", 1.0), len(names))
     positions = fields.get("steer_positions")
     if positions is not None:
@@ -81,18 +80,19 @@ def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part,
         for name, strength in zip(names, strengths, strict=True)
     )
     applied = sum(len(part.served.columns) for part in parts)
-    if applied > MAX_SLOTS_PER_ROW:
+    if applied > library.width:
         raise ValueError(
-            f"steer: these plans apply {applied} interventions to a token; at most {MAX_SLOTS_PER_ROW} are possible: name fewer"
+            f"steer: these plans apply {applied} interventions to a token; at most {library.width} are possible: name fewer, or "
+            "start the engine with a larger STEERFAST_COLUMNS"
         )
     for part in parts:
         _check_followed(part)
     columns = sum(1 if tokens else _most_pieces(part.selector) for part in parts for tokens in part.served.columns)
-    if columns > MAX_SLOTS_PER_ROW:
+    if columns > library.width:
         split = max(parts, key=lambda part: _most_pieces(part.selector))
         raise ValueError(
             f"steer: {short(split.positions)} may fall into {_most_pieces(split.selector)} pieces, each of which takes the room "
-            f"of an intervention: {columns} in all, at most {MAX_SLOTS_PER_ROW} are possible"
+            f"of an intervention: {columns} in all, at most {library.width} are possible (STEERFAST_COLUMNS)"
         )
     return parts
 
