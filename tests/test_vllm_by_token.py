@@ -55,8 +55,8 @@ def test_a_plan_takes_a_slot_for_each_row_and_one_column_for_all(tmp_path: Path)
     assert torch.equal(chains["mixed"]["resid_post", 1][3].vector, rows(3, 3)[2])
     assert library.plans["mixed"].runs("abcdefg") == ["a", "bcdef", "g"]
     sf.Plan({0: [sf.Add(rows(2))] * 5}).save(tmp_path / "five")
-    refused = plans.load(tmp_path, D, 3)[0].refused
-    assert refused == {"five": "5 interventions act in one place; a token takes at most 4 there"}
+    library, _ = plans.load(tmp_path, D, 3)
+    assert (library.plans["five"].columns, library.width) == ((2,) * 5, 5)
 
 
 def test_a_request_cannot_say_other_positions_for_rows(tmp_path: Path) -> None:

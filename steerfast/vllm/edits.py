@@ -35,7 +35,12 @@ CONTEXT = "steerfast"
 KEPT = 512
 """Up to so many tokens, those of decoding batches, what is added to each is kept from step to step; n · d floats a place."""
 
-_NONE, _SUM, _OTHER, _PROGRAM = 0, 1, 2, 3  # what a slot is at a place: empty, an addition, another of the bank, none of it
+_NONE, _SUM, _OTHER, _PROGRAM = (
+    0,
+    1,
+    2,
+    3,
+)  # what a slot is at a place: empty, an addition, another of the bank, none of it
 
 
 class Owned(NamedTuple):

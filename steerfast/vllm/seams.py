@@ -42,7 +42,6 @@ from .slots import Admission
 from .wire import Part, check_prompt, read, salt
 from .wrapping import resolve, wrap
 
-
 MOST_COLUMNS = 64
 """Of a row table, whose lines a request writes whole."""
 
@@ -87,9 +86,7 @@ class Served:
         self.probes = ProbeLibrary()
         self.loaded: dict[str, Probe] = {}
         if probes := os.environ.get("STEERFAST_PROBES"):
-            self.probes, self.loaded = load_probes(
-                probes, model.get_hidden_size(), self.layers, self.library, saes
-            )
+            self.probes, self.loaded = load_probes(probes, model.get_hidden_size(), self.layers, self.library, saes)
         self.unread = _unread(config)
         single = [name for name, one in self.probes.probes.items() if one.names is None and not one.pairs]
         self.counters = counters.Counters(sorted([*self.library.plans, *self.library.refused]), single)
