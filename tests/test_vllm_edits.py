@@ -21,6 +21,7 @@ from steerfast.vllm.table import Owner, RowTable
 
 D, F, LAYERS = 128, 96, 3
 TOKENS = 6
+CLOSE = 5e-3  # in log-probability: float32 in another order of summation
 CPU = torch.device("cpu")
 
 
@@ -224,25 +225,65 @@ def test_an_engine_does_what_transformers_does(eager: bool, tmp_path: Path) -> N
             gpu_memory_utilization=0.2,
             enforce_eager=eager,
         )
-        truth, rng = Transformers(model), random.Random(0)
-        prompts = [[rng.randrange(3, 120) for _ in range(length)] for length in (3, 23)]
-        stacked = [("top", 0.5), ("long", 1.0), ("many", 0.7)]
-        asked = [(ids, steered) for ids in prompts for steered in ([], *([(name, 1.0)] for name in made), stacked)]
-        common: dict[str, Any] = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False}
-        extra = [{**fields(*steered), "steer_read": "tops", "steer_read_what": "tokens"} for _, steered in asked]
-        extra = [one if i % 2 else fields(*asked[i][1]) for i, one in enumerate(extra)]
-        params = [SamplingParams(**common, logprobs=0, extra_args=one) for one in extra]
-        inputs: list[Any] = [{"prompt_token_ids": ids} for ids, _ in asked]
-        outputs = llm.generate(inputs, params, use_tqdm=False)
-        plain = {}
-        for (ids, steered), output in zip(asked, outputs, strict=True):
-            wanted, likely = truth.generate(ids, [(made[name], weight, None) for name, weight in steered], TOKENS)
-            chosen = output.outputs[0]
-            assert list(chosen.token_ids) == wanted, (len(ids), steered)
-            found = torch.tensor([step[token].logprob for step, token in zip(chosen.logprobs, wanted, strict=True)])
-            assert (found - likely).abs().max() < 5e-3, (len(ids), steered)
-            plain[len(ids)] = likely if not steered else plain[len(ids)]
-            if steered and steered[0][0] not in ("gated", "barred"):
-                assert not torch.allclose(likely, plain[len(ids)], atol=1e-2), f"{steered} does nothing"
-        assert any(o.kv_transfer_params["steerfast"]["tops"]["tokens"] for o in outputs[1::2])
-        llm.llm_engine.engine_core.shutdown()
+        try:
+            _everything_alone_stacked_and_read(llm, SamplingParams, Transformers(model), made)
+            _whatever_a_text_has_said(llm, SamplingParams, Transformers(model), made)
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
+
+def _run(llm: Any, params: Any, asked: list[tuple[list[int], dict[str, Any] | None]]) -> list[Any]:
+    common: dict[str, Any] = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False}
+    each = [params(**common, logprobs=0, extra_args=extra) for _, extra in asked]
+    inputs: list[Any] = [{"prompt_token_ids": ids} for ids, _ in asked]
+    return llm.generate(inputs, each, use_tqdm=False)
+
+
+def _assert_like(output: Any, wanted: list[int], likely: torch.Tensor, what: Any) -> None:
+    chosen = output.outputs[0]
+    assert list(chosen.token_ids) == wanted, what
+    found = torch.tensor([step[token].logprob for step, token in zip(chosen.logprobs, wanted, strict=True)])
+    assert (found - likely).abs().max() < CLOSE, what
+
+
+def _prompts(seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 120) for _ in range(length)] for length in (3, 23)]
+
+
+def _everything_alone_stacked_and_read(llm: Any, params: Any, truth: Transformers, made: dict[str, sf.Plan]) -> None:
+    stacked = [("top", 0.5), ("long", 1.0), ("many", 0.7)]
+    asked = [(ids, steered) for ids in _prompts(0) for steered in ([], *([(name, 1.0)] for name in made), stacked)]
+    reads = {"steer_read": "tops", "steer_read_what": "tokens"}
+    extra = [fields(*steered) | (reads if i % 2 else {}) for i, (_, steered) in enumerate(asked)]
+    outputs = _run(llm, params, [(ids, one) for (ids, _), one in zip(asked, extra, strict=True)])
+    plain = torch.zeros(0)
+    for (ids, steered), output in zip(asked, outputs, strict=True):
+        wanted, likely = truth.generate(ids, [(made[name], weight, None) for name, weight in steered], TOKENS)
+        _assert_like(output, wanted, likely, (len(ids), steered))
+        plain = plain if steered else likely
+        if steered and steered[0][0] not in ("gated", "barred"):
+            assert not torch.allclose(likely, plain, atol=1e-2), f"{steered} does nothing"
+    assert all(output.kv_transfer_params["steerfast"]["tops"]["tokens"] for output in outputs[1::2])
+
+
+def _whatever_a_text_has_said(llm: Any, params: Any, truth: Transformers, made: dict[str, sf.Plan]) -> None:
+    """A plan behind a token that is generated, between two of the prompt, and where neither is."""
+    plans = {"top": 1.0, "long": 0.5}
+    for ids in _prompts(1):
+        (plain,) = _run(llm, params, [(ids, None)])
+        said = list(plain.outputs[0].token_ids)
+        selectors = [
+            f"after:ids:{said[1]}",
+            f"!after:ids:{said[1]} & generated",
+            f"between:ids:{ids[1]}..{said[2]}",
+            f"between:ids:{said[0]}..{said[3]} & !ids:{said[2]} | after:ids:{said[3]} & last",
+        ]
+        asked = [(ids, {**fields((name, 1.0)), "steer_positions": where}) for where in selectors for name in plans]
+        outputs = _run(llm, params, asked)
+        for (_, extra), output in zip(asked, outputs, strict=True):
+            (name,), where = extra["steer"], extra["steer_positions"]
+            wanted, likely = truth.generate(ids, [(made[name], 1.0, where)], TOKENS)
+            _assert_like(output, wanted, likely, (name, where))
+            everywhere = truth.generate(ids, [(made[name], 1.0, "all")], TOKENS)[1]
+            assert not torch.allclose(likely, everywhere, atol=1e-3), (name, where)

@@ -88,6 +88,7 @@ class Served:
         if probes := os.environ.get("STEERFAST_PROBES"):
             self.probes, self.loaded = load_probes(probes, model.get_hidden_size(), self.layers, self.library, saes)
         self.unread = _unread(config)
+        self.speculates = config.speculative_config is not None
         single = [name for name, one in self.probes.probes.items() if one.names is None and not one.pairs]
         self.counters = counters.Counters(sorted([*self.library.plans, *self.library.refused]), single)
         text = os.environ.get("STEERFAST_DEFAULT")
@@ -128,6 +129,15 @@ class Served:
             raise ValueError(f"steer: probes cannot be read with {self.unread}; leave steer_read out")
         return reading
 
+    def _followed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        told = next((part.positions for part in parts if part.selector.remembers), None)
+        if told is not None and self.speculates:
+            raise ValueError(
+                f"steer: {short(told)} must know the tokens before each one, which speculative decoding takes back; leave after: "
+                "and between: out"
+            )
+        return parts
+
     def accept(self, given: Any) -> tuple[tuple[Part, ...], Reading | None]:
         """What a request asks for: plans, and what it reads.
 
@@ -135,7 +145,7 @@ class Served:
             VLLMValidationError: it cannot be followed; also a ValueError.
         """
         try:
-            return read(given, self.library, self.default), self._reading(given)
+            return self._followed(read(given, self.library, self.default)), self._reading(given)
         except ValueError as error:
             raise self.refusal(str(error), given) from None
 
@@ -223,9 +233,10 @@ def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **
         raise served.refusal(str(error), given) from None
     if parts:
         request.cache_salt = salt(request.cache_salt, parts, length)
-    gated = any(part.served.gated for part in parts)
+    # What opens a span, or a gate, must have been seen.
+    watched = any(part.served.gated or part.selector.remembers for part in parts)
     # What is cached has no activations. A prompt's last token is never taken from there, unless the request was preempted.
-    if gated or (reading is not None and reading.first(length) < length - 1):
+    if watched or (reading is not None and reading.first(length) < length - 1):
         request.sampling_params.skip_reading_prefix_cache = True
     for name in {part.served.name for part in parts}:
         served.counters.add("requests", name)

@@ -22,8 +22,9 @@ from typing import Any
 from steerfast._positions import Selector, allowed, parse, resolved
 
 from .fields import FIELDS, PLANS, names_of, selector_of, short, steer_fields
-from .pieces import Piece, most_pieces, pieces
+from .pieces import Piece, Span, most_pieces, pieces, spans_of
 from .plans import Library, ServedPlan
+from .table import SPANS
 
 LARGEST_STRENGTH = 65504.0  # the largest float16: beyond it some engine dtype overflows
 
@@ -50,7 +51,7 @@ class Part:
     def count(self, ids: Sequence[int], computed: int, prompt: int) -> int:
         """How many of the first `computed` tokens it acts on."""
         where = self.pieces(prompt)
-        if any(piece.ids for piece in where):
+        if any(piece.ids or piece.spans for piece in where):
             return int(allowed(self.selector, ids[:computed], prompt).sum())
         return sum(max(min(piece.stop, computed) - piece.first, 0) for piece in where)
 
@@ -87,6 +88,11 @@ def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part,
         )
     for part in parts:
         _check_followed(part)
+    spans = frozenset[Span]().union(*(spans_of(part.selector) for part in parts))
+    if len(spans) > SPANS:
+        raise ValueError(
+            f"steer: the positions name {len(spans)} different after: and between:; at most {SPANS} can be followed in a request"
+        )
     columns = sum(1 if tokens else _most_pieces(part.selector) for part in parts for tokens in part.served.columns)
     if columns > library.width:
         split = max(parts, key=lambda part: _most_pieces(part.selector))
@@ -122,14 +128,9 @@ def salt(given: str | None, parts: tuple[Part, ...], prompt: int) -> str:
 
 def _check_followed(part: Part) -> None:
     try:
-        selector = part.selector
+        _ = part.selector
     except ValueError as reason:
         raise ValueError(f"steer: the plan {short(part.served.name)}: {reason}") from None
-    if selector.remembers:
-        raise ValueError(
-            f"steer: {short(part.positions)} must know the tokens before each one, which is not kept inside vLLM; name "
-            "tokens with ids:, or use sf.steer"
-        )
 
 
 @lru_cache(maxsize=1024)
