@@ -84,13 +84,13 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def tiny(folder: Path) -> Any:
-    """A Llama of three layers with random weights, saved for an engine; its texts are token ids."""
+def tiny(folder: Path, head: int = 32) -> Any:
+    """A Llama of three layers with random weights and four heads of a size, saved for an engine; its texts are token ids."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head}
     config = LlamaConfig(**sizes, **heads, initializer_range=0.1, max_position_embeddings=256, dtype="float32")
     model = LlamaForCausalLM(config).float().eval()
     model.save_pretrained(folder)

@@ -82,7 +82,9 @@ def _pieces(selector: Selector, prompt: int) -> tuple[Piece, ...]:
 _Looked = list[tuple[tuple[int, ...], bool, tuple[tuple[Span, bool], ...]]]
 
 
-def _looked(selector: Selector, on: frozenset[Leaf], kinds: dict[frozenset[Leaf], list[int]], spans: list[Span]) -> _Looked:
+def _looked(
+    selector: Selector, on: frozenset[Leaf], kinds: dict[frozenset[Leaf], list[int]], spans: list[Span]
+) -> _Looked:
     """(ids, among, spans) of what acts where the prompt's part is decided: no two of them at once on a token."""
     if spans:
         span, *others = spans

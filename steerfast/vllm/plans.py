@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,15 +24,34 @@ from steerfast.plan import Plan
 
 from .programs import costs_an_encode, fits_no_slot
 
-SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
-"""Where an engine can be steered; the heads of head_out are split over devices under tensor parallelism."""
-
-SITES_IN_ORDER = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-"""The same, in the order in which a layer comes to them."""
+SITES_IN_ORDER = ("resid_pre", "head_out", "attn_out", "mlp_out", "resid_post")
+"""Where an engine can be steered and read, in the order in which a layer comes to them."""
 
 Chains = dict[Place, dict[int, Intervention]]
 """(site, layer) -> slot of the plan, counted from 0 -> intervention, in the order in which they act; layers are counted from 0,
 and resid_pre of a later layer is resid_post of the one before."""
+
+
+class Widths(NamedTuple):
+    """Of a model's stream, and of head_out; 0: its heads are split over devices, and nothing is steered or read there."""
+
+    stream: int
+    heads: int = 0
+
+    def at(self, site: str) -> int:
+        """The width of a site.
+
+        Raises:
+            ValueError: an engine has no such site.
+        """
+        if site not in SITES_IN_ORDER:
+            raise ValueError(f"site {site!r} is not known inside vLLM; the sites are {', '.join(SITES_IN_ORDER)}")
+        if site == "head_out" and not self.heads:
+            raise ValueError(
+                "site 'head_out' cannot be steered or read inside vLLM on several devices, over which the heads are split; use "
+                "attn_out"
+            )
+        return self.heads if site == "head_out" else self.stream
 
 
 @dataclass(frozen=True)
@@ -114,11 +134,13 @@ def load(
     width: int,
     layers: int,
     dtype: torch.dtype = torch.float32,
+    *,
+    heads: int = 0,
     saes: Shelf | None = None,
 ) -> tuple[Library, dict[str, Chains]]:
     """Read every plan of a directory, for a model of that width, number of layers and dtype of the stream.
 
-    A plan that is damaged or does not fit is refused by name; the others are served. SAEs that plans name are looked for
+    `heads` is the width of head_out; 0: nothing can be done there.     A plan that is damaged or does not fit is refused by name; the others are served. SAEs that plans name are looked for
     on `saes`, or where STEERFAST_SAES says.
 
     Raises:
@@ -131,12 +153,13 @@ def load(
     refused: dict[str, str] = {}
     chains: dict[str, Chains] = {}
     entered: set[int] = set()
+    widths = Widths(width, heads)
     saes = Shelf("Plan.load") if saes is None else saes  # one for all, so that none is read twice
     for folder in sorted(path for path in root.iterdir() if (path / "plan.json").is_file()):
         name = folder.name
         try:
             plan = Plan.load(folder, saes)
-            columns = _fit(plan, width, layers, dtype)
+            columns = _fit(plan, widths, layers, dtype)
         except (ValueError, TypeError, OSError) as reason:
             refused[name] = public(str(reason), root)
             continue
@@ -192,7 +215,7 @@ def read_place(site: str, layer: int, after: bool, layers: int, entered: Collect
     """Where an engine reads what is to be read at a place, and whether after the edits that its hook makes there.
 
     Args:
-        site: One of `SITES`.
+        site: One of `SITES_IN_ORDER`.
         layer: Negative ones count from the end.
         after: After the edits of that place.
         layers: Of the model.
@@ -203,8 +226,6 @@ def read_place(site: str, layer: int, after: bool, layers: int, entered: Collect
     """
     if not -layers <= layer < layers:
         raise ValueError(f"layer {layer} is out of range; this model has {layers} layers, 0 to {layers - 1}")
-    if site not in SITES:
-        raise ValueError(f"site {site!r} cannot be read inside vLLM; the sites are {', '.join(SITES)}")
     index = layer % layers
     place = engine_place(site, index)
     # Edits of what enters a layer follow those of what left the one before, at one hook.
@@ -244,28 +265,31 @@ def _selector(plan: Plan) -> str | None:
     return given if isinstance(given, str) else None if isinstance(given, Tensor) else str(as_selector(given))
 
 
-def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> list[Column]:
+def _fit(plan: Plan, widths: Widths, layers: int, dtype: torch.dtype) -> list[Column]:
     """The plan's columns in this model, or the reason why there are none."""
     card = plan.model
-    if card is not None and (card.width, card.layers) != (width, layers):
+    if card is not None and (card.width, card.layers) != (widths.stream, layers):
         raise ValueError(
-            f"made for width {card.width} and {card.layers} layers; this model has width {width} and {layers} layers"
+            f"made for width {card.width} and {card.layers} layers; this model has width {widths.stream} and {layers} layers"
         )
     chains: dict[Place, tuple[Intervention, ...]] = {}
     # What enters a layer is what left the one before: its edits come after those at that output.
     for (site, layer), chain in sorted(plan.edits.items(), key=lambda item: item[0][0] == "resid_pre"):
         if not -layers <= layer < layers:
             raise ValueError(f"layer {layer} is out of range; this model has {layers} layers, 0 to {layers - 1}")
-        if site not in SITES:
-            raise ValueError(f"site {site!r} cannot be steered inside vLLM; the sites are {', '.join(SITES)}")
+        width = widths.at(site)
         for edit in chain:
             if isinstance(edit, When) and site == "resid_pre" and layer % layers:
                 raise ValueError(
                     f"{edit!r} stands at resid_pre {layer}, whose edits join those of resid_post {layer % layers - 1} inside "
                     "vLLM; put it there"
                 )
-            if isinstance(edit, When) and edit.condition.width != width:
-                raise ValueError(f"the condition of {edit!r} has width {edit.condition.width}; this model has {width}")
+            if isinstance(edit, When):
+                read = widths.at(site if edit.reads is None else edit.reads.site)
+                if edit.condition.width != read:
+                    raise ValueError(
+                        f"the condition of {edit!r} has width {edit.condition.width}; this model has {read}"
+                    )
             if edit.width != width:
                 raise ValueError(f"{edit!r} at {site} {layer} has width {edit.width}; this model has {width}")
             for part in edit.by_token or (edit,):

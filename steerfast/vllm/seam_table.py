@@ -209,7 +209,16 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     ),
     "vllm.config.vllm:VllmConfig.compute_hash": (Form(names=("additional_config",)),),
     "vllm.config.model:ModelConfig": (
-        Form(names=("dtype", "enable_sleep_mode", "get_hidden_size", "get_total_num_hidden_layers")),
+        Form(
+            names=(
+                "dtype",
+                "enable_sleep_mode",
+                "get_head_size",
+                "get_hidden_size",
+                "get_num_attention_heads",
+                "get_total_num_hidden_layers",
+            )
+        ),
     ),
     "vllm.config.parallel:ParallelConfig": (
         Form(

@@ -79,14 +79,15 @@ class Served:
         self.layers = model.get_total_num_hidden_layers()
         self.library = Library()
         self.chains: dict[str, Chains] = {}
+        width, heads = model.get_hidden_size(), _head_width(config)
         saes = Shelf("Plan.load or Probe.load")  # one for both, so that who reads and who edits share an encode
         if directory:
-            self.library, self.chains = load(directory, model.get_hidden_size(), self.layers, model.dtype, saes)
+            self.library, self.chains = load(directory, width, self.layers, model.dtype, heads=heads, saes=saes)
             self.library = replace(self.library, width=_columns(self.library))
         self.probes = ProbeLibrary()
         self.loaded: dict[str, Probe] = {}
         if probes := os.environ.get("STEERFAST_PROBES"):
-            self.probes, self.loaded = load_probes(probes, model.get_hidden_size(), self.layers, self.library, saes)
+            self.probes, self.loaded = load_probes(probes, width, self.layers, self.library, heads=heads, saes=saes)
         self.unread = _unread(config)
         self.speculates = config.speculative_config is not None
         single = [name for name, one in self.probes.probes.items() if one.names is None and not one.pairs]
@@ -155,6 +156,15 @@ class Served:
         first = named if isinstance(named, str) else named[0] if isinstance(named, (list, tuple)) and named else ""
         self.counters.add("refused", first if isinstance(first, str) else "")
         return _refused_type()(text, parameter="steer")
+
+
+def _head_width(config: Any) -> int:
+    """What the attention's output projection reads; 0 where each of several devices has some of the heads."""
+    model, parallel = config.model_config, config.parallel_config
+    if parallel.tensor_parallel_size > 1:
+        return 0
+    size = getattr(model.hf_text_config, "v_head_dim", None) or model.get_head_size()
+    return int(model.get_num_attention_heads(parallel) * size)
 
 
 def _columns(library: Library) -> int:
