@@ -140,8 +140,8 @@ def load(
 ) -> tuple[Library, dict[str, Chains]]:
     """Read every plan of a directory, for a model of that width, number of layers and dtype of the stream.
 
-    `heads` is the width of head_out; 0: nothing can be done there.     A plan that is damaged or does not fit is refused by name; the others are served. SAEs that plans name are looked for
-    on `saes`, or where STEERFAST_SAES says.
+    `heads` is the width of head_out; 0: nothing can be done there. A plan that is damaged or does not fit is refused
+    by name; the others are served. SAEs that plans name are looked for on `saes`, or where STEERFAST_SAES says.
 
     Raises:
         ValueError: there is no such directory, or it holds no plan.

@@ -72,8 +72,8 @@ def load_probes(
 ) -> tuple[ProbeLibrary, dict[str, Probe]]:
     """Read every probe of a directory, for a model of that width and number of layers in which these plans are served.
 
-    `heads` is the width of head_out; 0: nothing is read there.     A probe that is damaged or does not fit is refused by name; the others are served. SAEs that probes name are looked for
-    on `saes`, or where STEERFAST_SAES says.
+    `heads` is the width of head_out; 0: nothing is read there. A probe that is damaged or does not fit is refused
+    by name; the others are served. SAEs that probes name are looked for on `saes`, or where STEERFAST_SAES says.
 
     Raises:
         ValueError: there is no such directory, or it holds no probe.
