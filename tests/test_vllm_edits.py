@@ -154,6 +154,25 @@ def test_the_row_table_is_as_wide_as_the_longest_plan_where_a_column_costs_somet
     assert (library.width, library.least) == (7, 7)
     assert not library.refused
     assert len(wire.read({"steer": ["two", "wide", "two"]}, library)) == 3
+    assert len(wire.read({"steer": ["two"] * 4}, plans.with_columns(library, "8"))) == 4
+    for given in ("6", "65", "-1", "many", ""):
+        with pytest.raises(ValueError, match=r"STEERFAST_COLUMNS is .*; expected a whole number from 7, .* to 64"):
+            plans.with_columns(library, given)
+
+
+def test_what_heads_there_are_is_said_before_traffic(tmp_path: Path) -> None:
+    """Of the width of their own on one device; on several they are split."""
+    sf.Plan({("head_out", 1): sf.Add(unit(1, HEADS))}).save(tmp_path / "heads")
+    lean = sf.Condition(sf.probes.LinearProbe(unit(2, HEADS), place=("head_out", 0)), 0.0)
+    sf.Plan({1: sf.WhenToken(lean, sf.Add(unit(1, D)))}).save(tmp_path / "gated")
+    library, _ = plans.load(tmp_path, D, LAYERS, heads=HEADS)
+    assert not library.refused
+    library, _ = plans.load(tmp_path, D, LAYERS, heads=D)
+    assert ["width 256; this model has 128" in reason for reason in library.refused.values()] == [True] * 2
+    library, _ = plans.load(tmp_path, D, LAYERS)
+    assert ["over which the heads are split; use attn_out" in reason for reason in library.refused.values()] == [
+        True
+    ] * 2
 
 
 # --- a real engine -------------------------------------------------------------------------------------------------------

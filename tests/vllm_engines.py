@@ -182,6 +182,19 @@ def tiny_probes(folder: Path, saes: Path) -> dict[str, sf.probes.Probe]:
     return made
 
 
+def tiny_edits(folder: Path, probes: dict[str, Any]) -> dict[str, sf.Plan]:
+    """Plans for the tiny model, saved, that edit the features of the SAE which its probe "top" reads there."""
+    sae = probes["top"].sae
+    more = sf.EditFeatures(sae, dict.fromkeys(range(9), 0.5), mode="add")
+    made = {
+        "top": sf.Plan({2: sf.EditFeatures(sae, {3: 4.0, 9: 2.0})}),
+        "between": sf.Plan({1: [sf.Ablate(unit(2, 128)), more, sf.Add(unit(3, 128))]}),
+    }
+    for name, plan in made.items():
+        plan.save(folder / name)
+    return made
+
+
 def gated(folder: Path, text: str) -> dict[str, sf.Plan]:
     """Plans with conditions of every kind, with thresholds in the widest gap of what their probes find on a text."""
     from steerfast.models import demo as demo_model

@@ -187,6 +187,27 @@ def load(
     return replace(library, width=max(library.longest, MAX_SLOTS_PER_ROW if free else 1)), chains
 
 
+MOST_COLUMNS = 64
+"""That may be asked for: a request writes whole lines."""
+
+
+def with_columns(library: Library, given: str | None) -> Library:
+    """The library with as many columns of the row table as STEERFAST_COLUMNS asks for; None: as it is.
+
+    Raises:
+        ValueError: they are fewer than what the longest plan takes, or no number.
+    """
+    if given is None:
+        return library
+    least = max(library.longest, 1)
+    most = max(least, MOST_COLUMNS)
+    if not given.isdecimal() or not least <= int(given) <= most:
+        raise ValueError(
+            f"STEERFAST_COLUMNS is {given!r}; expected a whole number from {least}, what the longest plan takes, to {most}"
+        )
+    return replace(library, width=int(given))
+
+
 ONE_LAUNCH = 16
 """Directions below which a GPU takes all columns of the row table in one launch."""
 

@@ -41,7 +41,7 @@ class Steered:
         layers: How many decoder blocks it has.
         library: The plans that requests may name.
         chains: What each of them does, by name.
-        slots: How many slots each bank has; at least those of four interventions.
+        slots: How many slots each bank has; at least those of whatever one request may name.
         tokens: How many tokens a batch can have, padding included.
         probes: The probes that requests may name.
         loaded: The probes themselves, by name.

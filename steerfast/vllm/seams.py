@@ -18,7 +18,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from .edits import CONTEXT, find_places_with
 from .fields import PROBES, short, steer_fields
 from .gating import gates_read
 from .guards import check_engine, check_parallelism, check_runner
-from .plans import Chains, Library, load
+from .plans import Chains, Library, load, with_columns
 from .probes import ProbeLibrary, load_probes
 from .routes import BESIDE, Strays
 from .runner import Steered
@@ -41,9 +40,6 @@ from .seam_table import PROCESSOR, REQUESTS, SCHEDULER, SERVER, WRAPPER
 from .slots import Admission
 from .wire import Part, check_prompt, read, salt
 from .wrapping import resolve, wrap
-
-MOST_COLUMNS = 64
-"""Of a row table, whose lines a request writes whole."""
 
 
 def patch() -> None:
@@ -83,13 +79,12 @@ class Served:
         saes = Shelf("Plan.load or Probe.load")  # one for both, so that who reads and who edits share an encode
         if directory:
             self.library, self.chains = load(directory, width, self.layers, model.dtype, heads=heads, saes=saes)
-            self.library = replace(self.library, width=_columns(self.library))
+            self.library = with_columns(self.library, os.environ.get("STEERFAST_COLUMNS"))
         self.probes = ProbeLibrary()
         self.loaded: dict[str, Probe] = {}
         if probes := os.environ.get("STEERFAST_PROBES"):
             self.probes, self.loaded = load_probes(probes, width, self.layers, self.library, heads=heads, saes=saes)
         self.unread = _unread(config)
-        self.speculates = config.speculative_config is not None
         single = [name for name, one in self.probes.probes.items() if one.names is None and not one.pairs]
         self.counters = counters.Counters(sorted([*self.library.plans, *self.library.refused]), single)
         text = os.environ.get("STEERFAST_DEFAULT")
@@ -132,10 +127,10 @@ class Served:
 
     def _followed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         told = next((part.positions for part in parts if part.selector.remembers), None)
-        if told is not None and self.speculates:
+        if told is not None and self.unread:
             raise ValueError(
-                f"steer: {short(told)} must know the tokens before each one, which speculative decoding takes back; leave after: "
-                "and between: out"
+                f"steer: {short(told)} must know the tokens before each one, and not all of them are seen with {self.unread}; "
+                "leave after: and between: out"
             )
         return parts
 
@@ -165,20 +160,6 @@ def _head_width(config: Any) -> int:
         return 0
     size = getattr(model.hf_text_config, "v_head_dim", None) or model.get_head_size()
     return int(model.get_num_attention_heads(parallel) * size)
-
-
-def _columns(library: Library) -> int:
-    """How many interventions can act on a token in one place."""
-    given = os.environ.get("STEERFAST_COLUMNS")
-    if given is None:
-        return library.width
-    least = max(library.longest, 1)
-    if not given.isdecimal() or not least <= int(given) <= max(least, MOST_COLUMNS):
-        raise ValueError(
-            f"STEERFAST_COLUMNS is {given!r}; expected a whole number from {least}, what the longest plan takes, to "
-            f"{max(least, MOST_COLUMNS)}"
-        )
-    return int(given)
 
 
 def _unread(config: Any) -> str:
