@@ -55,6 +55,8 @@ class Encodes:
     not change there. What was found may be asked for as long as this object is there.
     """
 
+    __slots__ = ("_found",)
+
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], tuple[Tensor, tuple[Tensor, Tensor]]] = {}
 
