@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from test_interventions import EXAMPLES, D
 
 import steerfast as sf
+from steerfast._positions import After, allowed, parse
 from steerfast.plan import ModelCard
 from steerfast.vllm import plans, routes, wire
 from steerfast.vllm.edits import EditedPlace, Places
@@ -92,7 +93,6 @@ def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
         (lambda: sf.Plan({4: sf.Add(unit(0))}), "layer 4 is out of range; this model has 4 layers, 0 to 3"),
         (lambda: sf.Plan({0: sf.Add(unit(0, 5))}), "has width 5; this model has 12"),
         (lambda: sf.Plan({("head_out", 0): sf.Add(unit(0))}), "site 'head_out' cannot be steered inside vLLM"),
-        (lambda: sf.Plan({0: [sf.Add(unit(i)) for i in range(5)]}), "5 interventions act in one place"),
         (lambda: sf.Plan({0: sf.Add(unit(0))}, model=ModelCard("M", D, 30)), "made for width 12 and 30 layers"),
         (
             lambda: sf.Plan({0: sf.When(sf.Condition(sf.probes.LinearProbe(unit(0), place=2), 0.1), sf.Add(unit(1)))}),
@@ -135,8 +135,9 @@ def test_saes_are_looked_for_where_the_server_says_and_no_client_learns_where(fo
     assert "is not among STEERFAST_SAES: another is " in reason
     assert str(folder) not in reason
     sf.SAE(torch.eye(D), torch.eye(D), k=2).save(saes / "the one")
-    reason = plans.load(folder, D, 4)[0].refused["topk"]
-    assert "a Top-K or row-normalised SAE is edited exactly by a full encode, which fits no slot" in reason
+    library, chains = plans.load(folder, D, 4)
+    assert not library.refused
+    assert chains["topk"]["resid_post", 0][0].sae.sae.k == 2
 
 
 def test_a_damaged_plan_is_refused_by_name(folder: Path) -> None:
@@ -212,11 +213,13 @@ def test_a_request_that_says_nothing_takes_the_default_and_can_decline_it(librar
             "the plan 'one': positions='all & !special' names .* special=",
         ),
         (
-            {"steer": "one", "steer_positions": "after:ids:9"},
-            "'after:ids:9' must know the tokens before each one, which is not",
+            {"steer": "one", "steer_positions": "after:ids:9 & !after:ids:8 | between:ids:3..4"},
+            "name 3 different after: and between:; at most 2 can be followed in a request",
         ),
-        ({"steer": "one", "steer_positions": "!between:ids:9..8"}, "must know the tokens before each one"),
-        ({"steer": "after"}, "'after:ids:9' must know the tokens before each one, which is not kept inside vLLM; name"),
+        (
+            {"steer": ["two", "after"], "steer_positions": "after:ids:9 & 0 | between:ids:9..8 & last"},
+            "3 pieces, .*: 9 in all, at most 4",
+        ),
         ({"steer": "mask"}, "has a mask as its positions, which a server does not follow; give steer_positions"),
         ({"steering": "one"}, "unknown field 'steering'; the fields are steer, steer_strength, steer_positions"),
         ({"steer": "one", "steer_scale": 2}, "unknown field 'steer_scale'"),
@@ -277,8 +280,11 @@ def test_a_prompt_decides_what_fields_alone_do_not(library: Library) -> None:
     parts = wire.read({"steer": "spares"}, library)
     with pytest.raises(ValueError, match="'all & !special' looks at token ids, and this prompt is given as embeddings"):
         wire.check_prompt(parts, None, 5)
-    assert parts[0].pieces(5) == ((0, EVER, (1, 2), False),)
+    assert parts[0].pieces(5) == ((0, EVER, (1, 2), False, ()),)
     assert parts[0].count([1, 3, 3, 2, 4, 9], 5, 3) == 3
+    (part,) = wire.read({"steer": "after"}, library)
+    assert part.pieces(5) == ((0, EVER, (), False, ((After((9,)), True),)),)
+    assert part.count([1, 9, 3, 9, 4, 9], 6, 3) == 4
     (part,) = wire.read({"steer": "one", "steer_positions": "0 | last"}, library)
     assert [part.count([], computed, 3) for computed in range(6)] == [0, 1, 1, 2, 3, 4]
 
@@ -428,6 +434,60 @@ def test_the_table_says_what_each_request_asked_for_at_each_position(seed: int, 
             ]
             asked[again] = (owners, "prompt", 4)
             table.put(again, owners)
+
+
+REMEMBERING = [
+    "after:ids:3", "!after:ids:3,4", "between:ids:3..4", "generated & !between:ids:3..4", "between:ids:3..4,5 & !ids:6",
+    "after:ids:3 & !after:ids:5", "between:ids:3..4 | between:ids:5..6", "last & after:ids:6 | 0", "!between:ids:7..8 & ids:3,5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("where_it_runs", ["host", "device"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_table_follows_what_a_text_has_said(seed: int, where_it_runs: str, library: Library) -> None:
+    """Texts in chunks of any size beside others, some that are run again from their start, lines that change hands."""
+    rng, table = random.Random(seed), RowTable(64, torch.device("cpu"))
+    table._write = table._on_host if where_it_runs == "host" else table._on_device
+    texts: dict[str, tuple[list[int], int, list[bool], str]] = {}
+    reached: dict[str, int] = {}
+    seen = 0
+    for step in range(300):
+        while len(texts) < 5:
+            name, where, prompt = f"r{step}.{len(texts)}", rng.choice(REMEMBERING), rng.randint(1, 9)
+            ids = [rng.randint(2, 8) for _ in range(30)]
+            (part,) = wire.read({"steer": "one", "steer_positions": where}, library)
+            table.put(name, [Owner(2, 0.5, *piece) for piece in part.pieces(prompt)] if rng.random() < 0.9 else [])
+            acts = allowed(parse("", where), ids, prompt).tolist() if name in table else [False] * 30
+            texts[name], reached[name] = (ids, prompt, acts, where), 0
+        batch = rng.sample(sorted(texts), rng.randint(1, 5))
+        if step % 4:
+            counts = [1] * len(batch)
+        else:
+            counts = [min(rng.randint(1, 7), 30 - reached[name]) for name in batch]
+        for again in range(rng.choice([1, 1, 6])):
+            if any(reached[name] + count > 30 for name, count in zip(batch, counts, strict=True)):
+                break
+            starts = torch.tensor([0, *np.cumsum(counts)])
+            spans = [range(reached[name], reached[name] + count) for name, count in zip(batch, counts, strict=True)]
+            positions = torch.tensor([at for span in spans for at in span])
+            said = torch.tensor([texts[name][0][at] for name, span in zip(batch, spans, strict=True) for at in span])
+            table.fill(batch, starts, positions, len(positions), said)
+            expected = [texts[name][2][at] for name, span in zip(batch, spans, strict=True) for at in span]
+            assert (table.rows[: len(positions)] >= 0).any(1).tolist() == expected, (batch, again)
+            assert (table.rows[: len(positions)] >= 0).sum(1).max() <= 1, "pieces of one selector overlap"
+            seen += sum(expected)
+            reached |= {name: span.stop for name, span in zip(batch, spans, strict=True)}
+        for name in batch:
+            if reached[name] == 30 or rng.random() < 0.05:
+                table.drop(name)
+                del texts[name], reached[name]
+            elif rng.random() < 0.05:
+                reached[name] = 0  # preempted: what it has said is run again
+    assert seen > 300
+    for name in texts:
+        table.drop(name)
+    assert not table._sets
+    assert not table._spanned
 
 
 def test_sets_of_tokens_are_held_once_and_let_go() -> None:

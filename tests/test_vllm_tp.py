@@ -18,6 +18,7 @@ from vllm_engines import (
     needs_vllm,
     reads,
     tiny,
+    tiny_edits,
     tiny_plans,
     tiny_probes,
 )
@@ -32,6 +33,7 @@ def test_two_workers_steer_and_read_alike_and_the_default_holds_for_all_who_do_n
     model = tiny(tmp_path / "model")
     plans = tiny_plans(tmp_path / "plans")
     probes = tiny_probes(tmp_path / "probes", tmp_path / "saes")
+    plans |= tiny_edits(tmp_path / "plans", probes)
     default = json.dumps({"steer": "add", "steer_strength": 0.7, "steer_read": "lean"})
     folders = {f"STEERFAST_{name.upper()}": str(tmp_path / name) for name in ("plans", "probes", "saes")}
     folders["STEERFAST_CAPTURE"] = str(tmp_path / "captured")
@@ -54,6 +56,8 @@ def test_two_workers_steer_and_read_alike_and_the_default_holds_for_all_who_do_n
                 [("many", 1.0)],
             ),
             (fields(("norm", 1.0), ("add", -0.5)), [("norm", 1.0), ("add", -0.5)]),
+            (fields(("top", 1.0)), [("top", 1.0)]),
+            (fields(("between", 1.0)), [("between", 1.0)]),
             (fields(("flow", 1.0)) | reads(*probes), [("flow", 1.0)]),
         ]
         prompts = [random.Random(i).choices(range(3, 120), k=6 + i) for i in range(len(asked))]

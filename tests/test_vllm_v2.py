@@ -24,6 +24,7 @@ from vllm_engines import (
     needs_vllm,
     reads,
     tiny,
+    tiny_edits,
     tiny_plans,
     tiny_probes,
 )
@@ -78,6 +79,7 @@ class Engine:
         self.model = tiny(folder / "model")
         self.plans = tiny_plans(folder / "plans")
         self.probes = tiny_probes(folder / "probes", folder / "saes")
+        self.plans |= tiny_edits(folder / "plans", self.probes)
         self.llm = LLM(
             str(folder / "model"),
             skip_tokenizer_init=True,
@@ -125,6 +127,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory):
         STEERFAST_SAES=str(folder / "saes"),
         STEERFAST_BACKEND="triton",
         STEERFAST_CAPTURE=str(folder / "captured"),
+        STEERFAST_COLUMNS="4",
     ):
         yield Engine(folder)
 
@@ -194,6 +197,27 @@ def test_requests_capture_what_transformers_has(engine) -> None:
     for steered, when, output in zip(asked[:3], edits, outputs, strict=False):
         plans = [(engine.plans[name], s) for name, s in steered]
         assert_rows_captured(engine.model, output, engine.folder / "captured", plans, when)
+
+
+def test_features_of_a_top_k_sae_are_edited_beside_what_reads_them(engine) -> None:
+    """Counted by our kernels, or from the encode of a probe; alone, between slots of a bank, where a text has said something."""
+    truth = Transformers(engine.model)
+    prompts = [prompt(60 + i, 40 if i == 1 else 7 + i) for i in range(5)]
+    plain = engine.run([(ids, None) for ids in prompts])
+    told = [None, f"between:ids:{prompts[1][20]}..{plain[1][2]}", f"after:ids:{plain[2][1]}", None, None]
+    asked = [[("top", 1.0)], [("top", 1.0)], [("top", 2.0)], [("between", 1.0)], [("top", 0.5), ("between", 0.5)]]
+    requests = [
+        (ids, fields(*steered) | ({} if where is None else {"steer_positions": where}))
+        for ids, steered, where in zip(prompts, asked, told, strict=True)
+    ]
+    found = engine.run(requests)
+    for ids, steered, where, got in zip(prompts, asked, told, found, strict=True):
+        wanted, _ = truth.generate(ids, [(engine.plans[name], s, where) for name, s in steered], TOKENS)
+        assert got == wanted, (steered, where)
+    assert sum(one != other for one, other in zip(found, plain, strict=True)) >= 3
+    outputs = engine.outputs([(ids, {**extra, **reads("top")}) for ids, extra in requests[:1] + requests[3:]])
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [found[0], *found[3:]]
+    assert_scores(engine.model, outputs[0], {"top": engine.probes["top"]}, [(engine.plans["top"], 1.0)])
 
 
 def test_conditions_are_decided_on_the_device(engine) -> None:

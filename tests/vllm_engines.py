@@ -85,13 +85,13 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def tiny(folder: Path) -> Any:
-    """A Llama of three layers with random weights, saved for an engine; its texts are token ids."""
+def tiny(folder: Path, head: int = 32) -> Any:
+    """A Llama of three layers with random weights and four heads of a size, saved for an engine; its texts are token ids."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head}
     config = LlamaConfig(**sizes, **heads, initializer_range=0.1, max_position_embeddings=256, dtype="float32")
     model = LlamaForCausalLM(config).float().eval()
     model.save_pretrained(folder)
@@ -180,6 +180,19 @@ def tiny_probes(folder: Path, saes: Path) -> dict[str, sf.probes.Probe]:
     }
     for name, probe in made.items():
         probe.save(folder / name)
+    return made
+
+
+def tiny_edits(folder: Path, probes: dict[str, Any]) -> dict[str, sf.Plan]:
+    """Plans for the tiny model, saved, that edit the features of the SAE which its probe "top" reads there."""
+    sae = probes["top"].sae
+    more = sf.EditFeatures(sae, dict.fromkeys(range(9), 0.5), mode="add")
+    made = {
+        "top": sf.Plan({2: sf.EditFeatures(sae, {3: 4.0, 9: 2.0})}),
+        "between": sf.Plan({1: [sf.Ablate(unit(2, 128)), more, sf.Add(unit(3, 128))]}),
+    }
+    for name, plan in made.items():
+        plan.save(folder / name)
     return made
 
 

@@ -24,7 +24,8 @@ def sae_edit_topk(
 
     Rows leave the walk over the dictionary as soon as k features exceed each of theirs; most do in its first blocks.
     """
-    if transformed():  # a transform may hide the values that decide when a row is done
+    # a transform may hide the values that decide when a row is done; of one row a single product is the sooner done
+    if transformed() or x.numel() <= x.shape[-1]:
         return edited(x, found(*sae_encode(x, w_enc, b_enc, k), features), features, table, w_dec, scale)
     return edited(x, _selected(x, w_enc, b_enc, k, features), features, table, w_dec, scale)
 

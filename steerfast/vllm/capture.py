@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast._positions import EVER, Selector, Window, parse, resolved
 from steerfast.place import Place
 from steerfast.sae.cache import DTYPES
@@ -27,7 +28,6 @@ from steerfast.sae.cache import DTYPES
 from .fields import CAPTURES, selector_of, short, steer_fields
 from .pieces import Piece, most_pieces, pieces
 from .plans import read_place
-from .table import WIDTH
 
 FOLDER = "STEERFAST_CAPTURE"
 _PLACE = re.compile(r"([a-z_]+)\.(-?\d{1,5})\Z")
@@ -176,6 +176,10 @@ class CaptureSettings:
             raise ValueError(
                 f"steer: steer_capture: layer {short(layer)} is out of range; this model has {self.layers} layers, "
                 f"0 to {self.layers - 1}"
+            )
+        if site == "head_out":
+            raise ValueError(
+                "steer: steer_capture: head_out is not captured, since its rows may have another width; read attn_out"
             )
         return Place(site, layer % self.layers)
 
@@ -328,9 +332,9 @@ def _positions(fields: Mapping[str, Any]) -> str:
             f"steer: {short(positions)} must know the tokens before each one, which is not kept inside vLLM; name tokens "
             "with ids:"
         )
-    if most_pieces(found) > WIDTH:
+    if most_pieces(found) > MAX_SLOTS_PER_ROW:
         raise ValueError(
-            f"steer: {short(positions)} may fall into {most_pieces(found)} pieces; at most {WIDTH} are possible"
+            f"steer: {short(positions)} may fall into {most_pieces(found)} pieces; at most {MAX_SLOTS_PER_ROW} are possible"
         )
     return positions
 

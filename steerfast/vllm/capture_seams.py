@@ -120,7 +120,7 @@ class Taker:
         settings = self._settings
         if settings is None:
             return
-        found = steered.look_at(model, settings.layers, self.places)
+        steered.look_at(model, settings.layers, self.places)
         if ranks[0]:
             return
         settings = settings.below(f"engine{ranks[1]}") if ranks[1] else settings
@@ -130,9 +130,9 @@ class Taker:
             unfinished.unlink()  # of a server that was killed while it wrote
         points = [(f"{place.site}.{place.layer}", after) for place, after in settings.points]
         first = next(model.parameters())
-        ring = Ring(settings.rows, found.d, steered.dtype, first.device)
+        ring = Ring(settings.rows, settings.width, steered.dtype, first.device)
         self._captures = steered.places.captures = Captures(points, ring, tokens)
-        self.collector = Collector(settings, points, ring, found.name, self._count, self._say)
+        self.collector = Collector(settings, points, ring, type(model).__name__, self._count, self._say)
 
     def begin(self, scheduler_output: Any) -> None:
         """Before a step: its new requests."""

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from steerfast import ops
+from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast.bank import Bank
 from steerfast.edits.base import Intervention
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import ADD, needs
+from steerfast.probes.encoder import Encodes
 
 from .capturing import Captures
 from .gating import Gates
+from .programs import Programs, fits_no_slot
 from .reading import Readers
 from .table import RowTable
 
@@ -33,7 +36,12 @@ CONTEXT = "steerfast"
 KEPT = 512
 """Up to so many tokens, those of decoding batches, what is added to each is kept from step to step; n · d floats a place."""
 
-_NONE, _SUM, _OTHER = 0, 1, 2  # what a slot is at a place: empty, a plain addition, anything else
+_NONE, _SUM, _OTHER, _PROGRAM = (
+    0,
+    1,
+    2,
+    3,
+)  # what a slot is at a place: empty, an addition, another of the bank, none of it
 
 
 class Owned(NamedTuple):
@@ -41,6 +49,7 @@ class Owned(NamedTuple):
 
     summed: tuple[Tensor | None, Tensor] | None  # tokens, and what is added to each (m, d)
     others: list[tuple[int, Tensor | None, Tensor]]  # slot, tokens, weights (m, 1)
+    programs: tuple[Tensor | None, Tensor, Tensor] | None  # tokens, their slots (m,) and weights (m,)
 
 
 class EditedPlace:
@@ -57,7 +66,10 @@ class EditedPlace:
     def __init__(
         self, edits: Sequence[Intervention], slots: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        specs = [edit.slot() for edit in edits]
+        alone = [edit for edit in edits if fits_no_slot(edit, device)]
+        self.programs = Programs(alone, slots, dtype, device) if alone else None
+        apart = {id(edit) for edit in alone}
+        specs = [edit.slot() for edit in edits if id(edit) not in apart]
         self.modes = self.rank = 0  # what may ever occur: a captured graph cannot be told later
         for spec in specs:
             self.modes |= spec.modes
@@ -73,6 +85,11 @@ class EditedPlace:
 
     def load(self, slot: int, edit: Intervention) -> None:
         """Put an intervention into a free slot. What is loaded moves together where free rows lie scattered."""
+        self._step = -1
+        if self.programs is not None and fits_no_slot(edit, self.bank.vectors.device):
+            self.programs.load(slot, edit)
+            self._kind[slot], self._strength[slot] = _PROGRAM, 1.0
+            return
         try:
             self.bank.register(edit, slot)
         except RuntimeError:
@@ -87,7 +104,6 @@ class EditedPlace:
             self._kind[held] = _SUM if plain else _OTHER
             self._row[held] = view.lift.storage_offset() // view.lift.shape[1]
             self._strength[held] = self.bank.strength(held)
-        self._step = -1
 
     def seal(self) -> None:
         """Nothing will come or go any more: the plans' own copies are let go, the bank has what it needs."""
@@ -97,8 +113,10 @@ class EditedPlace:
         """Empty a slot; nothing happens if nothing stands there."""
         if self._loaded.pop(slot, None) is not None:
             self.bank.release(slot)
-            self._kind[slot] = _NONE
-            self._step = -1
+        elif self.programs is None or not self.programs.unload(slot):
+            return
+        self._kind[slot] = _NONE
+        self._step = -1
 
     def owned(self, table: RowTable) -> list[Owned]:
         """The owners of a batch at this place, column by column of its table."""
@@ -128,7 +146,12 @@ class EditedPlace:
             for slot in np.unique(slots[kind == _OTHER]):
                 tokens = (slots == slot).nonzero()[0]
                 others.append((int(slot), _tokens(tokens, len(rows)), torch.from_numpy(weights[tokens, None])))
-            found.append(Owned(summed, others))
+            programs = None
+            if (kind == _PROGRAM).any():
+                tokens = (kind == _PROGRAM).nonzero()[0]
+                each = torch.from_numpy(slots[tokens]), torch.from_numpy(weights[tokens])
+                programs = _tokens(tokens, len(rows)), *each
+            found.append(Owned(summed, others, programs))
         return found
 
 
@@ -152,20 +175,21 @@ class Places:
         """Read and edit stream (..., d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
         captures = self.captures if self.captures is not None and self.captures.active else None
         if not self.readers.reading and captures is None:
-            self._edit_(stream, hidden, place)
+            self._edit_(stream, hidden, place, None)
             return
         rows = stream.view(-1, stream.shape[-1])
         other = None if hidden is None else hidden.reshape(rows.shape)
         for after in (False, True):
-            self.readers.write(rows, other, place, after)
+            with Encodes() as read:
+                self.readers.write(rows, other, place, after)
             if self.gates is not None and self.readers.reading:
                 self.gates.judge(self.readers.scores[: len(rows)], place, after)
             if captures is not None:
                 captures.write(rows, other, place, after)
             if not after:
-                self._edit_(stream, hidden, place)
+                self._edit_(stream, hidden, place, read)
 
-    def _edit_(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
+    def _edit_(self, stream: Tensor, hidden: Tensor | None, place: str, read: Encodes | None) -> None:
         table, count = self.table, stream.numel() // stream.shape[-1]
         if count > table.rows.shape[0]:
             raise RuntimeError(f"steerfast: {place} handles {count} tokens; the engine announced {table.rows.shape[0]}")
@@ -178,16 +202,20 @@ class Places:
         hidden = None if hidden is None else hidden.reshape(stream.shape)
         here = self.places[place]
         if on_host and backend_of(stream) == "torch":
-            self._edit_on_host(stream, hidden, place)
+            self._edit_on_host(stream, hidden, place, read)
             return
         rows, scale = table.rows[:count], table.scale[:count]
         if self.gates is not None:
             rows = self.gates.close(rows, place)
-        bank = here.bank.vectors, here.bank.coefficients, here.bank.slots  # committed before the step
-        if hidden is None:
-            ops.subspace_(stream, *bank, rows, scale, here.modes, here.rank)
-        else:
-            ops.subspace_split_(hidden, stream, *bank, rows, scale, (here.modes, here.rank))
+        if here.programs is None:
+            for first in range(0, rows.shape[1], MAX_SLOTS_PER_ROW):
+                part = slice(first, first + MAX_SLOTS_PER_ROW)
+                _by_slots(stream, hidden, here, rows[:, part], scale[:, part])
+            return
+        for column in range(rows.shape[1]):
+            part = slice(column, column + 1)
+            _by_slots(stream, hidden, here, rows[:, part], scale[:, part])
+            _by_programs(stream, hidden, here.programs, rows[:, column], scale[:, column], None if column else read)
 
     def _columns(self, name: str, place: EditedPlace) -> list[Owned]:
         """Who acts at a place: what the table says, without those whose gate is shut."""
@@ -195,14 +223,14 @@ class Places:
         open_rows = rows if self.gates is None else self.gates.close(rows, name)
         return place.owned(self.table) if open_rows is rows else place.sorted(open_rows, self.table)
 
-    def _edit_on_host(self, stream: Tensor, hidden: Tensor | None, name: str) -> None:
+    def _edit_on_host(self, stream: Tensor, hidden: Tensor | None, name: str, read: Encodes | None) -> None:
         place = self.places[name]
         count = self.table.tokens
         columns = self._columns(name, place)
         if not columns:
             return
         stream, hidden = stream[:count], None if hidden is None else hidden[:count]
-        if len(columns) == 1 and columns[0].summed is not None and not columns[0].others:
+        if len(columns) == 1 and columns[0].summed is not None and columns[0][1:] == ([], None):
             tokens, delta = columns[0].summed
             if tokens is None:
                 stream.copy_(stream.float().add_(delta))  # summed in float32, rounded once
@@ -211,7 +239,7 @@ class Places:
             return
         wide = stream.float()
         owned = torch.zeros(count, dtype=torch.bool)
-        for summed, others in columns:
+        for summed, others, programs in columns:
             if summed is not None:
                 tokens, delta = summed
                 if tokens is None:
@@ -226,10 +254,44 @@ class Places:
                 edited = torch_backend.edit(place.bank.view(slot), x, weights)
                 wide[index] = edited if hidden is None else half + (edited - x)
                 owned[index] = True
+            if programs is not None and place.programs is not None:
+                tokens, slots, weights = programs
+                index = _all(tokens)
+                half = wide[index]
+                x = half if hidden is None else half + hidden[index]
+                fresh = read and not bool(owned[index].any())
+                known = read.among(slice(count) if tokens is None else tokens) if read and fresh else None
+                edited = place.programs.edit(x, slots, weights, known)
+                wide[index] = edited if hidden is None else half + (edited - x)
+                owned[index] = True
         if bool(owned.all()):
             stream.copy_(wide)
         else:
             stream[owned] = wide[owned].to(stream.dtype)
+
+
+def _by_slots(stream: Tensor, hidden: Tensor | None, here: EditedPlace, rows: Tensor, scale: Tensor) -> None:
+    """Edit the stream by the slots of a place's bank, which was committed before the step."""
+    if not here.modes:
+        return
+    bank = here.bank.vectors, here.bank.coefficients, here.bank.slots
+    if hidden is None:
+        ops.subspace_(stream, *bank, rows, scale, here.modes, here.rank)
+    else:
+        ops.subspace_split_(hidden, stream, *bank, rows, scale, (here.modes, here.rank))
+
+
+def _by_programs(
+    stream: Tensor, hidden: Tensor | None, programs: Programs, slots: Tensor, scale: Tensor, read: Encodes | None
+) -> None:
+    """Edit the stream by what fits no slot of its bank, one column of the row table."""
+    x = stream if hidden is None else stream.float() + hidden.float()
+    moved = programs.edit(x, slots, torch.where(slots >= 0, scale, 0), read)
+    if hidden is None:
+        stream.copy_(moved)
+    else:
+        delta = moved - x
+        stream.copy_(torch.where(delta == 0, stream, (stream.float() + delta).to(stream.dtype)))
 
 
 def _tokens(tokens: np.ndarray, count: int) -> Tensor | None:

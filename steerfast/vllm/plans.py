@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +22,36 @@ from steerfast.files.shelf import VARIABLE, Shelf
 from steerfast.place import Place
 from steerfast.plan import Plan
 
-SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
-"""Where an engine can be steered; the heads of head_out are split over devices under tensor parallelism."""
+from .programs import costs_an_encode, fits_no_slot
 
-SITES_IN_ORDER = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-"""The same, in the order in which a layer comes to them."""
+SITES_IN_ORDER = ("resid_pre", "head_out", "attn_out", "mlp_out", "resid_post")
+"""Where an engine can be steered and read, in the order in which a layer comes to them."""
 
 Chains = dict[Place, dict[int, Intervention]]
 """(site, layer) -> slot of the plan, counted from 0 -> intervention, in the order in which they act; layers are counted from 0,
 and resid_pre of a later layer is resid_post of the one before."""
+
+
+class Widths(NamedTuple):
+    """Of a model's stream, and of head_out; 0: its heads are split over devices, and nothing is steered or read there."""
+
+    stream: int
+    heads: int = 0
+
+    def at(self, site: str) -> int:
+        """The width of a site.
+
+        Raises:
+            ValueError: an engine has no such site.
+        """
+        if site not in SITES_IN_ORDER:
+            raise ValueError(f"site {site!r} is not known inside vLLM; the sites are {', '.join(SITES_IN_ORDER)}")
+        if site == "head_out" and not self.heads:
+            raise ValueError(
+                "site 'head_out' cannot be steered or read inside vLLM on several devices, over which the heads are split; use "
+                "attn_out"
+            )
+        return self.heads if site == "head_out" else self.stream
 
 
 @dataclass(frozen=True)
@@ -77,11 +99,13 @@ class Library:
         plans: By name, sorted.
         refused: Name to the reason why no request may use it.
         entered: The layers, but the first, that some plan edits at resid_pre.
+        width: Columns of the row table: how many interventions can act on a token in one place.
     """
 
     plans: dict[str, ServedPlan] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     entered: frozenset[int] = frozenset()
+    width: int = MAX_SLOTS_PER_ROW
 
     @property
     def slots(self) -> int:
@@ -92,7 +116,12 @@ class Library:
     def least(self) -> int:
         """Slots that whatever one request may name can take."""
         columns = sorted(max(tokens, 1) for served in self.plans.values() for tokens in served.columns)
-        return max(MAX_SLOTS_PER_ROW, sum(columns[-MAX_SLOTS_PER_ROW:]))
+        return max(self.width, sum(columns[-self.width :]))
+
+    @property
+    def longest(self) -> int:
+        """Columns of the longest plan."""
+        return max((len(served.columns) for served in self.plans.values()), default=0)
 
     @property
     def by_token(self) -> int:
@@ -101,12 +130,18 @@ class Library:
 
 
 def load(
-    directory: str | os.PathLike[str], width: int, layers: int, dtype: torch.dtype = torch.float32
+    directory: str | os.PathLike[str],
+    width: int,
+    layers: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    heads: int = 0,
+    saes: Shelf | None = None,
 ) -> tuple[Library, dict[str, Chains]]:
     """Read every plan of a directory, for a model of that width, number of layers and dtype of the stream.
 
-    A plan that is damaged or does not fit is refused by name; the others are served. SAEs that plans name are looked for
-    where STEERFAST_SAES says.
+    `heads` is the width of head_out; 0: nothing can be done there. A plan that is damaged or does not fit is refused
+    by name; the others are served. SAEs that plans name are looked for on `saes`, or where STEERFAST_SAES says.
 
     Raises:
         ValueError: there is no such directory, or it holds no plan.
@@ -118,12 +153,13 @@ def load(
     refused: dict[str, str] = {}
     chains: dict[str, Chains] = {}
     entered: set[int] = set()
-    saes = Shelf("Plan.load")  # one for all plans, so that none is read twice
+    widths = Widths(width, heads)
+    saes = Shelf("Plan.load") if saes is None else saes  # one for all, so that none is read twice
     for folder in sorted(path for path in root.iterdir() if (path / "plan.json").is_file()):
         name = folder.name
         try:
             plan = Plan.load(folder, saes)
-            columns = _fit(plan, width, layers, dtype)
+            columns = _fit(plan, widths, layers, dtype)
         except (ValueError, TypeError, OSError) as reason:
             refused[name] = public(str(reason), root)
             continue
@@ -145,7 +181,42 @@ def load(
             del served[name], chains[name]
     if not served and not refused:
         raise ValueError(f"STEERFAST_PLANS: {str(root)!r} holds no plan; save one with plan.save(directory / name)")
-    return Library(served, refused, frozenset(entered)), chains
+    library = Library(served, refused, frozenset(entered))
+    every = {id(edit): edit for plan in chains.values() for chain in plan.values() for edit in chain.values()}
+    free = all(map(_is_free, every.values()))
+    return replace(library, width=max(library.longest, MAX_SLOTS_PER_ROW if free else 1)), chains
+
+
+MOST_COLUMNS = 64
+"""That may be asked for: a request writes whole lines."""
+
+
+def with_columns(library: Library, given: str | None) -> Library:
+    """The library with as many columns of the row table as STEERFAST_COLUMNS asks for; None: as it is.
+
+    Raises:
+        ValueError: they are fewer than what the longest plan takes, or no number.
+    """
+    if given is None:
+        return library
+    least = max(library.longest, 1)
+    most = max(least, MOST_COLUMNS)
+    if not given.isdecimal() or not least <= int(given) <= most:
+        raise ValueError(
+            f"STEERFAST_COLUMNS is {given!r}; expected a whole number from {least}, what the longest plan takes, to {most}"
+        )
+    return replace(library, width=int(given))
+
+
+ONE_LAUNCH = 16
+"""Directions below which a GPU takes all columns of the row table in one launch."""
+
+
+def _is_free(edit: Intervention) -> bool:
+    """Whether a column of the row table in which nobody asks for an edit costs nothing."""
+    if fits_no_slot(edit, torch.device("cpu")):
+        return not costs_an_encode(edit)
+    return edit.slot().rank < ONE_LAUNCH
 
 
 def public(reason: str, root: Path) -> str:
@@ -165,7 +236,7 @@ def read_place(site: str, layer: int, after: bool, layers: int, entered: Collect
     """Where an engine reads what is to be read at a place, and whether after the edits that its hook makes there.
 
     Args:
-        site: One of `SITES`.
+        site: One of `SITES_IN_ORDER`.
         layer: Negative ones count from the end.
         after: After the edits of that place.
         layers: Of the model.
@@ -176,8 +247,6 @@ def read_place(site: str, layer: int, after: bool, layers: int, entered: Collect
     """
     if not -layers <= layer < layers:
         raise ValueError(f"layer {layer} is out of range; this model has {layers} layers, 0 to {layers - 1}")
-    if site not in SITES:
-        raise ValueError(f"site {site!r} cannot be read inside vLLM; the sites are {', '.join(SITES)}")
     index = layer % layers
     place = engine_place(site, index)
     # Edits of what enters a layer follow those of what left the one before, at one hook.
@@ -217,39 +286,37 @@ def _selector(plan: Plan) -> str | None:
     return given if isinstance(given, str) else None if isinstance(given, Tensor) else str(as_selector(given))
 
 
-def _fit(plan: Plan, width: int, layers: int, dtype: torch.dtype) -> list[Column]:
+def _fit(plan: Plan, widths: Widths, layers: int, dtype: torch.dtype) -> list[Column]:
     """The plan's columns in this model, or the reason why there are none."""
     card = plan.model
-    if card is not None and (card.width, card.layers) != (width, layers):
+    if card is not None and (card.width, card.layers) != (widths.stream, layers):
         raise ValueError(
-            f"made for width {card.width} and {card.layers} layers; this model has width {width} and {layers} layers"
+            f"made for width {card.width} and {card.layers} layers; this model has width {widths.stream} and {layers} layers"
         )
     chains: dict[Place, tuple[Intervention, ...]] = {}
     # What enters a layer is what left the one before: its edits come after those at that output.
     for (site, layer), chain in sorted(plan.edits.items(), key=lambda item: item[0][0] == "resid_pre"):
         if not -layers <= layer < layers:
             raise ValueError(f"layer {layer} is out of range; this model has {layers} layers, 0 to {layers - 1}")
-        if site not in SITES:
-            raise ValueError(f"site {site!r} cannot be steered inside vLLM; the sites are {', '.join(SITES)}")
+        width = widths.at(site)
         for edit in chain:
             if isinstance(edit, When) and site == "resid_pre" and layer % layers:
                 raise ValueError(
                     f"{edit!r} stands at resid_pre {layer}, whose edits join those of resid_post {layer % layers - 1} inside "
                     "vLLM; put it there"
                 )
-            if isinstance(edit, When) and edit.condition.width != width:
-                raise ValueError(f"the condition of {edit!r} has width {edit.condition.width}; this model has {width}")
+            if isinstance(edit, When):
+                read = widths.at(site if edit.reads is None else edit.reads.site)
+                if edit.condition.width != read:
+                    raise ValueError(
+                        f"the condition of {edit!r} has width {edit.condition.width}; this model has {read}"
+                    )
             if edit.width != width:
                 raise ValueError(f"{edit!r} at {site} {layer} has width {edit.width}; this model has {width}")
             for part in edit.by_token or (edit,):
-                if part is not None:
+                if part is not None and not fits_no_slot(part, torch.device("cpu")):
                     slot_in(f"{site} {layer}", dtype, part)  # what no bank could hold must not stop the engine later
         index = layer % layers
         place = engine_place(site, index)
         chains[place] = chains.get(place, ()) + chain
-    columns = columns_of(chains)
-    if len(columns) > MAX_SLOTS_PER_ROW:
-        raise ValueError(
-            f"{len(columns)} interventions act in one place; a token takes at most {MAX_SLOTS_PER_ROW} there"
-        )
-    return columns
+    return columns_of(chains)

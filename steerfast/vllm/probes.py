@@ -17,7 +17,7 @@ from steerfast.ops.backends import in_full_precision
 from steerfast.place import Place
 from steerfast.probes import FeatureProbe, LinearProbe, LogisticProbe, Probe, SimilarityProbe, TopKProbe
 
-from .plans import Library, public, read_place
+from .plans import Library, Widths, public, read_place
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,18 @@ class ProbeLibrary:
 
 
 def load_probes(
-    directory: str | os.PathLike[str], width: int, layers: int, plans: Library
+    directory: str | os.PathLike[str],
+    width: int,
+    layers: int,
+    plans: Library,
+    *,
+    heads: int = 0,
+    saes: Shelf | None = None,
 ) -> tuple[ProbeLibrary, dict[str, Probe]]:
     """Read every probe of a directory, for a model of that width and number of layers in which these plans are served.
 
-    A probe that is damaged or does not fit is refused by name; the others are served. SAEs that probes name are looked for
-    where STEERFAST_SAES says.
+    `heads` is the width of head_out; 0: nothing is read there. A probe that is damaged or does not fit is refused
+    by name; the others are served. SAEs that probes name are looked for on `saes`, or where STEERFAST_SAES says.
 
     Raises:
         ValueError: there is no such directory, or it holds no probe.
@@ -75,15 +81,16 @@ def load_probes(
     root = Path(directory)
     if not root.is_dir():
         raise ValueError(f"STEERFAST_PROBES: {str(root)!r} is not a directory; expected one with a folder per probe")
+    widths = Widths(width, heads)
     served: dict[str, ServedProbe] = {}
     refused: dict[str, str] = {}
     loaded: dict[str, Probe] = {}
-    saes, column = Shelf("Probe.load"), 0
+    saes, column = Shelf("Probe.load") if saes is None else saes, 0
     for folder in sorted(path for path in root.iterdir() if (path / container.PROBE.text_name).is_file()):
         name = folder.name
         try:
             probe = Probe.load(folder, saes)
-            place, after = _fit(probe, width, layers, plans)
+            place, after = _fit(probe, widths, layers, plans)
         except (ValueError, TypeError, OSError) as reason:
             refused[name] = public(str(reason), root)
             continue
@@ -96,13 +103,13 @@ def load_probes(
     return ProbeLibrary(served, refused), loaded
 
 
-def _fit(probe: Probe, width: int, layers: int, plans: Library) -> tuple[Place, bool]:
+def _fit(probe: Probe, widths: Widths, layers: int, plans: Library) -> tuple[Place, bool]:
     """Where an engine reads a probe, and whether after the edits there; or the reason why it cannot."""
     if probe.place is None:
         raise ValueError("it does not say where it is read; save it with place=, a layer or (site, layer)")
-    if probe.width != width:
-        raise ValueError(f"it has width {probe.width}; this model has {width}")
     site, layer = probe.place
+    if probe.width != (width := widths.at(site)):
+        raise ValueError(f"it has width {probe.width}; this model has {width}")
     return read_place(site, layer, probe.after, layers, plans.entered)
 
 

@@ -41,7 +41,7 @@ class Steered:
         layers: How many decoder blocks it has.
         library: The plans that requests may name.
         chains: What each of them does, by name.
-        slots: How many slots each bank has; at least those of four interventions.
+        slots: How many slots each bank has; at least those of whatever one request may name.
         tokens: How many tokens a batch can have, padding included.
         probes: The probes that requests may name.
         loaded: The probes themselves, by name.
@@ -64,7 +64,7 @@ class Steered:
         self._requests: dict[str, tuple[Part, ...]] = {}
         self._names: dict[int, str] = {}  # slot -> plan
         self._loaded = False  # since the last step
-        self._hooked: set[tuple[str, int]] = set()
+        self._hooked: dict[tuple[str, int], int] = {}  # place -> width
         wanted: dict[tuple[str, int], list[Any]] = {}
         for plan in chains.values():
             for place, chain in plan.items():
@@ -75,13 +75,20 @@ class Steered:
         self.gates = Gates(chains, library.entered, layers, (slots, tokens), device)
         watched = self.gates.served(sum(one.columns for one in read.values()))
         self.dtype = stream_dtype(model)
-        visited = dict.fromkeys([*wanted, *(one.place for one in (*read.values(), *watched.values()))])
+        readable = {**(loaded or {}), **self.gates.probes}
+        seen = (*read.values(), *watched.values())
+        visited = dict.fromkeys([*wanted, *(one.place for one in seen)])
         if visited:
             found = self.look_at(model, layers, visited)
-            for (site, layer), edits in wanted.items():
-                places[f"{site}.{layer}"] = EditedPlace(edits, slots, found.d, self.dtype, device)
-        self.table = RowTable(tokens, device, (slots, library.by_token))
-        self.readers = Readers({**read, **watched}, {**(loaded or {}), **self.gates.probes}, tokens, device)
+            for site, layer in visited:
+                width, edits = found[site, layer], wanted.get((site, layer), [])
+                _check_width(
+                    (site, layer), width, [*edits, *(readable[one.name] for one in seen if one.place == (site, layer))]
+                )
+                if edits:
+                    places[f"{site}.{layer}"] = EditedPlace(edits, slots, width, self.dtype, device)
+        self.table = RowTable(tokens, device, (slots, library.by_token), library.width)
+        self.readers = Readers({**read, **watched}, readable, tokens, device)
         self.places = Places(places, self.table, self.readers, self.gates if watched else None)
         if library.slots <= slots:  # all of them stay, and no request ever waits for another's slot
             for served in library.plans.values():
@@ -91,14 +98,13 @@ class Steered:
             for here in places.values():
                 here.seal()
 
-    def look_at(self, model: nn.Module, layers: int, places: Iterable[tuple[str, int]]) -> Layers:
-        """Have a hook at each of these places of a model that is not compiled yet. Returns its blocks."""
+    def look_at(self, model: nn.Module, layers: int, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
+        """Have a hook at each of these places of a model that is not compiled yet. Returns the width of each."""
         found = decoder_blocks(model, layers)
         for place in places:
             if place not in self._hooked:
-                self._hooked.add(place)
-                _hook(found, *place)
-        return found
+                self._hooked[place] = _hook(found, *place)
+        return {place: self._hooked[place] for place in places}
 
     def start(self, request: str, prompt: int, parts: tuple[Part, ...], wanted: Wanted | None = None) -> None:
         """A request arrives, with its prompt's length in tokens, and with what it reads."""
@@ -190,6 +196,16 @@ class Steered:
             file.writelines(lines)
 
 
+def _check_width(place: tuple[str, int], width: int, what: Iterable[Any]) -> None:
+    """Refuse what was made for other heads than a model has: its config does not say the width of head_out for every layer."""
+    for one in what if place[0] == "head_out" else ():
+        if one.width != width:
+            raise ValueError(
+                f"steerfast: {place[0]} of layer {place[1]} has width {width} in this model, and {one!r} has {one.width}; leave "
+                "it out"
+            )
+
+
 def decoder_blocks(model: nn.Module, count: int) -> Layers:
     """The decoder blocks of a vLLM model: its one list of `count` modules that hold modules of their own.
 
@@ -218,8 +234,8 @@ def stream_dtype(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.dtype in floats)
 
 
-def _hook(found: Layers, site: str, layer: int) -> None:
-    """One hook per place. It holds nothing but the place's name, so that a compiled graph can be kept on disk."""
+def _hook(found: Layers, site: str, layer: int) -> int:
+    """One hook per place, and the width there. It holds nothing but the place's name, so that a compiled graph can be kept."""
     place = f"{site}.{layer}"
     block = found.blocks[layer]
     if site == "resid_post":
@@ -229,8 +245,30 @@ def _hook(found: Layers, site: str, layer: int) -> None:
             block.register_forward_hook(partial(_after, place))
     elif site == "resid_pre":  # of layer 0: what the embedding gives
         block.register_forward_pre_hook(partial(_before, place), with_kwargs=True)
+    elif site == "head_out":
+        projection = _projection(block, found)
+        projection.register_forward_pre_hook(partial(_entering, place), with_kwargs=True)
+        return int(projection.input_size)
     else:
         _added(block, site, found.name).register_forward_hook(partial(_after, place))
+    return found.d
+
+
+def _projection(block: nn.Module, found: Layers) -> Any:
+    """The attention's last map: the one linear layer of the block's mixer that takes what several devices hold parts of."""
+    mixers = [child for name, child in block.named_children() if MIXER.search(name) and any(child.children())]
+    maps = [
+        (name, module)
+        for mixer in mixers
+        for name, module in mixer.named_modules()
+        if hasattr(module, "input_is_parallel") and getattr(module, "output_size", 0) == found.d
+    ]
+    if len(mixers) != 1 or len(maps) != 1:
+        raise ValueError(
+            f"steerfast: head_out cannot be located in a {type(block).__name__} ({found.name}): expected one attention with one "
+            f"output projection, found {', '.join(name for name, _ in maps) or 'none'}; use attn_out, resid_pre or resid_post"
+        )
+    return maps[0][1]
 
 
 def _added(block: nn.Module, site: str, model: str) -> nn.Module:
@@ -283,6 +321,12 @@ def _before(place: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     hidden = args[index].clone()
     torch.ops.steerfast.engine_edit_(hidden, None, place)
     return (*args[:index], hidden, *args[index + 1 :]), kwargs
+
+
+def _entering(place: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What the heads give is nobody else's: it is edited in place."""
+    (heads,) = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    torch.ops.steerfast.engine_edit_(heads, None, place)
 
 
 def _carries_two(block: nn.Module) -> bool:

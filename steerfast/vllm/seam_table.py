@@ -227,7 +227,17 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     ),
     "vllm.config.vllm:VllmConfig.compute_hash": (Form(names=("additional_config",)),),
     "vllm.config.model:ModelConfig": (
-        Form(names=("dtype", "enable_sleep_mode", "get_hidden_size", "get_total_num_hidden_layers", "max_model_len")),
+        Form(
+            names=(
+                "dtype",
+                "enable_sleep_mode",
+                "get_head_size",
+                "get_hidden_size",
+                "get_num_attention_heads",
+                "get_total_num_hidden_layers",
+                "max_model_len",
+            )
+        ),
     ),
     "vllm.config.scheduler:SchedulerConfig": (Form(names=("max_num_batched_tokens",)),),
     "vllm.config.parallel:ParallelConfig": (

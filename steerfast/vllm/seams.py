@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from steerfast.files.shelf import Shelf
 from steerfast.probes.probe import Probe
 
 from . import capture_seams, counters, read_seams
@@ -31,7 +32,7 @@ from .edits import CONTEXT, find_places_with
 from .fields import CAPTURES, PROBES, short, steer_fields
 from .gating import gates_read
 from .guards import check_engine, check_parallelism, check_runner
-from .plans import Chains, Library, load
+from .plans import Chains, Library, load, with_columns
 from .probes import ProbeLibrary, load_probes
 from .routes import BESIDE, Strays
 from .runner import Steered
@@ -77,17 +78,19 @@ class Served:
         self.layers = model.get_total_num_hidden_layers()
         self.library = Library()
         self.chains: dict[str, Chains] = {}
+        width, heads = model.get_hidden_size(), _head_width(config)
+        saes = Shelf("Plan.load or Probe.load")  # one for both, so that who reads and who edits share an encode
         if directory:
-            self.library, self.chains = load(directory, model.get_hidden_size(), self.layers, model.dtype)
+            self.library, self.chains = load(directory, width, self.layers, model.dtype, heads=heads, saes=saes)
+            self.library = with_columns(self.library, os.environ.get("STEERFAST_COLUMNS"))
         self.probes = ProbeLibrary()
         self.loaded: dict[str, Probe] = {}
         if probes := os.environ.get("STEERFAST_PROBES"):
-            self.probes, self.loaded = load_probes(probes, model.get_hidden_size(), self.layers, self.library)
-        size = model.get_hidden_size(), model.dtype.itemsize
+            self.probes, self.loaded = load_probes(probes, width, self.layers, self.library, heads=heads, saes=saes)
         edited = {place for chains in self.chains.values() for place in chains}
         batch = config.scheduler_config.max_num_batched_tokens
         self.captures: CaptureSettings | None = CaptureSettings.read(
-            (self.layers, *size), batch, edited, self.library.entered
+            (self.layers, width, model.dtype.itemsize), batch, edited, self.library.entered
         )
         self.longest = model.max_model_len
         self.unread = _unread(config)
@@ -145,6 +148,15 @@ class Served:
             raise ValueError(f"steer: probes cannot be read with {self.unread}; leave steer_read out")
         return reading
 
+    def _followed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        told = next((part.positions for part in parts if part.selector.remembers), None)
+        if told is not None and self.unread:
+            raise ValueError(
+                f"steer: {short(told)} must know the tokens before each one, and not all of them are seen with {self.unread}; "
+                "leave after: and between: out"
+            )
+        return parts
+
     def accept(self, given: Any) -> tuple[tuple[Part, ...], Reading | None, Capture | None]:
         """What a request asks for: plans, what it reads, and what it has captured.
 
@@ -152,7 +164,7 @@ class Served:
             VLLMValidationError: it cannot be followed; also a ValueError.
         """
         try:
-            return read(given, self.library, self.default), self._reading(given), self._capture(given)
+            return self._followed(read(given, self.library, self.default)), self._reading(given), self._capture(given)
         except ValueError as error:
             raise self.refusal(str(error), given) from None
 
@@ -185,6 +197,15 @@ class Served:
         first = named if isinstance(named, str) else named[0] if isinstance(named, (list, tuple)) and named else ""
         self.counters.add("refused", first if isinstance(first, str) else "")
         return _refused_type()(text, parameter="steer")
+
+
+def _head_width(config: Any) -> int:
+    """What the attention's output projection reads; 0 where each of several devices has some of the heads."""
+    model, parallel = config.model_config, config.parallel_config
+    if parallel.tensor_parallel_size > 1:
+        return 0
+    size = getattr(model.hf_text_config, "v_head_dim", None) or model.get_head_size()
+    return int(model.get_num_attention_heads(parallel) * size)
 
 
 def _unread(config: Any) -> str:
@@ -246,10 +267,11 @@ def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **
     served.check((parts, reading, capture), shown, length, request.sampling_params)
     if parts:
         request.cache_salt = salt(request.cache_salt, parts, length)
-    gated = any(part.served.gated for part in parts)
+    # What opens a span, or a gate, must have been seen.
+    watched = any(part.served.gated or part.selector.remembers for part in parts)
     # What is cached has no activations. A prompt's last token is never taken from there, unless the request was preempted.
     first = min(one.first(length) for one in (reading, capture) if one is not None) if reading or capture else length
-    if gated or first < length - 1:
+    if watched or first < length - 1:
         request.sampling_params.skip_reading_prefix_cache = True
     for name in {part.served.name for part in parts}:
         served.counters.add("requests", name)

@@ -1,10 +1,12 @@
 """The row table of an engine step: which slots edit which token of the batch, in buffers that never move.
 
-What a request wants is one row of 20 numbers, written when it arrives: four slots, the first position that each acts on,
-the position where it stops, its strength, and which tokens it looks for. A step gathers these rows by request, compares
-them with the positions (and, where someone looks, the tokens) that the engine itself has on its device, and writes the
-table: nothing is read back, and no count that is only a guess under speculation is used. A slot may stand for a run of them,
-one for each of a prompt's first tokens; where a plan has such runs, one more table says which slot that is at each position.
+What a request wants is one row of six numbers a column, written when it arrives: slots, the first position that each acts on,
+the position where it stops, its strength, which tokens it looks for, and in which spans; and which tokens open and close
+these. A step gathers these rows by request, compares them with the positions (and, where someone looks, the tokens) that the
+engine itself has on its device, and writes the table: nothing is read back, and no count that is only a guess under
+speculation is used. Whether a span is open behind a request's last token is kept from step to step. A slot may stand for a run
+of them, one for each of a prompt's first tokens; where a plan has such runs, one more table says which slot that is at each
+position.
 """
 
 from __future__ import annotations
@@ -17,18 +19,21 @@ import torch
 from torch import Tensor
 
 from steerfast._checks import MAX_SLOTS_PER_ROW
-from steerfast._positions import EVER
+from steerfast._positions import EVER, Between
 
-WIDTH = MAX_SLOTS_PER_ROW
+from .pieces import Span
+
 EVERY_TOKEN = 1
 """Of `TokenSets`: not in the empty set."""
-__all__ = ["EVER", "EVERY_TOKEN", "WIDTH", "Owner", "RowTable", "TokenSets"]
+SPANS = 2
+"""Different spans that a request's selectors can name."""
+__all__ = ["EVER", "EVERY_TOKEN", "SPANS", "Owner", "RowTable", "TokenSets"]
 
 
 class Owner(NamedTuple):
     """One slot of a request: it edits positions [first, stop), multiplied by strength.
 
-    With ids only where the token is among them, or where it is not.
+    With ids only where the token is among them, or where it is not; with spans only inside or outside of these.
     """
 
     slot: int
@@ -37,6 +42,7 @@ class Owner(NamedTuple):
     stop: int
     ids: tuple[int, ...] = ()
     among: bool = False
+    spans: tuple[tuple[Span, bool], ...] = ()
 
 
 class TokenSets:
@@ -79,7 +85,7 @@ class TokenSets:
             self._free.append(self._numbers.pop(ids))
 
     def found(self, numbers: Tensor, tokens: Tensor) -> Tensor:
-        """bool, like numbers (tokens, WIDTH): whether each token is one that is looked for."""
+        """bool, like numbers (tokens, columns): whether each token is one that is looked for."""
         for ids in self._new:
             self._members[self._numbers[ids]].zero_().index_fill_(0, _send(ids, self._device), True)
         self._new.clear()
@@ -106,17 +112,23 @@ class RowTable:
         tokens: How many tokens a batch can have, padding included.
         device: Where the model runs.
         runs: Slots of every bank, and the length of the longest run that one of them may stand for; 0: of itself alone.
+        width: Columns: how many slots can edit a token, one after the other.
     """
 
-    def __init__(self, tokens: int, device: torch.device, runs: tuple[int, int] = (0, 0)) -> None:
-        self.rows = torch.full((tokens, WIDTH), -1, dtype=torch.int32, device=device)
-        self.scale = torch.ones(tokens, WIDTH, dtype=torch.float32, device=device)
+    def __init__(
+        self, tokens: int, device: torch.device, runs: tuple[int, int] = (0, 0), width: int = MAX_SLOTS_PER_ROW
+    ) -> None:
+        self.width = width
+        self.rows = torch.full((tokens, width), -1, dtype=torch.int32, device=device)
+        self.scale = torch.ones(tokens, width, dtype=torch.float32, device=device)
         self.tokens = 0  # of the running batch
         self.step = 0  # on the CPU: changes whenever the table does
         self._wanted = torch.zeros(
-            1, 5 * WIDTH, dtype=torch.int32, device=device
+            1, 6 * width + 2 * SPANS, dtype=torch.int32, device=device
         )  # one line per request; no graph sees it
-        self._wanted[0, :WIDTH] = -1  # whoever is not steered
+        self._open = torch.zeros(1, SPANS, dtype=torch.bool, device=device)  # of each line, behind its last token
+        self._spanned: set[str] = set()  # requests that name spans
+        self._wanted[0, :width] = -1  # whoever is not steered
         self._sets = TokenSets(device)
         self._looks: dict[str, list[tuple[int, ...]]] = {}  # what each request holds there
         self._free: list[int] = []
@@ -124,9 +136,9 @@ class RowTable:
         self._new: dict[int, np.ndarray] = {}
         self._steady: list[int] | None = None  # the lines of a batch that may go on: a token each, what they want below
         self._reached = np.zeros((0, 1))  # on the host: where it was; nothing changes from there on
-        self._slots = self._first = self._stop = self._look = self.rows[
-            :0
-        ]  # on the device: gathered for its tokens, (tokens, WIDTH)
+        # gathered for the tokens of a batch, (tokens, width); the lines of its requests, and whose each token is
+        self._slots = self._first = self._stop = self._look = self._needs = self.rows[:0]
+        self._lines = self._owner = torch.zeros(0, dtype=torch.int64, device=device)
         self._count = torch.arange(tokens, device=device)
         self._runs = torch.zeros(runs, dtype=torch.int32, device=device)  # the slot that acts at a position
         self._write = self._on_host if device.type == "cpu" else self._on_device
@@ -139,21 +151,30 @@ class RowTable:
         if not self._free:
             self._grow()
         line = self._line[request] = self._free.pop()
-        wanted = np.zeros((5, WIDTH), dtype=np.int32)
-        wanted[0] = -1
+        wanted = np.zeros(self._wanted.shape[1], dtype=np.int32)
+        columns = wanted[: 6 * self.width].reshape(6, self.width)
+        columns[0] = -1
+        spans = sorted({span for owner in owners for span, _ in owner.spans}, key=str)
         for column, owner in enumerate(owners):
             number = self._sets.hold(owner.ids, owner.among)
-            wanted[:, column] = owner.slot, owner.first, owner.stop, 0, number
-            wanted[3, column] = np.array([owner.strength], dtype=np.float32).view(np.int32)[0]
-        self._new[line] = wanted.reshape(-1)
-        if any(owner.ids for owner in owners):
-            self._looks[request] = [owner.ids for owner in owners]
+            needs = sum((1 if inside else 2) << 2 * spans.index(span) for span, inside in owner.spans)
+            columns[:, column] = owner.slot, owner.first, owner.stop, 0, number, needs
+            columns[3, column] = np.array([owner.strength], dtype=np.float32).view(np.int32)[0]
+        sets = [(span.opens, span.closes) if isinstance(span, Between) else (span.ids, ()) for span in spans]
+        for i, pair in enumerate(sets):
+            wanted[6 * self.width + 2 * i :][:2] = [self._sets.hold(ids, True) for ids in pair]
+        self._new[line] = wanted
+        if spans:
+            self._spanned.add(request)
+        if held := [*(owner.ids for owner in owners), *(ids for pair in sets for ids in pair)]:
+            self._looks[request] = [ids for ids in held if ids]
 
     def drop(self, request: str) -> None:
         """A request has left; nothing happens if it was not steered."""
         line = self._line.pop(request, None)
         if line is not None:
             self._free.append(line)
+        self._spanned.discard(request)
         for ids in self._looks.pop(request, ()):
             self._sets.release(ids)
 
@@ -195,23 +216,25 @@ class RowTable:
         """A dozen launches, four while a batch decodes, and no word back: the device alone knows positions under speculation."""
         if self._new:
             self._wanted.index_copy_(0, self._send([*self._new]), self._send([*self._new.values()], np.int32))
-        if self._new or lines != self._steady:
+        if self._new or tokens != len(lines) or lines != self._steady:
             self._new.clear()
-            index = self._send(lines)
+            self._lines = self._send(lines)
+            self._owner = self._count[:tokens]
             if tokens != len(lines):
-                owner = torch.searchsorted(
-                    starts[1 : len(lines) + 1], self._count[:tokens].to(starts.dtype), right=True
-                )
-                index = index[owner.clamp_(max=len(lines) - 1)]
-            self._slots, self._first, self._stop, strength, self._look = (
-                self._wanted[index].view(-1, 5, WIDTH).unbind(1)
-            )
-            self.scale[:tokens] = strength.view(torch.float32)  # each of the five is (tokens, WIDTH)
+                bounds = starts[1 : len(lines) + 1]
+                self._owner = torch.searchsorted(bounds, self._owner.to(starts.dtype), right=True)
+                self._owner.clamp_(max=len(lines) - 1)
+            index = self._lines[self._owner]
+            columns = self._wanted[index, : 6 * self.width].view(-1, 6, self.width)
+            self._slots, self._first, self._stop, strength, self._look, self._needs = columns.unbind(1)
+            self.scale[:tokens] = strength.view(torch.float32)  # each of the six is (tokens, width)
             self._steady = lines if tokens == len(lines) else None
         here = positions[:tokens, None]
         acting = (here >= self._first) & (here < self._stop)
         if self._sets and ids is not None:
             acting &= self._sets.found(self._look, ids[:tokens])
+            if self._spanned:
+                acting &= self._inside(self._needs, starts, positions[:tokens], ids[:tokens])
         slots = self._slots
         if longest := self._runs.shape[1]:
             slots = self._runs[slots.long(), here.clamp(max=longest - 1)]
@@ -229,22 +252,26 @@ class RowTable:
         for line, values in self._new.items():
             wanted[line] = values
         self._new.clear()
-        index = np.asarray(lines)
+        index, owner = np.asarray(lines), np.arange(len(lines))
         if tokens != len(lines):
-            index = np.repeat(index, np.diff(starts.numpy()[: len(lines) + 1]))
-        slots, first, stop, strength, look = wanted[index].reshape(-1, 5, WIDTH).transpose(1, 0, 2)
+            owner = np.repeat(owner, np.diff(starts.numpy()[: len(lines) + 1]))
+        columns = wanted[index[owner], : 6 * self.width].reshape(-1, 6, self.width)
+        slots, first, stop, strength, look, needs = columns.transpose(1, 0, 2)
         begun, goes_on = here >= first, here < stop
         changes = ~begun | (goes_on & (stop < EVER))
         if self._sets and ids is not None:
-            changes |= (look > EVERY_TOKEN) & goes_on
+            changes |= ((look > EVERY_TOKEN) | (needs > 0)) & goes_on
             goes_on &= self._sets.found(torch.from_numpy(look), ids[:tokens]).numpy()
+            if self._spanned:
+                self._lines, self._owner = torch.from_numpy(index), torch.from_numpy(owner)
+                goes_on &= self._inside(torch.from_numpy(needs), starts, positions[:tokens], ids[:tokens]).numpy()
         self._steady = (
             lines if tokens == len(lines) and not changes.any() else None
         )  # while these decode, nothing changes
         self._reached = here.copy()
         if longest := self._runs.shape[1]:
             slots = self._runs.numpy()[slots, np.minimum(here, longest - 1)]
-        np.copyto(slots, -1, where=~(begun & goes_on))
+        slots = np.where(begun & goes_on, slots, -1)
         weights = strength.view(np.float32)
         if tokens == self.tokens and np.array_equal(slots, rows[:tokens]) and np.array_equal(weights, scale[:tokens]):
             return
@@ -253,9 +280,29 @@ class RowTable:
         self.tokens = tokens
         self.step += 1
 
+    def _inside(self, needs: Tensor, starts: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
+        """bool, like needs (tokens, columns): whether each token lies in the spans that it must, and in none that it must not."""
+        owner, count = self._owner, len(self._lines)
+        sets = self._wanted[self._lines, 6 * self.width :][owner].view(-1, SPANS, 2)
+        opens, closes = (self._sets.found(sets[:, :, part], ids) for part in (0, 1))
+        first = starts[:count].long()[owner]
+        before = self._open[self._lines][owner] & (positions[first] > 0)[:, None]  # a text that begins anew is in none
+        order = 2 * (self._count[: len(owner)] + 1)[:, None]
+        latest = torch.where(opens | closes, order + opens.long(), 0).cummax(0).values
+        behind = torch.where(latest >= 2 * (first + 1)[:, None], latest % 2 == 1, before)
+        ahead = torch.where((self._count[: len(owner)] == first)[:, None], before, behind.roll(1, 0))
+        self._open[self._lines] = behind[starts[1 : count + 1].long() - 1]
+        inside = ahead | (opens & (sets[:, :, 1] > 0))  # what opens a span between two tokens is a part of it
+        acting = torch.ones_like(needs, dtype=torch.bool)
+        for i in range(SPANS):
+            need, there = (needs >> 2 * i) & 3, inside[:, i, None]
+            acting &= (need == 0) | torch.where(there, need == 1, need == 2)
+        return acting
+
     def _grow(self) -> None:
         count = self._wanted.shape[0]
-        self._wanted = torch.cat([self._wanted, self._wanted.new_zeros(max(count, 64), 5 * WIDTH)])
+        self._wanted = torch.cat([self._wanted, self._wanted.new_zeros(max(count, 64), self._wanted.shape[1])])
+        self._open = torch.cat([self._open, self._open.new_zeros(max(count, 64), SPANS)])
         self._free = list(range(self._wanted.shape[0] - 1, count - 1, -1))
 
     def _send(self, values: Sequence[object], dtype: type = np.int64) -> Tensor:

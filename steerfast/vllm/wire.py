@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast._positions import Selector, allowed, parse, resolved
 
 from .fields import FIELDS, PLANS, names_of, selector_of, short, steer_fields
-from .pieces import Piece, most_pieces, pieces
+from .pieces import Piece, Span, most_pieces, pieces, spans_of
 from .plans import Library, ServedPlan
+from .table import SPANS
 
 LARGEST_STRENGTH = 65504.0  # the largest float16: beyond it some engine dtype overflows
 
@@ -51,7 +51,7 @@ class Part:
     def count(self, ids: Sequence[int], computed: int, prompt: int) -> int:
         """How many of the first `computed` tokens it acts on."""
         where = self.pieces(prompt)
-        if any(piece.ids for piece in where):
+        if any(piece.ids or piece.spans for piece in where):
             return int(allowed(self.selector, ids[:computed], prompt).sum())
         return sum(max(min(piece.stop, computed) - piece.first, 0) for piece in where)
 
@@ -71,7 +71,7 @@ def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part,
         return default
     if "steer" not in fields:
         raise ValueError(f"steer: {next(iter(fields))} is given without steer; name the plans it is about")
-    names = names_of("steer", "plan", fields["steer"], MAX_SLOTS_PER_ROW)
+    names = names_of("steer", "plan", fields["steer"], library.width)
     strengths = _strengths(fields.get("steer_strength", 1.0), len(names))
     positions = fields.get("steer_positions")
     if positions is not None:
@@ -81,18 +81,24 @@ def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part,
         for name, strength in zip(names, strengths, strict=True)
     )
     applied = sum(len(part.served.columns) for part in parts)
-    if applied > MAX_SLOTS_PER_ROW:
+    if applied > library.width:
         raise ValueError(
-            f"steer: these plans apply {applied} interventions to a token; at most {MAX_SLOTS_PER_ROW} are possible: name fewer"
+            f"steer: these plans apply {applied} interventions to a token; at most {library.width} are possible: name fewer, or "
+            "start the engine with a larger STEERFAST_COLUMNS"
         )
     for part in parts:
         _check_followed(part)
+    spans = frozenset[Span]().union(*(spans_of(part.selector) for part in parts))
+    if len(spans) > SPANS:
+        raise ValueError(
+            f"steer: the positions name {len(spans)} different after: and between:; at most {SPANS} can be followed in a request"
+        )
     columns = sum(1 if tokens else _most_pieces(part.selector) for part in parts for tokens in part.served.columns)
-    if columns > MAX_SLOTS_PER_ROW:
+    if columns > library.width:
         split = max(parts, key=lambda part: _most_pieces(part.selector))
         raise ValueError(
             f"steer: {short(split.positions)} may fall into {_most_pieces(split.selector)} pieces, each of which takes the room "
-            f"of an intervention: {columns} in all, at most {MAX_SLOTS_PER_ROW} are possible"
+            f"of an intervention: {columns} in all, at most {library.width} are possible (STEERFAST_COLUMNS)"
         )
     return parts
 
@@ -122,14 +128,9 @@ def salt(given: str | None, parts: tuple[Part, ...], prompt: int) -> str:
 
 def _check_followed(part: Part) -> None:
     try:
-        selector = part.selector
+        _ = part.selector
     except ValueError as reason:
         raise ValueError(f"steer: the plan {short(part.served.name)}: {reason}") from None
-    if selector.remembers:
-        raise ValueError(
-            f"steer: {short(part.positions)} must know the tokens before each one, which is not kept inside vLLM; name "
-            "tokens with ids:, or use sf.steer"
-        )
 
 
 @lru_cache(maxsize=1024)
