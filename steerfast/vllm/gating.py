@@ -119,6 +119,10 @@ class Gates:
         self.active = self._always and count > 0
         """Whether a request of the running step has gates; on a GPU, whose graph may be captured, always."""
 
+    def __len__(self) -> int:
+        """Requests in flight that have gates."""
+        return len(self._requests)
+
     @property
     def probes(self) -> dict[str, Probe]:
         """What the gates look at, by a name that no folder has."""
@@ -205,6 +209,11 @@ class Gates:
         if gates is None:
             return rows
         return torch.where(self._open[: len(rows)].gather(1, gates[rows.long() + 1]), rows, -1)
+
+    def decided(self, plans: Iterable[str], token: int) -> dict[str, bool]:
+        """What the gates of these plans say of a token of the batch that has run, by plan, place and slot within the plan."""
+        found = {f"{plan}/{place}/{slot}": n for plan in plans for (place, slot), n in self._of.get(plan, {}).items()}
+        return {name: bool(self._open[token, number + 1]) for name, number in found.items()}
 
     def _hysteresis(self, group: Group, score: Tensor, on: Tensor) -> Tensor:
         """As `held` of conditions, for tokens of many requests side by side; where a gate has no release, `on`."""

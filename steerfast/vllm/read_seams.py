@@ -41,11 +41,10 @@ def patch(observe: Observe) -> None:
 
 
 def patch_streams() -> None:
-    """Put the answer into streams, of a release that does not do so itself."""
+    """Let streams say that a request has ended in its prompt, and put the answer into those of a release that does not do so itself."""
     for generator, response in STREAMS.items():
         owner, _, method = generator.rpartition(".")
-        if ANSWER_FIELD not in resolve(response).model_fields:
-            wrap(resolve(owner), method, _stream)
+        wrap(resolve(owner), method, partial(_stream, ANSWER_FIELD not in resolve(response).model_fields))
 
 
 def unanswered(request: Any) -> str:
@@ -199,17 +198,27 @@ def _finish(observe: Observe, state: Any, answer: Answer) -> Any:
 # --- API server --------------------------------------------------------------------------------------------------------
 
 
+class _NoTokens(list[int]):
+    """The tokens of a request that has ended before its first one: a stream leaves out what is false, its reason and scores with it."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
 async def _stream(
-    original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
+    carries: bool, original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
 ) -> AsyncIterator[str]:
-    """The chunks of a stream; the first that says why it ended, once the scores are there, carries them."""
+    """The chunks of a stream; where we carry the scores, the first that says why it ended, once they are there, has them."""
     found: list[dict[str, Any]] = []
 
     async def watched(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for result in results:
             output = result[1] if isinstance(result, tuple) else result
-            if output.kv_transfer_params is not None:
+            if carries and output.kv_transfer_params is not None:
                 found.append(output.kv_transfer_params)
+            for sample in output.outputs:
+                if sample.finish_reason is not None and not sample.token_ids:
+                    sample.token_ids = _NoTokens()
             yield result
 
     args = tuple(watched(value) if hasattr(value, "__aiter__") else value for value in args)

@@ -281,11 +281,13 @@ class Answer:
         """What is answered, ready for JSON, and all scores that were read of each probe with one number per token.
 
         Args:
-            ids: The tokens of prompt and generation. The last one has not run, unless its score is there.
+            ids: The tokens of prompt and generation. The last one has not run, unless its score is there; where none was
+                generated, the request ended in its prompt, with what is known.
             prompt: How many of them were given.
         """
         known = self._known.nonzero()[0]
-        run = min(max(len(ids) - 1, int(known[-1]) + 1 if len(known) else 0), len(ids))
+        reached = int(known[-1]) + 1 if len(known) else 0
+        run = min(max(len(ids) - 1 if len(ids) > prompt else 0, reached), len(ids))
         where = allowed(self._selector, ids[:run], prompt).numpy().nonzero()[0]
         missing = len(np.setdiff1d(where, known, assume_unique=True))
         where = where[:0] if missing else where
