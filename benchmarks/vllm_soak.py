@@ -2,12 +2,12 @@
 
     python benchmarks/vllm_soak.py --requests 10000 --out benchmarks/results
 
-Random plans, conditions, strengths, positions, probes and limits; some unsteered, some refused, some hung up on, some given up before
-an answer, some ended by a limit, a token or a text. Everything is scarce: slots for a fifth of the plans, few tokens a step, fewer
-keys and values than the requests need. The server writes down, token by token, what its row tables said and its conditions decided
-(STEERFAST_TRACE). Afterwards every line, every token, every score and every end must be what transformers makes of that text
-by plain hooks (`vllm_truth.py`), and every hundredth request, asked again on its own, must get the same answer. None lost, nothing
-left in the server, memory flat. The model is a tiny Llama with random weights, made here; the plugin does not know.
+Random plans, conditions, strengths, positions, probes and limits; some unsteered, some refused, some hung up on, some given up
+before an answer, some ended by a limit, a token or a text. Everything is scarce: slots for a fifth of the plans, few tokens a
+step, fewer keys and values than the requests need. The server writes down, token by token, what its row tables said and its
+conditions decided (STEERFAST_TRACE). Afterwards every line, every token, every score and every end must be what transformers
+makes of that text by plain hooks (`vllm_truth.py`), and every hundredth request, asked again on its own, must get the same
+answer. None lost, nothing left in the server, memory flat. The model is a tiny Llama with random weights, made here; the plugin does not know.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import gc
 import json
 import os
 import random
-import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -29,52 +29,61 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-import torch
 from lab.rows import append_row
 from vllm_cost import here
-from vllm_truth import CLOSE, POSITIONS, TO_STEER, UNSURE, WORDS, Truth, chosen
+from vllm_soak_checks import verify
+from vllm_truth import POSITIONS, TO_STEER, WORDS, Truth
 
 SLOTS = 8  # so that plans come and go
 POOL = [
     [5 + (7 * i + 3 * j * j) % 120 for j in range(40 + i)] for i in range(20)
 ]  # prompts that come again: prefix cache
 GROWTH = 24 << 20  # bytes between the second quarter of a run and its last that still count as flat
+HELD = "STEERFAST_SOAK"
+"""Names the folder in which the server's processes write down what they hold."""
 FATES = {"finish": 75, "hang up": 10, "give up": 10, "refuse": 5}
 BAD = [
     {"steer": "nobody"}, {"steer": "plan1", "steer_strength": "x"}, {"steer_x": 1}, {"steer_read": "nobody"},
     {"steer_read": "lean", "steer_read_positions": "90"}, {"steer_abort": "lean>much"}, {"steer_abort": "several>1"},
-    {"steer_read_what": "tokens"}, {"steer_read": "top"}, {"steer": ["plan1"], "steer_read": "lean", "steer_read_positions": "special"},
+    {"steer_read_what": "tokens"}, {"steer_read": "top"}, {"steer_read": "lean", "steer_read_positions": "special"},
     {"steer": ["gated1", "plan0", "plan5", "plan10"]},
 ]  # fmt: skip
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING",
-    "OMP_NUM_THREADS": "1", "STEERFAST_SLOTS": str(SLOTS), "VLLM_SERVER_DEV_MODE": "1",
+    "OMP_NUM_THREADS": "1", "STEERFAST_SLOTS": str(SLOTS),
 }  # fmt: skip
 OPTIONS = [
     "--disable-uvicorn-access-log", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "16",
-    "--max-num-batched-tokens", "64", "--block-size", "32", "--num-gpu-blocks-override", "20",
-    "--worker-extension-cls", "vllm_soak.Inside",
+    "--max-num-batched-tokens", "64", "--block-size", "32", "--num-gpu-blocks-override", "14",
 ]  # fmt: skip
 
 
-class Inside:
-    """What the server's worker can be asked beside vLLM's own: how much of all requests is left in it."""
+def watch() -> None:
+    """A plugin that all processes of the server load: each answers SIGUSR1 by writing down what it holds of requests."""
+    file = Path(os.environ[HELD], str(os.getpid()))
+    signal.signal(signal.SIGUSR1, lambda *_: file.write_text(json.dumps(held())))
+    file.touch()
 
-    model_runner: Any
 
-    def steerfast_left(self) -> dict[str, int]:
-        """Counts that are 0 where no request is in flight."""
-        from steerfast.vllm.gating import ROWS
-        from steerfast.vllm.scores import Desk
+def held() -> dict[str, int]:
+    """Counts that are 0 where no request is in flight, of all that this process has."""
+    from steerfast.vllm.gating import ROWS
+    from steerfast.vllm.runner import Steered
+    from steerfast.vllm.scores import Desk
+    from steerfast.vllm.slots import Admission
 
-        steered = self.model_runner.steerfast
-        gc.unfreeze()  # what the engine has frozen is not listed
-        desks = [one for one in gc.get_objects() if isinstance(one, Desk)]  # the scheduler is in this process
-        return {
-            "desks": 1 - len(desks), "scores": sum(map(len, desks)), "read": steered.reading, "steered": steered.steered,
-            "held": steered.held, "gated": len(steered.gates), "rows of gates": ROWS - 1 - len(steered.gates._free),
-        }  # fmt: skip
+    gc.unfreeze()  # what an engine has frozen is not listed
+    found: dict[str, int] = {}
+    for one in gc.get_objects():
+        kind = type(one)
+        if kind is Desk:
+            found["desk"] = len(one)
+        elif kind is Admission:
+            found |= {"admitted": one.requests, "waiting": one.waiting, "slots": SLOTS - one.free}
+        elif kind is Steered:
+            found |= {"read": one.reading, "steered": one.steered, "held": one.held, "gated": len(one.gates)}
+            found["rows of gates"] = ROWS - 1 - len(one.gates._free)
+    return found
 
 
 def main() -> int:
@@ -96,21 +105,29 @@ def soak(args: argparse.Namespace, folder: Path) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    plugin, holds = folder / "plugin" / "soak-0.dist-info", folder / "held"
+    plugin.mkdir(parents=True)
+    holds.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: soak\nVersion: 0\n")
+    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nsoak = vllm_soak:watch\n")
+    paths = [str(Path(__file__).parent), str(plugin.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = ENVIRONMENT | os.environ | {"STEERFAST_TRACE": str(trace), "PYTHONPATH": os.pathsep.join(paths)}
+    environment[HELD] = str(holds)
     environment |= {f"STEERFAST_{what.upper()}": str(folder / what) for what in ("plans", "probes", "saes")}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"), *OPTIONS]
     server = subprocess.Popen(
         [*command, "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)], env=environment
     )
     try:
-        asked, told, values = asyncio.run(drive(args, f"http://127.0.0.1:{port}", server, truth))
+        asked, told, values = asyncio.run(drive(args, f"http://127.0.0.1:{port}", server, truth, holds))
     finally:
         server.terminate()
         server.wait(60)
     wrong, counts = verify(asked, trace, truth)
     values |= counts
-    values["wrong_or_lost"] += len(wrong) + sum(not counts[name] for name in ("steered_tokens", "scores", "decisions", "ended_by_limit"))
+    values["wrong_or_lost"] += len(wrong) + sum(
+        not counts[name] for name in ("steered_tokens", "scores", "decisions", "ended_by_limit")
+    )
     for line in (told + wrong)[:40]:
         print(f"  {line}")
     for name, value in values.items():
@@ -122,7 +139,7 @@ def soak(args: argparse.Namespace, folder: Path) -> int:
 
 
 async def drive(
-    args: argparse.Namespace, url: str, server: Any, truth: Truth
+    args: argparse.Namespace, url: str, server: Any, truth: Truth, folder: Path
 ) -> tuple[dict[str, Any], list[str], dict[str, float]]:
     """What was asked, by request; what went wrong, in words; and the figures of the run."""
     rng = random.Random(args.seed)
@@ -163,7 +180,7 @@ async def drive(
         preempted = await counter(http, "vllm:num_preemptions_total")
         cached = await counter(http, "vllm:prefix_cache_hits_total")
         await send(http, draw(rng, -1, truth) | {"request_id": "last", "fate": "finish", "vllm_xargs": {}})
-        stuck += await left(http)
+        stuck += await left(folder)
     quarters = [statistics.median(memory[i * len(memory) // 4 :][: len(memory) // 4 or 1]) for i in range(4)]
     growth = quarters[3] - quarters[1]
     lost = args.requests - sum(ended.values())
@@ -211,11 +228,21 @@ async def counter(http: Any, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
 
 
-async def left(http: Any) -> list[str]:
-    """What is left inside the server's worker and scheduler, where nothing runs."""
-    answer = await http.post("/collective_rpc", json={"method": "steerfast_left"})
-    (counts,) = answer.json()["results"]
-    return [f"{count} {name}" for name, count in counts.items() if count]
+async def left(folder: Path) -> list[str]:
+    """What is left inside the server, where nothing runs."""
+    files = [*folder.iterdir()]
+    for file in files:
+        os.kill(int(file.name), signal.SIGUSR1)
+    for _ in range(100):
+        await asyncio.sleep(0.1)
+        told = [file.read_text() for file in files]
+        if all(told):
+            break
+    counts = [item for text in told for item in json.loads(text or '{"no answer": 1}').items()]
+    seen = {name for name, _ in counts}
+    return [f"{count} {name}" for name, count in counts if count] + ["nothing seen"] * (
+        not {"desk", "admitted", "read"} <= seen
+    )
 
 
 def draw(rng: random.Random, number: int, truth: Truth) -> dict[str, Any]:
@@ -311,159 +338,6 @@ async def _streamed(http: Any, body: dict[str, Any], request: dict[str, Any]) ->
 def _answer(tokens: list[int], choice: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     read = (answer.get("kv_transfer_params") or {}).get("steerfast")
     return {"tokens": tokens, "why": choice["finish_reason"], "stop": choice.get("stop_reason"), "read": read}
-
-
-Lines = list[tuple[int, int, list[list[Any]], dict[str, bool]]]
-
-
-def verify(asked: dict[str, dict[str, Any]], trace: Path, truth: Truth) -> tuple[list[str], dict[str, int]]:
-    """What is not as transformers has it, in words, and how much was compared."""
-    lines: dict[str, Lines] = {}
-    with open(trace) as file:
-        for line in file:
-            name, *rest = json.loads(line)
-            lines.setdefault(name.removeprefix("cmpl-").rsplit("-", 2)[0], []).append(tuple(rest))  # an index, a suffix
-    wrong = [f"nobody sent {name}" for name in lines.keys() - asked.keys() - {"last"}]
-    counts = dict.fromkeys(("steered_tokens", "decisions", "scores", "ended_by_limit", "unsure"), 0)
-    for name, request in asked.items():
-        if request["fate"] != "refuse" and (request.get("answer") or name in lines):
-            wrong += [f"{name}: {reason}" for reason in check(request, lines.get(name, []), truth, counts)]
-    return wrong, counts
-
-
-def check(request: dict[str, Any], lines: Lines, truth: Truth, counts: dict[str, int]) -> list[str]:
-    """The same of one request, of which the trace has these lines."""
-    xargs, prompt, answer = request["vllm_xargs"], request["prompt"], request.get("answer")
-    known = {position: token for position, token, *_ in lines} | dict(enumerate(prompt))
-    if answer is not None:
-        known |= dict(enumerate(answer["tokens"], len(prompt)))
-    ids = [known.get(position, -1) for position in range(max(known) + 1)]
-    if -1 in ids:
-        return [f"the trace leaves out position {ids.index(-1)}"]
-    acts = chosen(xargs.get("steer_positions", "all"), len(prompt), ids)
-    steered = [(n, s, acts) for n, s in zip(xargs.get("steer", []), xargs.get("steer_strength", []), strict=True)]
-    wrong, seen = _applied(lines, ids, steered, counts)
-    found = truth.run(ids, len(prompt), steered, seen)
-    counts["decisions"] += found.decided
-    counts["unsure"] += found.unsure
-    wrong += [f"decided otherwise: {gate}" for gate in found.wrong]
-    if answer is None:
-        return wrong
-    reached = max((position for position, *_ in lines), default=-1)
-    if any(s for _, s, _ in steered) and answer["tokens"] and reached < len(ids) - 2:
-        wrong.append(f"followed to position {reached} of {len(ids) - 2}")
-    last = found.logits[len(prompt) - 1 : len(ids) - 1]
-    behind = last.max(-1).values - last.gather(1, torch.tensor(ids[len(prompt) :], dtype=torch.int64)[:, None])[:, 0]
-    if (behind > CLOSE).any():
-        wrong.append(f"token {int(behind.argmax())} is {float(behind.max()):g} below the likeliest one")
-    scores = {name: value.numpy() for name, value in found.scores.items()}
-    return wrong + _ended(request, answer, ids, scores, counts) + _scored(request, answer, ids, scores, truth, counts)
-
-
-def _applied(
-    lines: Lines, ids: list[int], steered: list[tuple[str, float, np.ndarray]], counts: dict[str, int]
-) -> tuple[list[str], dict[str, dict[int, bool]]]:
-    """Lines that are not what was asked for; and what the gates have decided, the same in every line of a position."""
-    wrong: list[str] = []
-    seen: dict[str, dict[int, bool]] = {}
-    for position, token, applied, decided in lines:
-        # a plan of two interventions shows up twice, with one strength
-        found = [tuple(pair) for i, pair in enumerate(applied) if i == 0 or pair != applied[i - 1]]
-        wanted = [(name, strength) for name, strength, acts in steered if acts[position] and strength]
-        if not _same(found, wanted) or token != ids[position]:
-            wrong.append(f"position {position}: token {token}, applied {found}; asked {ids[position]}, {wanted}")
-        counts["steered_tokens"] += bool(applied)
-        for gate, opened in decided.items():
-            if seen.setdefault(gate, {}).setdefault(position, opened) != opened:
-                wrong.append(f"position {position}: {gate} decided both ways")
-    return wrong, seen
-
-
-def _same(found: list[Any], wanted: list[Any]) -> bool:
-    alias = {"gated15": "gated1"}  # one content, one slot
-    names = [[alias.get(name, name) for name, _ in pairs] for pairs in (found, wanted)]
-    return names[0] == names[1] and all(abs(a - b) < 1e-6 for (_, a), (_, b) in zip(found, wanted, strict=True))
-
-
-def _ended(
-    request: dict[str, Any], answer: dict[str, Any], ids: list[int], scores: dict[str, np.ndarray], counts: dict[str, int]
-) -> list[str]:
-    """Whether it ended where it had to, and why."""
-    xargs, prompt, tokens = request["vllm_xargs"], len(request["prompt"]), answer["tokens"]
-    read = chosen(xargs.get("steer_read_positions", "all"), prompt, ids)
-    surely, maybe = len(ids), dict[str, set[int]]()  # the first position that is beyond a limit, and those that may be
-    for limit in xargs.get("steer_abort", []):
-        name, sign, level = re.split("([<>])", limit)
-        beyond = (scores[name][:, 0] - float(level)) * (1 if sign == ">" else -1)
-        near = UNSURE * max(1.0, abs(float(level)))
-        surely = min([surely, *np.nonzero(read & (beyond > near))[0].tolist()])
-        maybe[f"steer_abort: {name}{sign}{float(level):g}"] = set(np.nonzero(read & (beyond > -near))[0].tolist())
-    if answer["stop"] in maybe:
-        counts["ended_by_limit"] += 1
-        at = len(ids) - 1
-        here = at in maybe[answer["stop"]] if tokens else any(p < prompt for p in maybe[answer["stop"]])
-        good = answer["why"] == "stop" and here and (surely >= at or not tokens)
-        return [] if good else [f"ended at {at} of {prompt} by {answer['stop']}, and {surely} is beyond: {xargs}"]
-    if surely < len(ids) - 1:  # the last token is never read
-        return [f"went on to {len(ids) - 1}, and {surely} of {prompt} is beyond: {xargs}"]
-    words = [f"w{token}" for token in tokens]
-    stops = [i for i, token in enumerate(tokens) if token in request["stop_token_ids"] or words[i] in request["stop"]]
-    if answer["why"] == "length":
-        return [] if len(tokens) == request["max_tokens"] and not stops else [f"{len(tokens)} tokens, stops {stops}"]
-    told = tokens[-1] if answer["stop"] in request["stop_token_ids"] else words[-1]
-    return [] if stops == [len(tokens) - 1] and answer["stop"] == told else [f"{answer}, stops {stops}"]
-
-
-def _scored(
-    request: dict[str, Any], answer: dict[str, Any], ids: list[int], scores: dict[str, np.ndarray], truth: Truth, counts: dict[str, int]
-) -> list[str]:
-    """Scores that are not what transformers reads, or of other tokens than were asked for."""
-    xargs, prompt = request["vllm_xargs"], len(request["prompt"])
-    names = dict.fromkeys([*xargs.get("steer_read", []), *(re.split("[<>]", one)[0] for one in xargs.get("steer_abort", []))])
-    if not names:
-        return [] if answer["read"] is None else [f"read {answer['read']}"]
-    if answer["read"] is None or list(answer["read"]) != list(names):
-        return [f"read {answer['read']} for {list(names)}"]
-    ended = str(answer["stop"]).startswith("steer_abort")
-    where = np.nonzero(chosen(xargs["steer_read_positions"], prompt, ids)[: len(ids) - (not ended)])[0]
-    wrong = []
-    for name in names:
-        got, values = answer["read"][name], scores[name][where]
-        if ended and not answer["tokens"]:  # in the prompt, of which a few further tokens may have been run
-            values = values[: got["tokens"]]
-        elif got["tokens"] != len(values):
-            wrong.append(f"{name}: {got} for {len(values)} tokens")
-            continue
-        if not len(values) and ended:
-            wrong.append(f"{name}: ended by what was not read: {got}")
-            continue
-        counts["scores"] += values.size if truth.probes[name].kind != "top" else truth.probes[name].k * len(values)
-        if "positions" in got and got["positions"] != where[: len(values)].tolist():
-            wrong.append(f"{name}: positions {got['positions']} for {where.tolist()}")
-        off = _off(truth.probes[name], got, values, xargs["steer_read_what"])
-        if off:
-            wrong.append(f"{name}: {off}")
-    return wrong
-
-
-def _off(look: Any, got: dict[str, Any], values: np.ndarray, what: str) -> str:
-    """How what is answered differs from the scores (tokens, m); "": it does not."""
-    within = CLOSE * max(1.0, float(np.abs(values).max(initial=0)))
-    if look.kind == "top":
-        found, features = np.array(got["scores"]).reshape(-1, look.k), np.array(got["features"], int).reshape(-1, look.k)
-        best = -np.sort(-values, axis=1)[:, : look.k]
-        error = max(np.abs(found - best).max(initial=0), np.abs(found - np.take_along_axis(values, features, 1) * (found > 0)).max(initial=0))
-        return "" if error < within else f"Top-K off by {error:g}"
-    numbers = {}
-    if what == "tokens":
-        numbers["scores"] = values
-    if len(values):
-        numbers |= {"max": values.max(0), "mean": values.mean(0), "last": values[-1]}
-    for name, wanted in numbers.items():
-        found = np.asarray(got[name], dtype=float).reshape(wanted.shape)
-        if not np.abs(found - wanted).max(initial=0) < within:
-            return f"{name} off by {np.abs(found - wanted).max():g}"
-    return ""
 
 
 def resident(pid: int) -> int:

@@ -1,7 +1,7 @@
 """What a tiny model must compute under random steering and reading, by plain hooks on transformers and the formulas alone.
 
-Plans, conditions and probes are stated here as plain data. The library only saves them, for an engine that is under test; nothing of
-it takes part in what is expected. Everything is float32.
+Plans, conditions and probes are stated here as plain data. The library only saves them, for an engine that is under test; nothing
+of it takes part in what is expected. Everything is float32.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ class Truth:
             ids: Its tokens.
             prompt: How many of them were given.
             steered: Plans in order, with strengths and the positions that they act on, bool (n,).
-            seen: What an engine has decided: gate -> position -> open. A gate is a plan, a place, a number in its list. What it says
-                counts where a score is too close to a level, and is compared elsewhere.
+            seen: What an engine has decided: gate -> position -> open. A gate is a plan, a place, a number in its list. What it
+                says counts where a score is too close to a level, and is compared elsewhere.
         """
         found = Found({}, [], 0, 0, torch.empty(0))
         counts = [0, 0]
@@ -314,7 +314,9 @@ def _save(folder: Path, plans: Mapping[str, Plan], probes: Mapping[str, Look]) -
         where = {"place": look.place, "after": look.after}
         if look.kind == "linear":
             one = len(look.rows) == 1
-            return sf.probes.LinearProbe(look.rows[0] if one else look.rows, float(look.bias) if one else look.bias, **where)
+            return sf.probes.LinearProbe(
+                look.rows[0] if one else look.rows, float(look.bias) if one else look.bias, **where
+            )
         if look.kind == "logistic":
             return sf.probes.LogisticProbe(look.rows[0], float(look.bias), **where)
         if look.kind == "similarity":

@@ -41,7 +41,7 @@ def patch(observe: Observe) -> None:
 
 
 def patch_streams() -> None:
-    """Let streams say that a request has ended in its prompt, and put the answer into those of a release that does not do so itself."""
+    """Let streams say that a request has ended in its prompt, and carry the answer in a release that does not do so itself."""
     for generator, response in STREAMS.items():
         owner, _, method = generator.rpartition(".")
         wrap(resolve(owner), method, partial(_stream, ANSWER_FIELD not in resolve(response).model_fields))
@@ -199,7 +199,7 @@ def _finish(observe: Observe, state: Any, answer: Answer) -> Any:
 
 
 class _NoTokens(list[int]):
-    """The tokens of a request that has ended before its first one: a stream leaves out what is false, its reason and scores with it."""
+    """The tokens of a request that has ended before its first: of what is false a stream leaves out the reason, too."""
 
     def __bool__(self) -> bool:
         return True

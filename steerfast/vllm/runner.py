@@ -30,7 +30,7 @@ from .wire import Part
 _MLP = re.compile(r"mlp|ffn|feed_forward|moe", re.IGNORECASE)
 
 TRACE = "STEERFAST_TRACE"
-"""A file that every step appends to what it has applied and decided, as JSON lines; for tests and soaks, since it waits for the device."""
+"""A file to which every step appends what it applied and decided, as JSON lines; for tests and soaks: it waits for the device."""
 
 
 class Steered:
