@@ -7,7 +7,8 @@ before an answer, some ended by a limit, a token or a text. Everything is scarce
 step, fewer keys and values than the requests need. The server writes down, token by token, what its row tables said and its
 conditions decided (STEERFAST_TRACE). Afterwards every line, every token, every score and every end must be what transformers
 makes of that text by plain hooks (`vllm_truth.py`), and every hundredth request, asked again on its own, must get the same
-answer. None lost, nothing left in the server, memory flat. The model is a tiny Llama with random weights, made here; the plugin does not know.
+answer. None lost, nothing left in the server, memory flat. The model is a tiny Llama with random weights, made here; the plugin
+does not know.
 """
 
 from __future__ import annotations

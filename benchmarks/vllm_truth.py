@@ -101,6 +101,7 @@ class Found(NamedTuple):
     """What a text must have given."""
 
     scores: dict[str, Tensor]  # probe -> (n, m)
+    opened: dict[str, Tensor]  # gate -> bool (n,)
     wrong: list[str]  # gates that decided otherwise
     decided: int
     unsure: int
@@ -145,9 +146,8 @@ class Truth:
             seen: What an engine has decided: gate -> position -> open. A gate is a plan, a place, a number in its list. What it
                 says counts where a score is too close to a level, and is compared elsewhere.
         """
-        found = Found({}, [], 0, 0, torch.empty(0))
-        counts = [0, 0]
-        opened: dict[str, Tensor] = {}
+        found = Found({}, {}, [], 0, 0, torch.empty(0))
+        counts, opened = [0, 0], found.opened
         gates = {
             f"{plan}/{site}.{layer}/{i}": edit.gate
             for plan, *_ in steered

@@ -343,6 +343,22 @@ def test_scores_reach_the_answer_once_each_and_a_missing_one_is_seen(library: Pr
     assert len(single["linear"]) == 0
 
 
+def test_a_request_that_ended_in_its_prompt_is_told_what_was_read_of_it(library: ProbeLibrary) -> None:
+    reading = read_probes({"steer_read": "linear", "steer_read_what": "tokens"}, library, None)
+    assert reading is not None
+    desk = Desk()
+    desk.note(("a", 0, np.arange(4, dtype=np.float32)[:, None]))
+    first = desk.message("a", reading)
+    assert first is not None
+    answer = Answer(first["reading"])
+    answer.add(first["rows"])
+    found, single = answer.finish(range(9), 9)
+    assert found["linear"]["scores"] == [0.0, 1.0, 2.0, 3.0]
+    assert found["linear"]["positions"] == [0, 1, 2, 3]
+    assert single["linear"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert answer.finish(range(10), 9)[0]["linear"] == {"tokens": 0, "missing": 5}, "with a token, its prompt was read"
+
+
 @pytest.mark.parametrize("positions", ["all", "3:6", "generated", "last", "ids:7", "after:ids:7"])
 def test_a_limit_is_crossed_by_tokens_that_are_read_and_no_others(library: ProbeLibrary, positions: str) -> None:
     draw = random.Random(positions)

@@ -12,7 +12,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,6 @@ def patch(observe: Observe) -> None:
         observe: Called where a request ends, with a probe's name and the scores that were read.
     """
     wrap(resolve(SCHEDULER), "update_from_output", _update)
-    wrap(resolve(SCHEDULER), "_update_request_with_output", _end_crossed)
     wrap(resolve(STATE), "make_request_output", partial(_make_output, observe))
 
 
@@ -102,9 +102,10 @@ def _update(
                 request.steerfast_crossed = reading.crossed(
                     first, scores, request.all_token_ids, request.num_prompt_tokens
                 )
-    with desk.open():
+    limited = [name for name, reading in readings.items() if reading.limits]
+    with desk.open(), _ending() if limited else nullcontext():
         outputs = original(scheduler, scheduler_output, model_runner_output, *args)
-        _end_unfinished(scheduler, [name for name, reading in readings.items() if reading.limits], outputs)
+        _end_unfinished(scheduler, limited, outputs)
         for sent in outputs.values():
             for output in sent.outputs:
                 if output.request_id not in readings:
@@ -122,15 +123,27 @@ def _reading(scheduler: Any, request: Any) -> Reading:
     return request.steerfast_reading
 
 
-def _end_crossed(
-    original: Callable[..., Any], scheduler: Any, request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any
-) -> Any:
-    """A request that has crossed a limit ends with the token that crossed it: what that has produced comes after it."""
-    crossed = getattr(request, "steerfast_crossed", None)
-    if crossed is None:
-        return original(scheduler, request, new_token_ids, *args, **kwargs)
-    request.status, request.stop_reason = resolve(STATUS).FINISHED_STOPPED, f"steer_abort: {crossed}"
-    return [], True
+@contextmanager
+def _ending() -> Iterator[None]:
+    """A request that has crossed a limit ends with the token that crossed it: what that has produced comes after it.
+
+    The method is called for every request of every step; where none has limits it is vLLM's own.
+    """
+    owner = resolve(SCHEDULER)
+    original = owner._update_request_with_output
+
+    def end_crossed(scheduler: Any, request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any) -> Any:
+        crossed = getattr(request, "steerfast_crossed", None)
+        if crossed is None:
+            return original(scheduler, request, new_token_ids, *args, **kwargs)
+        request.status, request.stop_reason = resolve(STATUS).FINISHED_STOPPED, f"steer_abort: {crossed}"
+        return [], True
+
+    owner._update_request_with_output = end_crossed
+    try:
+        yield
+    finally:
+        owner._update_request_with_output = original
 
 
 def _end_unfinished(scheduler: Any, names: list[str], outputs: dict[int, Any]) -> None:

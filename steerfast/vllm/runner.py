@@ -64,6 +64,8 @@ class Steered:
         self._requests: dict[str, tuple[Part, ...]] = {}
         self._names: dict[int, str] = {}  # slot -> plan
         self._loaded = False  # since the last step
+        self.busy = False
+        """Whether a step has anything to write or to take: a request is steered or reads, or was in the step before."""
         self._trace_file = os.environ.get(TRACE)
         self._lines: list[tuple[str, int, list[Any]]] = []  # of the running step: request, token of the batch, line
         wanted: dict[tuple[str, int], list[Any]] = {}
@@ -105,6 +107,7 @@ class Steered:
                 for (slot, *_), tokens in zip(part.served.runs(numbers), part.served.columns, strict=True):
                     pieces = (Piece(0, min(tokens, prompt)),) if tokens else where
                     owners += [Owner(slot, part.strength, *piece) for piece in pieces]
+        self.busy = self.busy or bool(parts) or wanted is not None
         if parts:
             self._requests[request] = parts
         self.table.put(request, owners)
@@ -124,7 +127,8 @@ class Steered:
     def step(
         self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int, ids: Tensor | None = None
     ) -> None:
-        """Before a batch runs: send what has changed to the device and write its row table."""
+        """Before a batch runs: send what has changed to the device and write its row table. Only where steering is `busy`."""
+        self.busy = bool(self._requests) or bool(self.readers)
         if self._loaded:
             for place in self.places.places.values():
                 place.bank.commit()

@@ -348,14 +348,17 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
             steered[0].start(new.req_id, new.prompt_len, served.parts(new.sampling_params), wanted)
 
     def update_states(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        steered[0].end(scheduler_output.finished_req_ids)
-        begin(scheduler_output)
+        if scheduler_output.finished_req_ids:
+            steered[0].end(scheduler_output.finished_req_ids)
+        if scheduler_output.scheduled_new_reqs:
+            begin(scheduler_output)
         return original(scheduler_output, *args, **kwargs)
 
     def prepare_v1(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(scheduler_output, *args, **kwargs)
-        tokens, starts = scheduler_output.total_num_scheduled_tokens, runner.query_start_loc.gpu
-        steered[0].step(runner.input_batch.req_ids, starts, runner.positions, tokens, runner.input_ids.gpu)
+        if steered[0].busy:
+            tokens, starts = scheduler_output.total_num_scheduled_tokens, runner.query_start_loc.gpu
+            steered[0].step(runner.input_batch.req_ids, starts, runner.positions, tokens, runner.input_ids.gpu)
         return result
 
     def finish_requests(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -369,12 +372,13 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
 
     def prepare_v2(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batch = original(*args, **kwargs)
-        steered[0].step(batch.req_ids, batch.query_start_loc, batch.positions, batch.num_tokens, batch.input_ids)
+        if steered[0].busy:
+            steered[0].step(batch.req_ids, batch.query_start_loc, batch.positions, batch.num_tokens, batch.input_ids)
         return batch
 
     def sample_tokens(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        taken = steered[0].take()
+        taken = steered[0].take() if steered[0].busy else None
         return result if taken is None else read_seams.with_scores(result, taken)
 
     added: dict[str, Callable[..., Any]] = {"load_model": load_model, "sample_tokens": sample_tokens}

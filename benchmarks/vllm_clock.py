@@ -1,0 +1,137 @@
+"""CPU time that an engine's steps spend in what steering and reading add: host functions and ops, apart from vLLM's own.
+
+Everything that the plugin puts around a method of vLLM is timed without that method, the op of every place with what it costs to
+be called from the graph, and an SAE's encode apart from the rest of its op. The clock is that of the thread, which stands still
+while other work has the core; what reading it takes is measured first and subtracted.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+_now = time.thread_time_ns
+HOST, OP, ENCODE, THEIRS = "host", "op", "encode", "theirs"
+
+
+class Clock:
+    """Nanoseconds by kind of what runs: `HOST`, `OP`, within it `ENCODE`, and `THEIRS`; a change of kind ends what was before."""
+
+    def __init__(self) -> None:
+        self._kinds = [THEIRS]
+        self._last = _now()
+        self.spent = dict.fromkeys((HOST, OP, ENCODE, THEIRS), 0.0)
+        self.calls = dict.fromkeys(self.spent, 0)
+        self.steps: list[dict[str, float]] = []
+        self._bias = 0.0
+        self._bias = statistics.median(self._empty() for _ in range(200))
+        self.dispatch = 0.0
+
+    def _empty(self) -> float:
+        self.reset()
+        self.timed(HOST, lambda: None)()
+        return self.spent[HOST]
+
+    def reset(self) -> None:
+        """Forget what was spent."""
+        self._last = _now()
+        for kind in self.spent:
+            self.spent[kind], self.calls[kind] = 0.0, 0
+
+    def _turn(self) -> None:
+        now = _now()
+        self.spent[self._kinds[-1]] += now - self._last
+        self._last = now
+
+    def timed(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The call, what it takes counted as this kind, but for what is of another kind within it."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._turn()
+            self._kinds.append(kind)
+            self.calls[kind] += 1
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._turn()
+                self._kinds.pop()
+
+        return run
+
+    def around(self, addition: Callable[..., Any]) -> Callable[..., Any]:
+        """An addition to a method, whose first argument is that method: of it the addition alone."""
+
+        def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return addition(self.timed(THEIRS, original), *args, **kwargs)
+
+        return self.timed(HOST, run)
+
+    def seconds(self, kind: str) -> float:
+        """What was spent on a kind, without what it takes to look at the clock."""
+        found = self.spent[kind] - self._bias * self.calls[kind]
+        return 1e-9 * (found + (self.dispatch * self.calls[OP] if kind == OP else 0.0))
+
+    def step(self, original: Callable[[], Any]) -> Callable[[], Any]:
+        """An engine's step, of which it writes down what was spent on what."""
+
+        def run() -> Any:
+            self.reset()
+            result = original()
+            self._turn()
+            self.steps.append({kind: self.seconds(kind) for kind in self.spent})
+            return result
+
+        return run
+
+
+def before_vllm() -> Clock:
+    """A clock around all that the plugin will put around methods of classes, and around its ops."""
+    from steerfast import ops
+    from steerfast.vllm import edits, read_seams, seams
+
+    clock = Clock()
+    for module in (seams, read_seams):
+        wrap = module.wrap
+        module.wrap = lambda owner, name, addition, wrap=wrap: wrap(owner, name, clock.around(addition))  # type: ignore[misc,attr-defined]
+    clock.dispatch = _dispatch(edits)
+    edits.Places.edit_ = clock.timed(OP, edits.Places.edit_)  # type: ignore[method-assign]
+    ops.sae_encode = clock.timed(ENCODE, ops.sae_encode)  # type: ignore[assignment]
+    return clock
+
+
+def around_engine(clock: Clock, llm: Any) -> None:
+    """The same around the methods of its runner, and its steps told apart."""
+    engine = llm.llm_engine
+    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    for name, held in list(vars(runner).items()):
+        if isinstance(held, functools.partial) and held.func.__module__ == "steerfast.vllm.seams":
+            setattr(runner, name, functools.partial(clock.around(held.func), *held.args))
+    engine.step = clock.step(engine.step)
+
+
+def _dispatch(edits: Any) -> float:
+    """Nanoseconds by which an idle op, called as a graph calls it, takes longer than the function behind it."""
+    from steerfast.vllm.table import RowTable
+
+    places = edits.Places({}, RowTable(16, torch.device("cpu")))
+    context = SimpleNamespace(no_compile_layers={edits.CONTEXT: places})
+    edits.find_places_with(lambda: context.no_compile_layers)
+    stream = torch.zeros(16, 64)
+
+    def taken(call: Callable[..., Any]) -> float:
+        def once() -> float:
+            begin = _now()
+            for _ in range(100):
+                call(stream, stream, "resid_post.0")
+            return (_now() - begin) / 100
+
+        return min(once() for _ in range(100))
+
+    with torch.inference_mode():
+        return taken(torch.ops.steerfast.engine_edit_.default) - taken(places.edit_)
