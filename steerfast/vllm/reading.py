@@ -115,7 +115,7 @@ class Readers:
                 self._read = gated.union(*(reader.places for _, reader in self._here))
                 self.reading = bool(self._read)
         if self._here:
-            self._running = Step(self._here, starts, positions, tokens)
+            self._running = Step(self._here, starts, positions, tokens, tokens == len(batch[0]))
 
     def write(self, x: Tensor, hidden: Tensor | None, place: str, after: bool) -> None:
         """What the probes of a place find in the stream x (n, d), or in hidden + x."""
@@ -131,12 +131,16 @@ class Readers:
 
 
 class Step(NamedTuple):
-    """A running step: its requests that read, with their number in the batch, and where its tokens stand."""
+    """A running step: its requests that read, with their number in the batch, and where its tokens stand.
+
+    Most steps decode: `single` says that every request has one token.
+    """
 
     here: Sequence[tuple[int, Reader]]
     starts: Tensor
     positions: Tensor
     tokens: int
+    single: bool
 
 
 class Taken:
@@ -148,7 +152,7 @@ class Taken:
     """
 
     def __init__(self, step: Step, scores: Tensor) -> None:
-        self._here = step.here
+        self._here, self._single = step.here, step.single
         parts = scores[: step.tokens], step.positions[: step.tokens], step.starts
         self._done: torch.cuda.Event | None = None
         if scores.device.type == "cuda":
@@ -163,14 +167,21 @@ class Taken:
         if self._done is not None:
             self._done.synchronize()
         scores, positions, starts = (part.numpy() for part in self._parts)
+        asked = {reader.columns for _, reader in self._here}
+        picked = {columns: scores[:, columns] for columns in asked}  # many requests read the same
+        if self._single:
+            where = positions.tolist()
+            return [
+                (name, where[i], picked[columns][i : i + 1])
+                if where[i] >= first
+                else (name, where[i] + 1, picked[columns][:0])
+                for i, (name, first, columns, _) in self._here
+            ]
         bounds = starts[: self._here[-1][0] + 2].tolist()
         begin = positions[bounds[:-1]].tolist()
-        picked: dict[tuple[int, ...], np.ndarray] = {}  # many requests read the same
         found: list[Rows] = []
         for i, reader in self._here:
             first, stop = bounds[i], bounds[i + 1]
-            if reader.columns not in picked:
-                picked[reader.columns] = scores[:, reader.columns]
             skipped = min(max(reader.first - begin[i], 0), stop - first)
             found.append((reader.name, begin[i] + skipped, picked[reader.columns][first + skipped : stop]))
         return found
