@@ -52,6 +52,7 @@ class Clock:
     def timed(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """The call, what it takes counted as this kind, but for what is of another kind within it."""
 
+        @functools.wraps(call)  # whose arguments are looked at
         def run(*args: Any, **kwargs: Any) -> Any:
             self._turn()
             self._kinds.append(kind)

@@ -37,6 +37,7 @@ from steerfast.files.replace import replace_file
 from steerfast.models import demo as demo_model
 
 BASE = "disabled"
+WALL = "wall time"
 ON_CPU = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -199,7 +200,7 @@ def measure(args: argparse.Namespace, plans: Path) -> list[Row]:
                 arms: list[Arm | str] = [*TWICE, *LOADS[name].arms]
                 done = {str(arm): run(engines, arm, name) for arm in random.sample(arms, len(arms))}
                 if number >= 0:
-                    keep(rows[name], done, LOADS[name].arms[-1], args)
+                    keep(rows[name], done, LOADS[name].arms[-1])
                     keep_steps(rows[name], done)
                     write(rows[name], args)
                 print(f"round {number + 1} of {args.rounds}, {name}", file=sys.stderr)
@@ -208,7 +209,8 @@ def measure(args: argparse.Namespace, plans: Path) -> list[Row]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for engine in engines.values():
-            os.killpg(engine.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has failed
+                os.killpg(engine.pid, signal.SIGKILL)
             engine.wait()
     return [*rows.values()]
 
@@ -217,7 +219,7 @@ def new_row(name: str, args: argparse.Namespace) -> Row:
     arms = [str(arm) for arm in LOADS[name].arms]
     return {
         "case": f"vllm {name.replace('-', ' batch=')}", "suite": "engines", "status": "ok",
-        "clock": "wall time" if args.wall else "CPU time of the process", "times": {}, "walls": {}, "missing": {},
+        "clock": WALL if args.wall else "CPU time of the process", "times": {}, "walls": {}, "missing": {},
         "load": {**LOADS[name]._asdict(), "arms": arms}, "dtype": args.dtype, "compiled": not args.eager,
         "run": here("cuda" if args.wall else "cpu"),
     }  # fmt: skip
@@ -256,9 +258,9 @@ def run(engines: dict[str, Any], arm: Arm | str, load: str) -> Row:
     return ask(engines["steered"], load, [arm.steer(i, batch) for i in range(batch)])
 
 
-def keep(row: Row, done: dict[str, Row], main_arm: Arm, args: argparse.Namespace) -> None:
+def keep(row: Row, done: dict[str, Row], main_arm: Arm) -> None:
     """Add a round to the row."""
-    for kind, unit in (("times", "wall" if args.wall else "cpu"), ("walls", "wall")):
+    for kind, unit in (("times", "wall" if row["clock"] == WALL else "cpu"), ("walls", "wall")):
         taken = {arm: found[unit] for arm, found in done.items()}
         taken[BASE] = statistics.mean(taken[name] for name in TWICE)
         taken["ours"] = taken[str(main_arm)]
