@@ -6,7 +6,7 @@
 | engine core: `Scheduler.update_from_output` | they go into the outputs of their requests, as `kv_transfer_params` |
 | engine core: `Scheduler._update_request_with_output` | a request that has crossed a limit ends, and its new token is dropped |
 | front end: `RequestState.make_request_output` | they are collected; with the last output the answer takes their place |
-| API server: the generators of streams | the answer goes into the last chunk, where a release does not put it there |
+| API server: the generators of streams | the answer, and an end without tokens, go into the last chunk, where a release leaves them out |
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ def patch(observe: Observe) -> None:
 
 
 def patch_streams() -> None:
-    """Let streams say that a request has ended in its prompt, and carry the answer in a release that does not do so itself."""
+    """Put the answer into streams, and the end of a request in its prompt, of a release that does neither itself."""
     for generator, response in STREAMS.items():
         owner, _, method = generator.rpartition(".")
-        wrap(resolve(owner), method, partial(_stream, ANSWER_FIELD not in resolve(response).model_fields))
+        if ANSWER_FIELD not in resolve(response).model_fields:
+            wrap(resolve(owner), method, _stream)
 
 
 def unanswered(request: Any) -> str:
@@ -212,22 +213,22 @@ def _finish(observe: Observe, state: Any, answer: Answer) -> Any:
 
 
 class _NoTokens(list[int]):
-    """The tokens of a request that has ended before its first: of what is false a stream leaves out the reason, too."""
+    """The tokens of a request that has ended before its first: 0.32 streams no reason beside what is false."""
 
     def __bool__(self) -> bool:
         return True
 
 
 async def _stream(
-    carries: bool, original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
+    original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
 ) -> AsyncIterator[str]:
-    """The chunks of a stream; where we carry the scores, the first that says why it ended, once they are there, has them."""
+    """The chunks of a stream; the first that says why it ended, once the scores are there, carries them."""
     found: list[dict[str, Any]] = []
 
     async def watched(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for result in results:
             output = result[1] if isinstance(result, tuple) else result
-            if carries and output.kv_transfer_params is not None:
+            if output.kv_transfer_params is not None:
                 found.append(output.kv_transfer_params)
             for sample in output.outputs:
                 if sample.finish_reason is not None and not sample.token_ids:
