@@ -234,6 +234,7 @@ def reading() -> dict[str, float]:
                 places.edit_(stream, hidden, f"resid_post.{i}")
 
         with torch.inference_mode():
+            ops()  # what a step reads when it has run is there
             found[f"read_{count}_host"] = show(f"scores, {REQUESTS} requests read {count} probes, host", host)
             found[f"read_{count}_ops"] = show(f"scores, {REQUESTS} requests read {count} probes, {LAYERS} places", ops)
     return found

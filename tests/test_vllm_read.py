@@ -111,7 +111,7 @@ class Engine:
         """Nothing of any request is left."""
         self.run([("once more", None)], tokens=2)
         left = (len(self.core.scheduler.steerfast_desk), self.steered.reading, self.steered.held, self.steered.steered)
-        return left == (0, 0, 0, 0) and not self.core.scheduler.requests and not self.steered.readers.reading
+        return left == (0, 0, 0, 0) and not self.core.scheduler.requests and not self.steered.readers.at
 
 
 @pytest.fixture(scope="module")

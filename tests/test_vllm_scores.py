@@ -207,7 +207,7 @@ def test_each_request_gets_the_rows_of_its_own_tokens(seed: int) -> None:
         )
         tokens = len(positions)
         readers.begin(batch, starts, torch.cat([positions, torch.zeros(9, dtype=torch.int64)]), tokens)
-        assert readers.reading == any(name in wanted for name in batch)
+        assert bool(readers.at) == any(name in wanted for name in batch)
         streams = torch.randn(LAYERS, 2, tokens + 3, D)  # padded, before and after
         before = readers.scores.clone()
         for layer in range(LAYERS):

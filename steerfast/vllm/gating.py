@@ -22,7 +22,7 @@ from steerfast.place import Place
 from steerfast.probes.probe import Probe
 
 from .plans import Chains, gate_place
-from .probes import ServedProbe
+from .probes import GATE, ServedProbe
 
 ROWS = 1 << 14
 """Requests with gates that can be in flight, preempted ones among them."""
@@ -254,4 +254,4 @@ def _gates(
 
 
 def _name(number: int) -> str:
-    return f"/{number}"
+    return f"{GATE}{number}"

@@ -6,7 +6,7 @@
 | engine core: `Scheduler.update_from_output` | they go into the outputs of their requests, as `kv_transfer_params` |
 | engine core: `Scheduler._update_request_with_output` | a request that has crossed a limit ends, and its new token is dropped |
 | front end: `RequestState.make_request_output` | they are collected; with the last output the answer takes their place |
-| API server: the generators of streams | the answer, and an end without tokens, where a release leaves them out of the last chunk |
+| API server: the generators of streams | the answer, and an end without tokens, where a release leaves them out |
 """
 
 from __future__ import annotations
