@@ -29,17 +29,21 @@ class Clock:
         self.spent = dict.fromkeys((HOST, OP, ENCODE, THEIRS), 0.0)
         self.calls = dict.fromkeys(self.spent, 0)
         self.steps: list[dict[str, float]] = []
-        self._bias = 0.0
-        self._bias = statistics.median(self._empty() for _ in range(200))
+        addition = functools.partial(self.around(lambda original: original()), _nothing)
+        self._bias = {
+            HOST: statistics.median(self._taken(HOST, addition) for _ in range(200)),
+            OP: statistics.median(self._taken(OP, self.timed(OP, _nothing)) for _ in range(200)),
+            THEIRS: 0.0,
+        }
+        self._bias[ENCODE] = self._bias[OP]
         self.dispatch = 0.0
 
-    def _empty(self) -> float:
-        """What looking at the clock takes around an addition that does nothing."""
-        call = self.around(lambda original: original())
-        call(_nothing)
+    def _taken(self, kind: str, call: Callable[[], Any]) -> float:
+        """What looking at the clock takes around what does nothing."""
+        call()
         self.reset()
-        call(_nothing)
-        return self.spent[HOST]
+        call()
+        return self.spent[kind]
 
     def reset(self) -> None:
         """Forget what was spent."""
@@ -82,7 +86,7 @@ class Clock:
 
     def seconds(self, kind: str) -> float:
         """What was spent on a kind, without what it takes to look at the clock."""
-        found = self.spent[kind] - self._bias * self.calls[kind]
+        found = self.spent[kind] - self._bias[kind] * self.calls[kind]
         return 1e-9 * (found + (self.dispatch * self.calls[OP] if kind == OP else 0.0))
 
     def step(self, original: Callable[[], Any]) -> Callable[[], Any]:

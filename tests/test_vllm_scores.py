@@ -184,6 +184,33 @@ def test_one_product_finds_what_each_probe_finds_alone() -> None:
         assert torch.allclose(got, wanted.reshape(7, -1), atol=1e-5), name
 
 
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_of_a_place_only_what_is_read_is_computed(tokens: int) -> None:
+    """Few tokens or many: an SAE at the place of a row costs nobody who reads the row."""
+    loaded = {name: probe.at(2) for name, probe in probes().items()}
+    columns = served(loaded)
+    readers = Readers(columns, loaded, 256, torch.device("cpu"))
+    readers.scores.fill_(math.nan)
+    readers.start("a", Wanted((columns["linear"], columns["logistic"]), 0))
+    x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        readers.begin(["a"], torch.tensor([0, tokens]), torch.arange(tokens), tokens)
+        readers.write(x / 4, 3 * x / 4, "resid_post.2", False)
+        taken = readers.take()
+        assert taken is not None
+        ((_, _, rows),) = taken.rows()
+        wanted = torch.stack([loaded[name](x) for name in ("linear", "logistic")], 1)
+        assert torch.allclose(torch.from_numpy(rows), wanted, atol=1e-5)
+    others = [
+        name
+        for name, probe in loaded.items()
+        if not isinstance(probe, (sf.probes.LinearProbe, sf.probes.LogisticProbe))
+    ]
+    assert others
+    for one in (columns[name] for name in others):
+        assert readers.scores[:, one.column : one.column + one.columns].isnan().all(), one.name
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_each_request_gets_the_rows_of_its_own_tokens(seed: int) -> None:
     """Random batches in which requests come, go, stand elsewhere and take several tokens; nobody reads in some of them."""
