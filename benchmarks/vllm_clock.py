@@ -1,7 +1,7 @@
 """CPU time that an engine's steps spend in what steering and reading add: host functions and ops, apart from vLLM's own.
 
 Everything that the plugin puts around a method of vLLM is timed without that method, the op of every place with what it costs to
-be called from the graph, and an SAE's encode apart from the rest of its op. The clock is that of the thread, which stands still
+call it from the graph, and an SAE's encode apart from the rest of its op. The clock is that of the thread, which stands still
 while other work has the core; what reading it takes is measured first and subtracted.
 """
 
@@ -11,7 +11,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ class Clock:
             THEIRS: 0.0,
         }
         self._bias[ENCODE] = self._bias[OP]
-        self.dispatch = 0.0
 
     def _taken(self, kind: str, call: Callable[[], Any]) -> float:
         """What looking at the clock takes around what does nothing."""
@@ -86,8 +84,7 @@ class Clock:
 
     def seconds(self, kind: str) -> float:
         """What was spent on a kind, without what it takes to look at the clock."""
-        found = self.spent[kind] - self._bias[kind] * self.calls[kind]
-        return 1e-9 * (found + (self.dispatch * self.calls[OP] if kind == OP else 0.0))
+        return 1e-9 * (self.spent[kind] - self._bias[kind] * self.calls[kind])
 
     def step(self, original: Callable[[], Any]) -> Callable[[], Any]:
         """An engine's step, of which it writes down what was spent on what."""
@@ -96,6 +93,8 @@ class Clock:
             self.reset()
             result = original()
             self._turn()
+            if not self.calls[OP] and result:
+                raise RuntimeError("vllm_clock: the graph calls the op by another name")
             self.steps.append({kind: self.seconds(kind) for kind in self.spent})
             return result
 
@@ -106,47 +105,25 @@ def _nothing() -> None: ...
 
 
 def before_vllm() -> Clock:
-    """A clock around all that the plugin will put around methods of classes, and around its ops."""
+    """A clock around all that the plugin will put around methods of classes, and around encodes."""
     from steerfast import ops
-    from steerfast.vllm import edits, read_seams, seams
+    from steerfast.vllm import read_seams, seams
 
     clock = Clock()
     for module in (seams, read_seams):
         wrap = module.wrap
         module.wrap = lambda owner, name, addition, wrap=wrap: wrap(owner, name, clock.around(addition))  # type: ignore[misc,attr-defined]
-    clock.dispatch = _dispatch(edits)
-    edits.Places.edit_ = clock.timed(OP, edits.Places.edit_)  # type: ignore[method-assign]
     ops.sae_encode = clock.timed(ENCODE, ops.sae_encode)  # type: ignore[assignment]
     return clock
 
 
 def around_engine(clock: Clock, llm: Any) -> None:
-    """The same around the methods of its runner, and its steps told apart."""
+    """The same around the methods of its runner and around the op as its compiled graph calls it, and its steps told apart."""
     engine = llm.llm_engine
     runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     for name, held in list(vars(runner).items()):
         if isinstance(held, functools.partial) and held.func.__module__ == "steerfast.vllm.seams":
             setattr(runner, name, functools.partial(clock.around(held.func), *held.args))
+    packet = torch.ops.steerfast.engine_edit_
+    packet.default = clock.timed(OP, packet.default)
     engine.step = clock.step(engine.step)
-
-
-def _dispatch(edits: Any) -> float:
-    """Nanoseconds by which an idle op, called as a graph calls it, takes longer than the function behind it."""
-    from steerfast.vllm.table import RowTable
-
-    places = edits.Places({}, RowTable(16, torch.device("cpu")))
-    context = SimpleNamespace(no_compile_layers={edits.CONTEXT: places})
-    edits.find_places_with(lambda: context.no_compile_layers)
-    stream = torch.zeros(16, 64)
-
-    def taken(call: Callable[..., Any]) -> float:
-        def once() -> float:
-            begin = _now()
-            for _ in range(100):
-                call(stream, stream, "resid_post.0")
-            return (_now() - begin) / 100
-
-        return min(once() for _ in range(100))
-
-    with torch.inference_mode():
-        return taken(torch.ops.steerfast.engine_edit_.default) - taken(places.edit_)
