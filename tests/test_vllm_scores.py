@@ -239,8 +239,11 @@ def test_each_request_gets_the_rows_of_its_own_tokens(seed: int) -> None:
         before = readers.scores.clone()
         for layer in range(LAYERS):
             for after in (False, True):
-                x = streams[layer, int(after)]
-                readers.write(x / 4, 3 * x / 4, f"resid_post.{layer}", after)
+                x, hidden = streams[layer, int(after)] / 4, 3 * streams[layer, int(after)] / 4
+                untouched = x.clone(), hidden.clone()
+                readers.write(x, hidden, f"resid_post.{layer}", after)
+                assert torch.equal(x, untouched[0]), "what reads writes nothing"
+                assert torch.equal(hidden, untouched[1])
         taken = readers.take()
         assert (taken is None) == (not any(name in wanted for name in batch))
         if taken is None:

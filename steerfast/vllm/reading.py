@@ -164,7 +164,7 @@ class Readers:
         if self._shelf is not None and where in self._later:
             self._shelf.keep(self._later[where], x, hidden)
         if where in self._now:
-            stream = x.float() if hidden is None else x.float().add_(hidden)
+            stream = x.float() if hidden is None else x.float() + hidden
             for unit in self._now[where]:
                 unit.write(stream, self.scores[: len(x)])
 
