@@ -14,6 +14,7 @@ bar. What is compared is one of
     copy              bytes of the case per second, over the measured copy
     memory: A | B     memory that a call of A takes over that of B, or over a size that the case states
     value: KEY        a figure that the case names
+    added: KEY        one that the steps of an engine name, round by round
 
 A bar without a row is "not measured yet", and so is one whose calls should have been captured in a graph and could not be.
 Exit code 1 where a measured bar is missed.
@@ -96,6 +97,8 @@ def samples(row: Row, measure: str, rows: Rows | None = None) -> list[float]:
         return [row["memory"][names[0]] / row["memory"][names[1]]]
     if kind == "value":
         return [float(row["values"][names[0]])]
+    if kind == "added":
+        return list(row["added"][rest.strip()])
     raise ValueError(f"bars: unknown measure {measure!r}; see the head of this file")
 
 

@@ -7,7 +7,9 @@ once, in random order, and the unsteered engine twice; a ratio is the median ove
 with a 95 % interval, and the two of them show the noise. Times are CPU time of the engine's process with one
 thread, the steadier measure on a machine that does other work; wall time is in the raw row. Rows are written after every
 round, and nothing starts that --minutes would not let end: the first start of an engine compiles and takes longest, later
-ones find the graph in vLLM's cache. Needs an environment with vLLM; on a GPU give --wall, since CPU time says little there.
+ones find the graph in vLLM's cache. Beside the ratios of "reads" stands what its steps spent in our functions and ops over what
+they spent in all others, by the clock of their thread (`vllm_clock.py`), which says more than a ratio within its noise.
+Needs an environment with vLLM; on a GPU give --wall, since CPU time says little there.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import vllm_clock
 from lab.pairs import interval, paired
 from lab.rows import circumstances
 
@@ -34,6 +37,7 @@ from steerfast.files.replace import replace_file
 from steerfast.models import demo as demo_model
 
 BASE = "disabled"
+WALL = "wall time"
 ON_CPU = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -45,11 +49,11 @@ TWICE = (f"{BASE}, first", f"{BASE}, second")
 class Arm(NamedTuple):
     """Which share of the rows is steered, by which kind of plan, and how many distinct ones of it the batch holds.
 
-    Or it reads: probes of which kind, and how many of them every row reads.
+    Or it reads: probes of which kind, and how many of them every row reads; a gated plan is one behind a condition.
     """
 
     share: float
-    kind: str  # "one layer", "all layers" or "all layers, rank 8"; "reads"
+    kind: str  # "one layer", "all layers", "all layers, rank 8" or "one layer, gated"; "reads" or "top 32 of 8192"
     configurations: int
 
     def __str__(self) -> str:
@@ -57,6 +61,8 @@ class Arm(NamedTuple):
             return "idle"
         if self.kind == READS:
             return f"{self.share * 100:.0f} %, read {self.configurations} probes"
+        if self.kind == TOP:
+            return f"{self.share * 100:.0f} %, read {TOP}"
         return f"{self.share * 100:.0f} %, {self.kind}, {self.configurations} configurations"
 
     def steer(self, i: int, batch: int) -> dict[str, Any] | None:
@@ -65,6 +71,8 @@ class Arm(NamedTuple):
             return None
         if self.kind == READS:
             return {"steer_read": [f"{READS}-{j}" for j in range(self.configurations)]}
+        if self.kind == TOP:
+            return {"steer_read": TOP, "steer_read_what": "tokens"}
         return {"steer": f"{self.kind}-{i % self.configurations}", "steer_strength": 1.0 + 0.01 * i}
 
 
@@ -77,7 +85,8 @@ class Load(NamedTuple):
     arms: tuple[Arm, ...]
 
 
-ONE, ALL, RANK, READS = "one layer", "all layers", "all layers, rank 8", "reads"
+ONE, ALL, RANK, GATED, READS = "one layer", "all layers", "all layers, rank 8", "one layer, gated", "reads"
+TOP = "top 32 of 8192"
 PROBED = 30
 """Probes that there are, spread over all layers: of the default model one for each."""
 IDLE = Arm(0.0, ONE, 1)
@@ -86,8 +95,12 @@ LOADS = {
         16, 16, 24,
         (
             IDLE, Arm(0.25, ONE, 1), Arm(0.25, ALL, 1), Arm(1.0, ONE, 1), Arm(1.0, RANK, 1), Arm(1.0, ALL, 16),
-            Arm(1.0, READS, 1), Arm(1.0, READS, PROBED), Arm(1.0, ALL, 1),
+            Arm(1.0, ALL, 1),
         ),
+    ),
+    "reads-16": Load(
+        16, 16, 24,
+        (IDLE, Arm(1.0, READS, PROBED), Arm(1.0, TOP, 1), Arm(1.0, ONE, 1), Arm(1.0, GATED, 1), Arm(1.0, READS, 1)),
     ),
     "prefill-16": Load(
         16, 96, 2,
@@ -118,28 +131,37 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
     with tempfile.TemporaryDirectory() as folder:
-        save_plans(Path(folder), args.model)
-        save_probes(Path(folder) / READS, args.model)
+        save_plans(Path(folder), args)
+        save_probes(Path(folder), args.model)
         rows = measure(args, Path(folder))
     for row in rows:
         report(row)
     return 0 if all(row["times"] for row in rows) else 1
 
 
-def save_plans(folder: Path, model: str) -> None:
-    """One addition in the middle layer, one in every layer, or an ablation of rank 8 in every layer; all different."""
+def save_plans(folder: Path, args: argparse.Namespace) -> None:
+    """One addition in the middle layer, one in every layer, or an ablation of rank 8 in every layer; all different.
+
+    And the first of them behind a condition that every token meets.
+    """
     import torch
     from transformers import AutoConfig
 
     import steerfast as sf
 
     torch.manual_seed(0)
-    config: Any = AutoConfig.from_pretrained(model).get_text_config()
+    config: Any = AutoConfig.from_pretrained(args.model).get_text_config()
     layers, width = config.num_hidden_layers, config.hidden_size
-    arms = [arm for load in LOADS.values() for arm in load.arms]
-    count = {kind: max(arm.configurations for arm in arms if arm.kind == kind) for kind in (ONE, ALL, RANK)}
+    arms = [arm for name in args.loads for arm in LOADS[name].arms]
+    count = {
+        kind: max((arm.configurations for arm in arms if arm.kind == kind), default=0) for kind in (ONE, ALL, RANK)
+    }
     for i in range(count[ONE]):
-        sf.Plan({layers // 2: sf.Add(torch.randn(width) / width**0.5)}).save(folder / f"{ONE}-{i}")
+        edit = sf.Add(torch.randn(width) / width**0.5)
+        sf.Plan({layers // 2: edit}).save(folder / f"{ONE}-{i}")
+        if i == 0:
+            met = sf.Condition(sf.probes.LinearProbe(torch.randn(width)), -1e9)
+            sf.Plan({layers // 2: sf.WhenToken(met, edit)}).save(folder / f"{GATED}-0")
     for i in range(count[ALL]):
         sf.Plan({j: sf.Add(torch.randn(width) * 0.1 / width**0.5) for j in range(layers)}).save(folder / f"{ALL}-{i}")
     for i in range(count[RANK]):
@@ -148,7 +170,7 @@ def save_plans(folder: Path, model: str) -> None:
 
 
 def save_probes(folder: Path, model: str) -> None:
-    """One probability in the middle layer, then one in each of the others."""
+    """One probability in the middle layer, then one in each of the others; and what a Top-K SAE of the middle layer selects."""
     import torch
     from transformers import AutoConfig
 
@@ -158,7 +180,11 @@ def save_probes(folder: Path, model: str) -> None:
     layers, width = config.num_hidden_layers, config.hidden_size
     for i in range(PROBED):
         layer = (layers // 2 + i * layers // PROBED) % layers
-        sf.probes.LogisticProbe(torch.randn(width) / width**0.5, place=layer).save(folder / f"{READS}-{i}")
+        sf.probes.LogisticProbe(torch.randn(width) / width**0.5, place=layer).save(folder / READS / f"{READS}-{i}")
+    rows = torch.randn(8192, width) / width**0.5
+    sae = sf.SAE(rows, rows, k=32)
+    sae.save(folder / "saes" / "sae")
+    sf.probes.TopKProbe(sae, place=layers // 2).save(folder / READS / TOP)
 
 
 def measure(args: argparse.Namespace, plans: Path) -> list[Row]:
@@ -174,14 +200,17 @@ def measure(args: argparse.Namespace, plans: Path) -> list[Row]:
                 arms: list[Arm | str] = [*TWICE, *LOADS[name].arms]
                 done = {str(arm): run(engines, arm, name) for arm in random.sample(arms, len(arms))}
                 if number >= 0:
-                    keep(rows[name], done, LOADS[name].arms[-1], args)
+                    keep(rows[name], done, LOADS[name].arms[-1])
+                    keep_steps(rows[name], done)
+                    write(rows[name], args)
                 print(f"round {number + 1} of {args.rounds}, {name}", file=sys.stderr)
     except KeyboardInterrupt:
         print("ended by the clock or a signal: what follows is of the rounds that were finished", file=sys.stderr)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for engine in engines.values():
-            os.killpg(engine.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has failed
+                os.killpg(engine.pid, signal.SIGKILL)
             engine.wait()
     return [*rows.values()]
 
@@ -190,7 +219,7 @@ def new_row(name: str, args: argparse.Namespace) -> Row:
     arms = [str(arm) for arm in LOADS[name].arms]
     return {
         "case": f"vllm {name.replace('-', ' batch=')}", "suite": "engines", "status": "ok",
-        "clock": "wall time" if args.wall else "CPU time of the process", "times": {}, "walls": {}, "missing": {},
+        "clock": WALL if args.wall else "CPU time of the process", "times": {}, "walls": {}, "missing": {},
         "load": {**LOADS[name]._asdict(), "arms": arms}, "dtype": args.dtype, "compiled": not args.eager,
         "run": here("cuda" if args.wall else "cpu"),
     }  # fmt: skip
@@ -211,7 +240,7 @@ def here(place: str) -> Row:
 def start(name: str, plans: Path) -> Any:
     environment = ON_CPU | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     environment |= {"VLLM_PLUGINS": "steerfast" if name == "steered" else "none", "STEERFAST_PLANS": str(plans)}
-    environment["STEERFAST_PROBES"] = str(plans / READS)
+    environment |= {"STEERFAST_PROBES": str(plans / READS), "STEERFAST_SAES": str(plans / "saes")}
     return subprocess.Popen(
         [sys.executable, *sys.argv, "--serve", name],
         env=environment,
@@ -222,21 +251,44 @@ def start(name: str, plans: Path) -> Any:
     )
 
 
-def run(engines: dict[str, Any], arm: Arm | str, load: str) -> dict[str, float]:
+def run(engines: dict[str, Any], arm: Arm | str, load: str) -> Row:
     batch = LOADS[load].batch
     if isinstance(arm, str):
         return ask(engines[BASE], load, [None] * batch)
     return ask(engines["steered"], load, [arm.steer(i, batch) for i in range(batch)])
 
 
-def keep(row: Row, done: dict[str, dict[str, float]], main_arm: Arm, args: argparse.Namespace) -> None:
-    """Add a round to the row and write the row, whole."""
-    for kind, unit in (("times", "wall" if args.wall else "cpu"), ("walls", "wall")):
+def keep(row: Row, done: dict[str, Row], main_arm: Arm) -> None:
+    """Add a round to the row."""
+    for kind, unit in (("times", "wall" if row["clock"] == WALL else "cpu"), ("walls", "wall")):
         taken = {arm: found[unit] for arm, found in done.items()}
         taken[BASE] = statistics.mean(taken[name] for name in TWICE)
         taken["ours"] = taken[str(main_arm)]
         for arm, seconds in taken.items():
             row[kind].setdefault(arm, []).append(seconds)
+
+
+def keep_steps(row: Row, done: dict[str, Row]) -> None:
+    """Add to a row what the steps of a round spent on what, where they were asked: the medians of each arm."""
+    told = {name: found["steps"] for name, found in done.items() if found.get("steps")}
+    if not told:
+        return
+    added = row.setdefault("added", {})
+    share = {}
+    for name, steps in told.items():
+        found = {kind: statistics.median(step[kind] for step in steps) for kind in steps[0]}
+        share[name] = (found["host"] + found["op"] + found["encode"]) / found["theirs"]
+        found["share"] = share[name]
+        if found["encode"]:
+            found["over encode"] = 1 + (found["host"] + found["op"]) / found["encode"]
+        for kind, value in found.items():
+            added.setdefault(f"{name}: {kind}", []).append(float(f"{value:.5g}"))
+    gated, edit = (share[str(Arm(1.0, kind, 1))] for kind in (GATED, ONE))
+    added.setdefault("gated over edit: share", []).append((1 + gated) / (1 + edit) - 1)
+
+
+def write(row: Row, args: argparse.Namespace) -> None:
+    """The row so far, whole."""
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         name = row["case"].replace(" batch=", "-").replace(" ", "-")
@@ -244,7 +296,7 @@ def keep(row: Row, done: dict[str, dict[str, float]], main_arm: Arm, args: argpa
         replace_file(path, (json.dumps(row, separators=(",", ":")) + "\n").encode())
 
 
-def ask(engine: Any, load: str, steering: list[Any]) -> dict[str, float]:
+def ask(engine: Any, load: str, steering: list[Any]) -> Row:
     engine.stdin.write(json.dumps([load, steering]) + "\n")
     engine.stdin.flush()
     for line in engine.stdout:
@@ -255,6 +307,7 @@ def ask(engine: Any, load: str, steering: list[Any]) -> dict[str, float]:
 
 def serve(args: argparse.Namespace) -> None:
     """One engine: reads what each request of a batch asks for, runs the batch, says what it took."""
+    clock = vllm_clock.before_vllm() if args.serve != BASE and "reads-16" in args.loads else None
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -267,6 +320,8 @@ def serve(args: argparse.Namespace) -> None:
         enable_prefix_caching=False,
         gpu_memory_utilization=0.2,
     )
+    if clock is not None:
+        vllm_clock.around_engine(clock, llm)
     for line in sys.stdin:
         name, steering = json.loads(line)
         load = LOADS[name]
@@ -280,7 +335,9 @@ def serve(args: argparse.Namespace) -> None:
         ]
         wall, cpu = time.perf_counter(), time.process_time()
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        taken = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        taken: Row = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        if clock is not None:
+            taken["steps"], clock.steps = clock.steps[2:-1] if name == "reads-16" else [], []  # those that decode
         assert all(len(output.outputs[0].token_ids) == load.tokens for output in outputs)
         print(json.dumps(taken), flush=True)
 
@@ -295,6 +352,8 @@ def report(row: Row) -> None:
     for arm in row["load"]["arms"]:
         print("  {:<48} {:.3f}  [{:.3f}, {:.3f}]".format(arm, *interval(paired(row, BASE, arm))))
     print("  {:<48} {:.3f}  [{:.3f}, {:.3f}]".format("disabled, twice", *interval(paired(row, *TWICE))))
+    for name, values in row.get("added", {}).items():
+        print("  {:<48} {:.4g}  [{:.4g}, {:.4g}]".format(name, *interval(values)))
 
 
 if __name__ == "__main__":

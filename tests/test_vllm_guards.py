@@ -137,27 +137,78 @@ def test_the_metrics_of_one_and_of_several_api_servers_add_up_what_all_processes
     assert made.total()["requests"] == {"": 0, "polite": 16, "terse": 0}
 
 
-def test_the_soak_sees_whatever_was_applied_wrongly(monkeypatch, tmp_path: Path) -> None:
+def test_the_soak_sees_whatever_is_wrong(monkeypatch, tmp_path: Path) -> None:
+    """A request as transformers answers it passes; each of a dozen changes to its trace or its answer does not."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    pytest.importorskip("httpx")
-    import vllm_soak
+    import vllm_soak_checks
+    import vllm_truth
 
-    xargs = {"steer": ["a", "b"], "steer_strength": [0.5, 0.0], "steer_positions": "last"}
-    request = {"request_id": "soak-1", "prompt": [5, 6], "max_tokens": 2, "vllm_xargs": xargs, "fate": "finish"}
-    good = [["cmpl-soak-1-0-x", 0, []], ["cmpl-soak-1-0-x", 1, [["a", 0.5]]], ["cmpl-soak-1-0-x", 2, [["a", 0.5]]]]
+    truth = vllm_truth.Truth(tmp_path)
+    prompt, plans, strengths, count = [40, 9, 77, 21, 60, 33], ["gated3", "plan1"], [1.0, 0.5], 6
+    xargs = {"steer": plans, "steer_strength": strengths, "steer_positions": "last", "steer_read": ["lean", "several"]}
+    xargs |= {"steer_read_positions": "generated", "steer_read_what": "tokens"}
+    request = {"request_id": "soak-1", "prompt": prompt, "max_tokens": count, "vllm_xargs": xargs, "fate": "finish"}
 
-    def verify(*lines: list) -> tuple[list[str], int]:
-        trace = tmp_path / "trace"
-        trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return vllm_soak.verify({"soak-1": request}, trace)
+    def run(ids: list[int]) -> vllm_truth.Found:
+        acts = vllm_truth.chosen("last", len(prompt), ids)
+        return truth.run(ids, len(prompt), [(n, s, acts) for n, s in zip(plans, strengths, strict=True)], {})
 
-    assert verify(*good) == ([], 2)
-    for wrong in (
-        [good[0], good[1]],  # its last token is missing
-        [["cmpl-soak-1-0-x", 0, [["a", 0.5]]], *good[1:]],  # before its first position
-        [good[0], good[1], ["cmpl-soak-1-0-x", 2, [["a", 0.6]]]],
-        [good[0], good[1], ["cmpl-soak-1-0-x", 2, [["b", 0.5]]]],
-        [good[0], good[1], ["cmpl-soak-1-0-x", 2, []]],
-        [*good, ["cmpl-soak-2-0-x", 0, []]],
-    ):
-        assert verify(*wrong)[0], wrong
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(run(ids).logits[-1].argmax()))
+    found, tokens = run(ids), ids[len(prompt) :]
+    opened = {name: values.tolist() for name, values in found.opened.items()}
+    assert {True, False} <= set(opened["gated3/resid_post.1/0"])
+    applied = [["gated3", 1.0], ["gated3", 1.0], ["plan1", 0.5]]
+    lines = [
+        ["cmpl-soak-1-0-x", p, ids[p], applied if p >= len(prompt) - 1 else [], {g: v[p] for g, v in opened.items()}]
+        for p in range(len(ids) - 1)
+    ]
+    read = {}
+    for name in xargs["steer_read"]:
+        values = found.scores[name][len(prompt) : -1]
+        values = values[:, 0] if values.shape[1] == 1 else values
+        read[name] = {
+            "tokens": len(values),
+            "scores": values.tolist(),
+            "positions": [*range(len(prompt), len(ids) - 1)],
+        }
+        read[name] |= {"max": values.amax(0).tolist(), "mean": values.mean(0).tolist(), "last": values[-1].tolist()}
+    answer = {"tokens": tokens, "why": "length", "stop": None, "read": read}
+    request |= {"stop": [], "stop_token_ids": [], "answer": answer}
+
+    def wrong(change=lambda asked, lines: None) -> list[str]:
+        asked, trace = json.loads(json.dumps({"soak-1": request})), tmp_path / "trace"
+        changed = json.loads(json.dumps(lines))
+        change(asked["soak-1"], changed)
+        trace.write_text("".join(json.dumps(line) + "\n" for line in changed))
+        return vllm_soak_checks.verify(asked, trace, truth)[0]
+
+    def limit(asked, lines, level: float) -> None:
+        asked["vllm_xargs"]["steer_abort"] = [f"lean>{level}"]
+
+    score = read["lean"]["scores"]
+    assert wrong() == []
+    assert wrong(lambda asked, _: limit(asked, _, max(score) + 1)) == []
+    changes = [
+        lambda _, lines: lines.pop(),  # not followed to its end
+        lambda _, lines: lines[0].__setitem__(3, [["plan1", 0.5]]),  # before its first position
+        lambda _, lines: lines[-1].__setitem__(3, []),
+        lambda _, lines: lines[-1][3][-1].__setitem__(1, 0.6),
+        lambda _, lines: lines[-1][3][-1].__setitem__(0, "plan2"),
+        lambda _, lines: lines[-1].__setitem__(2, 3),  # another token
+        lambda _, lines: lines[-2][4].__setitem__("gated3/resid_post.1/0", not lines[-2][4]["gated3/resid_post.1/0"]),
+        lambda _, lines: lines.append(["cmpl-soak-2-0-x", 0, 1, [], {}]),  # nobody sent it
+        lambda asked, _: asked["answer"]["tokens"].__setitem__(-1, (tokens[-1] + 1) % 128),  # not the likeliest
+        lambda asked, _: asked["answer"]["tokens"].pop(),
+        lambda asked, _: asked["answer"].update(why="stop"),
+        lambda asked, _: asked["answer"].update(read=None),
+        lambda asked, _: asked["answer"]["read"]["lean"]["scores"].__setitem__(1, score[1] + 0.02),
+        lambda asked, _: asked["answer"]["read"]["several"]["last"].__setitem__(2, score[1] + 9),
+        lambda asked, _: asked["answer"]["read"]["lean"]["positions"].__setitem__(0, 0),
+        lambda asked, _: asked["answer"]["read"]["lean"].update(tokens=0, missing=5),
+        lambda asked, _: limit(asked, _, min(score) - 1),  # it should have ended
+        lambda asked, _: (limit(asked, _, 9e3), asked["answer"].update(why="stop", stop="steer_abort: lean>9000")),
+    ]  # fmt: skip
+    for i, change in enumerate(changes):
+        assert wrong(change), i

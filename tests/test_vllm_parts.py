@@ -744,13 +744,24 @@ def test_what_the_cost_run_writes_is_what_the_bars_read(monkeypatch, tmp_path: P
         for number in range(3):
             seconds = dict.fromkeys((*vllm_cost.TWICE, *map(str, load.arms)), 1.0 + number)
             seconds[vllm_cost.TWICE[1]] *= 1.5
-            done = {arm: {"cpu": taken, "wall": 9.0} for arm, taken in seconds.items()}
-            vllm_cost.keep(row, done, load.arms[-1], args)
+            steps = [{"host": 0.1 + each, "op": 0.1, "encode": 0.2, "theirs": 1.6} for each in (-0.05, 0.0, 0.05)]
+            done = {arm: {"cpu": taken, "wall": 9.0, "steps": steps} for arm, taken in seconds.items()}
+            for name in vllm_cost.TWICE:
+                del done[name]["steps"]
+            vllm_cost.keep(row, done, load.arms[-1])
+            if load is vllm_cost.LOADS["reads-16"]:
+                vllm_cost.keep_steps(row, done)
+            vllm_cost.write(row, args)
             assert len(results.newest(results.read([tmp_path]))[row["case"], "cpu"]["times"]["ours"]) == number + 1
     found = results.newest(results.read([tmp_path]))
     judged = [bars.judge(bar, found) for bar in bars.bars() if bar.case in {case for case, _ in found}]
     assert len(judged) >= 3
-    assert {verdict.value for verdict in judged} == {(1.25, 1.25, 1.25)}
+    stated = {"over": 1.25, "added": 0.25, "over encode": 2.0, "gated over edit": 0.0}
+    for verdict in judged:
+        measure = verdict.bar.measure
+        kind = next((kind for kind in ("over encode", "gated over edit") if kind in measure), measure.partition(":")[0])
+        assert verdict.value == (stated[kind],) * 3, measure
+    assert {verdict.bar.measure.partition(":")[0] for verdict in judged} == {"over", "added"}
     batch = vllm_cost.LOADS["decode-256"].batch
     asked = [vllm_cost.LOADS["decode-256"].arms[-1].steer(i, batch) for i in range(batch)]
     assert len({(fields["steer"], fields["steer_strength"]) for fields in asked}) == batch == 256

@@ -111,7 +111,7 @@ class Engine:
         """Nothing of any request is left."""
         self.run([("once more", None)], tokens=2)
         left = (len(self.core.scheduler.steerfast_desk), self.steered.reading, self.steered.held, self.steered.steered)
-        return left == (0, 0, 0, 0) and not self.core.scheduler.requests and not self.steered.readers.reading
+        return left == (0, 0, 0, 0) and not self.core.scheduler.requests and not self.steered.readers.at
 
 
 @pytest.fixture(scope="module")
@@ -478,5 +478,7 @@ def test_a_prompt_that_crosses_is_not_answered_and_not_run_to_its_end(engine) ->
     assert [len(output.outputs[0].token_ids) for output in outputs] == [0, 0, TOKENS]
     assert [output.outputs[0].text == "" for output in outputs] == [True, True, False]
     assert outputs[0].outputs[0].stop_reason == f"steer_abort: linear>{early:g}"
-    assert outputs[0].kv_transfer_params["steerfast"]["linear"]["tokens"] <= 64, "further chunks were run"
+    found = outputs[0].kv_transfer_params["steerfast"]["linear"]
+    assert 0 < found["tokens"] <= 64, "further chunks were run"
+    assert found["max"] > early, "what its prompt has read so far is answered"
     assert engine.idle()

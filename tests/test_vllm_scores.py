@@ -184,6 +184,33 @@ def test_one_product_finds_what_each_probe_finds_alone() -> None:
         assert torch.allclose(got, wanted.reshape(7, -1), atol=1e-5), name
 
 
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_of_a_place_only_what_is_read_is_computed(tokens: int) -> None:
+    """Few tokens or many: an SAE at the place of a row costs nobody who reads the row."""
+    loaded = {name: probe.at(2) for name, probe in probes().items()}
+    columns = served(loaded)
+    readers = Readers(columns, loaded, 256, torch.device("cpu"))
+    readers.scores.fill_(math.nan)
+    readers.start("a", Wanted((columns["linear"], columns["logistic"]), 0))
+    x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        readers.begin(["a"], torch.tensor([0, tokens]), torch.arange(tokens), tokens)
+        readers.write(x / 4, 3 * x / 4, "resid_post.2", False)
+        taken = readers.take()
+        assert taken is not None
+        ((_, _, rows),) = taken.rows()
+        wanted = torch.stack([loaded[name](x) for name in ("linear", "logistic")], 1)
+        assert torch.allclose(torch.from_numpy(rows), wanted, atol=1e-5)
+    others = [
+        name
+        for name, probe in loaded.items()
+        if not isinstance(probe, (sf.probes.LinearProbe, sf.probes.LogisticProbe))
+    ]
+    assert others
+    for one in (columns[name] for name in others):
+        assert readers.scores[:, one.column : one.column + one.columns].isnan().all(), one.name
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_each_request_gets_the_rows_of_its_own_tokens(seed: int) -> None:
     """Random batches in which requests come, go, stand elsewhere and take several tokens; nobody reads in some of them."""
@@ -200,20 +227,23 @@ def test_each_request_gets_the_rows_of_its_own_tokens(seed: int) -> None:
     reached = dict.fromkeys(map(str, range(8)), 0)
     for step in range(12):
         batch = draw.sample([*reached], draw.randint(1, 6)) if step % 4 else ["0", "3"]
-        counts = [draw.randint(1, 8) for _ in batch]
+        counts = [1 if step % 3 else draw.randint(1, 8) for _ in batch]  # two steps of three decode
         starts = torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32)
         positions = torch.cat(
             [torch.arange(reached[name], reached[name] + n) for name, n in zip(batch, counts, strict=True)]
         )
         tokens = len(positions)
         readers.begin(batch, starts, torch.cat([positions, torch.zeros(9, dtype=torch.int64)]), tokens)
-        assert readers.reading == any(name in wanted for name in batch)
+        assert bool(readers.at) == any(name in wanted for name in batch)
         streams = torch.randn(LAYERS, 2, tokens + 3, D)  # padded, before and after
         before = readers.scores.clone()
         for layer in range(LAYERS):
             for after in (False, True):
-                x = streams[layer, int(after)]
-                readers.write(x / 4, 3 * x / 4, f"resid_post.{layer}", after)
+                x, hidden = streams[layer, int(after)] / 4, 3 * streams[layer, int(after)] / 4
+                untouched = x.clone(), hidden.clone()
+                readers.write(x, hidden, f"resid_post.{layer}", after)
+                assert torch.equal(x, untouched[0]), "what reads writes nothing"
+                assert torch.equal(hidden, untouched[1])
         taken = readers.take()
         assert (taken is None) == (not any(name in wanted for name in batch))
         if taken is None:
@@ -341,6 +371,22 @@ def test_scores_reach_the_answer_once_each_and_a_missing_one_is_seen(library: Pr
     found, single = answer.finish(range(10), 5)
     assert found["linear"] == {"tokens": 0, "missing": 1}
     assert len(single["linear"]) == 0
+
+
+def test_a_request_that_ended_in_its_prompt_is_told_what_was_read_of_it(library: ProbeLibrary) -> None:
+    reading = read_probes({"steer_read": "linear", "steer_read_what": "tokens"}, library, None)
+    assert reading is not None
+    desk = Desk()
+    desk.note(("a", 0, np.arange(4, dtype=np.float32)[:, None]))
+    first = desk.message("a", reading)
+    assert first is not None
+    answer = Answer(first["reading"])
+    answer.add(first["rows"])
+    found, single = answer.finish(range(9), 9)
+    assert found["linear"]["scores"] == [0.0, 1.0, 2.0, 3.0]
+    assert found["linear"]["positions"] == [0, 1, 2, 3]
+    assert single["linear"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert answer.finish(range(10), 9)[0]["linear"] == {"tokens": 0, "missing": 5}, "with a token, its prompt was read"
 
 
 @pytest.mark.parametrize("positions", ["all", "3:6", "generated", "last", "ids:7", "after:ids:7"])

@@ -325,6 +325,26 @@ def test_a_request_that_crosses_a_limit_ends_by_name_streaming_or_not(server, ki
     assert streamed == (choice["message"]["content"] if kind.startswith("chat") else choice["text"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_crosses_a_limit_is_answered_with_the_reason_streaming_or_not(server, kind) -> None:
+    """Without a token there is nothing to stream but the end."""
+    ended = {"steer_abort": "lean<1e6", "steer_read_what": "tokens"}
+    answer = server.post(kind, ended).json()
+    (choice,), found = answer["choices"], answer["kv_transfer_params"]["steerfast"]["lean"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "steer_abort: lean<1e+06")
+    assert answer["usage"]["completion_tokens"] == 0
+    assert found["tokens"] == len(found["scores"]) > 0
+    (last,) = [
+        chunk for chunk in chunks(server, kind, ended) if chunk["choices"] and chunk["choices"][0]["finish_reason"]
+    ]
+    assert (last["choices"][0]["finish_reason"], last["choices"][0]["stop_reason"]) == (
+        "stop",
+        "steer_abort: lean<1e+06",
+    )
+    assert last["kv_transfer_params"]["steerfast"]["lean"]["scores"] == pytest.approx(found["scores"], abs=1e-3)
+    assert server.stream(kind, ended) == ""
+
+
 def test_refusals_leave_the_engine_and_its_neighbours_alone(server) -> None:
     wanted = server.text("completions", {"steer": "love"}, max_tokens=40)
     with ThreadPoolExecutor(8) as pool:

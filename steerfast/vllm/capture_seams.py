@@ -134,6 +134,11 @@ class Taker:
         self._captures = steered.places.captures = Captures(points, ring, tokens)
         self.collector = Collector(settings, points, ring, type(model).__name__, self._count, self._say)
 
+    @property
+    def busy(self) -> bool:
+        """Whether rows may be captured in this engine."""
+        return self._captures is not None
+
     def begin(self, scheduler_output: Any) -> None:
         """Before a step: its new requests."""
         self._scheduled = scheduler_output

@@ -22,7 +22,7 @@ from steerfast.place import Place
 from steerfast.probes.probe import Probe
 
 from .plans import Chains, gate_place
-from .probes import ServedProbe
+from .probes import GATE, ServedProbe
 
 ROWS = 1 << 14
 """Requests with gates that can be in flight, preempted ones among them."""
@@ -119,6 +119,10 @@ class Gates:
         self.active = self._always and count > 0
         """Whether a request of the running step has gates; on a GPU, whose graph may be captured, always."""
 
+    def __len__(self) -> int:
+        """Requests in flight that have gates."""
+        return len(self._requests)
+
     @property
     def probes(self) -> dict[str, Probe]:
         """What the gates look at, by a name that no folder has."""
@@ -206,6 +210,11 @@ class Gates:
             return rows
         return torch.where(self._open[: len(rows)].gather(1, gates[rows.long() + 1]), rows, -1)
 
+    def decided(self, plans: Iterable[str], token: int) -> dict[str, bool]:
+        """What the gates of these plans say of a token of the batch that has run, by plan, place and slot within the plan."""
+        found = {f"{plan}/{place}/{slot}": n for plan in plans for (place, slot), n in self._of.get(plan, {}).items()}
+        return {name: bool(self._open[token, number + 1]) for name, number in found.items()}
+
     def _hysteresis(self, group: Group, score: Tensor, on: Tensor) -> Tensor:
         """As `held` of conditions, for tokens of many requests side by side; where a gate has no release, `on`."""
         count = len(score)
@@ -245,4 +254,4 @@ def _gates(
 
 
 def _name(number: int) -> str:
-    return f"/{number}"
+    return f"{GATE}{number}"

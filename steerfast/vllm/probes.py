@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,8 +127,12 @@ class PlaceReader:
     def __init__(self, probes: Mapping[str, Probe], served: Mapping[str, ServedProbe], device: torch.device) -> None:
         weights: list[Tensor] = []
         biases: list[Tensor] = []
+        self.columns = frozenset(served[name].column for name in probes)
+        """The first column of each."""
+        self.plain = all(map(is_row, probes.values()))
+        self.watches = any(name.startswith(GATE) for name in probes)
         self._finish: list[tuple[slice, slice, Callable[[Tensor, Tensor], Tensor]]] = []
-        self._others: list[tuple[slice, Callable[[Tensor], Tensor]]] = []
+        self._others: list[tuple[slice, Callable[[Tensor, Tensor], None]]] = []
         reached = 0
         for name, probe in probes.items():
             columns = slice(served[name].column, served[name].column + served[name].columns)
@@ -148,8 +154,8 @@ class PlaceReader:
             found = torch.addmm(self._bias, x, self._weight)
             for columns, rows, finish in self._finish:
                 scores[:, columns] = finish(found[:, rows], x)
-        for columns, numbers in self._others:
-            scores[:, columns] = numbers(x)
+        for columns, write in self._others:
+            write(x, scores[:, columns])
 
 
 def _as_rows(probe: Probe, device: torch.device) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]] | None:
@@ -183,14 +189,86 @@ def _share(found: Tensor, x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(found, dim=-1, keepdim=True) / torch.where(length == 0, 1, length)
 
 
-def _numbers(probe: Probe, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What a probe finds, as float32 columns."""
+def _numbers(probe: Probe, device: torch.device) -> Callable[[Tensor, Tensor], None]:
+    """What writes what a probe finds in x into float32 columns."""
     program = probe.program(device)
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, scores: Tensor) -> None:
         found = program(x)
         if isinstance(found, tuple):
-            return torch.cat([found[0], found[1].float()], -1)  # whole numbers up to 2²⁴ are exact
-        return found.reshape(len(x), -1)
+            half = scores.shape[1] // 2
+            scores[:, :half] = found[0]
+            scores[:, half:] = found[1]  # whole numbers up to 2²⁴ are exact
+        else:
+            scores.copy_(found.reshape(scores.shape))
 
     return run
+
+
+def units(probes: Mapping[str, Probe]) -> list[list[str]]:
+    """Names of probes of one place that are read together or not at all: those behind gates, those of one product, each other."""
+    plain = [name for name, probe in probes.items() if is_row(probe)]
+    watched = [name for name in plain if name.startswith(GATE)]
+    rest = [[name] for name in probes if name not in plain]
+    return [group for group in (watched, [name for name in plain if name not in watched], *rest) if group]
+
+
+def _rows(probe: Any) -> Tensor:
+    return as_tensor(probe.weight).reshape(-1, probe.width)
+
+
+def is_row(probe: Any) -> bool:
+    """Whether it is one product with rows, and at most a function of each number behind it."""
+    return isinstance(probe, (LinearProbe, LogisticProbe))
+
+
+GATE = "/"
+"""How the name of a probe begins that belongs to a condition; no folder has such a name."""
+
+
+class Later:
+    """Places whose probes are all products with rows: the stream of each is kept, and read when the step has run, in one product.
+
+    Between the layers of a model every call is slow, since nothing of it is in a cache: two remain there of ten.
+
+    Args:
+        places: The probes of each, by name.
+        served: Their columns.
+    """
+
+    def __init__(self, places: Sequence[Mapping[str, Probe]], served: Mapping[str, ServedProbe]) -> None:
+        parts = [[(name, _rows(one), one) for name, one in probes.items()] for probes in places]
+        most = max(sum(len(weight) for _, weight, _ in part) for part in parts)
+        self._weight = torch.zeros(len(parts), parts[0][0][1].shape[1], most)
+        self._bias = torch.zeros(len(parts), 1, most)
+        at: dict[bool, list[tuple[int, int, int]]] = {
+            False: [],
+            True: [],
+        }  # whether it is a probability: place, row, column
+        for i, part in enumerate(parts):
+            reached = 0
+            for name, weight, probe in part:
+                rows = slice(reached, reached + len(weight))
+                bias: Any = probe.bias  # type: ignore[attr-defined]
+                self._weight[i, :, rows], self._bias[i, 0, rows] = weight.T, torch.as_tensor(bias)
+                column = served[name].column
+                at[isinstance(probe, LogisticProbe)] += [(i, reached + j, column + j) for j in range(len(weight))]
+                reached = rows.stop
+        self._at = {kind: np.array(found).T for kind, found in at.items() if found}
+        self._kept = torch.empty(len(parts), 0, self._weight.shape[1])
+
+    def keep(self, i: int, x: Tensor, hidden: Tensor | None) -> None:
+        """The stream of a place: x (n, d), or hidden + x."""
+        if len(x) > self._kept.shape[1]:
+            self._kept = self._kept.new_empty(len(self._kept), len(x), x.shape[1])
+        kept = self._kept[i, : len(x)].copy_(x)
+        if hidden is not None:
+            kept.add_(hidden)
+
+    def write(self, scores: Tensor) -> None:
+        """What all of them find, into scores, float32 (n, columns)."""
+        # NumPy's product of many narrow matrices takes a tenth of PyTorch's.
+        found = self._kept[:, : len(scores)].numpy() @ self._weight.numpy() + self._bias.numpy()
+        for probability, (place, row, column) in self._at.items():
+            values = torch.from_numpy(found[place, :, row].T)
+            scores.numpy()[:, column] = (torch.sigmoid(values) if probability else values).numpy()

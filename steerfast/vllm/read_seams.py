@@ -6,13 +6,14 @@
 | engine core: `Scheduler.update_from_output` | they go into the outputs of their requests, as `kv_transfer_params` |
 | engine core: `Scheduler._update_request_with_output` | a request that has crossed a limit ends, and its new token is dropped |
 | front end: `RequestState.make_request_output` | they are collected; with the last output the answer takes their place |
-| API server: the generators of streams | the answer goes into the last chunk, where a release does not put it there |
+| API server: the generators of streams | the answer, and an end without tokens, where a release leaves them out |
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,12 +39,11 @@ def patch(observe: Observe, tell: Tell) -> None:
         tell: Called there with the request's name, its prompt's length in tokens, and all that it has read.
     """
     wrap(resolve(SCHEDULER), "update_from_output", _update)
-    wrap(resolve(SCHEDULER), "_update_request_with_output", _end_crossed)
     wrap(resolve(STATE), "make_request_output", partial(_make_output, (observe, tell)))
 
 
 def patch_streams() -> None:
-    """Put the answer into streams, of a release that does not do so itself."""
+    """Put the answer into streams, and the end of a request in its prompt, of a release that does neither itself."""
     for generator, response in STREAMS.items():
         owner, _, method = generator.rpartition(".")
         if ANSWER_FIELD not in resolve(response).model_fields:
@@ -105,9 +105,10 @@ def _update(
                 request.steerfast_crossed = reading.crossed(
                     first, scores, request.all_token_ids, request.num_prompt_tokens
                 )
-    with desk.open():
+    limited = [name for name, reading in readings.items() if reading.limits]
+    with desk.open(), _ending() if limited else nullcontext():
         outputs = original(scheduler, scheduler_output, model_runner_output, *args)
-        _end_unfinished(scheduler, [name for name, reading in readings.items() if reading.limits], outputs)
+        _end_unfinished(scheduler, limited, outputs)
         for sent in outputs.values():
             for output in sent.outputs:
                 if output.request_id not in readings:
@@ -125,15 +126,27 @@ def _reading(scheduler: Any, request: Any) -> Reading:
     return request.steerfast_reading
 
 
-def _end_crossed(
-    original: Callable[..., Any], scheduler: Any, request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any
-) -> Any:
-    """A request that has crossed a limit ends with the token that crossed it: what that has produced comes after it."""
-    crossed = getattr(request, "steerfast_crossed", None)
-    if crossed is None:
-        return original(scheduler, request, new_token_ids, *args, **kwargs)
-    request.status, request.stop_reason = resolve(STATUS).FINISHED_STOPPED, f"steer_abort: {crossed}"
-    return [], True
+@contextmanager
+def _ending() -> Iterator[None]:
+    """A request that has crossed a limit ends with the token that crossed it: what that has produced comes after it.
+
+    The method is called for every request of every step; where none has limits it is vLLM's own.
+    """
+    owner = resolve(SCHEDULER)
+    original = owner._update_request_with_output
+
+    def end_crossed(scheduler: Any, request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any) -> Any:
+        crossed = getattr(request, "steerfast_crossed", None)
+        if crossed is None:
+            return original(scheduler, request, new_token_ids, *args, **kwargs)
+        request.status, request.stop_reason = resolve(STATUS).FINISHED_STOPPED, f"steer_abort: {crossed}"
+        return [], True
+
+    owner._update_request_with_output = end_crossed
+    try:
+        yield
+    finally:
+        owner._update_request_with_output = original
 
 
 def _end_unfinished(scheduler: Any, names: list[str], outputs: dict[int, Any]) -> None:
@@ -205,6 +218,13 @@ def _finish(told: tuple[Observe, Tell], state: Any, answer: Answer) -> Any:
 # --- API server --------------------------------------------------------------------------------------------------------
 
 
+class _NoTokens(list[int]):
+    """The tokens of a request that has ended before its first: 0.32 streams no reason beside what is false."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
 async def _stream(
     original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
 ) -> AsyncIterator[str]:
@@ -216,6 +236,9 @@ async def _stream(
             output = result[1] if isinstance(result, tuple) else result
             if output.kv_transfer_params is not None:
                 found.append(output.kv_transfer_params)
+            for sample in output.outputs:
+                if sample.finish_reason is not None and not sample.token_ids:
+                    sample.token_ids = _NoTokens()
             yield result
 
     args = tuple(watched(value) if hasattr(value, "__aiter__") else value for value in args)

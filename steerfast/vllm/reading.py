@@ -16,7 +16,13 @@ from torch import Tensor
 
 from steerfast.probes.probe import Probe
 
-from .probes import PlaceReader, ServedProbe
+from .probes import GATE, Later, PlaceReader, ServedProbe, is_row, units
+
+KEPT = 128
+"""Up to so many tokens, those of decoding batches, the stream of a place may be kept until a step has run."""
+MOST_SHELVES = 32
+Where = tuple[str, bool]
+"""A place by name, and whether after the edits there."""
 
 
 class Wanted(NamedTuple):
@@ -63,16 +69,24 @@ class Readers:
         self, served: Mapping[str, ServedProbe], loaded: Mapping[str, Probe], tokens: int, device: torch.device
     ) -> None:
         self.scores = torch.zeros(tokens, sum(one.columns for one in served.values()), device=device)
-        self._at: dict[tuple[str, bool], PlaceReader] = {}
-        groups: dict[tuple[str, bool], dict[str, Probe]] = {}
-        for name, one in served.items():
-            groups.setdefault((f"{one.place.site}.{one.place.layer}", one.after), {})[name] = loaded[name]
-        for where, probes in groups.items():
-            self._at[where] = PlaceReader(probes, served, device)
         self._always = device.type != "cpu"
-        self._read: frozenset[tuple[str, bool]] = frozenset(self._at) if self._always else frozenset()
-        self.reading = bool(self._read)
-        """Whether some place is to be read in the running step."""
+        self._served = served
+        self._probes: dict[Where, dict[str, Probe]] = {}
+        for name, one in served.items():
+            self._probes.setdefault((f"{one.place.site}.{one.place.layer}", one.after), {})[name] = loaded[name]
+        self._units = {  # of each place, what is read together; on a GPU all of it, always
+            where: [
+                PlaceReader({name: probes[name] for name in names}, served, device)
+                for names in ([[*probes]] if self._always else units(probes))
+            ]
+            for where, probes in self._probes.items()
+        }
+        self._now: dict[Where, list[PlaceReader]] = dict(self._units) if self._always else {}
+        self._later: dict[Where, int] = {}  # the number of each place in `_shelf`
+        self._shelf: Later | None = None
+        self._shelves: dict[tuple[Where, ...], Later] = {}
+        self.at = frozenset(place for place, _ in self._now)
+        """The places that are to be read in the running step."""
         self._readers: dict[str, Reader] = {}
         self._running: Step | None = None
         self._batch: tuple[list[str], frozenset[tuple[str, bool]]] | None = (
@@ -104,39 +118,77 @@ class Readers:
         """A step begins; arguments as of `RowTable.fill`, and the places that the gates of its requests read."""
         self._running = None
         if not self._readers and not gated:
-            if self.reading and not self._always:
-                self._read, self.reading, self._batch = frozenset(), False, None
+            if self.at and not self._always:
+                self._now, self._later, self.at, self._batch = {}, {}, frozenset(), None
             return
         batch = list(requests), gated
         if batch != self._batch:  # otherwise it decodes, as in the step before
             self._batch = batch
             self._here = [(i, self._readers[name]) for i, name in enumerate(batch[0]) if name in self._readers]
             if not self._always:
-                self._read = gated.union(*(reader.places for _, reader in self._here))
-                self.reading = bool(self._read)
+                self._choose(gated)
+        if self._later and tokens > KEPT:
+            self._choose(gated, later=False)
+            self._batch = None
         if self._here:
-            self._running = Step(self._here, starts, positions, tokens)
+            self._running = Step(self._here, starts, positions, tokens, tokens == len(batch[0]))
+
+    def _choose(self, gated: frozenset[Where], later: bool = True) -> None:
+        """What is to be read where, for the requests of a step and for gates; `later`: when it has run, where that does."""
+        columns = {column for _, reader in self._here for column in reader.columns}
+        self._now, kept = {}, []
+        for where in gated.union(*(reader.places for _, reader in self._here)):
+            for unit in self._units[where]:
+                watched = unit.watches and where in gated
+                if not watched and not unit.columns & columns:
+                    continue
+                if later and unit.plain and not watched:
+                    kept.append(where)
+                else:
+                    self._now.setdefault(where, []).append(unit)
+        self.at = frozenset(place for place, _ in (*self._now, *kept))
+        self._later = {where: i for i, where in enumerate(sorted(kept))}
+        self._shelf = self._later_of(tuple(self._later)) if kept else None
+
+    def _later_of(self, places: tuple[Where, ...]) -> Later:
+        if places not in self._shelves:
+            if len(self._shelves) >= MOST_SHELVES:
+                self._shelves.clear()
+            chosen = [{n: p for n, p in self._probes[where].items() if is_row(p) and n[0] != GATE} for where in places]
+            self._shelves[places] = Later(chosen, self._served)
+        return self._shelves[places]
 
     def write(self, x: Tensor, hidden: Tensor | None, place: str, after: bool) -> None:
         """What the probes of a place find in the stream x (n, d), or in hidden + x."""
         where = place, after
-        if where in self._read:
-            stream = x.float() if hidden is None else hidden.float() + x.float()
-            self._at[where].write(stream, self.scores[: len(x)])
+        if self._shelf is not None and where in self._later:
+            self._shelf.keep(self._later[where], x, hidden)
+        if where in self._now:
+            stream = x.float() if hidden is None else x.float() + hidden
+            for unit in self._now[where]:
+                unit.write(stream, self.scores[: len(x)])
 
     def take(self) -> Taken | None:
         """What the requests of the step that has run have read; None: no request of it reads."""
         running, self._running = self._running, None
-        return None if running is None else Taken(running, self.scores)
+        if running is None:
+            return None
+        if self._later and self._shelf is not None:
+            self._shelf.write(self.scores[: running.tokens])
+        return Taken(running, self.scores)
 
 
 class Step(NamedTuple):
-    """A running step: its requests that read, with their number in the batch, and where its tokens stand."""
+    """A running step: its requests that read, with their number in the batch, and where its tokens stand.
+
+    Most steps decode: `single` says that every request has one token.
+    """
 
     here: Sequence[tuple[int, Reader]]
     starts: Tensor
     positions: Tensor
     tokens: int
+    single: bool
 
 
 class Taken:
@@ -148,7 +200,7 @@ class Taken:
     """
 
     def __init__(self, step: Step, scores: Tensor) -> None:
-        self._here = step.here
+        self._here, self._single = step.here, step.single
         parts = scores[: step.tokens], step.positions[: step.tokens], step.starts
         self._done: torch.cuda.Event | None = None
         if scores.device.type == "cuda":
@@ -163,14 +215,21 @@ class Taken:
         if self._done is not None:
             self._done.synchronize()
         scores, positions, starts = (part.numpy() for part in self._parts)
+        asked = {reader.columns for _, reader in self._here}
+        picked = {columns: scores[:, columns] for columns in asked}  # many requests read the same
+        if self._single:
+            where = positions.tolist()
+            return [
+                (name, where[i], picked[columns][i : i + 1])
+                if where[i] >= first
+                else (name, where[i] + 1, picked[columns][:0])
+                for i, (name, first, columns, _) in self._here
+            ]
         bounds = starts[: self._here[-1][0] + 2].tolist()
         begin = positions[bounds[:-1]].tolist()
-        picked: dict[tuple[int, ...], np.ndarray] = {}  # many requests read the same
         found: list[Rows] = []
         for i, reader in self._here:
             first, stop = bounds[i], bounds[i + 1]
-            if reader.columns not in picked:
-                picked[reader.columns] = scores[:, reader.columns]
             skipped = min(max(reader.first - begin[i], 0), stop - first)
             found.append((reader.name, begin[i] + skipped, picked[reader.columns][first + skipped : stop]))
         return found

@@ -30,7 +30,7 @@ from .wire import Part
 _MLP = re.compile(r"mlp|ffn|feed_forward|moe", re.IGNORECASE)
 
 TRACE = "STEERFAST_TRACE"
-"""A file that every step appends its applied owners to, as JSON lines; for tests and soaks, since it waits for the device."""
+"""A file to which every step appends what it applied and decided, as JSON lines; for tests and soaks: it waits for the device."""
 
 
 class Steered:
@@ -65,6 +65,10 @@ class Steered:
         self._names: dict[int, str] = {}  # slot -> plan
         self._loaded = False  # since the last step
         self._hooked: dict[tuple[str, int], int] = {}  # place -> width
+        self.busy = False
+        """Whether a step has anything to write or to take: a request is steered or reads, or was in the step before."""
+        self._trace_file = os.environ.get(TRACE)
+        self._lines: list[tuple[str, int, list[Any]]] = []  # of the running step: request, token of the batch, line
         wanted: dict[tuple[str, int], list[Any]] = {}
         for plan in chains.values():
             for place, chain in plan.items():
@@ -117,6 +121,7 @@ class Steered:
                 for (slot, *_), tokens in zip(part.served.runs(numbers), part.served.columns, strict=True):
                     pieces = (Piece(0, min(tokens, prompt)),) if tokens else where
                     owners += [Owner(slot, part.strength, *piece) for piece in pieces]
+        self.busy = self.busy or bool(parts) or wanted is not None
         if parts:
             self._requests[request] = parts
         self.table.put(request, owners)
@@ -136,7 +141,8 @@ class Steered:
     def step(
         self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int, ids: Tensor | None = None
     ) -> None:
-        """Before a batch runs: send what has changed to the device and write its row table."""
+        """Before a batch runs: send what has changed to the device and write its row table. Only where steering is `busy`."""
+        self.busy = bool(self._requests) or bool(self.readers)
         if self._loaded:
             for place in self.places.places.values():
                 place.bank.commit()
@@ -144,11 +150,13 @@ class Steered:
         self.table.fill(requests, starts, positions, tokens, ids)
         gated = self.gates.begin(requests, starts, positions, tokens)
         self.readers.begin(requests, starts, positions, tokens, gated)
-        if TRACE in os.environ:
-            self._trace(requests, starts, positions)
+        if self._trace_file is not None:
+            self._lines = self._applied(requests, starts, positions[:tokens], ids)
 
     def take(self) -> Taken | None:
         """What the requests of the step that has run have read; None: nobody reads."""
+        if self._trace_file is not None:
+            self._trace(self._trace_file)
         return self.readers.take()
 
     @property
@@ -184,16 +192,26 @@ class Steered:
             self._loaded = True
         return numbers
 
-    def _trace(self, requests: Iterable[str], starts: Tensor, positions: Tensor) -> None:
-        """What the kernels will read, said in words: request, plan, strength, positions."""
+    def _applied(
+        self, requests: Iterable[str], starts: Tensor, positions: Tensor, ids: Tensor | None
+    ) -> list[tuple[str, int, list[Any]]]:
+        """What the kernels will read, said in words: request, position, token, and (plan, strength) of its slots."""
         rows, scale = self.table.rows[: self.table.tokens].tolist(), self.table.scale[: self.table.tokens].tolist()
-        bounds, lines = starts.tolist(), []
+        bounds, where, lines = starts.tolist(), positions.tolist(), []
+        tokens = [None] * len(where) if ids is None else ids[: len(where)].tolist()
         for i, request in enumerate(requests if rows else ()):
             for token in range(bounds[i], bounds[i + 1]):
                 applied = [[self._names[s], w] for s, w in zip(rows[token], scale[token], strict=True) if s >= 0]
-                lines.append(json.dumps([request, int(positions[token]), applied]) + "\n")
-        with open(os.environ[TRACE], "a") as file:
-            file.writelines(lines)
+                lines.append((request, token, [request, where[token], tokens[token], applied]))
+        return lines
+
+    def _trace(self, path: str) -> None:
+        """Write these lines, each with what the conditions of its request have decided."""
+        with open(path, "a") as file:
+            for request, token, line in self._lines:
+                plans = [part.served.name for part in self._requests.get(request, ())]
+                file.write(json.dumps([*line, self.gates.decided(plans, token)]) + "\n")
+        self._lines = []
 
 
 def _check_width(place: tuple[str, int], width: int, what: Iterable[Any]) -> None:

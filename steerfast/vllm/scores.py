@@ -32,6 +32,8 @@ from .reading import Rows, Wanted
 
 MOST_PROBES = 64
 """Probes that one request may name."""
+MOST_NEW = 256
+"""Steps whose scores an answer keeps as they came."""
 ANSWERED = "steerfast"
 """The key under which an answer's `kv_transfer_params` hold the scores."""
 
@@ -282,10 +284,18 @@ class Answer:
         self._known = np.zeros(0, dtype=bool)
         self.found: list[ProbeScores] = []
         """By probe, once it is finished."""
+        self._new: list[tuple[int, bytes]] = []
 
     def add(self, rows: Sequence[tuple[int, bytes]]) -> None:
         """Scores of tokens at positions [first, …); one that is known already is not counted twice."""
-        for first, data in rows:
+        self._new += rows  # every request of every step comes by
+        if len(self._new) >= MOST_NEW:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Put what has come where it belongs."""
+        new_rows, self._new = self._new, []
+        for first, data in new_rows:
             found = np.frombuffer(data, dtype=np.float32).reshape(-1, self._columns)
             stop = first + len(found)
             if stop > len(self._known):
@@ -301,11 +311,14 @@ class Answer:
         """What is answered, ready for JSON, and all scores that were read of each probe with one number per token.
 
         Args:
-            ids: The tokens of prompt and generation. The last one has not run, unless its score is there.
+            ids: The tokens of prompt and generation. The last one has not run, unless its score is there; where none was
+                generated, the request ended in its prompt, with what is known.
             prompt: How many of them were given.
         """
+        self._settle()
         known = self._known.nonzero()[0]
-        run = min(max(len(ids) - 1, int(known[-1]) + 1 if len(known) else 0), len(ids))
+        reached = int(known[-1]) + 1 if len(known) else 0
+        run = min(max(len(ids) - 1 if len(ids) > prompt else 0, reached), len(ids))
         where = allowed(self._selector, ids[:run], prompt).numpy().nonzero()[0]
         missing = len(np.setdiff1d(where, known, assume_unique=True))
         where = where[:0] if missing else where

@@ -438,17 +438,21 @@ def _follow(worker: Any, config: Any, served: Served) -> None:
         taker.begin(scheduler_output)
 
     def update_states(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        steered[0].end(scheduler_output.finished_req_ids)
-        taker.end(scheduler_output)
-        begin(scheduler_output)
+        if scheduler_output.finished_req_ids:
+            steered[0].end(scheduler_output.finished_req_ids)
+            taker.end(scheduler_output)
+        if scheduler_output.scheduled_new_reqs or taker.busy:
+            begin(scheduler_output)
         return original(scheduler_output, *args, **kwargs)
 
     def prepare_v1(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(scheduler_output, *args, **kwargs)
-        tokens, starts = scheduler_output.total_num_scheduled_tokens, runner.query_start_loc.gpu
-        batch = runner.input_batch.req_ids, starts, runner.positions, tokens, runner.input_ids.gpu
-        steered[0].step(*batch)
-        taker.step(*batch)
+        if steered[0].busy or taker.busy:
+            tokens, starts = scheduler_output.total_num_scheduled_tokens, runner.query_start_loc.gpu
+            batch = runner.input_batch.req_ids, starts, runner.positions, tokens, runner.input_ids.gpu
+            if steered[0].busy:
+                steered[0].step(*batch)
+            taker.step(*batch)
         return result
 
     def finish_requests(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -464,13 +468,14 @@ def _follow(worker: Any, config: Any, served: Served) -> None:
     def prepare_v2(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         made = original(*args, **kwargs)
         batch = made.req_ids, made.query_start_loc, made.positions, made.num_tokens, made.input_ids
-        steered[0].step(*batch)
+        if steered[0].busy:
+            steered[0].step(*batch)
         taker.step(*batch)
         return made
 
     def sample_tokens(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        taken = steered[0].take()
+        taken = steered[0].take() if steered[0].busy else None
         taker.take()
         return result if taken is None else read_seams.with_scores(result, taken)
 

@@ -1,0 +1,181 @@
+"""Whether what a soak's requests were answered, and what its trace says of them, is what transformers makes of their texts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from vllm_truth import CLOSE, UNSURE, Truth, chosen
+
+Lines = list[tuple[int, int, list[list[Any]], dict[str, bool]]]
+
+
+def verify(asked: dict[str, dict[str, Any]], trace: Path, truth: Truth) -> tuple[list[str], dict[str, float]]:
+    """What is not as transformers has it, in words, and how much was compared."""
+    lines: dict[str, Lines] = {}
+    with open(trace) as file:
+        for line in file:
+            name, *rest = json.loads(line)
+            lines.setdefault(name.removeprefix("cmpl-").rsplit("-", 2)[0], []).append(tuple(rest))  # an index, a suffix
+    wrong = [f"nobody sent {name}" for name in lines.keys() - asked.keys() - {"last"}]
+    counts: dict[str, float] = dict.fromkeys(
+        ("steered_tokens", "decisions", "scores", "ended_by_limit", "unsure", "largest_error"), 0
+    )
+    for name, request in asked.items():
+        if request["fate"] != "refuse" and (request.get("answer") or name in lines):
+            found = check(request, lines.get(name, []), truth, counts)
+            wrong += [f"{name}: {reason}" for reason in found] + [json.dumps(request)] * bool(found)
+    return wrong, counts
+
+
+def check(request: dict[str, Any], lines: Lines, truth: Truth, counts: dict[str, float]) -> list[str]:
+    """The same of one request, of which the trace has these lines."""
+    xargs, prompt, answer = request["vllm_xargs"], request["prompt"], request.get("answer")
+    known = {position: token for position, token, *_ in lines} | dict(enumerate(prompt))
+    if answer is not None:
+        known |= dict(enumerate(answer["tokens"], len(prompt)))
+    if answer is None and not any(
+        xargs.get("steer_strength", [])
+    ):  # it may have run where the table was empty and not written down
+        return [f"position {line[0]}: applied {line[2]}; asked for nothing" for line in lines if line[2]]
+    ids = [known.get(position, -1) for position in range(max(known) + 1)]
+    if -1 in ids:
+        return [f"the trace leaves out position {ids.index(-1)}"]
+    acts = chosen(xargs.get("steer_positions", "all"), len(prompt), ids)
+    steered = [(n, s, acts) for n, s in zip(xargs.get("steer", []), xargs.get("steer_strength", []), strict=True)]
+    wrong, seen = _applied(lines, ids, steered, counts)
+    found = truth.run(ids, len(prompt), steered, seen)
+    counts["decisions"] += found.decided
+    counts["unsure"] += found.unsure
+    wrong += [f"decided otherwise: {gate}" for gate in found.wrong]
+    if answer is None:
+        return wrong
+    ids = ids[: len(prompt) + len(answer["tokens"])]  # what was under way when it ended is not answered
+    reached = max((position for position, *_ in lines), default=-1)
+    if any(s for _, s, _ in steered) and answer["tokens"] and reached < len(ids) - 2:
+        wrong.append(f"followed to position {reached} of {len(ids) - 2}")
+    last = found.logits[len(prompt) - 1 : len(ids) - 1]
+    behind = last.max(-1).values - last.gather(1, torch.tensor(ids[len(prompt) :], dtype=torch.int64)[:, None])[:, 0]
+    if (behind > CLOSE).any():
+        wrong.append(f"token {int(behind.argmax())} is {float(behind.max()):g} below the likeliest one")
+    scores = {name: value.numpy()[: len(ids)] for name, value in found.scores.items()}
+    return wrong + _ended(request, answer, ids, scores, counts) + _scored(request, answer, ids, scores, truth, counts)
+
+
+def _applied(
+    lines: Lines, ids: list[int], steered: list[tuple[str, float, np.ndarray]], counts: dict[str, float]
+) -> tuple[list[str], dict[str, dict[int, bool]]]:
+    """Lines that are not what was asked for; and what the gates have decided, the same in every line of a position."""
+    wrong: list[str] = []
+    seen: dict[str, dict[int, bool]] = {}
+    for position, token, applied, decided in lines:
+        # a plan of two interventions shows up twice, with one strength
+        found = [tuple(pair) for i, pair in enumerate(applied) if i == 0 or pair != applied[i - 1]]
+        wanted = [(name, strength) for name, strength, acts in steered if acts[position] and strength]
+        if not _same(found, wanted) or token != ids[position]:
+            wrong.append(f"position {position}: token {token}, applied {found}; asked {ids[position]}, {wanted}")
+        counts["steered_tokens"] += bool(applied)
+        for gate, opened in decided.items():
+            if seen.setdefault(gate, {}).setdefault(position, opened) != opened:
+                wrong.append(f"position {position}: {gate} decided both ways")
+    return wrong, seen
+
+
+def _same(found: list[Any], wanted: list[Any]) -> bool:
+    alias = {"gated15": "gated1"}  # one content, one slot
+    names = [[alias.get(name, name) for name, _ in pairs] for pairs in (found, wanted)]
+    return names[0] == names[1] and all(abs(a - b) < 1e-6 for (_, a), (_, b) in zip(found, wanted, strict=True))
+
+
+def _ended(
+    request: dict[str, Any],
+    answer: dict[str, Any],
+    ids: list[int],
+    scores: dict[str, np.ndarray],
+    counts: dict[str, float],
+) -> list[str]:
+    """Whether it ended where it had to, and why."""
+    xargs, prompt, tokens = request["vllm_xargs"], len(request["prompt"]), answer["tokens"]
+    read = chosen(xargs.get("steer_read_positions", "all"), prompt, ids)
+    surely, maybe = len(ids), dict[str, set[int]]()  # the first position that is beyond a limit, and those that may be
+    for limit in xargs.get("steer_abort", []):
+        name, sign, level = re.split("([<>])", limit)
+        beyond = (scores[name][:, 0] - float(level)) * (1 if sign == ">" else -1)
+        near = UNSURE * max(1.0, abs(float(level)))
+        surely = min([surely, *np.nonzero(read & (beyond > near))[0].tolist()])
+        maybe[f"steer_abort: {name}{sign}{float(level):g}"] = set(np.nonzero(read & (beyond > -near))[0].tolist())
+    if answer["stop"] in maybe:
+        counts["ended_by_limit"] += 1
+        at = len(ids) - 1
+        here = at in maybe[answer["stop"]] if tokens else any(p < prompt for p in maybe[answer["stop"]])
+        good = answer["why"] == "stop" and here and (surely >= at or not tokens)
+        return [] if good else [f"ended at {at} of {prompt} by {answer['stop']}, and {surely} is beyond: {xargs}"]
+    if surely < len(ids) - 1:  # the last token is never read
+        return [f"went on to {len(ids) - 1}, and {surely} of {prompt} is beyond: {xargs}"]
+    words = [f"w{token}" for token in tokens]
+    stops = [i for i, token in enumerate(tokens) if token in request["stop_token_ids"] or words[i] in request["stop"]]
+    if answer["why"] == "length":
+        return [] if len(tokens) == request["max_tokens"] and not stops else [f"{len(tokens)} tokens, stops {stops}"]
+    told = tokens[-1] if answer["stop"] in request["stop_token_ids"] else words[-1]
+    return [] if stops == [len(tokens) - 1] and answer["stop"] == told else [f"{answer}, stops {stops}"]
+
+
+def _scored(
+    request: dict[str, Any],
+    answer: dict[str, Any],
+    ids: list[int],
+    scores: dict[str, np.ndarray],
+    truth: Truth,
+    counts: dict[str, float],
+) -> list[str]:
+    """Scores that are not what transformers reads, or of other tokens than were asked for."""
+    xargs, prompt = request["vllm_xargs"], len(request["prompt"])
+    names = dict.fromkeys(
+        [*xargs.get("steer_read", []), *(re.split("[<>]", one)[0] for one in xargs.get("steer_abort", []))]
+    )
+    if not names:
+        return [] if answer["read"] is None else [f"read {answer['read']}"]
+    if answer["read"] is None or list(answer["read"]) != list(names):
+        return [f"read {answer['read']} for {list(names)}"]
+    ended = str(answer["stop"]).startswith("steer_abort")
+    where = np.nonzero(chosen(xargs["steer_read_positions"], prompt, ids)[: len(ids) - (not ended)])[0]
+    wrong = []
+    for name in names:
+        got, values = answer["read"][name], scores[name][where]
+        if ended and not answer["tokens"]:  # in the prompt, of which a few further tokens may have been run
+            values = values[: got["tokens"]]
+        elif got["tokens"] != len(values):
+            wrong.append(f"{name}: {got} for {len(values)} tokens")
+            continue
+        if not len(values) and ended:
+            wrong.append(f"{name}: ended by what was not read: {got}")
+            continue
+        counts["scores"] += values.size if truth.probes[name].kind != "top" else truth.probes[name].k * len(values)
+        if "positions" in got and got["positions"] != where[: len(values)].tolist():
+            wrong.append(f"{name}: positions {got['positions']} for {where.tolist()}")
+        error = _error(truth.probes[name], got, values, xargs["steer_read_what"])
+        counts["largest_error"] = max(counts["largest_error"], error)
+        if not error < CLOSE:
+            wrong.append(f"{name}: off by {error:g}")
+    return wrong
+
+
+def _error(look: Any, got: dict[str, Any], values: np.ndarray, what: str) -> float:
+    """How far what is answered is from the scores (tokens, m), over the largest of them where that is above 1."""
+    scale = max(1.0, float(np.abs(values).max(initial=0)))
+    if look.kind == "top":
+        found, features = (
+            np.array(got["scores"]).reshape(-1, look.k),
+            np.array(got["features"], int).reshape(-1, look.k),
+        )
+        best, theirs = -np.sort(-values, axis=1)[:, : look.k], np.take_along_axis(values, features, 1) * (found > 0)
+        return max(float(np.abs(found - wanted).max(initial=0)) for wanted in (best, theirs)) / scale
+    wanted = {"scores": values} if what == "tokens" else {}
+    if len(values):
+        wanted |= {"max": values.max(0), "mean": values.mean(0), "last": values[-1]}
+    errors = [np.asarray(got[name], dtype=float).reshape(numbers.shape) - numbers for name, numbers in wanted.items()]
+    return max((float(np.abs(error).max(initial=0)) for error in errors), default=0.0) / scale
