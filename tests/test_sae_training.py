@@ -8,9 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +23,10 @@ from torch import Tensor
 import steerfast as sf
 from steerfast.place import Origin
 from steerfast.sae import cache as cache_module
-from steerfast.sae.cache import ActivationCache, cache_activations, pack, real_tokens
+from steerfast.sae import contexts as contexts_module
+from steerfast.sae import evaluate as evaluate_module
+from steerfast.sae.cache import ActivationCache, CacheConfig, cache_activations, cache_places
+from steerfast.sae.contexts import Contexts, packed
 from steerfast.sae.evaluate import evaluate_sae
 from steerfast.sae.model import SAE
 from steerfast.sae.training.checkpoints import Checkpoints
@@ -157,15 +164,18 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
 
 
 class Shards:
-    """Rows 0, 1, 2, … in shards of unequal length, which count how often they are read."""
+    """Rows 0, 1, 2, … in shards, by default of unequal length, which note what is read and in which thread."""
 
-    counts = (7, 3, 11, 5, 9, 4, 8, 6, 10, 2, 12)
+    fingerprint: ClassVar[dict[str, str]] = {"rows": "0, 1, 2, …"}
 
-    def __init__(self) -> None:
-        self.reads = 0
+    def __init__(self, counts: tuple[int, ...] = (7, 3, 11, 5, 9, 4, 8, 6, 10, 2, 12)) -> None:
+        self.counts = counts
+        self.reads: list[int] = []
+        self.threads: set[str] = set()
 
     def read(self, shard: int) -> Tensor:
-        self.reads += 1
+        self.reads.append(shard)
+        self.threads.add(threading.current_thread().name)
         start = sum(self.counts[:shard])
         return torch.arange(start, start + self.counts[shard], dtype=torch.float32)[:, None]
 
@@ -188,7 +198,63 @@ def test_the_stream_goes_on_anywhere(step: int) -> None:
     data = Shards()
     found = stream(data, 7, seed=5, step=step)
     assert all(torch.equal(next(found), batch) for batch in expected)
-    assert data.reads <= 3 * len(data.counts)  # the groups before it are not read
+    assert len(data.reads) <= 3 * len(data.counts)  # the groups before it are not read
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 5])
+def test_replicas_share_an_epoch_and_read_only_their_shards(replicas: int) -> None:
+    total, seen = sum(Shards().counts), []
+    for replica in range(replicas):
+        data = Shards()
+        first, last = replica * total // replicas, (replica + 1) * total // replicas
+        batches = stream(data, replicas, 5, 0, steps=last - first, replica=(replica, replicas))
+        seen += [int(batch) for batch in batches]  # a row of each batch
+        assert len(set(data.reads)) == len(data.reads)
+        others = sum(data.counts[shard] for shard in data.reads) - (last - first)
+        assert others < 2 * max(data.counts)  # of the two shards at the ends
+    assert sorted(seen) == list(range(total))
+
+
+def test_two_replicas_read_half_of_equal_shards() -> None:
+    """16 shards, two replicas, one epoch: 8 reads each, and none beside them."""
+    for replica in range(2):
+        data = Shards((10,) * 16)
+        assert len(list(stream(data, 20, 3, 0, steps=8, replica=(replica, 2)))) == 8
+        assert len(data.reads) == 8
+
+
+def test_two_shards_are_read_ahead_in_a_thread() -> None:
+    data = Shards((10,) * 40)
+    batches = stream(data, 10, 3, 0)
+    next(batches)
+    deadline = time.monotonic() + 10
+    while len(data.reads) < 8 + 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(data.reads) == 8 + 2  # a group, and two of the next
+    assert data.threads == {"steerfast-rows_0"}
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("steerfast-rows")]
+    data.ahead = 0  # type: ignore[attr-defined]
+    data.threads.clear()
+    next(stream(data, 10, 3, 0))
+    assert data.threads == {threading.current_thread().name}
+
+
+def test_shards_that_are_not_what_their_source_says() -> None:
+    class Narrow(Shards):
+        def read(self, shard: int) -> Tensor:
+            return super().read(shard).expand(-1, 2 if shard == 3 else 1)
+
+    class Short(Shards):
+        def read(self, shard: int) -> Tensor:
+            return super().read(shard)[: 5 if shard == 6 else None]
+
+    with pytest.raises(ValueError, match=r"rows of shard \d+ have width .* are they of different models\?"):
+        next(stream(Narrow((5,) * 8), 40, 0, 0))
+    with pytest.raises(ValueError, match=r"shard 6 has shape \(5, 1\).* expected floating \(8, d\)"):
+        list(stream(Short(), 7, 0, 0, steps=11))
+    with pytest.raises(ValueError, match=r"a batch of 7 rows and 77 rows in all, for 2 replicas"):
+        next(stream(Shards(), 7, 0, 0, replica=(0, 2)))
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -389,9 +455,14 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     finally:
         for process in both:
             process.kill()
-    alone = train_sae(rows(1500), changed(dead_after=400))
-    x = rows(300, seed=2)
-    for name in ("data", "features"):
+    x, config = rows(300, seed=2), changed(dead_after=400)
+    features = train_sae(rows(1500), config)
+    whole = Trainer(config, Whole(rows(1500)), Alone())
+    halves = [stream(Whole(rows(1500)), config.batch, config.seed, 0, replica=(i, 2)) for i in range(2)]
+    while whole.step < config.steps:  # one process on what both read
+        whole.train_on(torch.cat([next(half) for half in halves]))
+    data = whole.sae(Origin())
+    for name, alone in (("data", data), ("features", features)):
         saes = [SAE.load(tmp_path / f"{name}{rank}") for rank in range(2)]
         assert equal(*saes)
         for key, value in alone.tensors().items():
@@ -417,10 +488,10 @@ def test_the_cache_holds_what_the_model_computes(smollm, tmp_path: Path) -> None
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     tokens, positions = cache.contexts(0)
     assert tokens[:, 0].tolist() == [tokenizer.bos_token_id] * len(tokens)
-    assert torch.equal(tokens, pack(tokenizer, TEXTS, 32))
+    assert torch.equal(tokens, Contexts(tokenizer, TEXTS, 32)[:])
     ids = tokens.flatten()[positions.long()]
     assert not set(ids.tolist()) & set(tokenizer.all_special_ids)
-    assert len(ids) == int(real_tokens(tokenizer, tokens).sum()) == len(cache)
+    assert len(ids) == int(Contexts(tokenizer, TEXTS, 32).real(tokens).sum()) == len(cache)
     with torch.no_grad():
         states = model(tokens.long(), output_hidden_states=True).hidden_states[4]
     assert torch.allclose(cache.read(0), states.reshape(-1, 576)[positions.long()], rtol=1e-4, atol=1e-3)
@@ -459,6 +530,136 @@ def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypat
     (tmp_path / "part" / "00001.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(ValueError, match="damaged"):
         ActivationCache.open(tmp_path / "part").read(1)
+
+
+@pytest.mark.model
+def test_several_places_in_one_forward_and_in_parts(smollm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each cache is the one of its place alone, bit for bit, whether made at once, in parts, or going on."""
+    model, tokenizer = smollm
+    monkeypatch.setattr(cache_module, "SHARD_TOKENS", 64)
+    places = [("resid_post", 2), ("resid_pre", 0), ("mlp_out", 2), ("attn_out", 1)]
+    forwards: list[int] = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda *_: forwards.append(1))
+    alone = {
+        place: cache_activations(model, tokenizer, TEXTS, place, tmp_path / "alone" / str(i), context=32)
+        for i, place in enumerate(places)
+    }
+    shards = alone[places[0]].info.shards
+    assert shards > 3
+    once = len(forwards) // len(places)
+    forwards.clear()
+    found = cache_places(model, tokenizer, TEXTS, places, tmp_path / "together", CacheConfig(context=32))
+    assert len(forwards) == once
+    for part in (2, 3, 1):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            ActivationCache.open(tmp_path / "parts" / "mlp_out-2")
+        cache_places(model, tokenizer, TEXTS, places, tmp_path / "parts", CacheConfig(context=32, part=(part, 3)))
+    handle.remove()
+    for place in places:
+        for folder in (found[place], tmp_path / "parts" / found[place].name):
+            cache = ActivationCache.open(folder)
+            assert (cache.info, cache.counts) == (alone[place].info, alone[place].counts)
+            for shard in range(shards):
+                assert torch.equal(cache.read(shard), alone[place].read(shard))
+    (tmp_path / "parts" / "mlp_out-2" / "cache.2of3.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks \d of \d+ shards \(there are parts 1 of 3, 3 of 3\)"):
+        ActivationCache.open(tmp_path / "parts" / "mlp_out-2")
+    with pytest.raises(ValueError, match="context 32 there, 16 here"):
+        cache_places(model, tokenizer, TEXTS, places, tmp_path / "parts", CacheConfig(context=16, part=(2, 3)))
+    for wrong, message in (([places[0]] * 2, "named twice"), ([], "no place is named")):
+        with pytest.raises(ValueError, match=message):
+            cache_places(model, tokenizer, TEXTS, wrong, tmp_path / "wrong")
+    with pytest.raises(ValueError, match="part is 4 of 3"):
+        CacheConfig(part=(4, 3))
+
+
+@pytest.mark.model
+def test_a_shard_of_another_collection_is_refused(smollm, tmp_path: Path) -> None:
+    model, tokenizer = smollm
+    cache = cache_activations(model, tokenizer, TEXTS, ("resid_post", 0), tmp_path / "a", context=32)
+    other = cache_activations(model, tokenizer, TEXTS[:8], ("resid_post", 0), tmp_path / "b", context=32)
+    (other.directory / "00000.safetensors").replace(cache.directory / "00000.safetensors")
+    with pytest.raises(ValueError, match="it is of another collection"):
+        cache.read(0)
+    whole = (cache.directory / "00000.safetensors").read_bytes()
+    (cache.directory / "00000.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        cache.read(0)
+
+
+class Numbered:
+    """A tokenizer whose texts are numbers of tokens: token 7, 8, 9, … as many as the text says."""
+
+    bos_token_id, eos_token_id = 1, 2
+    all_special_ids = (1, 2)
+
+    def __call__(self, text: object, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list]:
+        if isinstance(text, list):
+            return {"input_ids": [list(range(7, 7 + int(one))) for one in text]}
+        return {"input_ids": list(range(7, 8))}
+
+
+def test_packing_holds_no_more_than_a_window() -> None:
+    """Contexts of the joined texts, and texts asked for only as they are needed."""
+    sizes, asked = [5, 3, 40, 1, 1, 700, 2] * 400, []
+
+    def texts() -> Iterator[str]:
+        for size in sizes:
+            asked.append(size)
+            yield str(size)
+
+    blocks, found = packed(Numbered(), texts(), 16), []
+    found.append(next(blocks))
+    assert len(asked) == 512
+    found += blocks
+    joined = [token for size in sizes for token in [*range(7, 7 + size), 2]]
+    contexts = torch.tensor(np.concatenate(found))
+    assert contexts[:, 0].eq(1).all()
+    assert contexts[:, 1:].flatten().tolist() == joined[: 15 * len(contexts)]
+    assert len(joined) - 15 * len(contexts) < 15
+
+
+def test_packed_texts_lie_in_a_file_where_they_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["900"] * 600
+    small = Contexts(Numbered(), texts, 16)
+    monkeypatch.setattr(contexts_module, "_IN_MEMORY", 1000)
+    large = Contexts(Numbered(), texts, 16, tmp_path)
+    assert not list(tmp_path.iterdir())  # it has no name
+    assert (len(large), large.digest) == (len(small), small.digest)
+    for part in (slice(None), slice(3, 7), slice(len(small) - 1, None), slice(5, 5)):
+        assert torch.equal(large[part], small[part])
+    assert large[3:7].shape == (4, 16)
+    assert torch.equal(large.real(large[:4])[:, 1:], large[:4][:, 1:] != 2)
+
+
+@pytest.mark.model
+def test_evaluation_reads_texts_as_it_needs_them(smollm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums over parts are the numbers of all rows at once; texts beyond the tokens asked for are left alone."""
+    model, tokenizer = smollm
+    sae = SAE(torch.randn(64, 576), 0.1 * torch.randn(64, 576), k=8, origin=Origin(place=("resid_post", 2)))
+    asked: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for number in range(10**9):
+            asked.append(number)
+            yield TEXTS[number % 20]
+
+    once = evaluate_sae(sae, model, tokenizer, texts(), context=32, tokens=1200, loss_tokens=64)
+    assert len(asked) <= 1024
+    monkeypatch.setattr(evaluate_module, "_MEDIAN_ROWS", 200)
+    monkeypatch.setattr(evaluate_module, "_ENCODED", 70)
+    parts = evaluate_sae(sae, model, tokenizer, texts(), context=32, tokens=1200, loss_tokens=64)
+    assert parts.tokens == once.tokens
+    for name in ("variance_explained", "dead", "active"):
+        assert getattr(parts, name) == pytest.approx(getattr(once, name), rel=1e-9), name
+    assert 0.9 < once.typical < 1
+    assert parts.typical == pytest.approx(once.typical, abs=0.02)  # the median is that of the first rows
+    kept = Contexts(tokenizer, TEXTS * 5, 32)[: 1200 // 32]
+    rows = torch.cat([model(ids[None].long(), output_hidden_states=True).hidden_states[3][0] for ids in kept])[
+        Contexts(tokenizer, TEXTS * 5, 32).real(kept).flatten()
+    ].double()
+    wanted = 1 - float((sae(rows.float()).double() - rows).square().sum() / (rows - rows.mean(0)).square().sum())
+    assert once.variance_explained == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.model
@@ -520,8 +721,8 @@ def test_activations_that_are_not_finite(smollm, tmp_path: Path) -> None:
 def test_texts_that_do_not_work(smollm) -> None:
     tokenizer = smollm[1]
     with pytest.raises(ValueError, match="expected 31 at least"):
-        pack(tokenizer, ["Hello."], 32)
+        Contexts(tokenizer, ["Hello."], 32)
     with pytest.raises(TypeError, match="put it into a list"):
-        pack(tokenizer, "Hello.", 32)
+        Contexts(tokenizer, "Hello.", 32)
     with pytest.raises(ValueError, match="context is 4"):
-        pack(tokenizer, TEXTS, 4)
+        Contexts(tokenizer, TEXTS, 4)

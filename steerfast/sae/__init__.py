@@ -3,7 +3,7 @@
 from steerfast._names import lazily
 
 _HOMES = {
-    "cache": ["ActivationCache", "ActivationStream", "cache_activations"],
+    "cache": ["ActivationCache", "ActivationStream", "CacheConfig", "cache_activations", "cache_places"],
     "detection": ["Detection", "detect"],
     "documents": ["read_documents"],
     "evaluate": ["Evaluation", "evaluate_sae"],

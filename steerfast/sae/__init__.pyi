@@ -1,6 +1,8 @@
 from .cache import ActivationCache as ActivationCache
 from .cache import ActivationStream as ActivationStream
+from .cache import CacheConfig as CacheConfig
 from .cache import cache_activations as cache_activations
+from .cache import cache_places as cache_places
 from .detection import Detection as Detection
 from .detection import detect as detect
 from .documents import read_documents as read_documents

@@ -1,7 +1,7 @@
 """How the training of an SAE is split over processes; `Alone` is the split into one.
 
 Two ways, over any backend of `torch.distributed` (gloo on CPUs). `SplitData`: every process holds the whole SAE and takes
-a part of each batch; gradients are summed. `SplitFeatures`: every process sees the whole batch and holds F/world features;
+its own part of the data; gradients are summed. `SplitFeatures`: every process sees the whole batch and holds F/world features;
 each takes its own best k, the k best of all are found from world·k candidates, and the parts of the reconstruction are summed.
 Both do what one process would do, up to the order of summation.
 """
@@ -17,10 +17,8 @@ class Alone:
     """One process. The methods are what training asks of any split."""
 
     rank, world = 0, 1
-
-    def share(self, batch: Tensor) -> Tensor:
-        """The rows of a batch that this process works on."""
-        return batch
+    replica, replicas = 0, 1
+    """Which part of the data this process reads, and how many parts there are."""
 
     def features(self, count: int) -> tuple[int, int]:
         """First and last (exclusive) feature that this process holds."""
@@ -69,7 +67,7 @@ class _Together(Alone):
 
 
 class SplitData(_Together):
-    """Each process takes every world-th row of a batch; the batch must divide by their number.
+    """Each process reads a part of the data, 1/world of each batch; the batch must divide by their number.
 
     Args:
         group: The processes; None: all.
@@ -81,11 +79,9 @@ class SplitData(_Together):
         >>> sf.sae.train_sae(cache, config, split=sf.sae.SplitData())  # doctest: +SKIP
     """
 
-    def share(self, batch: Tensor) -> Tensor:
-        """Rows rank, rank + world and so on."""
-        if len(batch) % self.world:
-            raise ValueError(f"SplitData: a batch of {len(batch)} rows does not divide by {self.world} processes")
-        return batch[self.rank :: self.world]
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(group)
+        self.replica, self.replicas = self.rank, self.world
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """All-reduce."""

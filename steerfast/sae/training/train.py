@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
@@ -48,7 +49,8 @@ def train_sae(
         loss = ‖x̂ - x‖² + α·‖ê - (x - x̂)‖², ê from the best of the dead latents
 
     Args:
-        source: Rows of activations: an `ActivationCache`, an `ActivationStream`, or a tensor (n, d).
+        source: Rows of activations: a tensor (n, d), an `ActivationStream`, what `open_rows` returns, or anything with `counts`,
+            `fingerprint` and `read(shard)` (see `Rows`). Every replica reads its own shards.
         config: See `TrainConfig`.
         directory: For checkpoints, each written whole or not at all; the newest is kept. None: no checkpoints.
         split: `SplitData()` or `SplitFeatures()` when several processes train one SAE; None: one process.
@@ -72,9 +74,9 @@ def train_sae(
         >>> sf.sae.train_sae(x, sf.sae.TrainConfig(features=64, k=4, tokens=20_000, batch=512)).features
         64
     """
-    if not isinstance(source, Tensor) and not hasattr(source, "counts"):
+    if not isinstance(source, Tensor) and not (hasattr(source, "counts") and hasattr(source, "read")):
         raise TypeError(
-            f"train_sae: source must be an ActivationCache, an ActivationStream or a tensor (n, d); got {type(source).__name__}"
+            f"train_sae: source must be a tensor (n, d), what open_rows returns, or other rows; got {type(source).__name__}"
         )
     data: Rows = Whole(source) if isinstance(source, Tensor) else source
     split = split or Alone()
@@ -87,16 +89,18 @@ def train_sae(
     trainer = Trainer(config, data, split)
     if folder is not None:
         folder.load(trainer)
-    batches = stream(data, config.batch, config.seed, trainer.step)
     clock, seen = time.perf_counter(), trainer.step
-    while trainer.step < config.steps:
-        trainer.train_on(next(batches))
-        if trainer.step % checkpoint_every and trainer.step < config.steps:
-            continue
-        report = trainer.report((trainer.step - seen) * config.batch / (time.perf_counter() - clock))
-        if folder is not None:
-            folder.save(trainer)
-        if progress is not None:
-            progress(report)
-        clock, seen = time.perf_counter(), trainer.step
+    replica = (split.replica, split.replicas)
+    batches = stream(data, config.batch, config.seed, trainer.step, steps=config.steps, replica=replica)
+    with closing(batches):
+        while trainer.step < config.steps:
+            trainer.train_on(next(batches))
+            if trainer.step % checkpoint_every and trainer.step < config.steps:
+                continue
+            report = trainer.report((trainer.step - seen) * config.batch / (time.perf_counter() - clock))
+            if folder is not None:
+                folder.save(trainer)
+            if progress is not None:
+                progress(report)
+            clock, seen = time.perf_counter(), trainer.step
     return trainer.sae(origin)

@@ -49,24 +49,25 @@ class Trainer:
         )  # squared error and variance since the last report
 
     def train_on(self, batch: Tensor) -> None:
-        """One step on a batch of rows, (n, d)."""
+        """One step on this replica's rows of a batch, (n, d)."""
         config, split, weights = self.config, self.split, self.weights
-        x = split.share(batch).to(weights["b_dec"].device, torch.float32) / self.scale
+        rows = len(batch) * split.replicas
+        x = batch.to(weights["b_dec"].device, torch.float32) / self.scale
         w_enc = weights.get("w_enc", weights["w_dec"])
         centred = x - weights["b_dec"]
         values, indices = _top(centred, w_enc, weights["b_enc"], min(config.k_at(self.step), len(w_enc)))
         values = torch.where(split.cut(values, config.k_at(self.step)), values, 0)
-        gradients, error = sparse_gradients(centred, values, indices, w_enc, weights["w_dec"], split, len(batch))
-        self._count(batch, error, indices[values > 0])
+        gradients, error = sparse_gradients(centred, values, indices, w_enc, weights["w_dec"], split, rows)
+        self._count(x, rows, error, indices[values > 0])
         dead = (self.silent > config.dead_after).nonzero().flatten()
         if config.aux_k and config.aux_weight:
-            self._revive(gradients, centred, error, dead, len(batch))
+            self._revive(gradients, centred, error, dead, rows)
         self._descend(gradients)
         self.step += 1
 
     def report(self, tokens_per_second: float) -> TrainReport:
         """How training stands; the sums of the error begin anew."""
-        error, variance = self.split.sum_over_data(self.sums[:1].clone()).item(), self.sums[1].item()
+        error, variance = self.split.sum_over_data(self.sums.clone()).tolist()
         if not error < float("inf"):
             raise ValueError(
                 f"train_sae: the error is {error} at step {self.step}, training diverged; lower lr ({self.config.lr}) and "
@@ -99,14 +100,15 @@ class Trainer:
             value.copy_(state[name])
         self.step, self.scale = step, scale
 
-    def _count(self, batch: Tensor, error: Tensor, active: Tensor) -> None:
+    def _count(self, x: Tensor, rows: int, error: Tensor, active: Tensor) -> None:
         """Which latents were active, and the sums of the report."""
         fired = torch.zeros_like(self.silent).index_fill_(0, active.long(), 1)
         self.split.sum_over_data(fired)
-        self.silent += len(batch)
+        self.silent += rows
         self.silent[fired > 0] = 0
-        wide = batch.to(self.sums.device, torch.float64) / self.scale
-        self.sums += torch.stack([error.double().square().sum(), (wide - wide.mean(0)).square().sum()])
+        wide = x.double()
+        mean = self.split.sum_over_data(wide.sum(0)) / rows
+        self.sums += torch.stack([error.double().square().sum(), (wide - mean).square().sum()])
 
     def _revive(self, gradients: dict[str, Tensor], centred: Tensor, error: Tensor, dead: Tensor, rows: int) -> None:
         """Add the gradients of α·‖ê - (c - ĉ)‖² for the dead latents, with dense products over these few."""
