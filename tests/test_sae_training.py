@@ -1,10 +1,8 @@
-"""Training of SAEs: the step against autograd, the stream of rows, the cache, checkpoints, several processes, a real model."""
+"""Training of SAEs: the step, the stream of rows, the cache, checkpoints, a real model."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +15,6 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import steerfast as sf
@@ -33,8 +30,9 @@ from steerfast.sae.training.checkpoints import Checkpoints
 from steerfast.sae.training.config import TrainConfig, TrainReport
 from steerfast.sae.training.distributed import Alone
 from steerfast.sae.training.rows import Whole, fingerprint_of, stream
+from steerfast.sae.training.selection import Encoder, top
 from steerfast.sae.training.train import train_sae
-from steerfast.sae.training.trainer import Trainer, _top, sparse_gradients
+from steerfast.sae.training.trainer import Trainer
 
 D, F, K = 40, 96, 5
 
@@ -54,53 +52,30 @@ CONFIG = TrainConfig(features=F, k=K, tokens=6000, batch=200, lr=5e-3, dead_afte
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("features", [96, 97])  # with and without the groups of _top
-def test_top_is_exact(features: int) -> None:
+@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("features", [96, 97])  # with and without groups of features
+def test_top_is_exact(features: int, screened: bool) -> None:
     x, w, b = torch.randn(31, D), torch.randn(features, D), torch.randn(features)
-    values, indices = _top(x, w, b, K)
-    expected = torch.addmm(b, x, w.T).topk(K)
-    assert torch.equal(values.sort(1, descending=True).values, expected.values.clamp(min=0))
+    values, indices = top(Encoder(x, w, b), K, screened=screened)
+    expected = torch.addmm(b.double(), x.double(), w.double().T).topk(K)
+    found = values.sort(1, descending=True).values
+    assert torch.allclose(found.double(), expected.values.clamp(min=0), rtol=1e-5, atol=1e-5)
     assert torch.equal(indices.sort(1).values, expected.indices.sort(1).values)
 
 
-def dense_loss(weights: dict[str, Tensor], x: Tensor, k: int, dead: Tensor, aux_k: int, aux_weight: float) -> Tensor:
-    """The loss of the module's docstring, written down with dense matrices."""
-    centred = x - weights["b_dec"]
-    pre = centred @ weights["w_enc"].T + weights["b_enc"]
-    best = pre.topk(k, dim=1)
-    latents = torch.zeros_like(pre).scatter(1, best.indices, best.values.relu())
-    rest = latents @ weights["w_dec"] - centred
-    # the error that the dead latents work on is a constant to them, and so is the input of their encoder to b_dec
-    outside = pre[:, dead].topk(min(aux_k, int(dead.sum())), dim=1)
-    constant = (x - weights["b_dec"]).detach() @ weights["w_enc"][dead].T + weights["b_enc"][dead]
-    chosen = torch.zeros_like(constant).scatter(1, outside.indices, constant.gather(1, outside.indices).relu())
-    second = chosen @ weights["w_dec"][dead] + rest.detach()
-    return (rest.square().sum() + aux_weight * second.square().sum()) / len(x)
-
-
-def test_the_gradient_is_that_of_autograd_in_float64() -> None:
-    trainer = Trainer(CONFIG, Whole(rows(500)), Alone())
-    weights = {name: torch.randn_like(value).double() for name, value in trainer.weights.items()}
-    dead = torch.zeros(F, dtype=torch.bool)
-    dead[::7] = True
-    leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
-    x = rows(64, seed=3).double()
-    expected = torch.autograd.grad(
-        dense_loss(leaves, x, K, dead, CONFIG.aux_k, CONFIG.aux_weight), list(leaves.values())
+def test_candidates_in_bfloat16_that_are_too_close_are_done_again() -> None:
+    """Rows whose best features differ by less than bfloat16 can tell: only float32 orders them."""
+    x = torch.randn(8, D)
+    w = torch.randn(1, D).repeat(256, 1) + 1e-5 * torch.randn(256, D)
+    encoder = Encoder(x, w, torch.zeros(256))
+    assert torch.equal(
+        top(encoder, 3, screened=True)[1].sort(1).values, top(encoder, 3, screened=False)[1].sort(1).values
     )
-
-    centred = x - weights["b_dec"]
-    found = _top(centred, weights["w_enc"], weights["b_enc"], K)
-    gradients, error = sparse_gradients(centred, *found, weights["w_enc"], weights["w_dec"], Alone(), len(x))
-    trainer.weights, trainer.silent = weights, torch.where(dead, 10**9, 0)
-    trainer._revive(gradients, centred, error, dead.nonzero().flatten(), len(x))
-    for name, want in zip(leaves, expected, strict=True):
-        assert torch.allclose(gradients[name], want, rtol=1e-10, atol=1e-12), name
 
 
 def test_decoder_rows_keep_length_one_and_the_scale_folds_away() -> None:
     x = rows(3000) * 50
-    trainer = Trainer(CONFIG, Whole(x), Alone())
+    trainer = Trainer(CONFIG, [x], Alone())
     for step in range(5):
         trainer.train_on(x[200 * step : 200 * (step + 1)])
     assert torch.allclose(trainer.weights["w_dec"].norm(dim=1), torch.ones(F), atol=1e-6)
@@ -140,7 +115,7 @@ def test_dead_latents_come_back() -> None:
     x, last = rows(4000), {}
     for aux_k in (0, 16):
         config = TrainConfig(features=48, k=3, tokens=80_000, batch=400, lr=5e-3, dead_after=2000, aux_k=aux_k)
-        trainer = Trainer(config, Whole(x), Alone())
+        trainer = Trainer(config, [x], Alone())
         trainer.weights["b_enc"][::2] = -3.0
         batches = stream(Whole(x), 400, 0, 0)
         for step in range(200):
@@ -215,6 +190,16 @@ def test_replicas_share_an_epoch_and_read_only_their_shards(replicas: int) -> No
     assert sorted(seen) == list(range(total))
 
 
+def test_replicas_of_a_tensor_have_the_batches_of_one_process() -> None:
+    x = torch.arange(100.0)[:, None]
+    parts = [stream(Whole(x), 20, 3, 2, replica=(i, 2)) for i in range(2)]
+    whole = stream(Whole(x), 20, 3, 2)
+    for _ in range(12):
+        batch = next(whole)
+        for i in range(2):
+            assert torch.equal(next(parts[i]), batch[i::2])
+
+
 def test_two_replicas_read_half_of_equal_shards() -> None:
     """16 shards, two replicas, one epoch: 8 reads each, and none beside them."""
     for replica in range(2):
@@ -277,7 +262,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path) -> None:
 
     with pytest.raises(Interrupted):
         train_sae(x, CONFIG, tmp_path, checkpoint_every=7, progress=stop)
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-00000014-0of1.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-00000014"]
     assert equal(train_sae(x, CONFIG, tmp_path, checkpoint_every=11), straight)
     assert equal(train_sae(x, CONFIG, tmp_path), straight)  # a finished run comes back from its last checkpoint
 
@@ -288,6 +273,20 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 import test_sae_training as here
 here.train_sae(here.rows(1500), here.changed(tokens=10**9), {folder!r}, checkpoint_every=1)
+"""
+
+
+FULL = """
+import resource, signal, sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+import test_sae_training as here
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def fill(report):
+    if report.step == 5:
+        while here._last_step(here.Path({folder!r})) < 5: pass
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+here.train_sae(here.rows(1500), here.CONFIG, {folder!r}, checkpoint_every=5, progress=fill)
 """
 
 
@@ -313,42 +312,30 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
         last = _last_step(tmp_path)
 
     x, config = rows(1500), changed(tokens=10**9)
-    resumed = Trainer(config, Whole(x), Alone())
-    Checkpoints(tmp_path, fingerprint_of(config, Whole(x)), Alone()).load(resumed)
+    resumed = Trainer(config, [x], Alone())
+    Checkpoints(tmp_path, fingerprint_of(config, Whole(x)), Alone()).load([resumed])
     assert resumed.step == last
-    straight = Trainer(config, Whole(x), Alone())
+    straight = Trainer(config, [x], Alone())
     batches = stream(Whole(x), config.batch, config.seed, 0)
     while straight.step < last:
         straight.train_on(next(batches))
-    straight.sums.zero_()
     for name, value in resumed.state().items():
         assert torch.equal(value, straight.state()[name]), name
 
 
 def _last_step(folder: Path) -> int:
-    return max((int(file.name.split("-")[1]) for file in folder.glob("checkpoint-*.safetensors")), default=-1)
+    return max((int(file.parent.name.split("-")[1]) for file in folder.glob("checkpoint-*/run.json")), default=-1)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = rows(1500)
-    write = Path.write_bytes
-    budget = [200_000]  # two checkpoints of about 80 kB fit, the third stops in the middle
-
-    def write_some(self: Path, content: bytes) -> int:
-        written = write(self, content[: budget[0]])
-        budget[0] -= written
-        if written < len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-        return written
-
-    monkeypatch.setattr(Path, "write_bytes", write_some)
-    with pytest.raises(OSError, match="No space left"):
-        train_sae(x, CONFIG, tmp_path, checkpoint_every=5)
-    monkeypatch.undo()
-    (left,) = tmp_path.iterdir()
-    assert left.name == "checkpoint-00000010-0of1.safetensors"
-    assert load_file(left)["w_dec"].isfinite().all()
-    assert equal(train_sae(x, CONFIG, tmp_path), train_sae(x, CONFIG))
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the kernel refuses the write in the middle, as a full disk does."""
+    program = FULL.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert "OSError: train_sae" in done.stderr, done.stderr
+    assert "checkpoint-00000010 cannot be written" in done.stderr
+    assert "the checkpoint before it stays valid" in done.stderr
+    assert _last_step(tmp_path) == 5
+    assert equal(train_sae(rows(1500), CONFIG, tmp_path), train_sae(rows(1500), CONFIG))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -357,9 +344,18 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train_sae(rows(1500), changed(seed=1), tmp_path)
     with pytest.raises(ValueError, match="another run"):
         train_sae(rows(1400), CONFIG, tmp_path)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*/*.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged"):
+        train_sae(rows(1500), CONFIG, tmp_path)
+    (file.parent / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        train_sae(rows(1500), CONFIG, tmp_path)
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-00000002-0of1.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="of an older version"):
         train_sae(rows(1500), CONFIG, tmp_path)
 
 
@@ -414,60 +410,6 @@ def test_a_configuration_of_the_wrong_type() -> None:
         train_sae(torch.zeros(4, 4, 4), CONFIG)
     with pytest.raises(ValueError, match="all rows of the first shard are equal"):
         train_sae(torch.ones(500, 4), CONFIG)
-
-
-# --- several processes ------------------------------------------------------------------------------------------------
-
-TOGETHER = """
-import os, sys, torch
-import torch.distributed as dist
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-import test_sae_training as here
-from steerfast.sae.training.distributed import SplitData, SplitFeatures
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://{folder}/rendezvous", rank=rank, world_size=2)
-for name, split in (("data", SplitData()), ("features", SplitFeatures())):
-    config = here.changed(dead_after=400)
-    half = here.train_sae(here.rows(1500), here.changed(dead_after=400), None, split=split)
-    half.save("{folder}/" + name + str(rank))
-
-    class Stop(Exception): pass
-    def stop(report):
-        if report.step == 20: raise Stop
-    place = "{folder}/checkpoints-" + name
-    try: here.train_sae(here.rows(1500), config, place, split=split, checkpoint_every=10, progress=stop)
-    except Stop: pass
-    again = here.train_sae(here.rows(1500), config, place, split=split, checkpoint_every=10)
-    assert here.equal(again, half), name
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)  # threads of gloo may abort a process that ends by itself (torch 2.13)
-"""
-
-
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    """Split data and split features, each with AuxK at work, each resumed from checkpoints in two files."""
-    program = TOGETHER.format(tests=str(Path(__file__).parent), folder=tmp_path)
-    both = [subprocess.Popen([sys.executable, "-c", program, str(rank)]) for rank in range(2)]
-    try:
-        assert [process.wait(timeout=120) for process in both] == [0, 0]
-    finally:
-        for process in both:
-            process.kill()
-    x, config = rows(300, seed=2), changed(dead_after=400)
-    features = train_sae(rows(1500), config)
-    whole = Trainer(config, Whole(rows(1500)), Alone())
-    halves = [stream(Whole(rows(1500)), config.batch, config.seed, 0, replica=(i, 2)) for i in range(2)]
-    while whole.step < config.steps:  # one process on what both read
-        whole.train_on(torch.cat([next(half) for half in halves]))
-    data = whole.sae(Origin())
-    for name, alone in (("data", data), ("features", features)):
-        saes = [SAE.load(tmp_path / f"{name}{rank}") for rank in range(2)]
-        assert equal(*saes)
-        for key, value in alone.tensors().items():
-            assert torch.allclose(saes[0].tensors()[key], value, rtol=1e-3, atol=2e-4), (name, key)
-        assert torch.equal(saes[0].topk(x)[1].sort(1).values, alone.topk(x)[1].sort(1).values), name
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ _HOMES = {
     "page": ["write_page"],
     "relations": ["Relations", "relate"],
     "training.config": ["TrainConfig"],
-    "training.distributed": ["SplitData", "SplitFeatures"],
-    "training.train": ["train_sae"],
+    "training.distributed": ["Mesh"],
+    "training.objectives": ["BatchTopK", "JumpReLU", "Matryoshka", "TopK", "Transcode"],
+    "training.sources": ["PlacesStream", "SideBySide"],
+    "training.train": ["train_sae", "train_saes"],
     "transcoder": ["Transcoder"],
     "use": ["explain_use"],
 }

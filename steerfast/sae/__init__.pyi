@@ -18,9 +18,16 @@ from .page import write_page as write_page
 from .relations import Relations as Relations
 from .relations import relate as relate
 from .training.config import TrainConfig as TrainConfig
-from .training.distributed import SplitData as SplitData
-from .training.distributed import SplitFeatures as SplitFeatures
+from .training.distributed import Mesh as Mesh
+from .training.objectives import BatchTopK as BatchTopK
+from .training.objectives import JumpReLU as JumpReLU
+from .training.objectives import Matryoshka as Matryoshka
+from .training.objectives import TopK as TopK
+from .training.objectives import Transcode as Transcode
+from .training.sources import PlacesStream as PlacesStream
+from .training.sources import SideBySide as SideBySide
 from .training.train import train_sae as train_sae
+from .training.train import train_saes as train_saes
 from .transcoder import Transcoder as Transcoder
 from .use import explain_use as explain_use
 

@@ -7,6 +7,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from typing import Any, Protocol
@@ -49,6 +50,7 @@ def stream(
     An epoch is a random order of the shards. Replica r of R has the r-th of R equal parts of its rows, one after another, so it
     reads 1/R of the shards and one that two replicas share. Eight shards are read and shuffled together; two more are read
     ahead in a thread. What comes at a step depends on seed, step and R alone; groups before it are skipped without being read.
+    Of a source of one shard, such as a tensor, replicas divide every batch among them, so that R changes nothing.
 
     Raises:
         ValueError: NaN or Inf in the rows; a shard of another length or width than the source says; a batch that does not
@@ -59,12 +61,18 @@ def stream(
             f"train_sae: a batch of {batch} rows and {sum(data.counts)} rows in all, for {replica[1]} replicas; the batch must "
             "divide by their number, and each needs a row"
         )
-    own = batch // replica[1]
+    index, replicas = replica
+    if (
+        len(data.counts) == 1 and replicas > 1
+    ):  # each has to read it all, so each has its part of every batch of one process
+        with closing(stream(data, batch, seed, step, steps=steps)) as batches:
+            yield from (rows[index::replicas] for rows in batches)
+        return
+    own = batch // replicas
     groups = _groups(data.counts, seed, replica, step * own, None if steps is None else steps * own)
-    ahead = getattr(data, "ahead", _AHEAD)
     # the order of what comes is drawn twice: by the thread's side to read ahead, and here
     wanted = (piece for group in groups() for piece in group.pieces)
-    read = _read_ahead(lambda piece: _rows_of(data, piece), wanted, ahead)
+    read = _read_ahead(lambda piece: _rows_of(data, piece), wanted, read_ahead(data))
     pieces, held = list[Tensor](), 0
     try:
         for group in groups():
@@ -211,6 +219,11 @@ def finite(rows: Tensor, shard: int) -> Tensor:
             f"train_sae: row {where} of shard {shard} holds NaN or Inf; expected finite activations: check what made them"
         )
     return rows
+
+
+def read_ahead(data: Rows) -> int:
+    """How many shards a thread may read before they are needed."""
+    return int(getattr(data, "ahead", _AHEAD))
 
 
 def origin_of(data: Rows) -> Origin:
