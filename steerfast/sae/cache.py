@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,12 @@ from steerfast.place import Origin, Place
 from .contexts import Contexts
 
 SCHEMA = 1
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+MANIFEST = "cache.json"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""Of stored rows, by the name that a manifest has for them."""
 SHARD_TOKENS = 32768
 _FORWARD_TOKENS = 2048
+_PART = re.compile(r"cache\.(\d+)of(\d+)\.json")
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,14 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "context", whole_number("CacheConfig", "context", self.context))
-        if self.dtype not in _DTYPES.values():
+        if self.dtype not in DTYPES.values():
             raise ValueError(f"CacheConfig: dtype is {self.dtype}; expected torch.bfloat16 or torch.float32")
         object.__setattr__(self, "part", checked_part("CacheConfig", self.part))
 
     @property
     def stored(self) -> str:
         """The name of the dtype."""
-        return next(name for name, known in _DTYPES.items() if known == self.dtype)
+        return next(name for name, known in DTYPES.items() if known == self.dtype)
 
 
 @dataclass(frozen=True)
@@ -140,27 +144,28 @@ class ActivationCache:
             ValueError: it is not finished, damaged, or of another schema; its parts are of different collections.
         """
         path = Path(directory)
-        manifests = sorted(path.glob("cache*.json")) or [path / "cache.json"]
-        info = _read_manifest(manifests[0])[0]
-        counts, parts = dict[int, int](), []
-        for file in manifests:
-            found, rows, part = _read_manifest(file)
+        parts, counts = _parts(path), dict[int, int]()
+        info = read_manifest(path, parts[0])[0]
+        for part in parts:
+            found, rows = read_manifest(path, part)
             if found != info:
                 raise ValueError(
-                    f"ActivationCache: {file} is of another collection than {manifests[0].name} ({_differs(info, found)}); "
+                    f"ActivationCache: part {part[0]} of {part[1]} in {path} is of another collection ({_differs(info, found)}); "
                     "keep the parts of one collection in a directory"
                 )
-            parts.append(f"{part[0]} of {part[1]}")
             counts.update(zip(_numbers(info, part), rows, strict=False))
         if missing := info.shards - len(counts):
-            there = "" if parts == ["1 of 1"] else f" (there are parts {', '.join(parts)})"
+            known = ", ".join(f"{i} of {n}" for i, n in parts)
+            there = "" if parts == [(1, 1)] else f" (there are parts {known})"
             raise ValueError(
                 f"ActivationCache: {path} lacks {missing} of {info.shards} shards{there}; "
                 "run the collection again, it goes on where it stopped"
             )
         for number in counts:
-            if not _shard(path, number).is_file():
-                raise ValueError(f"ActivationCache: {_shard(path, number)} is gone; remove {path} and collect again")
+            if not shard_file(path, number).is_file():
+                raise ValueError(
+                    f"ActivationCache: {shard_file(path, number)} is gone; remove {path} and collect again"
+                )
         return cls(path, info, tuple(counts[number] for number in range(info.shards)))
 
     def read(self, shard: int) -> Tensor:
@@ -169,8 +174,8 @@ class ActivationCache:
         Raises:
             ValueError: the file is damaged, or holds other rows than the manifest says.
         """
-        path = _shard(self.directory, shard)
-        with _opened(path) as file:
+        path = shard_file(self.directory, shard)
+        with opened(path) as file:
             rows = file.get_tensor("activations")
         if rows.shape != (self.counts[shard], self.info.d):
             raise ValueError(
@@ -181,7 +186,7 @@ class ActivationCache:
 
     def contexts(self, shard: int) -> tuple[Tensor, Tensor]:
         """The tokens (contexts, length) of one shard, and where in them, flattened, each row was read."""
-        with _opened(_shard(self.directory, shard)) as file:
+        with opened(shard_file(self.directory, shard)) as file:
             return file.get_tensor("tokens"), file.get_tensor("positions")
 
 
@@ -418,9 +423,9 @@ def _collect(
         tokens, positions = source.shard(number)
         for place, rows in source.read(number, missing).items():
             content = {"activations": rows.to(config.dtype), "tokens": tokens, "positions": positions}
-            replace_file(_shard(at[place], number), save(content))
+            replace_file(shard_file(at[place], number), save(content))
             counts[place].append(len(positions))
-            _write_manifest(_manifest(at[place], config.part), infos[place], counts[place], config.part)
+            replace_file(_manifest_file(at[place], config.part), manifest(infos[place], counts[place]))
         if progress is not None:
             progress(f"collected shard {done + 1} of {len(numbers)}, {sum(counts[missing[0]])} rows")
 
@@ -430,15 +435,17 @@ def _numbers(info: CacheInfo, part: tuple[int, int]) -> range:
     return range(part[0] - 1, info.shards, part[1])
 
 
-def _shard(path: Path, number: int) -> Path:
+def shard_file(path: Path, number: int) -> Path:
+    """Where a cache has one of its shards."""
     return path / f"{number:05d}.safetensors"
 
 
-def _manifest(path: Path, part: tuple[int, int]) -> Path:
-    return path / ("cache.json" if part == (1, 1) else f"cache.{part[0]}of{part[1]}.json")
+def opened(file: Path) -> Any:
+    """A shard as safetensors opens it.
 
-
-def _opened(file: Path) -> Any:
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
         return safe_open(file, "pt")
     except Exception as error:
@@ -447,15 +454,14 @@ def _opened(file: Path) -> Any:
 
 def _resume(owner: str, path: Path, info: CacheInfo, part: tuple[int, int]) -> list[int]:
     """The row counts of the part's shards that are there already; a new directory gets its manifest."""
-    for file in sorted(path.glob("cache*.json")):
-        there = _read_manifest(file)[0]
+    for other in _parts(path) if any(path.glob("cache*.json")) else []:
+        there = read_manifest(path, other)[0]
         if there != info:
             raise ValueError(f"{owner}: {path} holds another cache ({_differs(there, info)}); choose another directory")
-    file = _manifest(path, part)
-    if not file.exists():
-        _write_manifest(file, info, [], part)
+    if not (file := _manifest_file(path, part)).exists():
+        replace_file(file, manifest(info, []))
         return []
-    return _read_manifest(file)[1]
+    return read_manifest(path, part)[1]
 
 
 def _differs(there: CacheInfo, here: CacheInfo) -> str:
@@ -463,21 +469,37 @@ def _differs(there: CacheInfo, here: CacheInfo) -> str:
     return ", ".join(f"{key} {old[key]!r} there, {new[key]!r} here" for key in old if old[key] != new[key])
 
 
-def _read_manifest(file: Path) -> tuple[CacheInfo, list[int], tuple[int, int]]:
+def read_manifest(path: Path, part: tuple[int, int] = (1, 1)) -> tuple[CacheInfo, list[int]]:
+    """What a cache was made from, and the rows of each shard of a part that is there.
+
+    Raises:
+        FileNotFoundError: there is no cache.
+        ValueError: its manifest is damaged, or of another schema.
+    """
+    file = _manifest_file(path, part)
     if not file.is_file():
         raise FileNotFoundError(f"ActivationCache: {file} does not exist; make it with cache_activations")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
-        part = checked_part("part", content.get("part", (1, 1)))
-        return CacheInfo(**content["info"]), [int(count) for count in content["rows"]], part
+        return CacheInfo(**content["info"]), [int(count) for count in content["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"ActivationCache: {file} cannot be read ({error}); remove it and collect again") from error
 
 
-def _write_manifest(file: Path, info: CacheInfo, counts: list[int], part: tuple[int, int]) -> None:
-    content: dict[str, Any] = {"schema": SCHEMA, "info": asdict(info), "rows": counts}
-    if part != (1, 1):
-        content["part"] = part
-    replace_file(file, (json.dumps(content, indent=2) + "\n").encode())
+def manifest(info: CacheInfo, counts: Sequence[int]) -> bytes:
+    """The content of a cache's manifest."""
+    return (json.dumps({"schema": SCHEMA, "info": asdict(info), "rows": list(counts)}, indent=2) + "\n").encode()
+
+
+def _parts(path: Path) -> list[tuple[int, int]]:
+    """The parts that have a manifest in a directory; (1, 1) where none has."""
+    found = [(1, 1)] if (path / MANIFEST).exists() else []
+    names = [_PART.fullmatch(file.name) for file in sorted(path.glob("cache.*.json"))]
+    found += [checked_part(str(path), (int(name[1]), int(name[2]))) for name in names if name]
+    return found or [(1, 1)]
+
+
+def _manifest_file(path: Path, part: tuple[int, int]) -> Path:
+    return path / (MANIFEST if part == (1, 1) else f"cache.{part[0]}of{part[1]}.json")
