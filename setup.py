@@ -31,6 +31,7 @@ setup(
         "gguf": ["gguf>=0.17"],
         "parquet": ["pyarrow>=16"],
         "sae": ["scikit-learn>=1.5"],
+        "rows": ["fsspec>=2024.6", "pyarrow>=17"],  # activations in Parquet, Arrow and Hugging Face data sets
         "bench": ["matplotlib>=3.9", "pytest>=9.0", "pytest-benchmark>=5.0"],
         # Beside a CPU build of torch: for the interpreter and for compiling ahead of time.
         "cpu-kernels": ["triton>=3.6,<3.10"],

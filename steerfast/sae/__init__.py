@@ -12,6 +12,7 @@ _HOMES = {
     "judge": ["Judge", "judged_detection"],
     "page": ["write_page"],
     "relations": ["Relations", "relate"],
+    "tables": ["TableRows"],
     "training.config": ["TrainConfig"],
     "training.distributed": ["Mesh"],
     "training.objectives": ["BatchTopK", "JumpReLU", "Matryoshka", "TopK", "Transcode"],

@@ -17,6 +17,7 @@ from .judge import judged_detection as judged_detection
 from .page import write_page as write_page
 from .relations import Relations as Relations
 from .relations import relate as relate
+from .tables import TableRows as TableRows
 from .training.config import TrainConfig as TrainConfig
 from .training.distributed import Mesh as Mesh
 from .training.objectives import BatchTopK as BatchTopK
