@@ -1,4 +1,4 @@
-"""`steerfast sae train | eval | explain | steer | info`: an SAE from training to steering on the command line."""
+"""`steerfast sae collect | train | eval | explain | steer | info`: an SAE from training to steering on the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from steerfast.sae.evidence import Evidence, ObserveConfig, observe
 from steerfast.sae.explanation import RANKINGS, Explanations, explain
 from steerfast.sae.judge import Judge, judged_detection
 from steerfast.sae.model import SAE
+from steerfast.sae.opening import StoredRows, open_rows
 from steerfast.sae.page import write_page
 from steerfast.sae.relations import relate
 from steerfast.sae.training.config import TrainConfig
@@ -34,13 +35,14 @@ from steerfast.sae.training.train import train_sae
 from steerfast.sae.transcoder import Transcoder
 from steerfast.sae.use import explain_use
 
-from . import shared
+from . import sae_collect, shared
 
 DESCRIPTION = (
     "Train, measure, explain and use a sparse autoencoder. Reads SAEs of every family that `sf.SAE.load` reads."
 )
 EXAMPLE = (
     "steerfast sae train --preset smollm2 --out sae\n"
+    "steerfast sae collect demo --at 8 mlp_out:8 --text corpus.txt --out rows --part 1/2\n"
     "steerfast sae eval sae demo --text wikitext.txt\n"
     "steerfast sae explain sae demo --corpus articles.jsonl --html features.html --save words.json\n"
     'steerfast sae steer sae demo "The doctor put on a coat, because" --words herself --explanations words.json'
@@ -77,7 +79,8 @@ _CHOICES = ("features", "k", "tokens", "batch", "lr", "k_start", "seed")  # what
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `steerfast sae` to a parser."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="train|eval|explain|steer|info")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="collect|train|eval|explain|steer|info")
+    sae_collect.add_arguments(_action(actions, "collect", sae_collect.TEXT))
     _train_arguments(_action(actions, "train", "train a Top-K SAE on a model's activations; run it again to go on"))
     evaluated = _action(
         actions, "eval", "variance explained, dead features and cross-entropy recovered on held-out text"
@@ -101,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `steerfast sae`; returns the exit code."""
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "collect": sae_collect.run,
         "train": _train,
         "eval": _eval,
         "explain": _explain,
@@ -112,13 +116,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     preset = PRESETS.get(args.preset)
+    if args.rows is not None:
+        return _train_on_rows(args)
     if preset is None and (args.model is None or args.layer is None or args.text is None):
-        raise ValueError("sae train: give --preset, or MODEL with --layer and --text")
+        raise ValueError("sae train: give --preset, or MODEL with --layer and --text, or --rows")
     args.model = args.model or (preset.model if preset else None)
     site, layer = preset.place if preset else (args.site, args.layer)
-    config = preset.config if preset else TrainConfig()
-    given = {name: value for name in _CHOICES if (value := getattr(args, name)) is not None}
-    config = TrainConfig(**{field.name: getattr(config, field.name) for field in fields(config)} | given)
+    config = _config(args, preset.config if preset else TrainConfig())
     texts = wikipedia(shared.progress)[: preset.texts] if preset and args.text is None else read_texts(args.text)
     model, tokenizer = shared.load(args)
     folder = args.cache or args.out / "activations"
@@ -127,14 +131,35 @@ def _train(args: argparse.Namespace) -> int:
     )
     shared.say(f"{len(cache)} activations of width {cache.info.d} in {folder}")
     del model  # its memory is better used for the rows
+    _train_and_save(args, cache, config)
+    shared.say(f"Next        steerfast sae eval {args.out} {args.model} --text FILE")
+    return 0
+
+
+def _train_on_rows(args: argparse.Namespace) -> int:
+    """Train on what was collected, by whatever."""
+    if args.model is not None or args.preset is not None:
+        raise ValueError("sae train: --rows are a model's already; leave MODEL and --preset out")
+    wishes = {"column": args.column, "layer": args.layer}
+    rows = open_rows(args.rows, **{name: value for name, value in wishes.items() if value is not None})
+    shared.say(f"{sum(rows.counts)} activations in {len(rows.counts)} shards of {args.rows}")
+    _train_and_save(args, rows, _config(args, TrainConfig()))
+    return 0
+
+
+def _config(args: argparse.Namespace, config: TrainConfig) -> TrainConfig:
+    """A configuration with what the command line changes."""
+    given = {name: value for name in _CHOICES if (value := getattr(args, name)) is not None}
+    return replace(config, **given)
+
+
+def _train_and_save(args: argparse.Namespace, rows: StoredRows, config: TrainConfig) -> None:
     sae = train_sae(
-        cache, config, args.out / "checkpoints", progress=lambda report: shared.progress(str(report)),
+        rows, config, args.out / "checkpoints", progress=lambda report: shared.progress(str(report)),
         checkpoint_every=args.checkpoint_every,
     )  # fmt: skip
     stored = sae.to(dtype=getattr(torch, args.store))
     shared.say(f"{sae!r}\n\nSAE         {stored.save(args.out)}")
-    shared.say(f"Next        steerfast sae eval {args.out} {args.model} --text FILE")
-    return 0
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -343,7 +368,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="directory of the SAE and its checkpoints"
     )
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text, paragraphs apart by empty lines")
-    parser.add_argument("--layer", type=int, metavar="N", help="0-based, negative from the end")
+    rows = "train on what was collected instead: by `collect`, an engine, or as Parquet, Arrow or a data set; also an address"
+    parser.add_argument("--rows", metavar="PATH", help=rows)
+    parser.add_argument("--column", metavar="NAME", help="of --rows in a table: which column")
+    layer = "0-based, negative from the end; of --rows by vLLM: which of the extracted ones"
+    parser.add_argument("--layer", type=int, metavar="N", help=layer)
     parser.add_argument("--site", default=SITES[1], choices=SITES, help="where in the layer (default: %(default)s)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="activations (default: DIR/activations)")
     parser.add_argument(

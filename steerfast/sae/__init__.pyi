@@ -12,8 +12,10 @@ from .evidence import Evidence as Evidence
 from .evidence import ObserveConfig as ObserveConfig
 from .evidence import observe as observe
 from .explanation import Explanations as Explanations
+from .hidden_states import HiddenStates as HiddenStates
 from .judge import Judge as Judge
 from .judge import judged_detection as judged_detection
+from .opening import open_rows as open_rows
 from .page import write_page as write_page
 from .relations import Relations as Relations
 from .relations import relate as relate

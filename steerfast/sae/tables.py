@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -127,8 +128,7 @@ class TableRows:
             if any(counts):
                 self._check(next(table.iter_batches(1, columns=[column])).column(0), file)
         for first, last, leaves in _grouped(counts, SHARD_ROWS * self.d):
-            chunks = lambda first=first, last=last: groups(first, last)  # noqa: E731
-            yield _Shard(chunks, leaves, f"row groups {first} to {last - 1} of {file}")
+            yield _Shard(partial(groups, first, last), leaves, f"row groups {first} to {last - 1} of {file}")
 
     def _arrow_file(self, folder: Folder, file: str) -> Iterator[_Shard]:
         arrow, ipc = _arrow(), import_module("pyarrow.ipc")
@@ -145,8 +145,7 @@ class TableRows:
         for chunk in chunks:
             self._check(chunk, file)
         for first, last, leaves in _grouped([len(_numbers(chunk)) for chunk in chunks], SHARD_ROWS * self.d):
-            part = chunks[first:last]
-            yield _Shard(lambda part=part: part, leaves, f"record batches {first} to {last - 1} of {file}")
+            yield _Shard(partial(list, chunks[first:last]), leaves, f"record batches {first} to {last - 1} of {file}")
 
     def _data_set(self, data: Any) -> None:
         if not hasattr(data, "_fingerprint"):
@@ -159,12 +158,16 @@ class TableRows:
         self._about.append(data._fingerprint)
         if len(data) == 0:
             return
-        one = table[:1].column(0).chunk(0)
+
+        def examples(first: int, last: int) -> list[Any]:
+            return list(table[first:last].column(0).chunks)
+
+        (one,) = examples(0, 1)
         self._check(one, "the data set")
         step = max(1, SHARD_ROWS * self.d // len(_numbers(one)))
         for first in range(0, len(table), step):
             last = min(first + step, len(table))
-            chunks = lambda first=first, last=last: list(table[first:last].column(0).chunks)  # noqa: E731
+            chunks = partial(examples, first, last)
             vectors = len(_numbers(one)) == self.d and _depth(one.type) == 1
             leaves = (last - first) * self.d if vectors else sum(len(_numbers(part)) for part in chunks())
             self._shards.append(_Shard(chunks, leaves, f"examples {first} to {last - 1} of the data set"))
@@ -174,11 +177,10 @@ class TableRows:
         found = [field.name for field in schema if _depth(field.type) in (1, 2)]
         if self._column is None and len(found) == 1:
             self._column = str(found[0])
-        if self._column not in found:
+        if self._column is None or self._column not in found:
             named = "name a column" if self._column is None else f"{self._column!r} is none of them"
-            raise ValueError(
-                f"TableRows: the columns of {where} that hold vectors of floats are {', '.join(map(repr, found)) or 'none'}; {named}"
-            )
+            there = ", ".join(map(repr, found)) or "none"
+            raise ValueError(f"TableRows: the columns of {where} that hold vectors of floats are {there}; {named}")
         return self._column
 
     def _check(self, chunk: Any, where: str) -> None:
