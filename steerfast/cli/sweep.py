@@ -8,7 +8,8 @@ from pathlib import Path
 
 from steerfast.models.layers import find_layers
 from steerfast.place import SITES
-from steerfast.tools.sweep import METHODS, NEUTRAL, UNITS, Cell, Grid, Question, sweep
+from steerfast.tools.sweep import METHODS, NEUTRAL, UNITS, Grid, Question, sweep
+from steerfast.tools.sweep_cells import Cell
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
@@ -53,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="texts per forward (default: %(default)s)"
     )
+    parts = f"{shared.PART}; the same command without it merges them"
+    parser.add_argument("--part", type=shared.part, default=(1, 1), metavar="I/N", help=parts)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of sweep.json and sweep.png")
 
 
@@ -67,12 +70,15 @@ def run(args: argparse.Namespace) -> int:
     question = Question(tuple(read["prompts"]), tuple(read["wanted"]), tuple(read["unwanted"]), neutral)
     model, tokenizer = shared.load(args)
     layers = shared.layers(args.layers, find_layers(model, "sweep").count)
-    grid = Grid(tuple(layers), tuple(args.strengths), tuple(args.methods), args.unit, args.site)
+    grid = Grid(tuple(layers), tuple(args.strengths), tuple(args.methods), args.unit, args.site, args.part)
     shown = sys.stderr.isatty()
     found = sweep(
         model, tokenizer, (read["positive"], read["negative"]), question, grid, args.out, args.batch_size, shown
     )
     shared.say(f"{found!r}\n")
+    if args.part != (1, 1):
+        shared.say(f"Part        {args.part[0]} of {args.part[1]}; the same command without --part merges them")
+        return 0
     best = found.best(args.damage)
     if best is None:
         shared.say(

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from steerfast._checks import whole_number
+from steerfast._checks import checked_part, whole_number
 from steerfast.files.replace import replace_file
 from steerfast.models.collect import read_batch
 from steerfast.models.layers import evaluating, find_layers
@@ -327,20 +327,6 @@ def cache_places(
     folders = {place: Path(directory) / f"{place.site}-{place.layer}" for place in source.points}
     _collect(source, tokenizer, texts, list(folders.values()), config or CacheConfig(), progress)
     return folders
-
-
-def checked_part(owner: str, part: Any) -> tuple[int, int]:
-    """A part (i, n), i from 1 to n.
-
-    Raises:
-        TypeError, ValueError: it is none.
-    """
-    if not isinstance(part, tuple | list) or len(part) != 2:
-        raise TypeError(f"{owner}: part must be (i, n), part i of n, got {part!r}")
-    i, n = (whole_number(owner, "part", number, 1) for number in part)
-    if i > n:
-        raise ValueError(f"{owner}: part is {i} of {n}; they count from 1 to {n}")
-    return i, n
 
 
 class _Source:

@@ -11,19 +11,17 @@ cell is on disk before the next begins, under a temporary name first, so an inte
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import finite_number, one_of, positive_integer, whole_number, whole_numbers
+from steerfast._checks import checked_part, finite_number, one_of, positive_integer, whole_number, whole_numbers
 from steerfast.barriers.barrier import Barrier
 from steerfast.barriers.fit import fit_barrier
 from steerfast.directions import extract
@@ -37,8 +35,8 @@ from steerfast.models.texts import TextReader
 from steerfast.place import SITES
 from steerfast.plan import Plan, card
 
-SCHEMA = 1
-KIND = "steerfast.sweep"
+from .sweep_cells import Cell, Store
+
 METHODS = (*extract.METHODS, "flow")
 UNITS = ("stream", "vector")
 NEUTRAL = (
@@ -87,6 +85,7 @@ class Grid:
         unit: "stream": the added vector's length as a share of the stream's typical (median) norm at that layer, so
             that layers compare; "vector": multiples of the vector as it was extracted.
         site: Where activations are read and the vector is added.
+        part: (i, n): measure the i-th of n equal parts of the cells, i from 1.
 
     Raises:
         TypeError, ValueError: an empty or repeated entry, an unknown word, or a strength that is not finite.
@@ -97,8 +96,10 @@ class Grid:
     methods: tuple[str, ...] = ("mean_difference",)
     unit: str = "stream"
     site: str = "resid_post"
+    part: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "part", checked_part("Grid", self.part))
         one_of("Grid", "unit", self.unit, UNITS)
         one_of("Grid", "site", self.site, SITES)
         strengths = tuple(finite_number("Grid", "strengths", s) for s in _several("Grid", "strengths", self.strengths))
@@ -110,25 +111,6 @@ class Grid:
             if not isinstance(values, slice) and len(set(values)) != len(values):
                 raise ValueError(f"Grid: {name} is {values}; name each once")
             object.__setattr__(self, name, values)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One measurement.
-
-    Attributes:
-        method, layer, strength: Which cell; the strength in the grid's unit.
-        norm: ‖c·v‖, the length of what was added: the strength of a normalised vector.
-        effect: Mean log-odds of wanted against unwanted continuations, in nats.
-        perplexity: Of the neutral texts.
-    """
-
-    method: str
-    layer: int
-    strength: float
-    norm: float
-    effect: float
-    perplexity: float
 
 
 class Sweep(Sequence[Cell]):
@@ -250,7 +232,8 @@ def sweep(
         question: What is measured.
         grid: What is tried.
         out: Directory of `sweep.json`, to which every finished cell is added; a directory that holds an unfinished
-            sweep of the same texts is continued, also with a larger grid. None: nothing is written.
+            sweep of the same texts is continued, also with a larger grid. Parts have files of their own there; the whole
+            grid then takes what they hold, and measures what is missing. None: nothing is written.
         batch_size: Texts per forward; cells share a batch.
         progress: Show a progress bar on stderr.
 
@@ -278,9 +261,13 @@ def sweep(
     # Files of schema 1 name the question "probe".
     origin = {"site": grid.site, "model": vars(card(model))}
     settings = {"sides": both, "probe": asdict(question), "unit": grid.unit, **origin}
-    store = _Store(None if out is None else Path(out), settings)
+    store = Store(None if out is None else Path(out), settings, grid.part)
     sequences = _sequences(tokenizer, question)
-    wanted = [(m, layer, s) for m in grid.methods for layer in chosen for s in grid.strengths]
+    cells = [(m, layer, s) for m in grid.methods for layer in chosen for s in grid.strengths]
+    part, parts = grid.part
+    wanted = cells[
+        (part - 1) * len(cells) // parts : part * len(cells) // parts
+    ]  # of neighbours: few layers, few vectors
     missing = [key for key in wanted if key not in store.cells]
     with evaluating(model), _bar(len(wanted), len(wanted) - len(missing), progress) as bar:
         if store.baseline is None:
@@ -421,75 +408,6 @@ def _length(edit: Add | Flow) -> float:
     if isinstance(edit, Flow):
         return edit.T if edit.T is not None else float(edit.angle or 0.0) * (edit.origin.typical_norm or 0.0)
     return abs(edit.strength) * float(edit.tensors()["vector"].norm())
-
-
-# --- on disk ----------------------------------------------------------------------------------------------------------
-
-
-class _Store:
-    """The cells that are done, in memory and, if there is a folder, in its sweep.json."""
-
-    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
-        self.path = None if folder is None else folder / "sweep.json"
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-        self.cells: dict[tuple[str, int, float], Cell] = {}
-        self.baseline: Cell | None = None
-        if self.path is not None and self.path.exists():
-            self._read(self.path)
-
-    def add(self, cell: Cell) -> None:
-        """Keep a cell, on disk as well before this returns."""
-        if cell.method == "none":
-            self.baseline = cell
-        else:
-            self.cells[cell.method, cell.layer, cell.strength] = cell
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        baseline = None if self.baseline is None else _numbers(self.baseline)
-        cells = [_numbers(one) for one in self.cells.values()]
-        text = {"schema": SCHEMA, "kind": KIND, "key": self.key, "question": self.settings}
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps({**text, "baseline": baseline, "cells": cells}, indent=1), encoding="utf-8")
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _read(self, path: Path) -> None:
-        try:
-            text = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"sweep: {path} is not JSON ({error}); choose another directory") from None
-        if not isinstance(text, dict) or text.get("kind") != KIND or text.get("schema") != SCHEMA:
-            raise ValueError(f"sweep: {path} is no sweep of schema {SCHEMA}; choose another directory")
-        if text.get("key") != self.key:
-            old = text.get("question")
-            differs = [
-                name for name, value in self.settings.items() if not isinstance(old, dict) or old.get(name) != value
-            ]
-            raise ValueError(
-                f"sweep: {path} was measured with other {', '.join(differs) or 'texts'}; choose another directory"
-            )
-        try:
-            self.baseline = None if text["baseline"] is None else _cell(text["baseline"])
-            self.cells = {astuple(cell)[:3]: cell for cell in map(_cell, text["cells"])}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"sweep: {path} is damaged ({error!r}); delete it, or choose another directory") from None
-
-
-def _numbers(cell: Cell) -> dict[str, Any]:
-    """A cell for JSON, which has no Inf and NaN: what has no number is null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(cell).items()}
-
-
-def _cell(entry: dict[str, Any]) -> Cell:
-    numbers = {
-        name: math.nan if entry[name] is None else float(entry[name])
-        for name in ("strength", "norm", "effect", "perplexity")
-    }
-    return Cell(method=str(entry["method"]), layer=int(entry["layer"]), **numbers)
 
 
 def _bar(total: int, done: int, progress: bool) -> Any:

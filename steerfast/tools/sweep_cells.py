@@ -1,0 +1,105 @@
+"""The cells of a sweep, and the files that keep them: sweep.json, or sweep.2of4.json for part 2 of 4."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from steerfast.files.replace import replace_file
+
+SCHEMA = 1
+KIND = "steerfast.sweep"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    Attributes:
+        method, layer, strength: Which cell; the strength in the grid's unit.
+        norm: ‖c·v‖, the length of what was added: the strength of a normalised vector.
+        effect: Mean log-odds of wanted against unwanted continuations, in nats.
+        perplexity: Of the neutral texts.
+    """
+
+    method: str
+    layer: int
+    strength: float
+    norm: float
+    effect: float
+    perplexity: float
+
+
+class Store:
+    """The cells that are done, in memory and, if there is a folder, in its sweep.json, or in a file of a part.
+
+    What any file of the folder holds counts as done, so that a whole sweep is merged from its parts.
+
+    Raises:
+        ValueError: a file is of another sweep, or damaged.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any], part: tuple[int, int] = (1, 1)) -> None:
+        name = "sweep.json" if part == (1, 1) else f"sweep.{part[0]}of{part[1]}.json"
+        self.path = None if folder is None else folder / name
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        self.cells: dict[tuple[str, int, float], Cell] = {}
+        self.baseline: Cell | None = None
+        if folder is not None:
+            for file in (*sorted(folder.glob("sweep.*of*.json")), folder / "sweep.json"):
+                if file.exists():
+                    self._read(file)
+
+    def add(self, cell: Cell) -> None:
+        """Keep a cell, on disk as well before this returns."""
+        if cell.method == "none":
+            self.baseline = cell
+        else:
+            self.cells[cell.method, cell.layer, cell.strength] = cell
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        baseline = None if self.baseline is None else _numbers(self.baseline)
+        cells = [_numbers(one) for one in self.cells.values()]
+        text = {"schema": SCHEMA, "kind": KIND, "key": self.key, "question": self.settings}
+        content = json.dumps({**text, "baseline": baseline, "cells": cells}, indent=1)
+        replace_file(self.path, content.encode("utf-8"))
+
+    def _read(self, path: Path) -> None:
+        try:
+            text = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"sweep: {path} is not JSON ({error}); choose another directory") from None
+        if not isinstance(text, dict) or text.get("kind") != KIND or text.get("schema") != SCHEMA:
+            raise ValueError(f"sweep: {path} is no sweep of schema {SCHEMA}; choose another directory")
+        if text.get("key") != self.key:
+            old = text.get("question")
+            differs = [
+                name for name, value in self.settings.items() if not isinstance(old, dict) or old.get(name) != value
+            ]
+            raise ValueError(
+                f"sweep: {path} was measured with other {', '.join(differs) or 'texts'}; choose another directory"
+            )
+        try:
+            self.baseline = self.baseline if text["baseline"] is None else _cell(text["baseline"])
+            self.cells |= {astuple(cell)[:3]: cell for cell in map(_cell, text["cells"])}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"sweep: {path} is damaged ({error!r}); delete it, or choose another directory") from None
+
+
+def _numbers(cell: Cell) -> dict[str, Any]:
+    """A cell for JSON, which has no Inf and NaN: what has no number is null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(cell).items()}
+
+
+def _cell(entry: dict[str, Any]) -> Cell:
+    numbers = {
+        name: math.nan if entry[name] is None else float(entry[name])
+        for name in ("strength", "norm", "effect", "perplexity")
+    }
+    return Cell(method=str(entry["method"]), layer=int(entry["layer"]), **numbers)
