@@ -264,9 +264,9 @@ def sweep(
     store = Store(None if out is None else Path(out), settings, grid.part)
     sequences = _sequences(tokenizer, question)
     cells = [(m, layer, s) for m in grid.methods for layer in chosen for s in grid.strengths]
-    part, parts = grid.part
+    number, parts = grid.part
     wanted = cells[
-        (part - 1) * len(cells) // parts : part * len(cells) // parts
+        (number - 1) * len(cells) // parts : number * len(cells) // parts
     ]  # of neighbours: few layers, few vectors
     missing = [key for key in wanted if key not in store.cells]
     with evaluating(model), _bar(len(wanted), len(wanted) - len(missing), progress) as bar:
