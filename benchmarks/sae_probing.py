@@ -1,11 +1,11 @@
 """The protocol of sae-probes on ten of its data sets: how much a few features of an SAE know of a concept.
 
-Kantamneni, Engels et al. 2025, Are Sparse Autoencoders Useful? A Case Study in Sparse Probing (arXiv:2502.16681). Texts and labels
-lie in the wheel of sae-probes 0.4.2 (MIT). Its own runner takes models by hub name, from TransformerLens; this one takes any model
-of transformers and does the same, setting "normal": the stream at the last token; 1,024 training texts, or all but 100, classes
-in halves; the k features whose mean, over their own mean, differs most between the classes; logistic regression on them with
-an L1 penalty, chosen on a fifth of the training texts; the area under the ROC curve on the other texts. Beside it stands the
-baseline, L2 on all of the stream.
+Kantamneni, Engels et al. 2025, Are Sparse Autoencoders Useful? A Case Study in Sparse Probing (arXiv:2502.16681). Texts and
+labels lie in the wheel of sae-probes 0.4.2 (MIT). Its own runner takes models by hub name, from TransformerLens; this one
+takes any model of transformers and does the same, setting "normal": the stream at the last token; 1,024 training texts, or
+all but 100, classes in halves; the k features whose mean, over their own mean, differs most between the classes; logistic
+regression on them with an L1 penalty, chosen on a fifth of the training texts; the area under the ROC curve on the other
+texts. Beside it stands the baseline, L2 on all of the stream.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def by_difference(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def auc(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, penalty: str) -> float:
-    """Area under the ROC curve of a logistic regression; the last fifth of the training texts, 100 at most, choose its penalty."""
+    """Area under the ROC curve of a regression; the last fifth of the training texts, at most 100, choose its penalty."""
     held = min(int(0.2 * len(x)), 100)
     kept = len(x) - held
     with warnings.catch_warnings():

@@ -14,6 +14,7 @@ from steerfast.cli import main as cli
 from steerfast.cli import shared
 from steerfast.cli.sae import PRESETS
 from steerfast.place import Origin
+from steerfast.sae import cache
 from steerfast.sae.model import SAE
 from steerfast.sae.training import corpus
 
@@ -69,6 +70,56 @@ def test_train_writes_an_sae_in_bfloat16(trained: Path) -> None:
     x = cache.read(0).float()
     error = (sae(x).float() - x).square().sum() / (x - x.mean(0)).square().sum()
     assert error < 0.3
+
+
+def test_collect_in_parts_and_train_on_rows(
+    smollm, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was collected at one place beside another, in two parts, is what `train` itself collects; and it is trained on."""
+    monkeypatch.setattr(cache, "SHARD_TOKENS", 256)
+    text, rows = str(trained / "text.txt"), tmp_path / "rows"
+    collect = [
+        "sae",
+        "collect",
+        "demo",
+        "--at",
+        "1",
+        "mlp_out:-1",
+        "--text",
+        text,
+        "--context",
+        "64",
+        "--out",
+        str(rows),
+    ]
+    for part in ("2/2", "1/2"):
+        assert cli.main([*collect, "--part", part]) == 0
+        assert f"Part        {part[0]} of 2" in capsys.readouterr().out
+    found = sf.sae.open_rows(rows / "resid_post-1")
+    whole = sf.sae.ActivationCache.open(trained / "sae" / "activations")
+    assert len(found.counts) > len(whole.counts)
+    assert torch.equal(torch.cat([found.read(i) for i in range(len(found.counts))]), whole.read(0))
+    assert sf.sae.open_rows(rows / "mlp_out-29").origin.place == ("mlp_out", 29)
+    numbers = ["--features", "64", "--k", "4", "--tokens", "2000", "--batch", "100"]
+    out = ["--out", str(tmp_path / "sae")]
+    assert cli.main(["sae", "train", "--rows", str(rows / "mlp_out-29"), *numbers, *out]) == 0
+    sae = SAE.load(tmp_path / "sae")
+    assert (sae.features, sae.place) == (64, ("mlp_out", 29))
+    wrong = {
+        "leave MODEL and --preset out": ["sae", "train", "demo", "--rows", str(rows), *out],
+        "has caches in mlp_out-29, resid_post-1; give one of them": ["sae", "train", "--rows", str(rows), *out],
+        "has no cache.json, and no file that ends in": ["sae", "train", "--rows", str(trained / "text.txt"), *out],
+        "vLLM's extraction has resid_post alone, got mlp_out": [*collect, "--engine", "vllm"],
+        "context 64 there, 32 here": [*collect[:-4], "--context", "32", "--out", str(rows), "--part", "1/2"],
+    }
+    for message, arguments in wrong.items():
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    refused = {"write I/N with I from 1 to N": [*collect, "--part", "3/2"], "'stream' is no site": ["--at", "stream:3"]}
+    for message, more in refused.items():
+        with pytest.raises(SystemExit):
+            cli.main([*collect, *more])
+        assert message in capsys.readouterr().err
 
 
 def test_train_again_goes_on_from_its_files(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,7 +234,7 @@ def test_bad_input(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     SAE(torch.eye(576), torch.eye(576), k=1, origin=Origin()).save(tmp_path / "homeless")
     out = ["--out", str(tmp_path / "out")]
     cases = {
-        "give --preset, or MODEL with --layer and --text": ["sae", "train", "demo", *out],
+        "give --preset, or MODEL with --layer and --text, or --rows": ["sae", "train", "demo", *out],
         "k is 9; expected 1 to features = 4": [
             "sae", "train", "demo", "--layer", "1", "--text", str(trained / "text.txt"), "--features", "4", "--k", "9", *out,
         ],

@@ -39,13 +39,17 @@ def open_rows(source: Any, **choice: Any) -> StoredRows:
     if not isinstance(source, str | os.PathLike):
         return TableRows(source, **choice)
     folder = Folder(source, "open_rows")
-    manifests = [file for file in folder.files(".json") if os.path.basename(file).startswith("cache.")]
-    if manifests and os.path.isdir(folder.root):
+    root = str(folder.root)
+    caches = {os.path.dirname(file) for file in folder.files(".json") if os.path.basename(file).startswith("cache.")}
+    if root in caches and os.path.isdir(root):
         if choice:
             raise TypeError(
                 f"open_rows: {folder.name} is an ActivationCache, which leaves nothing to choose; got {choice}"
             )
-        return ActivationCache.open(folder.root)
+        return ActivationCache.open(root)
+    if caches:
+        found = ", ".join(sorted(os.path.relpath(cache, root) for cache in caches))
+        raise FileNotFoundError(f"open_rows: {folder.name} has caches in {found}; give one of them, in a local folder")
     if folder.files(".parquet", ".arrow"):
         return TableRows(source, **choice)
     if folder.files(".safetensors"):
