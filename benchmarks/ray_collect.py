@@ -1,15 +1,13 @@
 """Activations by Ray Data: workers collect parts of one cache, and a worker that is killed is replaced by one that goes on.
 
-    python benchmarks/ray_collect.py corpus.txt rows --workers 2 --parts 8
+    python benchmarks/ray_collect.py corpus.txt rows 2 8    # two workers, eight parts, into a folder that all workers see
     steerfast sae train --rows rows/resid_post-8 --out sae
 
-Needs `pip install "ray[data]"`; the folder must be one that all workers see. A part goes on where its last worker stopped.
+Needs `pip install "ray[data]"`.
 """
 
-from __future__ import annotations
-
-import argparse
 import os
+import sys
 from typing import Any
 
 import ray
@@ -22,28 +20,22 @@ class Collector:
         from steerfast.models import demo
         from steerfast.sae.training.corpus import read_texts
 
-        self.model, self.tokenizer = demo.load()
-        self.texts, self.out, self.parts = read_texts(text), out, parts
+        self.given = (*demo.load(), read_texts(text), PLACES, out)
+        self.parts = parts
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         from steerfast.sae.cache import CacheConfig, cache_places
 
-        for part in batch["id"]:
-            config = CacheConfig(part=(int(part) + 1, self.parts))
-            cache_places(self.model, self.tokenizer, self.texts, PLACES, self.out, config)
+        for number in batch["id"]:
+            cache_places(*self.given, CacheConfig(part=(int(number) + 1, self.parts)))
         return {**batch, "pid": [os.getpid()] * len(batch["id"])}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text")
-    parser.add_argument("out")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--parts", type=int, default=8)
-    args = parser.parse_args()
-    ray.init(num_cpus=args.workers)
+    text, out, workers, parts = *map(os.path.abspath, sys.argv[1:3]), *map(int, sys.argv[3:5])
+    # one more, for the task that makes the numbers of the parts
+    ray.init(num_cpus=workers + 1)
+    todo = ray.data.range(parts, override_num_blocks=parts)
     again = {"max_restarts": -1, "max_task_retries": -1}
-    todo = ray.data.range(args.parts, override_num_blocks=args.parts)
-    given = [os.path.abspath(args.text), os.path.abspath(args.out), args.parts]
-    done = todo.map_batches(Collector, batch_size=1, concurrency=args.workers, fn_constructor_args=given, **again)
-    print(done.take_all())
+    given = [text, out, parts]
+    print(todo.map_batches(Collector, batch_size=1, concurrency=workers, fn_constructor_args=given, **again).take_all())
