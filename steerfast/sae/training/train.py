@@ -19,6 +19,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -165,15 +166,17 @@ class _Run:
     def go(self, directory: str | os.PathLike[str] | None, checkpoint_every: int, progress: Progress | None) -> None:
         """Train to the end, from the last checkpoint on."""
         every = whole_number("train_sae", "checkpoint_every", checkpoint_every, 1)
-        folder = None
-        if directory is not None:
-            folder = Checkpoints(Path(directory), _fingerprint(self.configs, self.data), self.split)
-            folder.load(self.trainers)
+        if directory is None:
+            return self._steps(None, every, progress)
+        folder = Checkpoints(Path(directory), _fingerprint(self.configs, self.data), self.split)
+        folder.load(self.trainers)
         try:
             self._steps(folder, every, progress)
-        finally:
-            if folder is not None:
+        except BaseException:
+            with suppress(OSError, RuntimeError):  # what stopped the run says more
                 folder.finish()
+            raise
+        folder.finish()
 
     def _steps(self, folder: Checkpoints | None, every: int, progress: Progress | None) -> None:
         config, lead = self.configs[0], self.trainers[0]
