@@ -35,7 +35,9 @@ IDS = [f"{index}-{objective.kind}" for index, objective in enumerate(CASES)]
 
 
 def config_of(objective: Objective, **changes: Any) -> TrainConfig:
-    config = TrainConfig(features=F, k=K, tokens=6000, batch=200, lr=5e-3, dead_after=1500, aux_k=8, objective=objective)
+    config = TrainConfig(
+        features=F, k=K, tokens=6000, batch=200, lr=5e-3, dead_after=1500, aux_k=8, objective=objective
+    )
     return replace(config, **changes)
 
 
@@ -233,5 +235,3 @@ def test_what_does_not_fit_is_refused() -> None:
         sf.sae.train_saes(source, [config_of(TopK())])
     with pytest.raises(ValueError, match="differ in tokens, batch or seed"):
         sf.sae.train_saes(source, [config_of(TopK()), config_of(TopK(), seed=2)])
-
-

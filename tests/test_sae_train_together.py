@@ -14,7 +14,7 @@ from test_sae_training import equal
 
 import steerfast as sf
 from steerfast.sae.training.config import TrainConfig, TrainReport
-from steerfast.sae.training.distributed import Alone, Mesh
+from steerfast.sae.training.distributed import Alone
 from steerfast.sae.training.objectives import OBJECTIVES, Objective, TopK, Transcode
 
 EVERY = 5
@@ -29,7 +29,9 @@ def case(objective: Objective) -> TrainConfig:
     return config_of(objective, tokens=4000, dead_after=400, lr=1e-3)
 
 
-def trained(objective: Objective, split: Alone | None, folder: Path | None = None, stop: int = 0) -> tuple[sf.SAE, list[float]]:
+def trained(
+    objective: Objective, split: Alone | None, folder: Path | None = None, stop: int = 0
+) -> tuple[sf.SAE, list[float]]:
     """The SAE and the FVU at every fifth step; with `stop`, `Stop` is raised after that step."""
     data, curve = data_of(objective, 1500), []
 
@@ -121,7 +123,9 @@ def test_four_processes_train_what_one_does_and_two_go_on(tmp_path: Path) -> Non
     assert all("Error" not in said for said in ended(together(2, TWO, tmp_path)))
     for objective in (OBJECTIVES[0], OBJECTIVES[2]):
         alone, curve = trained(objective, None)
-        assert json.loads((tmp_path / f"resumed-{objective.kind}.json").read_text()) == pytest.approx(curve[2:], rel=1e-3)
+        assert json.loads((tmp_path / f"resumed-{objective.kind}.json").read_text()) == pytest.approx(
+            curve[2:], rel=1e-3
+        )
         # one process goes on from what two have written
         last, _ = trained(objective, None, tmp_path / f"run-{objective.kind}")
         for name, value in alone.tensors().items():

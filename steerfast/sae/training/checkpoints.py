@@ -75,7 +75,9 @@ class Checkpoints:
                 f"train_sae: {old} is a checkpoint of an older version, which this one does not go on from; choose another "
                 "directory, or remove it and begin anew"
             )
-        step = self.split.agreed(max((_step(file.parent) for file in self.directory.glob(f"checkpoint-*/{_WHOLE}")), default=-1))
+        step = self.split.agreed(
+            max((_step(file.parent) for file in self.directory.glob(f"checkpoint-*/{_WHOLE}")), default=-1)
+        )
         self._remove_others(step)
         self.split.wait()  # before anybody writes a new one
         if step < 0:
@@ -134,7 +136,9 @@ class Checkpoints:
 
 
 def _state(trainers: Sequence[Trainer]) -> dict[str, Tensor]:
-    return {f"{number}.{name}": value for number, trainer in enumerate(trainers) for name, value in trainer.state().items()}
+    return {
+        f"{number}.{name}": value for number, trainer in enumerate(trainers) for name, value in trainer.state().items()
+    }
 
 
 def _step(folder: Path) -> int:

@@ -166,7 +166,9 @@ class Matryoshka(BatchTopK):
         """
         if self.prefixes and self.prefixes[-1] >= features:
             raise ValueError(f"Matryoshka: a prefix has {self.prefixes[-1]} of {features} features; expected fewer")
-        parts = self.prefixes or tuple(part for part in (features // 16, features // 8, features // 4, features // 2) if part)
+        parts = self.prefixes or tuple(
+            part for part in (features // 16, features // 8, features // 4, features // 2) if part
+        )
         return (*sorted(set(parts)), features)
 
 

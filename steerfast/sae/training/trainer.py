@@ -200,7 +200,9 @@ class Trainer:
             w_dec = sums.sums(values, found.pulls[prefix], first, last)
             w_enc = sums.sums(d_values, read, first, last)
             if revived:
-                low, high = torch.searchsorted(revived["dead"], torch.tensor([first, last], device=self.device)).tolist()
+                low, high = torch.searchsorted(
+                    revived["dead"], torch.tensor([first, last], device=self.device)
+                ).tolist()
                 inside = revived["dead"][low:high] - first
                 w_dec.index_add_(0, inside, revived["w_dec"][low:high])
                 w_enc.index_add_(0, inside, revived["w_enc"][low:high])
