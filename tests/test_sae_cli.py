@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import steerfast as sf
 from steerfast.cli import main as cli
 from steerfast.cli import shared
-from steerfast.cli.sae import PRESETS
+from steerfast.cli.sae_train import PRESETS
 from steerfast.place import Origin
 from steerfast.sae import cache
 from steerfast.sae.model import SAE
@@ -293,3 +295,48 @@ def test_texts_from_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(corpus, "WIKIPEDIA", [corpus.Source("other-texts==1.0", "lead.json", "0" * 64, "extract")])
     with pytest.raises(ValueError, match=r"holds no other_texts-1\.0"):
         corpus.wikipedia()
+
+
+# --- kinds, several layers, several processes -------------------------------------------------------------------------
+
+SMALL = ["--features", "256", "--k", "8", "--tokens", "10000", "--batch", "256", "--lr", "0.003", "--context", "64"]
+
+
+def test_train_a_transcoder_of_two_sites(trained: Path, tmp_path: Path) -> None:
+    arguments = ["sae", "train", "demo", "--layer", "1", "--text", str(trained / "text.txt"), *SMALL]
+    arguments += ["--kind", "transcoder", "--reads", "resid_pre", "--site", "mlp_out"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    found = SAE.load(tmp_path)
+    assert isinstance(found, sf.sae.Transcoder)
+    assert (found.reads.place, found.place) == (("resid_pre", 1), ("mlp_out", 1))
+
+
+def test_train_several_layers_on_one_forward(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sae", "train", "demo", "--layer", "0", "2", "--text", str(trained / "text.txt"), *SMALL]
+    assert cli.main([*arguments, "--kind", "batchtopk", "--tokens", "1024", "--out", str(tmp_path)]) == 0
+    found = [SAE.load(tmp_path / f"resid_post-{layer}") for layer in (0, 2)]
+    assert [sae.place for sae in found] == [("resid_post", 0), ("resid_post", 2)]
+    assert [sae.activation for sae in found] == ["jumprelu", "jumprelu"]
+    assert "resid_post of layer 2  step 4/4" in capsys.readouterr().err
+
+
+def test_train_refuses_what_does_not_fit(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sae", "train", "demo", "--layer", "1", "--text", str(trained / "text.txt"), "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--feature-shards", "2"]) == 2
+    assert "--feature-shards 2 in one process; start it with torchrun" in capsys.readouterr().err
+    assert cli.main([*arguments, "--kind", "transcoder", "--site", "resid_pre", "--reads", "resid_pre"]) == 2
+    assert "a transcoder reads resid_pre and writes resid_pre" in capsys.readouterr().err
+
+
+def test_train_under_torchrun_goes_on_in_one_process(trained: Path, tmp_path: Path) -> None:
+    """Two processes, one of which speaks and collects; the run is over, so one process only reads its checkpoint."""
+    arguments = ["sae", "train", "demo", "--layer", "1", "--text", str(trained / "text.txt"), *SMALL]
+    arguments += ["--out", str(tmp_path)]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "steerfast"]
+    done = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("SAE  ") == 1
+    assert done.stderr.count("step 40/40") == 1
+    before = SAE.load(tmp_path)
+    assert cli.main([*arguments, "--store", "bfloat16"]) == 0
+    assert SAE.load(tmp_path).fingerprint == before.fingerprint

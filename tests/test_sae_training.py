@@ -80,11 +80,12 @@ def test_decoder_rows_keep_length_one_and_the_scale_folds_away() -> None:
         trainer.train_on(x[200 * step : 200 * (step + 1)])
     assert torch.allclose(trainer.weights["w_dec"].norm(dim=1), torch.ones(F), atol=1e-6)
     sae = trainer.sae(Origin())
-    centred = x[:50].double() / trainer.scale - trainer.weights["b_dec"].double()
+    (scale,) = trainer.scales
+    centred = x[:50].double() / scale - trainer.weights["b_dec"].double()
     pre = centred @ trainer.weights["w_enc"].double().T + trainer.weights["b_enc"].double()
     best = pre.topk(K, dim=1)
     latents = torch.zeros_like(pre).scatter(1, best.indices, best.values.relu())
-    expected = (latents @ trainer.weights["w_dec"].double() + trainer.weights["b_dec"].double()) * trainer.scale
+    expected = (latents @ trainer.weights["w_dec"].double() + trainer.weights["b_dec"].double()) * scale
     assert (sae(x[:50]) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -376,7 +377,7 @@ def test_other_rows_do_not_continue_a_run(tmp_path: Path) -> None:
     train_sae(rows, config, tmp_path)
     with pytest.raises(ValueError, match="another run"):
         train_sae(rows * 7 + 3, config, tmp_path)
-    with pytest.raises(TypeError, match="got list"):
+    with pytest.raises(TypeError, match="source is list; expected one source"):
         train_sae([1.0], config, tmp_path)  # type: ignore[arg-type]
 
 

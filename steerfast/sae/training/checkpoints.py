@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import (
 
 from steerfast.files.replace import replace_file
 
-from .distributed import Alone
+from .distributed import Alone, together
 from .trainer import Trainer
 
 SCHEMA = 2
@@ -85,13 +85,14 @@ class Checkpoints:
         folder = self._folder(step)
         header = self._header(folder)
         try:
-            load(
-                _state(trainers),
-                storage_reader=HuggingFaceStorageReader(str(folder)),
-                process_group=self.split.group,
-                no_dist=self.split.group is None,
-            )
-        except (Exception, CheckpointException) as error:
+            with together():
+                load(
+                    _state(trainers),
+                    storage_reader=HuggingFaceStorageReader(str(folder)),
+                    process_group=self.split.group,
+                    no_dist=self.split.group is None,
+                )
+        except CheckpointException as error:
             raise ValueError(f"train_sae: {folder} is damaged ({_reason(error)}); remove it and begin anew") from error
         for trainer, scales in zip(trainers, header["scales"], strict=True):
             trainer.step, trainer.scales = step, tuple(scales)
@@ -112,7 +113,8 @@ class Checkpoints:
     def _complete(self, written: Future[Any], folder: Path, header: dict[str, Any]) -> None:
         """In the writer's thread: wait for the files, then say that they are whole and remove what is older."""
         try:
-            written.result()
+            with together():
+                written.result()
             if self.split.rank == 0:
                 replace_file(folder / _WHOLE, json.dumps(header, indent=2).encode())
                 self._remove_others(header["step"])

@@ -151,7 +151,7 @@ class Mesh(Alone):
     def agreed(self, number: int) -> int:
         """Compare over all processes."""
         ends = torch.tensor([number, -number])
-        with _together():
+        with together():
             dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self.group)
         if int(ends[0]) != -int(ends[1]):
             raise ValueError(
@@ -162,7 +162,7 @@ class Mesh(Alone):
 
     def wait(self) -> None:
         """A barrier."""
-        with _together():
+        with together():
             dist.barrier(self.group)
 
     def _along(self, name: str) -> tuple[int, int, dist.ProcessGroup | None]:
@@ -174,13 +174,13 @@ class Mesh(Alone):
 
     def _sum(self, tensor: Tensor, count: int, group: dist.ProcessGroup | None) -> Tensor:
         if count > 1:
-            with _together():
+            with together():
                 dist.all_reduce(tensor, group=group)
         return tensor
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.shards)]
-        with _together():
+        with together():
             dist.all_gather(parts, tensor.contiguous(), group=self._feature_group)
         return parts
 
@@ -198,8 +198,8 @@ def mesh_of(shards: int, device: str) -> Mesh:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """What fails when another process is gone, said so."""
+def together() -> Iterator[None]:
+    """What fails because another process is gone says so."""
     try:
         yield
     except RuntimeError as error:

@@ -222,7 +222,7 @@ class JumpReLU(Objective):
         h = torch.where(latents.values > 0, latents.values, here)  # the others are in the window: `select` looked
         near = (h - here).abs() < width / 2
         active = batch.split.sum_over_data(batch.split.sum_over_features((latents.values > 0).sum()))
-        share = active / batch.rows / batch.k - 1
+        share = active.double() / (batch.rows * batch.k) - 1
         per_latent = 2 * self.sparsity * batch.width * share / batch.k / batch.rows
         moved = torch.where(near, -(here * pull + per_latent) / width, 0)
         return {"log_threshold": torch.zeros_like(theta).index_add_(0, latents.features, moved) * theta}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class SideBySide:
         self.widths = tuple(source.read(0).shape[1] for source in self.sources)
         self.origins = tuple(origin_of(source) for source in self.sources)
         self.ahead = min(read_ahead(source) for source in self.sources)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the rows of all sources."""
+        return {"sources": [source.fingerprint for source in self.sources]}
 
     def read(self, shard: int) -> Tensor:
         """The rows of one shard, (rows, Σ d)."""
@@ -95,6 +101,11 @@ class PlacesStream:
         self.origins = tuple(
             Origin(found.name, Place(place.site, layer)) for place, layer in zip(wanted, layers, strict=True)
         )
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the rows."""
+        return {**asdict(self.info), "places": [str(origin.place) for origin in self.origins]}
 
     def read(self, shard: int) -> Tensor:
         """The activations of one shard, float32 (rows, Σ d), in the order of the places. The forward stops after the last layer."""

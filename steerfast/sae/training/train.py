@@ -19,11 +19,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import asdict
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steerfast._checks import whole_number
@@ -50,6 +50,7 @@ def train_sae(
     origin: Origin | None = None,
     checkpoint_every: int = 250,
     progress: Progress | None = None,
+    device: torch.device | str | None = None,
 ) -> SAE:
     """Train an SAE; with a directory, a run that was interrupted goes on from its last checkpoint, on any number of processes.
 
@@ -65,9 +66,10 @@ def train_sae(
         origin: Where the SAE belongs; None: what a cache or stream says.
         checkpoint_every: Steps between checkpoints and between reports.
         progress: Called with a `TrainReport` at every checkpoint.
+        device: Where to train; None: where the rows are.
 
     Returns:
-        The SAE, float32, on the device of the rows; in every process. A `Transcoder` where the objective is `Transcode`.
+        The SAE, float32, on the device that it was trained on; in every process. A `Transcoder` where the objective is `Transcode`.
 
     Raises:
         ValueError: NaN or Inf in the rows; k > F; the directory holds checkpoints of another run; training diverged.
@@ -97,8 +99,8 @@ def train_sae(
     else:
         data = _rows(source)
         origins = [origin_of(data)]
-    run = _Run(data, [config], [len(origins)], split or Alone())
-    run.go(directory, checkpoint_every, None if progress is None else progress)
+    run = _Run(data, [config], [len(origins)], split or Alone(), device)
+    run.go(directory, checkpoint_every, progress)
     return run.trainers[0].sae(origins[-1] if origin is None else origin, origins[0])
 
 
@@ -110,6 +112,7 @@ def train_saes(
     split: Alone | None = None,
     checkpoint_every: int = 250,
     progress: Progress | None = None,
+    device: torch.device | str | None = None,
 ) -> list[SAE]:
     """Train several SAEs on the same tokens, one for each place of the source, so that the model runs once for all.
 
@@ -120,6 +123,7 @@ def train_saes(
         split: As of `train_sae`.
         checkpoint_every: As of `train_sae`.
         progress: Called with a `TrainReport` for each SAE at every checkpoint; its `place` says which.
+        device: As of `train_sae`.
 
     Returns:
         The SAEs, in the order of the places: each what `train_sae` makes of the rows of its place.
@@ -141,7 +145,8 @@ def train_saes(
         raise ValueError("train_saes: the configurations differ in tokens, batch or seed; all see the same rows")
     if any(isinstance(config.objective, Transcode) for config in configs):
         raise ValueError("train_saes: a transcoder reads two places; train it with train_sae((reads, writes), config)")
-    run = _Run(source, configs, [1] * len(configs), split or Alone(), [origin.place for origin in source.origins])
+    run = _Run(source, configs, [1] * len(configs), split or Alone(), device)
+    run.names = [origin.place for origin in source.origins]
     run.go(directory, checkpoint_every, progress)
     return [trainer.sae(origin) for trainer, origin in zip(run.trainers, source.origins, strict=True)]
 
@@ -155,13 +160,13 @@ class _Run:
         configs: Sequence[TrainConfig],
         places: Sequence[int],
         split: Alone,
-        names: Sequence[Place | None] | None = None,
+        device: torch.device | str | None,
     ) -> None:
         if sum(data.counts) < 2:
             raise ValueError(f"train_sae: source has {sum(data.counts)} rows; expected 2 at least")
         self.data, self.configs, self.split = data, configs, split
-        self.names = names or [None] * len(configs)
-        first = finite(data.read(0), 0)
+        self.names: Sequence[Place | None] = [None] * len(configs)
+        first = finite(data.read(0), 0).to(device=device)
         widths = list(getattr(data, "widths", (first.shape[1],)))
         self.parts = [[widths.pop(0) for _ in range(count)] for count in places]
         self.trainers = [Trainer(c, rows, split) for c, rows in zip(configs, self._taken(first), strict=True)]
@@ -169,15 +174,17 @@ class _Run:
     def go(self, directory: str | os.PathLike[str] | None, checkpoint_every: int, progress: Progress | None) -> None:
         """Train to the end, from the last checkpoint on."""
         every = whole_number("train_sae", "checkpoint_every", checkpoint_every, 1)
-        folder = None
-        if directory is not None:
-            folder = Checkpoints(Path(directory), _fingerprint(self.configs, self.data), self.split)
-            folder.load(self.trainers)
+        if directory is None:
+            return self._steps(None, every, progress)
+        folder = Checkpoints(Path(directory), _fingerprint(self.configs, self.data), self.split)
+        folder.load(self.trainers)
         try:
             self._steps(folder, every, progress)
-        finally:
-            if folder is not None:
+        except BaseException:
+            with suppress(OSError, RuntimeError):  # what stopped the run says more
                 folder.finish()
+            raise
+        folder.finish()
 
     def _steps(self, folder: Checkpoints | None, every: int, progress: Progress | None) -> None:
         config, lead = self.configs[0], self.trainers[0]
@@ -217,13 +224,5 @@ def _rows(source: Any) -> Rows:
 
 def _fingerprint(configs: Sequence[TrainConfig], data: Rows) -> str:
     """What must be equal for a run to go on: the configurations and the data."""
-    if isinstance(data, SideBySide):
-        return json.dumps([_fingerprint(configs, source) for source in data.sources])
-    if isinstance(data, PlacesStream):
-        places = [str(origin.place) for origin in data.origins]
-        return json.dumps([asdict(config) for config in configs] + [asdict(data.info), *places], sort_keys=True)
-    return (
-        fingerprint_of(configs[0], data)
-        if len(configs) == 1
-        else json.dumps([fingerprint_of(c, data) for c in configs])
-    )
+    each = [fingerprint_of(config, data) for config in configs]
+    return each[0] if len(each) == 1 else json.dumps(each)

@@ -118,7 +118,7 @@ class Trainer:
         config, dice = self.config, torch.Generator().manual_seed(self.config.seed)
         first, last = self.split.features(config.features)
         widths = [len(centre) for centre in centres]
-        rows = [_random_rows(config.features, width, dice)[first:last].to(self.device) for width in widths]
+        rows = [_random_rows(config.features, width, dice)[first:last].clone().to(self.device) for width in widths]
         weights = {"w_dec": rows[-1], "b_enc": torch.zeros(last - first, device=self.device), "b_dec": centres[-1]}
         if not config.tied:
             weights["w_enc"] = rows[0] if self.transcodes else rows[0].clone()
