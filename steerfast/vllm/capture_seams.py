@@ -126,6 +126,8 @@ class Taker:
         settings = settings.below(f"engine{ranks[1]}") if ranks[1] else settings
         settings.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _alone(settings.folder)
+        for unfinished in settings.folder.rglob(".*.safetensors.*"):
+            unfinished.unlink()  # of a server that was killed while it wrote
         points = [(f"{place.site}.{place.layer}", after) for place, after in settings.points]
         first = next(model.parameters())
         ring = Ring(settings.rows, found.d, steered.dtype, first.device)

@@ -65,7 +65,7 @@ class Step(NamedTuple):
 
     Attributes:
         names: The requests of the batch, in order; "" for one that captures nothing.
-        lost: Requests whose rows had no room.
+        lost: Requests whose rows had no room, and how many these may be.
         wants: bool (lines, points), on the host: where the tokens of a request are captured; the last line is nobody's.
         parts: On the device: the line of each token's request, or -1, its position, its id, and the first token of each request.
         first: Of the reserved rows, and
@@ -74,7 +74,7 @@ class Step(NamedTuple):
     """
 
     names: Sequence[str]
-    lost: frozenset[str]
+    lost: Mapping[str, int]
     wants: np.ndarray
     parts: tuple[Tensor, Tensor, Tensor, Tensor]
     first: int
@@ -98,7 +98,7 @@ class Captures:
         self._on_host = device.type == "cpu"
         self._table = RowTable(tokens, device, (0, 0))
         self._spare = ring.rows + torch.arange(tokens, device=device) % _SPARE
-        self._into = self._spare.repeat(0 if self._on_host else len(points), 1)  # a graph reads it
+        self._into = self._spare.repeat(len(points), 1)  # a graph reads it
         self._picked: dict[int, tuple[Tensor, Tensor]] = {}  # on the host: point -> tokens, and where they go
         self._lines: dict[str, int] = {}
         self._free: list[int] = []
@@ -128,7 +128,7 @@ class Captures:
         wants[line, numbers] = True
         there = torch.from_numpy(wants)
         device = self._wants_there.device
-        self._wants_there = there if self._on_host else there.pin_memory().to(device, non_blocking=True)
+        self._wants_there = there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there
         self._wants = wants
         self._table.put(request, [Owner(line, 1.0, *piece) for piece in where])
         self._asked[request] = where, len(numbers)
@@ -165,7 +165,7 @@ class Captures:
         first = None if late else self._ring.reserve(count)
         self._table.fill(names, starts, positions, tokens, ids)
         line = self._table.rows[:tokens].amax(1)
-        lost = frozenset(name for name, bound in bounds.items() if bound and first is None)
+        lost = {name: bound for name, bound in bounds.items() if bound and first is None}
         if first is None:
             line, first, count = torch.full_like(line, -1), 0, 0
         self._send(line, tokens, first, count)
@@ -190,7 +190,7 @@ class Captures:
     def take(self) -> Step | None:
         """The step that has run, to be collected; None: no request of it captures."""
         running, self._running = self._running, None
-        if running is None or self._on_host:
+        if running is None or self._ring.buffer.device.type == "cpu":
             return running
         done = torch.cuda.Event()
         done.record()

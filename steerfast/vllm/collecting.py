@@ -126,11 +126,12 @@ class Collector:
     @property
     def full(self) -> bool:
         """Whether the thread is so far behind that a step must not wait for it."""
-        return self._inbox.qsize() >= WAITING
+        return self._inbox.qsize() >= WAITING or not self._thread.is_alive()
 
     def put(self, message: Begin | End | Step) -> None:
         """Tell the thread; never waits."""
-        self._inbox.put(message)
+        if self._thread.is_alive():
+            self._inbox.put(message)
 
     def drain(self, seconds: float = 60.0) -> bool:
         """Wait until everything told so far is on disk; False: it took longer."""
@@ -174,8 +175,8 @@ class Collector:
 
     def _step(self, step: Step) -> None:
         rows, line, positions, ids, bounds = self._fetch(step)
-        for name in step.lost:
-            self._lose(name, 0)
+        for name, count in step.lost.items():
+            self._lose(name, count)
         asked = step.wants[line]  # (tokens, points)
         per_point = asked.sum(0)
         begins = np.cumsum(per_point) - per_point

@@ -171,7 +171,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     WRAPPER: (Form(names=("vllm_config", "worker")),),
     f"{WRAPPER}.init_device": (Form(names=("worker",)),),
     f"{WRAPPER}.shutdown": (Form(names=("worker",)),),
-    "vllm.v1.worker.worker_base:WorkerBase.__init__": (Form(("rank",), ("rank",)),),
+    "vllm.v1.worker.worker_base:WorkerBase.__init__": (Form(("vllm_config", "local_rank", "rank"), ("rank",)),),
     "vllm.v1.core.sched.output:SchedulerOutput": (
         Form(
             names=(
