@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -239,8 +241,10 @@ def test_shards_that_are_not_what_their_source_says() -> None:
         next(stream(Narrow((5,) * 8), 40, 0, 0))
     with pytest.raises(ValueError, match=r"shard 6 has shape \(5, 1\).* expected floating \(8, d\)"):
         list(stream(Short(), 7, 0, 0, steps=11))
-    with pytest.raises(ValueError, match=r"a batch of 7 rows and 77 rows in all, for 2 replicas"):
+    with pytest.raises(ValueError, match="a batch of 7 rows does not divide by 2 replicas"):
         next(stream(Shards(), 7, 0, 0, replica=(0, 2)))
+    with pytest.raises(ValueError, match="the source has 2 rows for 3 replicas"):
+        next(stream(Shards((1, 1)), 6, 0, 0, replica=(0, 3)))
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -514,6 +518,34 @@ def test_several_places_in_one_forward_and_in_parts(smollm, tmp_path: Path, monk
             cache_places(model, tokenizer, TEXTS, wrong, tmp_path / "wrong")
     with pytest.raises(ValueError, match="part is 4 of 3"):
         CacheConfig(part=(4, 3))
+
+
+@pytest.mark.model
+def test_a_full_disk_leaves_the_shards_that_were_written(
+    smollm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = smollm
+    monkeypatch.setattr(cache_module, "SHARD_TOKENS", 64)
+    whole = cache_activations(model, tokenizer, TEXTS, ("resid_post", 0), tmp_path / "whole", context=32)
+    write, budget = Path.write_bytes, [2 * (whole.directory / "00000.safetensors").stat().st_size + 5000]
+
+    def write_some(self: Path, content: bytes) -> int:
+        written = write(self, content[: budget[0]])
+        budget[0] -= written
+        if written < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return written
+
+    places = [("resid_post", 0), ("resid_pre", 0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_some)
+        with pytest.raises(OSError, match="No space left"):
+            cache_places(model, tokenizer, TEXTS, places, tmp_path / "some", CacheConfig(context=32))
+    folder = tmp_path / "some" / "resid_post-0"
+    assert sorted(file.name for file in folder.iterdir()) == ["00000.safetensors", "cache.json"]
+    cache_places(model, tokenizer, TEXTS, places, tmp_path / "some", CacheConfig(context=32))
+    found = ActivationCache.open(folder)
+    assert all(torch.equal(found.read(i), whole.read(i)) for i in range(whole.info.shards))
 
 
 @pytest.mark.model

@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", nargs="+", metavar="PATH", help=rows)
     parser.add_argument("--column", metavar="NAME", help="of --rows in a table: which column")
     several = (
-        "0-based, negative from the end; several: an SAE for each, on one forward, none of them stored; of --rows by vLLM: which of "
-        "the extracted ones"
+        "0-based, negative from the end; several: an SAE for each, on one forward, none of them stored; of --rows by vLLM: "
+        "which of the extracted ones"
     )
     parser.add_argument("--layer", type=int, nargs="+", metavar="N", help=several)
     parser.add_argument("--site", default=SITES[1], choices=SITES, help="where in the layer (default: %(default)s)")

@@ -56,12 +56,11 @@ def stream(
         ValueError: NaN or Inf in the rows; a shard of another length or width than the source says; a batch that does not
             divide by the replicas.
     """
-    if batch % replica[1] or sum(data.counts) < replica[1]:
-        raise ValueError(
-            f"train_sae: a batch of {batch} rows and {sum(data.counts)} rows in all, for {replica[1]} replicas; the batch must "
-            "divide by their number, and each needs a row"
-        )
     index, replicas = replica
+    if batch % replicas:
+        raise ValueError(f"train_sae: a batch of {batch} rows does not divide by {replicas} replicas")
+    if sum(data.counts) < replicas:
+        raise ValueError(f"train_sae: the source has {sum(data.counts)} rows for {replicas} replicas; each needs one")
     if (
         len(data.counts) == 1 and replicas > 1
     ):  # each has to read it all, so each has its part of every batch of one process
