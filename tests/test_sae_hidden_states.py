@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from vllm_engines import environment, needs_vllm
+from vllm_engines import ENVIRONMENT, environment, needs_vllm
 
 import steerfast as sf
 from steerfast.place import Place
@@ -155,7 +155,7 @@ def test_vllm_extracts_what_transformers_computes(smollm, tmp_path: Path) -> Non
     model, tokenizer = smollm
     config = CacheConfig(context=32, dtype=torch.float32)
     options = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8}
-    with environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_PLUGINS="none"):
+    with environment(**ENVIRONMENT):
         for part in ((1, 2), (2, 2)):
             collect_hidden_states(str(path()), TEXTS, [7, -1], tmp_path, CacheConfig(context=32, part=part), **options)
     for layer in (7, 29):
