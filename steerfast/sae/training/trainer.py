@@ -125,7 +125,9 @@ class Trainer:
         first, last = self.split.features(config.features)
         widths = [len(centre) for centre in centres]
         whole = [_random_rows(config.features, width, dice) for width in widths[-1 - self.transcodes :]]
-        rows = [one.to(self.device) if self.split.world == 1 else one[first:last].clone().to(self.device) for one in whole]
+        rows = [
+            one.to(self.device) if self.split.world == 1 else one[first:last].clone().to(self.device) for one in whole
+        ]
         weights = {"w_dec": rows[-1], "b_enc": torch.zeros(last - first, device=self.device), "b_dec": centres[-1]}
         if not config.tied:
             weights["w_enc"] = rows[0] if self.transcodes else rows[0].clone()
