@@ -13,7 +13,7 @@ from torch import Tensor
 
 import steerfast as sf
 from steerfast.place import Origin
-from steerfast.sae.formats import save_saelens
+from steerfast.sae.formats import save_saelens, save_sparsify
 from steerfast.sae.training.config import TrainConfig, TrainReport
 from steerfast.sae.training.distributed import Alone
 from steerfast.sae.training.objectives import (
@@ -157,6 +157,13 @@ def test_every_kind_learns_and_its_file_says_what_it_learnt(objective: Objective
     assert active == pytest.approx(3, rel=0.35)
     again = sf.SAE.load(sae.save(tmp_path / "ours"))
     assert all(torch.equal(value, again.tensors()[name]) for name, value in sae.tensors().items())
+    if sae.k is not None:
+        sparsified = sf.SAE.load(save_sparsify(sae, tmp_path / "layers.3"))
+        assert type(sparsified) is type(sae)
+        assert torch.allclose(sparsified(held_out[0]), sae(held_out[0]), rtol=1e-4, atol=1e-3)
+    else:
+        with pytest.raises(ValueError, match="sparsify has Top-K SAEs"):
+            save_sparsify(sae, tmp_path / "layers.3")
     if isinstance(objective, Transcode):
         with pytest.raises(ValueError, match="no Top-K transcoder"):
             save_saelens(sae, tmp_path / "saelens")
@@ -228,7 +235,7 @@ def test_what_does_not_fit_is_refused() -> None:
         Matryoshka((8, 8))
     with pytest.raises(ValueError, match="a prefix has 96 of 96 features"):
         sf.sae.train_sae(x, config_of(Matryoshka((96,))))
-    with pytest.raises(ValueError, match="bandwidth is 0.0"):
+    with pytest.raises(ValueError, match=r"bandwidth is 0\.0"):
         JumpReLU(bandwidth=0)
     source = sf.sae.SideBySide([Whole(x), Whole(x)])
     with pytest.raises(ValueError, match="1 configurations for a source of 2 places"):

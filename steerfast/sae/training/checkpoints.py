@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-    async_save,
-    load,
-)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from steerfast.files.replace import replace_file
 
@@ -46,7 +43,7 @@ class Checkpoints:
         step = trainers[0].step
         folder = self._folder(step)
         header = {"schema": SCHEMA, "run": self.fingerprint, "step": step, "scales": [list(t.scales) for t in trainers]}
-        written = async_save(
+        written: Any = async_save(
             _state(trainers),
             storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
             process_group=self.split.group,

@@ -1,7 +1,7 @@
 """Gradients of a reconstruction from a few latents, without a dense product behind the encoder.
 
-Only some of F latents have a gradient in a row. A product with the (n, F) matrix of latents is a sum over bags: of decoder rows per
-row of the batch, and of the batch's rows per feature. `embedding_bag` sums Σ weight·row in a fixed order without an (n, k, d)
+Only some of F latents have a gradient in a row. A product with the (n, F) matrix of latents is a sum over bags: of decoder rows
+per row of the batch, and of the batch's rows per feature. `embedding_bag` sums Σ weight·row in a fixed order without an (n, k, d)
 tensor. What belongs to a feature is made for a block of features at a time, so that the gradients never exist at once.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from .distributed import Alone
-from .selection import Latents
+from .selection import Latents, dots
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,20 @@ class Pulled:
 
 def pulled(latents: Latents, target: Tensor, w_dec: Tensor, ends: Sequence[int], rows: int, split: Alone) -> Pulled:
     """Derivatives of Σ over prefixes of ‖W_decᵀf - target‖²/rows; `ends` are those of the features of this process."""
-    if len(ends) == 1:
-        out, leaf = _decoded(latents, w_dec)
-        error = split.sum_over_features(out.detach().clone()).sub_(target)
-        pull = error * (2 / rows)
-        return Pulled(error, (pull,), torch.autograd.grad(out, leaf, pull)[0])
-    parts, graphs, errors = _prefixes(ends), [], []
-    sum_so_far = -target
-    for first, last in parts:
-        graphs.append(_decoded(latents.within(first, last), w_dec))
-        sum_so_far = sum_so_far + split.sum_over_features(graphs[-1][0].detach().clone())
-        errors.append(sum_so_far)
-    pulls, values = [], torch.zeros_like(latents.values)
-    pull = torch.zeros_like(target)
-    for (first, last), (out, leaf), error in reversed(list(zip(parts, graphs, errors, strict=True))):
-        pull = pull + error * (2 / rows)
-        pulls.insert(0, pull)
-        values[(latents.features >= first) & (latents.features < last)] = torch.autograd.grad(out, leaf, pull)[0]
+    parts = [latents.within(*part) for part in _prefixes(ends)] if len(ends) > 1 else [latents]
+    errors: list[Tensor] = []
+    for part in parts:
+        out = split.sum_over_features(_decoded(part, w_dec))
+        errors.append(out.sub_(target) if not errors else out.add_(errors[-1]))
+    pulls: list[Tensor] = []
+    for error in reversed(errors):
+        pulls.insert(0, error * (2 / rows) + (pulls[0] if pulls else 0))
+    if len(parts) == 1:
+        return Pulled(errors[-1], tuple(pulls), dots(latents.starts, latents.features, w_dec, pulls[0]))
+    values = torch.zeros_like(latents.values)
+    for (first, last), part, pull in zip(_prefixes(ends), parts, pulls, strict=True):
+        inside = (latents.features >= first) & (latents.features < last)
+        values[inside] = dots(part.starts, part.features, w_dec, pull)
     return Pulled(errors[-1], tuple(pulls), values)
 
 
@@ -91,9 +88,6 @@ def _prefixes(ends: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip((0, *ends[:-1]), ends, strict=True))
 
 
-def _decoded(latents: Latents, w_dec: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ f·W_dec by row, (n, d), and the leaf to derive it by."""
-    with torch.enable_grad():
-        leaf = latents.values.detach().requires_grad_()
-        out = embedding_bag(latents.features, w_dec, latents.starts, per_sample_weights=leaf, mode="sum")
-    return out, leaf
+def _decoded(latents: Latents, w_dec: Tensor) -> Tensor:
+    """Σ f·W_dec by row, (n, d)."""
+    return embedding_bag(latents.features, w_dec, latents.starts, per_sample_weights=latents.values, mode="sum")

@@ -1,12 +1,14 @@
 """Which latents of a batch are active: the k best of a row, the best of a batch, those above a threshold; exactly.
 
 The pre-activations (n, F) never exist at once, only those of a part of the rows. Where the processor multiplies bfloat16
-faster, the k best are looked for in two passes: a product in bfloat16 names 2k candidates of a row, whose values are computed
-anew in float32. What bfloat16 can err is bounded, 2⁻⁸·‖c‖·‖w‖, so a row is known to be right or done again in float32.
+faster, the k best are looked for in two passes: a product in bfloat16 names 7/4·k candidates of a row, whose values are computed
+anew in float32. What bfloat16 can err is bounded, by 2⁻⁷·‖c‖·‖w‖ at most, so a row is known to be right or done again in float32.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +19,8 @@ from torch.nn.functional import embedding_bag
 from .distributed import Alone
 
 _ELEMENTS = 1 << 21  # of the pre-activations at once: 8 MB, which stays in a processor's cache
-_BFLOAT16 = 2.0**-9  # relative error of rounding to bfloat16
+_BFLOAT16 = 2.0**-8  # relative error of rounding to bfloat16
+_ROWS = 1024  # of the weights that are rounded at once
 _LEAST_ROWS = 64  # fewer rows do not pay for rounding the weights
 
 
@@ -84,7 +87,7 @@ def best_of_rows(encoder: Encoder, k: int) -> Latents:
 
 
 def best_of_batch(encoder: Encoder, count: int, split: Alone) -> tuple[Latents, float]:
-    """The `count` largest positive h of the batch over all processes, with all that equal the least, and the least; 0: fewer are."""
+    """The `count` largest positive h of the batch over all processes, and the least of them; 0: there are fewer."""
     pool = _joined([], len(encoder.centred), encoder.centred)
     least = 0.0
     for start, pre in encoder.parts():
@@ -112,12 +115,27 @@ def top(encoder: Encoder, k: int, *, screened: bool) -> tuple[Tensor, Tensor]:
     return torch.cat([values for values, _ in found]).clamp_(min=0), torch.cat([features for _, features in found])
 
 
-def dots(features: Tensor, w: Tensor, rows: Tensor) -> Tensor:
-    """rows[i]·w[features[i, j]], (n, k), without an (n, k, d) tensor: what a sum over bags passes back to its weights."""
-    with torch.enable_grad():
-        leaf = torch.ones(features.shape, dtype=w.dtype, device=w.device, requires_grad=True)
-        out = embedding_bag(features, w, per_sample_weights=leaf, mode="sum")
+def dots(starts: Tensor, features: Tensor, w: Tensor, rows: Tensor) -> Tensor:
+    """rows[i]·w[features[j]] of the entries j of each row i, (m,), without an (m, d) tensor; `starts` says where a row begins."""
+    if w.device.type == "cpu":
+        ends = torch.cat([starts, starts.new_tensor([len(features)])])
+        _quietly()
+        entries = torch.sparse_csr_tensor(
+            ends, features, w.new_zeros(len(features)), (len(rows), len(w)), check_invariants=False
+        )
+        return torch.sparse.sampled_addmm(entries, rows, w.T, beta=0.0).values()
+    with torch.enable_grad():  # what a sum over bags passes back to its weights
+        leaf = torch.ones(len(features), dtype=w.dtype, device=w.device, requires_grad=True)
+        out = embedding_bag(features, w, starts, per_sample_weights=leaf, mode="sum")
     return torch.autograd.grad(out, leaf, rows)[0]
+
+
+@functools.cache
+def _quietly() -> None:
+    """Have torch say once, and unheard, that its sparse tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0], [], [], (0, 1), check_invariants=False)
 
 
 def _pays(encoder: Encoder, k: int) -> bool:
@@ -130,26 +148,38 @@ def _pays(encoder: Encoder, k: int) -> bool:
 
 
 def _screened(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
-    """`top` by candidates: the best 2k of a product in bfloat16, then float32."""
+    """`top` by candidates: the best 7/4·k of a product in bfloat16, then float32."""
     centred, w, b = encoder.centred, encoder.w_enc, encoder.b_enc
-    small, bias = w.T.to(torch.bfloat16), b.to(torch.bfloat16)
-    found, bounds = [], []
-    for part in centred.to(torch.bfloat16).split(max(1, _ELEMENTS // len(w))):
-        scores, features = _best(torch.addmm(bias, part, small), 2 * k)
+    small, lost_w = _rounded(w)
+    bias, count = b.to(torch.bfloat16), k + (3 * k + 3) // 4
+    found, bounds, rounded = [], [], centred.to(torch.bfloat16)
+    for part in rounded.split(max(1, _ELEMENTS // len(w))):
+        scores, features = _best(torch.addmm(bias, part, small.T), count)
         found.append(features)
         bounds.append(scores.amin(1))
     candidates, bound = torch.cat(found), torch.cat(bounds).float()
-    exact = dots(candidates, w, centred).add_(b[candidates])
+    starts = torch.arange(0, candidates.numel(), count, device=w.device)
+    exact = dots(starts, candidates.flatten(), w, centred).view_as(candidates) + b[candidates]
     values, places = exact.topk(k, dim=1, sorted=False)
     features = candidates.gather(1, places)
-    length, widest = torch.linalg.vector_norm(centred, dim=1), torch.linalg.vector_norm(w, dim=1).max()
-    # both factors and the bias are rounded, then the score; 1 % for the order of summation
-    error = 2.02 * _BFLOAT16 * (length * widest + b.abs().max() + bound.abs())
+    length, lost = (torch.linalg.vector_norm(rows, dim=1) for rows in (centred, centred - rounded))
+    widest = torch.linalg.vector_norm(w, dim=1).max()
+    # the rows and the weights are rounded, then the bias and the score; 1 % for the order of summation
+    error = 1.01 * (lost * widest + (length + lost) * lost_w + _BFLOAT16 * (b.abs().max() + bound.abs()))
     unsure = (values.amin(1) < bound + error).nonzero().flatten()
     if len(unsure):
         again = top(Encoder(centred[unsure], w, b), k, screened=False)
         values[unsure], features[unsure] = again
     return values.clamp_(min=0), features
+
+
+def _rounded(w: Tensor) -> tuple[Tensor, Tensor]:
+    """W in bfloat16, and the length of what a row lost by that, at most."""
+    small, lost = torch.empty_like(w, dtype=torch.bfloat16), []
+    for part, into in zip(w.split(_ROWS), small.split(_ROWS), strict=True):
+        into.copy_(part)
+        lost.append(torch.linalg.vector_norm(part - into, dim=1).max())
+    return small, torch.stack(lost).max()
 
 
 def _best(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,7 @@ class PlacesStream:
         return {**asdict(self.info), "places": [str(origin.place) for origin in self.origins]}
 
     def read(self, shard: int) -> Tensor:
-        """The activations of one shard, float32 (rows, Σ d), in the order of the places. The forward stops after the last layer."""
+        """The activations of one shard, float32 (rows, Σ d), place by place. The forward stops after the last layer."""
         tokens, positions = self._first.contexts(shard)
         rows: list[Tensor] = []
         with evaluating(self._model):

@@ -2,8 +2,8 @@
 
     c = (x - b_dec)/s,  f = select(W_enc c + b_enc),  ĉ = W_decᵀ f,  loss = ‖ĉ - c‖² + α·‖ê - (c - ĉ)‖² + …
 
-where the objective selects (the k largest of a row or of the batch, those above a threshold) and may add to the loss; ê is what the
-best latents among the dead ones make of the error that is left (AuxK), and s makes rows of mean square 1. Decoder rows have
+where the objective selects (the k largest of a row or of the batch, those above a threshold) and may add to the loss; ê is what
+the best latents among the dead ones make of the error that is left (AuxK), and s makes rows of mean square 1. Decoder rows have
 length 1. One step costs the product c·W_encᵀ and somewhat more than half of that again for everything else, see
 `steerfast.sae.training.selection` and `gradients`.
 
@@ -52,7 +52,7 @@ def train_sae(
     progress: Progress | None = None,
     device: torch.device | str | None = None,
 ) -> SAE:
-    """Train an SAE; with a directory, a run that was interrupted goes on from its last checkpoint, on any number of processes.
+    """Train an SAE; with a directory, an interrupted run goes on from its last checkpoint, with any number of processes.
 
         loss = ‖x̂ - x‖² + α·‖ê - (x - x̂)‖² + what the objective adds, ê from the best of the dead latents
 
@@ -69,7 +69,7 @@ def train_sae(
         device: Where to train; None: where the rows are.
 
     Returns:
-        The SAE, float32, on the device that it was trained on; in every process. A `Transcoder` where the objective is `Transcode`.
+        The SAE, float32, on the device that it was trained on; in every process. A `Transcoder` from `Transcode`.
 
     Raises:
         ValueError: NaN or Inf in the rows; k > F; the directory holds checkpoints of another run; training diverged.
@@ -175,7 +175,8 @@ class _Run:
         """Train to the end, from the last checkpoint on."""
         every = whole_number("train_sae", "checkpoint_every", checkpoint_every, 1)
         if directory is None:
-            return self._steps(None, every, progress)
+            self._steps(None, every, progress)
+            return
         folder = Checkpoints(Path(directory), _fingerprint(self.configs, self.data), self.split)
         folder.load(self.trainers)
         try:
@@ -201,8 +202,9 @@ class _Run:
                 reports = [trainer.report(speed, name) for trainer, name in zip(self.trainers, self.names, strict=True)]
                 if folder is not None:
                     folder.save(self.trainers)
-                for report in reports if progress is not None else ():
-                    progress(report)
+                if progress is not None:
+                    for report in reports:
+                        progress(report)
                 clock, seen = time.perf_counter(), lead.step
 
     def _taken(self, rows: Tensor) -> list[tuple[Tensor, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,12 @@ class Trainer:
         centre = self.buffers.get("centre", full["b_dec"])
         w_enc, w_dec = full.get("w_enc", full["w_dec"]), full["w_dec"].clone()
         b_enc = (written * (full["b_enc"].double() - w_enc.double() @ centre.double())).float()
-        tensors = {"w_enc": w_enc * (written / read), "w_dec": w_dec, "b_enc": b_enc, "b_dec": full["b_dec"] * written}
+        tensors: dict[str, Any] = {
+            "w_enc": w_enc * (written / read),
+            "w_dec": w_dec,
+            "b_enc": b_enc,
+            "b_dec": full["b_dec"] * written,
+        }
         chosen = self.config.objective.selection(self.config.k, full | self.buffers, len(w_enc), written)
         if not self.transcodes:
             return SAE(**tensors, **chosen, origin=origin)
@@ -105,7 +111,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that a checkpoint holds, over the memory of this trainer."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
             average, square = self.moments[name]
             mine = {name: weight, f"{name}.exp_avg": average, f"{name}.exp_avg_sq": square}
@@ -118,7 +124,10 @@ class Trainer:
         config, dice = self.config, torch.Generator().manual_seed(self.config.seed)
         first, last = self.split.features(config.features)
         widths = [len(centre) for centre in centres]
-        rows = [_random_rows(config.features, width, dice)[first:last].clone().to(self.device) for width in widths]
+        whole = [_random_rows(config.features, width, dice) for width in widths[-1 - self.transcodes :]]
+        rows = [
+            one.to(self.device) if self.split.world == 1 else one[first:last].clone().to(self.device) for one in whole
+        ]
         weights = {"w_dec": rows[-1], "b_enc": torch.zeros(last - first, device=self.device), "b_dec": centres[-1]}
         if not config.tied:
             weights["w_enc"] = rows[0] if self.transcodes else rows[0].clone()
@@ -253,4 +262,5 @@ def _scale(rows: Tensor) -> float:
 
 
 def _random_rows(count: int, width: int, dice: torch.Generator) -> Tensor:
-    return torch.nn.functional.normalize(torch.randn(count, width, generator=dice), dim=1)
+    rows = torch.randn(count, width, generator=dice)
+    return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
