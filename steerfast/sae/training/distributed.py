@@ -1,9 +1,10 @@
 """How the training of an SAE is split over processes; `Alone` is the split into one.
 
-`Mesh` takes a mesh of `torch.distributed` with two ways to split, over any backend (gloo on CPUs). Along "replica" processes
-hold the same features and read a part of the data each, and of each batch; gradients are summed. Along "feature" they see the same rows and hold a
-part of the features; each takes its own best k, the k best of all are found from these candidates, and the parts of the
-reconstruction are summed. Both do what one process would do, up to the order of summation.
+`Mesh` takes a mesh of `torch.distributed` with two ways to split, over any backend (gloo on CPUs). Along "replica"
+processes hold the same features and read a part of the data each, and of each batch; gradients are summed. Along "feature"
+they see the same rows and hold a part of the features; each takes its own best k, the k best of all are found from these
+candidates, and the parts of the reconstruction are summed. Both do to a batch what one process would do, up to the order
+of summation.
 """
 
 from __future__ import annotations
