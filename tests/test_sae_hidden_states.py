@@ -145,6 +145,7 @@ TEXTS = [
 
 
 @needs_vllm
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.model
 def test_vllm_extracts_what_transformers_computes(smollm, tmp_path: Path) -> None:
