@@ -1,9 +1,7 @@
-"""What captures, and what writes scores, as far as it needs no vLLM: fields and bounds, the ring, the thread, the files."""
+"""What captures the stream in the vLLM plugin, without vLLM: fields and bounds, the ring, the thread, the shards."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,12 +18,11 @@ from steerfast.place import Place
 from steerfast.sae import growing
 from steerfast.sae.cache import CacheInfo
 from steerfast.sae.growing import Context, GrowingCache, contexts_of
-from steerfast.vllm import collecting, sink
+from steerfast.vllm import collecting
 from steerfast.vllm.capture import Capture, CaptureSettings, check_capture, read_capture
 from steerfast.vllm.capture_seams import Taker
 from steerfast.vllm.capturing import Captures, Ring
 from steerfast.vllm.collecting import Begin, Collector, End
-from steerfast.vllm.scores import ProbeScores
 
 D, LAYERS = 12, 4
 
@@ -426,105 +423,3 @@ def test_captured_rows_train_an_sae(worker: Worker) -> None:
     sae = sf.sae.train_sae(cache, sf.sae.TrainConfig(features=16, k=2, tokens=480, batch=48))
     assert sae.origin.place == ("resid_post", 0)
     assert torch.equal(sae.encode(cache.read(0)), sae.encode(cache.read(0)))
-
-
-# --- the file of scores ------------------------------------------------------------------------------------------------
-
-
-def scores() -> list[ProbeScores]:
-    one = ProbeScores("one", None, False, np.array([2, 3]), np.array([[0.5], [np.nan]], dtype=np.float32))
-    two = ProbeScores("two", ("a", "b"), False, np.array([2, 3]), np.array([[1, 2], [3, 4]], dtype=np.float32))
-    top = ProbeScores("top", None, True, np.array([7]), np.array([[9.5, 8.5, 31, 4]], dtype=np.float32))
-    missing = ProbeScores("missing", None, False, np.array([], dtype=int), np.zeros((0, 1), dtype=np.float32))
-    return [one, two, top, missing]
-
-
-WANTED = [
-    ("one", None, [2, 3], [0.5, None], None),
-    ("two", "a", [2, 3], [1.0, 3.0], None),
-    ("two", "b", [2, 3], [2.0, 4.0], None),
-    ("top", "0", [7], [9.5], [31]),
-    ("top", "1", [7], [8.5], [4]),
-]
-FIELDS = ("probe", "name", "positions", "scores", "features")
-
-
-def opened(monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[sink.ScoreSink, dict[str, float], list[str]]:
-    counted: dict[str, float] = {}
-    said: list[str] = []
-    monkeypatch.setenv("STEERFAST_SCORES", str(path))
-    made = sink.open_sink(lambda name, n: counted.update({name: counted.get(name, 0) + n}), said.append)
-    assert made is not None
-    return made, counted, said
-
-
-def test_json_lines_say_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for request in ("first", "second"):
-        made, counted, _ = opened(monkeypatch, tmp_path / "new" / "scores.jsonl")
-        made.put(request, 3, scores())
-        made.close()
-        assert counted == {"scores_written": 8}
-    lines = [json.loads(line) for line in (tmp_path / "new" / "scores.jsonl").read_text().splitlines()]
-    assert [tuple(line[name] for name in FIELDS) for line in lines] == WANTED * 2
-    assert [(line["request"], line["prompt"]) for line in lines] == [("first", 3)] * 5 + [("second", 3)] * 5
-    assert all(line["time"] > 1.7e9 for line in lines)
-
-
-def test_parquet_has_the_same_fields_or_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "scores.parquet"
-    if importlib.util.find_spec("pyarrow") is None:
-        with pytest.raises(
-            ImportError, match=r"needs pyarrow; pip install steerfast\[parquet\], or name a .jsonl file"
-        ):
-            opened(monkeypatch, folder)
-        return
-    import pyarrow.parquet
-
-    monkeypatch.setattr(sink, "_PART_NUMBERS", 7)
-    made, counted, _ = opened(monkeypatch, folder)
-    made.put("first", 3, scores())
-    made.put("second", 4, scores()[:1])
-    made.close()
-    assert counted == {"scores_written": 10}
-    table = pyarrow.parquet.read_table(folder)
-    rows = table.to_pylist()
-    assert [tuple(row[name] for name in FIELDS) for row in rows] == [*WANTED, WANTED[0]]
-    assert [row["request"] for row in rows] == ["first"] * 5 + ["second"]
-
-
-def test_a_sink_that_cannot_follow_drops_and_counts_and_nobody_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sink, "MOST_WAITING", 30)
-    made, counted, said = opened(monkeypatch, tmp_path / "scores.jsonl")
-    go, write = threading.Event(), made._write
-    made._write = lambda new, last: (go.wait(30), write(new, last))[1]  # type: ignore[method-assign]
-    for _ in range(5):  # 10 numbers each, indices among them
-        made.put("request", 3, scores())
-    assert counted == {"scores_dropped": 20}
-    go.set()
-    made.close()
-    assert counted == {"scores_dropped": 20, "scores_written": 24}
-    made.put("late", 3, scores())
-    assert counted["scores_dropped"] == 30
-    assert not said
-
-
-def test_a_disk_that_takes_no_scores_is_said_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "scores.jsonl").symlink_to("/dev/full")
-    made, counted, said = opened(monkeypatch, tmp_path / "scores.jsonl")
-    made.put("request", 3, scores())
-    made.close()
-    assert counted == {"scores_dropped": 8}
-    assert "No space left" in said[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"), [("scores.csv", "ends in .jsonl"), ("file/scores.jsonl", "cannot be written")]
-)
-def test_a_sink_that_cannot_be_is_refused_at_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
-) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=reason):
-        opened(monkeypatch, tmp_path / name)

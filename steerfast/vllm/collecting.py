@@ -58,6 +58,7 @@ class _Pending:
     tokens: np.ndarray
     rows: dict[int, list[tuple[np.ndarray, Tensor]]] = field(default_factory=dict)
     lost: int = 0
+    reached: int = 0
 
     def say(self, first: int, ids: np.ndarray) -> None:
         """The tokens at positions from `first` on."""
@@ -65,6 +66,13 @@ class _Pending:
         if stop > len(self.tokens):
             self.tokens = np.concatenate([self.tokens, np.zeros(max(stop - len(self.tokens), CONTEXT), dtype=np.int32)])
         self.tokens[first:stop] = ids
+
+    def run(self, first: int, ids: np.ndarray) -> int:
+        """These tokens have run, the first of them at a position. Returns the bytes that are free again."""
+        free = self.forget(first) if first < self.reached else 0
+        self.say(first, ids)
+        self.reached = first + len(ids)
+        return free
 
     def forget(self, first: int) -> int:
         """Positions from here on run again: what they had goes. Returns the bytes that are free again."""
@@ -88,6 +96,26 @@ class _Pending:
     @property
     def nbytes(self) -> int:
         return sum(rows.nbytes for parts in self.rows.values() for _, rows in parts)
+
+
+class _Share(NamedTuple):
+    """The rows of a step that one point has: where they begin, up to which of them each request reaches, and their positions."""
+
+    point: int
+    first: int
+    reached: list[int]
+    positions: np.ndarray
+
+
+def _shares(asked: np.ndarray, positions: np.ndarray, bounds: list[int]) -> list[_Share]:
+    """Of a step's tokens, bool (tokens, points)."""
+    shares, first = [], 0
+    for point in asked.any(0).nonzero()[0].tolist():
+        mine = asked[:, point]
+        reached = np.concatenate([[0], np.cumsum(mine)])[bounds].tolist()
+        shares.append(_Share(point, first, reached, positions[mine]))
+        first += reached[-1]
+    return shares
 
 
 class Collector:
@@ -177,31 +205,27 @@ class Collector:
         rows, line, positions, ids, bounds = self._fetch(step)
         for name, count in step.lost.items():
             self._lose(name, count)
-        asked = step.wants[line]  # (tokens, points)
-        per_point = asked.sum(0)
-        begins = np.cumsum(per_point) - per_point
+        shares = _shares(step.wants[line], positions, bounds)
+        firsts = positions[np.minimum(bounds[:-1], len(positions) - 1)].tolist()
+        wide: dict[str, Tensor] = {}
         for i, name in enumerate(step.names):
             pending = self._pending.get(name) if name else None
-            if pending is None:
+            if pending is None or bounds[i] == bounds[i + 1]:
                 continue
-            here = slice(bounds[i], bounds[i + 1])
-            if here.start == here.stop:
-                continue
-            self._held -= pending.forget(int(positions[here.start]))
-            pending.say(int(positions[here.start]), ids[here])
-            for point in asked[here].any(0).nonzero()[0].tolist():
-                mine = asked[here, point]
-                at = int(begins[point]) + int(asked[: here.start, point].sum())
-                part = rows[at : at + int(mine.sum())]
-                if len(part) < int(mine.sum()):  # more than was announced
-                    self._lose(name, int(mine.sum()))
-                    break
-                if pending.lost:
-                    self._lose(name, len(part))
+            self._held -= pending.run(firsts[i], ids[bounds[i] : bounds[i + 1]])
+            dtype = pending.capture.dtype
+            if dtype not in wide:
+                wide[dtype] = rows.to(DTYPES[dtype])
+            for share in shares:
+                here = slice(share.reached[i], share.reached[i + 1])
+                if here.start == here.stop:
                     continue
-                kept = part.to(DTYPES[pending.capture.dtype], copy=True)
-                self._held += kept.nbytes
-                pending.rows.setdefault(point, []).append((positions[here][mine], kept))
+                part = wide[dtype][share.first + here.start : share.first + here.stop]
+                if pending.lost or len(part) < here.stop - here.start:  # shorter: more than was announced
+                    self._lose(name, here.stop - here.start)
+                    continue
+                self._held += part.nbytes
+                pending.rows.setdefault(share.point, []).append((share.positions[here], part))
             if self._held > self._settings.memory:
                 self._lose(name, 0)
 
