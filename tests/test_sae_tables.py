@@ -197,5 +197,5 @@ def test_without_pyarrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     import sys
 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r'pip install "steerfast\[rows\]"'):
+    with pytest.raises(ImportError, match=r'pip install "steerfast\[parquet\]"'):
         TableRows(tmp_path)

@@ -197,7 +197,7 @@ def _arrow() -> Any:
     try:
         return import_module("pyarrow")
     except ImportError:
-        raise ImportError('TableRows: needs pyarrow; pip install "steerfast[rows]"') from None
+        raise ImportError('TableRows: needs pyarrow; pip install "steerfast[parquet]"') from None
 
 
 def _storage(kind: Any) -> Any:
