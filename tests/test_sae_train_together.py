@@ -54,7 +54,7 @@ from pathlib import Path
 torch.set_num_threads(1)
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_sae_train_together import *
-from steerfast.sae.training.distributed import mesh_of
+from steerfast.sae.training.distributed import Mesh, mesh_of
 rank, folder = int(sys.argv[1]), Path({str(folder)!r})
 dist.init_process_group("gloo", init_method=f"file://{{folder}}/meet-{world}", rank=rank, world_size={world})
 """
