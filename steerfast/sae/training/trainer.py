@@ -52,9 +52,7 @@ class Trainer:
         self.buffers = config.objective.buffers(self.device)
         if self.transcodes:
             self.buffers["centre"] = centres[0]
-        read = (sample[0] / self.scales[0]).sub_(centres[0])
-        first = Batch(self._encoder(read), config.k_at(0), len(read), split)
-        self.weights |= config.objective.weights(first)
+        self.weights |= self._own_weights(sample[0], centres[0])
         self.moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in self.weights.items()}
         self.silent = torch.zeros(len(self.weights["b_enc"]), dtype=torch.int64, device=self.device)
         # squared error and variance since the last report
@@ -134,6 +132,11 @@ class Trainer:
         if isinstance(config.objective, Transcode) and config.objective.skip:
             weights["w_skip"] = torch.zeros(widths[-1], widths[0], device=self.device)
         return weights
+
+    def _own_weights(self, sample: Tensor, centre: Tensor) -> dict[str, Tensor]:
+        """Those of the objective, from the first rows."""
+        read = (sample / self.scales[0]).sub_(centre)
+        return self.config.objective.weights(Batch(self._encoder(read), self.config.k_at(0), len(read), self.split))
 
     def _encoder(self, read: Tensor) -> Encoder:
         return Encoder(read, self.weights.get("w_enc", self.weights["w_dec"]), self.weights["b_enc"])
@@ -255,7 +258,7 @@ def geometric_median(rows: Tensor) -> Tensor:
 
 def _scale(rows: Tensor) -> float:
     """What makes rows of mean square 1."""
-    scale = float((rows - rows.mean(0)).square().mean().sqrt())
+    scale = float((rows - rows.mean(0)).square_().mean().sqrt())
     if scale == 0:
         raise ValueError("train_sae: all rows of the first shard are equal; there is nothing to learn")
     return scale
