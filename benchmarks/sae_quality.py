@@ -2,8 +2,9 @@
 
     python benchmarks/sae_quality.py benchmarks/sae/smollm2-135m-instruct-L7 --text held-out.txt
 
-"sae trained" is `steerfast sae eval` on a text that was not trained on. "sae explain" plants words: decoder rows that point at
-one word of the vocabulary each, with noise of half their length, are explained, and the planted word is looked for.
+"sae trained" is `steerfast sae eval` on a text that was not trained on. "sae probes", with the wheel of sae-probes, is its
+protocol on ten of its data sets (`sae_probing`; needs pyarrow and scikit-learn). "sae explain" plants words: decoder rows that
+point at one word of the vocabulary each, with noise of half their length, are explained, and the planted word is looked for.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sae", type=Path, help="folder of an SAE of SmolLM2-135M-Instruct")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text, not trained on")
+    wheel = "sae_probes-0.4.2-py3-none-any.whl, as `pip download --no-deps sae-probes==0.4.2` leaves it"
+    parser.add_argument("--probes", type=Path, metavar="WHEEL", help=wheel)
     parser.add_argument("--loss-tokens", type=int, default=20_000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the rows")
     args = parser.parse_args()
@@ -41,6 +44,11 @@ def main() -> None:
     digest = hashlib.sha256(args.text.read_bytes()).hexdigest()
     about = {"sae": args.sae.name, "text": args.text.name, "text_sha256": digest}
     keep(args.out, "sae trained", {**asdict(found), "loss_recovered": found.loss_recovered}, about)
+    if args.probes is not None:
+        from sae_probing import probes
+
+        areas = probes(sf.SAE.load(args.sae), model, tokenizer, args.probes)
+        keep(args.out, "sae probes", areas["mean"], about | {"wheel": args.probes.name, "sets": areas})
     values = planted(model, tokenizer)
     print("\n".join(f"{name:<20} {value:g}" for name, value in values.items()))
     keep(args.out, "sae explain", values, {"ranking": explaining.RANKINGS[0]})
@@ -69,7 +77,7 @@ def planted(model: torch.nn.Module, tokenizer: Any) -> dict[str, float]:
     }
 
 
-def keep(folder: Path, case: str, values: dict[str, Any], about: dict[str, str]) -> None:
+def keep(folder: Path, case: str, values: dict[str, Any], about: dict[str, Any]) -> None:
     """Append the row of a case."""
     run = circumstances("cpu")
     row = {"case": case, "suite": "sae", "status": "ok", "values": values, "about": about, "run": run}

@@ -26,14 +26,13 @@ import torch
 from steerfast.sae.cache import ActivationCache
 from steerfast.sae.training.config import TrainConfig
 from steerfast.sae.training.distributed import Alone
-from steerfast.sae.training.rows import Whole as _Whole
 from steerfast.sae.training.trainer import Trainer
 
 Step = Callable[[torch.Tensor], object]
 
 
 def ours(rows: torch.Tensor, features: int, k: int, batch: int) -> Step:
-    return Trainer(TrainConfig(features=features, k=k, batch=batch, tokens=10**9), _Whole(rows), Alone()).train_on
+    return Trainer(TrainConfig(features=features, k=k, batch=batch, tokens=10**9), [rows], Alone()).train_on
 
 
 def sparsify(rows: torch.Tensor, features: int, k: int, batch: int) -> Step:

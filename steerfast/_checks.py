@@ -239,6 +239,20 @@ def whole_numbers(owner: str, name: str, value: Any, count: int) -> list[int]:
     return [whole_number(owner, name, number) for number in value]
 
 
+def checked_part(owner: str, part: Any) -> tuple[int, int]:
+    """A part (i, n), i from 1 to n.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if not isinstance(part, tuple | list) or len(part) != 2:
+        raise TypeError(f"{owner}: part must be (i, n), part i of n, got {part!r}")
+    i, n = (whole_number(owner, "part", number, 1) for number in part)
+    if i > n:
+        raise ValueError(f"{owner}: part is {i} of {n}; they count from 1 to {n}")
+    return i, n
+
+
 def warn_user(message: str) -> None:
     """Warn at the line outside steerfast that led here, however deep; Python shows a line's repeated warning once."""
     level, frame = 2, sys._getframe(1)

@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 import steerfast as sf
 from steerfast.place import Origin
 from steerfast.plan import ModelCard
-from steerfast.sae.cache import pack
+from steerfast.sae.contexts import Contexts
 
 TEXTS = ["w3 w4 w5 w6 w7", "w8 w9", "w10 w11 w12"]
 
@@ -323,7 +323,7 @@ def test_caches_take_them_and_save_plain_numbers(tmp_path: Any) -> None:
         with pytest.raises(TypeError, match=r"^ActivationStream: "):
             sf.sae.ActivationStream(model, words(), texts, place, context=8)
     with pytest.raises(ValueError, match="pack: context is 4; expected a whole number >= 8"):
-        pack(words(), texts, np.int64(4))
+        Contexts(words(), texts, np.int64(4))
 
 
 def test_strengths_and_doses_of_numpy(tmp_path: Any) -> None:

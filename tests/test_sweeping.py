@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -159,6 +160,29 @@ def test_an_interrupted_sweep_continues(tmp_path: Any, monkeypatch: pytest.Monke
     larger = Grid(layers=(0, -1), strengths=(-0.5, 0.0, 1.0, 2.0), draws=0)
     assert [c for c in swept(out=tmp_path, grid=larger, batch_size=64) if c.strength < 2] == list(found)
     assert len(calls) == 1  # the two new cells share one batch
+
+
+def test_parts_are_merged(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of parts are those of the whole, which measures only what no part has measured."""
+    grid = dataclasses.replace(GRID, draws=0)
+    whole = swept(batch_size=4, grid=grid)
+    parts = {i: swept(batch_size=4, out=tmp_path, grid=dataclasses.replace(grid, part=(i, 4))) for i in (1, 4, 3)}
+    assert [len(parts[i]) for i in (1, 3, 4)] == [1, 1, 2]
+    assert [cell for i in (1, 3, 4) for cell in parts[i]] == [cell for n, cell in enumerate(whole) if n not in (1, 2)]
+    real, calls = module.measure, []
+    monkeypatch.setattr(module, "measure", lambda *a: calls.append(a[3]) or real(*a))
+    merged = swept(batch_size=64, out=tmp_path, grid=grid)
+    assert len(calls) == 1
+    assert len(calls[0]) == 2
+    for found, wanted in zip(merged, whole, strict=True):
+        assert found.effect == pytest.approx(wanted.effect, abs=1e-5)
+    calls.clear()
+    assert list(swept(out=tmp_path, grid=grid)) == list(merged)
+    assert not calls
+    with pytest.raises(ValueError, match=r"sweep\.1of4\.json was measured with other sides"):
+        swept(out=tmp_path, sides=(["abc"], SIDES[1]))
+    with pytest.raises(ValueError, match="part is 3 of 2"):
+        Grid((0,), part=(3, 2))
 
 
 def test_another_sweep_or_a_damaged_file_is_refused(tmp_path: Any) -> None:

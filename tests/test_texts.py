@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import steerfast as sf
 from steerfast.cli import shared
 from steerfast.models.texts import TextReader
-from steerfast.sae.cache import pack
+from steerfast.sae.contexts import Contexts
 
 TEXTS = ["w3 w4 w5 w6 w7", "w8 w9", "w10 w11 w12"]
 TEMPLATE = "<s> {% for m in messages %}{{ m['content'] }} w99 {% endfor %}{% if add_generation_prompt %}w98{% endif %}"
@@ -79,8 +79,8 @@ def test_a_chat_as_text_is_the_chat(model: Any) -> None:
 
 def test_packed_contexts_begin_with_one(model: Any) -> None:
     tokenizer, texts = words(), TEXTS * 3
-    right = pack(tokenizer, texts, 8)
-    assert torch.equal(one_warning(lambda: pack(tokenizer, begun(texts), 8), "pack"), right)
+    right = Contexts(tokenizer, texts, 8)[:]
+    assert torch.equal(one_warning(lambda: Contexts(tokenizer, begun(texts), 8), "pack")[:], right)
     assert (right == 1).sum(1).tolist() == [1] * len(right)
     place = ("resid_post", 1)
     stream = one_warning(lambda: sf.sae.ActivationStream(model, tokenizer, begun(texts), place, context=8), "pack")
@@ -88,10 +88,11 @@ def test_packed_contexts_begin_with_one(model: Any) -> None:
 
 
 def test_a_context_of_a_tokenizer_that_adds_none_begins_with_one() -> None:
-    """SmolLM2 adds nothing, and its chats begin with the token that `pack` puts in front of a context."""
-    contexts = pack(words("$A"), begun(["w3 w4 w5 w6 w7 w8 w9"] * 2), 8)
+    """SmolLM2 adds nothing, and its chats begin with the token that packing puts in front of a context."""
+    contexts = Contexts(words("$A"), begun(["w3 w4 w5 w6 w7 w8 w9"] * 2), 8)[:]
     assert contexts.tolist() == [[1, 3, 4, 5, 6, 7, 8, 9], [1, 2, 1, 3, 4, 5, 6, 7]]
-    assert pack(words("$A"), begun(["w3 w4 w5 w6 w7 w8"] * 2), 8).tolist() == [[1, 3, 4, 5, 6, 7, 8, 2]] * 2
+    again = Contexts(words("$A"), begun(["w3 w4 w5 w6 w7 w8"] * 2), 8)
+    assert again[:].tolist() == [[1, 3, 4, 5, 6, 7, 8, 2]] * 2
 
 
 def test_sweep_measures_the_same_and_warns_once(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""`steerfast sae train | eval | explain | steer | info`: an SAE from training to steering on the command line."""
+"""`steerfast sae collect | train | eval | explain | steer | info`: an SAE from training to steering on the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ import torch
 
 from steerfast.edits.features import Amplify, Calibrate, EditFeatures
 from steerfast.hooks.steer import steer
-from steerfast.place import SITES
 from steerfast.plan import Plan
-from steerfast.sae.cache import cache_activations
 from steerfast.sae.detection import Detection, detect
 from steerfast.sae.documents import read_documents
 from steerfast.sae.evaluate import evaluate_sae
@@ -28,57 +25,30 @@ from steerfast.sae.judge import Judge, judged_detection
 from steerfast.sae.model import SAE
 from steerfast.sae.page import write_page
 from steerfast.sae.relations import relate
-from steerfast.sae.training.config import TrainConfig
-from steerfast.sae.training.corpus import read_texts, wikipedia
-from steerfast.sae.training.train import train_sae
+from steerfast.sae.training.corpus import read_texts
 from steerfast.sae.transcoder import Transcoder
 from steerfast.sae.use import explain_use
 
-from . import shared
+from . import sae_collect, sae_train, shared
 
 DESCRIPTION = (
     "Train, measure, explain and use a sparse autoencoder. Reads SAEs of every family that `sf.SAE.load` reads."
 )
 EXAMPLE = (
     "steerfast sae train --preset smollm2 --out sae\n"
+    "steerfast sae collect demo --at 8 mlp_out:8 --text corpus.txt --out rows --part 1/2\n"
     "steerfast sae eval sae demo --text wikitext.txt\n"
     "steerfast sae explain sae demo --corpus articles.jsonl --html features.html --save words.json\n"
     'steerfast sae steer sae demo "The doctor put on a coat, because" --words herself --explanations words.json'
 )
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A whole training run by name.
-
-    Attributes:
-        model: As MODEL on the command line.
-        place: (site, layer).
-        texts: Paragraphs of `corpus.wikipedia`; what comes after them is never trained on.
-        config: Of the training.
-    """
-
-    model: str
-    place: tuple[str, int]
-    texts: int
-    config: TrainConfig
-
-
-PRESETS = {
-    "smollm2": Preset(
-        "demo",
-        ("resid_post", 7),
-        15_500,
-        TrainConfig(features=8192, k=32, tokens=2_500_000, batch=1024, lr=1.5e-3, warmup=0.032),
-    )
-}
-_CHOICES = ("features", "k", "tokens", "batch", "lr", "k_start", "seed")  # what can be set on the command line
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `steerfast sae` to a parser."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="train|eval|explain|steer|info")
-    _train_arguments(_action(actions, "train", "train a Top-K SAE on a model's activations; run it again to go on"))
+    actions = parser.add_subparsers(dest="action", required=True, metavar="collect|train|eval|explain|steer|info")
+    sae_collect.add_arguments(_action(actions, "collect", sae_collect.TEXT))
+    trained = "train an SAE or transcoder on a model's activations, also under torchrun; run it again to go on"
+    sae_train.add_arguments(_action(actions, "train", trained))
     evaluated = _action(
         actions, "eval", "variance explained, dead features and cross-entropy recovered on held-out text"
     )
@@ -101,40 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `steerfast sae`; returns the exit code."""
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
-        "train": _train,
+        "collect": sae_collect.run,
+        "train": sae_train.run,
         "eval": _eval,
         "explain": _explain,
         "steer": _steer,
         "info": _info,
     }
     return actions[args.action](args)
-
-
-def _train(args: argparse.Namespace) -> int:
-    preset = PRESETS.get(args.preset)
-    if preset is None and (args.model is None or args.layer is None or args.text is None):
-        raise ValueError("sae train: give --preset, or MODEL with --layer and --text")
-    args.model = args.model or (preset.model if preset else None)
-    site, layer = preset.place if preset else (args.site, args.layer)
-    config = preset.config if preset else TrainConfig()
-    given = {name: value for name in _CHOICES if (value := getattr(args, name)) is not None}
-    config = TrainConfig(**{field.name: getattr(config, field.name) for field in fields(config)} | given)
-    texts = wikipedia(shared.progress)[: preset.texts] if preset and args.text is None else read_texts(args.text)
-    model, tokenizer = shared.load(args)
-    folder = args.cache or args.out / "activations"
-    cache = cache_activations(
-        model, tokenizer, texts, (site, layer), folder, context=args.context, progress=shared.progress
-    )
-    shared.say(f"{len(cache)} activations of width {cache.info.d} in {folder}")
-    del model  # its memory is better used for the rows
-    sae = train_sae(
-        cache, config, args.out / "checkpoints", progress=lambda report: shared.progress(str(report)),
-        checkpoint_every=args.checkpoint_every,
-    )  # fmt: skip
-    stored = sae.to(dtype=getattr(torch, args.store))
-    shared.say(f"{sae!r}\n\nSAE         {stored.save(args.out)}")
-    shared.say(f"Next        steerfast sae eval {args.out} {args.model} --text FILE")
-    return 0
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -332,33 +276,6 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the matrices (default: the file's)"
     )
     parser.add_argument("--save", type=Path, metavar="DIR", help="write it in our format, for the other actions")
-
-
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    shared.model_arguments(parser)
-    model = next(action for action in parser._actions if action.dest == "model")
-    model.nargs, model.required = "?", False  # a preset names it
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="a whole run: model, place, texts and numbers")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="directory of the SAE and its checkpoints"
-    )
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text, paragraphs apart by empty lines")
-    parser.add_argument("--layer", type=int, metavar="N", help="0-based, negative from the end")
-    parser.add_argument("--site", default=SITES[1], choices=SITES, help="where in the layer (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="activations (default: DIR/activations)")
-    parser.add_argument(
-        "--context", type=shared.positive, default=256, metavar="N", help="tokens of a context (default: 256)"
-    )
-    kinds = {field.name: float if field.name == "lr" else int for field in fields(TrainConfig)}
-    meanings = {
-        "features": "F", "k": "features per token", "tokens": "rows seen in all", "batch": "rows of a step",
-        "lr": "learning rate", "k_start": "features per token at the beginning", "seed": "of weights and order",
-    }  # fmt: skip
-    for name, meaning in meanings.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kinds[name], metavar="X", help=meaning)
-    parser.add_argument("--checkpoint-every", type=shared.positive, default=50, metavar="N", help="steps (default: 50)")
-    stored = "of the weights in the file (default: %(default)s)"
-    parser.add_argument("--store", default="bfloat16", choices=("bfloat16", "float32"), help=stored)
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:

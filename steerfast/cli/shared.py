@@ -179,6 +179,18 @@ def positive(text: str) -> int:
     return value
 
 
+PART = "do part I of N, I from 1; the parts may run at the same time, on several machines (default: all)"
+"""What an argument for a part says."""
+
+
+def part(text: str) -> tuple[int, int]:
+    """Part i of n, written i/n."""
+    i, slash, n = text.partition("/")
+    if not slash or not i.isdecimal() or not n.isdecimal() or not 1 <= int(i) <= int(n):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; write I/N with I from 1 to N, such as 2/4")
+    return int(i), int(n)
+
+
 def temperature(text: str) -> float:
     """A temperature, 0 or more."""
     value = float(text)

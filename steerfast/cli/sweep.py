@@ -65,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="texts per forward (default: %(default)s)"
     )
+    parts = f"{shared.PART}; the same command without it merges them"
+    parser.add_argument("--part", type=shared.part, default=(1, 1), metavar="I/N", help=parts)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of sweep.json and sweep.png")
 
 
@@ -81,13 +83,17 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = shared.load(args)
     layers = shared.layers(args.layers, find_layers(model, "sweep").count)
     grid = Grid(
-        tuple(layers), tuple(args.strengths), tuple(args.methods), args.unit, args.site, sae, args.damage, args.draws
-    )
+        tuple(layers), tuple(args.strengths), tuple(args.methods), args.unit, args.site, sae, args.damage, args.draws,
+        args.part,
+    )  # fmt: skip
     shown = sys.stderr.isatty()
     found = sweep(
         model, tokenizer, (read["positive"], read["negative"]), question, grid, args.out, args.batch_size, shown
     )
     shared.say(f"{found!r}\n")
+    if args.part != (1, 1):
+        shared.say(f"Part        {args.part[0]} of {args.part[1]}; the same command without --part merges them")
+        return 0
     best = found.best(args.damage)
     if best is None:
         shared.say(

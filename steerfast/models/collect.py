@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -182,13 +182,13 @@ class _Reading:
 
     Attributes:
         caller: the public function that asks, for its messages.
-        points: layer -> where its site is.
+        points: layer, or place -> where it is.
         position: as in `collect`.
     """
 
     caller: str
     model: Any
-    points: dict[int, Point]
+    points: Mapping[Any, Point]
     position: str | int
 
     @property
@@ -397,14 +397,18 @@ def _mask_of(caller: str, given: Any, number: int, known: Callable[[int], bool])
     return (mask != 0).cpu()
 
 
+_Key = TypeVar("_Key", bound=Hashable)
+"""What a point is asked for by: a layer, or a `Place`, so that one forward reads several sites of a layer."""
+
+
 def read_batch(
-    model: Any, points: dict[int, Point], batch: list[list[int]], position: str | int
-) -> dict[int, list[Tensor]]:
-    """One forward; for each layer and text the rows of its position, (rows, width), float32 on the CPU."""
+    model: Any, points: Mapping[_Key, Point], batch: list[list[int]], position: str | int
+) -> dict[_Key, list[Tensor]]:
+    """One forward; for each point and text the rows of its position, (rows, width), float32 on the CPU."""
     return _read_padded(_Reading("collect", model, points, position), batch)
 
 
-def _read_padded(reading: _Reading, batch: list[list[int]]) -> dict[int, list[Tensor]]:
+def _read_padded(reading: _Reading, batch: list[list[int]]) -> dict[Any, list[Tensor]]:
     """One forward over texts, padded on the right."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(text, device="cpu") for text in batch], batch_first=True)
     mask = torch.arange(ids.shape[1], device="cpu") < torch.tensor([len(text) for text in batch], device="cpu")[:, None]
@@ -413,7 +417,7 @@ def _read_padded(reading: _Reading, batch: list[list[int]]) -> dict[int, list[Te
     return _run(reading, inputs, mask, "token ids alone")
 
 
-def _run(reading: _Reading, inputs: dict[str, Any], mask: Tensor, what: str) -> dict[int, list[Tensor]]:
+def _run(reading: _Reading, inputs: dict[str, Any], mask: Tensor, what: str) -> dict[Any, list[Tensor]]:
     """One forward, whose failure says what the model was given."""
     model, accepted = reading.model, inspect.signature(reading.model.forward).parameters
     if "token_type_ids" in accepted and hasattr(model.config, "vision_config") and "token_type_ids" not in inputs:
@@ -432,23 +436,23 @@ def _run(reading: _Reading, inputs: dict[str, Any], mask: Tensor, what: str) -> 
         ) from error
 
 
-def _read_forward(reading: _Reading, inputs: dict[str, Any], mask: Tensor) -> dict[int, list[Tensor]]:
-    """One forward; for each layer and row of the mask the stream's rows of the position, float32 on the CPU."""
+def _read_forward(reading: _Reading, inputs: dict[str, Any], mask: Tensor) -> dict[Any, list[Tensor]]:
+    """One forward; for each point and row of the mask the stream's rows of the position, float32 on the CPU."""
     model, points, caller = reading.model, reading.points, reading.caller
     select, counts = _selector(reading.position, mask)
-    kept: dict[int, Tensor] = {}
-    proof, deepest = known_proof(model), max(points)
+    kept: dict[Any, Tensor] = {}
+    proof = known_proof(model)
     front = proof.virtual
     whole = gathers_weights(model)  # a pass that is left early leaves weights gathered, and FSDP inside its pass
 
-    def reader(layer: int) -> Callable[[Tensor], None]:
+    def reader(layer: Any) -> Callable[[Tensor], None]:
         def read(x: Tensor) -> None:
             rows, tokens = mask.shape[0], mask.shape[1] + front
             flat = x.dim() == 2 and x.shape[0] == rows * tokens  # OPT's MLP sees the tokens of all texts as one list
             if not flat and (wrong := shape_refusal(tuple(x.shape), rows, tokens, points[layer].width)):
                 raise ValueError(f"{caller}: {points[layer].path} {wrong}")
             kept[layer] = select(x.reshape(rows, tokens, x.shape[-1])[:, front:])
-            if layer == deepest and not whole:
+            if len(kept) == len(points) and not whole:
                 raise _Stop
 
         return read
@@ -465,12 +469,15 @@ def _read_forward(reading: _Reading, inputs: dict[str, Any], mask: Tensor) -> di
     finally:
         for handle in handles:
             handle.remove()
-    if missing := [layer for layer in points if layer not in kept]:
-        instead = "use resid_post if the block runs without it, else leave the layer out"
-        if missing[0] in proof.idle:
+    for key in points.keys() - kept.keys():
+        layer, instead = (
+            getattr(key, "layer", key),
+            "use resid_post if the block runs without it, else leave the layer out",
+        )
+        if layer in proof.idle:
             instead = "text does not run that block: leave the layer out, or give inputs= that run it, such as an image"
         raise ValueError(
-            f"{caller}: the forward never ran {points[missing[0]].path}, so layer {missing[0]} cannot be read; {instead}"
+            f"{caller}: the forward never ran {points[key].path}, so layer {layer} cannot be read; {instead}"
         )
     return {layer: list(rows.to("cpu", torch.float32).split(counts)) for layer, rows in kept.items()}
 

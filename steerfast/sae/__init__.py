@@ -3,18 +3,23 @@
 from steerfast._names import lazily
 
 _HOMES = {
-    "cache": ["ActivationCache", "ActivationStream", "cache_activations"],
+    "cache": ["ActivationCache", "ActivationStream", "CacheConfig", "cache_activations", "cache_places"],
     "detection": ["Detection", "detect"],
     "documents": ["read_documents"],
     "evaluate": ["Evaluation", "evaluate_sae"],
     "evidence": ["Evidence", "ObserveConfig", "observe"],
     "explanation": ["Explanations"],
+    "hidden_states": ["HiddenStates"],
     "judge": ["Judge", "judged_detection"],
+    "opening": ["open_rows"],
     "page": ["write_page"],
     "relations": ["Relations", "relate"],
+    "tables": ["TableRows"],
     "training.config": ["TrainConfig"],
-    "training.distributed": ["SplitData", "SplitFeatures"],
-    "training.train": ["train_sae"],
+    "training.distributed": ["Mesh"],
+    "training.objectives": ["BatchTopK", "JumpReLU", "Matryoshka", "TopK", "Transcode"],
+    "training.sources": ["PlacesStream", "SideBySide"],
+    "training.train": ["train_sae", "train_saes"],
     "transcoder": ["Transcoder"],
     "use": ["explain_use"],
 }

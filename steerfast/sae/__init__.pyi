@@ -1,6 +1,8 @@
 from .cache import ActivationCache as ActivationCache
 from .cache import ActivationStream as ActivationStream
+from .cache import CacheConfig as CacheConfig
 from .cache import cache_activations as cache_activations
+from .cache import cache_places as cache_places
 from .detection import Detection as Detection
 from .detection import detect as detect
 from .documents import read_documents as read_documents
@@ -10,15 +12,25 @@ from .evidence import Evidence as Evidence
 from .evidence import ObserveConfig as ObserveConfig
 from .evidence import observe as observe
 from .explanation import Explanations as Explanations
+from .hidden_states import HiddenStates as HiddenStates
 from .judge import Judge as Judge
 from .judge import judged_detection as judged_detection
+from .opening import open_rows as open_rows
 from .page import write_page as write_page
 from .relations import Relations as Relations
 from .relations import relate as relate
+from .tables import TableRows as TableRows
 from .training.config import TrainConfig as TrainConfig
-from .training.distributed import SplitData as SplitData
-from .training.distributed import SplitFeatures as SplitFeatures
+from .training.distributed import Mesh as Mesh
+from .training.objectives import BatchTopK as BatchTopK
+from .training.objectives import JumpReLU as JumpReLU
+from .training.objectives import Matryoshka as Matryoshka
+from .training.objectives import TopK as TopK
+from .training.objectives import Transcode as Transcode
+from .training.sources import PlacesStream as PlacesStream
+from .training.sources import SideBySide as SideBySide
 from .training.train import train_sae as train_sae
+from .training.train import train_saes as train_saes
 from .transcoder import Transcoder as Transcoder
 from .use import explain_use as explain_use
 

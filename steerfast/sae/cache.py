@@ -1,22 +1,22 @@
-"""Activations of one place in a model, collected once into a directory of safetensors shards.
+"""Activations of places in a model, collected once, each place into a directory of safetensors shards.
 
-    cache.json              what it was made from, and which shards are there
+    cache.json              what it was made from, and which shards are there; cache.2of4.json: those of part 2 of 4
     00000.safetensors …     activations (rows, d), tokens (contexts, length) int32, positions (rows,) int32
 
-Texts are packed: joined with the end-of-text token, cut into contexts of equal length, each begun with the beginning-of-text
-token (where the tokenizer has one), once. `positions` says where in `tokens`, flattened, a row was read. Rows of special
+Texts are packed into contexts (`contexts`). `positions` says where in `tokens`, flattened, a row was read. Rows of special
 tokens and the first position of every context are left out: their norm is many times that of text, and they mean nothing.
 
-Every file is written whole or not at all, so that a killed collection goes on where it stopped.
+Every file is written whole or not at all, so that a killed collection goes on where it stopped. Part i of n makes every n-th
+shard; a directory with the files of all parts is a whole cache, whichever machines made them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from steerfast._checks import whole_number
+from steerfast._checks import checked_part, whole_number
 from steerfast.files.replace import replace_file
 from steerfast.models.collect import read_batch
 from steerfast.models.layers import evaluating, find_layers
-from steerfast.models.texts import TextReader
+from steerfast.models.points import Point
+from steerfast.place import Origin, Place
+
+from .contexts import Contexts
 
 SCHEMA = 1
 MANIFEST = "cache.json"
@@ -37,7 +40,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """Of stored rows, by the name that a manifest has for them."""
 SHARD_TOKENS = 32768
 _FORWARD_TOKENS = 2048
-_TOKENIZED_AT_A_TIME = 512
+_PART = re.compile(r"cache\.(\d+)of(\d+)\.json")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,45 @@ class CacheInfo:
     shard: int
     text: str
 
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.contexts // self.shard)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the rows were read."""
+        return Origin(self.model, Place(self.site, self.layer))
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How activations are collected.
+
+    Attributes:
+        context: Tokens of a context, beginning-of-text included. A last context that is not full is dropped.
+        dtype: Of the stored rows: torch.bfloat16 or torch.float32.
+        part: (i, n): make every n-th shard, from the i-th; i counts from 1.
+
+    Raises:
+        TypeError, ValueError: another dtype; a part that is none.
+    """
+
+    context: int = 256
+    dtype: torch.dtype = torch.bfloat16
+    part: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "context", whole_number("CacheConfig", "context", self.context))
+        if self.dtype not in DTYPES.values():
+            raise ValueError(f"CacheConfig: dtype is {self.dtype}; expected torch.bfloat16 or torch.float32")
+        object.__setattr__(self, "part", checked_part("CacheConfig", self.part))
+
+    @property
+    def stored(self) -> str:
+        """The name of the dtype."""
+        return next(name for name, known in DTYPES.items() if known == self.dtype)
+
 
 @dataclass(frozen=True)
 class ActivationCache:
@@ -83,33 +125,64 @@ class ActivationCache:
     def __len__(self) -> int:
         return sum(self.counts)
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the rows."""
+        return asdict(self.info)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the rows were read."""
+        return self.info.origin
+
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> ActivationCache:
-        """Open a finished cache.
+        """Open a finished cache; the parts of a divided collection may lie in one directory, side by side.
 
         Raises:
             FileNotFoundError: there is no cache.
-            ValueError: it is not finished, damaged, or of another schema.
+            ValueError: it is not finished, damaged, or of another schema; its parts are of different collections.
         """
         path = Path(directory)
-        info, counts = read_manifest(path)
-        missing = -(-info.contexts // info.shard) - len(counts)
-        if missing:
+        parts, counts = _parts(path), dict[int, int]()
+        info = read_manifest(path, parts[0])[0]
+        for part in parts:
+            found, rows = read_manifest(path, part)
+            if found != info:
+                raise ValueError(
+                    f"ActivationCache: part {part[0]} of {part[1]} in {path} is of another collection ({_differs(info, found)}); "
+                    "keep the parts of one collection in a directory"
+                )
+            counts.update(zip(_numbers(info, part), rows, strict=False))
+        if missing := info.shards - len(counts):
+            known = ", ".join(f"{i} of {n}" for i, n in parts)
+            there = "" if parts == [(1, 1)] else f" (there are parts {known})"
             raise ValueError(
-                f"ActivationCache: {path} lacks {missing} of {-(-info.contexts // info.shard)} shards; "
+                f"ActivationCache: {path} lacks {missing} of {info.shards} shards{there}; "
                 "run the collection again, it goes on where it stopped"
             )
-        for number in range(len(counts)):
+        for number in counts:
             if not shard_file(path, number).is_file():
                 raise ValueError(
                     f"ActivationCache: {shard_file(path, number)} is gone; remove {path} and collect again"
                 )
-        return cls(path, info, tuple(counts))
+        return cls(path, info, tuple(counts[number] for number in range(info.shards)))
 
     def read(self, shard: int) -> Tensor:
-        """The activations of one shard, (rows, d), in their stored dtype."""
-        with opened(shard_file(self.directory, shard)) as file:
-            return file.get_tensor("activations")
+        """The activations of one shard, (rows, d), in their stored dtype.
+
+        Raises:
+            ValueError: the file is damaged, or holds other rows than the manifest says.
+        """
+        path = shard_file(self.directory, shard)
+        with opened(path) as file:
+            rows = file.get_tensor("activations")
+        if rows.shape != (self.counts[shard], self.info.d):
+            raise ValueError(
+                f"ActivationCache: {path} holds {tuple(rows.shape)}, its manifest says ({self.counts[shard]}, {self.info.d}); "
+                "it is of another collection: remove the cache and collect again"
+            )
+        return rows
 
     def contexts(self, shard: int) -> tuple[Tensor, Tensor]:
         """The tokens (contexts, length) of one shard, and where in them, flattened, each row was read."""
@@ -118,7 +191,7 @@ class ActivationCache:
 
 
 class ActivationStream:
-    """Activations computed when they are read, in the same shards as a cache of the same texts: no disk, a forward per epoch.
+    """Activations computed when they are read, in the shards of a cache of the same texts: no rows on disk, a forward per epoch.
 
     Args:
         model: A `transformers` causal language model.
@@ -136,28 +209,31 @@ class ActivationStream:
         True
     """
 
+    ahead = 0
+    """Shards that may be read in another thread: none, the model is the user's own."""
+
     def __init__(
         self, model: nn.Module, tokenizer: Any, texts: Iterable[str], place: tuple[str, int], *, context: int = 256
     ) -> None:
-        if not isinstance(place, tuple | list) or len(place) != 2:
-            raise TypeError(f"ActivationStream: place must be (site, layer), got {place!r}")
-        found = find_layers(model, "ActivationStream")
-        site, layer = place[0], found.resolve(whole_number("ActivationStream", "layer", place[1]), "ActivationStream")
-        context = whole_number("ActivationStream", "context", context)
-        self._point = found.point(layer, site, "ActivationStream")
-        self._model = getattr(model, "_orig_mod", model)
-        self._tokens = pack(tokenizer, texts, context)
-        self._keep = real_tokens(tokenizer, self._tokens)
-        digest = hashlib.sha256(self._tokens.numpy().tobytes()).hexdigest()
-        shard = max(1, SHARD_TOKENS // context)
-        count = len(self._tokens)
-        self.info = CacheInfo(found.name, site, layer, self._point.width, "float32", context, count, shard, digest)
-        self.counts = tuple(int(part.sum()) for part in self._keep.split(shard))
+        self._source = _Source("ActivationStream", model, [place])
+        self._source.pack(tokenizer, texts, whole_number("ActivationStream", "context", context))
+        (self._place,) = self._source.points
+        self.info = self._source.info(self._place, "float32")
+        self.counts = tuple(len(self.contexts(number)[1]) for number in range(self.info.shards))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the rows."""
+        return asdict(self.info)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the rows are read."""
+        return self.info.origin
 
     def contexts(self, shard: int) -> tuple[Tensor, Tensor]:
         """The tokens (contexts, length) of one shard, and where in them, flattened, each row is read."""
-        part = slice(shard * self.info.shard, (shard + 1) * self.info.shard)
-        return self._tokens[part], self._keep[part].flatten().nonzero().flatten().to(torch.int32)
+        return self._source.shard(shard)
 
     def read(self, shard: int) -> Tensor:
         """The activations of one shard, float32 (rows, d). The forward stops after the layer.
@@ -165,19 +241,7 @@ class ActivationStream:
         Raises:
             ValueError: they are NaN or Inf.
         """
-        tokens, positions = self.contexts(shard)
-        layer, rows = self.info.layer, []
-        with evaluating(self._model):
-            for batch in tokens.split(max(1, _FORWARD_TOKENS // self.info.context)):
-                rows += read_batch(self._model, {layer: self._point}, batch.tolist(), "all")[layer]
-        kept = torch.cat(rows)[positions]
-        if not bool(kept.isfinite().all()):
-            where = int((~kept.isfinite()).any(1).nonzero()[0])
-            dtype = next(self._model.parameters()).dtype
-            raise ValueError(
-                f"ActivationStream: row {where} of shard {shard} is NaN or Inf; check the model ({dtype}) or load it in float32"
-            )
-        return kept
+        return self._source.read(shard, [self._place])[self._place]
 
 
 def cache_activations(
@@ -217,76 +281,144 @@ def cache_activations(
         >>> cache.read(0).shape == (len(cache), 576)
         True
     """
-    name = next((name for name, known in DTYPES.items() if known == dtype), None)
-    if name is None:
-        raise ValueError(f"cache_activations: dtype is {dtype}; expected torch.bfloat16 or torch.float32")
-    source = ActivationStream(model, tokenizer, texts, place, context=context)
-    info, path = replace(source.info, dtype=name), Path(directory)
-    counts = _resume(path, info)
-    for number in range(len(counts), len(source.counts)):
-        tokens, positions = source.contexts(number)
-        content = {"activations": source.read(number).to(dtype), "tokens": tokens.contiguous(), "positions": positions}
-        replace_file(shard_file(path, number), save(content))
-        counts.append(len(positions))
-        write_manifest(path, info, counts)
-        if progress is not None:
-            progress(f"collected shard {number + 1} of {len(source.counts)}, {sum(counts)} rows")
-    return ActivationCache(path, info, tuple(counts))
+    config = CacheConfig(context, dtype)
+    source = _Source("cache_activations", model, [place])
+    _collect(source, tokenizer, texts, [Path(directory)], config, progress)
+    return ActivationCache.open(directory)
 
 
-def pack(tokenizer: Any, texts: Iterable[str], context: int) -> Tensor:
-    """Texts as contexts of equal length, int32 (contexts, context); see the module's docstring.
+def cache_places(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[str],
+    places: Iterable[tuple[str, int]],
+    directory: str | os.PathLike[str],
+    config: CacheConfig | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[Place, Path]:
+    """Collect a model's activations at several places in one forward, or a part of them; each place gets a cache of its own.
+
+    The caches are `directory/SITE-LAYER`. A collection that was interrupted goes on.
+
+    Args:
+        model: A `transformers` causal language model.
+        tokenizer: Its tokenizer.
+        texts: Strings; the same ones, in the same order, for all parts and when going on.
+        places: (site, layer) each, as in `sf.Plan`.
+        directory: Made if need be.
+        config: Length of a context, dtype and part; None: `CacheConfig()`.
+        progress: Called with a line of text after each shard.
+
+    Returns:
+        Place -> the directory of its cache, which `ActivationCache.open` opens when all parts are there.
 
     Raises:
-        TypeError: texts is one string.
-        ValueError: context is too short, or the texts do not fill one context.
+        ValueError: no place, no such place, or one named twice; otherwise as `cache_activations`.
+        OSError: the disk is full; the shards written so far stay valid.
 
-    Warns:
-        UserWarning: a text brings along a special token that the tokenizer adds itself; it is left out.
+    Example:
+        >>> folders = sf.sae.cache_places(
+        ...     model, tokenizer, true_statements, [("resid_pre", 0), ("mlp_out", 0)], "caches", sf.sae.CacheConfig(context=8)
+        ... )
+        >>> [len(sf.sae.ActivationCache.open(folder)) > 0 for folder in folders.values()]
+        [True, True]
     """
-    if isinstance(texts, str):
-        raise TypeError("pack: texts must be several texts, got one string; put it into a list")
-    context = whole_number("pack", "context", context, 8)
-    reader = TextReader.of(tokenizer, "pack")
-    tokenizer = reader.tokenizer
-    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    room = context - len(first)
-    stream: list[int] = []
-    for window in _windows(texts, _TOKENIZED_AT_A_TIME):
-        for ids in reader.own(window):
-            stream += [*ids, *last]
-    contexts, at = [], 0
-    while True:
-        begin = [] if stream[at : at + 1] == first else first  # a chat's first token, or an end of text that is both
-        until = at + context - len(begin)
-        if until > len(stream):
-            break
-        contexts.append([*begin, *stream[at:until]])
-        at = until
-    if not contexts:
-        raise ValueError(f"pack: the texts have {len(stream)} tokens; expected {room} at least, one context: give more")
-    return torch.tensor(contexts, dtype=torch.int32)
+    source = _Source("cache_places", model, list(places))
+    folders = {place: Path(directory) / f"{place.site}-{place.layer}" for place in source.points}
+    _collect(source, tokenizer, texts, list(folders.values()), config or CacheConfig(), progress)
+    return folders
 
 
-def real_tokens(tokenizer: Any, contexts: Tensor) -> Tensor:
-    """Which tokens of packed contexts count: neither the first of a context nor special; bool like contexts."""
-    keep = ~torch.isin(contexts, torch.tensor(sorted(tokenizer.all_special_ids), dtype=contexts.dtype))
-    keep[:, 0] = False
-    return keep
+class _Source:
+    """Packed texts, and the points of a model that are read on them."""
+
+    def __init__(self, owner: str, model: nn.Module, places: list[tuple[str, int]]) -> None:
+        found = find_layers(model, owner)
+        self.owner, self.name, self.points = owner, found.name, dict[Place, Point]()
+        for place in places:
+            if not isinstance(place, tuple | list) or len(place) != 2:
+                raise TypeError(f"{owner}: place must be (site, layer), got {place!r}")
+            layer = found.resolve(whole_number(owner, "layer", place[1]), owner)
+            point = found.point(layer, place[0], owner)
+            if Place(place[0], layer) in self.points:
+                raise ValueError(f"{owner}: {place[0]} of layer {layer} is named twice; name each place once")
+            self.points[Place(place[0], layer)] = point
+        if not self.points:
+            raise ValueError(f"{owner}: no place is named; give (site, layer), one or more")
+        self.model = getattr(model, "_orig_mod", model)
+
+    def pack(self, tokenizer: Any, texts: Iterable[str], length: int, directory: Path | None = None) -> None:
+        """Take in the texts."""
+        self.texts = Contexts(tokenizer, texts, length, directory)
+        self.per_shard = max(1, SHARD_TOKENS // length)
+
+    def info(self, place: Place, dtype: str) -> CacheInfo:
+        """What the rows of a place are made from."""
+        texts, width = self.texts, self.points[place].width
+        return CacheInfo(self.name, *place, width, dtype, texts.length, len(texts), self.per_shard, texts.digest)
+
+    def shard(self, number: int) -> tuple[Tensor, Tensor]:
+        """Tokens, and the positions that are read."""
+        tokens = self.texts[number * self.per_shard : (number + 1) * self.per_shard]
+        return tokens, self.texts.real(tokens).flatten().nonzero().flatten().to(torch.int32)
+
+    def read(self, number: int, places: Iterable[Place]) -> dict[Place, Tensor]:
+        """The rows of a shard at some places, float32, by one forward after another."""
+        tokens, positions = self.shard(number)
+        points = {place: self.points[place] for place in places}
+        rows: dict[Place, list[Tensor]] = {place: [] for place in points}
+        with evaluating(self.model):
+            for batch in tokens.split(max(1, _FORWARD_TOKENS // self.texts.length)):
+                for place, part in read_batch(self.model, points, batch.tolist(), "all").items():
+                    rows[place] += part
+        kept = {place: torch.cat(rows.pop(place))[positions] for place in points}
+        for place, some in kept.items():
+            self._check(some, number, place)
+        return kept
+
+    def _check(self, rows: Tensor, number: int, place: Place) -> None:
+        if not bool(rows.isfinite().all()):
+            where = int((~rows.isfinite()).any(1).nonzero()[0])
+            dtype = next(self.model.parameters()).dtype
+            at = f" at {place}" if len(self.points) > 1 else ""
+            raise ValueError(
+                f"{self.owner}: row {where} of shard {number}{at} is NaN or Inf; check the model ({dtype}) or load it in float32"
+            )
 
 
-def _windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    window: list[str] = []
-    for text in texts:
-        if not isinstance(text, str):
-            raise TypeError(f"pack: a text is {type(text).__name__}; expected strings")
-        window.append(text)
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
-        yield window
+def _collect(
+    source: _Source,
+    tokenizer: Any,
+    texts: Iterable[str],
+    folders: list[Path],
+    config: CacheConfig,
+    progress: Callable[[str], None] | None,
+) -> None:
+    """Write the shards of a part that are not there yet, for all places in one forward."""
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    source.pack(tokenizer, texts, config.context, folders[0])
+    infos = {place: source.info(place, config.stored) for place in source.points}
+    at = dict(zip(infos, folders, strict=True))
+    counts = {place: _resume(source.owner, at[place], info, config.part) for place, info in infos.items()}
+    numbers = _numbers(next(iter(infos.values())), config.part)
+    for done, number in enumerate(numbers):
+        missing = [place for place in infos if len(counts[place]) <= done]
+        if not missing:
+            continue
+        tokens, positions = source.shard(number)
+        for place, rows in source.read(number, missing).items():
+            content = {"activations": rows.to(config.dtype), "tokens": tokens, "positions": positions}
+            replace_file(shard_file(at[place], number), save(content))
+            counts[place].append(len(positions))
+            replace_file(_manifest_file(at[place], config.part), manifest(infos[place], counts[place]))
+        if progress is not None:
+            progress(f"collected shard {done + 1} of {len(numbers)}, {sum(counts[missing[0]])} rows")
+
+
+def _numbers(info: CacheInfo, part: tuple[int, int]) -> range:
+    """The shards of a part."""
+    return range(part[0] - 1, info.shards, part[1])
 
 
 def shard_file(path: Path, number: int) -> Path:
@@ -306,28 +438,31 @@ def opened(file: Path) -> Any:
         raise ValueError(f"ActivationCache: {file} is damaged ({error}); remove the cache and collect again") from error
 
 
-def _resume(path: Path, info: CacheInfo) -> list[int]:
-    """The row counts of the shards that are there already; a new directory gets its manifest."""
-    path.mkdir(parents=True, exist_ok=True)
-    if not (path / MANIFEST).exists():
-        write_manifest(path, info, [])
+def _resume(owner: str, path: Path, info: CacheInfo, part: tuple[int, int]) -> list[int]:
+    """The row counts of the part's shards that are there already; a new directory gets its manifest."""
+    for other in _parts(path) if any(path.glob("cache*.json")) else []:
+        there = read_manifest(path, other)[0]
+        if there != info:
+            raise ValueError(f"{owner}: {path} holds another cache ({_differs(there, info)}); choose another directory")
+    if not (file := _manifest_file(path, part)).exists():
+        replace_file(file, manifest(info, []))
         return []
-    there, counts = read_manifest(path)
-    if there != info:
-        old, new = asdict(there), asdict(info)
-        differs = ", ".join(f"{key} {old[key]!r} there, {new[key]!r} here" for key in old if old[key] != new[key])
-        raise ValueError(f"cache_activations: {path} holds another cache ({differs}); choose another directory")
-    return counts
+    return read_manifest(path, part)[1]
 
 
-def read_manifest(path: Path) -> tuple[CacheInfo, list[int]]:
-    """What a cache was made from, and the rows of each shard that is there.
+def _differs(there: CacheInfo, here: CacheInfo) -> str:
+    old, new = asdict(there), asdict(here)
+    return ", ".join(f"{key} {old[key]!r} there, {new[key]!r} here" for key in old if old[key] != new[key])
+
+
+def read_manifest(path: Path, part: tuple[int, int] = (1, 1)) -> tuple[CacheInfo, list[int]]:
+    """What a cache was made from, and the rows of each shard of a part that is there.
 
     Raises:
         FileNotFoundError: there is no cache.
         ValueError: its manifest is damaged, or of another schema.
     """
-    file = path / MANIFEST
+    file = _manifest_file(path, part)
     if not file.is_file():
         raise FileNotFoundError(f"ActivationCache: {file} does not exist; make it with cache_activations")
     try:
@@ -339,11 +474,18 @@ def read_manifest(path: Path) -> tuple[CacheInfo, list[int]]:
         raise ValueError(f"ActivationCache: {file} cannot be read ({error}); remove it and collect again") from error
 
 
-def write_manifest(path: Path, info: CacheInfo, counts: list[int]) -> None:
-    """Say what is there now."""
-    replace_file(path / MANIFEST, manifest(info, counts))
-
-
 def manifest(info: CacheInfo, counts: Sequence[int]) -> bytes:
-    """The content of a cache's `cache.json`."""
+    """The content of a cache's manifest."""
     return (json.dumps({"schema": SCHEMA, "info": asdict(info), "rows": list(counts)}, indent=2) + "\n").encode()
+
+
+def _parts(path: Path) -> list[tuple[int, int]]:
+    """The parts that have a manifest in a directory; (1, 1) where none has."""
+    found = [(1, 1)] if (path / MANIFEST).exists() else []
+    names = [_PART.fullmatch(file.name) for file in sorted(path.glob("cache.*.json"))]
+    found += [checked_part(str(path), (int(name[1]), int(name[2]))) for name in names if name]
+    return found or [(1, 1)]
+
+
+def _manifest_file(path: Path, part: tuple[int, int]) -> Path:
+    return path / (MANIFEST if part == (1, 1) else f"cache.{part[0]}of{part[1]}.json")

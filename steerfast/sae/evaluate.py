@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from steerfast.models.layers import evaluating
 from steerfast.models.points import Point
 
 from .belonging import point_of
-from .cache import pack, real_tokens
+from .contexts import packed, real_tokens
 from .model import SAE
 from .transcoder import Transcoder
 
 _TYPICAL = 3.0
 """A row is typical if its norm is below this multiple of the median: the few tokens of enormous norm lie above it."""
+_MEDIAN_ROWS = 1 << 12  # that tell the median norm
+_ENCODED = 1 << 12  # rows that are encoded together
 _BATCH = 4  # contexts of a forward: the logits of more would not fit beside a large vocabulary
 
 
@@ -36,7 +38,7 @@ class Evaluation:
         tokens: Rows that were encoded.
         variance_explained: 1 - Σ‖x̂ - x‖² / Σ‖x - mean‖².
         variance_explained_typical: The same over typical rows alone: tokens of enormous norm are easy and weigh much.
-        typical: Share of typical rows, those with a norm below three times the median.
+        typical: Share of typical rows, those with a norm below three times the median of the first 4,096 rows.
         dead: Share of features that were active on none of the rows.
         active: Mean number of active features per row.
         loss_tokens: Predicted tokens of the three losses.
@@ -93,7 +95,8 @@ def evaluate_sae(
     """Measure variance explained, dead features and cross-entropy recovered on texts.
 
     Texts are packed into contexts as `cache_activations` does. Nothing is replaced at the first position of a context and at
-    special tokens: an SAE never saw them.
+    special tokens: an SAE never saw them. Texts are read as they are needed and rows are summed up, so memory does not grow
+    with their number.
 
     Args:
         sae: With a place, (site, layer).
@@ -126,86 +129,144 @@ def evaluate_sae(
     layer, point = point_of("evaluate_sae", sae, model)
     sae = sae.to(dtype=torch.float32)  # the same numbers; rows are not rounded to the 16 bits of its file
     loss_tokens = whole_number("evaluate_sae", "loss_tokens", loss_tokens)
-    contexts = pack(tokenizer, texts, context)
-    if tokens is not None:
-        contexts = contexts[: max(1, whole_number("evaluate_sae", "tokens", tokens) // contexts.shape[1])]
-    keep = real_tokens(tokenizer, contexts)
     model = getattr(model, "_orig_mod", model)
+    most = None if tokens is None else max(1, whole_number("evaluate_sae", "tokens", tokens) // context)
+    quality, losses, done = _Quality(sae), _Losses(sae, model, point), 0
     with evaluating(model):
-        parts = []
-        for start in range(0, len(contexts), _BATCH):
-            some = slice(start, start + _BATCH)
-            rows: list[Tensor] = read_batch(model, {layer: point}, contexts[some].tolist(), "all")[layer]
-            parts.append(torch.cat(rows)[keep[some].flatten()])
-            if progress is not None and start % (64 * _BATCH) == 0:
-                progress(f"read {start} of {len(contexts)} contexts")
-        quality = _quality(sae, torch.cat(parts))
-        losses = _losses(sae, model, point, contexts[: max(1, loss_tokens // context)], keep, progress)
-    return Evaluation(**quality, **losses)
+        for batch in _batches(packed(tokenizer, texts, context), most):
+            keep = real_tokens(tokenizer.all_special_ids, batch)
+            rows: list[Tensor] = read_batch(model, {layer: point}, batch.tolist(), "all")[layer]
+            quality.add(torch.cat(rows)[keep.flatten()])
+            if (left := max(1, loss_tokens // context) - done) > 0:
+                losses.add(batch[:left], keep[:left])
+            done += len(batch)
+            if progress is not None and done % (16 * _BATCH) == 0:
+                progress(f"read {done} contexts, losses on {losses.count} tokens")
+    return Evaluation(**quality.numbers(), **losses.numbers())
 
 
-def _quality(sae: SAE, rows: Tensor) -> dict[str, Any]:
-    """The numbers that need activations alone."""
-    norms = torch.linalg.vector_norm(rows.float(), dim=1)
-    typical = norms < _TYPICAL * norms.median()
-    device = sae.w_enc.device
-    alive = torch.zeros(sae.features, dtype=torch.bool, device=device)
-    errors, active = [], 0
-    for part in rows.split(4096):
-        x = part.to(device)
-        values, indices = sae.topk(x)
-        alive[indices[values > 0].long()] = True
-        active += int((values > 0).sum())
-        errors.append((sae.decode_topk(values, indices, x).double() - x.double()).square().sum(1).cpu())
-    error = torch.cat(errors)
-
-    def explained(which: Tensor) -> float:
-        wide = rows[which].double()
-        return 1 - float(error[which].sum() / (wide - wide.mean(0)).square().sum())
-
-    return {
-        "tokens": len(rows),
-        "variance_explained": explained(torch.ones_like(typical)),
-        "variance_explained_typical": explained(typical),
-        "typical": float(typical.float().mean()),
-        "dead": 1 - float(alive.float().mean()),
-        "active": active / len(rows),
-    }
+def _batches(blocks: Iterable[Any], most: int | None) -> Iterator[Tensor]:
+    """Contexts, a few at a time, no more than `most`."""
+    left = float("inf") if most is None else most
+    for block in blocks:
+        for part in torch.from_numpy(block).split(_BATCH):
+            if left <= 0:
+                return
+            yield part[: int(min(left, len(part)))]
+            left -= len(part)
 
 
-def _losses(
-    sae: SAE, model: Any, point: Point, contexts: Tensor, keep: Tensor, progress: Callable[[str], None] | None
-) -> dict[str, Any]:
+class _Sums:
+    """What variance and error of some rows are made of."""
+
+    def __init__(self, d: int) -> None:
+        self.count, self.error, self.squares = 0, 0.0, 0.0
+        self.total = torch.zeros(d, dtype=torch.float64, device="cpu")
+
+    def add(self, rows: Tensor, error: Tensor) -> None:
+        """Take in rows, float64 and less a centre that stays the same, and their squared errors."""
+        self.count += len(rows)
+        self.total += rows.sum(0)
+        self.squares += float(rows.square().sum())
+        self.error += float(error.sum())
+
+    @property
+    def explained(self) -> float:
+        """1 - Σ error / Σ‖x - mean‖²."""
+        return 1 - self.error / (self.squares - float(self.total.square().sum()) / self.count)
+
+
+class _Quality:
+    """The numbers that need activations alone, summed up over rows as they come."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae, self.active, self.first = sae, 0, list[Tensor]()
+        self.alive = torch.zeros(sae.features, dtype=torch.bool, device=sae.w_enc.device)
+        self.every, self.typical = _Sums(sae.d), _Sums(sae.d)
+        self.bound: float | None = None
+        self.centre = self.every.total
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows; the first ones wait until they tell the median norm."""
+        if self.bound is not None:
+            self._sum(rows)
+            return
+        self.first.append(rows)
+        if sum(map(len, self.first)) >= _MEDIAN_ROWS:
+            self._begin()
+
+    def numbers(self) -> dict[str, Any]:
+        """What was measured."""
+        if self.bound is None:
+            self._begin()
+        rows = self.every.count
+        return {
+            "tokens": rows,
+            "variance_explained": self.every.explained,
+            "variance_explained_typical": self.typical.explained,
+            "typical": self.typical.count / rows,
+            "dead": 1 - float(self.alive.float().mean()),
+            "active": self.active / rows,
+        }
+
+    def _begin(self) -> None:
+        rows = torch.cat(self.first)
+        self.first.clear()
+        self.bound = _TYPICAL * float(torch.linalg.vector_norm(rows.float(), dim=1).median())
+        self.centre = rows.double().mean(0)  # near the mean of all, so that nothing cancels in the sums
+        self._sum(rows)
+
+    def _sum(self, rows: Tensor) -> None:
+        for part in rows.split(_ENCODED):
+            x = part.to(self.sae.w_enc.device)
+            values, indices = self.sae.topk(x)
+            self.alive[indices[values > 0].long()] = True
+            self.active += int((values > 0).sum())
+            error = (self.sae.decode_topk(values, indices, x).double() - x.double()).square().sum(1).cpu()
+            typical = torch.linalg.vector_norm(part.float(), dim=1) < self.bound
+            wide = part.double() - self.centre
+            self.every.add(wide, error)
+            self.typical.add(wide[typical], error[typical])
+
+
+class _Losses:
     """The cross-entropy of real tokens under the model as it is, with the reconstruction, and with zeros."""
 
-    def replace(new: Callable[[Tensor], Tensor], which: Tensor) -> Callable[[Tensor], Tensor]:
-        def edit(x: Tensor) -> Tensor:
-            rows = x.reshape(*which.shape, x.shape[-1])
-            return torch.where(which[..., None], new(rows).to(x.dtype), rows).view(x.shape)
+    def __init__(self, sae: SAE, model: Any, point: Point) -> None:
+        self.model, self.point, self.count = model, point, 0
+        self.edits: dict[str, Callable[[Tensor], Tensor] | None] = {
+            "loss": None,
+            "loss_reconstructed": lambda x: sae(x.to(sae.w_enc)).to(x.device),
+            "loss_zeroed": torch.zeros_like,
+        }
+        self.sums = dict.fromkeys(self.edits, 0.0)
 
-        return edit
-
-    edits = {
-        "loss": None,
-        "loss_reconstructed": lambda x: sae(x.to(sae.w_enc)).to(x.device),
-        "loss_zeroed": torch.zeros_like,
-    }
-    sums, count = dict.fromkeys(edits, 0.0), 0
-    for start in range(0, len(contexts), _BATCH):
-        ids = contexts[start : start + _BATCH].long().to(model.device)
-        which = keep[start : start + len(ids)].to(model.device)
+    def add(self, contexts: Tensor, keep: Tensor) -> None:
+        """Three forwards on contexts, whose real tokens are kept."""
+        ids, which = contexts.long().to(self.model.device), keep.to(self.model.device)
         predicted = which[:, 1:]
-        count += int(predicted.sum())
-        for name, new in edits.items():
-            handle = None if new is None else point.attach(replace(new, which))
+        self.count += int(predicted.sum())
+        for name, new in self.edits.items():
+            handle = None if new is None else self.point.attach(_replacing(new, which))
             try:
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+                logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
             finally:
                 if handle is not None:
                     handle.remove()
-            sums[name] += float(
+            self.sums[name] += float(
                 nn.functional.cross_entropy(logits[predicted].float(), ids[:, 1:][predicted], reduction="sum")
             )
-        if progress is not None:
-            progress(f"losses on {start + len(ids)} of {len(contexts)} contexts")
-    return {"loss_tokens": count, **{name: total / count for name, total in sums.items()}}
+
+    def numbers(self) -> dict[str, Any]:
+        """What was measured."""
+        return {"loss_tokens": self.count, **{name: total / self.count for name, total in self.sums.items()}}
+
+
+def _replacing(new: Callable[[Tensor], Tensor], which: Tensor) -> Callable[[Tensor], Tensor]:
+    """An edit of the rows that count, and of no other."""
+
+    def edit(x: Tensor) -> Tensor:
+        rows = x.reshape(*which.shape, x.shape[-1])
+        return torch.where(which[..., None], new(rows).to(x.dtype), rows).view(x.shape)
+
+    return edit

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from steerfast._checks import finite_number, one_of, positive_integer, whole_number, whole_numbers
+from steerfast._checks import checked_part, finite_number, one_of, positive_integer, whole_number, whole_numbers
 from steerfast.barriers.data import seeded
 from steerfast.directions.fit import ESTIMATORS, settings_of
 from steerfast.edits.null import DRAWS, Null
@@ -58,6 +58,7 @@ class Grid:
         sae: The SAE of "edit_features", "amplify", "calibrate" and "deficit_push".
         damage: Perplexity in multiples of the unsteered one that the best cell, which is nulled, may have.
         draws: Of each kind for the null of the best cell; 0: none.
+        part: (i, n): measure the i-th of n equal parts of the cells, i from 1, and no null.
 
     Raises:
         TypeError, ValueError: an empty or repeated entry, an unknown word, or a strength that is not finite.
@@ -71,8 +72,10 @@ class Grid:
     sae: Any = None
     damage: float = 1.1
     draws: int = DRAWS
+    part: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "part", checked_part("Grid", self.part))
         one_of("Grid", "unit", self.unit, UNITS)
         one_of("Grid", "site", self.site, SITES)
         object.__setattr__(self, "damage", finite_number("Grid", "damage", self.damage))
@@ -212,7 +215,8 @@ def sweep(
         question: What is measured.
         grid: What is tried.
         out: Directory of `sweep.json`, to which every finished cell is added; a directory that holds an unfinished
-            sweep of the same texts is continued, also with a larger grid. None: nothing is written.
+            sweep of the same texts is continued, also with a larger grid. Parts have files of their own there; the whole
+            grid then takes what they hold, and measures what is missing. None: nothing is written.
         batch_size: Texts per forward; cells share a batch.
         progress: Show a progress bar on stderr.
 
@@ -244,9 +248,12 @@ def sweep(
     settings = {"sides": both, "probe": asdict(question), "unit": grid.unit, **origin}
     if grid.sae is not None:
         settings["sae"] = repr(grid.sae)
-    store = Store(None if out is None else Path(out), settings)
+    store = Store(None if out is None else Path(out), settings, grid.part)
     run = _Run(model, question, sequences_of(tokenizer, question), batch_size)
-    wanted = [(m, layer, s) for m in grid.methods for layer in chosen for s in grid.strengths]
+    cells = [(m, layer, s) for m in grid.methods for layer in chosen for s in grid.strengths]
+    number, parts = grid.part
+    # A part holds neighbours: few layers, few fits.
+    wanted = cells[(number - 1) * len(cells) // parts : number * len(cells) // parts]
     missing = [key for key in wanted if key not in store.cells]
     read = range(layers.count) if set(grid.methods) & set(SEVERAL_LAYERS) else chosen
 
@@ -267,7 +274,7 @@ def sweep(
             raise RuntimeError("sweep: the unsteered model was not measured")
         found = Sweep([store.cells[key] for key in wanted], store.baseline, grid.unit)
         best = found.best(grid.damage)
-        if best is not None and best.strength and grid.draws:
+        if best is not None and best.strength and grid.draws and parts == 1:
             found.null = _nulled(store, run, trial, best, grid)
     return found
 

@@ -1,4 +1,4 @@
-"""The cells of a sweep, in memory and on disk."""
+"""The cells of a sweep, and the files that keep them: sweep.json, or sweep.2of4.json for part 2 of 4."""
 
 from __future__ import annotations
 
@@ -40,17 +40,26 @@ class Cell:
 
 
 class Store:
-    """The cells that are done, in memory and, if there is a folder, in its sweep.json."""
+    """The cells that are done, in memory and, if there is a folder, in its sweep.json, or in a file of a part.
 
-    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
-        self.path = None if folder is None else folder / "sweep.json"
+    What any file of the folder holds counts as done, so that a whole sweep is merged from its parts.
+
+    Raises:
+        ValueError: a file is of another sweep, or damaged.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any], part: tuple[int, int] = (1, 1)) -> None:
+        name = "sweep.json" if part == (1, 1) else f"sweep.{part[0]}of{part[1]}.json"
+        self.path = None if folder is None else folder / name
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         self.cells: dict[tuple[str, int, float], Cell] = {}
         self.baseline: Cell | None = None
         self.null: tuple[Cell, Null] | None = None
-        if self.path is not None and self.path.exists():
-            self._read(self.path)
+        if folder is not None:
+            for file in (*sorted(folder.glob("sweep.*of*.json")), folder / "sweep.json"):
+                if file.exists():
+                    self._read(file)
 
     def add(self, cell: Cell) -> None:
         """Keep a cell, on disk as well before this returns."""
@@ -93,8 +102,8 @@ class Store:
                 f"sweep: {path} was measured with other {', '.join(differs) or 'texts'}; choose another directory"
             )
         try:
-            self.baseline = None if text["baseline"] is None else _cell(text["baseline"])
-            self.cells = {(cell.method, cell.layer, cell.strength): cell for cell in map(_cell, text["cells"])}
+            self.baseline = self.baseline if text["baseline"] is None else _cell(text["baseline"])
+            self.cells |= {(cell.method, cell.layer, cell.strength): cell for cell in map(_cell, text["cells"])}
             if (null := text.get("null")) is not None:
                 self.null = _cell(null["cell"]), Null.restore(null["null"])
         except (KeyError, TypeError, ValueError) as error:

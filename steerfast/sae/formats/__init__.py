@@ -26,6 +26,7 @@ from .own import save as save
 from .saelens_out import from_saelens as from_saelens
 from .saelens_out import save_saelens as save_saelens
 from .saelens_out import to_saelens as to_saelens
+from .sparsify import save_sparsify as save_sparsify
 from .torch_files import TORCH_FAMILIES, family_of
 
 FAMILIES = (

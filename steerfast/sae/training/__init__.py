@@ -1,1 +1,1 @@
-"""Training of Top-K sparse autoencoders."""
+"""Training of sparse autoencoders and transcoders."""

@@ -1,74 +1,149 @@
-"""Checkpoints of a training run, whole or not there."""
+"""Checkpoints of a training run, whole or not there, that any number of processes can go on from."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from steerfast.files.replace import replace_file
 
-from .distributed import Alone
+from .distributed import Alone, together
 from .trainer import Trainer
 
-SCHEMA = 1
+SCHEMA = 2
+_WHOLE = "run.json"
 
 
 class Checkpoints:
-    """The checkpoints of a run in a directory, one file per process: checkpoint-STEP-RANKofWORLD.safetensors.
+    """The checkpoints of a run in a directory: checkpoint-STEP with safetensors files and, once these are whole, run.json.
 
-    A file is renamed into place when it is whole, and the one before it is removed only when those of all processes are
-    there; so at any moment one complete set of a step exists.
+    `torch.distributed.checkpoint` writes them: each process its part, once, beside the training, from a copy in host memory. The
+    checkpoint before it is removed only when a new one is whole; so at any moment one complete checkpoint exists.
     """
 
     def __init__(self, directory: Path, fingerprint: str, split: Alone) -> None:
         self.directory, self.fingerprint, self.split = directory, fingerprint, split
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
         directory.mkdir(parents=True, exist_ok=True)
 
-    def save(self, trainer: Trainer) -> None:
-        """Write the state, then remove what is older."""
-        header = {
-            "schema": str(SCHEMA),
-            "run": self.fingerprint,
-            "step": str(trainer.step),
-            "scale": repr(trainer.scale),
-        }
-        tensors = {name: value.detach().cpu().contiguous() for name, value in trainer.state().items()}
-        replace_file(self._file(trainer.step), save(tensors, header))
-        self.split.wait()
-        for step in self._steps():
-            if step < trainer.step:
-                self._file(step).unlink(missing_ok=True)
+    def save(self, trainers: Sequence[Trainer]) -> None:
+        """Begin to write the state, when the checkpoint before it is written; older ones are removed then."""
+        self.finish()
+        step = trainers[0].step
+        folder = self._folder(step)
+        header = {"schema": SCHEMA, "run": self.fingerprint, "step": step, "scales": [list(t.scales) for t in trainers]}
+        written: Any = async_save(
+            _state(trainers),
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            process_group=self.split.group,
+            no_dist=self.split.group is None,
+        )
+        self._writing = self._writer.submit(self._complete, written, folder, header)
 
-    def load(self, trainer: Trainer) -> None:
-        """Bring a trainer to the last step of which every process has a file; without any, leave it.
+    def finish(self) -> None:
+        """Return when the last checkpoint is whole.
 
         Raises:
-            ValueError: the checkpoint is of another run, or damaged.
+            OSError: it could not be written; the one before it is still there.
         """
-        whole = [step for step in self._steps() if all(self._file(step, r).exists() for r in range(self.split.world))]
-        self.split.wait()  # before anybody removes a file
-        if not whole:
-            return
-        file = self._file(max(whole))
-        try:
-            with safe_open(file, "pt") as content:
-                header = content.metadata()
-                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
-        except Exception as error:
-            raise ValueError(f"train_sae: {file} is damaged ({error}); remove it and begin anew") from error
-        if header.get("run") != self.fingerprint:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def load(self, trainers: Sequence[Trainer]) -> None:
+        """Bring trainers to the last whole checkpoint; without any, leave them.
+
+        Raises:
+            ValueError: the checkpoint is of another run, or damaged; processes see different directories.
+        """
+        if old := next(self.directory.glob("checkpoint-*.safetensors"), None):
             raise ValueError(
-                f"train_sae: {self.directory} holds the checkpoint of another run ({header.get('run')}; this one is "
-                f"{self.fingerprint}); choose another directory, or the same data and configuration"
+                f"train_sae: {old} is a checkpoint of an older version, which this one does not go on from; choose another "
+                "directory, or remove it and begin anew"
             )
-        trainer.restore(tensors, int(header["step"]), float(header["scale"]))
+        step = self.split.agreed(
+            max((_step(file.parent) for file in self.directory.glob(f"checkpoint-*/{_WHOLE}")), default=-1)
+        )
+        self._remove_others(step)
+        self.split.wait()  # before anybody writes a new one
+        if step < 0:
+            return
+        folder = self._folder(step)
+        header = self._header(folder)
+        try:
+            with together():
+                load(
+                    _state(trainers),
+                    storage_reader=HuggingFaceStorageReader(str(folder)),
+                    process_group=self.split.group,
+                    no_dist=self.split.group is None,
+                )
+        except CheckpointException as error:
+            raise ValueError(f"train_sae: {folder} is damaged ({_reason(error)}); remove it and begin anew") from error
+        for trainer, scales in zip(trainers, header["scales"], strict=True):
+            trainer.step, trainer.scales = step, tuple(scales)
 
-    def _file(self, step: int, rank: int | None = None) -> Path:
-        rank = self.split.rank if rank is None else rank
-        return self.directory / f"checkpoint-{step:08d}-{rank}of{self.split.world}.safetensors"
+    def _header(self, folder: Path) -> dict[str, Any]:
+        try:
+            header: dict[str, Any] = json.loads((folder / _WHOLE).read_text(encoding="utf-8"))
+            run = header["run"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"train_sae: {folder / _WHOLE} is damaged ({error}); remove {folder}") from error
+        if header.get("schema") != SCHEMA or run != self.fingerprint:
+            raise ValueError(
+                f"train_sae: {self.directory} holds the checkpoint of another run ({run}; this one is {self.fingerprint}); "
+                "choose another directory, or the same data and configuration"
+            )
+        return header
 
-    def _steps(self) -> list[int]:
-        mine = self.directory.glob(f"checkpoint-*-{self.split.rank}of{self.split.world}.safetensors")
-        return sorted(int(file.name.split("-")[1]) for file in mine)
+    def _complete(self, written: Future[Any], folder: Path, header: dict[str, Any]) -> None:
+        """In the writer's thread: wait for the files, then say that they are whole and remove what is older."""
+        try:
+            with together():
+                written.result()
+            if self.split.rank == 0:
+                replace_file(folder / _WHOLE, json.dumps(header, indent=2).encode())
+                self._remove_others(header["step"])
+        except (OSError, CheckpointException) as error:
+            raise OSError(
+                f"train_sae: {folder} cannot be written ({_reason(error)}); the checkpoint before it stays valid"
+            ) from error
+
+    def _remove_others(self, step: int) -> None:
+        """Remove the checkpoints of all other steps; one process does it for all."""
+        if self.split.rank == 0:
+            for folder in self.directory.glob("checkpoint-*"):
+                if folder != self._folder(step):
+                    (folder / _WHOLE).unlink(missing_ok=True)
+                    shutil.rmtree(folder)
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / f"checkpoint-{step:08d}"
+
+
+def _state(trainers: Sequence[Trainer]) -> dict[str, Tensor]:
+    return {
+        f"{number}.{name}": value for number, trainer in enumerate(trainers) for name, value in trainer.state().items()
+    }
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the stack of every process that a failure of `torch.distributed.checkpoint` carries."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())
+    return str(error)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from steerfast._checks import finite_number, whole_number
+from steerfast.place import Place
+
+from .objectives import Objective, TopK, Transcode
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,7 @@ class TrainConfig:
 
     Attributes:
         features: F.
-        k: Latents per row.
+        k: Latents per row: of each (Top-K), on average (BatchTopK, Matryoshka), or aimed at (JumpReLU).
         tokens: Rows seen in all; the data is repeated, in another order, as often as that takes.
         batch: Rows of a step.
         lr: Learning rate of Adam at its height.
@@ -21,10 +24,11 @@ class TrainConfig:
         k_start: Latents per row at the beginning, falling to k linearly within the share `k_anneal` of the steps; None: k.
         k_anneal: See `k_start`.
         tied: W_enc = W_dec all along; otherwise only at the beginning.
-        dead_after: Rows after which a latent that was in no top-k counts as dead.
+        dead_after: Rows after which a latent that was not active counts as dead.
         aux_k: Dead latents per row that work on the error that is left; 0: none.
         aux_weight: α.
         seed: Of the decoder's first rows and of the order of the data.
+        objective: The kind of SAE: `TopK()`, `BatchTopK()`, `JumpReLU()`, `Matryoshka()` or `Transcode()`.
 
     Raises:
         TypeError, ValueError: a number is out of range.
@@ -48,8 +52,13 @@ class TrainConfig:
     aux_k: int = 256
     aux_weight: float = 1 / 32
     seed: int = 0
+    objective: Objective = field(default_factory=TopK)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.objective, Objective):
+            raise TypeError(f"TrainConfig: objective is {self.objective!r}; expected one such as sf.sae.TopK()")
+        if self.tied and isinstance(self.objective, Transcode):
+            raise ValueError("TrainConfig: tied is set, and a transcoder reads and writes two places; leave tied away")
         for name in ("features", "k", "tokens", "batch", "dead_after"):
             self._whole(name, 1)
         for name in ("aux_k", "seed"):
@@ -101,8 +110,9 @@ class TrainReport:
     Attributes:
         step, steps: Steps done, and in all.
         fvu: ‖x̂ - x‖² / ‖x - mean‖² over the rows since the last report.
-        dead: Share of latents that were in no top-k within the last `dead_after` rows.
+        dead: Share of latents that were not active within the last `dead_after` rows.
         tokens_per_second: Wall clock, since the last report.
+        place: Of which SAE, where several are trained at once.
     """
 
     step: int
@@ -110,9 +120,11 @@ class TrainReport:
     fvu: float
     dead: float
     tokens_per_second: float
+    place: Place | None = None
 
     def __str__(self) -> str:
+        where = "" if self.place is None else f"{self.place[0]} of layer {self.place[1]}  "
         return (
-            f"step {self.step}/{self.steps}  FVU {self.fvu:.4f}  dead {self.dead:.1%}  "
+            f"{where}step {self.step}/{self.steps}  FVU {self.fvu:.4f}  dead {self.dead:.1%}  "
             f"{self.tokens_per_second:.0f} tokens/s"
         )

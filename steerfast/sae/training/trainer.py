@@ -2,71 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.optim.adam import adam
 
-from steerfast.place import Origin
+from steerfast.place import Origin, Place
 from steerfast.sae.model import SAE
+from steerfast.sae.transcoder import Transcoder
 
 from .config import TrainConfig, TrainReport
 from .distributed import Alone
-from .rows import Rows, finite
+from .gradients import ByFeature, Pulled, blocks, pulled
+from .objectives import Batch, Transcode
+from .selection import Encoder, Latents
 
-_ROWS_AT_A_TIME = 1 << 24  # elements of the dense pre-activations at once: 64 MB
 _SAMPLE = 1 << 13  # rows that give the scale and the first decoder bias
 _MEDIAN_STEPS = 20
+_WHOLE = ("b_dec", "w_skip")  # weights that do not belong to features
 
 
 class Trainer:
-    """The state of a training run, and its step. `train_sae` drives it."""
+    """The state of a training run, and its step. `train_sae` drives it.
 
-    def __init__(self, config: TrainConfig, data: Rows, split: Alone) -> None:
+    Args:
+        config: See `TrainConfig`.
+        sample: The first rows, float32: those that are read and, for a transcoder, those that are written.
+        split: How the run is split.
+
+    Attributes:
+        weights: Parameters, those of features only for the features of this process.
+        moments: exp_avg and exp_avg_sq of Adam, by parameter.
+        buffers: What the objective keeps beside them.
+        scales: Of what is read and what is written: a row is divided by it.
+        silent: Rows since a latent was last active, int64 (F,).
+    """
+
+    def __init__(self, config: TrainConfig, sample: Sequence[Tensor], split: Alone) -> None:
         self.config, self.split, self.step = config, split, 0
-        sample = finite(data.read(0)[:_SAMPLE].float(), 0)
-        d, device = sample.shape[1], sample.device
-        centre = geometric_median(sample)
-        self.scale = float(((sample - sample.mean(0)).square().mean()).sqrt())
-        if self.scale == 0:
-            raise ValueError("train_sae: all rows of the first shard are equal; there is nothing to learn")
-        noise = torch.randn(config.features, d, generator=torch.Generator().manual_seed(config.seed))
-        first, last = split.features(config.features)
-        w = torch.nn.functional.normalize(noise[first:last], dim=1).to(device)
-        self.weights = {
-            "w_dec": w,
-            "b_enc": torch.zeros(last - first, device=device),
-            "b_dec": centre / self.scale,
-        }
-        if not config.tied:
-            self.weights["w_enc"] = w.clone()
-        self.adam = torch.optim.Adam(list(self.weights.values()), lr=config.lr, fused=True)
-        for value in self.weights.values():  # made now, so that a checkpoint always holds them
-            moments = {name: torch.zeros_like(value) for name in ("exp_avg", "exp_avg_sq")}
-            self.adam.state[value] = {"step": torch.zeros((), device=device), **moments}
-        self.silent = torch.zeros(last - first, dtype=torch.int64, device=device)  # rows since a latent was last active
-        self.sums = torch.zeros(
-            2, dtype=torch.float64, device=device
-        )  # squared error and variance since the last report
+        self.transcodes = isinstance(config.objective, Transcode)
+        sample = [rows[:_SAMPLE].float() for rows in sample]
+        self.device = sample[0].device
+        self.scales = tuple(_scale(rows) for rows in sample)
+        centres = [geometric_median(rows) / scale for rows, scale in zip(sample, self.scales, strict=True)]
+        self.ends = local_ends(config, split)
+        self.weights = self._first_weights(centres)
+        self.buffers = config.objective.buffers(self.device)
+        if self.transcodes:
+            self.buffers["centre"] = centres[0]
+        self.weights |= self._own_weights(sample[0], centres[0])
+        self.moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in self.weights.items()}
+        self.silent = torch.zeros(len(self.weights["b_enc"]), dtype=torch.int64, device=self.device)
+        # squared error and variance since the last report
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
-    def train_on(self, batch: Tensor) -> None:
-        """One step on a batch of rows, (n, d)."""
+    def train_on(self, *batch: Tensor) -> None:
+        """One step on a replica's rows of a batch, (n, d); of a transcoder, on what was read and on what was written."""
         config, split, weights = self.config, self.split, self.weights
-        x = split.share(batch).to(weights["b_dec"].device, torch.float32) / self.scale
-        w_enc = weights.get("w_enc", weights["w_dec"])
-        centred = x - weights["b_dec"]
-        values, indices = _top(centred, w_enc, weights["b_enc"], min(config.k_at(self.step), len(w_enc)))
-        values = torch.where(split.cut(values, config.k_at(self.step)), values, 0)
-        gradients, error = sparse_gradients(centred, values, indices, w_enc, weights["w_dec"], split, len(batch))
-        self._count(batch, error, indices[values > 0])
-        dead = (self.silent > config.dead_after).nonzero().flatten()
-        if config.aux_k and config.aux_weight:
-            self._revive(gradients, centred, error, dead, len(batch))
-        self._descend(gradients)
+        rows = len(batch[0]) * split.replicas
+        read, target = self._rows(batch)
+        step = Batch(self._encoder(read), config.k_at(self.step), rows, split)
+        latents = config.objective.select(step, self.weights | self.buffers)
+        found = pulled(latents, target, weights["w_dec"], self.ends, rows, split)
+        self._count(target, found.error, latents, rows)
+        d_pre = torch.where(latents.values > 0, found.values, 0)
+        gradients = config.objective.shape(step, latents, found.values, self.weights | self.buffers)
+        gradients |= self._biases(latents, found, d_pre, read)
+        self._descend(gradients, latents, found, d_pre, read, self._revived(read, found.error, rows))
         self.step += 1
 
-    def report(self, tokens_per_second: float) -> TrainReport:
+    def report(self, tokens_per_second: float, place: Place | None = None) -> TrainReport:
         """How training stands; the sums of the error begin anew."""
-        error, variance = self.split.sum_over_data(self.sums[:1].clone()).item(), self.sums[1].item()
+        error, variance = self.split.sum_over_data(self.sums.clone()).tolist()
         if not error < float("inf"):
             raise ValueError(
                 f"train_sae: the error is {error} at step {self.step}, training diverged; lower lr ({self.config.lr}) and "
@@ -74,108 +83,168 @@ class Trainer:
             )
         self.sums.zero_()
         dead = self.split.all_features((self.silent > self.config.dead_after).float()).mean().item()
-        return TrainReport(self.step, self.config.steps, error / max(variance, 1e-30), dead, tokens_per_second)
+        return TrainReport(self.step, self.config.steps, error / max(variance, 1e-30), dead, tokens_per_second, place)
 
-    def sae(self, origin: Origin) -> SAE:
-        """The SAE on rows as they come: the scale and the subtracted b_dec folded into the biases."""
-        full = {name: self.split.all_features(self.weights[name]) for name in ("w_dec", "b_enc")}
-        w_enc = self.split.all_features(self.weights.get("w_enc", self.weights["w_dec"])).clone()
-        b_dec = self.weights["b_dec"] * self.scale
-        b_enc = (full["b_enc"].double() * self.scale - w_enc.double() @ b_dec.double()).float()
-        return SAE(w_enc, full["w_dec"].clone(), b_enc, b_dec, k=self.config.k, origin=origin)
+    def sae(self, origin: Origin, reads: Origin | None = None) -> SAE:
+        """The SAE on rows as they come: scales and what is subtracted folded into weights and biases."""
+        full = {n: w if n in _WHOLE else self.split.all_features(w) for n, w in self.weights.items()}
+        read, written = self.scales[0], self.scales[-1]
+        centre = self.buffers.get("centre", full["b_dec"])
+        w_enc, w_dec = full.get("w_enc", full["w_dec"]), full["w_dec"].clone()
+        b_enc = (written * (full["b_enc"].double() - w_enc.double() @ centre.double())).float()
+        tensors: dict[str, Any] = {
+            "w_enc": w_enc * (written / read),
+            "w_dec": w_dec,
+            "b_enc": b_enc,
+            "b_dec": full["b_dec"] * written,
+        }
+        chosen = self.config.objective.selection(self.config.k, full | self.buffers, len(w_enc), written)
+        if not self.transcodes:
+            return SAE(**tensors, **chosen, origin=origin)
+        if "w_skip" in full:
+            skip = full["w_skip"]
+            tensors["b_dec"] = written * (full["b_dec"] - skip @ centre)
+            tensors["w_skip"] = skip * (written / read)
+        return Transcoder(**tensors, **chosen, origin=origin, reads=reads or Origin())
 
     def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds besides the step."""
-        moments = {
-            f"{name}.{moment}": value
-            for name, weight in self.weights.items()
-            for moment, value in self.adam.state[weight].items()
-        }
-        return {**self.weights, **moments, "silent": self.silent, "sums": self.sums}
+        """All tensors that a checkpoint holds, over the memory of this trainer."""
+        found: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            average, square = self.moments[name]
+            mine = {name: weight, f"{name}.exp_avg": average, f"{name}.exp_avg_sq": square}
+            found |= {key: self.split.stored(value, name not in _WHOLE) for key, value in mine.items()}
+        found |= {name: self.split.stored(value, False) for name, value in self.buffers.items()}
+        return {**found, "silent": self.split.stored(self.silent, True)}
 
-    def restore(self, state: dict[str, Tensor], step: int, scale: float) -> None:
-        """Take over what `state` returned."""
-        for name, value in self.state().items():
-            value.copy_(state[name])
-        self.step, self.scale = step, scale
+    def _first_weights(self, centres: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Decoder rows of length 1; the encoder equals them, or is as random where it reads another place."""
+        config, dice = self.config, torch.Generator().manual_seed(self.config.seed)
+        first, last = self.split.features(config.features)
+        widths = [len(centre) for centre in centres]
+        whole = [_random_rows(config.features, width, dice) for width in widths[-1 - self.transcodes :]]
+        rows = [
+            one.to(self.device) if self.split.world == 1 else one[first:last].clone().to(self.device) for one in whole
+        ]
+        weights = {"w_dec": rows[-1], "b_enc": torch.zeros(last - first, device=self.device), "b_dec": centres[-1]}
+        if not config.tied:
+            weights["w_enc"] = rows[0] if self.transcodes else rows[0].clone()
+        if isinstance(config.objective, Transcode) and config.objective.skip:
+            weights["w_skip"] = torch.zeros(widths[-1], widths[0], device=self.device)
+        return weights
 
-    def _count(self, batch: Tensor, error: Tensor, active: Tensor) -> None:
+    def _own_weights(self, sample: Tensor, centre: Tensor) -> dict[str, Tensor]:
+        """Those of the objective, from the first rows."""
+        read = (sample / self.scales[0]).sub_(centre)
+        return self.config.objective.weights(Batch(self._encoder(read), self.config.k_at(0), len(read), self.split))
+
+    def _encoder(self, read: Tensor) -> Encoder:
+        return Encoder(read, self.weights.get("w_enc", self.weights["w_dec"]), self.weights["b_enc"])
+
+    def _rows(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the encoder reads and what the decoder has to make, (n, d) each."""
+        dtype = self.weights["b_dec"].dtype
+        shares = [part.to(self.device, dtype) for part in batch]
+        scaled = [rows / scale for rows, scale in zip(shares, self.scales, strict=True)]
+        target = scaled[-1].sub_(self.weights["b_dec"])
+        if not self.transcodes:
+            return target, target
+        read = scaled[0].sub_(self.buffers["centre"])
+        if "w_skip" in self.weights:
+            target = target.addmm_(read, self.weights["w_skip"].T, alpha=-1)
+        return read, target
+
+    def _count(self, target: Tensor, error: Tensor, latents: Latents, rows: int) -> None:
         """Which latents were active, and the sums of the report."""
-        fired = torch.zeros_like(self.silent).index_fill_(0, active.long(), 1)
+        fired = torch.zeros_like(self.silent).index_fill_(0, latents.features[latents.values > 0], 1)
         self.split.sum_over_data(fired)
-        self.silent += len(batch)
+        self.silent += rows
         self.silent[fired > 0] = 0
-        wide = batch.to(self.sums.device, torch.float64) / self.scale
-        self.sums += torch.stack([error.double().square().sum(), (wide - wide.mean(0)).square().sum()])
+        mean = self.split.sum_over_data(target.sum(0)) / rows
+        squares = torch.linalg.vector_norm(error).double().square(), (target - mean).square_().sum().double()
+        self.sums += torch.stack(squares)
 
-    def _revive(self, gradients: dict[str, Tensor], centred: Tensor, error: Tensor, dead: Tensor, rows: int) -> None:
-        """Add the gradients of α·‖ê - (c - ĉ)‖² for the dead latents, with dense products over these few."""
-        config, split, weights = self.config, self.split, self.weights
-        total = int(split.all_features((self.silent > config.dead_after).long()).sum())
+    def _biases(self, latents: Latents, found: Pulled, d_pre: Tensor, read: Tensor) -> dict[str, Tensor]:
+        """Gradients of what is no dictionary. b_dec is a bias of the output and, subtracted, of an SAE's input."""
+        b_enc = torch.zeros_like(self.weights["b_enc"]).index_add_(0, latents.features, d_pre)
+        gradients = {"b_enc": b_enc, "b_dec": found.pulls[0].sum(0)}
+        if not self.transcodes:
+            gradients["b_dec"] -= self.split.sum_over_features(b_enc @ self._encoder(read).w_enc)
+        if "w_skip" in self.weights:
+            gradients["w_skip"] = found.pulls[0].T @ read
+        return gradients
+
+    def _revived(self, read: Tensor, error: Tensor, rows: int) -> dict[str, Tensor]:
+        """Gradients of α·‖ê - (x - x̂)‖² for the dead latents, by dense products over these few; "dead" says which."""
+        config, split = self.config, self.split
+        mine = self.silent > config.dead_after
+        total = int(split.all_features(mine.long()).sum()) if config.aux_k and config.aux_weight else 0
         if not total:
-            return
-        w_enc, w_dec = weights.get("w_enc", weights["w_dec"])[dead], weights["w_dec"][dead]
-        pre = torch.addmm(weights["b_enc"][dead], centred, w_enc.T)
+            return {}
+        dead, encoder = mine.nonzero().flatten(), self._encoder(read)
+        w_enc, w_dec = encoder.w_enc[dead], self.weights["w_dec"][dead]
+        pre = torch.addmm(encoder.b_enc[dead], read, w_enc.T)
         k = min(config.aux_k, total)
         values, places = pre.topk(min(k, len(dead)), dim=1)
         wide = torch.nn.functional.pad(values, (0, k - values.shape[1]), value=-torch.inf)  # every process brings k
         chosen = split.cut(wide, k)[:, : values.shape[1]]
         latents = torch.zeros_like(pre).scatter_(1, places, torch.where(chosen, values.clamp(min=0), 0))
-        rest = split.sum_over_features(latents @ w_dec).add_(error)  # ê - (c - ĉ)
-        g = rest.mul_(2 * config.aux_weight / rows)
+        g = split.sum_over_features(latents @ w_dec).add_(error).mul_(2 * config.aux_weight / rows)  # ê - (x - x̂)
         d_pre = (g @ w_dec.T).mul_(latents > 0)
-        gradients["w_dec"].index_add_(0, dead, latents.T @ g)
-        gradients["w_enc"].index_add_(0, dead, d_pre.T @ centred)
-        gradients["b_enc"].index_add_(0, dead, d_pre.sum(0))
+        return {"dead": dead, "w_dec": latents.T @ g, "w_enc": d_pre.T @ read, "b_enc": d_pre.sum(0)}
 
-    def _descend(self, gradients: dict[str, Tensor]) -> None:
-        """One step of Adam, with decoder rows of length 1 before and after it."""
-        weights, split = self.weights, self.split
-        gradients = {name: split.sum_over_data(value) for name, value in gradients.items()}
-        if "w_enc" not in weights:
-            gradients["w_dec"] += gradients.pop("w_enc")
-        w_dec = weights["w_dec"]
-        along = torch.linalg.vecdot(gradients["w_dec"], w_dec)[:, None]
-        gradients["w_dec"].addcmul_(along, w_dec, value=-1)
-        for name, value in gradients.items():
-            weights[name].grad = value
-        self.adam.param_groups[0]["lr"] = self.config.lr_at(self.step)
-        self.adam.step()
-        w_dec /= torch.linalg.vector_norm(w_dec, dim=1, keepdim=True)
+    def _descend(
+        self,
+        gradients: dict[str, Tensor],
+        latents: Latents,
+        found: Pulled,
+        d_pre: Tensor,
+        read: Tensor,
+        revived: dict[str, Tensor],
+    ) -> None:
+        """One step of Adam, with decoder rows of length 1 before and after it; a block of features at a time."""
+        if revived:
+            gradients["b_enc"].index_add_(0, revived["dead"], revived["b_enc"])
+        sums = ByFeature(latents, len(self.silent))
+        values, d_values = sums.order(latents.values), sums.order(d_pre)
+        widest = max(read.shape[1], found.error.shape[1])
+        for prefix, first, last in blocks(self.ends, widest):
+            w_dec = sums.sums(values, found.pulls[prefix], first, last)
+            w_enc = sums.sums(d_values, read, first, last)
+            if revived:
+                low, high = torch.searchsorted(
+                    revived["dead"], torch.tensor([first, last], device=self.device)
+                ).tolist()
+                inside = revived["dead"][low:high] - first
+                w_dec.index_add_(0, inside, revived["w_dec"][low:high])
+                w_enc.index_add_(0, inside, revived["w_enc"][low:high])
+            if self.config.tied:
+                w_dec += w_enc
+            else:
+                self._adam("w_enc", w_enc, first, last)
+            self._adam("w_dec", w_dec, first, last)
+        for name, gradient in gradients.items():
+            self._adam(name, gradient, 0, len(gradient))
+
+    def _adam(self, name: str, gradient: Tensor, first: int, last: int) -> None:
+        """One step of Adam for some rows of a weight."""
+        gradient = self.split.sum_over_data(gradient)
+        weight, (average, square) = self.weights[name][first:last], (part[first:last] for part in self.moments[name])
+        if name == "w_dec":
+            gradient.addcmul_(torch.linalg.vecdot(gradient, weight)[:, None], weight, value=-1)
+        step = torch.full((), float(self.step), device=self.device)  # adam counts it up
+        adam(
+            [weight], [gradient], [average], [square], [], [step], fused=True, amsgrad=False, maximize=False,
+            beta1=0.9, beta2=0.999, lr=self.config.lr_at(self.step), weight_decay=0.0, eps=1e-8,
+        )  # fmt: skip
+        if name == "w_dec":
+            weight /= torch.linalg.vector_norm(weight, dim=1, keepdim=True)
 
 
-def sparse_gradients(
-    centred: Tensor, values: Tensor, indices: Tensor, w_enc: Tensor, w_dec: Tensor, split: Alone, rows: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients of Σ‖W_decᵀf - c‖²/rows by weight, and the error ĉ - c, (n, d); f = values at indices, (n, k).
-
-    Products with the (n, F) matrix of latents are sums over bags: of k decoder rows per row of the batch, and of the batch's rows
-    per latent. `b_dec` is a bias of the output and, subtracted, of the input.
-    """
-    features, k = len(w_enc), values.shape[1]
-    with torch.enable_grad():
-        leaf = values.detach().requires_grad_()
-        out = embedding_bag(indices, w_dec, per_sample_weights=leaf, mode="sum")
-    error = split.sum_over_features(out.detach().clone()).sub_(centred)
-    g = error * (2 / rows)
-    d_values = torch.where(values > 0, torch.autograd.grad(out, leaf, g)[0], 0)
-    flat = indices.flatten()
-    order = flat.argsort(stable=True)
-    ends = torch.bincount(flat, minlength=features).cumsum(0)
-    offsets = torch.cat([ends.new_zeros(1), ends[:-1]]).int()
-    tokens = (order // k).int()
-
-    def by_feature(weights: Tensor, of: Tensor) -> Tensor:
-        return embedding_bag(tokens, of, offsets, per_sample_weights=weights.flatten()[order], mode="sum")
-
-    b_enc = torch.zeros_like(w_enc[:, 0]).index_add_(0, flat, d_values.flatten())
-    gradients = {
-        "w_dec": by_feature(values, g),
-        "w_enc": by_feature(d_values, centred),
-        "b_enc": b_enc,
-        "b_dec": g.sum(0) - split.sum_over_features(b_enc @ w_enc),
-    }
-    return gradients, error
+def local_ends(config: TrainConfig, split: Alone) -> tuple[int, ...]:
+    """Where the objective's prefixes end among the features of this process."""
+    first, last = split.features(config.features)
+    return tuple(min(max(end, first), last) - first for end in config.objective.ends(config.features))
 
 
 def geometric_median(rows: Tensor) -> Tensor:
@@ -187,24 +256,14 @@ def geometric_median(rows: Tensor) -> Tensor:
     return centre
 
 
-def _top(centred: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of relu(W_enc c + b_enc), unsorted: values (n, k), int64 indices (n, k).
+def _scale(rows: Tensor) -> float:
+    """What makes rows of mean square 1."""
+    scale = float((rows - rows.mean(0)).square_().mean().sqrt())
+    if scale == 0:
+        raise ValueError("train_sae: all rows of the first shard are equal; there is nothing to learn")
+    return scale
 
-    A dense product, a part of the batch at a time. The k best lie in the k groups of the largest maxima; finding these first
-    takes a third of the time of one topk over all.
-    """
-    features = len(w_enc)
-    groups = next((g for g in (8, 4, 2) if features % g == 0 and features // g >= 4 * k), 1)
-    values, indices = [], []
-    for part in centred.split(max(1, _ROWS_AT_A_TIME // features)):
-        pre = torch.addmm(b_enc, part, w_enc.T).view(len(part), groups, -1)
-        if groups == 1:
-            best, place = pre[:, 0].topk(k, sorted=False)
-        else:
-            column = pre.amax(1).topk(k, sorted=False).indices  # (n, k)
-            inside = pre.gather(2, column[:, None].expand(-1, groups, -1)).flatten(1)  # (n, groups·k)
-            best, place = inside.topk(k, sorted=False)
-            place = place // k * (features // groups) + column.gather(1, place % k)
-        values.append(best.clamp_(min=0))
-        indices.append(place)
-    return torch.cat(values), torch.cat(indices)
+
+def _random_rows(count: int, width: int, dice: torch.Generator) -> Tensor:
+    rows = torch.randn(count, width, generator=dice)
+    return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))

@@ -1,0 +1,41 @@
+"""Activations by Ray Data: workers collect parts of one cache, and a worker that is killed is replaced by one that goes on.
+
+    python benchmarks/ray_collect.py corpus.txt rows 2 8    # two workers, eight parts, into a folder that all workers see
+    steerfast sae train --rows rows/resid_post-8 --out sae
+
+Needs `pip install "ray[data]"`.
+"""
+
+import os
+import sys
+from typing import Any
+
+import ray
+
+PLACES = [("resid_post", 8), ("mlp_out", 8)]
+
+
+class Collector:
+    def __init__(self, text: str, out: str, parts: int) -> None:
+        from steerfast.models import demo
+        from steerfast.sae.training.corpus import read_texts
+
+        self.given = (*demo.load(), read_texts(text), PLACES, out)
+        self.parts = parts
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        from steerfast.sae.cache import CacheConfig, cache_places
+
+        for number in batch["id"]:
+            cache_places(*self.given, CacheConfig(part=(int(number) + 1, self.parts)))
+        return {**batch, "pid": [os.getpid()] * len(batch["id"])}
+
+
+if __name__ == "__main__":
+    text, out, workers, parts = *map(os.path.abspath, sys.argv[1:3]), *map(int, sys.argv[3:5])
+    # one more, for the task that makes the numbers of the parts
+    ray.init(num_cpus=workers + 1)
+    todo = ray.data.range(parts, override_num_blocks=parts)
+    again = {"max_restarts": -1, "max_task_retries": -1}
+    given = [text, out, parts]
+    print(todo.map_batches(Collector, batch_size=1, concurrency=workers, fn_constructor_args=given, **again).take_all())
