@@ -8,6 +8,7 @@ _HOMES = {
     "bank": ["Bank"],
     "barriers.barrier": ["Barrier"],
     "barriers.fit": ["fit_barrier"],
+    "barriers.velocity": ["VelocityField"],
     "directions.direction": ["Direction"],
     "directions.extract": [],
     "directions.fit": ["fit"],

@@ -6,6 +6,7 @@ from . import tools as tools
 from .bank import Bank as Bank
 from .barriers.barrier import Barrier as Barrier
 from .barriers.fit import fit_barrier as fit_barrier
+from .barriers.velocity import VelocityField as VelocityField
 from .directions import extract as extract
 from .directions.direction import Direction as Direction
 from .directions.fit import fit as fit
