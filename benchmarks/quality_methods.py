@@ -23,7 +23,6 @@ ANGLES = (0.1, 0.18, 0.28, 0.45)
 SHARES = (0.5, 1.0, 2.0, 4.0)
 DEVIATIONS = (2.5, 5.0, 10.0, 20.0)
 GAINS = (0.25, 0.5, 1.0, 2.0)
-HEADS = 0.05  # share of all heads that ITI steers (48 of 1024 in the paper)
 FEATURES = 8  # of an SAE that are amplified
 
 
@@ -79,36 +78,11 @@ def caa(sample: Sample) -> Edits:
 
 def iti(sample: Sample) -> Edits:
     """The heads that tell the sides apart best, of any layer, each along its own mean difference in standard deviations."""
-    accuracy = {layer: _probes(sample, layer) for layer in sample.heads_pos}
-    ranked = sorted(((float(a), layer, h) for layer, row in accuracy.items() for h, a in enumerate(row)), reverse=True)
-    chosen = ranked[: max(1, round(HEADS * len(ranked)))]
-    edits: Edits = {}
-    for layer in sorted({layer for _, layer, _ in chosen}):
-        pos, neg = sample.heads_pos[layer], sample.heads_neg[layer]
-        direction = torch.nn.functional.normalize(pos.mean(0) - neg.mean(0), dim=-1)  # (heads, width)
-        deviation = (torch.cat([pos, neg]) * direction).sum(-1).std(0)  # (heads,)
-        mask = torch.zeros(len(direction))
-        mask[[h for _, one, h in chosen if one == layer]] = 1
-        edits["head_out", layer] = sf.Add((direction * (deviation * mask)[:, None]).flatten())
-    return edits
-
-
-def _probes(sample: Sample, layer: int) -> Tensor:
-    """Held-out accuracy of a linear probe on each head of a layer: ridge regression, half of the groups at a time."""
-    x = torch.cat([sample.heads_pos[layer], sample.heads_neg[layer]]).double().transpose(0, 1)  # (heads, 2n, width)
-    x = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True).clamp(min=1e-9)
-    names = sorted(set(sample.groups))
-    first = set(random.Random(sample.seed).sample(names, len(names) // 2))
-    half = torch.tensor([name in first for name in sample.groups] * 2)
-    y = torch.ones(x.shape[1], dtype=x.dtype)
-    y[len(sample.pos) :] = -1
-    right = torch.zeros(x.shape[0], dtype=x.dtype)
-    for fitted in (half, ~half):
-        a, b = x[:, fitted], x[:, ~fitted]
-        gram = a.transpose(1, 2) @ a + a.shape[1] * torch.eye(a.shape[2], dtype=x.dtype)
-        w = torch.linalg.solve(gram, (a.transpose(1, 2) @ y[fitted])[..., None])
-        right += ((b @ w)[..., 0] * y[~fitted] > 0).double().sum(1)
-    return right / x.shape[1]
+    width = next(iter(sample.heads_pos.values())).shape[1]
+    sides = [{layer: x.flatten(1) for layer, x in side.items()} for side in (sample.heads_pos, sample.heads_neg)]
+    groups = [*sample.groups, *sample.groups]
+    found = sf.fit_heads(*sides, width, alpha=1.0, groups=groups, seed=sample.seed, draws=0)
+    return {place: edit for place, (edit,) in found.plan.edits.items()}
 
 
 def ablate(sample: Sample) -> Edits:

@@ -10,7 +10,14 @@ from .barriers.velocity import VelocityField as VelocityField
 from .directions import extract as extract
 from .directions.direction import Direction as Direction
 from .directions.fit import fit as fit
+from .directions.fits.heads import fit_heads as fit_heads
+from .directions.fits.lineas import LinEAS as LinEAS
+from .directions.fits.lineas import fit_lineas as fit_lineas
 from .directions.fits.loreft import fit_loreft as fit_loreft
+from .directions.fits.vector import LMObjective as LMObjective
+from .directions.fits.vector import ReFTr1 as ReFTr1
+from .directions.fits.vector import RePS as RePS
+from .directions.fits.vector import fit_vector as fit_vector
 from .directions.pairs import directions_from as directions_from
 from .directions.sets import DirectionSet as DirectionSet
 from .directions.sets import list_directions as list_directions

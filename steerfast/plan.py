@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from steerfast.edits.base import Intervention, intervention_type, untrained
-from steerfast.edits.fitted import FitInfo
 from steerfast.edits.linear import Add
 from steerfast.files import container
 from steerfast.files.shelf import Shelf, with_saes
-from steerfast.place import NOWHERE, Origin, Place, place_of
+from steerfast.place import Place, place_of
 
 from ._checks import warn_user
 from ._positions import Selector, as_selector, normal, parse, resolved, special_ids
@@ -323,10 +322,7 @@ def _describe(edit: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
     for name, value in edit.tensors().items():
         names[name] = next((key for key, other in tensors.items() if other is value), f"{len(tensors)}.{name}")
         tensors[names[name]] = value  # an object that stands in two places is written once
-    known = {} if edit.origin == NOWHERE else {"origin": edit.origin.numbers()}
-    if edit.info is not None:
-        known["info"] = edit.info.numbers()
-    return {"type": type(edit).__name__, "tensors": names, "numbers": edit.numbers(), **known}
+    return {"type": type(edit).__name__, "tensors": names, "numbers": edit.numbers(), **edit.known()}
 
 
 def _tensor_names(text: dict[str, Any]) -> dict[str, None]:
@@ -353,8 +349,6 @@ def _rebuild(places: Any, tensors: dict[str, Tensor], shelf: Shelf, source: str)
                 parts = {name: tensors[stored] for name, stored in item["tensors"].items()}
                 numbers = with_saes(item["numbers"], shelf, source)
                 edit = intervention_type("Plan.load", item["type"]).restore(parts, numbers)
-                origin = Origin.restore(item["origin"]) if "origin" in item else edit.origin
-                info = FitInfo.restore(item["info"]) if "info" in item else None
-                made[key] = edit.known_from(origin, info)
+                made[key] = edit.with_known(item)
             chain.append(made[key])
     return edits

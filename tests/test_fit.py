@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor
 
 import steerfast as sf
+from steerfast.barriers.data import Data
 from steerfast.cli.demo_prompts import KIND, KIND_HELD_OUT, UNKIND, UNKIND_HELD_OUT
 from steerfast.directions.fit import ESTIMATORS, PAIRED, settings_of
 from steerfast.directions.fits.linear import transport
 from steerfast.directions.fits.rotations import angle_between
+from steerfast.directions.fits.sides import shuffle
 from steerfast.edits.base import Intervention
 from steerfast.models.collect import Activations
 from steerfast.place import Origin, Place
 
+module = sys.modules["steerfast.directions.fit"]
 D, N, M = 37, 60, 45
 LAYERS = (3, 4, 5)
 
@@ -484,3 +488,72 @@ def test_bad_examples_are_named(
 ) -> None:
     with pytest.raises(error, match=f"fit_loreft: {match}"):
         sf.fit_loreft(*smollm, examples, **{"layer": 12, **others})
+
+
+# --- the null ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_property_beats_its_null_and_chance_does_not(tmp_path: Path) -> None:
+    real = fitted("add").info.null
+    assert real.effect == fitted("add").info.closed
+    assert (len(real.shuffled), len(real.random), real.shares, real.beaten) == (20, 20, (0.0, 0.0), True)
+    x = drawn(120, D, seed=5)
+    chance = sf.fit("add", x[:60], x[60:], layer=1)
+    assert not chance.info.null.beaten
+    assert str(chance.info.null).endswith("random directions did as well: it does not beat its null")
+    (again,) = sf.Plan.load(sf.Plan([chance]).save(tmp_path)).edits["resid_post", 1]
+    assert again.info == chance.info
+    assert fitted("add", draws=0).info.null is None
+    with pytest.raises(ValueError, match="fit: draws"):
+        fitted("add", draws=-1)
+
+
+def test_the_draws_are_fits_on_shuffled_labels_and_random_directions_of_the_same_dose() -> None:
+    """Redone by hand, on the folds that the figures come from."""
+    pos, neg = rows_of()
+    sides = module._sides("t", *planted(), 4, None, 0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([pos, neg])
+    info = fitted("add", draws=2).info
+    for draw, (fitted_rows, held) in enumerate(sides.data.folds[:2]):
+        y, z = sides.data.labels[fitted_rows], sides.data.labels[held]
+        a, b = x[held][z].mean(0), x[held][~z].mean(0)
+        own = x[fitted_rows][y].mean(0) - x[fitted_rows][~y].mean(0)
+        order = shuffle(sides.take(fitted_rows).data, generator)
+        mixed = x[fitted_rows][order]
+        v = mixed[y].mean(0) - mixed[~y].mean(0)
+        r = unit(drawn_by(generator, D)) * own.norm()
+        closed = [1 - float((a - b - one).square().sum() / (a - b).square().sum()) for one in (own, v, r)]
+        shift = info.closed - closed[0]
+        assert info.null.shuffled[draw] == pytest.approx(closed[1] + shift, abs=1e-5)
+        assert info.null.random[draw] == pytest.approx(closed[2] + shift, abs=1e-5)
+
+
+def drawn_by(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+def test_what_belongs_together_is_shuffled_together() -> None:
+    def order(groups: list[int], positives: int) -> Tensor:
+        x = torch.arange(2.0, 2.0 + len(groups))[:, None]
+        labels = torch.arange(len(groups)) < positives
+        return shuffle(Data(x, labels, torch.tensor(groups), Origin(), 0), torch.Generator().manual_seed(3))
+
+    pairs = order([0, 1, 2, 3, 4, 5] * 2, 6)
+    assert torch.equal(pairs % 6, torch.arange(12) % 6)  # a pair stays a pair, in its place
+    assert 0 < int((pairs[:6] >= 6).sum()) < 6
+    pure = order([7, 7, 7, 9, 9, 9, 11, 11, 11, 13, 13, 13], 6)
+    assert [sorted(pure[i : i + 3].tolist()) for i in range(0, 12, 3)] != [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert all(len({int(row) // 3 for row in pure[i : i + 3]}) == 1 for i in range(0, 12, 3))
+    alone = order(list(range(12)), 6)
+    assert sorted(alone.tolist()) == list(range(12))
+    assert alone.tolist() != list(range(12))
+
+
+@pytest.mark.parametrize("kind", [sf.When, sf.WhenToken])
+def test_a_condition_keeps_what_is_known_of_the_edit_inside(kind: type[sf.When], tmp_path: Path) -> None:
+    made = fitted("add")
+    plan = sf.Plan({4: kind(sf.Condition(drawn(D), 0.1), made)})
+    (again,) = sf.Plan.load(plan.save(tmp_path)).edits["resid_post", 4]
+    assert again.then.info == made.info
+    assert again.then.origin == made.origin

@@ -15,12 +15,16 @@ from families import build
 import steerfast as sf
 from steerfast.cli.sweep import _next, add_arguments, run
 from steerfast.directions import extract
-from steerfast.tools.sweep import NEUTRAL, Cell, Grid, Question, Sweep, sweep
+from steerfast.directions.fit import ESTIMATORS
+from steerfast.tools.sweep import Grid, Sweep, sweep
+from steerfast.tools.sweep_lessons import examples_of
+from steerfast.tools.sweep_scores import NEUTRAL, Question
+from steerfast.tools.sweep_store import Cell
 
 module = sys.modules["steerfast.tools.sweep"]
 SIDES = (["abc d", "bcd", "cc"], ["xyz", "zz y", "wxy"])
 QUESTION = Question(("hello", "some more"), (" abc", " d"), (" xyz", " w", " zzz"), ("plain text", "the rest"))
-GRID = Grid(layers=(0, -1), strengths=(-0.5, 0.0, 1.0))
+GRID = Grid(layers=(0, -1), strengths=(-0.5, 0.0, 1.0), draws=0)
 
 
 class Letters:
@@ -37,7 +41,7 @@ def swept(**changes: Any) -> Sweep:
     return sweep(build("llama"), Letters(), **settings | changes)
 
 
-def one_by_one(plan: Any) -> tuple[float, float]:
+def one_by_one(plan: Any, strength: float = 1.0) -> tuple[float, float]:
     """Effect and perplexity of one plan, each text alone and unpadded."""
     model, tokenizer = build("llama"), Letters()
 
@@ -47,7 +51,7 @@ def one_by_one(plan: Any) -> tuple[float, float]:
             if plan is None:
                 logits = model(ids).logits
             else:
-                with sf.steer(model, plan):
+                with sf.steer(model, plan, strength):
                     logits = model(ids).logits
         likelihoods = logits[0].double().log_softmax(-1)
         return sum(float(likelihoods[len(head) - 1 + i, token]) for i, token in enumerate(tail))
@@ -116,6 +120,8 @@ def test_a_flow_is_swept_by_its_angle_or_its_length() -> None:
     [
         (Cell("pca", 3, -1.0, 5.0, 1.0, 1.0), "stream", "extract m --positive ... --negative ... --layers 3 --site s "
          "--method pca --normalize --strength -5"),
+        (Cell("affine", 3, 0.5, 5.0, 1.0, 1.0, 0.7), "stream", "fit affine m --positive ... --negative ... --layer 3 --site s "
+         "--steer all"),
         (Cell("flow", 3, 0.5, 5.0, 1.0, 1.0), "stream", "fit flow m --positive ... --negative ... --layer 3 --site s "
          "--set angle=0.5 --steer all"),
         (Cell("flow", 3, -2.0, 2.0, 1.0, 1.0), "vector", "fit flow m --positive (the negative ones) --negative (the "
@@ -127,7 +133,7 @@ def test_the_next_command_makes_the_best_cell(cell: Cell, unit: str, command: st
 
 
 def test_an_interrupted_sweep_continues(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls, limit = module._measure, [], [4]  # the baseline and three cells
+    real, calls, limit = module.measure, [], [4]  # the baseline and three cells
 
     def measure(model: Any, sequences: Any, question: Any, plans: Any, batch_size: int) -> Any:
         if len(calls) == limit[0]:
@@ -135,7 +141,7 @@ def test_an_interrupted_sweep_continues(tmp_path: Any, monkeypatch: pytest.Monke
         calls.append(plans)
         return real(model, sequences, question, plans, batch_size)
 
-    monkeypatch.setattr(module, "_measure", measure)
+    monkeypatch.setattr(module, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         swept(out=tmp_path, batch_size=4)
     text = json.loads((tmp_path / "sweep.json").read_text())
@@ -150,7 +156,7 @@ def test_an_interrupted_sweep_continues(tmp_path: Any, monkeypatch: pytest.Monke
     calls.clear()
     assert list(swept(out=tmp_path)) == list(found)  # all on disk: nothing is measured
     assert not calls
-    larger = Grid(layers=(0, -1), strengths=(-0.5, 0.0, 1.0, 2.0))
+    larger = Grid(layers=(0, -1), strengths=(-0.5, 0.0, 1.0, 2.0), draws=0)
     assert [c for c in swept(out=tmp_path, grid=larger, batch_size=64) if c.strength < 2] == list(found)
     assert len(calls) == 1  # the two new cells share one batch
 
@@ -163,7 +169,7 @@ def test_another_sweep_or_a_damaged_file_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"with other probe, unit"):
         swept(out=tmp_path, question=Question(("other",), (" a",), (" b",)), grid=Grid((0,), (1.0,), unit="vector"))
     assert (tmp_path / "sweep.json").read_bytes() == before
-    for content, message in ((b"{", "is not JSON"), (b'{"kind": "other"}', "is no sweep of schema 1")):
+    for content, message in ((b"{", "is not JSON"), (b'{"kind": "other"}', "is no sweep of schema 1 to 2")):
         (tmp_path / "sweep.json").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             swept(out=tmp_path)
@@ -172,6 +178,107 @@ def test_another_sweep_or_a_damaged_file_is_refused(tmp_path: Any) -> None:
     (tmp_path / "sweep.json").write_text(json.dumps(text))
     with pytest.raises(ValueError, match="is damaged"):
         swept(out=tmp_path)
+
+
+FITTED = [
+    method for method in ESTIMATORS if method not in ("flow", "edit_features", "amplify", "calibrate", "deficit_push")
+]
+
+
+@pytest.mark.parametrize("unit", ["stream", "vector"])
+def test_every_method_of_fit_is_swept(unit: str) -> None:
+    grid = Grid((1,), (-0.3, 0.6), (*FITTED, "amplify"), unit, sae=sae(), draws=0)
+    found = swept(grid=grid, sides=MORE)
+    model = build("llama")
+    pos, neg = (sf.collect(model, Letters(), side, [0, 1, 2], progress=False) for side in MORE)
+    for cell in found:
+        given = {"sae": sae()} if cell.method == "amplify" else {}
+        sides = [side if cell.method == "rotate" else side.only(1) for side in (pos, neg)]
+        edit = sf.fit(cell.method, *sides, layer=1, draws=0, **given)
+        one = float((edit.apply(neg[1]) - neg[1]).norm(dim=1).median())
+        factor = cell.strength * edit.origin.typical_norm / one if unit == "stream" and one else cell.strength
+        assert cell.factor == pytest.approx(factor, rel=1e-4), cell.method
+        changed = (edit.apply(neg[1], factor) - neg[1]).norm(dim=1).median()
+        assert cell.norm == pytest.approx(float(changed), rel=1e-3, abs=1e-6)
+        effect, perplexity = one_by_one({1: edit}, factor)
+        assert cell.effect == pytest.approx(effect, abs=1e-3), cell.method
+        assert cell.perplexity == pytest.approx(perplexity, rel=1e-3)
+
+
+def sae() -> sf.SAE:
+    eye = torch.eye(48)
+    return sf.SAE(torch.cat([eye, -eye]), torch.cat([eye, -eye]), k=96)
+
+
+MORE = (["abc d", "bcd", "cc", "ccb", "ab"], ["xyz", "zz y", "wxy", "yy", "xw"])
+
+
+PAIRS = ([f"some {a} zq" for a in "abcd"], [f"some {a} kk" for a in "abcd"])
+
+
+def test_trained_methods_are_swept() -> None:
+    assert examples_of(("I love you", "good dog", "x"), ("I hate you", "bad cat", "y")) == [
+        ("I", " love you", " hate you"), ("good", " dog", " cat"),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="needs texts of two words"):
+        examples_of(("x",), ("y",))
+    with pytest.raises(ValueError, match="'reps' is trained at resid_post, and site is 'mlp_out'"):
+        Grid((1,), (1.0,), ("reps",), site="mlp_out")
+    grid = Grid((1,), (1.0,), ("loreft", "vector", "reft_r1", "reps", "lineas"), "vector", draws=0)
+    found = {cell.method: cell for cell in swept(grid=grid, sides=PAIRS)}
+    lessons = [(f"some {a}", " zq") for a in "abcd"]
+    made = sf.fit_vector(build("llama"), Letters(), lessons, 1)
+    assert found["vector"].effect == pytest.approx(one_by_one({1: made})[0], abs=1e-3)
+    assert found["vector"].norm == pytest.approx(float(made.vector.norm()), rel=1e-4)
+    affine = sf.fit_lineas(build("llama"), Letters(), *PAIRS, [1])
+    assert found["lineas"].effect == pytest.approx(one_by_one(affine)[0], abs=1e-3)
+    assert len({round(cell.effect, 4) for cell in found.values()}) == 5
+
+
+def test_an_sae_is_asked_for_before_anything_runs() -> None:
+    with pytest.raises(TypeError, match="Grid: 'amplify' edits features of an SAE; give it as sae="):
+        Grid((1,), (1.0,), ("amplify",))
+
+
+def test_the_best_cell_stands_beside_its_null(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid((1,), (0.5, 1.0), ("mean_difference", "affine_ablate"), damage=99.0, draws=4)
+    found = swept(grid=grid, sides=MORE, out=tmp_path)
+    best = found.best(99.0)
+    assert found.null is not None
+    cell, null = found.null
+    assert cell == best
+    assert null.effect == best.effect - found.baseline.effect
+    assert len(null.shuffled) == len(null.random) == 4
+    assert repr(found).splitlines()[-1].startswith(f"null of {best.method}, layer 1, strength {best.strength:g} (")
+    # a control is a random direction of the cell's length, at the cell's place
+    generator = torch.Generator().manual_seed(0)
+    model = build("llama")
+    pos, neg = (sf.collect(model, Letters(), side, [1], progress=False)[1] for side in MORE)
+    if best.method == "mean_difference":
+        pool = torch.cat([pos, neg])
+        first = pool[torch.randperm(10, generator=generator)]
+        v = first[:5].double().mean(0) - first[5:].double().mean(0)
+        dose = best.strength * float(pool.norm(dim=1).median())
+        effect, _ = one_by_one({1: sf.Add(v.float() / v.norm(), dose)})
+        assert null.shuffled[0] == pytest.approx(effect - found.baseline.effect, abs=1e-3)
+    monkeypatch.setattr(module, "measure", None)  # all on disk: nothing is measured
+    assert swept(grid=grid, sides=MORE, out=tmp_path).null == found.null
+
+
+def test_a_file_without_nulls_is_continued(tmp_path: Any) -> None:
+    found = swept(out=tmp_path)
+    file = tmp_path / "sweep.json"
+    text = json.loads(file.read_text())
+    text["schema"] = 1
+    del text["null"]
+    for entry in [text["baseline"], *text["cells"]]:
+        del entry["factor"]
+    file.write_text(json.dumps(text))
+    again = swept(out=tmp_path)
+    assert [(c.method, c.layer, c.strength, c.effect) for c in again] == [
+        (c.method, c.layer, c.strength, c.effect) for c in found
+    ]
+    assert math.isnan(again[0].factor)
 
 
 def cells() -> Sweep:

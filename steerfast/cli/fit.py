@@ -96,6 +96,8 @@ def _say_held_out(edit: Any) -> None:
         shared.say(
             f"Held out    closes {edit.info.closed:.1%} of the distance between the sides, at a dose of {edit.info.dose:.2f}"
         )
+    if edit.info.null is not None:
+        shared.say(f"Null        {edit.info.null}")
     if (barrier := getattr(edit, "barrier", None)) is None:
         return
     info = barrier.info
@@ -118,9 +120,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         except ValueError:
             settings[name] = text
     if args.sae is not None:
-        from steerfast.sae.model import SAE
-
-        settings["sae"] = SAE.load(args.sae)
+        settings["sae"] = shared.sae(args.sae)
     elif "sae" in settings_of(args.method):
         raise ValueError(f"--sae: {args.method} edits features of an SAE; give its path")
     return settings

@@ -1,4 +1,4 @@
-"""The command `steerfast`: demo, extract, fit, generate, check, sweep, plan, sae and bench.
+"""The command `steerfast`: demo, extract, generate, check, sweep, fit, refusal, eval, plan, sae and bench.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a check failed, 2 the input does not work
 (one line says why; `--debug` shows the traceback), 130 interrupted. Anything heavy is imported by the command that
@@ -23,6 +23,8 @@ COMMANDS = {
     "check": "prove on your own model that steering works",
     "sweep": "try layers and strengths, effect against perplexity",
     "fit": "fit an intervention on two sides of texts, by any method",
+    "refusal": "select the refusal direction as its authors do",
+    "eval": "score multiple choice and free text under a plan",
     "plan": "look at a file of steering, or convert it",
     "sae": "train, measure, explain and use a sparse autoencoder",
     "bench": "time every op on this machine, against its own peak",

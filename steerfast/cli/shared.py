@@ -103,6 +103,13 @@ def texts(option: str, values: Iterable[str]) -> list[str]:
     return texts
 
 
+def sae(path: Path) -> Any:
+    """The SAE of a folder or file."""
+    from steerfast.sae.model import SAE
+
+    return SAE.load(path)
+
+
 def layers(spec: str, count: int) -> list[int]:
     """Layers of "8", "-1", "6,8", "6-12", "all" or "middle"."""
     if spec == "middle":

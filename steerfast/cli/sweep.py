@@ -6,9 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from steerfast.directions import extract
+from steerfast.directions.fit import ESTIMATORS
 from steerfast.models.layers import find_layers
 from steerfast.place import SITES
-from steerfast.tools.sweep import METHODS, NEUTRAL, UNITS, Cell, Grid, Question, sweep
+from steerfast.tools.sweep import Grid, Sweep, sweep
+from steerfast.tools.sweep_edits import METHODS, UNITS
+from steerfast.tools.sweep_lessons import TRAINED
+from steerfast.tools.sweep_scores import NEUTRAL, Question
+from steerfast.tools.sweep_store import Cell
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
@@ -17,6 +23,7 @@ DESCRIPTION = (
     "strength, and shows how much likelier wanted continuations became and what it cost in perplexity of neutral text. "
     "Run it again to continue an interrupted sweep."
 )
+PYTHON = {"loreft": "sf.fit_loreft", "lineas": "sf.fit_lineas"}
 EXAMPLE = (
     'steerfast sweep demo --positive "I love you" --negative "I hate you" --layers 4-16 \\\n'
     '    --prompts "I think people are" "My boss is" --wanted " kind" " good" --unwanted " cruel" " bad" --out sweep'
@@ -42,8 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", default="all", metavar="LAYERS", help="8, 6,8, 6-12, all or middle (default: all)")
     strengths = "default: %(default)s"
     parser.add_argument("--strengths", nargs="+", type=float, default=list(Grid.strengths), metavar="C", help=strengths)
-    methods = "of extraction (default: mean_difference)"
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["mean_difference"], help=methods)
+    methods = f"of extraction or of `steerfast fit`: {', '.join(METHODS)} (default: mean_difference)"
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, metavar="METHOD", default=["mean_difference"], help=methods
+    )
+    parser.add_argument("--sae", type=Path, metavar="PATH", help="the SAE of methods that edit features")
+    draws = "fits on shuffled labels, and random directions, that the best cell stands beside (default: %(default)s)"
+    parser.add_argument("--draws", type=int, default=Grid.draws, metavar="N", help=draws)
     unit = "of the strengths: share of the stream's norm, or multiple of the vector (default: %(default)s)"
     parser.add_argument("--unit", choices=UNITS, default="stream", help=unit)
     parser.add_argument("--site", choices=SITES, default="resid_post", help="where (default: %(default)s)")
@@ -65,9 +77,12 @@ def run(args: argparse.Namespace) -> int:
     }
     neutral = NEUTRAL if args.neutral is None else tuple(shared.texts("--neutral", args.neutral))
     question = Question(tuple(read["prompts"]), tuple(read["wanted"]), tuple(read["unwanted"]), neutral)
+    sae = None if args.sae is None else shared.sae(args.sae)
     model, tokenizer = shared.load(args)
     layers = shared.layers(args.layers, find_layers(model, "sweep").count)
-    grid = Grid(tuple(layers), tuple(args.strengths), tuple(args.methods), args.unit, args.site)
+    grid = Grid(
+        tuple(layers), tuple(args.strengths), tuple(args.methods), args.unit, args.site, sae, args.damage, args.draws
+    )
     shown = sys.stderr.isatty()
     found = sweep(
         model, tokenizer, (read["positive"], read["negative"]), question, grid, args.out, args.batch_size, shown
@@ -82,7 +97,23 @@ def run(args: argparse.Namespace) -> int:
         gain, ratio = best.effect - found.baseline.effect, best.perplexity / found.baseline.perplexity
         change = f"{gain:+.2f} nats, perplexity × {ratio:.2f}"
         shared.say(f"Best        {best.method}, layer {best.layer}, strength {best.strength:g}: {change}")
+        if found.null is not None:
+            shared.say(f"Null        {found.null[1]}")
+        if best.method in TRAINED:
+            shared.say(f"Next        in Python: {PYTHON.get(best.method, 'sf.fit_vector')}, at layer {best.layer}")
+            return _say_files(args, found)
         shared.say(f"Next        steerfast {_next(args, best)} --out plan")
+        if best.method in ESTIMATORS and best.method != "flow":
+            shared.say(
+                f'            steerfast generate {args.model} "Your prompt" --plan plan --strength {best.factor:.4g}'
+            )
+    return _say_files(args, found)
+
+
+def _say_files(args: argparse.Namespace, found: Sweep) -> int:
+    """Print where the cells and the picture are."""
+    from . import shared
+
     shared.say(f"Cells       {args.out / 'sweep.json'}")
     try:
         shared.say(f"Heat map    {found.heat_map(args.out / 'sweep.png')}")
@@ -94,11 +125,14 @@ def run(args: argparse.Namespace) -> int:
 def _next(args: argparse.Namespace, best: Cell) -> str:
     """The command that makes a plan of a cell."""
     sides = ["--positive ...", "--negative ..."]
-    if best.method != "flow":
+    where = f"--layer {best.layer} --site {args.site}"
+    if best.method in extract.METHODS:
         sign = "-" if best.strength < 0 else ""
         dose = f"--layers {best.layer} --site {args.site} --method {best.method} --normalize --strength {sign}{best.norm:.4g}"
         return f"extract {args.model} {' '.join(sides)} {dose}"
+    if best.method != "flow":
+        return f"fit {best.method} {args.model} {' '.join(sides)} {where} --steer all"
     if best.strength < 0:  # a flow goes one way
         sides = ["--positive (the negative ones)", "--negative (the positive ones)"]
     length = f"{'angle' if args.unit == 'stream' else 'T'}={abs(best.strength):g}"
-    return f"fit flow {args.model} {' '.join(sides)} --layer {best.layer} --site {args.site} --set {length} --steer all"
+    return f"fit flow {args.model} {' '.join(sides)} {where} --set {length} --steer all"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,11 +16,12 @@ from steerfast.barriers.data import Data
 from steerfast.barriers.kernels import scikit_learn
 from steerfast.edits.base import Intervention
 from steerfast.edits.fitted import FitInfo
-from steerfast.edits.linear import Ablate
+from steerfast.edits.null import DRAWS
 from steerfast.place import common_origin, place_of
 from steerfast.probes.fit import data_by_layer
 
 from .fits import features, flow, linear, rotations
+from .fits.held_out import Make, held_out
 from .fits.sides import Sides
 
 ESTIMATORS: dict[str, Callable[..., Intervention]] = {
@@ -53,6 +53,7 @@ def fit(
     *,
     groups: Iterable[Any] | None = None,
     seed: int = 0,
+    draws: int = DRAWS,
     **settings: Any,
 ) -> Intervention:
     """Fit an intervention on activations with a property and without it, ready to use.
@@ -83,11 +84,13 @@ def fit(
         groups: One label per row, those of `positive` first: rows that share one are held out together. None: every row by
             itself, or the rows of one text where the sides know their texts.
         seed: Of the folds, and of what an estimator draws.
+        draws: Fits on shuffled labels, and random directions, that the held-out figure stands beside in `info.null`; 0: none.
         settings: Of the method, by name.
 
     Returns:
         The intervention: its `origin` holds place, model and typical norm of the activations, so that `sf.Plan([…])` finds its
-        place; its `info` (a `FitInfo`) what the same fit does to rows that it has not seen, in five folds.
+        place; its `info` (a `FitInfo`) what the same fit does to rows that it has not seen, in five folds,
+        beside its null: as many draws of either kind, one fold each.
 
     Raises:
         TypeError, ValueError: an unknown method, layer or setting; a side has fewer than 2 rows, NaN or a zero row; widths,
@@ -105,23 +108,38 @@ def fit(
         (14, 'affine_ablate')
         >>> plan = sf.Plan([edit])
     """
-    if method == "loreft":
-        raise ValueError("fit: 'loreft' is trained on a model, not fitted on activations; use sf.fit_loreft")
-    make = partial(ESTIMATORS[one_of("fit", "method", method, tuple(ESTIMATORS))], **_known(method, settings))
-    scikit_learn("fit")
-    owner = f"fit: {method}"
-    sides = _sides(owner, positive, negative, layer, None if groups is None else list(groups), seed)
-    if method in PAIRED:
-        sides = replace(sides, data=_by_pair(sides.data, groups is None))
-    edit = make(sides)
-    closed, dose = _held_out(make, sides)
+    whole_number("fit", "draws", draws, 0)
+    make, sides = prepare(method, positive, negative, layer, None if groups is None else list(groups), seed, settings)
+    edit, owner = make(sides), sides.owner
+    closed, dose, null = held_out(make, sides, draws)
     data = sides.data
     if math.isnan(closed):
         warn_user(f"{owner}: the {len(data.x)} rows are too few, or in too few groups, to hold some out; give more")
     positives = int(data.labels.sum())
-    info = FitInfo(method, closed, dose, positives, len(data.x) - positives, len(data.groups.unique()))
+    info = FitInfo(method, closed, dose, positives, len(data.x) - positives, len(data.groups.unique()), null=null)
     origin = common_origin(owner, [data.origin, replace(edit.origin, typical_norm=None)])
     return edit.known_from(replace(origin, position=data.origin.position), info)
+
+
+def prepare(
+    method: str,
+    positive: Any,
+    negative: Any,
+    layer: int | None = None,
+    groups: list[Any] | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[Make, Sides]:
+    """The estimator with its settings, and the checked sides, as of `fit`: `make(sides)` is the intervention."""
+    if method == "loreft":
+        raise ValueError("fit: 'loreft' is trained on a model, not fitted on activations; use sf.fit_loreft")
+    name = one_of("fit", "method", method, tuple(ESTIMATORS))
+    make = partial(ESTIMATORS[name], **_known(name, dict(settings or {})))
+    scikit_learn("fit")
+    sides = _sides(f"fit: {name}", positive, negative, layer, groups, seed)
+    if name in PAIRED:
+        sides = replace(sides, data=_by_pair(sides.data, groups is None))
+    return make, sides
 
 
 def settings_of(method: str) -> tuple[str, ...]:
@@ -171,29 +189,3 @@ def _by_pair(data: Data, alone: bool) -> Data:
     if apart:
         raise ValueError(f"{data.owner}: row {apart[0]} of pos and of neg are a pair, but in two groups; give them one")
     return data
-
-
-def _held_out(make: Callable[[Sides], Intervention], sides: Sides) -> tuple[float, float]:
-    """(share of the squared distance of held-out means that the edit closes, mean dose), NaN if nothing can be held out."""
-    gap = left = 0.0
-    doses, failed, data = [], [], sides.data
-    for fitted, held in data.folds:
-        part, x, positive = data.labels[fitted], data.x[held], data.labels[held]
-        if min(int(part.sum()), int((~part).sum())) < 2 or not 0 < int(positive.sum()) < len(x):
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                edit = make(sides.take(fitted))
-        except ValueError as reason:
-            failed.append(str(reason))
-            continue
-        edited = torch.ones_like(positive) if isinstance(edit, Ablate) else ~positive
-        moved = torch.where(edited[:, None], edit.apply(x), x).double()
-        x = x.double()
-        gap += float((x[positive].mean(0) - x[~positive].mean(0)).square().sum())
-        left += float((moved[positive].mean(0) - moved[~positive].mean(0)).square().sum())
-        doses.append(((moved - x).norm(dim=1) / x.norm(dim=1))[edited])
-    if failed:
-        warn_user(f"{failed[0]} (in {len(failed)} of {len(data.folds)} folds, which the held-out figures leave out)")
-    return (1 - left / gap, float(torch.cat(doses).mean())) if doses else (math.nan, math.nan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -80,6 +80,16 @@ class Intervention:
         set_field(known, "origin", origin)
         set_field(known, "info", info)
         return known
+
+    def known(self) -> dict[str, Any]:
+        """What is known of its making, ready for JSON; the inverse is `with_known`."""
+        found: dict[str, Any] = {} if self.origin == NOWHERE else {"origin": self.origin.numbers()}
+        return found if self.info is None else {**found, "info": self.info.numbers()}
+
+    def with_known(self, numbers: Mapping[str, Any]) -> Intervention:
+        """The same edit with what a file says of its making; an origin that the file does not name stays its own."""
+        origin = Origin.restore(numbers["origin"]) if "origin" in numbers else self.origin
+        return self.known_from(origin, FitInfo.restore(numbers["info"]) if "info" in numbers else None)
 
     @property
     def by_token(self) -> tuple[Intervention | None, ...]:

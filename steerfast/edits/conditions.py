@@ -326,7 +326,7 @@ class When(Intervention):
     def numbers(self) -> dict[str, Any]:
         return {
             "condition": self.condition.numbers(),
-            "then": {"type": type(self.then).__name__, "numbers": self.then.numbers()},
+            "then": {"type": type(self.then).__name__, "numbers": self.then.numbers(), **self.then.known()},
             "layer": self.layer,
         }
 
@@ -337,9 +337,8 @@ class When(Intervention):
         for name, value in tensors.items():
             owner, _, leaf = name.partition(".") if "." in name else ("", "", name)
             parts[owner][leaf] = value
-        then = intervention_type("Plan.load", numbers["then"]["type"]).restore(
-            parts["then"], numbers["then"]["numbers"]
-        )
+        given = numbers["then"]
+        then = intervention_type("Plan.load", given["type"]).restore(parts["then"], given["numbers"]).with_known(given)
         return cls(Condition.restore(parts["probe"] or parts[""], numbers["condition"]), then, numbers["layer"])
 
     def __repr__(self) -> str:

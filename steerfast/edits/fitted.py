@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .null import Null
+
 
 @dataclass(frozen=True)
 class FitInfo:
@@ -22,6 +24,8 @@ class FitInfo:
         positives, negatives: Rows of each side; of what was trained on texts, those that it was trained on.
         groups: Groups of rows, each held out as a whole.
         nats: Of what was trained on texts: by how many nats a token of held-out continuations became likelier; NaN otherwise.
+        null: `closed` beside that of the same method fitted on shuffled labels, and of random directions of the same dose; None:
+            nothing was drawn.
     """
 
     method: str
@@ -31,15 +35,18 @@ class FitInfo:
     negatives: int = 0
     groups: int = 0
     nats: float = math.nan
+    null: Null | None = None
 
     def numbers(self) -> dict[str, Any]:
         """Its fields, ready for JSON: what is unknown is null."""
-        return _known(asdict(self))
+        return _known({**asdict(self), "null": None if self.null is None else self.null.numbers()})
 
     @classmethod
     def restore(cls, numbers: Mapping[str, Any]) -> FitInfo:
         """The inverse of `numbers`."""
-        return cls(**_measured(numbers))
+        rest = dict(numbers)
+        null = rest.pop("null", None)
+        return cls(**_measured(rest), null=None if null is None else Null.restore(null))
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,11 @@ def plot_flow(edit: Flow, x: Tensor, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def require_matplotlib() -> tuple[type, type]:
+def require_matplotlib(owner: str = "plot_flow") -> tuple[type, type]:
     """(FigureCanvasAgg, Figure), so that nothing global of matplotlib is touched."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plot_flow: needs matplotlib; pip install "steerfast[bench]"') from error
+        raise ImportError(f'{owner}: needs matplotlib; pip install "steerfast[bench]"') from error
     return FigureCanvasAgg, Figure

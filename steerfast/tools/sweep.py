@@ -1,4 +1,4 @@
-"""Which layer, how strong: effect against damage over a grid, so that a user can choose.
+"""Which layer, how strong, by which method: effect against damage over a grid, so that a user can choose.
 
 Every cell of layers × strengths × methods is measured by the model itself, steered at all tokens:
 
@@ -6,74 +6,39 @@ Every cell of layers × strengths × methods is measured by the model itself, st
     perplexity  exp(mean negative log-likelihood per token) of neutral texts
 
 Activations are collected once for all layers. Cells run in batches that mix them, one plan per batch row. Each finished
-cell is on disk before the next begins, under a temporary name first, so an interrupted run continues.
+cell is on disk before the next begins, under a temporary name first, so an interrupted run continues. The best cell stands
+beside its null: the same method, layer and strength fitted on shuffled labels, and random directions of the same length.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from steerfast._checks import finite_number, one_of, positive_integer, whole_number, whole_numbers
-from steerfast.barriers.barrier import Barrier
-from steerfast.barriers.fit import fit_barrier
-from steerfast.directions import extract
-from steerfast.directions.direction import Direction
-from steerfast.edits.flow import Flow
-from steerfast.edits.linear import Add
-from steerfast.hooks.steer import steer
-from steerfast.models.collect import collect
+from steerfast.barriers.data import seeded
+from steerfast.directions.fit import ESTIMATORS, settings_of
+from steerfast.edits.null import DRAWS, Null
+from steerfast.files.replace import replace_file
+from steerfast.models.collect import Activations, collect
 from steerfast.models.layers import evaluating, find_layers
 from steerfast.models.texts import TextReader
 from steerfast.place import SITES
-from steerfast.plan import Plan, card
+from steerfast.plan import card
 
-SCHEMA = 1
-KIND = "steerfast.sweep"
-METHODS = (*extract.METHODS, "flow")
-UNITS = ("stream", "vector")
-NEUTRAL = (
-    "The bridge was built in the nineteenth century and connects the two halves of the town.",
-    "Water boils at a lower temperature in the mountains, because the air pressure is lower there.",
-    "She put the letters on the table, took off her coat and opened the window.",
-    "The train leaves at half past eight and arrives in the capital shortly before noon.",
-    "To make the dough, mix flour, water and a little salt, and let it rest for an hour.",
-    "The committee meets twice a year and publishes its minutes within a month.",
-)
-"""Texts about nothing in particular, for the perplexity where a user names none."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is measured.
-
-    Args:
-        prompts: Beginnings of texts.
-        wanted: Continuations that steering should make likelier, as they follow a prompt: usually with a leading space.
-        unwanted: Continuations that it should make less likely.
-        neutral: Texts whose perplexity tells the damage.
-
-    Raises:
-        TypeError, ValueError: a field is one text instead of several, or has none.
-    """
-
-    prompts: tuple[str, ...]
-    wanted: tuple[str, ...]
-    unwanted: tuple[str, ...]
-    neutral: tuple[str, ...] = NEUTRAL
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "wanted", "unwanted", "neutral"):
-            object.__setattr__(self, name, _texts("Question", name, getattr(self, name)))
+from .flow_plot import require_matplotlib
+from .sweep_edits import METHODS, SEVERAL_LAYERS, UNITS, Trial, control
+from .sweep_lessons import TRAINED, Teacher
+from .sweep_scores import Dose, Question, Scored, measure, sequences_of, several, texts_of
+from .sweep_store import Cell, Store
 
 
 @dataclass(frozen=True)
@@ -83,10 +48,16 @@ class Grid:
     Args:
         layers: 0-based, negative from the end; also an array or a tensor of integers, or a slice of all layers.
         strengths: In the given unit; negative ones steer the other way, 0 is the unsteered model.
-        methods: Functions of `steerfast.extract`: "mean_difference", "difference", "pca", "logistic".
-        unit: "stream": the added vector's length as a share of the stream's typical (median) norm at that layer, so
-            that layers compare; "vector": multiples of the vector as it was extracted.
-        site: Where activations are read and the vector is added.
+        methods: Functions of `steerfast.extract` ("mean_difference", "difference", "pca", "logistic"), whose vector is added, and
+            methods of `sf.fit` with their default settings; and, trained on the model with the texts as examples, "loreft",
+            "vector", "reft_r1", "reps" and "lineas": the texts are paired row by row, and what a pair begins with is the prompt.
+        unit: "stream": the length of the change as a share of the stream's typical (median) norm at that layer, so that layers
+            and methods compare; of a flow the angle. What is no addition is multiplied until it would be that long if it grew in
+            proportion. "vector": multiples of the edit as it was fitted; of a flow its length.
+        site: Where activations are read and the edit stands.
+        sae: The SAE of "edit_features", "amplify", "calibrate" and "deficit_push".
+        damage: Perplexity in multiples of the unsteered one that the best cell, which is nulled, may have.
+        draws: Of each kind for the null of the best cell; 0: none.
 
     Raises:
         TypeError, ValueError: an empty or repeated entry, an unknown word, or a strength that is not finite.
@@ -97,38 +68,32 @@ class Grid:
     methods: tuple[str, ...] = ("mean_difference",)
     unit: str = "stream"
     site: str = "resid_post"
+    sae: Any = None
+    damage: float = 1.1
+    draws: int = DRAWS
 
     def __post_init__(self) -> None:
         one_of("Grid", "unit", self.unit, UNITS)
         one_of("Grid", "site", self.site, SITES)
-        strengths = tuple(finite_number("Grid", "strengths", s) for s in _several("Grid", "strengths", self.strengths))
-        methods = tuple(one_of("Grid", "methods", m, METHODS) for m in _several("Grid", "methods", self.methods))
+        object.__setattr__(self, "damage", finite_number("Grid", "damage", self.damage))
+        whole_number("Grid", "draws", self.draws, 0)
+        strengths = tuple(finite_number("Grid", "strengths", s) for s in several("Grid", "strengths", self.strengths))
+        methods = tuple(one_of("Grid", "methods", m, METHODS) for m in several("Grid", "methods", self.methods))
         layers: Any = self.layers
         if not isinstance(layers, slice):
-            layers = tuple(whole_number("Grid", "layers", layer) for layer in _several("Grid", "layers", layers))
+            layers = tuple(whole_number("Grid", "layers", layer) for layer in several("Grid", "layers", layers))
         for name, values in (("layers", layers), ("strengths", strengths), ("methods", methods)):
             if not isinstance(values, slice) and len(set(values)) != len(values):
                 raise ValueError(f"Grid: {name} is {values}; name each once")
             object.__setattr__(self, name, values)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One measurement.
-
-    Attributes:
-        method, layer, strength: Which cell; the strength in the grid's unit.
-        norm: ‖c·v‖, the length of what was added: the strength of a normalised vector.
-        effect: Mean log-odds of wanted against unwanted continuations, in nats.
-        perplexity: Of the neutral texts.
-    """
-
-    method: str
-    layer: int
-    strength: float
-    norm: float
-    effect: float
-    perplexity: float
+        trained = [one for one in methods if one in TRAINED]
+        if trained and self.site != "resid_post":
+            raise ValueError(f"Grid: {trained[0]!r} is trained at resid_post, and site is {self.site!r}")
+        featured = [one for one in methods if one in ESTIMATORS and "sae" in settings_of(one)]
+        if featured and self.sae is None:
+            raise TypeError(
+                f"Grid: {featured[0]!r} edits features of an SAE; give it as sae=, such as sf.SAE.load gives"
+            )
 
 
 class Sweep(Sequence[Cell]):
@@ -137,12 +102,14 @@ class Sweep(Sequence[Cell]):
     Attributes:
         baseline: the unsteered model; its method is "none".
         unit: of the strengths.
+        null: a cell, and its change of effect beside that of its controls; None: nothing was drawn.
     """
 
-    def __init__(self, cells: Iterable[Cell], baseline: Cell, unit: str) -> None:
+    def __init__(self, cells: Iterable[Cell], baseline: Cell, unit: str, null: tuple[Cell, Null] | None = None) -> None:
         self._cells = tuple(cells)
         self.baseline = baseline
         self.unit = unit
+        self.null = null
 
     def __getitem__(self, index: Any) -> Any:
         return self._cells[index]
@@ -165,6 +132,10 @@ class Sweep(Sequence[Cell]):
             for layer in layers:
                 shown = [cells.get((layer, s)) for s in strengths]
                 lines.append(f"{layer:>6}" + "".join(f"{self._cell(c):>16}" for c in shown))
+        if self.null is not None:
+            cell, null = self.null
+            where = f"{cell.method}, layer {cell.layer}, strength {cell.strength:g}"
+            lines += ["", f"null of {where} ({null.effect:+.2f}): {null}"]
         return "\n".join(lines)
 
     def heat_map(self, path: str | os.PathLike[str]) -> Path:
@@ -176,11 +147,7 @@ class Sweep(Sequence[Cell]):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError('heat_map: needs matplotlib; pip install "steerfast[bench]"') from error
+        FigureCanvasAgg, Figure = require_matplotlib("heat_map")
         methods = list(dict.fromkeys(cell.method for cell in self._cells))
         layers, strengths, _ = self._axes(methods[0])
         size = (2 * max(4.0, 0.7 * len(strengths) + 2), len(methods) * max(3.0, 0.3 * len(layers) + 1.5))
@@ -189,15 +156,10 @@ class Sweep(Sequence[Cell]):
         for row, method in enumerate(methods):
             for axes, what in zip(panels[row], ("effect", "damage"), strict=True):
                 self._panel(axes, method, what)
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with open(temporary, "wb") as file:
-                FigureCanvasAgg(figure).print_png(file)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return target
+        image = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(image)
+        replace_file(Path(path), image.getvalue())
+        return Path(path)
 
     def _panel(self, axes: Any, method: str, what: str) -> None:
         layers, strengths, cells = self._axes(method)
@@ -239,7 +201,7 @@ def sweep(
     batch_size: int = 16,
     progress: bool = True,
 ) -> Sweep:
-    """Measure effect and damage of a steering vector over layers, strengths and methods of extraction.
+    """Measure effect and damage of steering over layers, strengths and methods, and the null of the best cell.
 
         effect = mean over prompts of log Σ p(wanted | prompt) - log Σ p(unwanted | prompt)
 
@@ -255,10 +217,12 @@ def sweep(
         progress: Show a progress bar on stderr.
 
     Returns:
-        The cells of the grid, with the unsteered model as the baseline.
+        The cells of the grid, with the unsteered model as the baseline, and the null of the best cell. The best of many cells is
+        favoured by having been chosen; the draws are not, so that a share above 0 is a warning.
 
     Raises:
-        TypeError, ValueError: a bad layer or batch size, texts without tokens, or `out` belongs to another sweep.
+        TypeError, ValueError: a bad layer or batch size, texts without tokens, `out` belongs to another sweep, or what a method
+            refuses.
 
     Example:
         >>> question = sf.tools.Question(("I think people are",), (" kind", " good"), (" cruel", " bad"))
@@ -274,242 +238,93 @@ def sweep(
     tokenizer = TextReader.of(tokenizer, "sweep")  # one reader, so that `collect` below does not warn again
     if len(sides) != 2:
         raise ValueError(f"sweep: sides must be (texts with the property, texts without it), got {len(sides)} items")
-    both = [_texts("sweep", "sides", side) for side in sides]
+    both = [texts_of("sweep", "sides", side) for side in sides]
     # Files of schema 1 name the question "probe".
     origin = {"site": grid.site, "model": vars(card(model))}
     settings = {"sides": both, "probe": asdict(question), "unit": grid.unit, **origin}
-    store = _Store(None if out is None else Path(out), settings)
-    sequences = _sequences(tokenizer, question)
+    if grid.sae is not None:
+        settings["sae"] = repr(grid.sae)
+    store = Store(None if out is None else Path(out), settings)
+    run = _Run(model, question, sequences_of(tokenizer, question), batch_size)
     wanted = [(m, layer, s) for m in grid.methods for layer in chosen for s in grid.strengths]
     missing = [key for key in wanted if key not in store.cells]
+    read = range(layers.count) if set(grid.methods) & set(SEVERAL_LAYERS) else chosen
+
+    def collected() -> tuple[Activations, Activations]:
+        first, second = (
+            collect(model, tokenizer, side, read, site=grid.site, batch_size=batch_size, progress=progress)
+            for side in both
+        )
+        return first, second
+
+    trial = Trial(collected, Teacher(model, tokenizer, both), grid.site, grid.unit, grid.sae)
     with evaluating(model), _bar(len(wanted), len(wanted) - len(missing), progress) as bar:
         if store.baseline is None:
-            [(effect, perplexity)] = _measure(model, sequences, question, [None], batch_size)
+            ((effect, perplexity),) = run([Dose()])
             store.add(Cell("none", -1, 0.0, 0.0, effect, perplexity))
-        vectors = _directions(model, tokenizer, both, grid, missing, batch_size, progress) if missing else {}
-        group = max(1, batch_size // len(sequences))  # cells that fill a batch together
-        for first in range(0, len(missing), group):
-            part = missing[first : first + group]
-            adds = [_edit(vectors[method, layer], strength, grid.unit) for method, layer, strength in part]
-            plans = [None if a is None else Plan({(grid.site, key[1]): a}) for key, a in zip(part, adds, strict=True)]
-            for key, add, values in zip(
-                part, adds, _measure(model, sequences, question, plans, batch_size), strict=True
-            ):
-                store.add(Cell(*key, 0.0 if add is None else _length(add), *values))
-                bar.update()
-    if store.baseline is None:
-        raise RuntimeError("sweep: the unsteered model was not measured")
-    return Sweep([store.cells[key] for key in wanted], store.baseline, grid.unit)
-
-
-# --- one cell ---------------------------------------------------------------------------------------------------------
+        _fill(store, run, trial, missing, bar)
+        if store.baseline is None:
+            raise RuntimeError("sweep: the unsteered model was not measured")
+        found = Sweep([store.cells[key] for key in wanted], store.baseline, grid.unit)
+        best = found.best(grid.damage)
+        if best is not None and best.strength and grid.draws:
+            found.null = _nulled(store, run, trial, best, grid)
+    return found
 
 
 @dataclass(frozen=True)
-class _Sequence:
-    """Token ids, of which those from `start` on are scored."""
+class _Run:
+    """Measures doses."""
 
-    ids: tuple[int, ...]
-    start: int
+    model: nn.Module
+    question: Question
+    sequences: list[Scored]
+    batch_size: int
 
-
-def _sequences(reader: TextReader, question: Question) -> list[_Sequence]:
-    """Prompts with each continuation, prompt by prompt, then the neutral texts."""
-    found = []
-    for prompt in question.prompts:
-        head = _filled("prompts", prompt, reader.beginning(prompt))
-        for continuation in (*question.wanted, *question.unwanted):
-            tail = _filled("wanted and unwanted", continuation, reader.bare(continuation))
-            found.append(_Sequence((*head, *tail), len(head)))
-    for text in question.neutral:
-        ids = _filled("neutral", text, reader.ids(text))
-        if len(ids) < 2:
-            raise ValueError(f"sweep: {text!r} in neutral has one token; perplexity needs at least two")
-        found.append(_Sequence(ids, 1))
-    return found
+    def __call__(self, doses: Sequence[Dose]) -> list[tuple[float, float]]:
+        """(effect, perplexity) of each; as many as fill a batch run together."""
+        group = max(1, self.batch_size // len(self.sequences))
+        parts = [doses[i : i + group] for i in range(0, len(doses), group)]
+        return [
+            one for part in parts for one in measure(self.model, self.sequences, self.question, part, self.batch_size)
+        ]
 
 
-def _filled(name: str, text: str, ids: list[int]) -> tuple[int, ...]:
-    if not ids:
-        raise ValueError(f"sweep: {text!r} in {name} has no tokens; remove it or give it content")
-    return tuple(ids)
+def _fill(store: Store, run: _Run, trial: Trial, missing: list[tuple[str, int, float]], bar: Any) -> None:
+    """Measure the cells that are missing, a batch at a time."""
+    group = max(1, run.batch_size // len(run.sequences))
+    for first in range(0, len(missing), group):
+        part = missing[first : first + group]
+        fitted = [trial.fit(method, layer) for method, layer, _ in part]
+        doses = [one.dose(key[2]) for one, key in zip(fitted, part, strict=True)]
+        for (method, layer, strength), one, (effect, perplexity) in zip(part, fitted, run(doses), strict=True):
+            factor = one.factor(strength)
+            store.add(Cell(method, layer, strength, one.length(factor), effect, perplexity, factor))
+            bar.update()
 
 
-def _measure(
-    model: nn.Module, sequences: list[_Sequence], question: Question, plans: Sequence[Plan | None], batch_size: int
-) -> Iterator[tuple[float, float]]:
-    """(effect, perplexity) under each plan; rows of several plans run together."""
-    jobs = [(plan, sequence) for plan in plans for sequence in sequences]
-    order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][1].ids))  # little padding
-    scores = [0.0] * len(jobs)
-    for first in range(0, len(jobs), batch_size):
-        rows = order[first : first + batch_size]
-        batch = _log_likelihoods(model, [jobs[i][1] for i in rows], [jobs[i][0] for i in rows])
-        for i, score in zip(rows, batch, strict=True):
-            scores[i] = score
-    for i in range(len(plans)):
-        yield _effect_and_perplexity(sequences, question, scores[i * len(sequences) : (i + 1) * len(sequences)])
-
-
-def _log_likelihoods(model: nn.Module, batch: list[_Sequence], plans: list[Plan | None]) -> list[float]:
-    """Σ log p of the scored tokens of each row."""
-    device = next(model.parameters()).device
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(s.ids) for s in batch], batch_first=True)
-    mask = (torch.arange(ids.shape[1]) < torch.tensor([len(s.ids) for s in batch])[:, None]).long()
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-    if any(plan is not None for plan in plans):
-        with steer(model, plans):
-            logits: Tensor = model(**inputs).logits
-    else:
-        logits = model(**inputs).logits
-    scores = []
-    for row, sequence in enumerate(batch):
-        span = slice(sequence.start - 1, len(sequence.ids) - 1)
-        likelihoods = logits[row, span].float().log_softmax(-1)
-        targets = torch.tensor(sequence.ids[sequence.start :], device=logits.device)
-        scores.append(likelihoods.gather(1, targets[:, None]).double().sum())
-    return torch.stack(scores).tolist()
-
-
-def _effect_and_perplexity(sequences: list[_Sequence], question: Question, scores: list[float]) -> tuple[float, float]:
-    per_prompt = len(question.wanted) + len(question.unwanted)
-    split = len(question.prompts) * per_prompt
-    odds = torch.tensor(scores[:split], dtype=torch.float64).view(-1, per_prompt)
-    wanted, unwanted = odds[:, : len(question.wanted)], odds[:, len(question.wanted) :]
-    tokens = sum(len(s.ids) - s.start for s in sequences[split:])
-    loss = -sum(scores[split:]) / tokens
-    return float((wanted.logsumexp(1) - unwanted.logsumexp(1)).mean()), math.exp(min(loss, 700.0))
-
-
-def _directions(
-    model: nn.Module,
-    tokenizer: Any,
-    sides: Sequence[tuple[str, ...]],
-    grid: Grid,
-    keys: list[tuple[str, int, float]],
-    batch_size: int,
-    progress: bool,
-) -> dict[tuple[str, int], Direction | Barrier]:
-    """The direction of each method and layer that is still needed; the activations are collected once."""
-    layers = sorted({layer for _, layer, _ in keys})
-    acts = [
-        collect(model, tokenizer, side, layers, site=grid.site, batch_size=batch_size, progress=progress)
-        for side in sides
-    ]
-    found: dict[tuple[str, int], Direction | Barrier] = {}
-    for method, layer in dict.fromkeys(key[:2] for key in keys):
-        if method == "flow":
-            found[method, layer] = fit_barrier(acts[0][layer], acts[1][layer], kind="quadratic")
-        else:
-            found[method, layer] = getattr(extract, method)(acts[0][layer], acts[1][layer])
-    return found
-
-
-def _edit(direction: Direction | Barrier, strength: float, unit: str) -> Add | Flow | None:
-    """What one cell does; a flow takes its strength as an angle, or as its length where the unit is the vector's."""
-    if strength == 0.0:
-        return None
-    if isinstance(direction, Barrier):
-        h = direction if strength > 0 else -direction
-        return Flow(h, angle=abs(strength)) if unit == "stream" else Flow(h, T=abs(strength))
-    if unit == "stream" and direction.origin.typical_norm is not None:
-        strength = strength * direction.origin.typical_norm / float(direction.vector.norm())
-    return Add(direction.vector, strength=strength)
-
-
-def _length(edit: Add | Flow) -> float:
-    if isinstance(edit, Flow):
-        return edit.T if edit.T is not None else float(edit.angle or 0.0) * (edit.origin.typical_norm or 0.0)
-    return abs(edit.strength) * float(edit.tensors()["vector"].norm())
-
-
-# --- on disk ----------------------------------------------------------------------------------------------------------
-
-
-class _Store:
-    """The cells that are done, in memory and, if there is a folder, in its sweep.json."""
-
-    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
-        self.path = None if folder is None else folder / "sweep.json"
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-        self.cells: dict[tuple[str, int, float], Cell] = {}
-        self.baseline: Cell | None = None
-        if self.path is not None and self.path.exists():
-            self._read(self.path)
-
-    def add(self, cell: Cell) -> None:
-        """Keep a cell, on disk as well before this returns."""
-        if cell.method == "none":
-            self.baseline = cell
-        else:
-            self.cells[cell.method, cell.layer, cell.strength] = cell
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        baseline = None if self.baseline is None else _numbers(self.baseline)
-        cells = [_numbers(one) for one in self.cells.values()]
-        text = {"schema": SCHEMA, "kind": KIND, "key": self.key, "question": self.settings}
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+def _nulled(store: Store, run: _Run, trial: Trial, best: Cell, grid: Grid) -> tuple[Cell, Null]:
+    """The best cell beside the same method on shuffled labels and random directions of its length."""
+    known = store.null
+    if known is not None and known[0] == best and len(known[1].random) == grid.draws:
+        return known
+    baseline = store.baseline.effect if store.baseline is not None else 0.0
+    generator = seeded(0)
+    real = trial.fit(best.method, best.layer)
+    doses = []
+    for _ in range(grid.draws):
         try:
-            temporary.write_text(json.dumps({**text, "baseline": baseline, "cells": cells}, indent=1), encoding="utf-8")
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _read(self, path: Path) -> None:
-        try:
-            text = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"sweep: {path} is not JSON ({error}); choose another directory") from None
-        if not isinstance(text, dict) or text.get("kind") != KIND or text.get("schema") != SCHEMA:
-            raise ValueError(f"sweep: {path} is no sweep of schema {SCHEMA}; choose another directory")
-        if text.get("key") != self.key:
-            old = text.get("question")
-            differs = [
-                name for name, value in self.settings.items() if not isinstance(old, dict) or old.get(name) != value
-            ]
-            raise ValueError(
-                f"sweep: {path} was measured with other {', '.join(differs) or 'texts'}; choose another directory"
-            )
-        try:
-            self.baseline = None if text["baseline"] is None else _cell(text["baseline"])
-            self.cells = {astuple(cell)[:3]: cell for cell in map(_cell, text["cells"])}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"sweep: {path} is damaged ({error!r}); delete it, or choose another directory") from None
-
-
-def _numbers(cell: Cell) -> dict[str, Any]:
-    """A cell for JSON, which has no Inf and NaN: what has no number is null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(cell).items()}
-
-
-def _cell(entry: dict[str, Any]) -> Cell:
-    numbers = {
-        name: math.nan if entry[name] is None else float(entry[name])
-        for name in ("strength", "norm", "effect", "perplexity")
-    }
-    return Cell(method=str(entry["method"]), layer=int(entry["layer"]), **numbers)
+            doses.append(trial.fit(best.method, best.layer, generator).dose(best.strength))
+        except ValueError:  # shuffled sides that do not differ: nothing is found, nothing is done
+            doses.append(Dose())
+    doses += [control(real, best.norm, generator) for _ in range(grid.draws)]
+    effects = [effect - baseline for effect, _ in run(doses)]
+    null = Null.of(best.effect - baseline, effects[: grid.draws], effects[grid.draws :])
+    store.keep_null(best, null)
+    return best, null
 
 
 def _bar(total: int, done: int, progress: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=total, initial=done, desc="sweep", unit="cell", disable=not progress)
-
-
-def _several(owner: str, name: str, values: Any) -> tuple[Any, ...]:
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"{owner}: {name} must be several values, got {values!r}; put it into a list")
-    found = tuple(values)
-    if not found:
-        raise ValueError(f"{owner}: {name} is empty; give at least one")
-    return found
-
-
-def _texts(owner: str, name: str, values: Any) -> tuple[str, ...]:
-    found = _several(owner, name, values)
-    for text in found:
-        if not isinstance(text, str) or not text:
-            raise TypeError(f"{owner}: {name} holds {text!r}; expected texts with content")
-    return found

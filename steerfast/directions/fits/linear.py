@@ -111,13 +111,21 @@ def affine(sides: Sides, keep_norm: bool = False) -> Affine:
 
 def transport(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(w, b), each (d,), of the map that takes the columns of source (n, d) to those of target (m, d), as in `affine`."""
-    n, m = len(source), len(target)
-    # Both quantile functions are constant between two of the edges i/n and j/m, here in units of 1/nm.
-    edges = torch.unique(torch.cat([m * torch.arange(n + 1, device="cpu"), n * torch.arange(m + 1, device="cpu")]))
-    share = edges.diff().double()[:, None] / (n * m)
-    a, b = source.sort(0).values[edges[:-1] // m], target.sort(0).values[edges[:-1] // n]
+    share, a, b = paired_quantiles(source, target)
     mean_a, mean_b = (share * a).sum(0), (share * b).sum(0)
     spread, common = (share * (a - mean_a) ** 2).sum(0), (share * (a - mean_a) * (b - mean_b)).sum(0)
     constant = spread <= (ROUNDING * a.abs().amax(0)) ** 2
     weight = torch.where(constant, 1.0, common / torch.where(constant, 1.0, spread))
     return weight, mean_b - weight * mean_a
+
+
+def paired_quantiles(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The optimal transport of each column of a (n, d) to that of b (m, d): (share (k, 1), values of a and of b (k, d)).
+
+    A share of the mass moves from the one value to the other; with n = m the i-th smallest values are paired. Differentiable.
+    """
+    n, m = len(a), len(b)
+    # Both quantile functions are constant between two of the edges i/n and j/m, here in units of 1/nm.
+    edges = torch.unique(torch.cat([m * torch.arange(n + 1, device="cpu"), n * torch.arange(m + 1, device="cpu")]))
+    share = edges.diff().to(a.dtype)[:, None] / (n * m)
+    return share, a.sort(0).values[edges[:-1] // m], b.sort(0).values[edges[:-1] // n]

@@ -1,0 +1,266 @@
+"""Steering vectors trained on a model: by the language-model objective, as ReFT-r1, or by preference (RePS)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from steerfast._checks import finite_number, positive_integer, whole_number
+from steerfast.barriers.data import seeded
+from steerfast.edits.fitted import FitInfo
+from steerfast.edits.linear import Add
+from steerfast.edits.null import DRAWS, Null
+from steerfast.models.texts import TextReader
+
+from .lessons import Edit, Lesson, Pupil, descend, read_lessons, split, steps_and_rate
+
+
+class Objective(Protocol):
+    """What a vector is trained for."""
+
+    @property
+    def method(self) -> str:
+        """Its name in `FitInfo`."""
+
+    @property
+    def contrast(self) -> bool:
+        """Whether examples have an unwanted continuation."""
+
+    @property
+    def unit(self) -> bool:
+        """Whether the vector is held at length 1."""
+
+    def loss(self, pupil: Pupil, w: Tensor, lesson: Lesson, progress: float, draw: float) -> Tensor:
+        """The loss of one example; `progress`, from 0 to 1, is how far training is, `draw` in [0, 1) a number by chance."""
+
+    def strength(self, pupil: Pupil, w: Tensor, lessons: list[Lesson]) -> float:
+        """The strength that the trained vector is given."""
+
+
+@dataclass(frozen=True)
+class LMObjective:
+    """x + w, trained on the mean cross entropy of the wanted continuation's tokens.
+
+    Reference:
+        The steering vectors of Wu et al. 2025, AxBench (arXiv:2501.17148).
+    """
+
+    method = "vector"
+    contrast = False
+    unit = False
+
+    def loss(self, pupil: Pupil, w: Tensor, lesson: Lesson, progress: float, draw: float) -> Tensor:
+        """-mean log p(wanted)."""
+        return -pupil.log_likelihoods(lesson.prompt, lesson.wanted, lambda x: x + w.to(x.dtype)).mean()
+
+    def strength(self, pupil: Pupil, w: Tensor, lessons: list[Lesson]) -> float:
+        """1."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class ReFTr1:
+    """Detect and steer with one unit vector: a = relu(xᵀw) per token, x + mean(the k largest a)·w in training.
+
+        loss = -mean log p(wanted) + λ·(share of training done)·mean of the other a
+
+    Steering afterwards adds m·w at every token, m the largest a on the examples.
+
+    Args:
+        top: k.
+        penalty: λ.
+
+    Reference:
+        Wu et al. 2025, AxBench (arXiv:2501.17148), with the schedule of λ of its released code.
+    """
+
+    top: int = 8
+    penalty: float = 0.005
+    method = "reft_r1"
+    contrast = False
+    unit = True
+
+    def __post_init__(self) -> None:
+        positive_integer("ReFTr1", "top", self.top)
+        finite_number("ReFTr1", "penalty", self.penalty)
+
+    def loss(self, pupil: Pupil, w: Tensor, lesson: Lesson, progress: float, draw: float) -> Tensor:
+        """The formula of the class."""
+        rest: list[Tensor] = []
+
+        def edit(x: Tensor) -> Tensor:
+            largest, others = self.read(x[0].float(), w)
+            rest.append(others)
+            return x + (largest * w).to(x.dtype)
+
+        likelihood = pupil.log_likelihoods(lesson.prompt, lesson.wanted, edit).mean()
+        return self.penalty * progress * rest[0].cpu() - likelihood
+
+    def read(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean of the k largest relu(xᵀw), sum of the others over the number of tokens) of rows x (tokens, d)."""
+        active = torch.relu(x @ w)
+        largest = active.topk(min(self.top, len(active))).values
+        return largest.mean(), (active.sum() - largest.sum()) / len(active)
+
+    def strength(self, pupil: Pupil, w: Tensor, lessons: list[Lesson]) -> float:
+        """m, the largest activation on the examples; 1 if it is never active."""
+        found: list[float] = []
+
+        def keep(x: Tensor) -> Tensor:
+            found.append(float(torch.relu(x[0].float() @ w).max()))
+            return x
+
+        with torch.no_grad():
+            for lesson in lessons:
+                pupil.log_likelihoods(lesson.prompt, lesson.wanted, keep)
+        return max(found, default=0.0) or 1.0
+
+
+@dataclass(frozen=True)
+class RePS:
+    """Reference-free preference steering, in both directions, y_w the wanted and y_u the unwanted continuation.
+
+        Δ₊ = β₊/|y_w|·log p(y_w) - 1/|y_u|·log p(y_u),   steered by x + f·w, f drawn from the factors
+        Δ₋ = β₋/|y_u|·log p(y_u) - 1/|y_w|·log p(y_w),   steered by x - relu(xᵀw)/‖w‖²·w
+        loss = -log σ(Δ₊) - log σ(Δ₋)
+
+    with β₊ = max(log p₀(y_u) - log p₀(y_w), 1) and β₋ = max(log p₀(y_w) - log p₀(y_u), 1) of the unsteered model.
+
+    Args:
+        factors: f; the middle one is the strength of the returned vector.
+
+    Reference:
+        Wu et al. 2025, Improved Representation Steering for Language Models (arXiv:2505.20809).
+    """
+
+    factors: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0)
+    method = "reps"
+    contrast = True
+    unit = False
+
+    def __post_init__(self) -> None:
+        factors = tuple(finite_number("RePS", "factors", value) for value in self.factors)
+        if not factors or min(factors) <= 0:
+            raise ValueError(f"RePS: factors is {self.factors}; expected numbers > 0, one at least")
+        object.__setattr__(self, "factors", factors)
+
+    def loss(self, pupil: Pupil, w: Tensor, lesson: Lesson, progress: float, draw: float) -> Tensor:
+        """The formula of the class."""
+        factor = self.factors[int(draw * len(self.factors))]
+        with torch.no_grad():
+            plain = self._both(pupil, lesson, None)
+        up = self._both(pupil, lesson, lambda x: x + (factor * w).to(x.dtype))
+        down = self._both(pupil, lesson, lambda x: nulled(x, w))
+        gap = float(plain[0].sum() - plain[1].sum())
+        plus = preference(up[0], up[1], max(-gap, 1.0))
+        minus = preference(down[1], down[0], max(gap, 1.0))
+        return -logsigmoid(plus) - logsigmoid(minus)
+
+    def _both(self, pupil: Pupil, lesson: Lesson, edit: Edit | None) -> tuple[Tensor, Tensor]:
+        return (
+            pupil.log_likelihoods(lesson.prompt, lesson.wanted, edit),
+            pupil.log_likelihoods(lesson.prompt, lesson.unwanted, edit),
+        )
+
+    def strength(self, pupil: Pupil, w: Tensor, lessons: list[Lesson]) -> float:
+        """The middle factor."""
+        return sorted(self.factors)[len(self.factors) // 2]
+
+
+def nulled(x: Tensor, w: Tensor) -> Tensor:
+    """x - relu(xᵀw)/‖w‖²·w."""
+    rows = x.float()
+    return (rows - (torch.relu(rows @ w) / w.square().sum().clamp(min=1e-20))[..., None] * w).to(x.dtype)
+
+
+def preference(better: Tensor, worse: Tensor, beta: float) -> Tensor:
+    """β·mean(better) - mean(worse) of log-likelihoods by token."""
+    return beta * better.mean() - worse.mean()
+
+
+def fit_vector(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Iterable[tuple[str, ...]],
+    layer: int,
+    objective: Objective | None = None,
+    *,
+    steps: int = 100,
+    lr: float = 0.02,
+    seed: int = 0,
+) -> Add:
+    """Train a steering vector at a block's output so that a model continues prompts as in examples.
+
+    Adam moves w (d,), four examples a step; every token is edited. The model's weights stay as they are.
+
+    Args:
+        model: A `transformers` causal language model.
+        tokenizer: Its tokenizer.
+        examples: (prompt, continuation), strings; of `RePS` (prompt, wanted, unwanted). Mind the leading space of a continuation.
+            Of ten or more every fifth is held out.
+        layer: Decoder block, 0-based, negative from the end.
+        objective: What is trained for: `sf.LMObjective()` (None), `sf.ReFTr1()` or `sf.RePS()`.
+        steps: Steps of Adam.
+        lr: Its learning rate.
+        seed: Of the start, the order of the examples and the factors.
+
+    Returns:
+        An `Add` of the vector; its `origin` holds the model and the place, its `info.nats` by how many nats a token of held-out
+        wanted continuations became likelier, beside that of 20 random vectors of the same length in `info.null`.
+
+    Raises:
+        TypeError, ValueError: no examples, one of another form or without tokens, an unknown layer, a number out of range, or
+            the training diverges.
+
+    Example:
+        >>> edit = sf.fit_vector(model, tokenizer, [("The weather is", " purple")], 12, sf.ReFTr1(), steps=2)
+        >>> plan = sf.Plan([edit])
+    """
+    owner = "fit_vector"
+    goal: Objective = LMObjective() if objective is None else objective
+    steps, lr = steps_and_rate(owner, steps, lr)
+    whole_number(owner, "seed", seed)
+    pupil = Pupil(owner, model, layer)
+    taught, held = split(read_lessons(owner, TextReader.of(tokenizer, owner), examples, goal.contrast))
+    generator = seeded(seed)
+    start = torch.randn(pupil.width, generator=generator, device="cpu")
+    w = (start / start.norm()).to(pupil.device).requires_grad_()
+
+    def loss(step: int, part: list[int]) -> Tensor:
+        draws = torch.rand(len(part), generator=generator, device="cpu").tolist()
+        found = [goal.loss(pupil, w, taught[i], step / steps, draw) for i, draw in zip(part, draws, strict=True)]
+        return torch.stack(found).mean()
+
+    with pupil.taught():
+        descend(owner, [w], loss, len(taught), steps, lr, generator, (lambda: _unit(w)) if goal.unit else None)
+        vector = w.detach()
+        strength = goal.strength(pupil, vector, taught)
+        nats, null = _held_out(pupil, strength * vector, held, generator)
+    info = FitInfo(goal.method, positives=len(taught), groups=len(taught), nats=nats, null=null)
+    return Add(vector.float().cpu(), strength, origin=pupil.origin, info=info)
+
+
+def _unit(w: Tensor) -> None:
+    w /= w.norm()
+
+
+def _held_out(
+    pupil: Pupil, vector: Tensor, held: list[Lesson], generator: torch.Generator
+) -> tuple[float, Null | None]:
+    """(nats a token that held-out continuations became likelier, the same of random vectors)."""
+    if not held:
+        return math.nan, None
+    before = pupil.nats(held, None)
+
+    def gain(v: Tensor) -> float:
+        return pupil.nats(held, lambda x: x + v.to(x.dtype)) - before
+
+    nats = gain(vector)
+    drawn = [torch.randn(len(vector), generator=generator, device="cpu").to(vector.device) for _ in range(DRAWS)]
+    return nats, Null.of(nats, (), [gain(v * vector.norm() / v.norm()) for v in drawn])

@@ -1,0 +1,117 @@
+"""The cells of a sweep, in memory and on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from steerfast.edits.null import Null
+from steerfast.files.replace import replace_file
+
+SCHEMA = 2
+"""Files of schema 1 hold no nulls and no factors."""
+KIND = "steerfast.sweep"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    Attributes:
+        method, layer, strength: Which cell; the strength in the grid's unit.
+        norm: ‖c·v‖, the length of what was added: the strength of a normalised vector.
+        effect: Mean log-odds of wanted against unwanted continuations, in nats.
+        perplexity: Of the neutral texts.
+        factor: What the edit as it was fitted is multiplied by, `steer`'s strength; of a flow its angle or length. NaN in
+            files of schema 1.
+    """
+
+    method: str
+    layer: int
+    strength: float
+    norm: float
+    effect: float
+    perplexity: float
+    factor: float = math.nan
+
+
+class Store:
+    """The cells that are done, in memory and, if there is a folder, in its sweep.json."""
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
+        self.path = None if folder is None else folder / "sweep.json"
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        self.cells: dict[tuple[str, int, float], Cell] = {}
+        self.baseline: Cell | None = None
+        self.null: tuple[Cell, Null] | None = None
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def add(self, cell: Cell) -> None:
+        """Keep a cell, on disk as well before this returns."""
+        if cell.method == "none":
+            self.baseline = cell
+        else:
+            self.cells[cell.method, cell.layer, cell.strength] = cell
+        self.save()
+
+    def keep_null(self, cell: Cell, null: Null) -> None:
+        """Keep the null of a cell."""
+        self.null = cell, null
+        self.save()
+
+    def save(self) -> None:
+        """Write all that is known, whole or not at all."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        baseline = None if self.baseline is None else _numbers(self.baseline)
+        cells = [_numbers(one) for one in self.cells.values()]
+        text = {"schema": SCHEMA, "kind": KIND, "key": self.key, "question": self.settings}
+        null = None if self.null is None else {"cell": _numbers(self.null[0]), "null": self.null[1].numbers()}
+        body = json.dumps({**text, "baseline": baseline, "cells": cells, "null": null}, indent=1)
+        replace_file(self.path, body.encode())
+
+    def _read(self, path: Path) -> None:
+        try:
+            text = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"sweep: {path} is not JSON ({error}); choose another directory") from None
+        if not isinstance(text, dict) or text.get("kind") != KIND or text.get("schema") not in (1, SCHEMA):
+            raise ValueError(f"sweep: {path} is no sweep of schema 1 to {SCHEMA}; choose another directory")
+        if text.get("key") != self.key:
+            old = text.get("question")
+            differs = [
+                name for name, value in self.settings.items() if not isinstance(old, dict) or old.get(name) != value
+            ]
+            raise ValueError(
+                f"sweep: {path} was measured with other {', '.join(differs) or 'texts'}; choose another directory"
+            )
+        try:
+            self.baseline = None if text["baseline"] is None else _cell(text["baseline"])
+            self.cells = {(cell.method, cell.layer, cell.strength): cell for cell in map(_cell, text["cells"])}
+            if (null := text.get("null")) is not None:
+                self.null = _cell(null["cell"]), Null.restore(null["null"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"sweep: {path} is damaged ({error!r}); delete it, or choose another directory") from None
+
+
+def _numbers(cell: Cell) -> dict[str, Any]:
+    """A cell for JSON, which has no Inf and NaN: what has no number is null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(cell).items()}
+
+
+def _cell(entry: dict[str, Any]) -> Cell:
+    numbers = {
+        name: math.nan if entry[name] is None else float(entry[name])
+        for name in ("strength", "norm", "effect", "perplexity")
+    }
+    factor = entry.get("factor")
+    return Cell(
+        str(entry["method"]), int(entry["layer"]), **numbers, factor=math.nan if factor is None else float(factor)
+    )
