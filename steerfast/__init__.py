@@ -15,6 +15,7 @@ _HOMES = {
     "directions.fits.heads": ["fit_heads"],
     "directions.fits.lineas": ["LinEAS", "fit_lineas"],
     "directions.fits.loreft": ["fit_loreft"],
+    "directions.fits.velocity": ["fit_velocity"],
     "directions.fits.vector": ["LMObjective", "ReFTr1", "RePS", "fit_vector"],
     "directions.pairs": ["directions_from"],
     "directions.sets": ["DirectionSet", "list_directions", "save_directions"],

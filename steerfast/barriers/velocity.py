@@ -44,7 +44,8 @@ class VelocityInfo:
     @classmethod
     def restore(cls, numbers: Mapping[str, Any]) -> VelocityInfo:
         """The inverse of `numbers`."""
-        return cls(**{name: math.nan if value is None else value for name, value in numbers.items()})
+        known: dict[str, Any] = {name: math.nan if value is None else value for name, value in numbers.items()}
+        return cls(**known)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +142,8 @@ class VelocityField:
         """The inverse of `tensors` and `numbers`; everything is validated anew."""
         rest = dict(numbers)
         info, origin = VelocityInfo.restore(rest.pop("info")), Origin.restore(rest.pop("origin"))
-        return cls(**{name: tensors[name] for name in TENSORS}, **rest, info=info, origin=origin)
+        parts: dict[str, Any] = {name: tensors[name] for name in TENSORS}
+        return cls(**parts, **rest, info=info, origin=origin)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write velocity.json and velocity.safetensors into a directory: both, or neither.

@@ -31,8 +31,8 @@ class Flow(Intervention):
         barrier: h, from `fit_barrier` or made by hand; or v, from `fit_velocity` or made by hand.
         angle: T/‖a‖ of each row: an angle in radians on the sphere, a share of the row's length for a raw barrier. Exactly
             one of angle and T; a velocity field takes T.
-        T: Length of the path in units of the stream; of a velocity field the time. A strength given to `steer` multiplies T or the angle; a negative one
-            follows -∇h, or the field back in time.
+        T: Length of the path in units of the stream; of a velocity field the time. A strength given to `steer` multiplies T or
+            the angle; a negative one follows -∇h, or the field back in time.
         steps: Number of steps; of "adaptive" the number of attempts.
         method: A name of `steerfast.ops.solvers.SOLVERS`: "euler", "one-step", "geodesic" (exponential Euler), "midpoint",
             "heun", "ralston", "ssp3", "rk4" or "adaptive" (ssp3 with Heun inside as the measure of its error).

@@ -1,4 +1,6 @@
-"""The folder that a plan, a set of directions, a barrier, a velocity field, an SAE and a probe are saved as: NAME.json beside NAME.safetensors.
+"""The folder that a plan, directions, a barrier, a velocity field, an SAE and a probe are saved as.
+
+NAME.json beside NAME.safetensors.
 
 The JSON says what it is ("kind"), in which form ("schema"), what is no tensor, and the checksum of the other file. Here is
 the one writer and the one reader of them all, and the one wording of each error.

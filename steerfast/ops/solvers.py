@@ -6,7 +6,8 @@ h(a) depends on a only through z = Qᵀa and ‖a‖, so ∇h lies in span(Q, a)
 
 The state (y, α) is closed, and any Runge-Kutta scheme that runs on it is that scheme in all d dimensions, exactly. Where
 nothing lies outside span(Q), as far as rounding can tell, α says nothing: it is 1, and y is all.
-A velocity field on z = Qᵀa that points into span(Q) is the same with α = 1. `_integrate` does every solver and field. It takes PyTorch tensors or, for a handful of rows on a CPU, NumPy arrays: an
+A velocity of z = Qᵀa within span(Q) is the same with α = 1.
+`_integrate` does every solver and field. It takes PyTorch tensors or, for a handful of rows on a CPU, NumPy arrays: an
 operation of NumPy costs a third of one of PyTorch where the numbers are few. `few_eulers` is its fast twin for the
 commonest case.
 """
