@@ -42,6 +42,8 @@ PLACES: dict[str, tuple[str, ...] | None] = {
     "steerfast.plan": ("ModelCard",),
     "steerfast.barriers.barrier": ("BarrierInfo",),
     "steerfast.edits.fitted": ("ConditionInfo", "FitInfo", "LayerFit"),
+    "steerfast.edits.null": ("Null",),
+    "steerfast.directions.fits.heads": ("HeadFit",),
     "steerfast.models.collect": ("Activations",),
     "steerfast.directions.sets": ("DirectionInfo",),
     "steerfast.directions.extract": ("difference", "logistic", "mean_difference", "pca"),

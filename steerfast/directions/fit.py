@@ -40,6 +40,16 @@ ESTIMATORS: dict[str, Callable[..., Intervention]] = {
     "deficit_push": features.deficit_push,
 }
 """Method -> estimator: (sides, settings by name) -> intervention. A new one is offered, and tested, by being listed."""
+ELSEWHERE = {
+    "heads": "chosen from the outputs of all heads; use sf.fit_heads",
+    "lineas": "trained on a model; use sf.fit_lineas",
+    "loreft": "trained on a model; use sf.fit_loreft",
+    "refusal": "selected on a model; use sf.tools.select_refusal",
+    "reft_r1": "trained on a model; use sf.fit_vector with sf.ReFTr1()",
+    "reps": "trained on a model; use sf.fit_vector with sf.RePS()",
+    "vector": "trained on a model; use sf.fit_vector",
+}
+"""What is not fitted on activations of one place, and what fits it."""
 PAIRED = ("householder",)
 """Methods that take row i of one side against row i of the other."""
 
@@ -73,8 +83,9 @@ def fit(
     | "amplify" | the same features' decoder rows (arXiv:2502.15576) | sae, count, tau, alpha |
     | "calibrate", "deficit_push" | and how active they are on the positive side (arXiv:2502.15576) | sae, count, tau |
 
-    Each is a function of its own in `steerfast.directions.fits`, whose docstring has the formula. A LoReFT is trained on a
-    model: `sf.fit_loreft`. A condition is fitted by `sf.fit_condition`.
+    Each is a function of its own in `steerfast.directions.fits`, whose docstring has the formula. Trained on a
+    model are LoReFTs (`sf.fit_loreft`), vectors (`sf.fit_vector`: ReFT-r1, RePS) and affine maps of several layers
+    (`sf.fit_lineas`: LinEAS). The heads of ITI are chosen by `sf.fit_heads`, a condition is fitted by `sf.fit_condition`.
 
     Args:
         method: A name of the table.
@@ -131,8 +142,8 @@ def prepare(
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[Make, Sides]:
     """The estimator with its settings, and the checked sides, as of `fit`: `make(sides)` is the intervention."""
-    if method == "loreft":
-        raise ValueError("fit: 'loreft' is trained on a model, not fitted on activations; use sf.fit_loreft")
+    if method in ELSEWHERE:
+        raise ValueError(f"fit: {method!r} is {ELSEWHERE[method]}")
     name = one_of("fit", "method", method, tuple(ESTIMATORS))
     make = partial(ESTIMATORS[name], **_known(name, dict(settings or {})))
     scikit_learn("fit")

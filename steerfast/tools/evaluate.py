@@ -309,7 +309,9 @@ class _Asked:
     def __call__(self, plan: Plan | None, strength: float) -> ChoiceScores:
         flat = [one for part in self.sequences for one in part]
         found = torch.tensor(
-            log_likelihoods(self.model, flat, [Dose(plan, strength)] * len(flat), self.batch_size), dtype=torch.float64
+            log_likelihoods(self.model, flat, [Dose(plan, strength)] * len(flat), self.batch_size),
+            dtype=torch.float64,
+            device="cpu",
         )
         parts = found.split([len(part) for part in self.sequences])
         sizes = [len(choice.matching) for choice in self.choices]

@@ -206,7 +206,7 @@ class Refusal(Sequence[Candidate]):
         size = (max(5.0, 0.28 * len(layers) + 2.5), 3 * max(1.6, 0.3 * len(positions) + 1.1))
         figure = Figure(figsize=size, layout="constrained")
         for axes, (name, title, colours) in zip(figure.subplots(3, 1), _PANELS, strict=True):
-            values = torch.full((len(positions), len(layers)), math.nan)
+            values = torch.full((len(positions), len(layers)), math.nan, device="cpu")
             for one in self._candidates:
                 cell = positions.index(one.position), layers.index(one.layer)
                 values[cell] = getattr(one, name)
@@ -336,7 +336,7 @@ def refusal_rates(
     )
     ids = scorer.ids(_instructions("refusal_rates", "instructions", instructions, least=1))
     with evaluating(model):
-        scores = [scorer.refusal(scorer.logits(ids, plan)) for plan in plans]
+        scores = [scorer.scores(ids, plan) for plan in plans]
     return [float((score > 0).double().mean()) for score in scores]
 
 
@@ -347,9 +347,9 @@ def _scores(
     harmful, harmless = held
     plans = _plans(scorer.model, vector, layer)
     ablated = scorer.logits([*harmful, *harmless], plans[0])
-    added = scorer.logits(harmless, plans[1])
+    added = scorer.scores(harmless, plans[1])
     bypass = float(scorer.refusal(ablated[: len(harmful)]).mean())
-    return bypass, float(scorer.refusal(added).mean()), divergence(plain, ablated[len(harmful) :])
+    return bypass, float(added.mean()), divergence(plain, ablated[len(harmful) :])
 
 
 def _plans(model: nn.Module, vector: Tensor | Direction, layer: int) -> tuple[Plan, Plan]:
@@ -408,9 +408,9 @@ def _complete(
     generator = seeded(rules.seed)
     kinds: list[list[tuple[float, float, float]]] = [[], []]
     for _ in range(rules.draws):
-        mixed = rows[torch.randperm(len(rows), generator=generator)].double()
+        mixed = rows[torch.randperm(len(rows), generator=generator, device="cpu")].double()
         shuffled = mixed[: len(sides[0])].mean(0) - mixed[len(sides[0]) :].mean(0)
-        drawn = torch.randn(vector.shape, generator=generator)
+        drawn = torch.randn(vector.shape, generator=generator, device="cpu")
         for kind, control in zip(kinds, (shuffled.float(), drawn * vector.norm() / drawn.norm()), strict=True):
             kind.append(_scores(scorer, control, best.layer, held, plain))
     bypass, induction = ([[sign * score[i] for score in kind] for kind in kinds] for i, sign in ((0, -1.0), (1, 1.0)))
@@ -422,7 +422,7 @@ def _filtered(scorer: RefusalScorer, texts: list[str], refused: bool, rules: Ref
     """The prompts that the model treats as its side says."""
     if not rules.filtered:
         return texts
-    scores = scorer.refusal(scorer.logits(scorer.ids(texts)))
+    scores = scorer.scores(scorer.ids(texts))
     kept = [text for text, score in zip(texts, scores.tolist(), strict=True) if (score > 0) == refused]
     if len(kept) < HELD:
         what = "refuses" if refused else "follows"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -72,30 +72,37 @@ class RefusalScorer:
                 found.append(self.reader.bare(chat))
         return found
 
-    @torch.no_grad()
     def logits(self, prompts: Sequence[Sequence[int]], plan: Plan | None = None) -> Tensor:
         """Logits of the first token of each answer, float64 (n, V) on the CPU."""
-        found: list[Tensor] = [torch.empty(0)] * len(prompts)
+        return self._read(prompts, plan, lambda rows: rows)
+
+    def scores(self, prompts: Sequence[Sequence[int]], plan: Plan | None = None) -> Tensor:
+        """`refusal` of each answer's first token, (n,); no logits are kept."""
+        return self._read(prompts, plan, self.refusal)
+
+    @torch.no_grad()
+    def _read(self, prompts: Sequence[Sequence[int]], plan: Plan | None, read: Callable[[Tensor], Tensor]) -> Tensor:
+        found: list[Tensor] = [torch.empty(0, device="cpu")] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for first in range(0, len(order), self.batch_size):
             part = order[first : first + self.batch_size]
-            rows = self._forward([prompts[i] for i in part], plan)
-            for i, row in zip(part, rows.double().cpu(), strict=True):
+            rows = read(self._forward([prompts[i] for i in part], plan).double().cpu())
+            for i, row in zip(part, rows, strict=True):
                 found[i] = row
         return torch.stack(found)
 
     def _forward(self, prompts: list[Sequence[int]], plan: Plan | None) -> Tensor:
         device = next(self.model.parameters()).device
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in prompts], batch_first=True)
-        lengths = torch.tensor([len(row) for row in prompts])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row, device="cpu") for row in prompts], batch_first=True)
+        lengths = torch.tensor([len(row) for row in prompts], device="cpu")
+        mask = (torch.arange(ids.shape[1], device="cpu") < lengths[:, None]).long()
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
         if plan is None:
             logits = self.model(**inputs).logits
         else:
             with steer(self.model, plan):
                 logits = self.model(**inputs).logits
-        return logits[torch.arange(len(prompts)), lengths - 1]
+        return logits[torch.arange(len(prompts), device="cpu"), lengths - 1]
 
     def refusal(self, logits: Tensor) -> Tensor:
         """log Σ p(refusing) - log (1 - Σ p(refusing)) of each row, (n,)."""

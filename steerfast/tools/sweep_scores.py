@@ -118,8 +118,10 @@ def log_likelihoods(
 def _forward(model: nn.Module, batch: list[Scored], doses: list[Dose]) -> list[float]:
     """Σ log p of the scored tokens of each row of one batch."""
     device = next(model.parameters()).device
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(s.ids) for s in batch], batch_first=True)
-    mask = (torch.arange(ids.shape[1]) < torch.tensor([len(s.ids) for s in batch])[:, None]).long()
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(s.ids, device="cpu") for s in batch], batch_first=True)
+    mask = (
+        torch.arange(ids.shape[1], device="cpu") < torch.tensor([len(s.ids) for s in batch], device="cpu")[:, None]
+    ).long()
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
     if any(dose.plan is not None for dose in doses):
         starts = [sequence.start for sequence in batch]
@@ -139,7 +141,7 @@ def _forward(model: nn.Module, batch: list[Scored], doses: list[Dose]) -> list[f
 def _effect_and_perplexity(sequences: list[Scored], question: Question, scores: list[float]) -> tuple[float, float]:
     per_prompt = len(question.wanted) + len(question.unwanted)
     split = len(question.prompts) * per_prompt
-    odds = torch.tensor(scores[:split], dtype=torch.float64).view(-1, per_prompt)
+    odds = torch.tensor(scores[:split], dtype=torch.float64, device="cpu").view(-1, per_prompt)
     wanted, unwanted = odds[:, : len(question.wanted)], odds[:, len(question.wanted) :]
     tokens = sum(len(s.ids) - s.start for s in sequences[split:])
     loss = -sum(scores[split:]) / tokens

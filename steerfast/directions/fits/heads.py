@@ -93,7 +93,8 @@ def fit_heads(
         Li et al. 2023, Inference-Time Intervention (arXiv:2306.03341).
 
     Example:
-        >>> pos, neg = (sf.collect(model, tokenizer, side, range(30), site="head_out") for side in (true, false))
+        >>> pos = sf.collect(model, tokenizer, kind_texts, slice(None), site="head_out")  # doctest: +SKIP
+        >>> neg = sf.collect(model, tokenizer, rude_texts, slice(None), site="head_out")  # doctest: +SKIP
         >>> found = sf.fit_heads(pos, neg, model.config.num_attention_heads, count=24)  # doctest: +SKIP
         >>> with sf.steer(model, found.plan):  # doctest: +SKIP
         ...     model.generate(**inputs)

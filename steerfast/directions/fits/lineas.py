@@ -75,8 +75,8 @@ def fit_lineas(
     The activations of a layer are those that the edits before it and there have made, pooled over the tokens of each text; W₂²
     in one dimension is the mean squared difference of the sorted values. Each coordinate is measured in standard deviations σ
     of both sides there, and turns about its negative mean μ, x ↦ x + (w − 1)(x − μ) + σc, so that one learning rate serves all:
-    b = σc − (w − 1)μ. Steps are those of the paper: down the gradient, then the proximal step of both penalties. A layer that
-    they empty is left out of the plan.
+    b = σc − (w − 1)μ. Steps are those of the paper: down the gradient (of length √d per layer at most), then the proximal step of
+    both penalties. A layer that they empty is left out of the plan.
 
     Args:
         model: A `transformers` causal language model; its weights stay as they are.
@@ -226,6 +226,9 @@ def _train(
         if not bool(loss.isfinite()):
             raise ValueError(f"{owner}: the loss is {float(loss.detach())} in step {step + 1}; take a smaller lr")
         loss.backward()
+        for one in maps.values():
+            for part in (one.v, one.c):
+                nn.utils.clip_grad_norm_(part, math.sqrt(len(part)))
         optimizer.step()
         with torch.no_grad():
             for one in maps.values():
