@@ -29,6 +29,7 @@ setup(
     extras_require={
         "demo": ["accelerate>=1.1", "gguf>=0.17", "scikit-learn>=1.5"],
         "gguf": ["gguf>=0.17"],
+        "parquet": ["pyarrow>=16"],
         "sae": ["scikit-learn>=1.5"],
         "bench": ["matplotlib>=3.9", "pytest>=9.0", "pytest-benchmark>=5.0"],
         # Beside a CPU build of torch: for the interpreter and for compiling ahead of time.

@@ -17,6 +17,7 @@ import torch
 from vllm_engines import ENVIRONMENT, PROMPT, Transformers, needs_vllm, save, unit
 
 import steerfast as sf
+from steerfast.sae.growing import contexts_of
 
 httpx = pytest.importorskip("httpx")
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.model]
@@ -60,7 +61,14 @@ class Server:
                 [*command, *(word for option in options.items() for word in option)],
                 env=os.environ
                 | ENVIRONMENT
-                | {"STEERFAST_PLANS": str(folder), "STEERFAST_PROBES": str(folder.parent / "probes")},
+                | {
+                    "STEERFAST_PLANS": str(folder),
+                    "STEERFAST_PROBES": str(folder.parent / "probes"),
+                    "STEERFAST_CAPTURE": str(folder.parent / "captured"),
+                    "STEERFAST_CAPTURE_PLACES": "8",
+                    "STEERFAST_CAPTURE_TOKENS": "220",
+                    "STEERFAST_SCORES": str(folder.parent / "scores.jsonl"),
+                },
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -175,6 +183,11 @@ BAD = [
     ({"steer_read": "lean", "steer_read_positions": "sometimes"}, "expected all, prompt, generated, last"),
     ({"steer_read": "lean", "steer_read_what": 3}, "expected 'request' or 'tokens'"),
     ({"steer_abort": "lean>much"}, "a finite number, such as"),
+    ({"steer_capture": 9}, "'resid_post.9' is not captured by this engine"),
+    ({"steer_capture": "../../etc"}, "expected a layer, or a place such as"),
+    ({"steer_capture": 8, "steer_capture_positions": "200:210"}, "the window 200:210 lies outside this prompt"),
+    ({"steer_capture": 8, "steer_capture_positions": "300"}, "position 300 is out of range"),
+    ({"steer": "love", "steer_positions": "300"}, "position 300 is out of range"),
 ]
 
 
@@ -336,6 +349,43 @@ def test_a_client_that_hangs_up_leaves_nothing_behind(server) -> None:
         assert time.monotonic() < deadline, "an aborted request is still running"
         time.sleep(0.2)
     assert server.text("completions", {"steer": "chain"})
+
+
+def test_captures_are_bounded_written_and_not_of_a_client_that_hung_up(server) -> None:
+    folder = server.log.parent / "captured"
+    for stream in (False, True):
+        answer = server.post("completions", {"steer_capture": 8}, max_tokens=230, stream=stream)
+        assert answer.status_code == 400
+        assert "this engine captures at most 220 of one" in answer.json()["error"]["message"]
+    names, dropped = [], server.counter("capture_dropped_total", "")
+    body = server.body("completions", {"steer_capture": [8], "steer_capture_dtype": "float32"})
+    with server.http.stream("POST", "/v1/completions", json=body | {"stream": True, "max_tokens": 200}) as answer:
+        assert answer.status_code == 200
+        next(answer.iter_lines())
+    for kind in KINDS:
+        names.append(server.post(kind, {"steer_capture": 8, "steer_capture_dtype": "float32"}).json()["id"])
+    deadline = time.monotonic() + 60
+    while server.counter("captured_total", "") == 0 or server.counter("capture_dropped_total", "") == dropped:
+        assert time.monotonic() < deadline, "nothing was written, or the client that hung up has not been given up"
+        time.sleep(0.5)
+    time.sleep(3)  # until what has ended is on disk at the latest
+    found = contexts_of(folder / "resid_post.8.before.float32", 0)
+    assert len(found) == 2
+    assert all(name.startswith(asked) for (name, _), asked in zip(found, names, strict=True))
+    assert len(sf.sae.ActivationCache.open(folder / "resid_post.8.before.float32")) > 2 * TOKENS
+
+
+def test_scores_go_to_the_operators_file(server) -> None:
+    answer = server.post("completions", {"steer_read": "lean"}).json()
+    deadline = time.monotonic() + 30
+    while True:
+        lines = [json.loads(line) for line in (server.log.parent / "scores.jsonl").read_text().splitlines()]
+        mine = [line for line in lines if line["request"].startswith(answer["id"])]
+        if mine or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    assert len(mine) == 1
+    assert max(mine[0]["scores"]) == pytest.approx(answer["kv_transfer_params"]["steerfast"]["lean"]["max"], abs=1e-6)
 
 
 def test_several_answers_to_one_prompt_are_all_steered(server, truth) -> None:

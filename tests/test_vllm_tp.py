@@ -11,6 +11,7 @@ import pytest
 from vllm_engines import (
     ENVIRONMENT,
     Transformers,
+    assert_rows_captured,
     assert_scores,
     environment,
     fields,
@@ -33,6 +34,7 @@ def test_two_workers_steer_and_read_alike_and_the_default_holds_for_all_who_do_n
     probes = tiny_probes(tmp_path / "probes", tmp_path / "saes")
     default = json.dumps({"steer": "add", "steer_strength": 0.7, "steer_read": "lean"})
     folders = {f"STEERFAST_{name.upper()}": str(tmp_path / name) for name in ("plans", "probes", "saes")}
+    folders["STEERFAST_CAPTURE"] = str(tmp_path / "captured")
     with environment(**ENVIRONMENT, **folders, STEERFAST_DEFAULT=default):
         llm = LLM(
             str(tmp_path / "model"),
@@ -47,7 +49,10 @@ def test_two_workers_steer_and_read_alike_and_the_default_holds_for_all_who_do_n
         asked: list[Any] = [
             (None, [("add", 0.7)]),
             ({"steer": []}, []),
-            (fields(("many", 1.0)), [("many", 1.0)]),
+            (
+                fields(("many", 1.0)) | {"steer_capture": [1, 2], "steer_capture_dtype": "float32"},
+                [("many", 1.0)],
+            ),
             (fields(("norm", 1.0), ("add", -0.5)), [("norm", 1.0), ("add", -0.5)]),
             (fields(("flow", 1.0)) | reads(*probes), [("flow", 1.0)]),
         ]
@@ -66,3 +71,4 @@ def test_two_workers_steer_and_read_alike_and_the_default_holds_for_all_who_do_n
             )
         assert_scores(model, outputs[-1], probes, [(plans["flow"], 1.0)])
         llm.llm_engine.engine_core.shutdown()
+    assert_rows_captured(model, outputs[2], tmp_path / "captured", [(plans["many"], 1.0)], "before")

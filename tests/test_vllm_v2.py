@@ -17,6 +17,7 @@ import torch
 from vllm_engines import (
     ENVIRONMENT,
     Transformers,
+    assert_rows_captured,
     assert_scores,
     environment,
     fields,
@@ -73,6 +74,7 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         from vllm import LLM
 
+        self.folder = folder
         self.model = tiny(folder / "model")
         self.plans = tiny_plans(folder / "plans")
         self.probes = tiny_probes(folder / "probes", folder / "saes")
@@ -88,6 +90,9 @@ class Engine:
         )
         table = self.runner.steerfast.table
         table._write = table._on_device  # as on a GPU
+        captures = self.runner.steerfast.places.captures
+        captures._table._write = captures._table._on_device
+        captures._on_host, captures.active = False, True
 
     def run(self, requests: list[tuple[list[int], dict[str, Any] | None]]) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in self.outputs(requests)]
@@ -119,6 +124,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory):
         STEERFAST_PROBES=str(folder / "probes"),
         STEERFAST_SAES=str(folder / "saes"),
         STEERFAST_BACKEND="triton",
+        STEERFAST_CAPTURE=str(folder / "captured"),
     ):
         yield Engine(folder)
 
@@ -170,6 +176,24 @@ def test_requests_read_what_transformers_reads(engine) -> None:
         assert_scores(engine.model, output, engine.probes, [(engine.plans[name], s) for name, s in steered])
     engine.run([(prompts[0], None)])
     assert engine.runner.steerfast.reading == 0
+
+
+def test_requests_capture_what_transformers_has(engine) -> None:
+    """Before and behind the edits of a place, one request in chunks, beside requests that are only steered."""
+    asked = [[], [("add", 1.0)], [("add", 1.0)], [("many", 1.0)]]
+    prompts = [prompt(70 + i, 40 if i == 1 else 7 + i) for i in range(len(asked))]
+    edits = ["before", "before", "after", None]
+    places = {"steer_capture": [1, 2], "steer_capture_dtype": "float32"}
+    requests = [
+        (ids, {**fields(*steered), **({**places, "steer_capture_edits": when} if when else {})})
+        for ids, steered, when in zip(prompts, asked, edits, strict=True)
+    ]
+    outputs = engine.outputs(requests)
+    engine.run([(prompts[0], None)])
+    assert engine.runner.steerfast_taker.collector.drain()
+    for steered, when, output in zip(asked[:3], edits, outputs, strict=False):
+        plans = [(engine.plans[name], s) for name, s in steered]
+        assert_rows_captured(engine.model, output, engine.folder / "captured", plans, when)
 
 
 def test_conditions_are_decided_on_the_device(engine) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import steerfast as sf
+from steerfast.sae.growing import contexts_of
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -261,3 +262,54 @@ def assert_scores(
                 got[reduced] is None if expected is None else np.abs(np.asarray(got[reduced]) - expected).max() < within
             )
             assert same, (name, reduced)
+
+
+@torch.inference_mode()
+def assert_rows_captured(
+    model: Any,
+    output: Any,
+    folder: Path,
+    steered: list[tuple[sf.Plan, float]],
+    edits: str,
+    layers: tuple[int, ...] = (1, 2),
+) -> None:
+    """The rows of a request at resid_post of some layers, in float32, are what transformers has there for every token."""
+    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]
+    for layer in layers:
+        names = [f"resid_post.{layer}.{when}.float32" for when in dict.fromkeys((edits, "before"))]
+        found = [captured_rows(folder / name, output.request_id) for name in names if (folder / name).is_dir()]
+        positions, rows, tokens = next(one for one in found if one[0])
+        assert positions[: len(ids)] == [*range(len(ids))]
+        assert tokens[: len(ids)] == ids
+        width = rows.shape[1]
+        probe = sf.probes.LinearProbe(torch.eye(width), torch.zeros(width), place=layer, after=edits == "after")
+        with ExitStack() as stack:
+            for plan, strength in steered:
+                stack.enter_context(
+                    sf.steer(model, plan, strength=strength, prompt_length=len(output.prompt_token_ids))
+                )
+            reading = stack.enter_context(sf.read(model, {"all": probe}))
+            model(input_ids=torch.tensor([ids]))
+            wanted = reading["all"].values[0]
+        assert (rows[: len(ids)] - wanted).abs().max() < 1e-3 * max(1.0, float(wanted.abs().max()) / 100), (
+            layer,
+            edits,
+        )
+
+
+def captured_rows(folder: Path, request: str) -> tuple[list[int], torch.Tensor, list[int]]:
+    """Positions, rows and tokens that a cache of captured rows has of a request."""
+    cache = sf.sae.ActivationCache.open(folder)
+    positions: list[int] = []
+    tokens: dict[int, int] = {}
+    rows = []
+    for shard in range(len(cache.counts)):
+        text, where = cache.contexts(shard)
+        activations = cache.read(shard)
+        for i, (name, first) in enumerate(contexts_of(folder, shard)):
+            if name.split("-")[0] == request:
+                here = where // cache.info.context == i
+                positions += (where[here] % cache.info.context + first).tolist()
+                rows.append(activations[here])
+                tokens |= dict(enumerate(text[i].tolist(), first))
+    return positions, torch.cat([*rows, torch.zeros(0, cache.info.d)]), [tokens[i] for i in sorted(tokens)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from steerfast.models.layers import evaluating, find_layers
 from steerfast.models.texts import TextReader
 
 SCHEMA = 1
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+MANIFEST = "cache.json"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""Of stored rows, by the name that a manifest has for them."""
 SHARD_TOKENS = 32768
 _FORWARD_TOKENS = 2048
 _TOKENIZED_AT_A_TIME = 512
@@ -90,7 +92,7 @@ class ActivationCache:
             ValueError: it is not finished, damaged, or of another schema.
         """
         path = Path(directory)
-        info, counts = _read_manifest(path)
+        info, counts = read_manifest(path)
         missing = -(-info.contexts // info.shard) - len(counts)
         if missing:
             raise ValueError(
@@ -98,18 +100,20 @@ class ActivationCache:
                 "run the collection again, it goes on where it stopped"
             )
         for number in range(len(counts)):
-            if not _shard(path, number).is_file():
-                raise ValueError(f"ActivationCache: {_shard(path, number)} is gone; remove {path} and collect again")
+            if not shard_file(path, number).is_file():
+                raise ValueError(
+                    f"ActivationCache: {shard_file(path, number)} is gone; remove {path} and collect again"
+                )
         return cls(path, info, tuple(counts))
 
     def read(self, shard: int) -> Tensor:
         """The activations of one shard, (rows, d), in their stored dtype."""
-        with _opened(_shard(self.directory, shard)) as file:
+        with opened(shard_file(self.directory, shard)) as file:
             return file.get_tensor("activations")
 
     def contexts(self, shard: int) -> tuple[Tensor, Tensor]:
         """The tokens (contexts, length) of one shard, and where in them, flattened, each row was read."""
-        with _opened(_shard(self.directory, shard)) as file:
+        with opened(shard_file(self.directory, shard)) as file:
             return file.get_tensor("tokens"), file.get_tensor("positions")
 
 
@@ -213,7 +217,7 @@ def cache_activations(
         >>> cache.read(0).shape == (len(cache), 576)
         True
     """
-    name = next((name for name, known in _DTYPES.items() if known == dtype), None)
+    name = next((name for name, known in DTYPES.items() if known == dtype), None)
     if name is None:
         raise ValueError(f"cache_activations: dtype is {dtype}; expected torch.bfloat16 or torch.float32")
     source = ActivationStream(model, tokenizer, texts, place, context=context)
@@ -222,9 +226,9 @@ def cache_activations(
     for number in range(len(counts), len(source.counts)):
         tokens, positions = source.contexts(number)
         content = {"activations": source.read(number).to(dtype), "tokens": tokens.contiguous(), "positions": positions}
-        replace_file(_shard(path, number), save(content))
+        replace_file(shard_file(path, number), save(content))
         counts.append(len(positions))
-        _write_manifest(path, info, counts)
+        write_manifest(path, info, counts)
         if progress is not None:
             progress(f"collected shard {number + 1} of {len(source.counts)}, {sum(counts)} rows")
     return ActivationCache(path, info, tuple(counts))
@@ -285,11 +289,17 @@ def _windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield window
 
 
-def _shard(path: Path, number: int) -> Path:
+def shard_file(path: Path, number: int) -> Path:
+    """Where a cache has one of its shards."""
     return path / f"{number:05d}.safetensors"
 
 
-def _opened(file: Path) -> Any:
+def opened(file: Path) -> Any:
+    """A shard as safetensors opens it.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
         return safe_open(file, "pt")
     except Exception as error:
@@ -299,10 +309,10 @@ def _opened(file: Path) -> Any:
 def _resume(path: Path, info: CacheInfo) -> list[int]:
     """The row counts of the shards that are there already; a new directory gets its manifest."""
     path.mkdir(parents=True, exist_ok=True)
-    if not (path / "cache.json").exists():
-        _write_manifest(path, info, [])
+    if not (path / MANIFEST).exists():
+        write_manifest(path, info, [])
         return []
-    there, counts = _read_manifest(path)
+    there, counts = read_manifest(path)
     if there != info:
         old, new = asdict(there), asdict(info)
         differs = ", ".join(f"{key} {old[key]!r} there, {new[key]!r} here" for key in old if old[key] != new[key])
@@ -310,8 +320,14 @@ def _resume(path: Path, info: CacheInfo) -> list[int]:
     return counts
 
 
-def _read_manifest(path: Path) -> tuple[CacheInfo, list[int]]:
-    file = path / "cache.json"
+def read_manifest(path: Path) -> tuple[CacheInfo, list[int]]:
+    """What a cache was made from, and the rows of each shard that is there.
+
+    Raises:
+        FileNotFoundError: there is no cache.
+        ValueError: its manifest is damaged, or of another schema.
+    """
+    file = path / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(f"ActivationCache: {file} does not exist; make it with cache_activations")
     try:
@@ -323,6 +339,11 @@ def _read_manifest(path: Path) -> tuple[CacheInfo, list[int]]:
         raise ValueError(f"ActivationCache: {file} cannot be read ({error}); remove it and collect again") from error
 
 
-def _write_manifest(path: Path, info: CacheInfo, counts: list[int]) -> None:
-    content = {"schema": SCHEMA, "info": asdict(info), "rows": counts}
-    replace_file(path / "cache.json", (json.dumps(content, indent=2) + "\n").encode())
+def write_manifest(path: Path, info: CacheInfo, counts: list[int]) -> None:
+    """Say what is there now."""
+    replace_file(path / MANIFEST, manifest(info, counts))
+
+
+def manifest(info: CacheInfo, counts: Sequence[int]) -> bytes:
+    """The content of a cache's `cache.json`."""
+    return (json.dumps({"schema": SCHEMA, "info": asdict(info), "rows": list(counts)}, indent=2) + "\n").encode()

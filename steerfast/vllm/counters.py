@@ -31,7 +31,16 @@ FIELDS = {
     "refused": ("counter", "Requests that were refused with a reason; the plan is empty where none was recognised."),
     "waiting": ("gauge", "Requests that wait for a slot for this plan."),
     "slots": ("gauge", "Slots held by requests in flight, all plans together."),
+    "captured": ("counter", "Rows of the stream that were written into shards."),
+    "capture_dropped": (
+        "counter",
+        "Rows of the stream that were asked for and not written: no room, or a client hung up.",
+    ),
+    "scores_written": ("counter", "Scores that were written into the operator's file."),
+    "scores_dropped": ("counter", "Scores that were not, because the file could not follow."),
 }
+WITHOUT_PLAN = frozenset({"captured", "capture_dropped", "scores_written", "scores_dropped"})
+"""What is counted under the empty name alone."""
 SCORE = "steerfast:score"
 _SCORES = "Scores of the tokens that ended requests have read, by probe."
 BOUNDS = (
@@ -103,7 +112,7 @@ class Counters:
 
         global _published
         for field in FIELDS:
-            for plan in self._plans:
+            for plan in ("",) if field in WITHOUT_PLAN else self._plans:
                 self.add(field, plan, 0.0)
         for probe in self._probes:
             self._begin(probe)

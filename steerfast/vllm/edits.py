@@ -22,6 +22,7 @@ from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import ADD, needs
 
+from .capturing import Captures
 from .gating import Gates
 from .reading import Readers
 from .table import RowTable
@@ -145,18 +146,22 @@ class Places:
         self.table = table
         self.readers = Readers({}, {}, 0, table.rows.device) if readers is None else readers
         self.gates = gates
+        self.captures: Captures | None = None
 
     def edit_(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
         """Read and edit stream (..., d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
-        if not self.readers.reading:
+        captures = self.captures if self.captures is not None and self.captures.active else None
+        if not self.readers.reading and captures is None:
             self._edit_(stream, hidden, place)
             return
         rows = stream.view(-1, stream.shape[-1])
         other = None if hidden is None else hidden.reshape(rows.shape)
         for after in (False, True):
             self.readers.write(rows, other, place, after)
-            if self.gates is not None:
+            if self.gates is not None and self.readers.reading:
                 self.gates.judge(self.readers.scores[: len(rows)], place, after)
+            if captures is not None:
+                captures.write(rows, other, place, after)
             if not after:
                 self._edit_(stream, hidden, place)
 

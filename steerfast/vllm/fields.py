@@ -10,8 +10,10 @@ from steerfast._positions import parse
 PLANS = ("steer", "steer_strength", "steer_positions")
 """What a request says of plans, and"""
 PROBES = ("steer_read", "steer_read_positions", "steer_read_what", "steer_abort")
-"""of probes."""
-FIELDS = PLANS + PROBES
+"""of probes, and"""
+CAPTURES = ("steer_capture", "steer_capture_positions", "steer_capture_edits", "steer_capture_dtype")
+"""of the stream itself."""
+FIELDS = PLANS + PROBES + CAPTURES
 LONGEST = 500
 """Characters of a selector, and"""
 MOST = 8

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .reading import Taken
-from .scores import ANSWERED, Answer, Desk, Reading
+from .scores import ANSWERED, Answer, Desk, ProbeScores, Reading
 from .seam_table import CHAT, COMPLETION, OUTPUT, RESPONSES, SCHEDULER, STATE, STATUS, STREAMS
 from .wrapping import resolve, wrap
 
@@ -27,17 +27,19 @@ ANSWER_FIELD = "kv_transfer_params"
 """The field of outputs and answers that both releases let through."""
 
 Observe = Callable[[str, np.ndarray], object]
+Tell = Callable[[str, int, list[ProbeScores]], object]
 
 
-def patch(observe: Observe) -> None:
+def patch(observe: Observe, tell: Tell) -> None:
     """Let scores through. Called in every process; a second time does nothing.
 
     Args:
         observe: Called where a request ends, with a probe's name and the scores that were read.
+        tell: Called there with the request's name, its prompt's length in tokens, and all that it has read.
     """
     wrap(resolve(SCHEDULER), "update_from_output", _update)
     wrap(resolve(SCHEDULER), "_update_request_with_output", _end_crossed)
-    wrap(resolve(STATE), "make_request_output", partial(_make_output, observe))
+    wrap(resolve(STATE), "make_request_output", partial(_make_output, (observe, tell)))
 
 
 def patch_streams() -> None:
@@ -160,7 +162,9 @@ def _end_unfinished(scheduler: Any, names: list[str], outputs: dict[int, Any]) -
 # --- front end ---------------------------------------------------------------------------------------------------------
 
 
-def _make_output(observe: Observe, original: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) -> Any:
+def _make_output(
+    told: tuple[Observe, Tell], original: Callable[..., Any], state: Any, *args: Any, **kwargs: Any
+) -> Any:
     given = args[_CARRIED] if len(args) > _CARRIED else kwargs.get(ANSWER_FIELD)
     message: dict[str, Any] = (given or {}).get(ANSWERED) or {}
     answer: Answer | None = getattr(state, "steerfast", None)
@@ -171,7 +175,7 @@ def _make_output(observe: Observe, original: Callable[..., Any], state: Any, *ar
     answer.add(message.get("rows", ()))
     rest = {name: value for name, value in (given or {}).items() if name != ANSWERED}
     if (args[_ENDED] if len(args) > _ENDED else kwargs["finish_reason"]) is not None:
-        rest[ANSWERED] = _finish(observe, state, answer)
+        rest[ANSWERED] = _finish(told, state, answer)
     if len(args) > _CARRIED:
         args = (*args[:_CARRIED], rest or None, *args[_CARRIED + 1 :])
     else:
@@ -182,12 +186,14 @@ def _make_output(observe: Observe, original: Callable[..., Any], state: Any, *ar
 _ENDED, _CARRIED = 2, 4  # of what make_request_output takes
 
 
-def _finish(observe: Observe, state: Any, answer: Answer) -> Any:
+def _finish(told: tuple[Observe, Tell], state: Any, answer: Answer) -> Any:
     """What a request has read; of several samples that are answered together a list, one for each."""
     prompt = state.prompt_token_ids if state.prompt_token_ids is not None else [0] * state.prompt_len
     found, scores = answer.finish([*prompt, *state.detokenizer.output_token_ids], len(prompt))
+    observe, tell = told
     for name, values in scores.items():
         observe(name, values)
+    tell(state.external_req_id, len(prompt), answer.found)
     parent = state.parent_req
     if parent is None or state.output_kind.name != "FINAL_ONLY":
         return found

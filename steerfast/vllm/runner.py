@@ -64,6 +64,7 @@ class Steered:
         self._requests: dict[str, tuple[Part, ...]] = {}
         self._names: dict[int, str] = {}  # slot -> plan
         self._loaded = False  # since the last step
+        self._hooked: set[tuple[str, int]] = set()
         wanted: dict[tuple[str, int], list[Any]] = {}
         for plan in chains.values():
             for place, chain in plan.items():
@@ -73,14 +74,12 @@ class Steered:
         read = {} if probes is None else probes.probes
         self.gates = Gates(chains, library.entered, layers, (slots, tokens), device)
         watched = self.gates.served(sum(one.columns for one in read.values()))
+        self.dtype = stream_dtype(model)
         visited = dict.fromkeys([*wanted, *(one.place for one in (*read.values(), *watched.values()))])
         if visited:
-            found = decoder_blocks(model, layers)
-            dtype = stream_dtype(model)
-            for site, layer in visited:
-                if edits := wanted.get((site, layer)):
-                    places[f"{site}.{layer}"] = EditedPlace(edits, slots, found.d, dtype, device)
-                _hook(found, site, layer)
+            found = self.look_at(model, layers, visited)
+            for (site, layer), edits in wanted.items():
+                places[f"{site}.{layer}"] = EditedPlace(edits, slots, found.d, self.dtype, device)
         self.table = RowTable(tokens, device, (slots, library.by_token))
         self.readers = Readers({**read, **watched}, {**(loaded or {}), **self.gates.probes}, tokens, device)
         self.places = Places(places, self.table, self.readers, self.gates if watched else None)
@@ -91,6 +90,15 @@ class Steered:
             self._chains = {}
             for here in places.values():
                 here.seal()
+
+    def look_at(self, model: nn.Module, layers: int, places: Iterable[tuple[str, int]]) -> Layers:
+        """Have a hook at each of these places of a model that is not compiled yet. Returns its blocks."""
+        found = decoder_blocks(model, layers)
+        for place in places:
+            if place not in self._hooked:
+                self._hooked.add(place)
+                _hook(found, *place)
+        return found
 
     def start(self, request: str, prompt: int, parts: tuple[Part, ...], wanted: Wanted | None = None) -> None:
         """A request arrives, with its prompt's length in tokens, and with what it reads."""

@@ -248,6 +248,24 @@ def _flat(reading: Reading) -> dict[str, Any]:
     return {"probes": probes, "positions": reading.positions, "by_token": reading.by_token}
 
 
+class ProbeScores(NamedTuple):
+    """All that one request has read of one probe.
+
+    Attributes:
+        probe: Its name.
+        names: What its numbers are called; None: it gives one.
+        pairs: Whether `values` has the scores of selected features, then as many indices.
+        positions: Of the tokens that were read, rising; none if a score was missing.
+        values: float32 (tokens, columns).
+    """
+
+    probe: str
+    names: Sequence[str] | None
+    pairs: bool
+    positions: np.ndarray
+    values: np.ndarray
+
+
 class Answer:
     """The front end's side: all scores of one request.
 
@@ -262,6 +280,8 @@ class Answer:
         self._by_token = bool(reading["by_token"])
         self._scores = np.zeros((0, self._columns), dtype=np.float32)
         self._known = np.zeros(0, dtype=bool)
+        self.found: list[ProbeScores] = []
+        """By probe, once it is finished."""
 
     def add(self, rows: Sequence[tuple[int, bytes]]) -> None:
         """Scores of tokens at positions [first, …); one that is known already is not counted twice."""
@@ -295,6 +315,7 @@ class Answer:
         for name, columns, names, pairs in self._probes:
             values = self._scores[where, at : at + columns]
             at += columns
+            self.found.append(ProbeScores(name, names, pairs, where, values))
             if missing:
                 answer[name] = {"tokens": 0, "missing": missing}
             elif pairs:

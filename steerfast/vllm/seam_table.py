@@ -34,6 +34,7 @@ SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 OUTPUT = "vllm.v1.engine:EngineCoreOutput"
 STATUS = "vllm.v1.request:RequestStatus"
 STATE = "vllm.v1.engine.output_processor:RequestState"
+ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
 WRAPPER = "vllm.v1.worker.worker_base:WorkerWrapperBase"
 V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
@@ -79,7 +80,9 @@ SEAMS: dict[str, tuple[Form, ...]] = {
         Form(("request_id", "prompt", "params", "resumable"), ("EngineCoreRequest", *_IN)),
     ),
     "vllm.v1.engine:EngineCoreRequest": (Form(names=_IN),),
-    "vllm.sampling_params:SamplingParams": (Form(names=("extra_args", "skip_reading_prefix_cache")),),
+    "vllm.sampling_params:SamplingParams": (
+        Form(names=("extra_args", "skip_reading_prefix_cache", "max_tokens", "n", "stop")),
+    ),
     f"{STATE}.make_request_output": (
         Form(
             ("new_token_ids", "pooling_output", "finish_reason", "stop_reason", "kv_transfer_params"),
@@ -95,6 +98,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
                 "prompt_len",
                 "prompt_token_ids",
                 "request_index",
+                "external_req_id",
             ),
         ),
     ),
@@ -114,6 +118,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     "vllm.outputs:RequestOutput.__init__": (Form(names=("kv_transfer_params",)),),
     "vllm.pooling_params:PoolingParams": (Form(names=("extra_kwargs",)),),
     "vllm.exceptions:VLLMValidationError.__init__": (Form(("message", "parameter")),),
+    f"{ENGINE}.generate": (Form(("prompt", "sampling_params")),),
     # API server
     **{f"{request}": (Form(names=("vllm_xargs",)),) for request in REQUESTS},
     **{f"{request}.to_sampling_params": (Form(names=("vllm_xargs", "extra_args")),) for request in REQUESTS},
@@ -129,7 +134,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     ),
     # engine core
     f"{SCHEDULER}.__init__": (Form(("vllm_config",)),),
-    f"{SCHEDULER}.schedule": (Form(names=("_handle_blocked_waiting_request",)),),
+    f"{SCHEDULER}.schedule": (Form(names=("_handle_blocked_waiting_request", "finished_req_ids", "SchedulerOutput")),),
     f"{SCHEDULER}._handle_blocked_waiting_request": (Form(("request",)),),
     f"{SCHEDULER}.finish_requests": (Form(names=("_free_request",)),),
     f"{SCHEDULER}._free_request": (Form(("request",)),),
@@ -138,7 +143,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     ),
     f"{SCHEDULER}._update_request_with_output": (Form(("request", "new_token_ids"), ("stopped",)),),
     f"{OUTPUT}s": (Form(names=("outputs",)),),
-    STATUS: (Form(names=("FINISHED_STOPPED",)),),
+    STATUS: (Form(names=("FINISHED_STOPPED", "FINISHED_ABORTED")),),
     "vllm.v1.outputs:ModelRunnerOutput": (Form(names=("req_ids", "sampled_token_ids")),),
     "vllm.v1.outputs:AsyncModelRunnerOutput.get_output": (Form(),),
     "vllm.v1.request:Request": (
@@ -165,12 +170,24 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     # worker
     WRAPPER: (Form(names=("vllm_config", "worker")),),
     f"{WRAPPER}.init_device": (Form(names=("worker",)),),
+    f"{WRAPPER}.shutdown": (Form(names=("worker",)),),
+    "vllm.v1.worker.worker_base:WorkerBase.__init__": (Form(("vllm_config", "local_rank", "rank"), ("rank",)),),
     "vllm.v1.core.sched.output:SchedulerOutput": (
         Form(
-            names=("scheduled_new_reqs", "finished_req_ids", "preempted_req_ids", "total_num_scheduled_tokens"),
+            names=(
+                "scheduled_new_reqs",
+                "scheduled_cached_reqs",
+                "num_scheduled_tokens",
+                "finished_req_ids",
+                "preempted_req_ids",
+                "total_num_scheduled_tokens",
+            ),
         ),
     ),
-    "vllm.v1.core.sched.output:NewRequestData": (Form(names=("req_id", "prompt_len", "sampling_params")),),
+    "vllm.v1.core.sched.output:NewRequestData": (
+        Form(names=("req_id", "prompt_len", "prompt_token_ids", "num_computed_tokens", "sampling_params")),
+    ),
+    "vllm.v1.core.sched.output:CachedRequestData": (Form(names=("req_ids", "num_computed_tokens")),),
     V1: (Form(names=("input_batch", "query_start_loc", "positions", "input_ids", "max_num_tokens", "model")),),
     f"{V1}.load_model": (Form(),),
     f"{V1}.execute_model": (Form(names=("_update_states", "_prepare_inputs")),),
@@ -201,6 +218,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
                 "additional_config",
                 "model_config",
                 "parallel_config",
+                "scheduler_config",
                 "compilation_config",
                 "speculative_config",
                 "kv_transfer_config",
@@ -209,8 +227,9 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     ),
     "vllm.config.vllm:VllmConfig.compute_hash": (Form(names=("additional_config",)),),
     "vllm.config.model:ModelConfig": (
-        Form(names=("dtype", "enable_sleep_mode", "get_hidden_size", "get_total_num_hidden_layers")),
+        Form(names=("dtype", "enable_sleep_mode", "get_hidden_size", "get_total_num_hidden_layers", "max_model_len")),
     ),
+    "vllm.config.scheduler:SchedulerConfig": (Form(names=("max_num_batched_tokens",)),),
     "vllm.config.parallel:ParallelConfig": (
         Form(
             names=(
@@ -220,6 +239,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
                 "prefill_context_parallel_size",
                 "decode_context_parallel_size",
                 "pipeline_parallel_size",
+                "data_parallel_index",
             ),
         ),
     ),

@@ -25,17 +25,19 @@ import numpy as np
 
 from steerfast.probes.probe import Probe
 
-from . import counters, read_seams
+from . import capture_seams, counters, read_seams
+from .capture import Capture, CaptureSettings, check_capture, read_capture
 from .edits import CONTEXT, find_places_with
-from .fields import PROBES, short, steer_fields
+from .fields import CAPTURES, PROBES, short, steer_fields
 from .gating import gates_read
 from .guards import check_engine, check_parallelism, check_runner
 from .plans import Chains, Library, load
 from .probes import ProbeLibrary, load_probes
 from .routes import BESIDE, Strays
 from .runner import Steered
-from .scores import Desk, Reading, check_read, read_probes
+from .scores import Desk, ProbeScores, Reading, check_read, read_probes
 from .seam_table import PROCESSOR, REQUESTS, SCHEDULER, SERVER, WRAPPER
+from .sink import ScoreSink, open_sink
 from .slots import Admission
 from .wire import Part, check_prompt, read, salt
 from .wrapping import resolve, wrap
@@ -60,7 +62,8 @@ def patch() -> None:
     wrap(scheduler, "_handle_blocked_waiting_request", _admit)
     wrap(scheduler, "_free_request", _free)
     wrap(wrapper, "init_device", _init_device)
-    read_seams.patch(_observe)
+    read_seams.patch(_observe, _tell)
+    capture_seams.patch(_check_early)
 
 
 # --- front end ---------------------------------------------------------------------------------------------------------
@@ -80,7 +83,16 @@ class Served:
         self.loaded: dict[str, Probe] = {}
         if probes := os.environ.get("STEERFAST_PROBES"):
             self.probes, self.loaded = load_probes(probes, model.get_hidden_size(), self.layers, self.library)
+        size = model.get_hidden_size(), model.dtype.itemsize
+        edited = {place for chains in self.chains.values() for place in chains}
+        batch = config.scheduler_config.max_num_batched_tokens
+        self.captures: CaptureSettings | None = CaptureSettings.read(
+            (self.layers, *size), batch, edited, self.library.entered
+        )
+        self.longest = model.max_model_len
         self.unread = _unread(config)
+        self.sink: ScoreSink | None = None
+        """Where the front end writes scores."""
         single = [name for name, one in self.probes.probes.items() if one.names is None and not one.pairs]
         self.counters = counters.Counters(sorted([*self.library.plans, *self.library.refused]), single)
         text = os.environ.get("STEERFAST_DEFAULT")
@@ -90,6 +102,8 @@ class Served:
             try:
                 given = json.loads(text)
                 self.default = read(given, self.library)
+                if any(name in CAPTURES for name in steer_fields(given)):
+                    raise ValueError("steer: steer_capture is asked for by each request")
                 self.default_reading = self._reading(given)
             except ValueError as error:
                 raise ValueError(f"STEERFAST_DEFAULT: {text!r} is no JSON of a request's fields: {error}") from None
@@ -115,22 +129,55 @@ class Served:
         """What a request that the front end has accepted reads."""
         return None if sampling_params is None else self._reading(sampling_params.extra_args)
 
+    def capture(self, sampling_params: Any) -> Capture | None:
+        """What a request that the front end has accepted has captured."""
+        return None if sampling_params is None else self._capture(sampling_params.extra_args)
+
+    def _capture(self, given: Any) -> Capture | None:
+        capture = read_capture(given, self.captures)
+        if capture is not None and self.unread:
+            raise ValueError(f"steer: nothing can be captured with {self.unread}; leave steer_capture out")
+        return capture
+
     def _reading(self, given: Any) -> Reading | None:
         reading = read_probes(given, self.probes, self.default_reading)
         if reading is not None and self.unread:
             raise ValueError(f"steer: probes cannot be read with {self.unread}; leave steer_read out")
         return reading
 
-    def accept(self, given: Any) -> tuple[tuple[Part, ...], Reading | None]:
-        """What a request asks for: plans, and what it reads.
+    def accept(self, given: Any) -> tuple[tuple[Part, ...], Reading | None, Capture | None]:
+        """What a request asks for: plans, what it reads, and what it has captured.
 
         Raises:
             VLLMValidationError: it cannot be followed; also a ValueError.
         """
         try:
-            return read(given, self.library, self.default), self._reading(given)
+            return read(given, self.library, self.default), self._reading(given), self._capture(given)
         except ValueError as error:
             raise self.refusal(str(error), given) from None
+
+    def check(self, asked: Any, ids: Any, length: int, params: Any) -> None:
+        """Refuse what only a request's prompt shows.
+
+        Args:
+            asked: What `accept` has returned.
+            ids: The prompt; None if it is given as embeddings.
+            length: Its tokens.
+            params: The request's sampling parameters.
+
+        Raises:
+            VLLMValidationError: it cannot be followed; also a ValueError.
+        """
+        parts, reading, capture = asked
+        try:
+            check_prompt(parts, ids, length)
+            if reading is not None:
+                check_read(reading, ids, length)
+            if capture is not None and self.captures is not None:
+                most = length + (params.max_tokens or self.longest - length)
+                check_capture(capture, self.captures, ids, (length, most), params.n)
+        except ValueError as error:
+            raise self.refusal(str(error), params.extra_args) from None
 
     def refusal(self, text: str, given: Any) -> Exception:
         """The exception that becomes HTTP 400 in the server and is a ValueError in Python."""
@@ -162,6 +209,8 @@ def _read_library(original: Callable[..., None], processor: Any, vllm_config: An
     original(processor, vllm_config, *args, **kwargs)
     _served = processor.steerfast = Served(vllm_config)
     _served.chains, _served.loaded = {}, {}  # the workers have their own
+    count = _served.counters.add
+    _served.sink = open_sink(lambda name, n: count(name, "", n), _logger().warning)
     for name, searches in REQUESTS.items():
         request = resolve(name)
         wrap(request, "to_sampling_params", _to_sampling_params)
@@ -185,26 +234,22 @@ def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **
     given = getattr(params, "extra_args", None)
     if steer_fields(getattr(params, "extra_kwargs", None)):
         raise served.refusal("steer: pooling requests cannot be steered; leave the fields out", None)
-    parts, reading = served.accept(given)
-    if (parts or reading) and call.get("resumable"):
+    parts, reading, capture = served.accept(given)
+    if (parts or reading or capture) and call.get("resumable"):
         raise served.refusal("steer: a request whose prompt is still to grow cannot be steered; send it whole", given)
     request = original(processor, *args, **kwargs)
-    if request.sampling_params is None or not (parts or reading):
+    if request.sampling_params is None or not (parts or reading or capture):
         return request
     ids, embeds = request.prompt_token_ids, getattr(request, "prompt_embeds", None)
     length = len(ids) if ids is not None else 0 if embeds is None else len(embeds)
     shown = ids if embeds is None else None
-    try:
-        check_prompt(parts, shown, length)
-        if reading is not None:
-            check_read(reading, shown, length)
-    except ValueError as error:
-        raise served.refusal(str(error), given) from None
+    served.check((parts, reading, capture), shown, length, request.sampling_params)
     if parts:
         request.cache_salt = salt(request.cache_salt, parts, length)
     gated = any(part.served.gated for part in parts)
     # What is cached has no activations. A prompt's last token is never taken from there, unless the request was preempted.
-    if gated or (reading is not None and reading.first(length) < length - 1):
+    first = min(one.first(length) for one in (reading, capture) if one is not None) if reading or capture else length
+    if gated or first < length - 1:
         request.sampling_params.skip_reading_prefix_cache = True
     for name in {part.served.name for part in parts}:
         served.counters.add("requests", name)
@@ -214,6 +259,20 @@ def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **
 def _observe(probe: str, scores: np.ndarray) -> None:
     if _served is not None:
         _served.counters.observe(probe, scores)
+
+
+def _tell(request: str, prompt: int, found: list[ProbeScores]) -> None:
+    if _served is not None and _served.sink is not None:
+        _served.sink.put(request, prompt, found)
+
+
+def _check_early(prompt: Any, params: Any) -> None:
+    """Refuse before a stream begins what only the prompt shows, where it is given as tokens."""
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    given = getattr(params, "extra_args", None)
+    if _served is None or ids is None or not steer_fields(given):
+        return
+    _served.check(_served.accept(given), ids, len(ids), params)
 
 
 def _check_request(request: Any) -> None:
@@ -288,6 +347,7 @@ def _admit(original: Callable[..., bool], scheduler: Any, request: Any, *args: A
 def _free(original: Callable[..., Any], scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     parts = _parts(scheduler, request)
     scheduler.steerfast_desk.end(request.request_id)
+    capture_seams.note_end(request)
     if parts:
         admission: Admission = scheduler.steerfast_slots
         waiting, free = admission.waiting, admission.free
@@ -310,16 +370,17 @@ def _free(original: Callable[..., Any], scheduler: Any, request: Any, *args: Any
 def _init_device(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     config = wrapper.vllm_config
     served = Served(config)
-    if not (served.chains or served.loaded):
+    if not (served.chains or served.loaded or served.captures):
         return original(wrapper, *args, **kwargs)
     check_parallelism(config)
     result = original(wrapper, *args, **kwargs)
-    _follow(wrapper.worker.model_runner, config, served)
+    _follow(wrapper.worker, config, served)
     return result
 
 
-def _follow(runner: Any, config: Any, served: Served) -> None:
+def _follow(worker: Any, config: Any, served: Served) -> None:
     """Wrap the methods of one runner: V1 keeps its batch's order in `input_batch`, V2 returns it from `prepare_inputs`."""
+    runner = worker.model_runner
     first_generation = check_runner(runner)
     if not isinstance(config.additional_config, dict):
         raise RuntimeError(
@@ -328,6 +389,10 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
     visited = {place for chains in served.chains.values() for place in chains}
     visited |= {one.place for one in served.probes.probes.values()}
     visited |= gates_read(served.chains, served.layers, served.library.entered)
+    count = served.counters.add
+    taker = capture_seams.Taker(served.captures, served.capture, lambda name, n: count(name, "", n), _logger().warning)
+    runner.steerfast_taker = taker
+    visited.update(taker.places)
     config.additional_config["steerfast"] = sorted(f"{site}.{layer}" for site, layer in visited)
     steered: list[Steered] = []  # one, once the model is loaded
 
@@ -338,6 +403,8 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
         now = Steered(runner.model, served.layers, *plans, served.slots, tokens, *probes)
         steered[:] = [now]
         runner.steerfast = now
+        ranks = worker.rank, config.parallel_config.data_parallel_index
+        taker.attach(now, runner.model, ranks, tokens)
         config.compilation_config.static_forward_context[CONTEXT] = now.places
         return result
 
@@ -346,21 +413,26 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
             reading = served.reading(new.sampling_params)
             wanted = None if reading is None else reading.wanted(new.prompt_len)
             steered[0].start(new.req_id, new.prompt_len, served.parts(new.sampling_params), wanted)
+        taker.begin(scheduler_output)
 
     def update_states(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         steered[0].end(scheduler_output.finished_req_ids)
+        taker.end(scheduler_output)
         begin(scheduler_output)
         return original(scheduler_output, *args, **kwargs)
 
     def prepare_v1(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(scheduler_output, *args, **kwargs)
         tokens, starts = scheduler_output.total_num_scheduled_tokens, runner.query_start_loc.gpu
-        steered[0].step(runner.input_batch.req_ids, starts, runner.positions, tokens, runner.input_ids.gpu)
+        batch = runner.input_batch.req_ids, starts, runner.positions, tokens, runner.input_ids.gpu
+        steered[0].step(*batch)
+        taker.step(*batch)
         return result
 
     def finish_requests(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         steered[0].end(scheduler_output.finished_req_ids)
         steered[0].end(scheduler_output.preempted_req_ids or ())
+        taker.end(scheduler_output)
         return original(scheduler_output, *args, **kwargs)
 
     def add_requests(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -368,13 +440,16 @@ def _follow(runner: Any, config: Any, served: Served) -> None:
         return original(scheduler_output, *args, **kwargs)
 
     def prepare_v2(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        batch = original(*args, **kwargs)
-        steered[0].step(batch.req_ids, batch.query_start_loc, batch.positions, batch.num_tokens, batch.input_ids)
-        return batch
+        made = original(*args, **kwargs)
+        batch = made.req_ids, made.query_start_loc, made.positions, made.num_tokens, made.input_ids
+        steered[0].step(*batch)
+        taker.step(*batch)
+        return made
 
     def sample_tokens(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         taken = steered[0].take()
+        taker.take()
         return result if taken is None else read_seams.with_scores(result, taken)
 
     added: dict[str, Callable[..., Any]] = {"load_model": load_model, "sample_tokens": sample_tokens}
