@@ -157,11 +157,12 @@ class Scorer:
     reference: list[tuple[list[int], Batch]]
 
     def __call__(self, plan: sf.Plan | None, strength: float = 1.0) -> dict[str, list[float]]:
-        """Log-odds of every pair and log-likelihood of every neutral text."""
+        """Log-odds and log-likelihood of the wanted text of every pair, and log-likelihood of every neutral text."""
         scores = log_likelihoods(self.pairs, plan, strength)
         odds = [w - u for w, u in zip(scores[::2], scores[1::2], strict=True)]
         texts = log_likelihoods(self.reference, plan, strength)
-        return {"odds": [round(v, 4) for v in odds], "reference": [round(v, 4) for v in texts]}
+        found = {"odds": odds, "wanted": scores[::2], "reference": texts}
+        return {name: [round(v, 4) for v in values] for name, values in found.items()}
 
 
 def measure(
@@ -213,7 +214,7 @@ def activations(model: Any, tokenizer: Any, concept: Concept, layer: int, heads:
     for i, side in enumerate(sides if heads else ()):
         read = sf.collect(model, tokenizer, side, range(count), site="head_out", progress=False)
         found[i] = {at: x.unflatten(1, (each, -1)) for at, x in read.items()}
-    return Sample(layer, *stream, *found, [pair.group for pair in concept.train], 0)
+    return Sample(layer, *stream, *found, concept.train, 0, model, tokenizer)
 
 
 def written(

@@ -1,18 +1,20 @@
 """The methods that `quality.py` compares, each a function from activations to a plan at strength 1.
 
 Strengths are in units that make one grid serve a family: a vector is scaled to the stream's typical length, so its strength is
-‖δ‖/‖x‖; a flow's is its angle T/‖a‖ in radians; an ablation's the share of the projection that is taken away; ITI's α counts
-standard deviations. Methods are compared at equal damage, not at equal strength.
+‖δ‖/‖x‖; a flow's is its angle T/‖a‖ in radians, or the time of a velocity field; an ablation's the share of the projection
+that is taken away; ITI's α counts standard deviations. Methods are compared at equal damage, not at equal strength.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from quality_concepts import Pair
 from torch import Tensor
 
 import steerfast as sf
@@ -22,21 +24,29 @@ Edits = dict[tuple[str, int], sf.Intervention]
 ANGLES = (0.1, 0.18, 0.28, 0.45)
 SHARES = (0.5, 1.0, 2.0, 4.0)
 DEVIATIONS = (2.5, 5.0, 10.0, 20.0)
+TIMES = (0.25, 0.5, 1.0, 1.7)  # a time of 1 is paced to cost 0.1 nats
 GAINS = (0.25, 0.5, 1.0, 2.0)
 FEATURES = 8  # of an SAE that are amplified
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """Activations of the last tokens of training texts, a row per pair, at one layer and of every head."""
+    """Training pairs, and the activations of their last tokens, a row per pair, at one layer and of every head."""
 
     layer: int
     pos: Tensor  # (n, d) resid_post
     neg: Tensor
     heads_pos: dict[int, Tensor]  # layer -> (n, heads, width) head_out
     heads_neg: dict[int, Tensor]
-    groups: Sequence[str]
+    pairs: Sequence[Pair]
     seed: int
+    model: Any
+    tokenizer: Any
+
+    @property
+    def groups(self) -> list[str]:
+        """The group of each pair."""
+        return [pair.group for pair in self.pairs]
 
     @property
     def typical(self) -> float:
@@ -52,7 +62,14 @@ class Sample:
         """Some of the pairs."""
         rows = torch.tensor(index)
         heads = ({layer: x[rows] for layer, x in side.items()} for side in (self.heads_pos, self.heads_neg))
-        return Sample(self.layer, self.pos[rows], self.neg[rows], *heads, [self.groups[i] for i in index], seed)
+        pairs = [self.pairs[i] for i in index]
+        return Sample(self.layer, self.pos[rows], self.neg[rows], *heads, pairs, seed, self.model, self.tokenizer)
+
+    @functools.cached_property
+    def velocity(self) -> sf.VelocityField:
+        """The natural gradient of an edit of low rank, with neutral texts that the model writes itself."""
+        texts = [(pair.prompt, pair.wanted, pair.unwanted) for pair in self.pairs]
+        return sf.fit_velocity(self.model, self.tokenizer, texts, self.layer, seed=self.seed)
 
     def barrier(self, kind: str, **choices: Any) -> sf.Barrier:
         """A barrier fitted with the groups held out together."""
@@ -110,6 +127,11 @@ def ode(kind: str, **choices: Any) -> Callable[[Sample], Edits]:
     return lambda sample: sample.at(sf.Flow(sample.barrier(kind, **choices), angle=1.0, steps=10, method="euler"))
 
 
+def natural(method: str) -> Callable[[Sample], Edits]:
+    """The velocity field of the natural gradient."""
+    return lambda sample: sample.at(sf.Flow(sample.velocity, T=1.0, method=method))
+
+
 def sae(path: str) -> Callable[[Sample], Edits]:
     """The features of an SAE that the wanted side activates most beyond the other, amplified."""
     dictionary = sf.SAE.load(path)
@@ -143,4 +165,6 @@ METHODS = {
     "sketch": Method("ODE sketch (ODESteer)", ode("sketch")),
     "rff": Method("ODE random features", ode("rff")),
     "mlp": Method("ODE network", ode("mlp")),
+    "natural": Method("flow of the natural gradient", natural("euler"), TIMES),
+    "natural-one": Method("the same in one step", natural("one-step"), TIMES),
 }

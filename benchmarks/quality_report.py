@@ -1,10 +1,11 @@
 """The table, the picture and the summary of a file of `quality.py`.
 
-python benchmarks/quality_report.py FILE
+python benchmarks/quality_report.py [--against METHOD] FILE
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections import defaultdict
@@ -25,19 +26,20 @@ LABELS = {key: method.label for key, method in METHODS.items()} | {"sae": "SAE a
 Written = tuple[list[float], list[float] | None]  # repetition and classifier by strength, from the unsteered model on
 
 
-def report(path: Path) -> None:
-    """Print the tables of a file, and draw its picture beside it."""
+def report(path: Path, against: str = AGAINST) -> None:
+    """Print the tables of a file, each method beside one of them, and draw its picture beside the file."""
     found = json.loads(path.read_text(encoding="utf-8"))
     measured = [concept for concept in found["concepts"] if any(row["concept"] == concept for row in found["rows"])]
-    known = {concept: [summaries(found, concept, most) for most in DAMAGES] for concept in measured}
-    texts = [table(concept, found, known[concept]) for concept in known]
-    print("\n\n".join([*texts, overall(known)]))
-    picture(found, known, path.with_suffix(".png"))
+    known = {concept: [summaries(found, concept, most, against) for most in DAMAGES] for concept in measured}
+    texts = [table(concept, found, known[concept], against) for concept in known]
+    print("\n\n".join([*texts, overall(known, against)]))
+    if against == AGAINST:
+        picture(found, known, path.with_suffix(".png"))
     print(f"\npicture: {path.with_suffix('.png')}")
 
 
-def runs_of(found: Mapping[str, Any], concept: str) -> dict[str, list[Run]]:
-    """Method -> its runs, of the training sets that every method has seen."""
+def runs_of(found: Mapping[str, Any], concept: str, what: str = "odds") -> dict[str, list[Run]]:
+    """Method -> its runs, of the training sets that every method has seen; the effect is the gain of "odds" or "wanted"."""
     base, tokens = found["concepts"][concept]["unsteered"], np.array(found["concepts"][concept]["tokens"], dtype=float)
     rows: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in found["rows"]:
@@ -54,7 +56,7 @@ def runs_of(found: Mapping[str, Any], concept: str) -> dict[str, list[Run]]:
         parts = [sorted(rows[key, seed], key=lambda row: row["strength"]) for seed in seeds]
         runs[key] = [
             Run(
-                np.array([row["odds"] for row in part]) - np.array(base["odds"]),
+                np.array([row[what] for row in part]) - np.array(base[what]),
                 (np.array(base["reference"]) - np.array([row["reference"] for row in part])) / tokens,
                 tokens / tokens.sum(),
             )
@@ -63,9 +65,11 @@ def runs_of(found: Mapping[str, Any], concept: str) -> dict[str, list[Run]]:
     return runs
 
 
-def summaries(found: Mapping[str, Any], concept: str, most: float) -> dict[str, Summary]:
+def summaries(
+    found: Mapping[str, Any], concept: str, most: float, against: str = AGAINST, what: str = "odds"
+) -> dict[str, Summary]:
     """What every method reaches at a damage."""
-    return compare(runs_of(found, concept), found["concepts"][concept]["groups"], most, AGAINST)
+    return compare(runs_of(found, concept, what), found["concepts"][concept]["groups"], most, against)
 
 
 def written(found: Mapping[str, Any], concept: str, key: str) -> Written | None:
@@ -86,22 +90,26 @@ def reaches(one: Summary, most: float) -> bool:
     return one.reached > 0.99 * most
 
 
-def table(concept: str, found: Mapping[str, Any], known: Sequence[dict[str, Summary]]) -> str:
+def table(concept: str, found: Mapping[str, Any], known: Sequence[dict[str, Summary]], against: str = AGAINST) -> str:
     """A table of one concept in Markdown, methods in their own order; bold: the interval of the difference excludes 0."""
     low, high = known
-    found_base = {most: one[AGAINST] for most, one in zip(DAMAGES, known, strict=True)}
+    found_base = {most: one[against] for most, one in zip(DAMAGES, known, strict=True)}
     runs = runs_of(found, concept)
     ones = np.ones(len(found["concepts"][concept]["groups"])), np.ones(len(found["concepts"][concept]["tokens"]))
-    seeds = len(runs[AGAINST])
+    seeds = len(runs[against])
+    parts = "wanted" in found["concepts"][concept]["unsteered"]
+    wanted = summaries(found, concept, DAMAGES[0], against, "wanted") if parts else None
     accuracy = found["concepts"][concept]["classifier accuracy"]
     verdict = "none" if accuracy is None else f"{accuracy:.0%} right on held-out texts"
+    other = "CAA" if against == AGAINST else LABELS[against]
     lines = [
         f"**{concept}** ({len(ones[0])} held-out pairs, {len(ones[1])} neutral texts, {seeds} training sets; "
         f"classifier: {verdict})",
         "",
-        f"| method | effect at damage {DAMAGES[0]} | minus CAA | effect at damage {DAMAGES[1]} | minus CAA "
-        f"| mean up to {DAMAGES[1]} | classifier at {DAMAGES[1]} | repetition at {DAMAGES[1]} |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| method | effect at damage {DAMAGES[0]} | minus {other} | effect at damage {DAMAGES[1]} | minus {other} "
+        f"| mean up to {DAMAGES[1]} | classifier at {DAMAGES[1]} | repetition at {DAMAGES[1]} |"
+        + (f" of the effect at {DAMAGES[0]}: the wanted text |" if parts else ""),
+        "|---|---|---|---|---|---|---|---|" + parts * "---|",
     ]
     for key in low:
         words = written(found, concept, key)
@@ -112,29 +120,30 @@ def table(concept: str, found: Mapping[str, Any], known: Sequence[dict[str, Summ
         for most, one in zip(DAMAGES, (low[key], high[key]), strict=True):
             short = "" if reaches(one, most) else f" (damage {one.reached:.2f})"
             difference = one.difference
-            sure = key != AGAINST and (difference.low > 0 or difference.high < 0)
+            sure = key != against and (difference.low > 0 or difference.high < 0)
             shown = f"**{difference}**" if sure else str(difference)
-            if key == AGAINST or not (reaches(one, most) and reaches(found_base[most], most)):
+            if key == against or not (reaches(one, most) and reaches(found_base[most], most)):
                 shown = "–"
             cells += [f"{one.effect}{short}", shown]
-        lines.append(f"| {' | '.join([*cells, str(high[key].area), verdict, again])} |")
+        more = [] if wanted is None else [str(wanted[key].effect)]
+        lines.append(f"| {' | '.join([*cells, str(high[key].area), verdict, again, *more])} |")
     return "\n".join(lines)
 
 
-def overall(known: Mapping[str, Sequence[dict[str, Summary]]]) -> str:
-    """How often, over concepts and damages, a method is better or worse than CAA beyond its interval."""
+def overall(known: Mapping[str, Sequence[dict[str, Summary]]], against: str = AGAINST) -> str:
+    """How often, over concepts and damages, a method is better or worse than another beyond its interval."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for most, found in ((most, one) for both in known.values() for most, one in zip(DAMAGES, both, strict=True)):
         for key, one in found.items():
-            if not (reaches(one, most) and reaches(found[AGAINST], most)):
+            if not (reaches(one, most) and reaches(found[against], most)):
                 continue
             better, worse = one.difference.low > 0, one.difference.high < 0
             counts[key][0 if better else 2 if worse else 1] += 1
     lines = [
-        f"| against {LABELS[AGAINST]}, all concepts, both damages | better | no difference | worse |",
+        f"| against {LABELS[against]}, all concepts, both damages | better | no difference | worse |",
         "|---|---|---|---|",
     ]
-    lines += [f"| {LABELS[key]} | {' | '.join(map(str, n))} |" for key, n in counts.items() if key != AGAINST]
+    lines += [f"| {LABELS[key]} | {' | '.join(map(str, n))} |" for key, n in counts.items() if key != against]
     return "\n".join(lines)
 
 
@@ -154,7 +163,7 @@ def picture(found: Mapping[str, Any], known: Mapping[str, Sequence[dict[str, Sum
             ones = np.ones(all_runs[0].effects.shape[1]), np.ones(all_runs[0].losses.shape[1])
             damage, effect = np.mean([run.curve(*ones) for run in all_runs], axis=0)
             style = {"color": plt.get_cmap("tab20")(i), "marker": "os^vDP*X<>ph"[i % 12], "ms": 5}
-            flow = LABELS[key].startswith("ODE")
+            flow = LABELS[key].startswith("ODE") or key.startswith("natural")
             above.plot(damage, effect, ls="-" if flow else "--", lw=1.4, label=LABELS[key], **style)
             one = found_here[key].effect
             below.plot([one.low, one.high], [i, i], color=style["color"], lw=2.2)
@@ -178,8 +187,12 @@ def picture(found: Mapping[str, Any], known: Mapping[str, Sequence[dict[str, Sum
 
 
 def main(argv: Sequence[str]) -> None:
-    for path in argv:
-        report(Path(path))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--against", default=AGAINST, choices=list(LABELS), help="default: %(default)s")
+    args = parser.parse_args(argv)
+    for path in args.files:
+        report(path, args.against)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The flow of a barrier, da/dt = ∇h/‖∇h‖, on the k + 1 numbers that move: every step of every solver in registers.
+"""Flows on the k + 1 numbers that move, da/dt = ∇h/‖∇h‖ of a barrier or a velocity: every step of every solver in registers.
 
 Device functions of the subspace kernels and of `flow.py`: they read a slot's numbers and no row of the stream.
 `steerfast.ops.solvers.integrate` is the same in PyTorch. Paper: ODESteer, arXiv:2602.17560.
@@ -23,41 +23,47 @@ def _ridge(z, row_ptr, offs_k, mask_k):
 
 
 @triton.jit
-def _gradient(z, lam, bias, ridge_ptr, units, stride, cosine, offs_k, mask_k):
-    """∂h/∂z."""
+def _gradient(z, lam, bias, ridge_ptr, units, stride, act, offs_k, mask_k):
+    """∂h/∂z; of a velocity (act > 1: identity, tanh) dz/dt, whose η lie half a stride behind ω."""
     u = 2 * lam[None, :] * z + bias[None, :]
     for j in range(units):
-        w, omega, inside = _ridge(z, ridge_ptr + j * stride, offs_k, mask_k)
+        row_ptr = ridge_ptr + j * stride
+        w, omega, inside = _ridge(z, row_ptr, offs_k, mask_k)
         bent = tl.sigmoid(2 * inside)
-        bent = tl.where(cosine > 0, -sin(inside), 4 * bent * (1 - bent))  # tanh' by the logistic function
+        if act > 1:
+            bent = tl.where(act > 2, 2 * bent - 1, inside)
+            omega = tl.load(row_ptr + stride // 2 + 2 + offs_k, mask=mask_k, other=0.0)
+        else:
+            bent = tl.where(act > 0, -sin(inside), 4 * bent * (1 - bent))  # tanh' by the logistic function
         u += (w * bent)[:, None] * omega[None, :]
     return u
 
 
 @triton.jit
-def _height(z, lam, bias, offset, ridge_ptr, units, stride, cosine, offs_k, mask_k):
+def _height(z, lam, bias, offset, ridge_ptr, units, stride, act, offs_k, mask_k):
     """h, (BLOCK_N,)."""
     h = tl.sum(z * (lam[None, :] * z + bias[None, :]), axis=1) + offset
     for j in range(units):
         w, _, inside = _ridge(z, ridge_ptr + j * stride, offs_k, mask_k)
-        h += w * tl.where(cosine > 0, cos(inside), 2 * tl.sigmoid(2 * inside) - 1)
+        h += w * tl.where(act > 0, cos(inside), 2 * tl.sigmoid(2 * inside) - 1)
     return h
 
 
 @triton.jit
-def _slope(y, alpha, rest, raw, lam, bias, ridge_ptr, units, stride, cosine, offs_k, mask_k):
-    """(dy/dt, dα/dt, 1/‖a‖, ‖a‖·‖∇h‖); zero slopes where h is stationary. A raw barrier has 1 for ‖a‖."""
+def _slope(y, alpha, rest, raw, lam, bias, ridge_ptr, units, stride, act, offs_k, mask_k):
+    """(dy/dt, dα/dt, 1/‖a‖, ‖a‖·‖∇h‖); zero slopes where h is stationary. Raw: 1 for ‖a‖; a velocity (2): at its own speed."""
     outside = alpha * alpha * rest
     square = tl.sum(y * y, axis=1) + outside
     inverse = tl.where(raw > 0, 1.0, tl.where(square > 0, tl.rsqrt(square), 0.0))
     z = y * inverse[:, None]
-    u = _gradient(z, lam, bias, ridge_ptr, units, stride, cosine, offs_k, mask_k)
+    u = _gradient(z, lam, bias, ridge_ptr, units, stride, act, offs_k, mask_k)
     s = tl.where(raw > 0, 0.0, tl.sum(z * u, axis=1))
     tangent = u - s[:, None] * z
     turn = s * inverse
     speed = tl.sum(tangent * tangent, axis=1) + turn * turn * outside
     speed = tl.where(speed > 1e-12 * s * s, speed, 0.0)  # less is rounding
     unit = tl.where((speed > 0) & (inverse > 0), tl.rsqrt(speed), 0.0)
+    unit = tl.where(raw > 1, 1.0, unit)
     return unit[:, None] * tangent, -unit * turn * alpha, inverse, tl.sqrt(speed)
 
 
@@ -96,9 +102,11 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
     stages = tl.load(e_ptr).to(tl.int32)
     geodesic, order, tolerance = tl.load(e_ptr + 1), tl.load(e_ptr + 2), tl.load(e_ptr + 3)
     level, raw, offset = tl.load(e_ptr + 4), tl.load(e_ptr + 5), tl.load(e_ptr + 6)
-    units, cosine, factor = tl.load(e_ptr + 8).to(tl.int32), tl.load(e_ptr + 9), tl.load(e_ptr + 10)
+    units, act, factor = tl.load(e_ptr + 8).to(tl.int32), tl.load(e_ptr + 9), tl.load(e_ptr + 10)
     ridge_ptr = e_ptr + (2 + stages) * 8
     stride = (rank + 9) // 8 * 8
+    if act > 1:
+        stride *= 2
 
     rest, alpha = _outside(y, norm)
     sign = tl.where(length < 0, -1.0, 1.0)  # a negative length follows -∇h: sizes are compared without their sign
@@ -107,14 +115,14 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
     size = even
     for i in range(steps):
         dy, dalpha, inverse, speed = _slope(
-            y, alpha, rest, raw, lam, bias, ridge_ptr, units, stride, cosine, offs_k, mask_k
+            y, alpha, rest, raw, lam, bias, ridge_ptr, units, stride, act, offs_k, mask_k
         )
         step = even
         floor = left / (steps - i)  # at least this much now, so that the last attempt arrives
         if order > 0:
             step = tl.minimum(tl.maximum(size, floor), left)
         if level < INF:
-            h = _height(y * inverse[:, None], lam, bias, offset, ridge_ptr, units, stride, cosine, offs_k, mask_k)
+            h = _height(y * inverse[:, None], lam, bias, offset, ridge_ptr, units, stride, act, offs_k, mask_k)
             slant = speed * inverse
             room = tl.where(slant > 0, tl.maximum(sign * (level - h), 0.0) / slant, 0.0)
             step = tl.minimum(step, room)
@@ -127,7 +135,7 @@ def integrate(y, norm, c_ptr, rank, offs_k, mask_k, length, steps):
             there = y + move[:, None] * (p * dy + m * sum_y)
             dy, dalpha, _, _ = _slope(
                 there, alpha + move * (p * dalpha + m * sum_alpha), rest,
-                raw, lam, bias, ridge_ptr, units, stride, cosine, offs_k, mask_k,
+                raw, lam, bias, ridge_ptr, units, stride, act, offs_k, mask_k,
             )  # fmt: skip
             sum_y, sum_alpha = sum_y + b * dy, sum_alpha + b * dalpha
         keep = tl.full(norm.shape, 1.0, tl.float32)

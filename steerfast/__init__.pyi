@@ -6,6 +6,7 @@ from . import tools as tools
 from .bank import Bank as Bank
 from .barriers.barrier import Barrier as Barrier
 from .barriers.fit import fit_barrier as fit_barrier
+from .barriers.velocity import VelocityField as VelocityField
 from .directions import extract as extract
 from .directions.direction import Direction as Direction
 from .directions.fit import fit as fit
@@ -17,6 +18,7 @@ from .directions.fits.vector import LMObjective as LMObjective
 from .directions.fits.vector import ReFTr1 as ReFTr1
 from .directions.fits.vector import RePS as RePS
 from .directions.fits.vector import fit_vector as fit_vector
+from .directions.fits.velocity import fit_velocity as fit_velocity
 from .directions.pairs import directions_from as directions_from
 from .directions.sets import DirectionSet as DirectionSet
 from .directions.sets import list_directions as list_directions

@@ -279,6 +279,30 @@ ORTHONORMAL = 1e-3
 """Largest entry of |QQᵀ - I| that still counts as an orthonormal basis in float32."""
 
 
+def check_orthonormal(owner: str, name: str, rows: Tensor) -> None:
+    """Refuse rows that are not orthonormal, and say by how much."""
+    unit = torch.eye(rows.shape[0], dtype=torch.float64, device="cpu")
+    deviation = (rows.double() @ rows.double().T - unit).abs().max().item()
+    if rows.shape[0] > rows.shape[1] or deviation > ORTHONORMAL:
+        raise ValueError(
+            f"{owner}: the rows of {name} are not orthonormal (their products deviate from the identity by {deviation:.1e}); "
+            "orthonormalise them first, for instance with torch.linalg.qr"
+        )
+
+
+def own_tensors(target: object, owner: str, names: tuple[str, ...]) -> None:
+    """Make the named fields of a frozen object finite float32 CPU tensors of their own, from its __post_init__."""
+    for name in names:
+        value = getattr(target, name)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{owner}: {name} must be a tensor; got {type(value).__name__}")
+        no_gradient(owner, name, value)
+        value = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+        if not value.isfinite().all():
+            raise ValueError(f"{owner}: {name} holds NaN or Inf")
+        set_field(target, name, value)
+
+
 def step_count(owner: str, steps: Any) -> int:
     """steps as a Python int >= 1 that the header of a slot can hold."""
     try:

@@ -37,8 +37,19 @@ def barrier(kind: str, d: int, rank: int = 3, seed: int = 0) -> sf.Barrier:
     return sf.Barrier(orthonormal(rank, d, seed), eigenvalues, bias, 0.25, ridge=ridge, raw=kind == "raw")
 
 
-def formula(h: sf.Barrier) -> reference.Barrier:
-    """A barrier as the reference takes it."""
+def velocity(activation: str, d: int, rank: int = 3, seed: int = 0) -> sf.VelocityField:
+    """A velocity field of width d whose matrix is not symmetric."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    omega, eta = torch.randn(2, 4, rank, generator=generator) / 2
+    bias, phases = torch.randn(rank, generator=generator), torch.randn(4, generator=generator)
+    return sf.VelocityField(orthonormal(rank, d, seed), bias, omega, phases, eta, activation)
+
+
+def formula(h: sf.Barrier | sf.VelocityField) -> reference.Barrier | reference.Velocity:
+    """A barrier or velocity as the reference takes it."""
+    if isinstance(h, sf.VelocityField):
+        names = ("bias", "directions", "phases", "outputs")
+        return reference.Velocity(*(reference.number(getattr(h, name)) for name in names), h.activation == "tanh")
     ridge = h.ridge
     terms = None if ridge is None else tuple(map(reference.number, (ridge.weights, ridge.phases, ridge.directions)))
     cosine = ridge is None or ridge.activation == "cos"

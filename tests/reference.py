@@ -196,6 +196,23 @@ class Barrier(NamedTuple):
         return u + (w * (-torch.sin(inside) if self.cosine else 1 - torch.tanh(inside) ** 2)) @ omega
 
 
+class Velocity(NamedTuple):
+    """dz/dt = b + Σⱼ φ(ωⱼᵀz + βⱼ)·ηⱼ in the coordinates z of a basis."""
+
+    bias: Tensor
+    omega: Tensor  # (m, k)
+    beta: Tensor  # (m,)
+    eta: Tensor  # (m, k)
+    bent: bool  # φ = tanh; else the identity
+
+    raw = True
+
+    def gradient(self, z: Tensor) -> Tensor:
+        """dz/dt, (k,)."""
+        inside = self.omega @ z + self.beta
+        return self.bias + (torch.tanh(inside) if self.bent else inside) @ self.eta
+
+
 def flow(
     x: Tensor,
     basis: Tensor,
@@ -214,8 +231,11 @@ def flow(
     return torch.stack(moved).view(x.shape) if moved else number(x)
 
 
-def follow(a: Tensor, q: Tensor, barrier: Barrier, length: Any, steps: int, walk: Walk) -> Tensor:
-    """One row a (d,) at the end of its path; a negative length follows -∇h. `steps` of an adaptive walk are attempts."""
+def follow(a: Tensor, q: Tensor, barrier: Barrier | Velocity, length: Any, steps: int, walk: Walk) -> Tensor:
+    """One row a (d,) at the end of its path; a negative length follows -∇h, or the velocity back in time.
+
+    `steps` of an adaptive walk are attempts.
+    """
 
     def slope(a: Tensor) -> tuple[Tensor, Tensor]:
         """(∇h/‖∇h‖, ‖∇h‖) in d dimensions; zero at a stationary point."""
@@ -227,6 +247,8 @@ def follow(a: Tensor, q: Tensor, barrier: Barrier, length: Any, steps: int, walk
         along = 0 if barrier.raw else unit @ gradient
         gradient = gradient - along * unit
         size = gradient.norm()
+        if isinstance(barrier, Velocity):  # at its own speed
+            return gradient, size
         if size <= 8 * torch.finfo(a.dtype).eps * abs(float(along)):  # what is left is rounding
             return torch.zeros_like(a), 0 * r
         return gradient / size, size / r

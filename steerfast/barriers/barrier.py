@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfast._checks import ORTHONORMAL, direction_rows, finite_number, no_gradient, one_of, warn_user
+from steerfast._checks import check_orthonormal, direction_rows, finite_number, one_of, own_tensors, warn_user
 from steerfast.files import container
 from steerfast.ops.backends import in_full_precision
 from steerfast.place import NOWHERE, Origin, Place
@@ -77,7 +77,7 @@ class Ridge:
 
     def __post_init__(self) -> None:
         one_of("Ridge", "activation", self.activation, ACTIVATIONS)
-        _own(self, "Ridge", ("directions", "phases", "weights"))
+        own_tensors(self, "Ridge", ("directions", "phases", "weights"))
         units = self.directions.shape[0] if self.directions.dim() == 2 else 0
         if units == 0 or self.phases.shape != (units,) or self.weights.shape != (units,):
             raise ValueError(
@@ -177,7 +177,7 @@ class Barrier:
     origin: Origin = NOWHERE
 
     def __post_init__(self) -> None:
-        _own(self, "Barrier", ("basis", "eigenvalues", "bias"))
+        own_tensors(self, "Barrier", ("basis", "eigenvalues", "bias"))
         rank = self.basis.shape[0] if self.basis.dim() == 2 else 0
         if rank == 0 or self.eigenvalues.shape != (rank,) or self.bias.shape != (rank,):
             raise ValueError(
@@ -189,14 +189,7 @@ class Barrier:
             raise ValueError(
                 f"Barrier: ridge has directions of width {self.ridge.directions.shape[1]}; expected {rank}, the rows of basis"
             )
-        deviation = (
-            (self.basis.double() @ self.basis.double().T - torch.eye(rank, dtype=torch.float64, device="cpu"))
-            .abs()
-            .max()
-            .item()
-        )
-        if deviation > ORTHONORMAL:
-            raise ValueError(f"Barrier: the rows of basis are not orthonormal (QQᵀ deviates from I by {deviation:.1e})")
+        check_orthonormal("Barrier", "basis", self.basis)
 
     @classmethod
     def linear(cls, direction: Any, offset: float = 0.0, raw: bool = False) -> Barrier:
@@ -333,19 +326,6 @@ class Barrier:
         container.expect(container.BARRIER, directory, tensors, dict.fromkeys(names))
         with container.describing(container.BARRIER, directory):
             return cls.restore(tensors, numbers)
-
-
-def _own(target: object, owner: str, names: tuple[str, ...]) -> None:
-    """Make the named fields finite float32 CPU tensors of their own."""
-    for name in names:
-        value = getattr(target, name)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{owner}: {name} must be a tensor; got {type(value).__name__}")
-        no_gradient(owner, name, value)
-        value = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-        if not value.isfinite().all():
-            raise ValueError(f"{owner}: {name} holds NaN or Inf")
-        object.__setattr__(target, name, value)
 
 
 def _old_origin(info: dict[str, Any]) -> Origin:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from steerfast import ops
 from steerfast._checks import (
-    ORTHONORMAL,
     Directions,
     as_tensor,
     check_stream,
@@ -189,21 +188,6 @@ def intervention_type(owner: str, name: str) -> type[Intervention]:
             f"{owner}: unknown intervention {name!r}; known are {', '.join(sorted(Intervention.registry))}"
         )
     return Intervention.registry[name]
-
-
-def check_orthonormal(owner: str, name: str, rows: Tensor) -> None:
-    """Refuse rows that are not orthonormal, and say by how much."""
-    deviation = (
-        (rows.double() @ rows.double().T - torch.eye(rows.shape[0], dtype=torch.float64, device="cpu"))
-        .abs()
-        .max()
-        .item()
-    )
-    if rows.shape[0] > rows.shape[1] or deviation > ORTHONORMAL:
-        raise ValueError(
-            f"{owner}: the rows of {name} are not orthonormal (their products deviate from the identity by {deviation:.1e}); "
-            "orthonormalise them first, for instance with torch.linalg.qr"
-        )
 
 
 def untrained(owner: str, edit: Intervention) -> None:

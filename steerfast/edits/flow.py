@@ -1,4 +1,4 @@
-"""Flows: steering as an ODE along a barrier's gradient."""
+"""Flows: steering as an ODE along a barrier's gradient, or along a velocity field."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from steerfast import ops
 from steerfast._checks import check_stream, finite_number, one_of, path_length, set_field, step_count
 from steerfast.barriers.barrier import Barrier
+from steerfast.barriers.velocity import VelocityField
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import FLOW, SOLVE, Slot
@@ -22,19 +23,22 @@ from .base import Intervention, Program, constants_row
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Flow(Intervention):
-    """Follow a barrier's gradient: da/dt = ∇h/‖∇h‖ over [0, T], in steps taken on k + 1 numbers and lifted once.
+    """Follow a barrier's gradient, da/dt = ∇h/‖∇h‖, or a velocity field, da/dt = v, over [0, T].
+
+    Steps are taken on k + 1 numbers and lifted once, whichever it is.
 
     Args:
-        barrier: h, from `fit_barrier` or made by hand.
+        barrier: h, from `fit_barrier` or made by hand; or v, from `fit_velocity` or made by hand.
         angle: T/‖a‖ of each row: an angle in radians on the sphere, a share of the row's length for a raw barrier. Exactly
-            one of angle and T.
-        T: Length of the path in units of the stream. A strength given to `steer` multiplies T or the angle; a negative one
-            follows -∇h.
+            one of angle and T; a velocity field takes T.
+        T: Length of the path in units of the stream; of a velocity field the time. A strength given to `steer` multiplies T or
+            the angle; a negative one follows -∇h, or the field back in time.
         steps: Number of steps; of "adaptive" the number of attempts.
         method: A name of `steerfast.ops.solvers.SOLVERS`: "euler", "one-step", "geodesic" (exponential Euler), "midpoint",
             "heun", "ralston", "ssp3", "rk4" or "adaptive" (ssp3 with Heun inside as the measure of its error).
         level: Stop where h reaches it (under a negative strength: falls to it); a step that would pass it is shortened to
-            where the slope of h says that it lies, so a single step is one of Newton's and may stop short. None: go all the way.
+            where the slope of h says that it lies, so a single step is one of Newton's and may stop short. None: go all the way;
+            a velocity field has no h.
         tolerance: Of "adaptive": local error of a step, as a share of ‖a‖.
         keep_norm: Give every row its old length back afterwards.
 
@@ -42,7 +46,8 @@ class Flow(Intervention):
 
     Raises:
         TypeError, ValueError: not exactly one of angle and T, a negative or non-finite length, steps out of range, an unknown
-            method, "geodesic" with a raw barrier, a tolerance that is not positive.
+            method, "geodesic" with a raw barrier, a tolerance that is not positive; of a velocity field an angle, a level or
+            "geodesic".
 
     Reference:
         Zhao et al. 2026, ODESteer (arXiv:2602.17560); stopping at a level is the barrier function's own use in control.
@@ -54,7 +59,7 @@ class Flow(Intervention):
         Flow(rank 1, angle=0.4, T=None, steps=10, method='euler')
     """
 
-    barrier: Barrier
+    barrier: Barrier | VelocityField
     _: KW_ONLY
     angle: float | None = None
     T: float | None = None
@@ -66,20 +71,34 @@ class Flow(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.barrier, Barrier):
-            raise TypeError(f"Flow: barrier must come from fit_barrier; got {type(self.barrier).__name__}")
+        if not isinstance(self.barrier, Barrier | VelocityField):
+            raise TypeError(
+                f"Flow: barrier must come from fit_barrier or fit_velocity; got {type(self.barrier).__name__}"
+            )
         path_length("Flow", self.T, self.angle)
         for name in ("T", "angle"):
             if getattr(self, name) is not None:
                 set_field(self, name, finite_number("Flow", name, getattr(self, name)))
         set_field(self, "steps", step_count("Flow", self.steps))
         one_of("Flow", "method", self.method, tuple(SOLVERS))
-        if SOLVERS[self.method].geodesic and self.barrier.raw:
+        if isinstance(self.barrier, VelocityField):
+            self._check_time()
+        elif SOLVERS[self.method].geodesic and self.barrier.raw:
             raise ValueError(f"Flow: method {self.method!r} follows great circles, but the barrier is raw; use 'euler'")
         if self.level is not None:
             object.__setattr__(self, "level", finite_number("Flow", "level", self.level))
         if finite_number("Flow", "tolerance", self.tolerance) <= 0:
             raise ValueError(f"Flow: tolerance is {self.tolerance}; expected > 0")
+
+    def _check_time(self) -> None:
+        """Refuse what only a barrier can follow."""
+        if self.angle is not None or self.level is not None:
+            name, what = ("angle", "runs for a time") if self.angle is not None else ("level", "has no h")
+            raise ValueError(f"Flow: {name} is given, but a velocity field {what}; give T alone")
+        if SOLVERS[self.method].geodesic:
+            raise ValueError(
+                f"Flow: method {self.method!r} follows great circles, but a velocity field does not; use 'euler'"
+            )
 
     @classmethod
     def odesteer(cls, barrier: Barrier, *, T: float) -> Flow:
@@ -95,7 +114,7 @@ class Flow(Intervention):
         Reference:
             Zhao et al. 2026, ODESteer (arXiv:2602.17560).
         """
-        if isinstance(barrier, Barrier) and barrier.sketch is None:
+        if isinstance(barrier, VelocityField) or (isinstance(barrier, Barrier) and barrier.sketch is None):
             kind = barrier.info.kind or "hand-made"
             raise ValueError(
                 f"Flow.odesteer: the barrier is {kind}; the published one is fit_barrier(…, kind='sketch')"
@@ -117,9 +136,9 @@ class Flow(Intervention):
         rows, barrier = self.barrier.basis, self.barrier
         T, angle = path_length("Flow", self.T, self.angle)
         table = torch.zeros(rows.shape[0], 8, dtype=torch.float32, device="cpu")
-        table[:, 0], table[:, 1] = barrier.eigenvalues, barrier.bias
-        how = self.solver
-        constants, extra = constants_row(T, angle), pack(field_of(barrier), how)
+        field, how = field_of(barrier), self.solver
+        table[:, 0], table[:, 1] = field.eigenvalues, field.bias
+        constants, extra = constants_row(T, angle), pack(field, how)
         mode = FLOW if extra is None else SOLVE
         return Slot(mode, how.count(self.steps), self.keep_norm, rows, rows, constants, table, extra)
 
@@ -142,18 +161,21 @@ class Flow(Intervention):
         return run
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those of the barrier."""
+        """Those of the barrier or field."""
         return self.barrier.tensors()
 
     def numbers(self) -> dict[str, Any]:
         """The path, the solver, and the barrier's numbers."""
         names = ("angle", "T", "steps", "method", "level", "tolerance", "keep_norm")
-        return {**{name: getattr(self, name) for name in names}, "barrier": self.barrier.numbers()}
+        what = "velocity" if isinstance(self.barrier, VelocityField) else "barrier"
+        return {**{name: getattr(self, name) for name in names}, what: self.barrier.numbers()}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> Flow:
         """The inverse of `tensors` and `numbers`; everything is validated anew."""
         rest = dict(numbers)
+        if "velocity" in rest:
+            return cls(VelocityField.restore(tensors, rest.pop("velocity")), **rest)
         return cls(Barrier.restore(tensors, rest.pop("barrier")), **rest)
 
     def __repr__(self) -> str:
@@ -165,7 +187,7 @@ class Flow(Intervention):
 
 def flow(
     x: Tensor,
-    barrier: Barrier,
+    barrier: Barrier | VelocityField,
     *,
     angle: float | None = None,
     T: float | None = None,
@@ -174,11 +196,11 @@ def flow(
     level: float | None = None,
     tolerance: float = 1e-4,
 ) -> Tensor:
-    """Follow a barrier's gradient from every row of x: da/dt = ∇h/‖∇h‖ over [0, T].
+    """Follow a barrier's gradient, da/dt = ∇h/‖∇h‖, or a velocity field, da/dt = v, from every row of x over [0, T].
 
     Args:
         x: Residual stream, (..., d).
-        barrier: h, of width d.
+        barrier: h, of width d; or a velocity field v.
         angle: T/‖a‖ of each row, in radians. Exactly one of angle and T.
         T: Length of the path in units of x.
         steps: Number of steps, ≥ 1.
@@ -216,11 +238,13 @@ def flow(
     return edit.alone(x.device)(x, 1.0)
 
 
-def field_of(barrier: Barrier) -> Field:
-    """The barrier in the coordinates of its basis."""
+def field_of(barrier: Barrier | VelocityField) -> Field:
+    """The barrier, or the velocity, in the coordinates of its basis."""
+    if isinstance(barrier, VelocityField):
+        none, ones = torch.zeros_like(barrier.bias), torch.ones_like(barrier.phases)
+        moves = (barrier.directions, barrier.phases, ones, barrier.activation, barrier.outputs)
+        return Field(none, barrier.bias, 0.0, True, *moves)
     plain = Field(barrier.eigenvalues, barrier.bias, barrier.offset, barrier.raw)
     if (ridge := barrier.ridge) is None:
         return plain
-    return plain._replace(
-        directions=ridge.directions, phases=ridge.phases, weights=ridge.weights, cosine=ridge.activation == "cos"
-    )
+    return plain._replace(directions=ridge.directions, phases=ridge.phases, weights=ridge.weights, act=ridge.activation)

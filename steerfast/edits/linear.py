@@ -15,6 +15,7 @@ from torch import Tensor
 from steerfast._checks import (
     Directions,
     as_tensor,
+    check_orthonormal,
     direction_rows,
     finite_number,
     flag,
@@ -34,7 +35,6 @@ from .base import (
     SLOPE,
     Intervention,
     beside,
-    check_orthonormal,
     constants_row,
     hinge_rows,
     live_rows,

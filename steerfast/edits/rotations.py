@@ -8,10 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steerfast._checks import Directions, as_tensor, direction_rows, finite_number, flag, float_table, set_field
+from steerfast._checks import (
+    Directions,
+    as_tensor,
+    check_orthonormal,
+    direction_rows,
+    finite_number,
+    flag,
+    float_table,
+    set_field,
+)
 from steerfast.ops.slots import REFLECT, ROTATE, SLERP, Slot
 
-from .base import Intervention, check_orthonormal, constants_row, hinge_rows, unit_row
+from .base import Intervention, constants_row, hinge_rows, unit_row
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,4 +1,6 @@
-"""The folder that a plan, a set of directions, a barrier, an SAE and a probe are saved as: NAME.json beside NAME.safetensors.
+"""The folder that a plan, directions, a barrier, a velocity field, an SAE and a probe are saved as.
+
+NAME.json beside NAME.safetensors.
 
 The JSON says what it is ("kind"), in which form ("schema"), what is no tensor, and the checksum of the other file. Here is
 the one writer and the one reader of them all, and the one wording of each error.
@@ -84,6 +86,7 @@ DIRECTIONS = Kind(
 )
 BARRIER = Kind("barrier", "a barrier", "Barrier.load", "Barrier.save", frozenset({"barrier"}), schema=2)
 """Schema 2 says the origin, with the median norm of the activations; schema 1 said their mean norm."""
+VELOCITY = Kind("velocity", "a velocity field", "VelocityField.load", "VelocityField.save", frozenset({"velocity"}))
 SAE = Kind(
     "sae",
     "an SAE",
@@ -102,7 +105,7 @@ PROBE = Kind(
     "Probe.save",
     frozenset({"type", "numbers", "place", "after", "origin", "tensors"}),
 )
-KINDS = (PLAN, DIRECTIONS, BARRIER, SAE, PROBE)
+KINDS = (PLAN, DIRECTIONS, BARRIER, VELOCITY, SAE, PROBE)
 
 
 def write(kind: Kind, folder: PathLike, text: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:

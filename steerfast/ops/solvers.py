@@ -6,7 +6,8 @@ h(a) depends on a only through z = Qᵀa and ‖a‖, so ∇h lies in span(Q, a)
 
 The state (y, α) is closed, and any Runge-Kutta scheme that runs on it is that scheme in all d dimensions, exactly. Where
 nothing lies outside span(Q), as far as rounding can tell, α says nothing: it is 1, and y is all.
-`_integrate` does every solver and barrier. It takes PyTorch tensors or, for a handful of rows on a CPU, NumPy arrays: an
+A velocity of z = Qᵀa within span(Q) is the same with α = 1.
+`_integrate` does every solver and field. It takes PyTorch tensors or, for a handful of rows on a CPU, NumPy arrays: an
 operation of NumPy costs a third of one of PyTorch where the numbers are few. `few_eulers` is its fast twin for the
 commonest case.
 """
@@ -144,19 +145,26 @@ SOLVERS = {
     "adaptive": Solver(_SSP3, adaptive=True),
 }
 """Every way to follow a flow, by the name that `Flow(method=)` takes."""
+ACTS = (("tanh", False), ("cos", False), ("identity", True), ("tanh", True))
+"""(φ, whether it belongs to a velocity), by the number that a slot holds."""
 
 
 class Field(NamedTuple):
-    """A barrier in the coordinates of its basis: h(z) = zᵀΛz + b̃ᵀz + Σⱼ wⱼ·φ(ωⱼᵀz + βⱼ) + c."""
+    """What a flow follows, in the coordinates of its basis.
+
+    A barrier h(z) = zᵀΛz + b̃ᵀz + Σⱼ wⱼ·φ(ωⱼᵀz + βⱼ) + c, by its gradient at speed 1; or, where there are `outputs`, the
+    velocity dz/dt = b̃ + Σⱼ φ(ωⱼᵀz + βⱼ)·ηⱼ of z = Qᵀa as it is (raw).
+    """
 
     eigenvalues: Any  # (k,)
     bias: Any  # (k,)
     offset: float = 0.0
     raw: bool = False
-    directions: Any = None  # (m, k); None: no ridge terms
-    phases: Any = None  # (m,)
-    weights: Any = None  # (m,)
-    cosine: bool = True  # φ = cos; else tanh
+    directions: Any = None  # ω, (m, k); None: no ridge terms
+    phases: Any = None  # β, (m,)
+    weights: Any = None  # w, (m,)
+    act: str = "cos"  # φ: "cos" or "tanh" of a barrier, "identity" or "tanh" of a velocity
+    outputs: Any = None  # η, (m, k); None: a barrier
 
     def map(self, change: Callable[[Tensor], Any]) -> Field:
         """The same barrier with every tensor changed."""
@@ -204,21 +212,23 @@ def scheme(method: str, tolerance: float = 1e-4, level: float = math.inf) -> Sch
 def scheme_rows(field: Field, how: Scheme) -> list[list[float]]:
     """Further rows of a slot that hold its solver: what is common, the ridge terms in short, then p, m, b of every stage.
 
-    Row 0: number of stages, geodesic, order, tolerance, level, raw, offset, 0. Row 1: number of ridge terms, cosine, factor.
-    None for Euler on a quadratic barrier.
+    Row 0: number of stages, geodesic, order, tolerance, level, raw (2: a velocity), offset, 0. Row 1: number of ridge terms,
+    φ as in `ACTS`, factor. Empty for Euler on a quadratic barrier.
     """
     units = 0 if field.directions is None else field.directions.shape[0]
     if how.plain and not units and not field.raw:
         return []
-    first = [len(how.stages), how.geodesic, how.order, how.tolerance, how.level, field.raw, field.offset]
-    rows = [first, [units, field.cosine, how.factor], *how.stages]
+    raw, moving = (field.raw, False) if field.outputs is None else (2, True)
+    first = [len(how.stages), how.geodesic, how.order, how.tolerance, how.level, raw, field.offset]
+    rows = [first, [units, ACTS.index((field.act, moving)), how.factor], *how.stages]
     return [[*map(float, row), *[0.0] * (8 - len(row))] for row in rows]
 
 
 def pack(field: Field, how: Scheme) -> Tensor | None:
     """The rows of a slot that say what its numbers per direction do not: (e, 8); None for Euler on a quadratic barrier.
 
-    Those of `scheme_rows`, then ⌈(k + 2)/8⌉ rows w, β, ω₁ … ω_k of every ridge term.
+    Those of `scheme_rows`, then ⌈(k + 2)/8⌉ rows w, β, ω₁ … ω_k of every ridge term; of a velocity as many more of it, with
+    η in the place of ω.
     """
     numbers = scheme_rows(field, how)
     if not numbers:
@@ -226,15 +236,18 @@ def pack(field: Field, how: Scheme) -> Tensor | None:
     rows = torch.tensor(numbers, dtype=torch.float32, device="cpu")
     if field.directions is None or not field.directions.shape[0]:
         return rows
-    terms = torch.cat([field.weights[:, None], field.phases[:, None], field.directions], 1)
-    return torch.cat([rows, torch.nn.functional.pad(terms, (0, -terms.shape[1] % 8)).reshape(-1, 8)])
+    scalars = torch.stack([field.weights, field.phases], 1)
+    parts = [field.directions] if field.outputs is None else [field.directions, field.outputs]
+    padded = [torch.nn.functional.pad(torch.cat([scalars, v], 1), (0, -(v.shape[1] + 2) % 8)) for v in parts]
+    return torch.cat([rows, torch.cat(padded, 1).reshape(-1, 8)])
 
 
 def unpack(table: Tensor, extra: Tensor | None) -> tuple[Field, Scheme]:
     """The inverse of `pack`, with λ and b̃ from the slot's numbers per direction (k, 8)."""
     if extra is None:
         return Field(table[:, 0], table[:, 1]), EULER
-    (count, geodesic, order, tolerance, level, raw, offset, _), (units, cosine, factor, *_) = extra[:2].tolist()
+    (count, geodesic, order, tolerance, level, raw, offset, _), (units, code, factor, *_) = extra[:2].tolist()
+    act, moving = ACTS[int(code)]
     stages = int(count)
     how = Scheme(
         tuple((p, m, b) for p, m, b, *_ in extra[2 : 2 + stages].tolist()),
@@ -244,23 +257,25 @@ def unpack(table: Tensor, extra: Tensor | None) -> tuple[Field, Scheme]:
         tolerance,
         level,
     )
-    plain = Field(table[:, 0], table[:, 1], offset, bool(raw), cosine=bool(cosine))
+    plain = Field(table[:, 0], table[:, 1], offset, bool(raw), act=act)
     if not units:
         return plain, how
-    rows = extra[2 + stages :].reshape(int(units), -1)
-    return plain._replace(directions=rows[:, 2 : 2 + table.shape[0]], phases=rows[:, 1], weights=rows[:, 0]), how
+    rows = extra[2 + stages :].reshape(int(units), 1 + moving, -1)
+    omega, outputs = rows[:, 0], rows[:, 1, 2 : 2 + table.shape[0]] if moving else None
+    found = plain._replace(directions=omega[:, 2 : 2 + table.shape[0]], phases=omega[:, 1], weights=omega[:, 0])
+    return found._replace(outputs=outputs), how
 
 
 def integrate(
     y: Tensor, norm: Tensor, field: Field, length: Tensor, steps: int, how: Scheme = EULER
 ) -> tuple[Tensor, Tensor]:
-    """Follow da/dt = ∇h/‖∇h‖ over a path of the given length, in coordinates.
+    """Follow da/dt = ∇h/‖∇h‖ over a path of the given length, or a velocity over a time, in coordinates.
 
     Args:
         y: y₀ = Qᵀa₀, (n, k).
         norm: ‖a₀‖, (n, 1).
-        field: The barrier.
-        length: T, (n, 1); where it is negative the row follows -∇h, down to the level.
+        field: The barrier, or the velocity.
+        length: T, (n, 1); where it is negative the row follows -∇h, down to the level; or the velocity back in time.
         steps: Number of steps; of an adaptive solver the number of attempts.
         how: The solver, and the level at which it stops.
 
@@ -278,6 +293,8 @@ def integrate(
 
 
 def _integrate(xp: Any, y: Any, norm: Any, field: Field, length: Any, steps: int, how: Scheme) -> tuple[Any, Any]:
+    if field.outputs is not None and how.plain:
+        return 1 + 0 * norm, _drift(xp, y, field, length / steps, steps)
     size2 = norm * norm
     rest = size2 - _dot(y, y)  # what lies outside span(Q)
     some = rest > OUTSIDE * xp.finfo(y.dtype).eps * size2
@@ -325,6 +342,15 @@ def _integrate(xp: Any, y: Any, norm: Any, field: Field, length: Any, steps: int
             left = xp.where(fits, left - step, left)
         y, alpha = new_y, new_alpha
     return xp.where(some, alpha, 1 + 0 * alpha), y
+
+
+def _drift(xp: Any, y: Any, field: Field, step: Any, steps: int) -> Any:
+    """y after Euler steps along a velocity."""
+    directions, act = field.directions.T, xp.tanh if field.act == "tanh" else None
+    for _ in range(steps):
+        inside = y @ directions + field.phases
+        y = y + step * ((inside if act is None else act(inside)) @ field.outputs + field.bias)
+    return y
 
 
 def are_few(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, ...], steps: int, how: Scheme) -> bool:
@@ -463,11 +489,16 @@ def _aligned(*shape: int) -> Any:
 
 
 def _slope(xp: Any, y: Any, alpha: Any, rest: Any, field: Field) -> tuple[Any, Any, Any, Any]:
-    """(dy/dt, dα/dt, 1/‖a‖, ‖a‖·‖∇h‖) of the flow at a point; zero slopes where h is stationary. Raw: 1 for ‖a‖."""
+    """(dy/dt, dα/dt, 1/‖a‖, ‖a‖·‖∇h‖) of the flow at a point; zero slopes where h is stationary. Raw: 1 for ‖a‖.
+
+    A velocity is taken as fast as it is, and not at speed 1.
+    """
     if field.raw:
         inverse, z = 1.0 + 0 * alpha, y
         u = _gradient(xp, z, field)
         square = _dot(u, u)
+        if field.outputs is not None:
+            return u, 0 * alpha, inverse, xp.sqrt(square)
         unit = 1 / xp.sqrt(xp.where(square > 0, square, math.inf))
         return unit * u, 0 * alpha, inverse, xp.sqrt(square)
     outside = alpha * alpha * rest
@@ -486,12 +517,14 @@ def _slope(xp: Any, y: Any, alpha: Any, rest: Any, field: Field) -> tuple[Any, A
 
 
 def _gradient(xp: Any, z: Any, field: Field) -> Any:
-    """∂h/∂z."""
+    """∂h/∂z, or the velocity."""
     u = 2 * field.eigenvalues * z + field.bias
     if field.directions is None:
         return u
     inside = z @ field.directions.T + field.phases
-    if field.cosine:
+    if field.outputs is not None:
+        return u + (xp.tanh(inside) if field.act == "tanh" else inside) @ field.outputs
+    if field.act == "cos":
         return u - (field.weights * xp.sin(inside)) @ field.directions
     bent = xp.tanh(inside)
     return u + (field.weights * (1 - bent * bent)) @ field.directions
@@ -503,7 +536,7 @@ def _height(xp: Any, z: Any, field: Field) -> Any:
     if field.directions is None:
         return h
     inside = z @ field.directions.T + field.phases
-    bent = xp.cos(inside) if field.cosine else xp.tanh(inside)
+    bent = xp.cos(inside) if field.act == "cos" else xp.tanh(inside)
     return h + (bent @ field.weights)[:, None]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steerfast._checks import check_stream
+from steerfast.barriers.barrier import Barrier
 from steerfast.edits.flow import Flow, flow
 from steerfast.files.replace import replace_file
 from steerfast.ops.solvers import SOLVERS
@@ -33,6 +34,7 @@ def plot_flow(edit: Flow, x: Tensor, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: the flow follows a velocity field, which has no h.
         ValueError: x has another width than the barrier.
 
     Example:
@@ -43,6 +45,10 @@ def plot_flow(edit: Flow, x: Tensor, path: str | os.PathLike[str]) -> Path:
     """
     FigureCanvasAgg, Figure = require_matplotlib()
     check_stream("plot_flow", x)
+    if not isinstance(edit.barrier, Barrier):
+        raise TypeError(
+            "plot_flow: the flow follows a velocity field, which has no h to draw; it draws flows of barriers"
+        )
     h, start = edit.barrier, x.reshape(-1, x.shape[-1])[:ROWS].double().cpu()
     length, name = (edit.T, "length") if edit.T is not None else (edit.angle or 0.0, "angle (radians)")
 

@@ -99,16 +99,22 @@ class Pupil:
             if handle is not None:
                 handle.remove()
 
-    def log_likelihoods(self, prompt: Sequence[int], continuation: Sequence[int], edit: Edit | None) -> Tensor:
-        """log p of each token of a continuation under an edit, float32 (tokens,); it runs by itself, without padding."""
-        ids = torch.tensor([[*prompt, *continuation]], device=next(self.model.parameters()).device)
+    def logits(self, ids: Sequence[int], edit: Edit | None) -> Tensor:
+        """The logits of one text under an edit, (tokens, vocabulary); it runs by itself, without padding."""
+        given = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
         self._edit = edit
         try:
-            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            found: Tensor = self.model(input_ids=given, attention_mask=torch.ones_like(given)).logits
         finally:
             self._edit = None
-        own = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-        return own.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
+        return found[0]
+
+    def log_likelihoods(self, prompt: Sequence[int], continuation: Sequence[int], edit: Edit | None) -> Tensor:
+        """log p of each token of a continuation under an edit, float32 (tokens,)."""
+        logits = self.logits([*prompt, *continuation], edit)
+        own = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
+        follows = torch.tensor(list(continuation), device=own.device)
+        return own.gather(1, follows[:, None])[:, 0].cpu()
 
     def nats(self, lessons: Sequence[Lesson], edit: Edit | None) -> float:
         """Mean log p of a token of the wanted continuations; NaN without lessons."""

@@ -1,0 +1,224 @@
+"""Velocity fields: every solver on every backend against all d dimensions, plans and files, the fit, and bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import reference
+import torch
+from flowing import barrier, by_hand, velocity
+from places import DTYPES, PLACES, assert_exact, backend, runs
+
+import steerfast as sf
+from steerfast.models import demo
+
+KINDS = ("identity", "tanh")
+
+
+def stream(n: int, d: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_solver_is_as_exact_as_the_field_in_all_dimensions(place, kind):
+    methods = ("euler", "adaptive") if place == "interpreter" else ("euler", "one-step", "midpoint", "rk4", "adaptive")
+    with backend(place) as device:
+        for dtype in (t for t in DTYPES if runs(place, t) and (place != "interpreter" or t == DTYPES[0])):
+            for rows, rank in ((1, 3), (7, 3), (2, 17)):
+                x = stream(rows, 40, dtype).to(device)
+                for method in methods:
+                    flow = sf.Flow(velocity(kind, 40, rank), T=0.3, steps=4, method=method, tolerance=1e-2)
+                    out = flow.alone(torch.device(device))(x, 1.0)
+                    what = f"{kind} {method} {dtype} rank {rank}"
+                    assert_exact(out, by_hand(x, flow), reference.naive(by_hand, x, flow), what)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_bank_mixes_fields_and_barriers_and_a_strength_is_a_time(place):
+    with backend(place) as device:
+        flows = [
+            sf.Flow(velocity("identity", 40), T=0.2),
+            sf.Flow(barrier("mlp", 40), angle=0.3),
+            sf.Flow(velocity("tanh", 40, 5), T=0.5, method="rk4", keep_norm=True),
+        ]
+        x = stream(4, 40).to(device)
+        bank = sf.Bank(40, slots=4, directions=16, device=device)
+        rows = torch.tensor([*map(bank.register, flows), -1], dtype=torch.int32, device=device)
+        for sign in (1.0, -0.5):
+            scale = sign * torch.tensor([1.0, 0.5, 2.0, 1.0], device=device)
+            got = sf.ops.subspace(x, *bank.tensors, rows, scale, bank.modes, bank.max_rank)
+            for i, flow in enumerate(flows):
+                alone = by_hand(x[i], flow, scale[i].item())
+                torch.testing.assert_close(got[i].double().cpu(), alone, atol=2e-5, rtol=2e-5)
+            assert torch.equal(got[3], x[3])
+
+
+def test_affine_ablation_is_one_euler_step_of_a_field_of_rank_one():
+    direction = torch.nn.functional.normalize(torch.randn(12, generator=torch.Generator().manual_seed(3)), dim=0)
+    one = torch.ones(1, 1)
+    field = sf.VelocityField(direction[None], torch.tensor([2.0]), -one, torch.zeros(1), one)
+    x = stream(5, 12)
+    expected = sf.AffineAblate(direction, baseline=2.0 * direction).apply(x)
+    torch.testing.assert_close(sf.flow(x, field, T=1.0, method="one-step"), expected)
+    many = sf.flow(x, field, T=1.0, steps=10)
+    share = 1 - 0.9**10  # the same way, not as far
+    torch.testing.assert_close(many, x + share * (expected - x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_field_and_its_flow_come_back_from_files(kind, tmp_path):
+    field = velocity(kind, 12)
+    field.save(tmp_path / "field")
+    back = sf.VelocityField.load(tmp_path / "field")
+    x = stream(5, 12)
+    assert torch.equal(back(x), field(x))
+    flow = sf.Flow(field, T=0.4, steps=6, method="rk4", keep_norm=True)
+    sf.Plan({3: flow}, positions="last").save(tmp_path / "plan")
+    again = sf.Plan.load(tmp_path / "plan").edits["resid_post", 3][0]
+    assert repr(again) == repr(flow)
+    assert torch.equal(again.apply(x), flow.apply(x))
+    text = json.loads((tmp_path / "field" / "velocity.json").read_text())
+    text["velocity"]["activation"] = "sine"
+    (tmp_path / "field" / "velocity.json").write_text(json.dumps(text))
+    with pytest.raises(ValueError, match="activation is 'sine'"):
+        sf.VelocityField.load(tmp_path / "field")
+
+
+def test_the_negated_field_goes_back():
+    field, x = velocity("tanh", 12), stream(4, 12)
+    there = sf.flow(x, field, T=0.3, steps=200, method="rk4")
+    torch.testing.assert_close(sf.flow(there, -field, T=0.3, steps=200, method="rk4"), x, atol=1e-4, rtol=1e-4)
+
+
+def test_what_only_a_barrier_can_is_refused():
+    field = velocity("identity", 12)
+    for given, message in (
+        ({"angle": 0.1}, "angle is given, but a velocity field runs for a time; give T alone"),
+        ({"T": 1.0, "level": 0.0}, "level is given, but a velocity field has no h"),
+        ({"T": 1.0, "method": "geodesic"}, "follows great circles, but a velocity field does not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sf.Flow(field, **given)
+    with pytest.raises(ValueError, match="barrier is hand-made; the published one"):
+        sf.Flow.odesteer(field, T=1.0)
+    with pytest.raises(TypeError, match="has no h to draw"):
+        sf.tools.plot_flow(sf.Flow(field, T=1.0), stream(2, 12), "never.png")
+    with pytest.raises(TypeError):
+        sf.probes.BarrierProbe(field)
+    with pytest.raises(ValueError, match="has width 12 and x 8"):
+        sf.flow(torch.ones(1, 8), field, T=1.0)
+    one, row = torch.ones(1, 1), torch.eye(12)[:1]
+    with pytest.raises(ValueError, match="do not fit; expected basis"):
+        sf.VelocityField(row, torch.zeros(2), one, torch.zeros(1), one)
+    with pytest.raises(ValueError, match="not orthonormal"):
+        sf.VelocityField(2 * row, torch.zeros(1), one, torch.zeros(1), one)
+    with pytest.raises(ValueError, match="outputs holds NaN"):
+        sf.VelocityField(row, torch.zeros(1), one, torch.zeros(1), one * torch.nan)
+    with pytest.raises(ValueError, match="got activations of shape"):
+        field(torch.ones(2, 8))
+
+
+PAIRS = [(f"The {thing} was", f" {good}.", f" {bad}.") for thing, good, bad in (
+    ("film", "wonderful", "terrible"), ("meal", "delicious", "disgusting"), ("trip", "lovely", "awful"),
+    ("talk", "brilliant", "boring"), ("house", "beautiful", "ugly"), ("week", "great", "horrible"),
+    ("song", "charming", "annoying"), ("game", "exciting", "dull"), ("friend", "kind", "cruel"), ("news", "good", "bad"),
+)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    model, tokenizer = demo.load()
+    texts = [
+        "The library opens at nine and closes at five on weekdays, as it has for years.",
+        "Water boils at a lower temperature on a mountain than it does at the coast.",
+        "He put the keys on the table and went to look for the letter in the hall.",
+        "The bridge was built in three years and carries two lanes in each direction.",
+    ]
+    state = torch.get_rng_state()
+    field = sf.fit_velocity(model, tokenizer, PAIRS, 14, neutral=texts, rank=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    return model, tokenizer, texts, field
+
+
+def test_a_fit_raises_the_odds_of_pairs_that_it_has_not_seen(fitted):
+    model, tokenizer, _, field = fitted
+    assert (field.rank, field.origin.place) == (4, ("resid_post", 14))
+    assert field.info.nats > 1
+    assert 0.05 < field.info.damage <= 0.15
+    assert not any(block._forward_hooks for block in model.model.layers)
+    plan = sf.Plan({14: sf.Flow(field, T=1.0)}, positions="last")
+    prompt = tokenizer("The party was", return_tensors="pt")
+    good, bad = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" fantastic", " dreadful"))
+    with torch.no_grad():
+        before = model(**prompt).logits[0, -1]
+        with sf.steer(model, plan, prompt_length=prompt["input_ids"].shape[1]):
+            after = model(**prompt).logits[0, -1]
+    assert after[good] - after[bad] > before[good] - before[bad] + 0.5
+
+
+def test_the_fit_is_the_natural_gradient_by_hand(fitted):
+    """The field's matrix against F⁻¹GΣ⁻¹ from gradients that this test takes itself, with the same draws."""
+    from steerfast.directions.fits import velocity as module
+
+    model, tokenizer, texts, _ = fitted
+    pupil = module.Pupil("test", model, 14)
+    reader = module.TextReader.of(tokenizer, "test")
+    lessons = module.read_lessons("test", reader, PAIRS[:2], contrast=True)
+    ids = [tuple(reader.beginning(text)) for text in texts[:2]]
+    with pupil.taught():
+        metric = module._metric(pupil, ids, torch.Generator().manual_seed(5))
+        pull = module._pull(pupil, lessons)
+    seen = {}
+
+    def keep(block, args, out):
+        seen["x"] = out if isinstance(out, torch.Tensor) else out[0]
+        seen["x"].retain_grad()
+
+    handle = model.model.layers[14].register_forward_hook(keep)
+    total = torch.zeros(576, 577, dtype=torch.float64)
+    mean = metric.mean
+    for one in lessons:
+        for way, sign in ((one.wanted, 1), (one.unwanted, -1)):
+            row = torch.tensor([[*one.prompt, *way]])
+            logits = model(input_ids=row).logits[0].log_softmax(-1)
+            sum(logits[len(one.prompt) - 1 + i, token] for i, token in enumerate(way)).backward()
+            at = slice(len(one.prompt) - 1, -1)
+            a, g = seen["x"].detach()[0, at].double(), seen["x"].grad[0, at].double()
+            total += sign * g.T @ torch.cat([a - mean, torch.ones(len(a), 1, dtype=torch.float64)], 1) / len(lessons)
+    handle.remove()
+    model.zero_grad()
+    torch.testing.assert_close(pull(mean), total, atol=1e-6, rtol=1e-4)
+    eye = torch.eye(576, dtype=torch.float64)
+    fisher = metric.fisher + 2.0 * metric.fisher.diagonal().mean() * eye
+    rows = metric.covariance + 0.5 * metric.covariance.diagonal().mean() * eye
+    wide = torch.block_diag(rows, torch.ones(1, 1, dtype=torch.float64))
+    whole = torch.linalg.solve(fisher, total) @ torch.linalg.inv(wide)
+    field = module._natural(metric, pull, 40, (2.0, 0.5))  # more than there are: nothing is cut
+    a = torch.randn(3, 576, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + mean
+    expected = torch.cat([a - mean, torch.ones(3, 1, dtype=torch.float64)], 1) @ whole.T
+    torch.testing.assert_close(field(a), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
+
+
+BAD = [
+    ({"examples": []}, ValueError, "expected a list of"),
+    ({"examples": [("a", "b")]}, TypeError, "expected .* three strings"),
+    ({"rank": 0}, ValueError, "rank"),
+    ({"rank": 5000}, ValueError, "rank is 5000 and the stream has width 576"),
+    ({"damping": 1.0}, TypeError, "expected two numbers"),
+    ({"damping": (0.0, 1.0)}, ValueError, "expected two numbers > 0"),
+    ({"neutral": "text"}, TypeError, "expected a list of texts"),
+    ({"neutral": ["Short."]}, ValueError, "expected two or more, each of more than 5"),
+    ({"layer": 99}, ValueError, "99"),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "message"), BAD)
+def test_bad_input_is_named_and_leaves_nothing(fitted, given, error, message):
+    model, tokenizer, texts, _ = fitted
+    rest = {"examples": PAIRS, "layer": 14, "neutral": texts} | given
+    with pytest.raises(error, match=message):
+        sf.fit_velocity(model, tokenizer, rest.pop("examples"), rest.pop("layer"), **rest)
+    assert not any(block._forward_hooks for block in model.model.layers)
+    assert all(weight.requires_grad for weight in model.parameters())
