@@ -10,7 +10,7 @@ from places import DTYPES, PLACES, assert_exact, backend, runs
 
 import steerfast as sf
 from steerfast.ops.slots import FLOW, SOLVE
-from steerfast.ops.solvers import SOLVERS
+from steerfast.ops.tableaus import SOLVERS
 from steerfast.place import Origin, Place
 
 MODES = ("euler", "geodesic", "midpoint", "rk4", "ssp3", "adaptive")

@@ -14,7 +14,8 @@ from flowing import KINDS, barrier, by_hand, formula, unit_gradient
 import steerfast as sf
 from steerfast.edits.flow import field_of
 from steerfast.ops import solvers
-from steerfast.ops.solvers import SOLVERS, Field, Tableau, integrate, pack, scheme, unpack
+from steerfast.ops.solvers import Field, integrate, pack, scheme, unpack
+from steerfast.ops.tableaus import SOLVERS, Tableau
 
 FIXED = [name for name, solver in SOLVERS.items() if not solver.adaptive and not solver.single]
 

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import steerfast as sf
 from steerfast.ops import tables
 from steerfast.ops.slots import AFFINE, FLOW, HINGE, SOLVE, Header, constants, hinge
-from steerfast.ops.solvers import SOLVERS, Field, pack, scheme
+from steerfast.ops.solvers import Field, pack, scheme
+from steerfast.ops.tableaus import SOLVERS
 
 CPU = torch.device("cpu")
 

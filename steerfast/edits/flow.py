@@ -16,7 +16,8 @@ from steerfast.barriers.velocity import VelocityField
 from steerfast.ops import torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import FLOW, SOLVE, Slot
-from steerfast.ops.solvers import SOLVERS, Field, Scheme, pack, scheme
+from steerfast.ops.solvers import Field, Scheme, pack, scheme
+from steerfast.ops.tableaus import SOLVERS
 
 from .base import Intervention, Program, constants_row
 
@@ -34,7 +35,7 @@ class Flow(Intervention):
         T: Length of the path in units of the stream; of a velocity field the time. A strength given to `steer` multiplies T or
             the angle; a negative one follows -∇h, or the field back in time.
         steps: Number of steps; of "adaptive" the number of attempts.
-        method: A name of `steerfast.ops.solvers.SOLVERS`: "euler", "one-step", "geodesic" (exponential Euler), "midpoint",
+        method: A name of `steerfast.ops.tableaus.SOLVERS`: "euler", "one-step", "geodesic" (exponential Euler), "midpoint",
             "heun", "ralston", "ssp3", "rk4" or "adaptive" (ssp3 with Heun inside as the measure of its error).
         level: Stop where h reaches it (under a negative strength: falls to it); a step that would pass it is shortened to
             where the slope of h says that it lies, so a single step is one of Newton's and may stop short. None: go all the way;

@@ -12,8 +12,9 @@ from steerfast._checks import finite_number, one_of, path_length, step_count
 from . import calls, torch_backend, torch_cpu
 from .backends import backend_of, kernels
 from .slots import AFFINE, FLOW, HINGE, SOLVE, Eight, Tables, hinge
-from .solvers import SOLVERS, Field, Scheme, scheme
+from .solvers import Field, Scheme, scheme
 from .subspace import check_in_place, check_op, edited, edited_, needs_gradient
+from .tableaus import SOLVERS
 from .tables import affine_tables, flow_tables, hinge_tables, loreft_tables, with_numbers
 from .torch_cpu import How
 
@@ -203,7 +204,7 @@ def flow(
         angle: T/‖a‖ of each row, in radians. Exactly one of angle and T.
         T: Length of the path in units of x.
         steps: Number of steps, ≥ 1.
-        method: The solver, a name of `steerfast.ops.solvers.SOLVERS`, such as "euler", "geodesic" or "rk4".
+        method: The solver, a name of `steerfast.ops.tableaus.SOLVERS`, such as "euler", "geodesic" or "rk4".
 
     Returns:
         A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move. On a CPU one

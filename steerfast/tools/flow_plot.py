@@ -13,7 +13,7 @@ from steerfast._checks import check_stream
 from steerfast.barriers.barrier import Barrier
 from steerfast.edits.flow import Flow, flow
 from steerfast.files.replace import replace_file
-from steerfast.ops.solvers import SOLVERS
+from steerfast.ops.tableaus import SOLVERS
 
 POINTS = 21  # of the path
 ROWS = 64  # of x that are drawn at most
