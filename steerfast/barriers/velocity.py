@@ -15,6 +15,7 @@ from torch import Tensor
 from steerfast._checks import check_orthonormal, one_of, own_tensors
 from steerfast.files import container
 from steerfast.ops.backends import in_full_precision
+from steerfast.ops.solvers import Field
 from steerfast.place import NOWHERE, Origin
 
 ACTIVATIONS = ("identity", "tanh")
@@ -108,6 +109,12 @@ class VelocityField:
     def width(self) -> int:
         """d, the width of the stream."""
         return self.basis.shape[1]
+
+    @functools.cached_property
+    def field(self) -> Field:
+        """The field in the coordinates of its basis, as the solvers take it."""
+        none, ones = torch.zeros_like(self.bias), torch.ones_like(self.phases)
+        return Field(none, self.bias, 0.0, True, self.directions, self.phases, ones, self.activation, self.outputs)
 
     @in_full_precision
     def __call__(self, a: Tensor) -> Tensor:

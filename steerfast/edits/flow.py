@@ -242,9 +242,7 @@ def flow(
 def field_of(barrier: Barrier | VelocityField) -> Field:
     """The barrier, or the velocity, in the coordinates of its basis."""
     if isinstance(barrier, VelocityField):
-        none, ones = torch.zeros_like(barrier.bias), torch.ones_like(barrier.phases)
-        moves = (barrier.directions, barrier.phases, ones, barrier.activation, barrier.outputs)
-        return Field(none, barrier.bias, 0.0, True, *moves)
+        return barrier.field
     plain = Field(barrier.eigenvalues, barrier.bias, barrier.offset, barrier.raw)
     if (ridge := barrier.ridge) is None:
         return plain

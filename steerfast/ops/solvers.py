@@ -245,11 +245,10 @@ def _drift(xp: Any, y: Any, field: Field, step: Any, steps: int) -> Any:
 
 
 def are_few(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, ...], steps: int, how: Scheme) -> bool:
-    """Whether `few_eulers` serves: Euler on a low-rank quadratic barrier, a handful of CPU rows, one dtype, no gradient."""
+    """Whether `few_eulers` serves: Euler at low rank, a handful of CPU rows, one dtype, no gradient; quadratic, or a velocity."""
     return (
         how.plain
-        and field.directions is None
-        and not field.raw
+        and (field.outputs is not None or (field.directions is None and not field.raw))
         and x.is_cpu
         and x.dtype in (torch.float32, torch.float64)
         and x.dtype == basis.dtype == field.eigenvalues.dtype == field.bias.dtype
@@ -262,12 +261,14 @@ def are_few(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, 
 
 @np.errstate(all="ignore")  # what is not finite comes from rows in doubt, or from NaN
 def few_eulers(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, ...], steps: int) -> Tensor:
-    """Rows x (n, d) after Euler steps on a quadratic barrier, over T + angle·‖x‖ with (T, angle) = path.
+    """Rows x (n, d) after Euler steps on a quadratic barrier or a velocity, over T + angle·‖x‖ with (T, angle) = path.
 
     The steps in NumPy, for a single row all of it: the number of calls is what it costs. With z = y/r, u = 2λ∘z + b̃,
     s = z·u and t = (ε/r)/√(u·u - s²) a step is z ← (r/r')·((1 - ts)·z + t·u), and r² grows by ε²: in float64, where the
     difference loses nothing.
     """
+    if field.outputs is not None:
+        return _few_drifts(x, basis, field, path, steps)
     eigenvalues, bias = field.eigenvalues.numpy(force=True), field.bias.numpy(force=True)
     wide = eigenvalues.astype(np.float64), bias.astype(np.float64)
     if x.shape[0] == 1:
@@ -286,6 +287,35 @@ def few_eulers(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | floa
     g = (y - alpha * start).astype(start.dtype)
     out = (torch.from_numpy(g) @ basis).addcmul_(torch.from_numpy((alpha - 1).astype(start.dtype)), x).add_(x)
     moves = g.any(1) & (length != 0)
+    return out if moves.all() else torch.where(torch.from_numpy(moves)[:, None], out, x)  # even the sign of a zero
+
+
+def _few_drifts(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, ...], steps: int) -> Tensor:
+    """Rows after Euler steps along a velocity, in float64; an affine one is a matrix, and a step one product."""
+    T, angle = (p.numpy(force=True).reshape(-1, 1) if isinstance(p, Tensor) else p for p in path)
+    if isinstance(angle, np.ndarray) or angle:
+        T = T + angle * torch.linalg.vector_norm(x, dim=-1, keepdim=True).numpy()
+    step = T / steps
+    parts = (field.directions, field.outputs, field.phases, field.bias)
+    omega, eta, phases, bias = [v.numpy(force=True).astype(np.float64) for v in parts]
+    start = y = (x @ basis.T).numpy().astype(np.float64)
+    if field.act == "identity":
+        matrix, constant = omega.T @ eta, phases @ eta + bias
+        if isinstance(step, float):  # the same matrix for all rows
+            matrix *= step
+            matrix.ravel()[:: len(bias) + 1] += 1
+            constant *= step
+            for _ in range(steps):
+                y = y @ matrix
+                y += constant
+        else:
+            for _ in range(steps):
+                y = y + step * (y @ matrix + constant)
+    else:
+        y = _drift(np, y, Field(None, bias, directions=omega, phases=phases, act=field.act, outputs=eta), step, steps)
+    g = (y - start).astype(x.numpy().dtype)
+    out = (torch.from_numpy(g) @ basis).add_(x)
+    moves = g.any(1)
     return out if moves.all() else torch.where(torch.from_numpy(moves)[:, None], out, x)  # even the sign of a zero
 
 
