@@ -16,7 +16,7 @@ import steerfast as sf
 MODULES = sorted(
     info.name
     for info in pkgutil.walk_packages(sf.__path__, "steerfast.")
-    if not info.name.endswith(("__main__", "vllm"))
+    if not info.name.endswith(("__main__", "vllm", "hidden_connector"))  # the last is a class of vLLM's
 )
 
 TEXTS = {
