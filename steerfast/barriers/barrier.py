@@ -12,7 +12,6 @@ z = Qᵀa, without the sphere: the linear raw barrier is plain activation additi
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -27,6 +26,8 @@ from steerfast._checks import check_orthonormal, direction_rows, finite_number, 
 from steerfast.files import container
 from steerfast.ops.backends import in_full_precision
 from steerfast.place import NOWHERE, Origin, Place
+
+from .basis import LowRank
 
 ACTIVATIONS = ("cos", "tanh")
 PARTS = {
@@ -142,7 +143,7 @@ class Sketch:
 
 
 @dataclass(frozen=True, eq=False)
-class Barrier:
+class Barrier(LowRank):
     """A barrier of low rank: h(a) = zᵀΛz + b̃ᵀz + ridge(z) + c, z = Qᵀa/‖a‖, Q = basis.T.
 
     Attributes:
@@ -213,16 +214,6 @@ class Barrier:
             raw=raw,
         )
 
-    @property
-    def rank(self) -> int:
-        """k, the numbers that it sees of an activation."""
-        return self.basis.shape[0]
-
-    @property
-    def width(self) -> int:
-        """d, the width of the stream."""
-        return self.basis.shape[1]
-
     def __call__(self, a: Tensor) -> Tensor:
         """h of activations (..., d), as (...,), in float32 or, for float64 activations, in float64; a zero row has z = 0."""
         if a.shape[-1:] != (self.width,):
@@ -252,20 +243,6 @@ class Barrier:
         sketch = None if self.sketch is None else replace(self.sketch, weights=-self.sketch.weights)
         eigenvalues, bias = -self.eigenvalues, -self.bias
         return replace(self, eigenvalues=eigenvalues, bias=bias, offset=-self.offset, ridge=ridge, sketch=sketch)
-
-    def basis_as(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The basis on a device in a dtype, copied once and kept: a captured CUDA graph may ask for it, too."""
-        if torch.compiler.is_compiling():
-            return self.basis.to(device, dtype)
-        found = self._copies.get((device, dtype))
-        if found is None:
-            with torch.inference_mode(False):  # so that a later gradient can use it
-                found = self._copies[device, dtype] = self.basis.to(device, dtype)
-        return found
-
-    @functools.cached_property
-    def _copies(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
-        return {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, as `save` writes them."""

@@ -19,6 +19,8 @@ from steerfast.ops.backends import in_full_precision
 from steerfast.ops.solvers import Field
 from steerfast.place import NOWHERE, Origin
 
+from .basis import LowRank
+
 ACTIVATIONS = ("identity", "tanh")
 TENSORS = ("basis", "bias", "directions", "phases", "outputs")
 
@@ -51,7 +53,7 @@ class VelocityInfo:
 
 
 @dataclass(frozen=True, eq=False)
-class VelocityField:
+class VelocityField(LowRank):
     """A velocity of low rank: v(a) = Q(b + Σⱼ φ(ωⱼᵀz + βⱼ)·ηⱼ), z = Qᵀa, Q = basis.T; φ is the identity or tanh.
 
     It need not be a gradient: the directions ω that are read and those η that are written are free. With φ the identity it is an
@@ -101,16 +103,6 @@ class VelocityField:
             )
         check_orthonormal("VelocityField", "basis", self.basis)
 
-    @property
-    def rank(self) -> int:
-        """k, the numbers that it sees and moves."""
-        return self.basis.shape[0]
-
-    @property
-    def width(self) -> int:
-        """d, the width of the stream."""
-        return self.basis.shape[1]
-
     @functools.cached_property
     def field(self) -> Field:
         """The field in the coordinates of its basis, as the solvers take it."""
@@ -132,10 +124,6 @@ class VelocityField:
         return VelocityField(
             self.basis, -self.bias, self.directions, self.phases, -self.outputs, self.activation, self.info, self.origin
         )
-
-    def basis_as(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The basis on a device in a dtype."""
-        return self.basis.to(device, dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, as `save` writes them."""
