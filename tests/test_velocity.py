@@ -7,8 +7,10 @@ import json
 import pytest
 import reference
 import torch
+from families import build
 from flowing import barrier, by_hand, velocity
 from places import DTYPES, PLACES, assert_exact, backend, runs
+from test_sweeping import Letters
 
 import steerfast as sf
 from steerfast.models import demo
@@ -84,6 +86,18 @@ def test_a_field_and_its_flow_come_back_from_files(kind, tmp_path):
     (tmp_path / "field" / "velocity.json").write_text(json.dumps(text))
     with pytest.raises(ValueError, match="activation is 'sine'"):
         sf.VelocityField.load(tmp_path / "field")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_zero_row_moves_with_a_velocity(place):
+    with backend(place) as device:
+        x = torch.zeros(2, 12, device=device)
+        for kind in KINDS:
+            for method in ("euler", "midpoint"):
+                flow = sf.Flow(velocity(kind, 12), T=0.5, steps=3, method=method)
+                out = flow.alone(torch.device(device))(x, 1.0).double().cpu()
+                torch.testing.assert_close(out, by_hand(x.cpu(), flow), atol=1e-5, rtol=1e-5)
+                assert out.norm() > 0.01
 
 
 def test_the_negated_field_goes_back():
@@ -199,6 +213,37 @@ def test_the_fit_is_the_natural_gradient_by_hand(fitted):
     a = torch.randn(3, 576, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + mean
     expected = torch.cat([a - mean, torch.ones(3, 1, dtype=torch.float64)], 1) @ whole.T
     torch.testing.assert_close(field(a), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
+
+
+class Opened(Letters):
+    bos_token_id = 1
+
+
+def test_neutral_texts_are_the_models_own_whatever_mode_it_is_in() -> None:
+    """Dropout would be in the texts of a model that is left in train mode."""
+    from steerfast.directions.fits import velocity as module
+
+    model = build("gpt2")
+    assert model.config.attn_pdrop > 0
+    try:
+        texts = []
+        for training in (False, True):
+            model.train(training)
+            state = torch.get_rng_state()
+            texts.append(module._written("t", model, Opened(), 3))
+            assert torch.equal(torch.get_rng_state(), state)
+            assert all(module_.training == training for module_ in model.modules())
+    finally:
+        model.eval()
+    assert texts[0] == texts[1]
+    assert (len(texts[0]), {len(ids) for ids in texts[0]}, {ids[0] for ids in texts[0]}) == (48, {49}, {1})
+    with pytest.raises(ValueError, match="no first token to write texts from; give neutral="):
+        sf.fit_velocity(model, Letters(), [("a", "b", "c")], 1)
+
+
+def test_the_way_to_it_is_named_where_methods_are_fitted_on_activations() -> None:
+    with pytest.raises(ValueError, match="use sf.fit_velocity"):
+        sf.fit("velocity", torch.ones(4, 3), -torch.ones(4, 3))
 
 
 BAD = [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from steerfast._checks import finite_number, positive_integer, whole_number
 from steerfast.barriers.data import seeded
 from steerfast.barriers.velocity import VelocityField, VelocityInfo
 from steerfast.edits.flow import flow
+from steerfast.models.layers import evaluating
 from steerfast.models.texts import TextReader
 
 from .lessons import Lesson, Pupil, read_lessons, split
@@ -147,10 +149,22 @@ def _neutral(
     return texts
 
 
-@torch.no_grad()
+@contextmanager
+def _drawing(device: torch.device, seed: int) -> Iterator[None]:
+    """Seeded draws on the CPU and on one device; no other device's random numbers move, as `torch.manual_seed` would have it."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 def _written(owner: str, model: Any, tokenizer: Any, seed: int) -> list[tuple[int, ...]]:
     """Texts that the model writes from its first token on, sampled; the caller's random numbers stay where they are."""
-    first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+    known = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    first = next((i for i in known if i is not None), None)
     if first is None or not hasattr(model, "generate"):
         raise ValueError(f"{owner}: this model has no first token to write texts from; give neutral=, a list of texts")
     device = next(model.parameters()).device
@@ -160,8 +174,7 @@ def _written(owner: str, model: Any, tokenizer: Any, seed: int) -> list[tuple[in
         "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "pad_token_id": first,
     }  # fmt: skip
     found = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with evaluating(model), _drawing(device, seed):
         for _ in range(SAMPLES // BATCH):
             found += [tuple(row) for row in model.generate(start, **options).tolist()]
     return found
