@@ -107,7 +107,9 @@ def test_a_control_is_as_long_as_the_edit_at_the_strength_that_is_steered_with()
     texts = [choice.prompt for choice in CHOICES]
     x = sf.collect(build("llama"), Letters(), texts, [2], "all", progress=False)[2]
     for strength in (1.0, 0.1, -0.5):
-        (found,) = controls({-1: turn}, strength)  # a layer from the end, and a dose that is not proportional to the strength
+        (found,) = controls(
+            {-1: turn}, strength
+        )  # a layer from the end, and a dose that is not proportional to the strength
         ((edit,),) = found.edits.values()
         wanted = float((turn.apply(x, strength) - x).norm(dim=1).median())
         assert float(edit.strength * edit.vector.norm()) == pytest.approx(wanted, rel=1e-4)

@@ -209,7 +209,7 @@ def test_the_fit_is_the_natural_gradient_by_hand(fitted):
     rows = metric.covariance + 0.5 * metric.covariance.diagonal().mean() * eye
     wide = torch.block_diag(rows, torch.ones(1, 1, dtype=torch.float64))
     whole = torch.linalg.solve(fisher, total) @ torch.linalg.inv(wide)
-    field, speed = module._natural(metric, pull, 40, (2.0, 0.5))  # more than there are: nothing is cut
+    field, _ = module._natural(metric, pull, 40, (2.0, 0.5))  # more than there are: nothing is cut
     a = torch.randn(3, 576, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + mean
     expected = torch.cat([a - mean, torch.ones(3, 1, dtype=torch.float64)], 1) @ whole.T
     torch.testing.assert_close(field(a), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
@@ -219,7 +219,7 @@ def test_the_fit_is_the_natural_gradient_by_hand(fitted):
 def test_a_time_of_one_costs_its_nats_on_texts_that_the_model_does_not_expect(rank):
     """Their likelihood rises and falls anyhow, and far out ten Euler steps diverge: the first time that costs so much counts."""
     model, tokenizer = build("gpt2"), Letters()
-    things = "film meal trip talk house week song game day book walk idea".split()
+    things = ["film", "meal", "trip", "talk", "house", "week", "song", "game", "day", "book", "walk", "idea"]
     pairs = [(f"the {thing} was", " good", " poor") for thing in things]
     texts = ["the library opens at nine", "water boils in the hills", "he put the keys away", "two lanes lead to town"]
     field = sf.fit_velocity(model, tokenizer, pairs, 1, neutral=texts, rank=rank)
@@ -267,7 +267,7 @@ def test_neutral_texts_are_the_models_own_whatever_mode_it_is_in() -> None:
 
 
 def test_the_way_to_it_is_named_where_methods_are_fitted_on_activations() -> None:
-    with pytest.raises(ValueError, match="use sf.fit_velocity"):
+    with pytest.raises(ValueError, match=r"use sf\.fit_velocity"):
         sf.fit("velocity", torch.ones(4, 3), -torch.ones(4, 3))
 
 
