@@ -477,7 +477,7 @@ class Passes:
         return call.table if prompt is call.prompt and call.table is not None else self._build(call, prompt)
 
     def _renew(self, call: Call) -> None:
-        """The table of a call's last text, for what is attached now; a text of more or fewer rows than there are plans is over."""
+        """The table of a call's last text, for what is attached now; a text of other rows than there are plans is over."""
         if call.prompt is None:
             return
         rows = {len(one.plans) for one in self.attachments if one.per_row}
