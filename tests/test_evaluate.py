@@ -93,6 +93,57 @@ def test_the_null_adds_random_directions_of_the_same_dose() -> None:
     assert found.null.shuffled == ()
 
 
+def controls(edits: dict[Any, Any], strength: float = 1.0) -> Any:
+    from steerfast.models.texts import TextReader
+    from steerfast.tools import evaluate
+
+    reader = TextReader.of(Letters(), "t")
+    return evaluate._controls(build("llama"), reader, sf.Plan(edits), strength, CHOICES, 1)
+
+
+def test_a_control_is_as_long_as_the_edit_at_the_strength_that_is_steered_with() -> None:
+    generator = torch.Generator().manual_seed(3)
+    turn = sf.Rotate(torch.linalg.qr(torch.randn(48, 2, generator=generator)).Q.T, degrees=60.0)
+    texts = [choice.prompt for choice in CHOICES]
+    x = sf.collect(build("llama"), Letters(), texts, [2], "all", progress=False)[2]
+    for strength in (1.0, 0.1, -0.5):
+        (found,) = controls(
+            {-1: turn}, strength
+        )  # a layer from the end, and a dose that is not proportional to the strength
+        ((edit,),) = found.edits.values()
+        wanted = float((turn.apply(x, strength) - x).norm(dim=1).median())
+        assert float(edit.strength * edit.vector.norm()) == pytest.approx(wanted, rel=1e-4)
+    low = sf.Clamp(turn.plane[0], high=float((x @ turn.plane[0]).quantile(0.8)))  # four of five rows stay
+    (found,) = controls({2: low})
+    change = (low.apply(x) - x).norm(dim=1)
+    ((edit,),) = found.edits.values()
+    assert float(edit.vector.norm()) == pytest.approx(float(change[change > 0].median()), rel=1e-4)
+
+
+def test_a_control_stands_under_the_conditions_of_the_plan() -> None:
+    generator = torch.Generator().manual_seed(3)
+    v, w = torch.randn(2, 48, generator=generator)
+    never = sf.When(sf.Condition(w, threshold=0.999), sf.Add(v, 2.0), layer=0)
+    (found,) = controls({1: [never, sf.Add(w)]})
+    gated, plain = found.edits["resid_post", 1]
+    assert (gated.condition, gated.layer) == (never.condition, 0)
+    assert float(gated.then.vector.norm()) == pytest.approx(2 * float(v.norm()), rel=1e-4)
+    assert float(plain.vector.norm()) == pytest.approx(float(w.norm()), rel=1e-4)
+    alone = evaluate_choices(build("llama"), Letters(), CHOICES, sf.Plan({1: never}), draws=2)
+    assert alone.null is not None
+    assert alone.null.random == pytest.approx((0.0, 0.0), abs=1e-6)
+    (found,) = controls({1: sf.Add(torch.stack([v, 3 * w]))}, 2.0)  # rows of their own for two tokens
+    ((edit,),) = found.edits.values()
+    lengths = torch.stack([2 * v.norm(), 6 * w.norm()])
+    torch.testing.assert_close(edit.vector.norm(dim=1), lengths, rtol=1e-4, atol=0)
+
+
+def test_where_nothing_is_moved_there_is_no_null() -> None:
+    found = evaluate_choices(build("llama"), Letters(), CHOICES, plan(), 0.0, draws=2)
+    assert found.null is None
+    assert found.log_odds == pytest.approx(evaluate_choices(build("llama"), Letters(), CHOICES).log_odds)
+
+
 def test_choice_scores_by_hand() -> None:
     logs = [([0.5, 0.1], [0.2]), ([0.1], [0.3])]
     found = ChoiceScores.of([tuple(torch.tensor(side).double().log() for side in one) for one in logs])
@@ -178,6 +229,10 @@ def test_the_command_scores_both(tmp_path: Path, saved: Any, capsys: Any) -> Non
     found = json.loads((tmp_path / "out.json").read_text())["found"]
     assert found["texts"]["steered"]["texts"] != found["texts"]["unsteered"]["texts"]
     assert found[str(tmp_path / "q.json")]["steered"]["count"] == 2
+    short = ["eval", saved("llama"), "--prompts", "i love", "--tokens", "1", "--out", str(tmp_path / "short.json")]
+    assert cli.main(short) == 0  # one word has no pairs: null, for JSON has no NaN
+    strict = json.loads((tmp_path / "short.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert strict["found"]["texts"]["unsteered"]["distinct"]["3"] is None
     assert cli.main(["eval", saved("llama")]) == 2
     assert "give questions or beginnings of texts" in capsys.readouterr().err
 

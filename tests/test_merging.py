@@ -85,6 +85,32 @@ def test_plans_per_row_of_another_batch() -> None:
         logits(model, [{1: sf.Add(V)}, None, None])
 
 
+def test_plans_per_row_inside_of_another_steering_are_for_the_next_batch() -> None:
+    """What ran last may have had other rows; a text that goes on with the wrong number is refused."""
+    model = build("llama")
+    one, two = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    outer, inner = {0: sf.Add(V)}, {1: sf.Add(V, 2.0)}
+    both = {0: sf.Add(V), 1: sf.Add(V, 2.0)}
+    with torch.no_grad():
+        with sf.steer(model, [both, outer]):
+            expected = model(two).logits
+        with sf.steer(model, outer):
+            before = model(one).logits
+            with sf.steer(model, [inner, None]):
+                found = model(two).logits
+            with sf.steer(model, [inner]):
+                alone = model(one).logits
+            assert torch.equal(model(one).logits, before)
+            cache = model(one, use_cache=True).past_key_values
+            with (
+                sf.steer(model, [inner, None]),
+                pytest.raises(ValueError, match="2 plans were given for a batch of 1 prompts"),
+            ):
+                model(one[:, :1], past_key_values=cache)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone, expected[:1], atol=1e-5, rtol=1e-5)
+
+
 def test_paths_are_named() -> None:
     h = sf.Barrier.linear(V)
     with pytest.raises(TypeError, match="positional"):

@@ -7,8 +7,10 @@ import json
 import pytest
 import reference
 import torch
+from families import build
 from flowing import barrier, by_hand, velocity
 from places import DTYPES, PLACES, assert_exact, backend, runs
+from test_sweeping import Letters
 
 import steerfast as sf
 from steerfast.models import demo
@@ -86,6 +88,18 @@ def test_a_field_and_its_flow_come_back_from_files(kind, tmp_path):
         sf.VelocityField.load(tmp_path / "field")
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_zero_row_moves_with_a_velocity(place):
+    with backend(place) as device:
+        x = torch.zeros(2, 12, device=device)
+        for kind in KINDS:
+            for method in ("euler", "midpoint"):
+                flow = sf.Flow(velocity(kind, 12), T=0.5, steps=3, method=method)
+                out = flow.alone(torch.device(device))(x, 1.0).double().cpu()
+                torch.testing.assert_close(out, by_hand(x.cpu(), flow), atol=1e-5, rtol=1e-5)
+                assert out.norm() > 0.01
+
+
 def test_the_negated_field_goes_back():
     field, x = velocity("tanh", 12), stream(4, 12)
     there = sf.flow(x, field, T=0.3, steps=200, method="rk4")
@@ -146,7 +160,7 @@ def test_a_fit_raises_the_odds_of_pairs_that_it_has_not_seen(fitted):
     model, tokenizer, _, field = fitted
     assert (field.rank, field.origin.place) == (4, ("resid_post", 14))
     assert field.info.nats > 1
-    assert 0.05 < field.info.damage <= 0.15
+    assert 0.09 < field.info.damage <= 0.1
     assert not any(block._forward_hooks for block in model.model.layers)
     plan = sf.Plan({14: sf.Flow(field, T=1.0)}, positions="last")
     prompt = tokenizer("The party was", return_tensors="pt")
@@ -195,10 +209,66 @@ def test_the_fit_is_the_natural_gradient_by_hand(fitted):
     rows = metric.covariance + 0.5 * metric.covariance.diagonal().mean() * eye
     wide = torch.block_diag(rows, torch.ones(1, 1, dtype=torch.float64))
     whole = torch.linalg.solve(fisher, total) @ torch.linalg.inv(wide)
-    field = module._natural(metric, pull, 40, (2.0, 0.5))  # more than there are: nothing is cut
+    field, _ = module._natural(metric, pull, 40, (2.0, 0.5))  # more than there are: nothing is cut
     a = torch.randn(3, 576, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + mean
     expected = torch.cat([a - mean, torch.ones(3, 1, dtype=torch.float64)], 1) @ whole.T
     torch.testing.assert_close(field(a), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_time_of_one_costs_its_nats_on_texts_that_the_model_does_not_expect(rank):
+    """Their likelihood rises and falls anyhow, and far out ten Euler steps diverge: the first time that costs so much counts."""
+    model, tokenizer = build("gpt2"), Letters()
+    things = ["film", "meal", "trip", "talk", "house", "week", "song", "game", "day", "book", "walk", "idea"]
+    pairs = [(f"the {thing} was", " good", " poor") for thing in things]
+    texts = ["the library opens at nine", "water boils in the hills", "he put the keys away", "two lanes lead to town"]
+    field = sf.fit_velocity(model, tokenizer, pairs, 1, neutral=texts, rank=rank)
+    assert 0.09 < field.info.damage <= 0.1
+    assert field.info.nats > 0
+    ids = torch.tensor([tokenizer(texts[0])["input_ids"]])  # the first of six is held out
+    plan = sf.Plan({1: sf.Flow(field, T=1.0)}, positions="last")
+
+    def cost(strength):
+        with torch.no_grad():
+            p = model(ids).logits[0, 4:-1].double().log_softmax(-1)
+            with sf.steer(model, plan, strength, prompt_length=5):
+                q = model(ids).logits[0, 4:-1].double().log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    assert cost(1.0) == pytest.approx(field.info.damage, rel=1e-3)
+    costs = [cost(0.1 * i) for i in range(1, 11)]
+    assert costs == sorted(costs)  # no time before it costs as much
+
+
+class Opened(Letters):
+    bos_token_id = 1
+
+
+def test_neutral_texts_are_the_models_own_whatever_mode_it_is_in() -> None:
+    """Dropout would be in the texts of a model that is left in train mode."""
+    from steerfast.directions.fits import velocity as module
+
+    model = build("gpt2")
+    assert model.config.attn_pdrop > 0
+    try:
+        texts = []
+        for training in (False, True):
+            model.train(training)
+            state = torch.get_rng_state()
+            texts.append(module._written("t", model, Opened(), 3))
+            assert torch.equal(torch.get_rng_state(), state)
+            assert all(module_.training == training for module_ in model.modules())
+    finally:
+        model.eval()
+    assert texts[0] == texts[1]
+    assert (len(texts[0]), {len(ids) for ids in texts[0]}, {ids[0] for ids in texts[0]}) == (48, {49}, {1})
+    with pytest.raises(ValueError, match="no first token to write texts from; give neutral="):
+        sf.fit_velocity(model, Letters(), [("a", "b", "c")], 1)
+
+
+def test_the_way_to_it_is_named_where_methods_are_fitted_on_activations() -> None:
+    with pytest.raises(ValueError, match=r"use sf\.fit_velocity"):
+        sf.fit("velocity", torch.ones(4, 3), -torch.ones(4, 3))
 
 
 BAD = [

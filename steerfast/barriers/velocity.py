@@ -32,7 +32,8 @@ class VelocityInfo:
     Attributes:
         kind: "natural" (`fit_velocity`); "" if it was made by hand.
         nats: By how many nats the log-odds of held-out pairs rise over a time of 1; NaN if nothing was held out.
-        damage: By how many nats a token of held-out neutral text becomes less likely over a time of 1; NaN if not measured.
+        damage: KL(unsteered ‖ steered) of a token of held-out neutral text over a time of 1, in nats: by so much a token that
+            the model itself would have written becomes less likely. NaN if not measured.
         settings: What the fit chose or was given, by name.
     """
 

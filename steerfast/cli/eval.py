@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,19 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         from steerfast.files.replace import replace_file
 
-        text = {"kind": "steerfast.eval", "schema": 1, "strength": args.strength, "found": found}
-        replace_file(args.out, json.dumps(text, indent=1, ensure_ascii=False).encode())
+        text = {"kind": "steerfast.eval", "schema": 1, "strength": args.strength, "found": _known(found)}
+        replace_file(args.out, json.dumps(text, indent=1, ensure_ascii=False, allow_nan=False).encode())
         shared.say(f"Scores      {args.out}")
     return 0
+
+
+def _known(value: Any) -> Any:
+    """Scores for JSON, which has no NaN: null."""
+    if isinstance(value, dict):
+        return {name: _known(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _choices(

@@ -48,6 +48,7 @@ ELSEWHERE = {
     "reft_r1": "trained on a model; use sf.fit_vector with sf.ReFTr1()",
     "reps": "trained on a model; use sf.fit_vector with sf.RePS()",
     "vector": "trained on a model; use sf.fit_vector",
+    "velocity": "fitted by a model's gradients; use sf.fit_velocity",
 }
 """What is not fitted on activations of one place, and what fits it."""
 PAIRED = ("householder",)
@@ -85,7 +86,8 @@ def fit(
 
     Each is a function of its own in `steerfast.directions.fits`, whose docstring has the formula. Trained on a
     model are LoReFTs (`sf.fit_loreft`), vectors (`sf.fit_vector`: ReFT-r1, RePS) and affine maps of several layers
-    (`sf.fit_lineas`: LinEAS). The heads of ITI are chosen by `sf.fit_heads`, a condition is fitted by `sf.fit_condition`.
+    (`sf.fit_lineas`: LinEAS); velocity fields are fitted by its gradients (`sf.fit_velocity`). The heads of ITI are chosen by
+    `sf.fit_heads`, a condition is fitted by `sf.fit_condition`.
 
     Args:
         method: A name of the table.

@@ -203,15 +203,16 @@ def flow(
         x: Residual stream, (..., d).
         barrier: h, of width d; or a velocity field v.
         angle: T/‖a‖ of each row, in radians. Exactly one of angle and T.
-        T: Length of the path in units of x.
+        T: Length of the path in units of x; of a velocity field the time.
         steps: Number of steps, ≥ 1.
         method: The solver, as in `Flow`.
         level: Stop where h reaches it, as in `Flow`; None: go all the way.
         tolerance: Of method "adaptive".
 
     Returns:
-        A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move. On a CPU one
-        row, a few rows and many take three ways through the same steps, so the last bit of a row may depend on their number.
+        A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move; along a
+        velocity a row moves wherever v is not 0. On a CPU one row, a few rows and many take three ways through the same steps, so
+        the last bit of a row may depend on their number.
 
     Raises:
         TypeError, ValueError: the barrier has another width, or an argument does not fit; the message names it.

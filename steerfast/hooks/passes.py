@@ -136,9 +136,8 @@ class Passes:
         slots = (slot for one in self.attachments for slot in one.all_slots)
         self.counts.make_room(2 + max(slots, default=0), self.device)
         call = self.threads.call
-        if call.prompt is not None:
-            self._build(call, call.prompt)
-        elif self.fixed is not None:
+        self._renew(call)
+        if call.prompt is None and self.fixed is not None:
             self.fixed.publish_unprompted(self.attachments)
 
     def shares(self, told: Announcement) -> bool:
@@ -304,8 +303,8 @@ class Passes:
         if call.batch is not None and not call.batch.owns(inputs, tokens, ids, mask, start):
             call = self._aside(call)
             call.shape, call.given_ids = (batch, count), given
-        if call.version != self._version and call.prompt is not None:
-            self._build(call, call.prompt)
+        if call.version != self._version:
+            self._renew(call)
         if call.batch is not None:
             table = self._generated(call, start, count)
         else:
@@ -476,6 +475,16 @@ class Passes:
 
     def _table_for(self, call: Call, prompt: Prompt) -> Table:
         return call.table if prompt is call.prompt and call.table is not None else self._build(call, prompt)
+
+    def _renew(self, call: Call) -> None:
+        """The table of a call's last text, for what is attached now; a text of other rows than there are plans is over."""
+        if call.prompt is None:
+            return
+        rows = {len(one.plans) for one in self.attachments if one.per_row}
+        if call.batch is None and rows - {call.prompt.batch}:
+            call.prompt = call.table = None
+        else:
+            self._build(call, call.prompt)
 
     def _build(self, call: Call, prompt: Prompt) -> Table:
         table = Table(prompt, [one.layer(prompt.batch) for one in self.attachments], self.device)

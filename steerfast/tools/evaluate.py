@@ -12,7 +12,7 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,18 @@ from torch import Tensor, nn
 
 from steerfast._checks import finite_number, positive_integer, whole_number
 from steerfast.barriers.data import seeded
+from steerfast.edits.base import Intervention
+from steerfast.edits.conditions import When
 from steerfast.edits.linear import Add
 from steerfast.edits.null import DRAWS, Null
+from steerfast.hooks.columns import places_of
 from steerfast.hooks.steer import steer
-from steerfast.models.layers import evaluating
+from steerfast.models.collect import collect
+from steerfast.models.layers import evaluating, find_layers
 from steerfast.models.texts import TextReader
 from steerfast.place import Place
 from steerfast.plan import Plan
 
-from .dose import LARGE_DOSE, dose
 from .sweep_scores import Dose, Scored, log_likelihoods
 
 GRAMS = (1, 2, 3)
@@ -71,8 +74,8 @@ class ChoiceScores:
     Attributes:
         count: Questions.
         matching, mass, first, log_odds: Means over them.
-        null: The change of `log_odds` by the plan beside that by random directions of the same dose at the same places; None:
-            nothing was steered, or drawn.
+        null: The change of `log_odds` by the plan beside that by random directions at the same places and under the same
+            conditions, as long as the median change of the rows that the plan moves there; None: nothing was moved, or drawn.
     """
 
     count: int
@@ -190,6 +193,8 @@ def evaluate_choices(
             return found
         plain = asked(None, 1.0).log_odds
         controls = _controls(model, reader, plan, strength, questions, draws)
+        if not controls:
+            return found
         effects = [asked(control, 1.0).log_odds - plain for control in controls]
     null = Null.of(found.log_odds - plain, (), effects)
     return ChoiceScores(found.count, found.matching, found.mass, found.first, found.log_odds, null)
@@ -342,19 +347,69 @@ def _sequences(reader: TextReader, choice: Choice) -> list[Scored]:
 def _controls(
     model: nn.Module, reader: TextReader, plan: Plan, strength: float, choices: Sequence[Choice], draws: int
 ) -> list[Plan]:
-    """Plans that add a random direction wherever the plan edits, each as long as the plan's own median change there."""
+    """Plans that add a random direction wherever the plan edits, under its conditions, as far as it moves rows there.
+
+    None where the plan moves no row.
+    """
+    edits = places_of(plan, find_layers(model, reader.owner), reader.owner)
     texts = [choice.prompt for choice in choices[:: max(1, len(choices) // 8)]]
-    table = dose(model, reader, plan, texts, limit=max(LARGE_DOSE, 1e9))
+    parts = {place: _parts(chain, _stream(model, reader, texts, place), strength) for place, chain in edits.items()}
     generator = seeded(0)
     found = []
     for _ in range(draws):
-        edits = {}
-        for row in table:
-            place = Place(row.site, row.layer)
-            width = plan.edits[place][0].width
-            drawn = torch.randn(width, generator=generator, device="cpu")
-            length = abs(strength) * row.change
-            if length > 0:
-                edits[place] = Add(drawn / drawn.norm(), length)
-        found.append(Plan(edits, plan.positions, plan.model, plan.special))
+        drawn = {place: [part.control(generator) for part in several] for place, several in parts.items() if several}
+        if drawn:
+            found.append(Plan(drawn, plan.positions, plan.model, plan.special))
     return found
+
+
+def _stream(model: nn.Module, reader: TextReader, texts: Sequence[Any], place: Place) -> Tensor:
+    """What the unsteered model has at a place, at every token, (n, d)."""
+    site, layer = place
+    return collect(model, reader, texts, [layer], "all", site, progress=False)[layer]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Edits of a place that one random direction stands in for.
+
+    Attributes:
+        edit: The edit that says whether there is a condition; of several without one the last.
+        width: d.
+        lengths: Median change of the rows that are moved; of an edit with rows of its own for a prompt's first tokens of each.
+    """
+
+    edit: Intervention
+    width: int
+    lengths: tuple[float, ...]
+
+    def control(self, generator: torch.Generator) -> Intervention:
+        """An addition of random directions of these lengths, under the edit's condition."""
+        drawn = torch.randn(len(self.lengths), self.width, generator=generator, device="cpu")
+        rows = drawn / drawn.norm(dim=1, keepdim=True) * torch.tensor(self.lengths, device="cpu")[:, None]
+        added = Add(rows if self.edit.by_token else rows[0])
+        return replace(self.edit, then=added) if isinstance(self.edit, When) else added
+
+
+def _parts(chain: tuple[Intervention, ...], x: Tensor, strength: float) -> list[_Part]:
+    """The parts of a chain that move rows x: all of it, or each edit by itself where one has a condition or rows of its own."""
+    alone = any(isinstance(edit, When) or edit.by_token for edit in chain)
+    found = []
+    for several in [(edit,) for edit in chain] if alone else [chain]:
+        edit, before = several[-1], x
+        if edit.by_token:
+            ways = [x if row is None else row.apply(x, strength) for row in edit.by_token]
+        else:
+            for one in several:
+                x = (one.then if isinstance(one, When) else one).apply(x, strength)
+            ways = [x]
+        lengths = tuple(_length(before, way) for way in ways)
+        if any(lengths):
+            found.append(_Part(edit, before.shape[1], lengths))
+    return found
+
+
+def _length(x: Tensor, moved: Tensor) -> float:
+    """Median change of the rows that are moved; 0 if none is."""
+    change = (moved - x).norm(dim=1)
+    return float(change[change > 0].median()) if bool((change > 0).any()) else 0.0

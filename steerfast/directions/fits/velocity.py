@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from steerfast._checks import finite_number, positive_integer, whole_number
 from steerfast.barriers.data import seeded
 from steerfast.barriers.velocity import VelocityField, VelocityInfo
 from steerfast.edits.flow import flow
+from steerfast.models.layers import evaluating
 from steerfast.models.texts import TextReader
 
 from .lessons import Lesson, Pupil, read_lessons, split
@@ -27,9 +29,11 @@ SIGNS = 8
 HELD = 6
 """Of so many neutral texts one is held out, to measure the damage on."""
 DAMAGE = 0.1
-"""Nats per held-out neutral token that a time of 1 costs."""
-HALVINGS = 12
-"""Halvings of the interval in which that length is looked for."""
+"""Nats per held-out neutral token that a time of 1 costs: KL(unsteered ‖ steered)."""
+STRIDE, LONGEST = 1.5, 1e6
+"""Factor between two times at which that cost is looked for, and how far from the expected one."""
+HALVINGS = 8
+"""Halvings of the interval in which it is found."""
 
 
 def fit_velocity(
@@ -66,8 +70,9 @@ def fit_velocity(
         seed: Of what is drawn.
 
     Returns:
-        The field, paced so that a time of 1 costs 0.1 nats per held-out neutral token along ten Euler steps; for
-        `sf.Flow(field, T=1.0)` at positions "last". Its `info` holds what held-out pairs gain, and the damage.
+        The field, paced so that a time of 1 costs 0.1 nats, KL(unsteered ‖ steered), per token of held-out neutral text along
+        ten Euler steps; for `sf.Flow(field, T=1.0)` at positions "last". Its `info` holds what held-out pairs gain, and the
+        damage.
 
     Raises:
         TypeError, ValueError: no examples, one that is not three strings or has a text without tokens, neutral texts too
@@ -93,9 +98,9 @@ def fit_velocity(
     taught, held = split(pairs)
     with pupil.taught():
         metric = _metric(pupil, texts, generator)
-        field = _natural(metric, _pull(pupil, taught), rank, shares)
+        field, speed = _natural(metric, _pull(pupil, taught), rank, shares)
         field = replace(field, origin=pupil.origin)
-        field, damage = _paced(pupil, field, held_texts)
+        field, damage = _paced(pupil, field, held_texts, math.sqrt(2 * DAMAGE) / speed)
         before, after = (_odds(pupil, held, edit) for edit in (None, _edit(field, 1.0)))
     settings = {
         "rank": float(rank),
@@ -147,10 +152,22 @@ def _neutral(
     return texts
 
 
-@torch.no_grad()
+@contextmanager
+def _drawing(device: torch.device, seed: int) -> Iterator[None]:
+    """Seeded draws on the CPU and on one device; no other device's random numbers move, as `torch.manual_seed` would have it."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 def _written(owner: str, model: Any, tokenizer: Any, seed: int) -> list[tuple[int, ...]]:
     """Texts that the model writes from its first token on, sampled; the caller's random numbers stay where they are."""
-    first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+    known = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    first = next((i for i in known if i is not None), None)
     if first is None or not hasattr(model, "generate"):
         raise ValueError(f"{owner}: this model has no first token to write texts from; give neutral=, a list of texts")
     device = next(model.parameters()).device
@@ -160,8 +177,7 @@ def _written(owner: str, model: Any, tokenizer: Any, seed: int) -> list[tuple[in
         "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "pad_token_id": first,
     }  # fmt: skip
     found = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with evaluating(model), _drawing(device, seed):
         for _ in range(SAMPLES // BATCH):
             found += [tuple(row) for row in model.generate(start, **options).tolist()]
     return found
@@ -225,8 +241,8 @@ def _metric(pupil: Pupil, texts: Sequence[Sequence[int]], generator: torch.Gener
 
 def _natural(
     metric: _Metric, pull: Callable[[Tensor], Tensor], rank: int, shares: tuple[float, float]
-) -> VelocityField:
-    """F⁻¹GΣ⁻¹ cut to its leading terms, as a field."""
+) -> tuple[VelocityField, float]:
+    """F⁻¹GΣ⁻¹ cut to its leading terms, as a field; and the root of twice what a time of 1 costs by F and Σ, in nats a token."""
     d = len(metric.mean)
     one = torch.eye(d, dtype=torch.float64, device="cpu")
     fisher = metric.fisher + shares[0] * metric.fisher.trace() / d * one
@@ -242,7 +258,7 @@ def _natural(
     basis = _span(torch.cat([written, read[:, :-1]]))
     phases = read[:, -1] - read[:, :-1] @ metric.mean
     omega, eta = read[:, :-1] @ basis.T, written @ basis.T
-    return VelocityField(basis, basis.new_zeros(len(basis)), omega, phases, eta)
+    return VelocityField(basis, basis.new_zeros(len(basis)), omega, phases, eta), float(s[:count].norm())
 
 
 def _inverse_root(matrix: Tensor) -> Tensor:
@@ -263,35 +279,42 @@ def _edit(field: VelocityField, T: float) -> Callable[[Tensor], Tensor]:
     return lambda x: flow(x, field, T=T)
 
 
-def _paced(pupil: Pupil, field: VelocityField, texts: Sequence[Sequence[int]]) -> tuple[VelocityField, float]:
-    """The field in units in which a time of 1 costs `DAMAGE`, and what it does cost."""
-    before = _loss(pupil, texts, None)
+def _paced(
+    pupil: Pupil, field: VelocityField, texts: Sequence[Sequence[int]], time: float
+) -> tuple[VelocityField, float]:
+    """The field in units in which a time of 1 costs `DAMAGE`, and what it does cost; `time` is where that is expected.
+
+    The search walks from there in small steps, so that it ends at the first time that costs so much: far behind it ten Euler
+    steps may diverge, and the cost go anywhere.
+    """
 
     def damage(T: float) -> float:
-        cost = _loss(pupil, texts, _edit(field, T)) - before
+        cost = float(torch.cat([_divergence(pupil, ids, _edit(field, T)) for ids in texts]).mean())
         return cost if math.isfinite(cost) else math.inf
 
-    low, high = 0.0, 1.0
-    speed = float(field(field.basis.new_zeros(1, field.width)).norm())
-    for _ in range(2 * HALVINGS):
-        if damage(high) >= DAMAGE:
-            break
-        low, high = high, 4 * high
+    low = high = time
+    if damage(time) < DAMAGE:
+        while damage(high) < DAMAGE:
+            low, high = high, STRIDE * high
+            if high > LONGEST * time:
+                raise ValueError(
+                    f"fit_velocity: even {LONGEST:g} times the expected path costs less than {DAMAGE} nats a token of neutral "
+                    "text; check the examples and the neutral texts"
+                )
     else:
-        raise ValueError(
-            f"fit_velocity: even a time of {high:g} at speed {speed:.1e} costs nothing; check the neutral texts"
-        )
+        while damage(low) >= DAMAGE:
+            low, high = low / STRIDE, low
     for _ in range(HALVINGS):
-        middle = math.sqrt(low * high) if low > 0 else high / 8
+        middle = math.sqrt(low * high)
         low, high = (middle, high) if damage(middle) < DAMAGE else (low, middle)
-    T = low or high
-    return replace(field, outputs=T * field.outputs, bias=T * field.bias), damage(T)
+    return replace(field, outputs=low * field.outputs, bias=low * field.bias), damage(low)
 
 
-def _loss(pupil: Pupil, texts: Iterable[Sequence[int]], edit: Callable[[Tensor], Tensor] | None) -> float:
-    """Mean -log p of the tokens of neutral texts after their openings."""
-    found = [_likelihood(pupil, ids, OPENING, edit) for ids in texts]
-    return -float(torch.cat(found).mean())
+@torch.no_grad()
+def _divergence(pupil: Pupil, ids: Sequence[int], edit: Callable[[Tensor], Tensor]) -> Tensor:
+    """KL(unsteered ‖ steered) of each token of a neutral text after its opening."""
+    p, q = (_chances(pupil, ids, OPENING, way) for way in (None, edit))
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).cpu()
 
 
 def _odds(pupil: Pupil, lessons: Sequence[Lesson], edit: Callable[[Tensor], Tensor] | None) -> float:
@@ -309,9 +332,14 @@ def _odds(pupil: Pupil, lessons: Sequence[Lesson], edit: Callable[[Tensor], Tens
 @torch.no_grad()
 def _likelihood(pupil: Pupil, ids: Sequence[int], start: int, edit: Callable[[Tensor], Tensor] | None) -> Tensor:
     """log p of each token from `start` on, edited from the token before them on."""
+    rows = _chances(pupil, ids, start, edit)
+    return rows.gather(1, torch.tensor(list(ids[start:]), device=rows.device)[:, None])[:, 0].cpu()
+
+
+def _chances(pupil: Pupil, ids: Sequence[int], start: int, edit: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """log p of all that may stand at each place from `start` on, edited from the token before them on."""
 
     def late(x: Tensor) -> Tensor:
         return x if edit is None else torch.cat([x[:, : start - 1], edit(x[:, start - 1 :])], 1)
 
-    logits = pupil.logits(ids, late)[start - 1 : -1].float().log_softmax(-1)
-    return logits.gather(1, torch.tensor(list(ids[start:]), device=logits.device)[:, None])[:, 0].cpu()
+    return pupil.logits(ids, late)[start - 1 : -1].float().log_softmax(-1)
