@@ -126,6 +126,13 @@ def test_four_processes_train_what_one_does_and_two_go_on(tmp_path: Path) -> Non
         # each part of the features once, by one of the replicas that hold it
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         assert size < 1.2 * 3 * 4 * (2 * 96 * 40 + 96 + 40) + 4 * 4000
+    # a lost file is not made up for by what the weights were at first
+    lost = next((tmp_path / "run-topk").glob("*/*.safetensors"))
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(ValueError, match=f"lacks {lost.name}"):
+        trained(TopK(), None, tmp_path / "run-topk")
+    lost.write_bytes(content)
     went_well(together(2, TWO, tmp_path))
     for objective in (OBJECTIVES[0], OBJECTIVES[2]):
         alone, curve = trained(objective, None)
