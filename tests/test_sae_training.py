@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ from steerfast.sae.model import SAE
 from steerfast.sae.training.checkpoints import Checkpoints
 from steerfast.sae.training.config import TrainConfig, TrainReport
 from steerfast.sae.training.distributed import Alone
-from steerfast.sae.training.rows import Whole, fingerprint_of, stream
+from steerfast.sae.training.rows import Whole, beginning, fingerprint_of, stream
 from steerfast.sae.training.selection import Encoder, top
 from steerfast.sae.training.train import train_sae
 from steerfast.sae.training.trainer import Trainer
@@ -228,6 +228,37 @@ def test_two_shards_are_read_ahead_in_a_thread() -> None:
     assert data.threads == {threading.current_thread().name}
 
 
+class Parts:
+    """Tensors as shards."""
+
+    def __init__(self, *parts: Tensor) -> None:
+        self.parts, self.counts = parts, tuple(map(len, parts))
+        self.fingerprint: dict[str, Any] = {}
+
+    def read(self, shard: int) -> Tensor:
+        return self.parts[shard]
+
+
+def test_shards_of_two_dtypes_are_not_rounded() -> None:
+    """70,000 is infinite in float16."""
+    narrow, wide = torch.ones(5, 2, dtype=torch.float16), torch.full((5, 2), 7e4)
+    for seed in range(4):
+        found = next(stream(Parts(narrow, wide, 2 * narrow, 2 * wide), 20, seed, 0))
+        assert found[:, 0].unique().tolist() == [1, 2, 70000, 140000]
+
+
+def test_the_first_rows_may_lie_in_many_shards() -> None:
+    """Scale and first bias are those of the rows, however little the first shards hold."""
+    x = rows(1500)
+    source = Parts(x[:0], x[:1], x[1:40], x[40:70], x[70:])
+    assert torch.equal(beginning(source, 41), x[:70])
+    assert torch.equal(beginning(source, 9999), x)
+    last: list[float] = []
+    for data in (source, x):
+        train_sae(data, CONFIG, progress=lambda report: last.append(report.fvu))
+    assert last[0] == pytest.approx(last[1], rel=0.05)  # in another order
+
+
 def test_shards_that_are_not_what_their_source_says() -> None:
     class Narrow(Shards):
         def read(self, shard: int) -> Tensor:
@@ -358,6 +389,16 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train_sae(rows(1500), CONFIG, tmp_path)
 
 
+def test_folders_of_others_stay(tmp_path: Path) -> None:
+    """Trainers of language models keep theirs in checkpoint-500, too."""
+    others = [tmp_path / name for name in ("checkpoint-500", "checkpoint-best")]
+    for other in others:
+        other.mkdir()
+        (other / "run.json").write_text("{}")
+    train_sae(rows(1500), CONFIG, tmp_path)
+    assert all((other / "run.json").read_text() == "{}" for other in others)
+
+
 def test_a_checkpoint_of_an_older_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-00000002-0of1.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="of an older version"):
@@ -413,8 +454,10 @@ def test_a_configuration_of_the_wrong_type() -> None:
         TrainConfig(features=8192.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected floating"):
         train_sae(torch.zeros(4, 4, 4), CONFIG)
-    with pytest.raises(ValueError, match="all rows of the first shard are equal"):
+    with pytest.raises(ValueError, match="the first 500 rows are equal"):
         train_sae(torch.ones(500, 4), CONFIG)
+    with pytest.raises(ValueError, match="the squares of the first rows exceed what float32 holds"):
+        train_sae(1e60 * rows(500).double(), CONFIG)
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------

@@ -104,6 +104,21 @@ class _Group:
     order: Tensor
 
 
+def beginning(data: Rows, least: int) -> Tensor:
+    """The rows of the first shards, as many as hold `least` together, or all.
+
+    Raises:
+        ValueError: as `stream`.
+    """
+    pieces, held = list[_Piece](), 0
+    for piece in _part(list(range(len(data.counts))), data.counts, (0, 1)):
+        if held < least:
+            pieces.append(piece)
+            held += piece.stop
+    group = _Group(tuple(pieces), torch.empty(0, dtype=torch.int64))
+    return _together(group, (_rows_of(data, piece) for piece in pieces))
+
+
 def _groups(
     counts: Sequence[int], seed: int, replica: tuple[int, int], start: int, stop: int | None
 ) -> Callable[[], Iterator[_Group]]:
@@ -167,7 +182,7 @@ def _rows_of(data: Rows, piece: _Piece) -> Tensor:
             f"train_sae: shard {piece.shard} has shape {tuple(rows.shape)} and dtype {rows.dtype}; expected floating "
             f"({data.counts[piece.shard]}, d), as its source says: was it changed since it was opened?"
         )
-    return finite(rows, piece.shard)[piece.start : piece.stop]
+    return _finite(rows, piece.shard)[piece.start : piece.stop]
 
 
 def _together(group: _Group, read: Iterator[Tensor]) -> Tensor:
@@ -182,8 +197,26 @@ def _together(group: _Group, read: Iterator[Tensor]) -> Tensor:
                 f"train_sae: rows of shard {piece.shard} have width {part.shape[1]}, those of shard {group.pieces[0].shard} "
                 f"{rows.shape[1]}; are they of different models?"
             )
+        if part.dtype != rows.dtype:  # a wide row is not rounded to the 16 bits of another shard
+            rows = rows.to(torch.promote_types(rows.dtype, part.dtype))
         rows[at : at + len(part)] = part
         at += len(part)
+    return rows
+
+
+def as_rows(source: Any) -> Rows:
+    """A source of rows: a tensor (n, d) as one of one shard.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if isinstance(source, Tensor):
+        return Whole(source)
+    if not hasattr(source, "counts"):
+        raise TypeError(
+            f"train_sae: source must be a tensor (n, d), what open_rows returns, or other rows; got {type(source).__name__}"
+        )
+    rows: Rows = source
     return rows
 
 
@@ -210,7 +243,7 @@ class Whole:
         return self.rows
 
 
-def finite(rows: Tensor, shard: int) -> Tensor:
+def _finite(rows: Tensor, shard: int) -> Tensor:
     """The rows; NaN or Inf among them is an error that says where."""
     if not bool(rows.isfinite().all()):
         where = int((~rows.isfinite()).any(1).nonzero()[0])

@@ -15,7 +15,7 @@ from steerfast.models.layers import evaluating, find_layers
 from steerfast.place import Origin, Place, place_of
 from steerfast.sae.cache import ActivationStream
 
-from .rows import Rows, origin_of, read_ahead
+from .rows import Rows, as_rows, origin_of, read_ahead
 
 _FORWARD_TOKENS = 2048
 
@@ -24,23 +24,28 @@ class SideBySide:
     """Sources of the same rows at several places: row i of one and row i of another belong to the same token.
 
     Args:
-        sources: Tensors (n, d), `ActivationCache`s or `ActivationStream`s with shards of the same lengths.
+        sources: Tensors (n, d), what `open_rows` returns, `ActivationStream`s or other rows, with shards of the same lengths.
 
     Raises:
-        ValueError: their shards have other lengths, or they were collected on other texts.
+        TypeError, ValueError: one is no source of rows; there is none; their shards have other lengths, or they were collected
+            on other texts or from other models.
     """
 
-    def __init__(self, sources: Sequence[Rows]) -> None:
-        self.sources, self.counts = tuple(sources), tuple(sources[0].counts)
+    def __init__(self, sources: Sequence[Rows | Tensor]) -> None:
+        self.sources = tuple(as_rows(source) for source in sources)
+        if not self.sources:
+            raise ValueError("SideBySide: sources is empty; give one or several")
+        self.counts = tuple(self.sources[0].counts)
         for number, source in enumerate(self.sources):
             if tuple(source.counts) != self.counts:
                 raise ValueError(
                     f"train_sae: source {number} has shards of {tuple(source.counts)[:4]} rows and source 0 of "
                     f"{self.counts[:4]} (the first ones); expected the same rows: collect both from the same texts"
                 )
-        texts = {info.text for source in self.sources if (info := getattr(source, "info", None)) is not None}
-        if len(texts) > 1:
-            raise ValueError("train_sae: the sources were collected on different texts; collect them on the same ones")
+        for key, what in {"text": "on different texts", "weights": "from models with different weights"}.items():
+            infos = (getattr(source, "info", None) for source in self.sources)
+            if len({value for info in infos if (value := getattr(info, key, ""))}) > 1:
+                raise ValueError(f"train_sae: the sources were collected {what}; collect them together")
         self.widths = tuple(source.read(0).shape[1] for source in self.sources)
         self.origins = tuple(origin_of(source) for source in self.sources)
         self.ahead = min(read_ahead(source) for source in self.sources)

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +33,9 @@ from .checkpoints import Checkpoints
 from .config import TrainConfig, TrainReport
 from .distributed import Alone
 from .objectives import Transcode
-from .rows import Rows, Whole, fingerprint_of, finite, origin_of, stream
+from .rows import Rows, as_rows, beginning, fingerprint_of, origin_of, stream
 from .sources import PlacesStream, SideBySide
-from .trainer import Trainer
+from .trainer import SAMPLE, Trainer
 
 Progress = Callable[[TrainReport], None]
 
@@ -90,15 +89,15 @@ def train_sae(
         wanted = "a pair (what is read, what is written)" if transcodes else "one source of rows"
         kind = config.objective.kind
         raise TypeError(f"train_sae: source is {type(source).__name__}; expected {wanted} for the objective {kind}")
+    data: Rows
     if isinstance(source, tuple | list):
         if len(source) != 2:
             raise ValueError(f"train_sae: source has {len(source)} parts; expected 2, what is read and what is written")
-        parts = [_rows(part) for part in source]
-        data: Rows = SideBySide(parts)
-        origins = [origin_of(part) for part in parts]
+        both = SideBySide(source)
+        data, origins = both, both.origins
     else:
-        data = _rows(source)
-        origins = [origin_of(data)]
+        data = as_rows(source)
+        origins = (origin_of(data),)
     run = _Run(data, [config], [len(origins)], split or Alone(), device)
     run.go(directory, checkpoint_every, progress)
     return run.trainers[0].sae(origins[-1] if origin is None else origin, origins[0])
@@ -166,7 +165,7 @@ class _Run:
             raise ValueError(f"train_sae: source has {sum(data.counts)} rows; expected 2 at least")
         self.data, self.configs, self.split = data, configs, split
         self.names: Sequence[Place | None] = [None] * len(configs)
-        first = finite(data.read(0), 0).to(device=device)
+        first = beginning(data, SAMPLE)[:SAMPLE].to(device=device)
         widths = list(getattr(data, "widths", (first.shape[1],)))
         self.parts = [[widths.pop(0) for _ in range(count)] for count in places]
         self.trainers = [Trainer(c, rows, split) for c, rows in zip(configs, self._taken(first), strict=True)]
@@ -211,17 +210,6 @@ class _Run:
         """The columns of each trainer."""
         columns = iter(rows.split([width for part in self.parts for width in part], dim=1))
         return [tuple(next(columns) for _ in part) for part in self.parts]
-
-
-def _rows(source: Any) -> Rows:
-    if isinstance(source, Tensor):
-        return Whole(source)
-    if not hasattr(source, "counts"):
-        raise TypeError(
-            f"train_sae: source must be a tensor (n, d), what open_rows returns, or other rows; got {type(source).__name__}"
-        )
-    rows: Rows = source
-    return rows
 
 
 def _fingerprint(configs: Sequence[TrainConfig], data: Rows) -> str:
