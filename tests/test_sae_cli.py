@@ -16,7 +16,7 @@ from steerfast.cli import main as cli
 from steerfast.cli import shared
 from steerfast.cli.sae_train import PRESETS
 from steerfast.place import Origin
-from steerfast.sae import cache
+from steerfast.sae import place_reader
 from steerfast.sae.model import SAE
 from steerfast.sae.training import corpus
 
@@ -78,7 +78,7 @@ def test_collect_in_parts_and_train_on_rows(
     smollm, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was collected at one place beside another, in two parts, is what `train` itself collects; and it is trained on."""
-    monkeypatch.setattr(cache, "SHARD_TOKENS", 256)
+    monkeypatch.setattr(place_reader, "SHARD_TOKENS", 256)
     text, rows = str(trained / "text.txt"), tmp_path / "rows"
     collect = [
         "sae",

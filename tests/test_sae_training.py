@@ -21,9 +21,9 @@ from torch import Tensor
 
 import steerfast as sf
 from steerfast.place import Origin
-from steerfast.sae import cache as cache_module
 from steerfast.sae import contexts as contexts_module
 from steerfast.sae import evaluate as evaluate_module
+from steerfast.sae import place_reader
 from steerfast.sae.cache import ActivationCache, CacheConfig, cache_activations, cache_places
 from steerfast.sae.contexts import Contexts, packed
 from steerfast.sae.evaluate import evaluate_sae
@@ -490,7 +490,7 @@ def test_the_cache_holds_what_the_model_computes(smollm, tmp_path: Path) -> None
 @pytest.mark.model
 def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = smollm
-    monkeypatch.setattr(cache_module, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(place_reader, "SHARD_TOKENS", 64)
     arguments = (model, tokenizer, TEXTS, ("resid_post", 1))
     whole = cache_activations(*arguments, tmp_path / "whole", context=32)
     assert len(whole.counts) > 3
@@ -526,7 +526,7 @@ def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypat
 def test_several_places_in_one_forward_and_in_parts(smollm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each cache is the one of its place alone, bit for bit, whether made at once, in parts, or going on."""
     model, tokenizer = smollm
-    monkeypatch.setattr(cache_module, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(place_reader, "SHARD_TOKENS", 64)
     places = [("resid_post", 2), ("resid_pre", 0), ("mlp_out", 2), ("attn_out", 1)]
     forwards: list[int] = []
     handle = model.model.embed_tokens.register_forward_hook(lambda *_: forwards.append(1))
@@ -568,7 +568,7 @@ def test_a_full_disk_leaves_the_shards_that_were_written(
     smollm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = smollm
-    monkeypatch.setattr(cache_module, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(place_reader, "SHARD_TOKENS", 64)
     whole = cache_activations(model, tokenizer, TEXTS, ("resid_post", 0), tmp_path / "whole", context=32)
     write, budget = Path.write_bytes, [2 * (whole.directory / "00000.safetensors").stat().st_size + 5000]
 
@@ -717,6 +717,43 @@ def test_a_stream_trains_what_a_cache_trains(smollm, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(stream.contexts(0), cache.contexts(0), strict=True))
     assert equal(train_sae(stream, config), train_sae(cache, config))
     assert train_sae(stream, config).origin == Origin(type(model).__name__, place)
+
+
+@pytest.mark.model
+def test_two_places_of_one_layer_side_by_side(smollm) -> None:
+    model, tokenizer = smollm
+    places = [("mlp_out", 1), ("resid_pre", 0), ("resid_post", 1)]
+    both = sf.sae.PlacesStream(model, tokenizer, TEXTS, places, context=32)
+    alone = [sf.sae.ActivationStream(model, tokenizer, TEXTS, place, context=32) for place in places]
+    assert both.counts == alone[0].counts
+    assert both.origins == tuple(one.origin for one in alone)
+    assert both.widths == (576, 576, 576)
+    assert torch.equal(both.read(0), torch.cat([one.read(0) for one in alone], dim=1))
+
+
+@pytest.mark.model
+def test_rows_of_other_weights_are_of_another_model(smollm, tmp_path: Path) -> None:
+    """A finetune has the class, the width and the tokens of its base, and other rows."""
+    model, tokenizer = smollm
+    place, options = ("resid_post", 0), {"context": 32}
+    cache = cache_activations(model, tokenizer, TEXTS, place, tmp_path / "base", **options)
+    base = sf.sae.ActivationStream(model, tokenizer, TEXTS, place, **options)
+    assert cache.info.weights == base.info.weights
+    norm = model.model.norm.weight
+    try:
+        with torch.no_grad():
+            norm.mul_(2)
+        tuned = sf.sae.ActivationStream(model, tokenizer, TEXTS, place, **options)
+        with pytest.raises(ValueError, match="base holds another cache \\(weights"):
+            cache_activations(model, tokenizer, TEXTS, place, tmp_path / "base", **options)
+        parts = cache_activations(model, tokenizer, TEXTS, place, tmp_path / "tuned", **options)
+    finally:
+        with torch.no_grad():
+            norm.div_(2)
+    with pytest.raises(ValueError, match="from models with different weights"):
+        sf.sae.SideBySide([cache, parts])
+    assert fingerprint_of(CONFIG, tuned) != fingerprint_of(CONFIG, base)
+    assert place_reader.weights_digest(torch.nn.Linear(2, 2, device="meta")) == ""  # not at hand
 
 
 @pytest.mark.model
