@@ -180,7 +180,9 @@ with pytest.raises(ValueError, match="97 features do not divide by 2 processes")
     sf.sae.train_sae(x, config_of(TopK(), features=97), split=mesh_of(2, "cpu"))
 with pytest.raises(ValueError, match="a batch of 201 rows does not divide by 2 replicas"):
     sf.sae.train_sae(x, config_of(TopK(), batch=201), split=mesh_of(1, "cpu"))
-with pytest.raises(ValueError, match="processes see different checkpoints"):
+with pytest.raises(ValueError, match="processes have different rows or settings"):
+    sf.sae.train_sae(data_of(TopK(), 1500, seed=rank)[0], config_of(TopK()), split=mesh_of(1, "cpu"))
+with pytest.raises(ValueError, match="processes have different checkpoints, of the steps -1 and 20"):
     sf.sae.train_sae(x, config_of(TopK()), folder / ("shared" if rank else "own"), split=mesh_of(2, "cpu"))
 """
 

@@ -106,7 +106,8 @@ def weights_digest(model: nn.Module) -> str:
     """
     seen = hashlib.sha256()
     for weight in model.parameters():
-        if weight.is_meta or not weight.numel() or type(weight.data) is not Tensor:  # offloaded, or divided over devices
+        # offloaded, or divided over devices
+        if weight.is_meta or not weight.numel() or type(weight.data) is not Tensor:
             return ""
         flat = weight.detach().flatten()
         some = flat[:: max(1, len(flat) // _NUMBERS)][:_NUMBERS].double().cpu()

@@ -76,7 +76,8 @@ class Checkpoints:
                 "directory, or remove it and begin anew"
             )
         step = self.split.agreed(
-            max((number for number, folder in self._folders() if (folder / _WHOLE).exists()), default=-1)
+            max((number for number, folder in self._folders() if (folder / _WHOLE).exists()), default=-1),
+            "checkpoints, of the steps {} and {}; give all of them one directory, on a file system that they share",
         )
         folder = self._folder(step)
         header = self._header(folder) if step >= 0 else {}

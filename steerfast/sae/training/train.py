@@ -15,6 +15,7 @@ Reference: Gao et al. 2024, Scaling and evaluating sparse autoencoders (arXiv:24
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -37,6 +38,9 @@ from .rows import Rows, as_rows, beginning, fingerprint_of, origin_of, stream
 from .sources import PlacesStream, SideBySide
 from .trainer import SAMPLE, Trainer
 
+_ALIKE = (
+    "rows or settings ({} and {}); give all the same: what a process reads of them follows from its place in the mesh"
+)
 Progress = Callable[[TrainReport], None]
 
 
@@ -57,8 +61,8 @@ def train_sae(
 
     Args:
         source: Rows of activations: a tensor (n, d), an `ActivationStream`, what `open_rows` returns, or anything with `counts`,
-            `fingerprint` and `read(shard)` (see `Rows`). Every replica reads its own shards. For a transcoder a pair of sources,
-            what is read and what is written, with the same tokens.
+            `fingerprint` and `read(shard)` (see `Rows`); the same in every process, of which each replica reads its own part.
+            For a transcoder a pair of sources, what is read and what is written, with the same tokens.
         config: See `TrainConfig`.
         directory: For checkpoints, each whole or not there; the newest is kept. None: no checkpoints.
         split: `Mesh(mesh)` when several processes train one SAE; None: one process.
@@ -163,6 +167,9 @@ class _Run:
     ) -> None:
         if sum(data.counts) < 2:
             raise ValueError(f"train_sae: source has {sum(data.counts)} rows; expected 2 at least")
+        if split.world > 1:
+            about = hashlib.sha256(_fingerprint(configs, data).encode())
+            split.agreed(int(about.hexdigest()[:15], 16), _ALIKE)
         self.data, self.configs, self.split = data, configs, split
         self.names: Sequence[Place | None] = [None] * len(configs)
         first = beginning(data, SAMPLE)[:SAMPLE].to(device=device)
