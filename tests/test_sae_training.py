@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import os
@@ -699,6 +700,8 @@ def test_train_and_evaluate_on_a_real_model(smollm, tmp_path: Path) -> None:
     assert perfect.variance_explained == pytest.approx(1, abs=1e-6)
     assert perfect.loss_recovered == pytest.approx(1, abs=1e-3)
     assert perfect.loss_zeroed == pytest.approx(found.loss_zeroed)
+    with pytest.raises(ValueError, match="context is 0"):
+        evaluate_sae(sae, model, tokenizer, TEXTS, context=0, tokens=100)
     with pytest.raises(ValueError, match="does not know the place that it reads"):
         evaluate_sae(SAE(torch.eye(576), torch.eye(576), k=1), model, tokenizer, TEXTS)
 
@@ -717,6 +720,15 @@ def test_a_stream_trains_what_a_cache_trains(smollm, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(stream.contexts(0), cache.contexts(0), strict=True))
     assert equal(train_sae(stream, config), train_sae(cache, config))
     assert train_sae(stream, config).origin == Origin(type(model).__name__, place)
+
+
+@pytest.mark.model
+def test_a_tokenizer_of_another_model(smollm, tmp_path: Path) -> None:
+    model, tokenizer = smollm
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["lighthouse"])
+    with pytest.raises(ValueError, match="no embedding for one of the token ids; give its own tokenizer"):
+        cache_activations(model, other, TEXTS, ("resid_post", 0), tmp_path, context=32)
 
 
 @pytest.mark.model
@@ -766,6 +778,9 @@ def test_activations_that_are_not_finite(smollm, tmp_path: Path) -> None:
             weight[3, 5] = float("nan")
         with pytest.raises(ValueError, match="row 0 of shard 0 is NaN or Inf"):
             cache_activations(model, tokenizer, TEXTS, ("resid_post", 0), tmp_path, context=32)
+        sae = SAE(torch.eye(576), torch.eye(576), k=1, origin=Origin(place=("resid_post", 0)))
+        with pytest.raises(ValueError, match="activations are NaN or Inf in the contexts 0 to 3"):
+            evaluate_sae(sae, model, tokenizer, TEXTS, context=32)
     finally:
         with torch.no_grad():
             weight[3, 5] = kept
