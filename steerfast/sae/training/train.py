@@ -172,7 +172,7 @@ class _Run:
             split.agreed(int(about.hexdigest()[:15], 16), _ALIKE)
         self.data, self.configs, self.split = data, configs, split
         self.names: Sequence[Place | None] = [None] * len(configs)
-        first = beginning(data, SAMPLE)[:SAMPLE].to(device=device)
+        first = beginning(data, SAMPLE).to(device=device)
         widths = list(getattr(data, "widths", (first.shape[1],)))
         self.parts = [[widths.pop(0) for _ in range(count)] for count in places]
         self.trainers = [Trainer(c, rows, split) for c, rows in zip(configs, self._taken(first), strict=True)]
