@@ -1,4 +1,4 @@
-"""Activations by Ray Data: workers collect parts of one cache, and a worker that is killed is replaced by one that goes on.
+"""Activations by Ray Data: workers collect parts of one cache; a part that is started again goes on where it stopped.
 
     python benchmarks/ray_collect.py corpus.txt rows 2 8    # two workers, eight parts, into a folder that all workers see
     steerfast sae train --rows rows/resid_post-8 --out sae

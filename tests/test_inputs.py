@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from copy import deepcopy
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -454,7 +455,7 @@ def test_numbers_of_saes_and_barriers(tmp_path: Any) -> None:
     config = sf.sae.TrainConfig(
         features=np.int64(16), k=np.int32(2), tokens=np.int64(64), batch=np.int64(32), lr=np.float32(1e-3)
     )
-    assert json.loads(json.dumps(vars(config)))["features"] == 16
+    assert json.loads(json.dumps(asdict(config)))["features"] == 16
     assert sf.sae.train_sae(torch.randn(40, 8), config).k == 2
     for wrong in (2.0, True, np.bool_(True), "2"):
         with pytest.raises(TypeError, match="k must be a whole number"):

@@ -16,7 +16,7 @@ from steerfast.cli import main as cli
 from steerfast.cli import shared
 from steerfast.cli.sae_train import PRESETS
 from steerfast.place import Origin
-from steerfast.sae import cache
+from steerfast.sae import place_reader
 from steerfast.sae.model import SAE
 from steerfast.sae.training import corpus
 
@@ -78,7 +78,7 @@ def test_collect_in_parts_and_train_on_rows(
     smollm, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was collected at one place beside another, in two parts, is what `train` itself collects; and it is trained on."""
-    monkeypatch.setattr(cache, "SHARD_TOKENS", 256)
+    monkeypatch.setattr(place_reader, "SHARD_TOKENS", 256)
     text, rows = str(trained / "text.txt"), tmp_path / "rows"
     collect = [
         "sae",
@@ -108,7 +108,9 @@ def test_collect_in_parts_and_train_on_rows(
     sae = SAE.load(tmp_path / "sae")
     assert (sae.features, sae.place) == (64, ("mlp_out", 29))
     wrong = {
-        "leave MODEL and --preset out": ["sae", "train", "demo", "--rows", str(rows), *out],
+        "MODEL, --text would say nothing beside --rows": [
+            *("sae", "train", "demo", "--text", text, "--rows", str(rows), *out)
+        ],
         "has caches in mlp_out-29, resid_post-1; give one of them": ["sae", "train", "--rows", str(rows), *out],
         "has no cache.json, and no file that ends in": ["sae", "train", "--rows", str(trained / "text.txt"), *out],
         "vLLM's extraction has resid_post alone, got mlp_out": [*collect, "--engine", "vllm"],
@@ -326,6 +328,13 @@ def test_train_refuses_what_does_not_fit(trained: Path, tmp_path: Path, capsys: 
     assert "--feature-shards 2 in one process; start it with torchrun" in capsys.readouterr().err
     assert cli.main([*arguments, "--kind", "transcoder", "--site", "resid_pre", "--reads", "resid_pre"]) == 2
     assert "a transcoder reads resid_pre and writes resid_pre" in capsys.readouterr().err
+    assert cli.main([*arguments, "--column", "rows"]) == 2
+    assert "--column would say nothing without --rows" in capsys.readouterr().err
+    assert cli.main([*arguments, "--layer", "1", "2", "--cache", str(tmp_path)]) == 2
+    assert "--cache would say nothing beside several layers" in capsys.readouterr().err
+    preset = ["sae", "train", "--preset", "smollm2", "--out", str(tmp_path)]
+    assert cli.main([*preset, "--layer", "3", "--site", "mlp_out"]) == 2
+    assert "--layer, --site would say nothing beside --preset" in capsys.readouterr().err
 
 
 def test_train_under_torchrun_goes_on_in_one_process(trained: Path, tmp_path: Path) -> None:

@@ -86,6 +86,18 @@ def test_a_manifest_says_which_layers(tmp_path: Path) -> None:
         HiddenStates(tmp_path, layer=7)
 
 
+def test_states_of_other_texts_do_not_stand_beside(tmp_path: Path) -> None:
+    """Only the manifests tell: the files have the same shapes."""
+    for name, text in (("read", "abc"), ("written", "abc"), ("other", "def")):
+        write(tmp_path / name, [9, 12])
+        about = Extraction("LlamaForCausalLM", (4, 7, 29), 12, 2, text, (3,))
+        (tmp_path / name / MANIFEST).write_bytes(about.content())
+    read, written, other = (HiddenStates(tmp_path / name, layer=7) for name in ("read", "written", "other"))
+    assert sf.sae.SideBySide([read, written]).widths == (D, D)
+    with pytest.raises(ValueError, match="collected on different texts"):
+        sf.sae.SideBySide([read, other])
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         HiddenStates(tmp_path / "nowhere")

@@ -185,6 +185,16 @@ def test_what_is_refused(tmp_path: Path) -> None:
         TableRows(tmp_path)
 
 
+def test_files_without_rows(tmp_path: Path) -> None:
+    write(tmp_path / "a", lists(ROWS[:0]), "parquet")
+    with pytest.raises(ValueError, match="the source holds no rows"):
+        TableRows(tmp_path)
+    write(tmp_path / "b", lists(ROWS[:250]), "parquet", 100)
+    source = TableRows(tmp_path)
+    assert source.counts == (100, 100, 50)
+    assert np.array_equal(torch.cat([source.read(i) for i in range(3)]).numpy(), ROWS[:250])
+
+
 def test_rows_that_are_not_finite(tmp_path: Path) -> None:
     bad = ROWS.copy()
     bad[345, 3] = np.nan

@@ -25,7 +25,6 @@ from steerfast.sae.training.objectives import (
     TopK,
     Transcode,
 )
-from steerfast.sae.training.rows import Whole
 from steerfast.sae.training.trainer import Trainer
 
 D, OUT, F, K, N = 40, 24, 96, 5, 64
@@ -68,11 +67,13 @@ class StraightThrough(torch.autograd.Function):
         return g_f * (h > theta), (-window * (theta * g_f + g_on)).sum(0), None
 
 
-def latents_of(objective: Objective, h: Tensor, weights: dict[str, Tensor], width: int) -> tuple[Tensor, Tensor]:
+def latents_of(
+    objective: Objective, h: Tensor, weights: dict[str, Tensor], width: int, target: int
+) -> tuple[Tensor, Tensor]:
     """f, and what the objective adds to the loss."""
     if isinstance(objective, JumpReLU):
         f, on = StraightThrough.apply(h, weights["log_threshold"].exp(), objective.bandwidth * width**0.5)
-        return f, objective.sparsity * width * (on.sum(1).mean() / K - 1) ** 2
+        return f, objective.sparsity * target * (on.sum(1).mean() / K - 1) ** 2
     if isinstance(objective, TopK):
         least = h.topk(K, dim=1).values[:, -1:]
     else:
@@ -87,7 +88,7 @@ def dense_loss(
     inner = objective.inner if isinstance(objective, Transcode) else objective
     read = batch[0] - (centre if isinstance(objective, Transcode) else weights["b_dec"])
     h = read @ weights["w_enc"].T + weights["b_enc"]
-    f, added = latents_of(inner, h, weights, read.shape[1])
+    f, added = latents_of(inner, h, weights, read.shape[1], batch[-1].shape[1])
     base = weights["b_dec"] + (read @ weights["w_skip"].T if "w_skip" in weights else 0)
     ends = [F]
     if isinstance(inner, Matryoshka):
@@ -157,7 +158,10 @@ def test_every_kind_learns_and_its_file_says_what_it_learnt(objective: Objective
     assert active == pytest.approx(3, rel=0.35)
     again = sf.SAE.load(sae.save(tmp_path / "ours"))
     assert all(torch.equal(value, again.tensors()[name]) for name, value in sae.tensors().items())
-    if sae.k is not None:
+    if isinstance(objective, Transcode):
+        with pytest.raises(ValueError, match="reads and writes rows of one width"):
+            save_sparsify(sae, tmp_path / "layers.3")
+    elif sae.k is not None:
         sparsified = sf.SAE.load(save_sparsify(sae, tmp_path / "layers.3"))
         assert type(sparsified) is type(sae)
         assert torch.allclose(sparsified(held_out[0]), sae(held_out[0]), rtol=1e-4, atol=1e-3)
@@ -170,6 +174,14 @@ def test_every_kind_learns_and_its_file_says_what_it_learnt(objective: Objective
     else:
         theirs = sf.SAE.load(save_saelens(sae, tmp_path / "saelens"))
         assert torch.equal(theirs.encode(held_out[0]), sae.encode(held_out[0]))
+
+
+def test_sparsify_has_transcoders_of_one_width(tmp_path: Path) -> None:
+    x, y = (rows(1000, seed=seed) for seed in (0, 1))
+    sae = sf.sae.train_sae((x, y), config_of(Transcode(skip=True), tokens=1000))
+    sparsified = sf.SAE.load(save_sparsify(sae, tmp_path / "layers.3"))
+    assert type(sparsified) is type(sae)
+    assert torch.allclose(sparsified(x), sae(x), rtol=1e-4, atol=1e-3)
 
 
 def test_a_transcoder_folds_both_scales() -> None:
@@ -197,7 +209,7 @@ def test_matryoshka_reconstructs_with_its_first_features() -> None:
 def test_several_saes_on_one_stream_are_what_each_would_be_alone(tmp_path: Path) -> None:
     x, y = rows(1500), data_of(Transcode(), 1500)[1]
     configs = [config_of(TopK()), config_of(BatchTopK(), k=4)]
-    source = sf.sae.SideBySide([Whole(x), Whole(y)])
+    source = sf.sae.SideBySide([x, y])
 
     class Stop(Exception):
         pass
@@ -237,7 +249,11 @@ def test_what_does_not_fit_is_refused() -> None:
         sf.sae.train_sae(x, config_of(Matryoshka((96,))))
     with pytest.raises(ValueError, match=r"bandwidth is 0\.0"):
         JumpReLU(bandwidth=0)
-    source = sf.sae.SideBySide([Whole(x), Whole(x)])
+    with pytest.raises(ValueError, match="sources is empty"):
+        sf.sae.SideBySide([])
+    with pytest.raises(TypeError, match="source must be a tensor"):
+        sf.sae.SideBySide([x, "rows"])  # type: ignore[list-item]
+    source = sf.sae.SideBySide([x, x])
     with pytest.raises(ValueError, match="1 configurations for a source of 2 places"):
         sf.sae.train_saes(source, [config_of(TopK())])
     with pytest.raises(ValueError, match="differ in tokens, batch or seed"):

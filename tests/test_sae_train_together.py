@@ -126,6 +126,13 @@ def test_four_processes_train_what_one_does_and_two_go_on(tmp_path: Path) -> Non
         # each part of the features once, by one of the replicas that hold it
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         assert size < 1.2 * 3 * 4 * (2 * 96 * 40 + 96 + 40) + 4 * 4000
+    # a lost file is not made up for by what the weights were at first
+    lost = next((tmp_path / "run-topk").glob("*/*.safetensors"))
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(ValueError, match=f"lacks {lost.name}"):
+        trained(TopK(), None, tmp_path / "run-topk")
+    lost.write_bytes(content)
     went_well(together(2, TWO, tmp_path))
     for objective in (OBJECTIVES[0], OBJECTIVES[2]):
         alone, curve = trained(objective, None)
@@ -173,7 +180,9 @@ with pytest.raises(ValueError, match="97 features do not divide by 2 processes")
     sf.sae.train_sae(x, config_of(TopK(), features=97), split=mesh_of(2, "cpu"))
 with pytest.raises(ValueError, match="a batch of 201 rows does not divide by 2 replicas"):
     sf.sae.train_sae(x, config_of(TopK(), batch=201), split=mesh_of(1, "cpu"))
-with pytest.raises(ValueError, match="processes see different checkpoints"):
+with pytest.raises(ValueError, match="processes have different rows or settings"):
+    sf.sae.train_sae(data_of(TopK(), 1500, seed=rank)[0], config_of(TopK()), split=mesh_of(1, "cpu"))
+with pytest.raises(ValueError, match="processes have different checkpoints, of the steps -1 and 20"):
     sf.sae.train_sae(x, config_of(TopK()), folder / ("shared" if rank else "own"), split=mesh_of(2, "cpu"))
 """
 

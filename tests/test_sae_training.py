@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import os
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,9 +22,9 @@ from torch import Tensor
 
 import steerfast as sf
 from steerfast.place import Origin
-from steerfast.sae import cache as cache_module
 from steerfast.sae import contexts as contexts_module
 from steerfast.sae import evaluate as evaluate_module
+from steerfast.sae import place_reader
 from steerfast.sae.cache import ActivationCache, CacheConfig, cache_activations, cache_places
 from steerfast.sae.contexts import Contexts, packed
 from steerfast.sae.evaluate import evaluate_sae
@@ -31,7 +32,7 @@ from steerfast.sae.model import SAE
 from steerfast.sae.training.checkpoints import Checkpoints
 from steerfast.sae.training.config import TrainConfig, TrainReport
 from steerfast.sae.training.distributed import Alone
-from steerfast.sae.training.rows import Whole, fingerprint_of, stream
+from steerfast.sae.training.rows import Whole, beginning, fingerprint_of, stream
 from steerfast.sae.training.selection import Encoder, top
 from steerfast.sae.training.train import train_sae
 from steerfast.sae.training.trainer import Trainer
@@ -228,6 +229,37 @@ def test_two_shards_are_read_ahead_in_a_thread() -> None:
     assert data.threads == {threading.current_thread().name}
 
 
+class Parts:
+    """Tensors as shards."""
+
+    def __init__(self, *parts: Tensor) -> None:
+        self.parts, self.counts = parts, tuple(map(len, parts))
+        self.fingerprint: dict[str, Any] = {}
+
+    def read(self, shard: int) -> Tensor:
+        return self.parts[shard]
+
+
+def test_shards_of_two_dtypes_are_not_rounded() -> None:
+    """70,000 is infinite in float16."""
+    narrow, wide = torch.ones(5, 2, dtype=torch.float16), torch.full((5, 2), 7e4)
+    for seed in range(4):
+        found = next(stream(Parts(narrow, wide, 2 * narrow, 2 * wide), 20, seed, 0))
+        assert found[:, 0].unique().tolist() == [1, 2, 70000, 140000]
+
+
+def test_the_first_rows_may_lie_in_many_shards() -> None:
+    """Scale and first bias are those of the rows, however little the first shards hold."""
+    x = rows(1500)
+    source = Parts(x[:0], x[:1], x[1:40], x[40:70], x[70:])
+    assert torch.equal(beginning(source, 41), x[:41])
+    assert torch.equal(beginning(source, 9999), x)
+    last: list[float] = []
+    for data in (source, x):
+        train_sae(data, CONFIG, progress=lambda report: last.append(report.fvu))
+    assert last[0] == pytest.approx(last[1], rel=0.05)  # in another order
+
+
 def test_shards_that_are_not_what_their_source_says() -> None:
     class Narrow(Shards):
         def read(self, shard: int) -> Tensor:
@@ -358,6 +390,16 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train_sae(rows(1500), CONFIG, tmp_path)
 
 
+def test_folders_of_others_stay(tmp_path: Path) -> None:
+    """Trainers of language models keep theirs in checkpoint-500, too."""
+    others = [tmp_path / name for name in ("checkpoint-500", "checkpoint-best")]
+    for other in others:
+        other.mkdir()
+        (other / "run.json").write_text("{}")
+    train_sae(rows(1500), CONFIG, tmp_path)
+    assert all((other / "run.json").read_text() == "{}" for other in others)
+
+
 def test_a_checkpoint_of_an_older_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-00000002-0of1.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="of an older version"):
@@ -413,8 +455,10 @@ def test_a_configuration_of_the_wrong_type() -> None:
         TrainConfig(features=8192.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected floating"):
         train_sae(torch.zeros(4, 4, 4), CONFIG)
-    with pytest.raises(ValueError, match="all rows of the first shard are equal"):
+    with pytest.raises(ValueError, match="the first 500 rows are equal"):
         train_sae(torch.ones(500, 4), CONFIG)
+    with pytest.raises(ValueError, match="the squares of the first rows exceed what float32 holds"):
+        train_sae(1e60 * rows(500).double(), CONFIG)
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------
@@ -447,7 +491,7 @@ def test_the_cache_holds_what_the_model_computes(smollm, tmp_path: Path) -> None
 @pytest.mark.model
 def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = smollm
-    monkeypatch.setattr(cache_module, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(place_reader, "SHARD_TOKENS", 64)
     arguments = (model, tokenizer, TEXTS, ("resid_post", 1))
     whole = cache_activations(*arguments, tmp_path / "whole", context=32)
     assert len(whole.counts) > 3
@@ -483,7 +527,7 @@ def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypat
 def test_several_places_in_one_forward_and_in_parts(smollm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each cache is the one of its place alone, bit for bit, whether made at once, in parts, or going on."""
     model, tokenizer = smollm
-    monkeypatch.setattr(cache_module, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(place_reader, "SHARD_TOKENS", 64)
     places = [("resid_post", 2), ("resid_pre", 0), ("mlp_out", 2), ("attn_out", 1)]
     forwards: list[int] = []
     handle = model.model.embed_tokens.register_forward_hook(lambda *_: forwards.append(1))
@@ -525,7 +569,7 @@ def test_a_full_disk_leaves_the_shards_that_were_written(
     smollm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = smollm
-    monkeypatch.setattr(cache_module, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(place_reader, "SHARD_TOKENS", 64)
     whole = cache_activations(model, tokenizer, TEXTS, ("resid_post", 0), tmp_path / "whole", context=32)
     write, budget = Path.write_bytes, [2 * (whole.directory / "00000.safetensors").stat().st_size + 5000]
 
@@ -656,6 +700,8 @@ def test_train_and_evaluate_on_a_real_model(smollm, tmp_path: Path) -> None:
     assert perfect.variance_explained == pytest.approx(1, abs=1e-6)
     assert perfect.loss_recovered == pytest.approx(1, abs=1e-3)
     assert perfect.loss_zeroed == pytest.approx(found.loss_zeroed)
+    with pytest.raises(ValueError, match="context is 0"):
+        evaluate_sae(sae, model, tokenizer, TEXTS, context=0, tokens=100)
     with pytest.raises(ValueError, match="does not know the place that it reads"):
         evaluate_sae(SAE(torch.eye(576), torch.eye(576), k=1), model, tokenizer, TEXTS)
 
@@ -677,6 +723,52 @@ def test_a_stream_trains_what_a_cache_trains(smollm, tmp_path: Path) -> None:
 
 
 @pytest.mark.model
+def test_a_tokenizer_of_another_model(smollm, tmp_path: Path) -> None:
+    model, tokenizer = smollm
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["lighthouse"])
+    with pytest.raises(ValueError, match="no embedding for one of the token ids; give its own tokenizer"):
+        cache_activations(model, other, TEXTS, ("resid_post", 0), tmp_path, context=32)
+
+
+@pytest.mark.model
+def test_two_places_of_one_layer_side_by_side(smollm) -> None:
+    model, tokenizer = smollm
+    places = [("mlp_out", 1), ("resid_pre", 0), ("resid_post", 1)]
+    both = sf.sae.PlacesStream(model, tokenizer, TEXTS, places, context=32)
+    alone = [sf.sae.ActivationStream(model, tokenizer, TEXTS, place, context=32) for place in places]
+    assert both.counts == alone[0].counts
+    assert both.origins == tuple(one.origin for one in alone)
+    assert both.widths == (576, 576, 576)
+    assert torch.equal(both.read(0), torch.cat([one.read(0) for one in alone], dim=1))
+
+
+@pytest.mark.model
+def test_rows_of_other_weights_are_of_another_model(smollm, tmp_path: Path) -> None:
+    """A finetune has the class, the width and the tokens of its base, and other rows."""
+    model, tokenizer = smollm
+    place, options = ("resid_post", 0), {"context": 32}
+    cache = cache_activations(model, tokenizer, TEXTS, place, tmp_path / "base", **options)
+    base = sf.sae.ActivationStream(model, tokenizer, TEXTS, place, **options)
+    assert cache.info.weights == base.info.weights
+    norm = model.model.norm.weight
+    try:
+        with torch.no_grad():
+            norm.mul_(2)
+        tuned = sf.sae.ActivationStream(model, tokenizer, TEXTS, place, **options)
+        with pytest.raises(ValueError, match="base holds another cache \\(weights"):
+            cache_activations(model, tokenizer, TEXTS, place, tmp_path / "base", **options)
+        parts = cache_activations(model, tokenizer, TEXTS, place, tmp_path / "tuned", **options)
+    finally:
+        with torch.no_grad():
+            norm.div_(2)
+    with pytest.raises(ValueError, match="from models with different weights"):
+        sf.sae.SideBySide([cache, parts])
+    assert fingerprint_of(CONFIG, tuned) != fingerprint_of(CONFIG, base)
+    assert place_reader.weights_digest(torch.nn.Linear(2, 2, device="meta")) == ""  # not at hand
+
+
+@pytest.mark.model
 def test_activations_that_are_not_finite(smollm, tmp_path: Path) -> None:
     model, tokenizer = smollm
     weight = model.model.layers[0].mlp.down_proj.weight
@@ -686,6 +778,9 @@ def test_activations_that_are_not_finite(smollm, tmp_path: Path) -> None:
             weight[3, 5] = float("nan")
         with pytest.raises(ValueError, match="row 0 of shard 0 is NaN or Inf"):
             cache_activations(model, tokenizer, TEXTS, ("resid_post", 0), tmp_path, context=32)
+        sae = SAE(torch.eye(576), torch.eye(576), k=1, origin=Origin(place=("resid_post", 0)))
+        with pytest.raises(ValueError, match="activations are NaN or Inf in the contexts 0 to 3"):
+            evaluate_sae(sae, model, tokenizer, TEXTS, context=32)
     finally:
         with torch.no_grad():
             weight[3, 5] = kept

@@ -204,6 +204,21 @@ def test_another_sweep_or_a_damaged_file_is_refused(tmp_path: Any) -> None:
         swept(out=tmp_path)
 
 
+def test_another_sae_of_the_same_shape_is_another_sweep(tmp_path: Any) -> None:
+    grid = Grid((1,), (0.5,), ("amplify",), sae=sae(), draws=0)
+    swept(out=tmp_path, grid=grid, sides=MORE)
+    eye = torch.eye(48)
+    other = sf.SAE(torch.cat([-eye, eye]), torch.cat([-eye, eye]), k=96)
+    assert repr(other) == repr(grid.sae)
+    with pytest.raises(ValueError, match="measured with other sae"):
+        swept(out=tmp_path, grid=dataclasses.replace(grid, sae=other), sides=MORE)
+
+
+def test_a_part_without_cells(tmp_path: Any) -> None:
+    grid = dataclasses.replace(GRID, draws=0, part=(1, 40))
+    assert list(swept(out=tmp_path, grid=grid)) == []
+
+
 FITTED = [
     method for method in ESTIMATORS if method not in ("flow", "edit_features", "amplify", "calibrate", "deficit_push")
 ]

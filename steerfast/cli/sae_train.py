@@ -24,6 +24,7 @@ from steerfast.sae.training.distributed import Alone, mesh_of
 from steerfast.sae.training.objectives import OBJECTIVES, Transcode
 from steerfast.sae.training.sources import PlacesStream
 from steerfast.sae.training.train import train_sae, train_saes
+from steerfast.sae.training.trainer import local_ends
 
 from . import shared
 
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which of the extracted ones"
     )
     parser.add_argument("--layer", type=int, nargs="+", metavar="N", help=several)
-    parser.add_argument("--site", default=SITES[1], choices=SITES, help="where in the layer (default: %(default)s)")
+    parser.add_argument("--site", choices=SITES, help=f"where in the layer (default: {SITES[1]})")
     parser.add_argument("--kind", default="topk", choices=tuple(_KINDS), help="default: %(default)s")
     reads = "where in the layer a transcoder reads (default: %(default)s); it writes --site"
     parser.add_argument("--reads", default=SITES[0], choices=SITES, help=reads)
@@ -102,10 +103,15 @@ def run(args: argparse.Namespace) -> int:
     preset = PRESETS.get(args.preset)
     if args.rows is not None:
         return _run_on_rows(args)
+    _refuse(args, "without --rows", "column")
+    if preset is not None:
+        _refuse(args, "beside --preset", "layer", "site")
     if preset is None and (args.model is None or args.layer is None or args.text is None):
         raise ValueError("sae train: give --preset, or MODEL with --layer and --text, or --rows")
     args.model = args.model or (preset.model if preset else None)
-    places = [preset.place] if preset else [(args.site, layer) for layer in args.layer]
+    places = [preset.place] if preset else [(args.site or SITES[1], layer) for layer in args.layer]
+    if len(places) > 1:
+        _refuse(args, "beside several layers, of which nothing is stored", "cache")
     config = _config(args, preset.config if preset else TrainConfig())
     if isinstance(config.objective, Transcode) and (len(places) > 1 or args.reads == places[0][0]):
         raise ValueError(
@@ -124,8 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_on_rows(args: argparse.Namespace) -> int:
     """Train on what was collected, by whatever; every process opens it."""
-    if args.model is not None or args.preset is not None:
-        raise ValueError("sae train: --rows are a model's already; leave MODEL and --preset out")
+    _refuse(args, "beside --rows", "model", "preset", "text", "site", "cache")
     if args.layer is not None and len(args.layer) > 1:
         raise ValueError(f"sae train: --rows with the layers {args.layer}; choose one")
     config = _config(args, TrainConfig())
@@ -141,6 +146,13 @@ def _run_on_rows(args: argparse.Namespace) -> int:
             _save(args, {args.out: sae})
         split.wait()
     return 0
+
+
+def _refuse(args: argparse.Namespace, where: str, *names: str) -> None:
+    """Refuse what would not be looked at in this run."""
+    if given := [name for name in names if getattr(args, name) is not None]:
+        flags = ", ".join("MODEL" if name == "model" else f"--{name}" for name in given)
+        raise ValueError(f"sae train: {flags} would say nothing {where}; leave it out")
 
 
 def _config(args: argparse.Namespace, config: TrainConfig) -> TrainConfig:
@@ -165,6 +177,7 @@ def _trained(
     said: Callable[[str], None],
 ) -> dict[Path, SAE]:
     """The SAEs by the folder that they belong to."""
+    local_ends(config, split)  # what does not divide is refused before a collection of hours
     model, tokenizer = shared.load(args)
     options = _options(args, split, said)
     if len(places) > 1:

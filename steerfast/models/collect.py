@@ -429,6 +429,10 @@ def _run(reading: _Reading, inputs: dict[str, Any], mask: Tensor, what: str) -> 
         codebooks = getattr(model.config, "num_codebooks", 1)
         if (isinstance(error, RuntimeError) and codebooks == 1) or is_ours(error):  # a device fails so, too
             raise
+        if "out of range in self" in str(error):  # what torch's embeddings say of an id
+            raise ValueError(
+                f"{reading.caller}: {type(model).__name__} has no embedding for one of the token ids; give its own tokenizer"
+            ) from error
         beside = next((f", with {name}," for name in accepted if _MEDIA.search(name) and name not in inputs), "")
         raise ValueError(
             f"{reading.caller}: {type(model).__name__} does not run on {what} ({type(error).__name__}: {error}); "

@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,14 @@ from torch import Tensor, nn
 
 from steerfast._checks import checked_part, whole_number
 from steerfast.files.replace import replace_file
-from steerfast.models.collect import read_batch
-from steerfast.models.layers import evaluating, find_layers
-from steerfast.models.points import Point
 from steerfast.place import Origin, Place
 
-from .contexts import Contexts
+from .place_reader import PlaceReader
 
 SCHEMA = 1
 MANIFEST = "cache.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """Of stored rows, by the name that a manifest has for them."""
-SHARD_TOKENS = 32768
-_FORWARD_TOKENS = 2048
 _PART = re.compile(r"cache\.(\d+)of(\d+)\.json")
 
 
@@ -56,6 +51,7 @@ class CacheInfo:
         contexts: Their number.
         shard: Contexts in a shard.
         text: SHA-256 of all the tokens.
+        weights: SHA-256 of some numbers of every weight of the model; "": not known.
     """
 
     model: str
@@ -67,6 +63,7 @@ class CacheInfo:
     contexts: int
     shard: int
     text: str
+    weights: str = ""
 
     @property
     def shards(self) -> int:
@@ -77,6 +74,11 @@ class CacheInfo:
     def origin(self) -> Origin:
         """Where the rows were read."""
         return Origin(self.model, Place(self.site, self.layer))
+
+    def agrees(self, other: CacheInfo) -> bool:
+        """Whether rows of both belong to one collection; weights that one of them does not know are no difference."""
+        both = self.weights and other.weights
+        return self == (other if both else replace(other, weights=self.weights))
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class ActivationCache:
         info = read_manifest(path, parts[0])[0]
         for part in parts:
             found, rows = read_manifest(path, part)
-            if found != info:
+            if not found.agrees(info):
                 raise ValueError(
                     f"ActivationCache: part {part[0]} of {part[1]} in {path} is of another collection ({_differs(info, found)}); "
                     "keep the parts of one collection in a directory"
@@ -215,11 +217,11 @@ class ActivationStream:
     def __init__(
         self, model: nn.Module, tokenizer: Any, texts: Iterable[str], place: tuple[str, int], *, context: int = 256
     ) -> None:
-        self._source = _Source("ActivationStream", model, [place])
-        self._source.pack(tokenizer, texts, whole_number("ActivationStream", "context", context))
-        (self._place,) = self._source.points
-        self.info = self._source.info(self._place, "float32")
-        self.counts = tuple(len(self.contexts(number)[1]) for number in range(self.info.shards))
+        self._reader = PlaceReader("ActivationStream", model, [place])
+        self._reader.pack(tokenizer, texts, whole_number("ActivationStream", "context", context))
+        (self._place,) = self._reader.points
+        self.info = info_of(self._reader, self._place, "float32")
+        self.counts = self._reader.counts()
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -233,7 +235,7 @@ class ActivationStream:
 
     def contexts(self, shard: int) -> tuple[Tensor, Tensor]:
         """The tokens (contexts, length) of one shard, and where in them, flattened, each row is read."""
-        return self._source.shard(shard)
+        return self._reader.shard(shard)
 
     def read(self, shard: int) -> Tensor:
         """The activations of one shard, float32 (rows, d). The forward stops after the layer.
@@ -241,7 +243,7 @@ class ActivationStream:
         Raises:
             ValueError: they are NaN or Inf.
         """
-        return self._source.read(shard, [self._place])[self._place]
+        return self._reader.read(shard, [self._place])[self._place]
 
 
 def cache_activations(
@@ -282,8 +284,8 @@ def cache_activations(
         True
     """
     config = CacheConfig(context, dtype)
-    source = _Source("cache_activations", model, [place])
-    _collect(source, tokenizer, texts, [Path(directory)], config, progress)
+    reader = PlaceReader("cache_activations", model, [place])
+    _collect(reader, tokenizer, texts, [Path(directory)], config, progress)
     return ActivationCache.open(directory)
 
 
@@ -323,71 +325,22 @@ def cache_places(
         >>> [len(sf.sae.ActivationCache.open(folder)) > 0 for folder in folders.values()]
         [True, True]
     """
-    source = _Source("cache_places", model, list(places))
-    folders = {place: Path(directory) / f"{place.site}-{place.layer}" for place in source.points}
-    _collect(source, tokenizer, texts, list(folders.values()), config or CacheConfig(), progress)
+    reader = PlaceReader("cache_places", model, list(places))
+    folders = {place: Path(directory) / f"{place.site}-{place.layer}" for place in reader.points}
+    _collect(reader, tokenizer, texts, list(folders.values()), config or CacheConfig(), progress)
     return folders
 
 
-class _Source:
-    """Packed texts, and the points of a model that are read on them."""
-
-    def __init__(self, owner: str, model: nn.Module, places: list[tuple[str, int]]) -> None:
-        found = find_layers(model, owner)
-        self.owner, self.name, self.points = owner, found.name, dict[Place, Point]()
-        for place in places:
-            if not isinstance(place, tuple | list) or len(place) != 2:
-                raise TypeError(f"{owner}: place must be (site, layer), got {place!r}")
-            layer = found.resolve(whole_number(owner, "layer", place[1]), owner)
-            point = found.point(layer, place[0], owner)
-            if Place(place[0], layer) in self.points:
-                raise ValueError(f"{owner}: {place[0]} of layer {layer} is named twice; name each place once")
-            self.points[Place(place[0], layer)] = point
-        if not self.points:
-            raise ValueError(f"{owner}: no place is named; give (site, layer), one or more")
-        self.model = getattr(model, "_orig_mod", model)
-
-    def pack(self, tokenizer: Any, texts: Iterable[str], length: int, directory: Path | None = None) -> None:
-        """Take in the texts."""
-        self.texts = Contexts(tokenizer, texts, length, directory)
-        self.per_shard = max(1, SHARD_TOKENS // length)
-
-    def info(self, place: Place, dtype: str) -> CacheInfo:
-        """What the rows of a place are made from."""
-        texts, width = self.texts, self.points[place].width
-        return CacheInfo(self.name, *place, width, dtype, texts.length, len(texts), self.per_shard, texts.digest)
-
-    def shard(self, number: int) -> tuple[Tensor, Tensor]:
-        """Tokens, and the positions that are read."""
-        tokens = self.texts[number * self.per_shard : (number + 1) * self.per_shard]
-        return tokens, self.texts.real(tokens).flatten().nonzero().flatten().to(torch.int32)
-
-    def read(self, number: int, places: Iterable[Place]) -> dict[Place, Tensor]:
-        """The rows of a shard at some places, float32, by one forward after another."""
-        tokens, positions = self.shard(number)
-        points = {place: self.points[place] for place in places}
-        rows: dict[Place, list[Tensor]] = {place: [] for place in points}
-        with evaluating(self.model):
-            for batch in tokens.split(max(1, _FORWARD_TOKENS // self.texts.length)):
-                for place, part in read_batch(self.model, points, batch.tolist(), "all").items():
-                    rows[place] += part
-        kept = {place: torch.cat(rows.pop(place))[positions] for place in points}
-        for place, some in kept.items():
-            self._check(some, number, place)
-        return kept
-
-    def _check(self, rows: Tensor, number: int, place: Place) -> None:
-        if not bool(rows.isfinite().all()):
-            where = int((~rows.isfinite()).any(1).nonzero()[0])
-            dtype = next(self.model.parameters()).dtype
-            at = f" at {place}" if len(self.points) > 1 else ""
-            raise ValueError(
-                f"{self.owner}: row {where} of shard {number}{at} is NaN or Inf; check the model ({dtype}) or load it in float32"
-            )
+def info_of(reader: PlaceReader, place: Place, dtype: str) -> CacheInfo:
+    """What the rows of a place are made from."""
+    texts, width = reader.texts, reader.points[place].width
+    return CacheInfo(
+        reader.name, *place, width, dtype, texts.length, len(texts), reader.per_shard, texts.digest, reader.weights
+    )
 
 
 def _collect(
-    source: _Source,
+    reader: PlaceReader,
     tokenizer: Any,
     texts: Iterable[str],
     folders: list[Path],
@@ -397,17 +350,17 @@ def _collect(
     """Write the shards of a part that are not there yet, for all places in one forward."""
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    source.pack(tokenizer, texts, config.context, folders[0])
-    infos = {place: source.info(place, config.stored) for place in source.points}
+    reader.pack(tokenizer, texts, config.context, folders[0])
+    infos = {place: info_of(reader, place, config.stored) for place in reader.points}
     at = dict(zip(infos, folders, strict=True))
-    counts = {place: _resume(source.owner, at[place], info, config.part) for place, info in infos.items()}
+    counts = {place: _resume(reader.owner, at[place], info, config.part) for place, info in infos.items()}
     numbers = _numbers(next(iter(infos.values())), config.part)
     for done, number in enumerate(numbers):
         missing = [place for place in infos if len(counts[place]) <= done]
         if not missing:
             continue
-        tokens, positions = source.shard(number)
-        for place, rows in source.read(number, missing).items():
+        tokens, positions = reader.shard(number)
+        for place, rows in reader.read(number, missing).items():
             content = {"activations": rows.to(config.dtype), "tokens": tokens, "positions": positions}
             replace_file(shard_file(at[place], number), save(content))
             counts[place].append(len(positions))
@@ -442,7 +395,7 @@ def _resume(owner: str, path: Path, info: CacheInfo, part: tuple[int, int]) -> l
     """The row counts of the part's shards that are there already; a new directory gets its manifest."""
     for other in _parts(path) if any(path.glob("cache*.json")) else []:
         there = read_manifest(path, other)[0]
-        if there != info:
+        if not there.agrees(info):
             raise ValueError(f"{owner}: {path} holds another cache ({_differs(there, info)}); choose another directory")
     if not (file := _manifest_file(path, part)).exists():
         replace_file(file, manifest(info, []))

@@ -112,7 +112,8 @@ def evaluate_sae(
         The numbers, an `Evaluation`.
 
     Raises:
-        ValueError: the SAE has no place or another width than the model, or is a transcoder; too few texts.
+        ValueError: the SAE has no place or another width than the model, or is a transcoder; too few texts; activations are
+            NaN or Inf.
 
     Example:
         >>> from steerfast.place import Origin, Place
@@ -128,7 +129,10 @@ def evaluate_sae(
         )
     layer, point = point_of("evaluate_sae", sae, model)
     sae = sae.to(dtype=torch.float32)  # the same numbers; rows are not rounded to the 16 bits of its file
-    loss_tokens = whole_number("evaluate_sae", "loss_tokens", loss_tokens)
+    context, loss_tokens = (
+        whole_number("evaluate_sae", name, value, 1)
+        for name, value in (("context", context), ("loss_tokens", loss_tokens))
+    )
     model = getattr(model, "_orig_mod", model)
     most = None if tokens is None else max(1, whole_number("evaluate_sae", "tokens", tokens) // context)
     quality, losses, done = _Quality(sae), _Losses(sae, model, point), 0
@@ -136,7 +140,13 @@ def evaluate_sae(
         for batch in _batches(packed(tokenizer, texts, context), most):
             keep = real_tokens(tokenizer.all_special_ids, batch)
             rows: list[Tensor] = read_batch(model, {layer: point}, batch.tolist(), "all")[layer]
-            quality.add(torch.cat(rows)[keep.flatten()])
+            found = torch.cat(rows)[keep.flatten()]
+            if not bool(found.isfinite().all()):
+                raise ValueError(
+                    f"evaluate_sae: the model's activations are NaN or Inf in the contexts {done} to {done + len(batch) - 1}; "
+                    "check the model, or load it in float32"
+                )
+            quality.add(found)
             if (left := max(1, loss_tokens // context) - done) > 0:
                 losses.add(batch[:left], keep[:left])
             done += len(batch)

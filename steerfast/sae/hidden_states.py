@@ -93,6 +93,7 @@ class HiddenStates:
     Attributes:
         counts: Rows of each shard.
         d: Width of a row.
+        info: What the folder was made from, where hidden_states.json says it.
         origin: Model and place, as far as they are known.
 
     Raises:
@@ -113,16 +114,16 @@ class HiddenStates:
         special: tuple[int, ...] = (),
     ) -> None:
         self._folder = Folder(source, "HiddenStates")
-        self._extraction = self._manifest()
+        self.info = self._manifest()
         names = self._folder.files(".safetensors")
         if not names:
             raise FileNotFoundError(f"HiddenStates: {self._folder.name} has no file that ends in .safetensors")
-        if self._extraction is not None and len(names) < self._extraction.contexts:
+        if self.info is not None and len(names) < self.info.contexts:
             raise ValueError(
-                f"HiddenStates: {self._folder.name} has {len(names)} of {self._extraction.contexts} contexts; run the "
+                f"HiddenStates: {self._folder.name} has {len(names)} of {self.info.contexts} contexts; run the "
                 "collection again (all of its parts), it goes on where it stopped"
             )
-        self._special = special if self._extraction is None else self._extraction.special
+        self._special = special if self.info is None else self.info.special
         self._about = list[Any]()
         files = [self._header(name) for name in names]
         self.d = int(files[0].states["shape"][2])
@@ -139,14 +140,14 @@ class HiddenStates:
     @property
     def origin(self) -> Origin:
         """Model and place, as far as they are known."""
-        if self._extraction is None:
+        if self.info is None:
             return Origin()
-        return Origin(self._extraction.model, Place("resid_post", self._extraction.layers[self._index]))
+        return Origin(self.info.model, Place("resid_post", self.info.layers[self._index]))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the rows: what was extracted, or a hash of names, sizes and headers of the files."""
-        about = digest(self._about) if self._extraction is None else asdict(self._extraction)
+        about = digest(self._about) if self.info is None else asdict(self.info)
         return {"rows": len(self), "d": self.d, "index": self._index, "special": list(self._special), "files": about}
 
     def read(self, shard: int) -> Tensor:
@@ -197,7 +198,7 @@ class HiddenStates:
         return rows
 
     def _chosen(self, layer: int | None, index: int | None, count: int) -> int:
-        layers = None if self._extraction is None else self._extraction.layers
+        layers = None if self.info is None else self.info.layers
         if layers is not None:
             if len(layers) != count or index is not None:
                 raise ValueError(

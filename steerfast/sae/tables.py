@@ -125,8 +125,9 @@ class TableRows:
             table = parquet.ParquetFile(opened)
             column = self._chosen(table.schema_arrow, file)
             counts = [_leaves_of_group(table.metadata.row_group(i), column) for i in range(table.num_row_groups)]
-            if any(counts):
-                self._check(next(table.iter_batches(1, columns=[column])).column(0), file)
+            if not any(counts):
+                return
+            self._check(next(table.iter_batches(1, columns=[column])).column(0), file)
         for first, last, leaves in _grouped(counts, SHARD_ROWS * self.d):
             yield _Shard(partial(groups, first, last), leaves, f"row groups {first} to {last - 1} of {file}")
 

@@ -247,7 +247,7 @@ def sweep(
     origin = {"site": grid.site, "model": vars(card(model))}
     settings = {"sides": both, "probe": asdict(question), "unit": grid.unit, **origin}
     if grid.sae is not None:
-        settings["sae"] = repr(grid.sae)
+        settings["sae"] = grid.sae.fingerprint
     store = Store(None if out is None else Path(out), settings, grid.part)
     run = _Run(model, question, sequences_of(tokenizer, question), batch_size)
     cells = [(m, layer, s) for m in grid.methods for layer in chosen for s in grid.strengths]

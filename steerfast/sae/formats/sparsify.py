@@ -62,7 +62,7 @@ def save_sparsify(sae: SAE, directory: str | os.PathLike[str]) -> Path:
         The directory.
 
     Raises:
-        ValueError: sparsify has no such kind: a threshold, or normalised rows.
+        ValueError: sparsify has no such kind: a threshold, normalised rows, or a transcoder between two widths.
 
     Example:
         >>> import tempfile, torch, steerfast as sf
@@ -77,6 +77,10 @@ def save_sparsify(sae: SAE, directory: str | os.PathLike[str]) -> Path:
             f"save_sparsify: sparsify has Top-K SAEs without normalisation alone; save {sae} with sae.save"
         )
     over = sae if isinstance(sae, Transcoder) else None
+    if over is not None and over.d_out != over.d:
+        raise ValueError(
+            f"save_sparsify: a transcoder of sparsify reads and writes rows of one width; save {sae} with sae.save"
+        )
     wide = {name: value.detach().cpu().to(torch.float32) for name, value in sae.tensors().items()}
     b_enc = wide["b_enc"].double()
     if over is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,12 +21,14 @@ from steerfast.files.replace import replace_file
 from .distributed import Alone, together
 from .trainer import Trainer
 
-SCHEMA = 2
+SCHEMA = 3
 _WHOLE = "run.json"
+_NAME = re.compile(r"checkpoint-(\d{8,})")
 
 
 class Checkpoints:
-    """The checkpoints of a run in a directory: checkpoint-STEP with safetensors files and, once these are whole, run.json.
+    """The checkpoints of a run in a directory: checkpoint-STEP with safetensors files and, once these are whole, run.json, which
+    names them.
 
     `torch.distributed.checkpoint` writes them: each process its part, once, beside the training, from a copy in host memory. The
     checkpoint before it is removed only when a new one is whole; so at any moment one complete checkpoint exists.
@@ -73,14 +76,15 @@ class Checkpoints:
                 "directory, or remove it and begin anew"
             )
         step = self.split.agreed(
-            max((_step(file.parent) for file in self.directory.glob(f"checkpoint-*/{_WHOLE}")), default=-1)
+            max((number for number, folder in self._folders() if (folder / _WHOLE).exists()), default=-1),
+            "checkpoints, of the steps {} and {}; give all of them one directory, on a file system that they share",
         )
+        folder = self._folder(step)
+        header = self._header(folder) if step >= 0 else {}
         self._remove_others(step)
         self.split.wait()  # before anybody writes a new one
         if step < 0:
             return
-        folder = self._folder(step)
-        header = self._header(folder)
         try:
             with together():
                 load(
@@ -105,6 +109,9 @@ class Checkpoints:
                 f"train_sae: {self.directory} holds the checkpoint of another run ({run}; this one is {self.fingerprint}); "
                 "choose another directory, or the same data and configuration"
             )
+        # what a file that is gone would give keeps the numbers of the beginning, unnoticed
+        if gone := [name for name in header["files"] if not (folder / name).exists()]:
+            raise ValueError(f"train_sae: {folder} lacks {', '.join(gone)}; bring back all of its files, or remove it")
         return header
 
     def _complete(self, written: Future[Any], folder: Path, header: dict[str, Any]) -> None:
@@ -113,6 +120,7 @@ class Checkpoints:
             with together():
                 written.result()
             if self.split.rank == 0:
+                header["files"] = sorted(file.name for file in folder.glob("*.safetensors"))
                 replace_file(folder / _WHOLE, json.dumps(header, indent=2).encode())
                 self._remove_others(header["step"])
         except (OSError, CheckpointException) as error:
@@ -123,10 +131,15 @@ class Checkpoints:
     def _remove_others(self, step: int) -> None:
         """Remove the checkpoints of all other steps; one process does it for all."""
         if self.split.rank == 0:
-            for folder in self.directory.glob("checkpoint-*"):
-                if folder != self._folder(step):
+            for number, folder in self._folders():
+                if number != step:
                     (folder / _WHOLE).unlink(missing_ok=True)
                     shutil.rmtree(folder)
+
+    def _folders(self) -> list[tuple[int, Path]]:
+        """Folders by the step in their name, which has eight digits at least: others, such as checkpoint-500, are not ours."""
+        found = [(_NAME.fullmatch(folder.name), folder) for folder in self.directory.iterdir()]
+        return [(int(name[1]), folder) for name, folder in found if name]
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"checkpoint-{step:08d}"
@@ -136,10 +149,6 @@ def _state(trainers: Sequence[Trainer]) -> dict[str, Tensor]:
     return {
         f"{number}.{name}": value for number, trainer in enumerate(trainers) for name, value in trainer.state().items()
     }
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.split("-")[1])
 
 
 def _reason(error: BaseException) -> str:

@@ -58,11 +58,11 @@ class Alone:
         """A tensor of this process as a checkpoint sees it: whole, or a part of the features."""
         return tensor
 
-    def agreed(self, number: int) -> int:
+    def agreed(self, number: int, otherwise: str) -> int:
         """A number that every process found, the same one.
 
         Raises:
-            ValueError: they found different ones.
+            ValueError: they found different ones; `otherwise` says of what, with two {} for the numbers, and what to do.
         """
         return number
 
@@ -149,16 +149,13 @@ class Mesh(Alone):
         placements = [part if name == "feature" else Replicate() for name in self.mesh.mesh_dim_names or ()]
         return DTensor.from_local(tensor, self.mesh, placements, run_check=False)
 
-    def agreed(self, number: int) -> int:
+    def agreed(self, number: int, otherwise: str) -> int:
         """Compare over all processes."""
         ends = torch.tensor([number, -number])
         with together():
             dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self.group)
         if int(ends[0]) != -int(ends[1]):
-            raise ValueError(
-                f"train_sae: processes see different checkpoints, of the steps {-int(ends[1])} and {int(ends[0])}; give all "
-                "of them one directory, on a file system that they share"
-            )
+            raise ValueError(f"train_sae: processes have different {otherwise.format(-int(ends[1]), int(ends[0]))}")
         return number
 
     def wait(self) -> None:

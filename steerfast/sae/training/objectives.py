@@ -28,12 +28,14 @@ class Batch:
     Attributes:
         encoder: Its rows as the encoder takes them, and the encoder of this process's features.
         k: Latents per row at this step.
+        target: d of the rows that are reconstructed.
         rows: n, the rows of all replicas.
         split: How the training is split.
     """
 
     encoder: Encoder
     k: int
+    target: int
     rows: int
     split: Alone
 
@@ -178,7 +180,8 @@ class JumpReLU(Objective):
 
         loss = ‖x̂ - x‖² + λ·d·(L0/k - 1)²,  ∂f/∂θ ≈ -(θ/ε)·[|h - θ| < ε/2],  ∂[h > θ]/∂θ ≈ -(1/ε)·[|h - θ| < ε/2]
 
-    with L0 the mean over the batch. θ is trained by its logarithm, and begins where the first rows have k active latents.
+    with L0 the mean over the batch and d the width of x̂. θ is trained by its logarithm, and begins where the first
+    rows have k active latents.
 
     Args:
         sparsity: λ, in units of the rows' variance.
@@ -223,7 +226,7 @@ class JumpReLU(Objective):
         near = (h - here).abs() < width / 2
         active = batch.split.sum_over_data(batch.split.sum_over_features((latents.values > 0).sum()))
         share = active.double() / (batch.rows * batch.k) - 1
-        per_latent = 2 * self.sparsity * batch.width * share / batch.k / batch.rows
+        per_latent = 2 * self.sparsity * batch.target * share / batch.k / batch.rows
         moved = torch.where(near, -(here * pull + per_latent) / width, 0)
         return {"log_threshold": torch.zeros_like(theta).index_add_(0, latents.features, moved) * theta}
 

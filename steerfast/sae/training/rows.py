@@ -75,7 +75,7 @@ def stream(
     pieces, held = list[Tensor](), 0
     try:
         for group in groups():
-            rows = _together(group, read)
+            rows = _together(group.pieces, read)
             for piece in group.order.to(rows.device).split(own):
                 pieces.append(rows[piece])
                 held += len(piece)
@@ -104,16 +104,28 @@ class _Group:
     order: Tensor
 
 
+def beginning(data: Rows, count: int) -> Tensor:
+    """The first rows, (count, d), or all where there are fewer.
+
+    Raises:
+        ValueError: as `stream`.
+    """
+    pieces = _run(range(len(data.counts)), data.counts, 0, count)
+    return _together(pieces, (_rows_of(data, piece) for piece in pieces))
+
+
 def _groups(
     counts: Sequence[int], seed: int, replica: tuple[int, int], start: int, stop: int | None
 ) -> Callable[[], Iterator[_Group]]:
     """The groups of a replica that hold its rows from number `start` to `stop`, epoch after epoch."""
+    total, (index, number) = sum(counts), replica
+    ends = index * total // number, (index + 1) * total // number
 
     def groups() -> Iterator[_Group]:
         row = 0
         for epoch in count():
             dice = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-            pieces = _part(torch.randperm(len(counts), generator=dice).tolist(), counts, replica)
+            pieces = _run(torch.randperm(len(counts), generator=dice).tolist(), counts, *ends)
             for first in range(0, len(pieces), _MIXED_SHARDS):
                 group = pieces[first : first + _MIXED_SHARDS]
                 size = sum(piece.stop - piece.start for piece in group)
@@ -127,10 +139,8 @@ def _groups(
     return groups
 
 
-def _part(order: list[int], counts: Sequence[int], replica: tuple[int, int]) -> list[_Piece]:
-    """A replica's part of the shards in their order: a run of rows, whole shards but for its ends."""
-    total, (index, number) = sum(counts), replica
-    first, last = index * total // number, (index + 1) * total // number
+def _run(order: Sequence[int], counts: Sequence[int], first: int, last: int) -> list[_Piece]:
+    """Rows first to last, exclusive, of the shards in their order: whole shards but for the ends."""
     pieces, row = [], 0
     for shard in order:
         start, stop = max(first - row, 0), min(last - row, counts[shard])
@@ -167,23 +177,41 @@ def _rows_of(data: Rows, piece: _Piece) -> Tensor:
             f"train_sae: shard {piece.shard} has shape {tuple(rows.shape)} and dtype {rows.dtype}; expected floating "
             f"({data.counts[piece.shard]}, d), as its source says: was it changed since it was opened?"
         )
-    return finite(rows, piece.shard)[piece.start : piece.stop]
+    return _finite(rows, piece.shard)[piece.start : piece.stop]
 
 
-def _together(group: _Group, read: Iterator[Tensor]) -> Tensor:
-    """The rows of a group in one tensor; each shard is let go when it is copied."""
+def _together(pieces: Sequence[_Piece], read: Iterator[Tensor]) -> Tensor:
+    """The rows of some pieces in one tensor; each shard is let go when it is copied."""
     rows, at = torch.empty(0), 0
-    for piece in group.pieces:
+    for piece in pieces:
         part = next(read)
         if at == 0:
-            rows = part.new_empty(sum(piece.stop - piece.start for piece in group.pieces), part.shape[1])
+            rows = part.new_empty(sum(piece.stop - piece.start for piece in pieces), part.shape[1])
         if part.shape[1] != rows.shape[1]:
             raise ValueError(
-                f"train_sae: rows of shard {piece.shard} have width {part.shape[1]}, those of shard {group.pieces[0].shard} "
+                f"train_sae: rows of shard {piece.shard} have width {part.shape[1]}, those of shard {pieces[0].shard} "
                 f"{rows.shape[1]}; are they of different models?"
             )
+        if part.dtype != rows.dtype:  # a wide row is not rounded to the 16 bits of another shard
+            rows = rows.to(torch.promote_types(rows.dtype, part.dtype))
         rows[at : at + len(part)] = part
         at += len(part)
+    return rows
+
+
+def as_rows(source: Any) -> Rows:
+    """A source of rows: a tensor (n, d) as one of one shard.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if isinstance(source, Tensor):
+        return Whole(source)
+    if not hasattr(source, "counts"):
+        raise TypeError(
+            f"train_sae: source must be a tensor (n, d), what open_rows returns, or other rows; got {type(source).__name__}"
+        )
+    rows: Rows = source
     return rows
 
 
@@ -210,7 +238,7 @@ class Whole:
         return self.rows
 
 
-def finite(rows: Tensor, shard: int) -> Tensor:
+def _finite(rows: Tensor, shard: int) -> Tensor:
     """The rows; NaN or Inf among them is an error that says where."""
     if not bool(rows.isfinite().all()):
         where = int((~rows.isfinite()).any(1).nonzero()[0])

@@ -10,37 +10,38 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import whole_number
-from steerfast.models.collect import read_batch
-from steerfast.models.layers import evaluating, find_layers
-from steerfast.place import Origin, Place, place_of
-from steerfast.sae.cache import ActivationStream
+from steerfast.sae.cache import info_of
+from steerfast.sae.place_reader import PlaceReader
 
-from .rows import Rows, origin_of, read_ahead
-
-_FORWARD_TOKENS = 2048
+from .rows import Rows, as_rows, origin_of, read_ahead
 
 
 class SideBySide:
     """Sources of the same rows at several places: row i of one and row i of another belong to the same token.
 
     Args:
-        sources: Tensors (n, d), `ActivationCache`s or `ActivationStream`s with shards of the same lengths.
+        sources: Tensors (n, d), what `open_rows` returns, `ActivationStream`s or other rows, with shards of the same lengths.
 
     Raises:
-        ValueError: their shards have other lengths, or they were collected on other texts.
+        TypeError, ValueError: one is no source of rows; there is none; their shards have other lengths, or they were collected
+            on other texts or from other models.
     """
 
-    def __init__(self, sources: Sequence[Rows]) -> None:
-        self.sources, self.counts = tuple(sources), tuple(sources[0].counts)
+    def __init__(self, sources: Sequence[Rows | Tensor]) -> None:
+        self.sources = tuple(as_rows(source) for source in sources)
+        if not self.sources:
+            raise ValueError("SideBySide: sources is empty; give one or several")
+        self.counts = tuple(self.sources[0].counts)
         for number, source in enumerate(self.sources):
             if tuple(source.counts) != self.counts:
                 raise ValueError(
                     f"train_sae: source {number} has shards of {tuple(source.counts)[:4]} rows and source 0 of "
                     f"{self.counts[:4]} (the first ones); expected the same rows: collect both from the same texts"
                 )
-        texts = {info.text for source in self.sources if (info := getattr(source, "info", None)) is not None}
-        if len(texts) > 1:
-            raise ValueError("train_sae: the sources were collected on different texts; collect them on the same ones")
+        for key, what in {"text": "on different texts", "weights": "from models with different weights"}.items():
+            infos = (getattr(source, "info", None) for source in self.sources)
+            if len({value for info in infos if (value := getattr(info, key, ""))}) > 1:
+                raise ValueError(f"train_sae: the sources were collected {what}; collect them together")
         self.widths = tuple(source.read(0).shape[1] for source in self.sources)
         self.origins = tuple(origin_of(source) for source in self.sources)
         self.ahead = min(read_ahead(source) for source in self.sources)
@@ -56,17 +57,17 @@ class SideBySide:
 
 
 class PlacesStream:
-    """Activations of several layers from one forward, computed when they are read; see `ActivationStream`.
+    """Activations of several places from one forward, computed when they are read; see `ActivationStream`.
 
     Args:
         model: A `transformers` causal language model.
         tokenizer: Its tokenizer.
         texts: Strings.
-        places: (site, layer) each, such as ("resid_post", 8); each of another layer.
+        places: (site, layer) each, such as ("resid_post", 8).
         context: Tokens of a context, beginning-of-text included.
 
     Raises:
-        TypeError, ValueError: no such place, or two of one layer; too few texts for one context.
+        TypeError, ValueError: no place, no such place, or one named twice; too few texts for one context.
 
     Example:
         >>> places = [("resid_post", 0), ("resid_post", 1)]
@@ -85,34 +86,22 @@ class PlacesStream:
         *,
         context: int = 256,
     ) -> None:
-        found = find_layers(model, "PlacesStream")
-        wanted = [place_of("PlacesStream", place) for place in places]
-        if not wanted:
-            raise ValueError("PlacesStream: places is empty; give one or several, such as ('resid_post', 8)")
-        layers = [found.resolve(place.layer, "PlacesStream") for place in wanted]
-        if len(set(layers)) < len(layers):
-            raise ValueError(f"PlacesStream: the places are of layers {layers}; expected each of another layer")
-        context = whole_number("PlacesStream", "context", context)
-        self._first = ActivationStream(model, tokenizer, texts, (wanted[0].site, layers[0]), context=context)
-        self._points = {n: found.point(n, p.site, "PlacesStream") for n, p in zip(layers, wanted, strict=True)}
-        self._model = getattr(model, "_orig_mod", model)
-        self.info, self.counts = self._first.info, self._first.counts
-        self.widths = tuple(point.width for point in self._points.values())
-        self.origins = tuple(
-            Origin(found.name, Place(place.site, layer)) for place, layer in zip(wanted, layers, strict=True)
-        )
+        self._reader = PlaceReader("PlacesStream", model, list(places))
+        self._reader.pack(tokenizer, texts, whole_number("PlacesStream", "context", context))
+        self.infos = tuple(info_of(self._reader, place, "float32") for place in self._reader.points)
+        self.counts = self._reader.counts()
+        self.widths = tuple(info.d for info in self.infos)
+        self.origins = tuple(info.origin for info in self.infos)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the rows."""
-        return {**asdict(self.info), "places": [str(origin.place) for origin in self.origins]}
+        return {"places": [asdict(info) for info in self.infos]}
 
     def read(self, shard: int) -> Tensor:
-        """The activations of one shard, float32 (rows, Σ d), place by place. The forward stops after the last layer."""
-        tokens, positions = self._first.contexts(shard)
-        rows: list[Tensor] = []
-        with evaluating(self._model):
-            for batch in tokens.split(max(1, _FORWARD_TOKENS // self.info.context)):
-                found = read_batch(self._model, self._points, batch.tolist(), "all")
-                rows.append(torch.cat([torch.cat(found[layer]) for layer in self._points], dim=1))
-        return torch.cat(rows)[positions]
+        """The activations of one shard, float32 (rows, Σ d), place by place. The forward stops after the last layer.
+
+        Raises:
+            ValueError: they are NaN or Inf.
+        """
+        return torch.cat(list(self._reader.read(shard, self._reader.points).values()), dim=1)

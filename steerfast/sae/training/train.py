@@ -15,13 +15,13 @@ Reference: Gao et al. 2024, Scaling and evaluating sparse autoencoders (arXiv:24
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +34,13 @@ from .checkpoints import Checkpoints
 from .config import TrainConfig, TrainReport
 from .distributed import Alone
 from .objectives import Transcode
-from .rows import Rows, Whole, fingerprint_of, finite, origin_of, stream
+from .rows import Rows, as_rows, beginning, fingerprint_of, origin_of, stream
 from .sources import PlacesStream, SideBySide
-from .trainer import Trainer
+from .trainer import SAMPLE, Trainer
 
+_ALIKE = (
+    "rows or settings ({} and {}); give all the same: what a process reads of them follows from its place in the mesh"
+)
 Progress = Callable[[TrainReport], None]
 
 
@@ -58,8 +61,8 @@ def train_sae(
 
     Args:
         source: Rows of activations: a tensor (n, d), an `ActivationStream`, what `open_rows` returns, or anything with `counts`,
-            `fingerprint` and `read(shard)` (see `Rows`). Every replica reads its own shards. For a transcoder a pair of sources,
-            what is read and what is written, with the same tokens.
+            `fingerprint` and `read(shard)` (see `Rows`); the same in every process, of which each replica reads its own part.
+            For a transcoder a pair of sources, what is read and what is written, with the same tokens.
         config: See `TrainConfig`.
         directory: For checkpoints, each whole or not there; the newest is kept. None: no checkpoints.
         split: `Mesh(mesh)` when several processes train one SAE; None: one process.
@@ -90,15 +93,15 @@ def train_sae(
         wanted = "a pair (what is read, what is written)" if transcodes else "one source of rows"
         kind = config.objective.kind
         raise TypeError(f"train_sae: source is {type(source).__name__}; expected {wanted} for the objective {kind}")
+    data: Rows
     if isinstance(source, tuple | list):
         if len(source) != 2:
             raise ValueError(f"train_sae: source has {len(source)} parts; expected 2, what is read and what is written")
-        parts = [_rows(part) for part in source]
-        data: Rows = SideBySide(parts)
-        origins = [origin_of(part) for part in parts]
+        both = SideBySide(source)
+        data, origins = both, both.origins
     else:
-        data = _rows(source)
-        origins = [origin_of(data)]
+        data = as_rows(source)
+        origins = (origin_of(data),)
     run = _Run(data, [config], [len(origins)], split or Alone(), device)
     run.go(directory, checkpoint_every, progress)
     return run.trainers[0].sae(origins[-1] if origin is None else origin, origins[0])
@@ -164,9 +167,12 @@ class _Run:
     ) -> None:
         if sum(data.counts) < 2:
             raise ValueError(f"train_sae: source has {sum(data.counts)} rows; expected 2 at least")
+        if split.world > 1:
+            about = hashlib.sha256(_fingerprint(configs, data).encode())
+            split.agreed(int(about.hexdigest()[:15], 16), _ALIKE)
         self.data, self.configs, self.split = data, configs, split
         self.names: Sequence[Place | None] = [None] * len(configs)
-        first = finite(data.read(0), 0).to(device=device)
+        first = beginning(data, SAMPLE).to(device=device)
         widths = list(getattr(data, "widths", (first.shape[1],)))
         self.parts = [[widths.pop(0) for _ in range(count)] for count in places]
         self.trainers = [Trainer(c, rows, split) for c, rows in zip(configs, self._taken(first), strict=True)]
@@ -211,17 +217,6 @@ class _Run:
         """The columns of each trainer."""
         columns = iter(rows.split([width for part in self.parts for width in part], dim=1))
         return [tuple(next(columns) for _ in part) for part in self.parts]
-
-
-def _rows(source: Any) -> Rows:
-    if isinstance(source, Tensor):
-        return Whole(source)
-    if not hasattr(source, "counts"):
-        raise TypeError(
-            f"train_sae: source must be a tensor (n, d), what open_rows returns, or other rows; got {type(source).__name__}"
-        )
-    rows: Rows = source
-    return rows
 
 
 def _fingerprint(configs: Sequence[TrainConfig], data: Rows) -> str:

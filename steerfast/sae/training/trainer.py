@@ -19,7 +19,8 @@ from .gradients import ByFeature, Pulled, blocks, pulled
 from .objectives import Batch, Transcode
 from .selection import Encoder, Latents
 
-_SAMPLE = 1 << 13  # rows that give the scale and the first decoder bias
+SAMPLE = 1 << 13
+"""First rows, which give the scale and the first decoder bias."""
 _MEDIAN_STEPS = 20
 _WHOLE = ("b_dec", "w_skip")  # weights that do not belong to features
 
@@ -43,7 +44,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, sample: Sequence[Tensor], split: Alone) -> None:
         self.config, self.split, self.step = config, split, 0
         self.transcodes = isinstance(config.objective, Transcode)
-        sample = [rows[:_SAMPLE].float() for rows in sample]
+        sample = [rows[:SAMPLE].float() for rows in sample]
         self.device = sample[0].device
         self.scales = tuple(_scale(rows) for rows in sample)
         centres = [geometric_median(rows) / scale for rows, scale in zip(sample, self.scales, strict=True)]
@@ -63,7 +64,7 @@ class Trainer:
         config, split, weights = self.config, self.split, self.weights
         rows = len(batch[0]) * split.replicas
         read, target = self._rows(batch)
-        step = Batch(self._encoder(read), config.k_at(self.step), rows, split)
+        step = Batch(self._encoder(read), config.k_at(self.step), target.shape[1], rows, split)
         latents = config.objective.select(step, self.weights | self.buffers)
         found = pulled(latents, target, weights["w_dec"], self.ends, rows, split)
         self._count(target, found.error, latents, rows)
@@ -136,7 +137,10 @@ class Trainer:
     def _own_weights(self, sample: Tensor, centre: Tensor) -> dict[str, Tensor]:
         """Those of the objective, from the first rows."""
         read = (sample / self.scales[0]).sub_(centre)
-        return self.config.objective.weights(Batch(self._encoder(read), self.config.k_at(0), len(read), self.split))
+        target = len(self.weights["b_dec"])
+        return self.config.objective.weights(
+            Batch(self._encoder(read), self.config.k_at(0), target, len(read), self.split)
+        )
 
     def _encoder(self, read: Tensor) -> Encoder:
         return Encoder(read, self.weights.get("w_enc", self.weights["w_dec"]), self.weights["b_enc"])
@@ -260,7 +264,11 @@ def _scale(rows: Tensor) -> float:
     """What makes rows of mean square 1."""
     scale = float((rows - rows.mean(0)).square_().mean().sqrt())
     if scale == 0:
-        raise ValueError("train_sae: all rows of the first shard are equal; there is nothing to learn")
+        raise ValueError(f"train_sae: the first {len(rows)} rows are equal; there is nothing to learn")
+    if not scale < float("inf"):
+        raise ValueError(
+            "train_sae: the squares of the first rows exceed what float32 holds; check what made them, or divide them"
+        )
     return scale
 
 
