@@ -23,7 +23,7 @@ import torch
 from lab.rows import circumstances
 
 import steerfast as sf
-from steerfast.cli.sae import PRESETS
+from steerfast.cli.sae_train import PRESETS
 from steerfast.models import demo as demo_model
 from steerfast.sae.explanation import Explanations
 from steerfast.sae.training.corpus import wikipedia
