@@ -24,18 +24,20 @@ def _ridge(z, row_ptr, offs_k, mask_k):
 
 @triton.jit
 def _gradient(z, lam, bias, ridge_ptr, units, stride, act, offs_k, mask_k):
-    """∂h/∂z; of a velocity (act > 1: identity, tanh) dz/dt, whose η lie half a stride behind ω."""
+    """∂h/∂z; of a velocity (act > 1: identity, tanh) dz/dt, whose η lie half a stride behind ω.
+
+    ω is read again for a barrier: a branch would cost registers, and what is read is in the cache.
+    """
     u = 2 * lam[None, :] * z + bias[None, :]
+    shift = tl.where(act > 1, stride // 2, 0)
     for j in range(units):
         row_ptr = ridge_ptr + j * stride
-        w, omega, inside = _ridge(z, row_ptr, offs_k, mask_k)
+        w, _, inside = _ridge(z, row_ptr, offs_k, mask_k)
         bent = tl.sigmoid(2 * inside)
-        if act > 1:
-            bent = tl.where(act > 2, 2 * bent - 1, inside)
-            omega = tl.load(row_ptr + stride // 2 + 2 + offs_k, mask=mask_k, other=0.0)
-        else:
-            bent = tl.where(act > 0, -sin(inside), 4 * bent * (1 - bent))  # tanh' by the logistic function
-        u += (w * bent)[:, None] * omega[None, :]
+        slope = tl.where(act > 0, -sin(inside), 4 * bent * (1 - bent))  # tanh' by the logistic function
+        bent = tl.where(act > 1, tl.where(act > 2, 2 * bent - 1, inside), slope)
+        eta = tl.load(row_ptr + shift + 2 + offs_k, mask=mask_k, other=0.0)
+        u += (w * bent)[:, None] * eta[None, :]
     return u
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 
 import steerfast as sf
 from steerfast.files import container
-from steerfast.files.container import BARRIER, DIRECTIONS, KINDS, PLAN, PROBE, SAE, Kind
+from steerfast.files.container import BARRIER, DIRECTIONS, KINDS, PLAN, PROBE, SAE, VELOCITY, Kind
 from steerfast.place import Origin
 
 V = torch.tensor([3.0, 4.0, 0.0, 1.0, 0.5])
@@ -40,6 +40,11 @@ def sae(size: float = 1.0) -> sf.SAE:
     return sf.SAE(size * torch.ones(7, 5), torch.ones(7, 5), k=2)
 
 
+def velocity(size: float = 1.0) -> sf.VelocityField:
+    one = torch.ones(1, 1)
+    return sf.VelocityField(torch.eye(5)[:1], torch.zeros(1), one, torch.zeros(1), size * one)
+
+
 def probe(size: float = 1.0) -> sf.probes.Probe:
     return sf.probes.LinearProbe(size * V, place=1)
 
@@ -48,6 +53,7 @@ MAKERS: dict[str, tuple[Kind, Callable[..., Any], Callable[[Any], Any]]] = {
     "plan": (PLAN, plan, sf.Plan.load),
     "directions": (DIRECTIONS, directions, sf.load_directions),
     "barrier": (BARRIER, barrier, sf.Barrier.load),
+    "velocity": (VELOCITY, velocity, sf.VelocityField.load),
     "sae": (SAE, sae, sf.SAE.load),
     "probe": (PROBE, probe, sf.probes.Probe.load),
 }

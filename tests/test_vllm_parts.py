@@ -92,7 +92,10 @@ def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
     [
         (lambda: sf.Plan({4: sf.Add(unit(0))}), "layer 4 is out of range; this model has 4 layers, 0 to 3"),
         (lambda: sf.Plan({0: sf.Add(unit(0, 5))}), "has width 5; this model has 12"),
-        (lambda: sf.Plan({("head_out", 0): sf.Add(unit(0))}), "site 'head_out' cannot be steered inside vLLM"),
+        (
+            lambda: sf.Plan({("head_out", 0): sf.Add(unit(0))}),
+            "site 'head_out' cannot be steered or read inside vLLM on several",
+        ),
         (lambda: sf.Plan({0: sf.Add(unit(0))}, model=ModelCard("M", D, 30)), "made for width 12 and 30 layers"),
         (
             lambda: sf.Plan({0: sf.When(sf.Condition(sf.probes.LinearProbe(unit(0), place=2), 0.1), sf.Add(unit(1)))}),
@@ -627,7 +630,10 @@ def test_slots_are_filled_again_and_again_where_free_rows_lie_scattered() -> Non
 
 
 def test_more_tokens_than_the_engine_announced_are_an_error() -> None:
-    places, _ = engine([sf.Add(unit(0))], 4)
+    places, place = engine([sf.Add(unit(0))], 4)
+    place.load(0, sf.Add(unit(0)))
+    places.table.put("r", [Owner(0, 1.0, 0, 9)])
+    places.table.fill(["r"], torch.tensor([0, 1]), torch.zeros(1).long(), 1)
     with pytest.raises(RuntimeError, match=r"resid_post\.0 handles 41 tokens; the engine announced 40"):
         places.edit_(torch.zeros(41, D), None, "resid_post.0")
 
