@@ -47,7 +47,8 @@ def sample(groups: int = 6, each: int = 5, width: int = 16, seed: int = 0) -> Sa
     heads = [{i: torch.randn(n, 3, 4, generator=random) for i in range(2)} for _ in range(2)]
     for side, sign in zip(heads, (1.0, -1.0), strict=True):
         side[0][:, 1, 2] += 3 * sign
-    return Sample(1, pos, neg, heads[0], heads[1], [f"g{i // each}" for i in range(n)], seed)
+    pairs = [concepts.Pair(f"g{i // each}", "", "", "") for i in range(n)]
+    return Sample(1, pos, neg, heads[0], heads[1], pairs, seed, None, None)
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------
@@ -179,13 +180,23 @@ def test_repetition_counts_word_pairs_seen_before(text: str, share: float) -> No
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [key for key in METHODS if key != "iti"])  # which edits heads, not the stream
+# ITI edits heads, not the stream; what asks the model has none here.
+@pytest.mark.parametrize("key", [key for key in METHODS if key != "iti" and not key.startswith("natural")])
 def test_every_method_moves_the_unwanted_side_toward_the_wanted_one(key: str) -> None:
     made = sample()
     x = made.neg.mean(0, keepdim=True) + 0.1
     edit = METHODS[key].build(made)["resid_post", 1]
     moved = edit.apply(x, 0.5)
     assert float((moved - x)[0] @ made.mean_difference) > 0.05
+
+
+@pytest.mark.parametrize(("key", "method"), [("natural", "euler"), ("natural-one", "one-step")])
+def test_the_natural_gradient_is_followed_for_a_time_of_one(key: str, method: str) -> None:
+    made, one = sample(), torch.ones(1, 1)
+    field = sf.VelocityField(torch.eye(made.pos.shape[1])[:1], torch.ones(1), one, torch.zeros(1), one)
+    vars(made)["velocity"] = field
+    edit = METHODS[key].build(made)["resid_post", 1]
+    assert (edit.barrier, edit.T, edit.steps, edit.method) == (field, 1.0, 10, method)
 
 
 def test_iti_steers_the_head_that_tells_the_sides_apart_along_its_axis() -> None:

@@ -110,7 +110,7 @@ def test_settings_are_read_from_the_environment(tmp_path: Path, monkeypatch: pyt
     assert (found.places, found.tokens, found.rows) == ({("resid_post", 1), ("mlp_out", 3)}, 7, 2)
     for name, value, reason in (
         ("_PLACES", "9", "layer 9 is out of range"),
-        ("_PLACES", "head_out.1", "cannot be read inside vLLM"),
+        ("_PLACES", "head_out.1", "head_out is not captured"),
         ("_RING", "5", "expected at least the 24 bytes of a row"),
         ("_TOKENS", "many", "expected a whole number"),
     ):
