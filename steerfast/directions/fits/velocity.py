@@ -84,7 +84,8 @@ def fit_velocity(
 
     Example:
         >>> pairs = [("The film was", " a joy.", " a bore."), ("My day was", " lovely.", " awful.")]
-        >>> field = sf.fit_velocity(model, tokenizer, pairs, 12, rank=1)
+        >>> neutral = ["The library opens at nine and closes at five.", "Water boils sooner on a mountain than at the coast."]
+        >>> field = sf.fit_velocity(model, tokenizer, pairs, 12, neutral=neutral, rank=1)
         >>> plan = sf.Plan({12: sf.Flow(field, T=1.0)}, positions="last")
     """
     owner = "fit_velocity"
