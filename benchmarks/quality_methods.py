@@ -24,7 +24,7 @@ Edits = dict[tuple[str, int], sf.Intervention]
 ANGLES = (0.1, 0.18, 0.28, 0.45)
 SHARES = (0.5, 1.0, 2.0, 4.0)
 DEVIATIONS = (2.5, 5.0, 10.0, 20.0)
-TIMES = (0.25, 0.5, 1.0, 1.7)  # a time of 1 is paced to cost 0.1 nats
+TIMES = (0.4, 0.8, 1.3, 2.0, 3.0)  # a time of 1 is paced to cost 0.1 nats
 GAINS = (0.25, 0.5, 1.0, 2.0)
 FEATURES = 8  # of an SAE that are amplified
 
