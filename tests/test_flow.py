@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from flowing import KINDS, barrier, by_hand, orthonormal, slerp
+from flowing import KINDS, barrier, by_hand, orthonormal, slerp, velocity
 from places import DTYPES, PLACES, assert_exact, backend, runs
 
 import steerfast as sf
@@ -51,6 +51,17 @@ def test_a_default_device_elsewhere_does_not_move_a_flow_on_a_cpu():
     with torch.device("meta"):
         there = sf.ops.flow(x, basis, lam, bias, angle=0.3)
     assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "adaptive"])
+@pytest.mark.parametrize(
+    "followed",
+    [barrier("quadratic", 40), barrier("mlp", 40), velocity("identity", 40)],
+    ids=["quadratic", "mlp", "velocity"],
+)
+def test_a_device_that_is_neither_cpu_nor_cuda_is_not_read_from_the_host(followed, method):
+    out = sf.flow(torch.ones(2, 40, device="meta"), followed, T=1.0, method=method)
+    assert (out.shape, out.device.type) == ((2, 40), "meta")
 
 
 @pytest.mark.parametrize("place", PLACES)

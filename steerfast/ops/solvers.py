@@ -174,7 +174,7 @@ def integrate(
         (α, y) at the end, (n, 1) and (n, k). At a stationary point, and from a zero row, nothing moves.
     """
     parts = (y, norm, field.eigenvalues, field.bias, length)
-    if y.numel() > SMALL or y.is_cuda or _needs_grad(*parts) or torch.compiler.is_compiling():
+    if y.numel() > SMALL or not y.is_cpu or _needs_grad(*parts) or torch.compiler.is_compiling():
         return _integrate(torch, y, norm, field, length, steps, how)
     arrays = field.map(lambda v: v.detach().numpy())
     start, size, path = (v.detach().numpy() for v in (y, norm, length.expand(norm.shape)))
