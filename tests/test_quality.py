@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -263,9 +264,9 @@ def test_a_run_is_continued_and_reported(tmp_path: Path, capsys: pytest.CaptureF
     methods = {key: replace(METHODS[key], strengths=METHODS[key].strengths[:2]) for key in ("caa", "spherical", "iti")}
     out, texts = tmp_path / "quality.json", [text[:40] for text in concepts.reference()[:3]]
 
-    def run(seeds: int, chosen: dict[str, Method]) -> Any:
+    def run(seeds: int, chosen: dict[str, Method], draws: int = 0) -> Any:
         store = quality.Store(out, "tiny", 1)
-        quality.measure(store, model, tokenizer, [concept], chosen, texts, seeds, writes=True)
+        quality.measure(store, model, tokenizer, [concept], chosen, texts, seeds, draws, writes=True)
         return json.loads(out.read_text())
 
     first = run(1, {"caa": methods["caa"]})
@@ -279,14 +280,55 @@ def test_a_run_is_continued_and_reported(tmp_path: Path, capsys: pytest.CaptureF
                           scores.batches(model, scores.reference_texts(tokenizer, texts)))  # fmt: skip
     assert odds(None)["odds"] == second["concepts"]["truth"]["unsteered"]["odds"]
     assert odds(plan)["odds"] != odds(None)["odds"]
+    assert run(2, methods, 1)["nulls"] == run(2, methods, 2)["nulls"][:4]
+    nulls = run(2, methods, 2)["nulls"]
+    assert [(n["method"], n["draw"]) for n in nulls] == [(m, d) for d in (0, 1) for m in ("random", *methods)]
     report.report(out)
     shown = capsys.readouterr().out
     assert "ODE linear (spherical)" in shown
+    assert re.search(r"nulls as good at 0.3: shuffled, random \|.*\n.*\n\| CAA .* \| [012] of 2, [012] of 2", shown)
     assert out.with_suffix(".png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="holds another run"):
         quality.Store(out, "tiny", 2)
     with pytest.raises(ValueError, match="other texts"):
-        quality.measure(quality.Store(out, "tiny", 1), model, tokenizer, [concept], methods, texts[:2], 1, writes=True)
+        quality.measure(
+            quality.Store(out, "tiny", 1), model, tokenizer, [concept], methods, texts[:2], 1, 0, writes=True
+        )
+
+
+def test_a_shuffled_sample_exchanges_both_sides_of_half_of_the_groups_everywhere() -> None:
+    pairs = [concepts.Pair(f"g{i // 2}", f"p{i}", f" w{i}", f" u{i}") for i in range(8)]
+    pos, neg = torch.arange(8.0)[:, None] + 1, -torch.arange(8.0)[:, None] - 1
+    sample = Sample(0, pos, neg, {3: pos[..., None]}, {3: neg[..., None]}, pairs, 0, None, None)
+    for draw in range(4):
+        turned = sample.shuffled(draw)
+        swapped = turned.pos[:, 0] < 0
+        assert int(swapped.sum()) == 4
+        assert torch.equal(swapped[::2], swapped[1::2])
+        assert torch.equal(turned.neg, -turned.pos)
+        assert torch.equal(turned.heads_pos[3], turned.pos[..., None])
+        assert torch.equal(turned.heads_neg[3], turned.neg[..., None])
+        assert [p.wanted.startswith(" u") for p in turned.pairs] == swapped.tolist()
+        assert [p.unwanted.startswith(" w") for p in turned.pairs] == swapped.tolist()
+    assert len({tuple(sample.shuffled(draw).pos[:, 0].tolist()) for draw in range(20)}) > 3
+
+
+def test_a_null_is_read_at_the_damage_that_is_asked() -> None:
+    unsteered = {"odds": [0.0, 1.0], "reference": [-4.0]}
+    rows = [{"concept": "c", "method": "caa", "seed": 0, "strength": s, "odds": [3 * s, 1 + 3 * s], "reference": [-4 - s]}
+            for s in (1.0, 2.0)]  # fmt: skip
+    curve = [{"strength": s, "damage": s / 4, "odds": [s, 1 + s]} for s in (1.0, 2.0)]
+    nulls = [{"concept": "c", "method": m, "draw": 0, "curve": curve} for m in ("caa", "random")]
+    found = {
+        "concepts": {"c": {"unsteered": unsteered, "tokens": [4], "groups": ["a", "b"]}},
+        "rows": rows,
+        "nulls": nulls,
+    }
+    assert report.null_effects(found, "c", "random", 0.375) == [pytest.approx(1.5)]
+    assert report.null_effects(found, "c", "random", 0.9) == [pytest.approx(2.0)]
+    assert report.did_as_well(found, "c", "caa", 0.3) == "0 of 1, 0 of 1"
+    rows[0]["odds"] = rows[1]["odds"] = [0.5, 1.5]
+    assert report.did_as_well(found, "c", "caa", 0.3) == "1 of 1, 1 of 1 (no better)"
 
 
 def test_a_method_that_has_not_seen_every_training_set_does_not_bring_its_own() -> None:

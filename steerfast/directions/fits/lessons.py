@@ -192,8 +192,8 @@ def warn_of_no_gain(owner: str, nats: float) -> None:
     """Say so if held-out continuations did not become likelier; `nats` a token, NaN: nothing was held out."""
     if nats <= 0:
         warnings.warn(
-            f"{owner}: held-out continuations became no likelier ({nats:+.3g} nats a token): what was learned does not carry over "
-            "from the examples. Give more or less similar examples, fewer steps or a smaller lr",
+            f"{owner}: held-out continuations became no likelier ({nats:+.3g} nats a token): what was learned does not carry "
+            "over from the examples; give more of them, fewer steps or a smaller lr",
             RuntimeWarning,
             stacklevel=3,
         )
