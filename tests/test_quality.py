@@ -23,6 +23,7 @@ import quality_concepts as concepts
 import quality_report as report
 import quality_scores as scores
 import quality_tradeoff as tradeoff
+import quality_truthful as truthful
 from quality_methods import METHODS, Method, Sample
 from quality_tradeoff import Run
 
@@ -342,3 +343,54 @@ def test_a_method_that_has_not_seen_every_training_set_does_not_bring_its_own() 
     np.testing.assert_allclose(runs["caa"][0].losses, [[0.25]])
     with pytest.raises(ValueError, match="run on"):
         report.runs_of({**found, "rows": rows[2:]}, "c")
+
+
+# --- TruthfulQA by halves ---------------------------------------------------------------------------------------------
+
+
+def write_questions(path: Path) -> Path:
+    """Two questions of each of four categories."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, ["Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers"])
+        table.writeheader()
+        for i in range(8):
+            table.writerow({"Category": f"c{i // 2}", "Question": f"is {i} odd", "Best Answer": "yes it is",
+                            "Correct Answers": "yes it is; it may be", "Incorrect Answers": "no; never"})  # fmt: skip
+    return path
+
+
+def test_halves_share_no_category_and_exchange_their_roles(tmp_path: Path) -> None:
+    path = write_questions(tmp_path / "TruthfulQA.csv")
+    (fit_a, judge_a), (fit_b, judge_b) = truthful.halves(path, None)
+    assert len(fit_a) == len(fit_b) == len(judge_a) == len(judge_b) == 4
+    assert not {p.prompt for p in fit_a} & {c.prompt for c in judge_a}
+    assert {p.prompt for p in fit_a} == {c.prompt for c in judge_b}
+    assert {p.prompt for p in fit_b} == {c.prompt for c in judge_a}
+    assert not {p.group for p in fit_a} & {p.group for p in fit_b}
+    assert [p.wanted for p in fit_a] == [" yes it is."] * 4
+    assert [len(judged) for _, judged in truthful.halves(path, 3)] == [3, 3]
+
+
+def test_truthful_questions_are_judged_and_go_on_where_they_were_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write_questions(tmp_path / "TruthfulQA.csv"), tmp_path / "out.json"
+    monkeypatch.setattr(truthful, "load", lambda path: (build("llama"), Letters(), "tiny"))
+    command = [str(path), "--methods", "caa", "--out", str(out), "--layer", "1"]
+    truthful.main(command)
+    rows = json.loads(out.read_text())["rows"]
+    strengths = METHODS["caa"].strengths
+    assert [(r["half"], r["strength"]) for r in rows] == [(h, s) for h in (0, 1) for s in (0.0, *strengths)]
+    assert all(r["count"] == 4 and 0 <= r["mass"] <= 1 for r in rows)
+    assert rows[0]["damage"] == 0.0
+    assert len({r["mass"] for r in rows[:5]}) == 5
+    capsys.readouterr()
+    out.write_text(json.dumps({**json.loads(out.read_text()), "rows": rows[:4]}))
+    truthful.main(command)
+    assert json.loads(out.read_text())["rows"] == rows
+    shown = capsys.readouterr().out
+    assert shown.count("half ") == len(rows) - 4
+    mean = sum(r["first"] for r in rows if r["strength"] == 0.0) / 2
+    assert f"| unsteered | 0 | 0.000 | {mean:.3f} |" in shown
+    with pytest.raises(ValueError, match="holds another run"):
+        truthful.main([*command, "--questions", "2"])
