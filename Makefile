@@ -14,7 +14,7 @@ INPUTS := setup.py pyproject.toml constraints-common.txt
 # Triton 3.10 flips the default of floating-point fusion; stated here, the tolerances of the tests do not move.
 export TRITON_DEFAULT_FP_FUSION = 1
 
-.PHONY: help setup demo test test-ops test-rest coverage test-oldest test-newest test-zoo test-vllm seams lint types docs bench bars evidence evidence-vllm dist clean
+.PHONY: help setup demo test test-ops test-rest coverage test-oldest test-newest test-zoo test-vllm seams lint types docs bench bars evidence evidence-quality evidence-vllm dist clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make bench        benchmarks on this machine, at most 15 minutes; bench-add, bench-flow, … one suite"
 	@echo "make bars         every number the project set itself: wanted, measured, met or not"
 	@echo "make evidence     what takes hours: scaling, SAE training, the quality study; TEXT=FILE also measures the SAE on it"
+	@echo "make evidence-quality  the quality study alone, resumed; DATA=FOLDER of public sets, MODEL=FOLDER or GGUF file of another model"
 	@echo "make evidence-vllm  the same inside vLLM: 10 000 requests, host time, throughput"
 	@echo "make dist         wheel and sdist in dist/"
 	@echo "make clean        remove environments, caches and build output"
@@ -136,7 +137,7 @@ $(VENV_VLLM)/.installed: setup.py constraints-vllm.txt
 	@touch $@
 
 # The longest first, WORKERS at a time; the model is converted once, before them.
-VLLM_PARTS := v1 read capture server v2 edits by_token tp check families lora guards
+VLLM_PARTS := v2 v1 read capture server edits by_token tp check families lora guards
 test-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python -c 'from steerfast.models import demo; demo.path(progress=print)'
 	$(MAKE) --jobs $(WORKERS) --output-sync=target $(addprefix test-vllm-,$(VLLM_PARTS))
@@ -181,8 +182,19 @@ evidence: setup
 	$(PARALLEL) $(BIN)/python -m pytest benchmarks -q -m slow $(PYTEST_ARGS)
 	$(BIN)/steerfast sae train --preset smollm2 --out $(EVIDENCE)/sae
 	$(if $(TEXT),$(BIN)/python benchmarks/sae_quality.py $(EVIDENCE)/sae --text $(TEXT))
-	$(BIN)/python benchmarks/quality.py --seeds 3
+	$(MAKE) evidence-quality
 	$(BIN)/python benchmarks/report.py
+
+# The quality study, resumed where it was cut off. DATA is a folder of public sets; MODEL another model, a folder or GGUF file.
+quality = $(BIN)/python benchmarks/quality.py --seeds 3 $(if $(1),--model $(1))
+truthful = $(BIN)/python benchmarks/quality_truthful.py $(DATA)/TruthfulQA.csv $(if $(1),--model $(1))
+evidence-quality: setup
+	$(call quality)
+	$(if $(MODEL),$(call quality,$(MODEL)))
+	$(if $(DATA),$(call quality) --data $(DATA))
+	$(if $(DATA),$(call truthful))
+	$(if $(and $(DATA),$(MODEL)),$(call quality,$(MODEL)) --data $(DATA))
+	$(if $(and $(DATA),$(MODEL)),$(call truthful,$(MODEL)))
 
 # The same for the engine: the cost of steering, and 10 000 requests with random plans, strengths and aborts.
 evidence-vllm: $(VENV_VLLM)/.installed

@@ -10,8 +10,10 @@ prompt token on:
     damage      change of -log p per token of neutral texts, in nats: 0.1 is a perplexity 11 % higher
     repetition  share of the word pairs of a written text that it has had before
 
-The model writes for the first training set only. Every configuration is on disk before the next begins: a run that was
-interrupted continues, also with more seeds. The table, a picture and a summary are made from the file at the end.
+The model writes for the first training set only. Beside that set's effects stand two nulls (`--nulls`): the same method
+fitted with the sides of a random half of the groups exchanged, and random directions, at the strengths up to damage 0.3. Every
+configuration is on disk before the next begins: a run that was interrupted continues, also with more seeds or nulls. The table, a
+picture and a summary are made from the file at the end.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ from typing import Any
 import quality_report
 import torch
 from quality_concepts import NAMES, Concept, own, public, reference
-from quality_methods import GAINS, METHODS, Method, Sample, sae
+from quality_methods import GAINS, METHODS, Method, Sample, random_direction, sae
+from quality_report import DAMAGES, RANDOM
 from quality_scores import Batch, WordClassifier, batches, generate, log_likelihoods, pair_texts, reference_texts
 
 import steerfast as sf
+from steerfast.edits.null import DRAWS
 from steerfast.files.replace import replace_file
 from steerfast.models import demo as demo_model
 from steerfast.models.layers import find_layers
@@ -54,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--methods", nargs="+", default=None, choices=[*METHODS, "sae"], help="default: all that are here"
+    )
+    parser.add_argument(
+        "--nulls", type=int, default=None, help=f"draws of each kind of null (default: {DRAWS}; --quick: none)"
     )
     parser.add_argument("--data", type=Path, help="folder of public sets (caa/, TruthfulQA.csv, xstest_prompts.csv)")
     parser.add_argument("--pairs", type=int, default=60, help="training pairs of a public set (default: %(default)s)")
@@ -79,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds = 1
     end = ("-data" if args.data else "") + ("-quick" if args.quick else "")
     out = args.out or HERE / "results" / f"quality-{name}{end}.json"
-    measure(Store(out, name, layer), model, tokenizer, concepts, methods, texts, seeds, writes=not args.quick)
+    draws = args.nulls if args.nulls is not None else 0 if args.quick else DRAWS
+    measure(Store(out, name, layer), model, tokenizer, concepts, methods, texts, seeds, draws, writes=not args.quick)
     quality_report.report(out)
 
 
@@ -115,11 +123,13 @@ class Store:
         self.run = {"model": model, "layer": layer}
         self.concepts: dict[str, dict[str, Any]] = {}
         self.rows: list[dict[str, Any]] = []
+        self.nulls: list[dict[str, Any]] = []
         if path.exists():
             text = json.loads(path.read_text(encoding="utf-8"))
             if text.get("schema") != SCHEMA or any(text["run"].get(key) != value for key, value in self.run.items()):
                 raise ValueError(f"quality: {path} holds another run ({text.get('run')}); choose another --out")
             self.run, self.concepts, self.rows = text["run"], text["concepts"], text["rows"]
+            self.nulls = text.get("nulls", [])
 
     def concept(self, name: str, found: dict[str, Any]) -> None:
         """Keep what is known of a concept before any steering."""
@@ -137,16 +147,24 @@ class Store:
         self.rows += rows
         self.save()
 
+    def add_null(self, row: dict[str, Any]) -> None:
+        """Keep a null."""
+        self.nulls.append(row)
+        self.save()
+
     def save(self) -> None:
         self.run |= {
             "date": date.today().isoformat(), "torch": torch.__version__, "python": platform.python_version(),
             "processor": platform.machine(),
         }  # fmt: skip
-        body = ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in self.rows)
+        rows, nulls = (
+            ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in part)
+            for part in (self.rows, self.nulls)
+        )
         head = {"schema": SCHEMA, "kind": "steerfast.quality", "run": self.run, "concepts": self.concepts}
         start = json.dumps(head, ensure_ascii=False, allow_nan=False)[:-1]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.path, f'{start},\n"rows": [\n{body}\n]}}\n'.encode())
+        replace_file(self.path, f'{start},\n"rows": [\n{rows}\n],\n"nulls": [\n{nulls}\n]}}\n'.encode())
 
 
 @dataclass(frozen=True)
@@ -167,7 +185,7 @@ class Scorer:
 
 def measure(
     store: Store, model: Any, tokenizer: Any, concepts: Sequence[Concept], methods: dict[str, Method],
-    texts: Sequence[str], seeds: int, writes: bool,
+    texts: Sequence[str], seeds: int, draws: int, writes: bool,
 ) -> None:  # fmt: skip
     """Run every configuration that the store lacks, training set by training set."""
     prepared = {}
@@ -201,6 +219,35 @@ def measure(
                     rows = [row | own for row, own in zip(rows, own_texts, strict=True)]
                 store.add(rows)
                 print(f"seed {seed}  {concept.name:12} {method.label}", flush=True)
+    for draw in range(draws):
+        for concept in concepts:
+            score, _, sample = prepared[concept.name]
+            measure_nulls(store, concept, score, sample.take(concept.sampled(0), 0), methods, draw)
+
+
+def measure_nulls(
+    store: Store, concept: Concept, score: Scorer, part: Sample, methods: dict[str, Method], draw: int
+) -> None:
+    """One draw of every null that the store lacks: of each method, and of random directions."""
+    known = store.concepts[concept.name]
+    base, total = sum(known["unsteered"]["reference"]), sum(known["tokens"])
+    builds = {RANDOM: (lambda: random_direction(part, draw), METHODS["caa"].strengths)}
+    turned = part.shuffled(draw)
+    builds |= {key: (lambda m=m: m.build(turned), m.strengths) for key, m in methods.items()}
+    for key, (build, strengths) in builds.items():
+        where = {"concept": concept.name, "method": key, "draw": draw}
+        if any(all(row[name] == value for name, value in where.items()) for row in store.nulls):
+            continue
+        plan = sf.Plan(build(), positions="last", model=part.model)
+        curve = []
+        for strength in strengths:
+            found = score(plan, strength)
+            damage = (base - sum(found["reference"])) / total
+            curve.append({"strength": strength, "damage": round(damage, 5), "odds": found["odds"]})
+            if damage > DAMAGES[-1]:
+                break
+        store.add_null({**where, "curve": curve})
+        print(f"null {draw}  {concept.name:12} {key}", flush=True)
 
 
 def activations(model: Any, tokenizer: Any, concept: Concept, layer: int, heads: bool) -> Sample:

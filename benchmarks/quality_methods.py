@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,21 @@ class Sample:
         pairs = [self.pairs[i] for i in index]
         return Sample(self.layer, self.pos[rows], self.neg[rows], *heads, pairs, seed, self.model, self.tokenizer)
 
+    def shuffled(self, draw: int) -> Sample:
+        """The same texts with the sides of a random half of the groups exchanged: labels that mean nothing."""
+        coin = random.Random(f"{self.seed} {draw}")
+        groups = sorted(set(self.groups))
+        turned = set(coin.sample(groups, len(groups) // 2))
+        swap = torch.tensor([group in turned for group in self.groups])
+        pairs = [
+            replace(pair, wanted=pair.unwanted, unwanted=pair.wanted) if turn else pair
+            for pair, turn in zip(self.pairs, swap.tolist(), strict=True)
+        ]
+        pos, neg = _exchanged(self.pos, self.neg, swap)
+        heads = {at: _exchanged(x, self.heads_neg[at], swap) for at, x in self.heads_pos.items()}
+        sides = ({at: both[i] for at, both in heads.items()} for i in (0, 1))
+        return Sample(self.layer, pos, neg, *sides, pairs, self.seed, self.model, self.tokenizer)
+
     @functools.cached_property
     def velocity(self) -> sf.VelocityField:
         """The natural gradient of an edit of low rank, with neutral texts that the model writes itself."""
@@ -79,6 +94,19 @@ class Sample:
     def at(self, edit: sf.Intervention) -> Edits:
         """One edit, at the layer of the activations."""
         return {("resid_post", self.layer): edit}
+
+
+def _exchanged(x: Tensor, y: Tensor, swap: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of the same rows with some of the rows exchanged."""
+    swap = swap.view(-1, *[1] * (x.ndim - 1))
+    return torch.where(swap, y, x), torch.where(swap, x, y)
+
+
+def random_direction(sample: Sample, draw: int) -> Edits:
+    """A direction that knows nothing, scaled as the mean difference is."""
+    generator = torch.Generator().manual_seed(draw)
+    vector = torch.nn.functional.normalize(torch.randn(sample.pos.shape[1], generator=generator), dim=0)
+    return sample.at(sf.Add(vector, strength=sample.typical))
 
 
 def actadd(sample: Sample) -> Edits:

@@ -18,8 +18,11 @@ from quality_methods import METHODS
 from quality_scores import repetition
 from quality_tradeoff import Run, Summary, compare, reach, read
 
+from steerfast.edits.null import Null
+
 DAMAGES = (0.1, 0.3)  # nats per token: perplexity 11 % and 35 % higher
 AGAINST = "caa"
+RANDOM = "random"  # the null of random directions, beside those that bear a method's name
 TRUSTED = 0.65  # accuracy on held-out texts from which a classifier's verdict is shown
 LABELS = {key: method.label for key, method in METHODS.items()} | {"sae": "SAE amplification"}
 
@@ -85,6 +88,29 @@ def written(found: Mapping[str, Any], concept: str, key: str) -> Written | None:
     return again, None if verdict is None else [v - verdict[0] for v in verdict]
 
 
+def null_effects(found: Mapping[str, Any], concept: str, key: str, most: float) -> list[float]:
+    """The effects of a null's draws at a damage, or at their last strength below it."""
+    base = np.array(found["concepts"][concept]["unsteered"]["odds"])
+    effects = []
+    for row in found.get("nulls", ()):
+        if row["concept"] == concept and row["method"] == key:
+            damage = np.array([0.0, *(one["damage"] for one in row["curve"])])
+            effect = np.array([0.0, *(float(np.mean(np.array(one["odds"]) - base)) for one in row["curve"])])
+            effects.append(read(effect, reach(damage, most)))
+    return effects
+
+
+def did_as_well(found: Mapping[str, Any], concept: str, key: str, most: float) -> str:
+    """How many shuffled fits and random directions did as well as the first training set of a method, at a damage."""
+    run = runs_of(found, concept)[key][0]
+    ones = np.ones(run.effects.shape[1]), np.ones(run.losses.shape[1])
+    damage, effect = run.curve(*ones)
+    kinds = [null_effects(found, concept, name, most) for name in (key, RANDOM)]
+    null = Null.of(read(effect, reach(damage, most)), *kinds)
+    counts = [f"{sum(v >= null.effect for v in side)} of {len(side)}" if side else "–" for side in kinds]
+    return ", ".join(counts) + ("" if null.beaten else " (no better)")
+
+
 def reaches(one: Summary, most: float) -> bool:
     """Whether a method was read at that damage, and not at its last strength below it: only then is damage equal."""
     return one.reached > 0.99 * most
@@ -99,6 +125,7 @@ def table(concept: str, found: Mapping[str, Any], known: Sequence[dict[str, Summ
     seeds = len(runs[against])
     parts = "wanted" in found["concepts"][concept]["unsteered"]
     wanted = summaries(found, concept, DAMAGES[0], against, "wanted") if parts else None
+    nulled = any(row["concept"] == concept for row in found.get("nulls", ()))
     accuracy = found["concepts"][concept]["classifier accuracy"]
     verdict = "none" if accuracy is None else f"{accuracy:.0%} right on held-out texts"
     other = "CAA" if against == AGAINST else LABELS[against]
@@ -108,8 +135,9 @@ def table(concept: str, found: Mapping[str, Any], known: Sequence[dict[str, Summ
         "",
         f"| method | effect at damage {DAMAGES[0]} | minus {other} | effect at damage {DAMAGES[1]} | minus {other} "
         f"| mean up to {DAMAGES[1]} | classifier at {DAMAGES[1]} | repetition at {DAMAGES[1]} |"
-        + (f" of the effect at {DAMAGES[0]}: the wanted text |" if parts else ""),
-        "|---|---|---|---|---|---|---|---|" + parts * "---|",
+        + (f" of the effect at {DAMAGES[0]}: the wanted text |" if parts else "")
+        + (f" nulls as good at {DAMAGES[1]}: shuffled, random |" if nulled else ""),
+        "|---|---|---|---|---|---|---|---|" + parts * "---|" + nulled * "---|",
     ]
     for key in low:
         words = written(found, concept, key)
@@ -126,6 +154,7 @@ def table(concept: str, found: Mapping[str, Any], known: Sequence[dict[str, Summ
                 shown = "–"
             cells += [f"{one.effect}{short}", shown]
         more = [] if wanted is None else [str(wanted[key].effect)]
+        more += [did_as_well(found, concept, key, DAMAGES[1])] if nulled else []
         lines.append(f"| {' | '.join([*cells, str(high[key].area), verdict, again, *more])} |")
     return "\n".join(lines)
 
@@ -168,6 +197,7 @@ def picture(found: Mapping[str, Any], known: Mapping[str, Sequence[dict[str, Sum
             one = found_here[key].effect
             below.plot([one.low, one.high], [i, i], color=style["color"], lw=2.2)
             below.plot(one.value, i, **style)
+        band(above, found, concept)
         above.axvline(most, color="#9aa5b1", lw=0.8, ls=":")
         above.set(title=concept, xlabel="damage (nats per neutral token)", xlim=(-0.03, 1.0))
         below.set(xlabel=f"effect at damage {most} or last strength below (nats)")
@@ -184,6 +214,15 @@ def picture(found: Mapping[str, Any], known: Mapping[str, Sequence[dict[str, Sum
     figure.tight_layout(rect=(0, 0.07, 1, 0.98))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def band(axis: Any, found: Mapping[str, Any], concept: str) -> None:
+    """What random directions do at each damage, from the least of them to the most."""
+    damages = np.linspace(0.0, DAMAGES[-1], 13)
+    drawn = np.array([null_effects(found, concept, RANDOM, most) for most in damages])
+    if drawn.size:
+        label = f"random directions ({drawn.shape[1]})"
+        axis.fill_between(damages, drawn.min(1), drawn.max(1), color="#9aa5b1", alpha=0.35, lw=0, label=label)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from steerfast.directions.fits.linear import transport
 from steerfast.directions.fits.rotations import angle_between
 from steerfast.directions.fits.sides import shuffle
 from steerfast.edits.base import Intervention
+from steerfast.edits.null import Null
 from steerfast.models.collect import Activations
 from steerfast.place import Origin, Place
 
@@ -503,6 +504,7 @@ def test_a_property_beats_its_null_and_chance_does_not(tmp_path: Path) -> None:
     assert str(chance.info.null).endswith("random directions did as well: it does not beat its null")
     (again,) = sf.Plan.load(sf.Plan([chance]).save(tmp_path)).edits["resid_post", 1]
     assert again.info == chance.info
+    assert not Null.of(-0.2, [-0.5] * 20, [-0.4] * 20).beaten  # harm that is less than theirs is no effect
     assert fitted("add", draws=0).info.null is None
     with pytest.raises(ValueError, match="fit: draws"):
         fitted("add", draws=-1)

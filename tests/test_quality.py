@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ import quality_concepts as concepts
 import quality_report as report
 import quality_scores as scores
 import quality_tradeoff as tradeoff
+import quality_truthful as truthful
 from quality_methods import METHODS, Method, Sample
 from quality_tradeoff import Run
 
@@ -263,9 +265,9 @@ def test_a_run_is_continued_and_reported(tmp_path: Path, capsys: pytest.CaptureF
     methods = {key: replace(METHODS[key], strengths=METHODS[key].strengths[:2]) for key in ("caa", "spherical", "iti")}
     out, texts = tmp_path / "quality.json", [text[:40] for text in concepts.reference()[:3]]
 
-    def run(seeds: int, chosen: dict[str, Method]) -> Any:
+    def run(seeds: int, chosen: dict[str, Method], draws: int = 0) -> Any:
         store = quality.Store(out, "tiny", 1)
-        quality.measure(store, model, tokenizer, [concept], chosen, texts, seeds, writes=True)
+        quality.measure(store, model, tokenizer, [concept], chosen, texts, seeds, draws, writes=True)
         return json.loads(out.read_text())
 
     first = run(1, {"caa": methods["caa"]})
@@ -279,14 +281,55 @@ def test_a_run_is_continued_and_reported(tmp_path: Path, capsys: pytest.CaptureF
                           scores.batches(model, scores.reference_texts(tokenizer, texts)))  # fmt: skip
     assert odds(None)["odds"] == second["concepts"]["truth"]["unsteered"]["odds"]
     assert odds(plan)["odds"] != odds(None)["odds"]
+    assert run(2, methods, 1)["nulls"] == run(2, methods, 2)["nulls"][:4]
+    nulls = run(2, methods, 2)["nulls"]
+    assert [(n["method"], n["draw"]) for n in nulls] == [(m, d) for d in (0, 1) for m in ("random", *methods)]
     report.report(out)
     shown = capsys.readouterr().out
     assert "ODE linear (spherical)" in shown
+    assert re.search(r"nulls as good at 0.3: shuffled, random \|.*\n.*\n\| CAA .* \| [012] of 2, [012] of 2", shown)
     assert out.with_suffix(".png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="holds another run"):
         quality.Store(out, "tiny", 2)
     with pytest.raises(ValueError, match="other texts"):
-        quality.measure(quality.Store(out, "tiny", 1), model, tokenizer, [concept], methods, texts[:2], 1, writes=True)
+        quality.measure(
+            quality.Store(out, "tiny", 1), model, tokenizer, [concept], methods, texts[:2], 1, 0, writes=True
+        )
+
+
+def test_a_shuffled_sample_exchanges_both_sides_of_half_of_the_groups_everywhere() -> None:
+    pairs = [concepts.Pair(f"g{i // 2}", f"p{i}", f" w{i}", f" u{i}") for i in range(8)]
+    pos, neg = torch.arange(8.0)[:, None] + 1, -torch.arange(8.0)[:, None] - 1
+    sample = Sample(0, pos, neg, {3: pos[..., None]}, {3: neg[..., None]}, pairs, 0, None, None)
+    for draw in range(4):
+        turned = sample.shuffled(draw)
+        swapped = turned.pos[:, 0] < 0
+        assert int(swapped.sum()) == 4
+        assert torch.equal(swapped[::2], swapped[1::2])
+        assert torch.equal(turned.neg, -turned.pos)
+        assert torch.equal(turned.heads_pos[3], turned.pos[..., None])
+        assert torch.equal(turned.heads_neg[3], turned.neg[..., None])
+        assert [p.wanted.startswith(" u") for p in turned.pairs] == swapped.tolist()
+        assert [p.unwanted.startswith(" w") for p in turned.pairs] == swapped.tolist()
+    assert len({tuple(sample.shuffled(draw).pos[:, 0].tolist()) for draw in range(20)}) > 3
+
+
+def test_a_null_is_read_at_the_damage_that_is_asked() -> None:
+    unsteered = {"odds": [0.0, 1.0], "reference": [-4.0]}
+    rows = [{"concept": "c", "method": "caa", "seed": 0, "strength": s, "odds": [3 * s, 1 + 3 * s], "reference": [-4 - s]}
+            for s in (1.0, 2.0)]  # fmt: skip
+    curve = [{"strength": s, "damage": s / 4, "odds": [s, 1 + s]} for s in (1.0, 2.0)]
+    nulls = [{"concept": "c", "method": m, "draw": 0, "curve": curve} for m in ("caa", "random")]
+    found = {
+        "concepts": {"c": {"unsteered": unsteered, "tokens": [4], "groups": ["a", "b"]}},
+        "rows": rows,
+        "nulls": nulls,
+    }
+    assert report.null_effects(found, "c", "random", 0.375) == [pytest.approx(1.5)]
+    assert report.null_effects(found, "c", "random", 0.9) == [pytest.approx(2.0)]
+    assert report.did_as_well(found, "c", "caa", 0.3) == "0 of 1, 0 of 1"
+    rows[0]["odds"] = rows[1]["odds"] = [0.5, 1.5]
+    assert report.did_as_well(found, "c", "caa", 0.3) == "1 of 1, 1 of 1 (no better)"
 
 
 def test_a_method_that_has_not_seen_every_training_set_does_not_bring_its_own() -> None:
@@ -300,3 +343,54 @@ def test_a_method_that_has_not_seen_every_training_set_does_not_bring_its_own() 
     np.testing.assert_allclose(runs["caa"][0].losses, [[0.25]])
     with pytest.raises(ValueError, match="run on"):
         report.runs_of({**found, "rows": rows[2:]}, "c")
+
+
+# --- TruthfulQA by halves ---------------------------------------------------------------------------------------------
+
+
+def write_questions(path: Path) -> Path:
+    """Two questions of each of four categories."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, ["Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers"])
+        table.writeheader()
+        for i in range(8):
+            table.writerow({"Category": f"c{i // 2}", "Question": f"is {i} odd", "Best Answer": "yes it is",
+                            "Correct Answers": "yes it is; it may be", "Incorrect Answers": "no; never"})  # fmt: skip
+    return path
+
+
+def test_halves_share_no_category_and_exchange_their_roles(tmp_path: Path) -> None:
+    path = write_questions(tmp_path / "TruthfulQA.csv")
+    (fit_a, judge_a), (fit_b, judge_b) = truthful.halves(path, None)
+    assert len(fit_a) == len(fit_b) == len(judge_a) == len(judge_b) == 4
+    assert not {p.prompt for p in fit_a} & {c.prompt for c in judge_a}
+    assert {p.prompt for p in fit_a} == {c.prompt for c in judge_b}
+    assert {p.prompt for p in fit_b} == {c.prompt for c in judge_a}
+    assert not {p.group for p in fit_a} & {p.group for p in fit_b}
+    assert [p.wanted for p in fit_a] == [" yes it is."] * 4
+    assert [len(judged) for _, judged in truthful.halves(path, 3)] == [3, 3]
+
+
+def test_truthful_questions_are_judged_and_go_on_where_they_were_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write_questions(tmp_path / "TruthfulQA.csv"), tmp_path / "out.json"
+    monkeypatch.setattr(truthful, "load", lambda path: (build("llama"), Letters(), "tiny"))
+    command = [str(path), "--methods", "caa", "--out", str(out), "--layer", "1"]
+    truthful.main(command)
+    rows = json.loads(out.read_text())["rows"]
+    strengths = METHODS["caa"].strengths
+    assert [(r["half"], r["strength"]) for r in rows] == [(h, s) for h in (0, 1) for s in (0.0, *strengths)]
+    assert all(r["count"] == 4 and 0 <= r["mass"] <= 1 for r in rows)
+    assert rows[0]["damage"] == 0.0
+    assert len({r["mass"] for r in rows[:5]}) == 5
+    capsys.readouterr()
+    out.write_text(json.dumps({**json.loads(out.read_text()), "rows": rows[:4]}))
+    truthful.main(command)
+    assert json.loads(out.read_text())["rows"] == rows
+    shown = capsys.readouterr().out
+    assert shown.count("half ") == len(rows) - 4
+    mean = sum(r["first"] for r in rows if r["strength"] == 0.0) / 2
+    assert f"| unsteered | 0 | 0.000 | {mean:.3f} |" in shown
+    with pytest.raises(ValueError, match="holds another run"):
+        truthful.main([*command, "--questions", "2"])

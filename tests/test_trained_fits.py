@@ -144,6 +144,15 @@ def test_reft_r1_keeps_length_one_and_steers_by_its_largest_activation() -> None
     assert math.isnan(made.info.nats)
 
 
+@pytest.mark.parametrize("fit", [sf.fit_vector, sf.fit_loreft])
+def test_what_does_not_carry_over_is_said(fit: Any) -> None:
+    # the examples that are held out, every fifth, want what the others make unlikely
+    examples = [(head, " kk" if i % 5 == 0 else " zq") for i, (head, _) in enumerate(LESSONS)]
+    with pytest.warns(RuntimeWarning, match=rf"{fit.__name__}: held-out continuations became no likelier \(-"):
+        made = fit(build("llama"), Letters(), examples, LAYER, steps=20, lr=0.05)
+    assert made.info.nats < 0
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

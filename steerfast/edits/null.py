@@ -40,8 +40,8 @@ class Null:
 
     @property
     def beaten(self) -> bool:
-        """Whether the effect is better than nearly all draws of either kind."""
-        return all(share <= LEVEL for share in self.shares if share == share)
+        """Whether there is an effect, and it is better than nearly all draws of either kind."""
+        return self.effect > 0 and all(share <= LEVEL for share in self.shares if share == share)
 
     def numbers(self) -> dict[str, Any]:
         """Its fields, ready for JSON."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,3 +186,14 @@ def steps_and_rate(owner: str, steps: Any, lr: Any) -> tuple[int, float]:
     if lr <= 0:
         raise ValueError(f"{owner}: lr is {lr}; expected > 0")
     return steps, lr
+
+
+def warn_of_no_gain(owner: str, nats: float) -> None:
+    """Say so if held-out continuations did not become likelier; `nats` a token, NaN: nothing was held out."""
+    if nats <= 0:
+        warnings.warn(
+            f"{owner}: held-out continuations became no likelier ({nats:+.3g} nats a token): what was learned does not carry "
+            "over from the examples; give more of them, fewer steps or a smaller lr",
+            RuntimeWarning,
+            stacklevel=3,
+        )

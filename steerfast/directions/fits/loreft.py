@@ -15,7 +15,7 @@ from steerfast.edits.fitted import FitInfo
 from steerfast.edits.linear import LoReFT
 from steerfast.models.texts import TextReader
 
-from .lessons import Edit, Lesson, Pupil, descend, read_lessons, split, steps_and_rate
+from .lessons import Edit, Lesson, Pupil, descend, read_lessons, split, steps_and_rate, warn_of_no_gain
 
 
 def fit_loreft(
@@ -85,6 +85,7 @@ def fit_loreft(
         descend(owner, [edit.A, edit.W, edit.b], loss, len(taught), steps, lr, generator)
         edit.turn()
         nats = pupil.nats(held, edit) - before
+    warn_of_no_gain(owner, nats)
     info = FitInfo("loreft", positives=len(taught), groups=len(taught), nats=nats)
     return LoReFT(edit.R.detach(), edit.W.detach(), edit.b.detach(), origin=pupil.origin, info=info)
 

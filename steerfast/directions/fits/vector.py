@@ -18,7 +18,7 @@ from steerfast.edits.linear import Add
 from steerfast.edits.null import DRAWS, Null
 from steerfast.models.texts import TextReader
 
-from .lessons import Edit, Lesson, Pupil, descend, read_lessons, split, steps_and_rate
+from .lessons import Edit, Lesson, Pupil, descend, read_lessons, split, steps_and_rate, warn_of_no_gain
 
 
 class Objective(Protocol):
@@ -242,6 +242,7 @@ def fit_vector(
         vector = w.detach()
         strength = goal.strength(pupil, vector, taught)
         nats, null = _held_out(pupil, strength * vector, held, generator)
+    warn_of_no_gain(owner, nats)
     info = FitInfo(goal.method, positives=len(taught), groups=len(taught), nats=nats, null=null)
     return Add(vector.float().cpu(), strength, origin=pupil.origin, info=info)
 
