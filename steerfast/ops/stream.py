@@ -16,7 +16,7 @@ from .solvers import Field, Scheme, scheme
 from .subspace import check_in_place, check_op, edited, edited_, needs_gradient
 from .tableaus import SOLVERS
 from .tables import affine_tables, flow_tables, hinge_tables, loreft_tables, with_numbers
-from .torch_cpu import How
+from .torch_slots import How
 
 
 def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
