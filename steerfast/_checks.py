@@ -5,6 +5,7 @@ Some return what they checked as the tensor that an object keeps, a float32 one 
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 import warnings
@@ -171,6 +172,8 @@ def direction_rows(owner: str, name: str, value: Any, *, one: bool = False, gaps
 
 def finite_number(owner: str, name: str, value: Any) -> float:
     """A finite Python float."""
+    if type(value) is float and math.isfinite(value):
+        return value
     if isinstance(value, (bool, str, bytes)):
         raise TypeError(f"{owner}: {name} must be a number; got {value!r}")
     no_gradient(owner, name, value)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 import steerfast as sf
 from steerfast import ops
-from steerfast.ops import torch_backend, torch_cpu, torch_encode
+from steerfast.ops import torch_backend, torch_cpu, torch_encode, torch_slots
 
 D = 40
 
@@ -53,6 +56,56 @@ def test_a_change_of_the_bank_is_seen_however_it_was_written() -> None:
         after = ops.subspace(x, *bank.tensors, rows)
         assert not torch.equal(before, after)
         close(after, torch_backend.subspace(x, *bank.tensors, rows))
+
+
+def test_what_is_kept_of_a_bank_goes_with_it() -> None:
+    """Its memory is not held, and a bank in the same place is another one; nor is a table that was given other memory."""
+    x, kept = torch.randn(3, D), len(torch_slots._readers)
+    for _ in range(3):
+        bank = bank_of(2, 2)
+        close(ops.subspace(x, *bank.tensors), torch_backend.subspace(x, *bank.tensors))
+    assert len(torch_slots._readers) == kept + 1
+    array = 2 * bank.vectors.numpy()
+    bank.vectors.data = torch.from_numpy(array)
+    close(ops.subspace(x, *bank.tensors), torch_backend.subspace(x, *bank.tensors))
+    memory = weakref.ref(array)
+    del bank, array
+    gc.collect()
+    assert memory() is None
+    assert len(torch_slots._readers) == kept
+
+
+EDITS = {
+    "both bounds": lambda v: sf.Clamp(v[0], low=-0.1, high=0.2),
+    "one point": lambda v: sf.Clamp(v[0], low=0.3, high=0.3),
+    "lower bound": lambda v: sf.Clamp(v[0], low=0.1, keep_norm=True),
+    "upper bound": lambda v: sf.Clamp(v[0], high=-0.1),
+    "push": lambda v: sf.DeficitPush(v, target=0.5),
+    "push with a bias": lambda v: sf.DeficitPush(v, target=0.5, bias=torch.tensor([0.1, -0.2, 0.0])),
+    "add": lambda v: sf.Add(v[0], -2.0, keep_norm=True),
+    "ablate": lambda v: sf.Ablate(v[:2], keep_norm=True),
+    "calibrate": lambda v: sf.Calibrate(v, beta=2.0),
+    "rotate": lambda v: sf.Rotate(v[:2], degrees=36.0),
+    "other matrices": lambda v: sf.LoReFT(v, torch.randn(3, D) / 6, torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 40])
+@pytest.mark.parametrize("name", EDITS)
+def test_few_calls_say_what_the_formula_says(name: str, n: int) -> None:
+    """Of few rows and many, with a row of zeros, one that vanishes and one of NaN, which stays alone."""
+    v, x = torch.linalg.qr(torch.randn(D, 3))[0].T.contiguous(), torch.randn(n, D)
+    bank = sf.Bank(D, slots=1)
+    bank.register(EDITS[name](v))
+    x[0] = {1: 1.0, 3: 0.0, 4: 1.0}.get(n, 1.0) * v[0]
+    x[-1:] = torch.nan if n > 1 else x[-1:]
+    got, wanted = torch_cpu.subspace(x, *bank.tensors, None, None), torch_backend.subspace(x, *bank.tensors)
+    assert got is not None
+    assert torch.equal(got.isnan(), wanted.isnan())
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=3e-6, equal_nan=True)
+    twin = x.clone()
+    torch_cpu.subspace(twin, *bank.tensors, None, None, in_place=True)
+    torch.testing.assert_close(twin, got, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _any_autocast = torch._C._is_any_autocast_enabled
 _float32_precision = torch._C._get_fp32_precision_getter
 _LIBRARIES = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}  # type: ignore[attr-defined]
+_IEEE = ("ieee", "none")
 _REDUCED_SUMS = (
     "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation",
 )  # fmt: skip
@@ -109,6 +110,8 @@ def in_full_precision(function: Function) -> Function:
 
     @functools.wraps(function)
     def exact(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and _is_exact():
+            return function(*args, **kwargs)
         kind = next(value.device.type for value in args if isinstance(value, Tensor))
         if not _any_autocast():
             return in_float32(kind, *args, **kwargs)
@@ -130,9 +133,16 @@ def in_full_sums(function: Function) -> Function:
     return cast(Function, exact)
 
 
+def _is_exact() -> bool:
+    """Whether products are exact on every device as it is, the common case."""
+    return not _any_autocast() and (
+        _float32_precision("mkldnn", "matmul") in _IEEE and _float32_precision("cuda", "matmul") in _IEEE
+    )
+
+
 def _is_reduced(kind: str) -> bool:
     """Whether products of float32 tensors on such a device may take fewer bits."""
-    return _float32_precision("cuda" if kind == "cuda" else "mkldnn", "matmul") not in ("ieee", "none")
+    return _float32_precision("cuda" if kind == "cuda" else "mkldnn", "matmul") not in _IEEE
 
 
 @contextmanager

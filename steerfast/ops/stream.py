@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from .solvers import Field, Scheme, scheme
 from .subspace import check_in_place, check_op, edited, edited_, needs_gradient
 from .tableaus import SOLVERS
 from .tables import affine_tables, flow_tables, hinge_tables, loreft_tables, with_numbers
-from .torch_cpu import How
+from .torch_slots import How, bent
 
 
 def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -45,7 +47,7 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
         tensor([[1., 1., 1.],
                 [2., 2., 2.]])
     """
-    if rows is None and scale is None and _is_elementwise(x, vectors):
+    if rows is None and scale is None and torch_cpu.is_elementwise(x, vectors):
         return torch.add(x, vectors)
     check_op("add", x, "vectors", vectors, rows, scale)
     if torch.compiler.is_compiling():
@@ -59,7 +61,7 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
 def add_(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """`add`, written into x."""
     check_op("add_", x, "vectors", vectors, rows, scale, in_place=True)
-    if rows is None and scale is None and _is_elementwise(x, vectors):
+    if rows is None and scale is None and torch_cpu.is_elementwise(x, vectors):
         return x.add_(vectors)
     if torch.compiler.is_compiling():
         torch.ops.steerfast.add_(x, vectors, rows, scale)
@@ -91,13 +93,13 @@ def ablate(x: Tensor, basis: Tensor) -> Tensor:
         tensor([[0., 4.]])
     """
     check_op("ablate", x, "basis", basis)
-    return _hinged(x, basis, hinge(slope=-1.0), torch.neg, How(-1.0))
+    return _hinged(x, basis, _ABLATE, 1.0)
 
 
 def ablate_(x: Tensor, basis: Tensor) -> Tensor:
     """`ablate`, written into x."""
     check_op("ablate_", x, "basis", basis, in_place=True)
-    return _hinged_(x, basis, hinge(slope=-1.0), torch.neg, How(-1.0))
+    return _hinged(x, basis, _ABLATE, 1.0, in_place=True)
 
 
 def amplify(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
@@ -123,15 +125,13 @@ def amplify(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
         tensor([[ 3., -1.]])
     """
     check_op("amplify", x, "features", features)
-    alpha = finite_number("amplify", "alpha", alpha)
-    return _hinged(x, features, hinge(bend=alpha), lambda y: alpha * torch.relu(y), How(alpha, torch.relu_))
+    return _hinged(x, features, _AMPLIFY, finite_number("amplify", "alpha", alpha))
 
 
 def amplify_(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
     """`amplify`, written into x."""
     check_op("amplify_", x, "features", features, in_place=True)
-    alpha = finite_number("amplify_", "alpha", alpha)
-    return _hinged_(x, features, hinge(bend=alpha), lambda y: alpha * torch.relu(y), How(alpha, torch.relu_))
+    return _hinged(x, features, _AMPLIFY, finite_number("amplify_", "alpha", alpha), in_place=True)
 
 
 def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
@@ -158,26 +158,14 @@ def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
     """
     check_op("calibrate", x, "features", features)
     share = finite_number("calibrate", "beta", beta) * features.shape[-1] / features.numel()
-    return _hinged(
-        x,
-        features,
-        hinge(share, bend=-1.0),
-        lambda y: share - torch.relu(y),
-        How(-1.0, lambda y: y.relu_().sub_(share)),
-    )
+    return _hinged(x, features, _CALIBRATE, share)
 
 
 def calibrate_(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
     """`calibrate`, written into x."""
     check_op("calibrate_", x, "features", features, in_place=True)
     share = finite_number("calibrate_", "beta", beta) * features.shape[-1] / features.numel()
-    return _hinged_(
-        x,
-        features,
-        hinge(share, bend=-1.0),
-        lambda y: share - torch.relu(y),
-        How(-1.0, lambda y: y.relu_().sub_(share)),
-    )
+    return _hinged(x, features, _CALIBRATE, share, in_place=True)
 
 
 def flow(
@@ -309,7 +297,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         >>> sf.ops.affine(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.5]), torch.tensor([0.0, 1.0]))
         tensor([[3., 3.]])
     """
-    if _is_elementwise(x, weight, bias):
+    if torch_cpu.is_elementwise(x, weight, bias):
         return torch.addcmul(bias, weight, x)
     _check_affine("affine", x, weight, bias)
     backend = backend_of(x)
@@ -322,7 +310,7 @@ def affine_(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`affine`, written into x."""
     _check_affine("affine_", x, weight, bias)
     check_in_place("affine_", x, weight, bias)
-    if _is_elementwise(x, weight, bias):
+    if torch_cpu.is_elementwise(x, weight, bias):
         return torch.addcmul(bias, weight, x, out=x)
     backend = backend_of(x)
     if backend == "torch":
@@ -374,28 +362,42 @@ def _affine_bank(x: Tensor, weight: Tensor, bias: Tensor) -> Tables:
     return torch.stack([weight.to(wide) - 1, bias.to(wide)]), *affine_tables(x.device)
 
 
-def _is_elementwise(x: Tensor, *vectors: Tensor) -> bool:
-    return torch_cpu.is_elementwise(x, *vectors) and backend_of(x) == "torch"
+class _Hinge(NamedTuple):
+    """g = act(Bx) of a number, in three ways: as eight numbers, as a formula that is differentiable, and in few calls."""
+
+    numbers: Callable[[float], Eight]
+    act: Callable[[float, Tensor], Tensor]
+    how: Callable[[float], How]
 
 
-def _hinged(x: Tensor, directions: Tensor, numbers: Eight, act: Callable[[Tensor], Tensor], how: How) -> Tensor:
-    """x + Bᵀg: g = act(Bx) on PyTorch, as `how` says in other words, and the hinge of these eight numbers elsewhere."""
+_ABLATE = _Hinge(
+    lambda share: hinge(slope=-share),
+    lambda share, y: -share * y,
+    functools.lru_cache(lambda share: How(-share)),
+)
+_AMPLIFY = _Hinge(
+    lambda alpha: hinge(bend=alpha),
+    lambda alpha, y: alpha * torch.relu(y),
+    functools.lru_cache(lambda alpha: How(alpha, torch.relu_)),
+)
+_CALIBRATE = _Hinge(
+    lambda share: hinge(share, bend=-1.0),
+    lambda share, y: share - torch.relu(y),
+    functools.lru_cache(lambda share: How(-1.0, bent(0.0, -share))),
+)
+
+
+def _hinged(x: Tensor, directions: Tensor, edit: _Hinge, number: float, in_place: bool = False) -> Tensor:
+    """x + Bᵀg, perhaps written into x."""
     backend = backend_of(x)
     if backend == "torch":
-        quick = None if torch.compiler.is_compiling() else torch_cpu.hinged(x, directions, how)
-        return torch_backend.hinged(x, directions, act) if quick is None else quick
-    bank = _hinge_bank(x, directions, numbers)
-    return edited(backend, x, bank, HINGE, bank[0].shape[0])
-
-
-def _hinged_(x: Tensor, directions: Tensor, numbers: Eight, act: Callable[[Tensor], Tensor], how: How) -> Tensor:
-    """`_hinged`, written into x."""
-    backend = backend_of(x)
-    if backend == "torch":
-        quick = None if torch.compiler.is_compiling() else torch_cpu.hinged(x, directions, how, in_place=True)
-        return x.copy_(torch_backend.hinged(x, directions, act)) if quick is None else x
-    bank = _hinge_bank(x, directions, numbers)
-    return edited_(backend, x, bank, HINGE, bank[0].shape[0])
+        quick = None if torch.compiler.is_compiling() else torch_cpu.hinged(x, directions, edit.how(number), in_place)
+        if quick is not None:
+            return quick
+        out = torch_backend.hinged(x, directions, functools.partial(edit.act, number))
+        return x.copy_(out) if in_place else out
+    bank = _hinge_bank(x, directions, edit.numbers(number))
+    return (edited_ if in_place else edited)(backend, x, bank, HINGE, bank[0].shape[0])
 
 
 def _hinge_bank(x: Tensor, directions: Tensor, numbers: Eight) -> Tables:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .backends import in_full_precision, transformed
 from .torch_backend import widened
@@ -31,41 +32,45 @@ def sae_encode_threshold(
 
     A row with more than `capacity` active features is NaN throughout: its count says what it needs.
     """
-    values, indices, counts = _walk(x, w_enc, b_enc, threshold, capacity)
+    values, indices, active = _walk(x, w_enc, b_enc, threshold, capacity)
+    counts = sum(active, torch.zeros(x.numel() // x.shape[-1], dtype=torch.int64, device=x.device))
+    counts = counts.int().view(x.shape[:-1])
     over = (counts > capacity)[..., None]
     return values.masked_fill(over, torch.nan), indices.masked_fill(over, 0), counts
 
 
 def _walk(
     x: Tensor, w_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | None, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest positive entries of each row above the threshold, (..., k) twice, and how many there are, (...).
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The k largest positive entries of each row above the threshold, (..., k) twice; of each block how many there are, (n,).
 
     Blocks are walked in the order of their features, so that an entry that only equals the k-th value so far has lost its
     tie already; few entries of a block survive that comparison, and only these are sorted (stably).
     """
     flat = widened(x.reshape(-1, x.shape[-1]))
-    flat = flat.to(torch.promote_types(flat.dtype, w_enc.dtype))
-    n, features = flat.shape[0], w_enc.shape[0]
+    flat = _as(flat, torch.promote_types(flat.dtype, w_enc.dtype))
+    n, features, shape = flat.shape[0], w_enc.shape[0], (*x.shape[:-1], k)
     if transformed():
         values, indices, counts = _sorted(flat, w_enc, b_enc, threshold, k)
-        shape = (*x.shape[:-1], k)
-        return values.view(shape), indices.to(torch.int32).view(shape), counts.to(torch.int32).view(x.shape[:-1])
-    values, indices = flat.new_zeros(n, k), torch.zeros(n, k, dtype=torch.int64, device=x.device)
-    counts = torch.zeros(n, dtype=torch.int64, device=x.device)
+        return values.view(shape), indices.int().view(shape), [counts]
+    best, active = None, []
     width = max(SAE_BLOCK, SAE_CELLS // max(n, 1) // SAE_GROUP * SAE_GROUP)
     for start in range(0, features if n else 0, width):
-        stop = min(start + width, features)
-        pre = _before_activation(flat, w_enc[start:stop], None if b_enc is None else b_enc[start:stop])
+        some = slice(start, start + width)
+        pre = _before_activation(flat, w_enc[some], None if b_enc is None else b_enc[some])
         if threshold is not None:
-            silent = pre <= threshold[start:stop].to(flat.dtype)  # NaN is active
-            counts += (stop - start) - silent.sum(1)
+            silent = pre <= threshold[some].to(flat.dtype)  # NaN is active
+            active.append(pre.shape[1] - silent.sum(1))
             pre = pre.masked_fill_(silent, 0)
-        best = _best(pre, k) if n * features <= SAE_DIRECT else None
-        values, indices = _merge(values, indices, pre, start) if best is None else best
-    shape = (*x.shape[:-1], k)
-    indices = indices.to(torch.int32).view(shape)
-    return values.contiguous().view(shape), indices, counts.to(torch.int32).view(x.shape[:-1])
+        direct = _best(pre, k) if n * features <= SAE_DIRECT else None
+        best = _merge(*(best or _nothing(flat, k)), pre, start) if direct is None else direct
+    values, indices = best or _nothing(flat, k)
+    return values.contiguous().view(shape), indices.int().view(shape), active
+
+
+def _nothing(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best of no features."""
+    return flat.new_zeros(len(flat), k), torch.zeros(len(flat), k, dtype=torch.int64, device=flat.device)
 
 
 def _before_activation(flat: Tensor, w_enc: Tensor, b_enc: Tensor | None) -> Tensor:
@@ -81,8 +86,12 @@ def _before_activation(flat: Tensor, w_enc: Tensor, b_enc: Tensor | None) -> Ten
 
 
 def _product(flat: Tensor, w_enc: Tensor, b_enc: Tensor | None) -> Tensor:
-    columns = w_enc.to(flat.dtype).T
-    return flat @ columns if b_enc is None else torch.addmm(b_enc.to(flat.dtype), flat, columns)
+    return linear(flat, _as(w_enc, flat.dtype), None if b_enc is None else _as(b_enc, flat.dtype))
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which costs a call of PyTorch even where there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _sorted(
@@ -101,9 +110,15 @@ def _sorted(
 def _best(pre: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     """The k largest positive entries of rows by torch.topk; None where entries are equal, or NaN, whose order it leaves open."""
     values, indices = pre.topk(min(k + 1, pre.shape[1]))
-    if not ((values[:, :-1] > values[:, 1:]) | (values[:, 1:] <= 0)).all() or bool(values[:, :1].isnan().any()):
-        return None
+    least = torch.inf
+    for row in values.tolist():  # of a few numbers sooner than by calls of PyTorch
+        active = [value for value in row if value > 0]
+        if len(set(active)) < len(active) or row[0] != row[0]:
+            return None
+        least = min(least, row[k - 1])
     values, indices = values[:, :k], indices[:, :k]
+    if least > 0:
+        return values, indices
     nothing = values <= 0
     return values.masked_fill(nothing, 0), indices.masked_fill(nothing, 0)
 
