@@ -130,6 +130,7 @@ class PlaceReader:
         self.columns = frozenset(served[name].column for name in probes)
         """The first column of each."""
         self.plain = all(map(is_row, probes.values()))
+        self.width = next(iter(probes.values())).width
         self.watches = any(name.startswith(GATE) for name in probes)
         self._finish: list[tuple[slice, slice, Callable[[Tensor, Tensor], Tensor]]] = []
         self._others: list[tuple[slice, Callable[[Tensor, Tensor], None]]] = []
@@ -255,20 +256,37 @@ class Later:
                 at[isinstance(probe, LogisticProbe)] += [(i, reached + j, column + j) for j in range(len(weight))]
                 reached = rows.stop
         self._at = {kind: np.array(found).T for kind, found in at.items() if found}
-        self._kept = torch.empty(len(parts), 0, self._weight.shape[1])
+        self._count = 0  # of the tokens that there is room for
+        self._none = self._kept = self._wide = torch.empty(0)
+        self._views: list[Tensor] = []  # of each place: the two halves of its stream, one after the other
+        self._halves = self._stream = self._found = np.empty(0)
 
     def keep(self, i: int, x: Tensor, hidden: Tensor | None) -> None:
-        """The stream of a place: x (n, d), or hidden + x."""
-        if len(x) > self._kept.shape[1]:
-            self._kept = self._kept.new_empty(len(self._kept), len(x), x.shape[1])
-        kept = self._kept[i, : len(x)].copy_(x)
-        if hidden is not None:
-            kept.add_(hidden)
+        """The stream of a place: x (n, d), or hidden + x, which are added up later: this is one copy."""
+        if x.shape[0] != self._count:
+            self._make_room(x)
+        torch.cat((x, self._none if hidden is None else hidden), out=self._views[i])
 
     def write(self, scores: Tensor) -> None:
         """What all of them find, into scores, float32 (n, columns)."""
+        self._wide.copy_(self._kept)
+        np.add(self._halves[:, 0], self._halves[:, 1], out=self._stream)
         # NumPy's product of many narrow matrices takes a tenth of PyTorch's.
-        found = self._kept[:, : len(scores)].numpy() @ self._weight.numpy() + self._bias.numpy()
+        found = np.matmul(self._stream, self._weight.numpy(), out=self._found)
+        found += self._bias.numpy()
+        table = scores.numpy()
         for probability, (place, row, column) in self._at.items():
-            values = torch.from_numpy(found[place, :, row].T)
-            scores.numpy()[:, column] = (torch.sigmoid(values) if probability else values).numpy()
+            values = found[place, : len(table), row]  # (columns, n)
+            if probability:
+                torch.sigmoid_(torch.from_numpy(values))
+            table[:, column] = values.T
+
+    def _make_room(self, x: Tensor) -> None:
+        count, width, places = *x.shape, len(self._weight)
+        self._kept = x.new_empty(places, 2, count, width)
+        self._wide = torch.empty(places, 2, count, width)
+        self._halves, self._stream = self._wide.numpy(), np.empty((places, count, width), dtype=np.float32)
+        self._found = np.empty((places, count, self._weight.shape[2]), dtype=np.float32)
+        self._none = x.new_zeros(count, width)
+        self._views = [*self._kept.view(places, 2 * count, width)]
+        self._count = count
