@@ -118,7 +118,10 @@ def before_vllm() -> Clock:
 
 
 def around_engine(clock: Clock, llm: Any, idle: Callable[[], Any]) -> None:
-    """The same around the methods of its runner and around the op as its compiled graph calls it, and its steps told apart. `idle` runs a few of them."""
+    """The same around the methods of its runner and around the op as its compiled graph calls it, and its steps told apart.
+
+    `idle` runs a few steps in which nobody steers or reads.
+    """
     engine = llm.llm_engine
     runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     for name, held in list(vars(runner).items()):

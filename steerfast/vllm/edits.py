@@ -326,14 +326,14 @@ def find_places_with(context: Callable[[], dict[str, Any]]) -> None:
     _context = context
 
 
-class Direct(torch._ops.OpOverload):  # type: ignore[type-arg]
+class Direct(torch._ops.OpOverload):
     """The op as compiled code calls it: its function, unless what it is called with is being traced.
 
     PyTorch's dispatch of an op that Python implements takes 6 µs between two layers, several times what the function takes that
     finds nothing to do; and no key but the device's has a kernel here.
     """
 
-    def __call__(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:  # type: ignore[override]
+    def __call__(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
         """Read and edit the stream at a place."""
         if type(stream) is Tensor and not _modes():
             _context()[CONTEXT].edit_(stream, hidden, place)

@@ -133,7 +133,8 @@ class PlaceReader:
         self.width = next(iter(probes.values())).width
         self.watches = any(name.startswith(GATE) for name in probes)
         self._finish: list[tuple[slice, slice, Callable[[Tensor, Tensor], Tensor]]] = []
-        self._others: list[tuple[slice, Callable[[Tensor, Tensor], None]]] = []
+        self._others: list[tuple[slice, Callable[[Tensor, Any], None]]] = []
+        self._on_host = device.type == "cpu"
         reached = 0
         for name, probe in probes.items():
             columns = slice(served[name].column, served[name].column + served[name].columns)
@@ -151,12 +152,14 @@ class PlaceReader:
     @in_full_precision
     def write(self, x: Tensor, scores: Tensor) -> None:
         """What the probes find in x, float32 (n, d), into their columns of scores, float32 (n, columns)."""
+        table: Any = scores.numpy() if self._on_host else scores  # NumPy's small calls cost a tenth
         if self._weight is not None and self._bias is not None:
             found = torch.addmm(self._bias, x, self._weight)
             for columns, rows, finish in self._finish:
-                scores[:, columns] = finish(found[:, rows], x)
+                part = finish(found[:, rows], x)
+                table[:, columns] = part.numpy() if self._on_host else part
         for columns, write in self._others:
-            write(x, scores[:, columns])
+            write(x, table[:, columns])
 
 
 def _as_rows(probe: Probe, device: torch.device) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]] | None:
@@ -190,18 +193,19 @@ def _share(found: Tensor, x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(found, dim=-1, keepdim=True) / torch.where(length == 0, 1, length)
 
 
-def _numbers(probe: Probe, device: torch.device) -> Callable[[Tensor, Tensor], None]:
-    """What writes what a probe finds in x into float32 columns."""
+def _numbers(probe: Probe, device: torch.device) -> Callable[[Tensor, Any], None]:
+    """What writes what a probe finds in x into float32 columns: of a tensor, on a CPU of an array."""
     program = probe.program(device)
+    there = Tensor.numpy if device.type == "cpu" else Tensor.detach
 
-    def run(x: Tensor, scores: Tensor) -> None:
+    def run(x: Tensor, scores: Any) -> None:
         found = program(x)
         if isinstance(found, tuple):
             half = scores.shape[1] // 2
-            scores[:, :half] = found[0]
-            scores[:, half:] = found[1]  # whole numbers up to 2²⁴ are exact
+            scores[:, :half] = there(found[0])
+            scores[:, half:] = there(found[1])  # whole numbers up to 2²⁴ are exact
         else:
-            scores.copy_(found.reshape(scores.shape))
+            scores[:] = there(found.reshape(scores.shape))
 
     return run
 
@@ -240,8 +244,8 @@ class Later:
     def __init__(self, places: Sequence[Mapping[str, Probe]], served: Mapping[str, ServedProbe]) -> None:
         parts = [[(name, _rows(one), one) for name, one in probes.items()] for probes in places]
         most = max(sum(len(weight) for _, weight, _ in part) for part in parts)
-        self._weight = torch.zeros(len(parts), parts[0][0][1].shape[1], most)
-        self._bias = torch.zeros(len(parts), 1, most)
+        weights = torch.zeros(len(parts), parts[0][0][1].shape[1], most)
+        biases = torch.zeros(len(parts), 1, most)
         at: dict[bool, list[tuple[int, int, int]]] = {
             False: [],
             True: [],
@@ -251,11 +255,12 @@ class Later:
             for name, weight, probe in part:
                 rows = slice(reached, reached + len(weight))
                 bias: Any = probe.bias  # type: ignore[attr-defined]
-                self._weight[i, :, rows], self._bias[i, 0, rows] = weight.T, torch.as_tensor(bias)
+                weights[i, :, rows], biases[i, 0, rows] = weight.T, torch.as_tensor(bias)
                 column = served[name].column
                 at[isinstance(probe, LogisticProbe)] += [(i, reached + j, column + j) for j in range(len(weight))]
                 reached = rows.stop
         self._at = {kind: np.array(found).T for kind, found in at.items() if found}
+        self._weight, self._bias = weights.numpy(), biases.numpy()
         self._count = 0  # of the tokens that there is room for
         self._none = self._kept = self._wide = torch.empty(0)
         self._views: list[Tensor] = []  # of each place: the two halves of its stream, one after the other
@@ -272,8 +277,8 @@ class Later:
         self._wide.copy_(self._kept)
         np.add(self._halves[:, 0], self._halves[:, 1], out=self._stream)
         # NumPy's product of many narrow matrices takes a tenth of PyTorch's.
-        found = np.matmul(self._stream, self._weight.numpy(), out=self._found)
-        found += self._bias.numpy()
+        found = np.matmul(self._stream, self._weight, out=self._found)
+        found += self._bias
         table = scores.numpy()
         for probability, (place, row, column) in self._at.items():
             values = found[place, : len(table), row]  # (columns, n)

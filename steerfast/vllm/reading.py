@@ -177,7 +177,7 @@ class Readers:
         if where in self._now:
             stream = x.float() if hidden is None else x.float() + hidden
             for unit in self._now[where]:
-                unit.write(stream, self.scores[: len(x)])
+                unit.write(stream, self.scores[: x.shape[0]])
 
     def take(self) -> Taken | None:
         """What the requests of the step that has run have read; None: no request of it reads."""
@@ -274,7 +274,7 @@ class Taken:
         self._step = step
         self._done: torch.cuda.Event | None = None
         self._found: Found | None = None
-        if scores.device.type != "cuda":
+        if not scores.is_cuda:
             self._found = self._sorted(scores, step.positions, step.starts)
             return
         self._parts = _sent(scores[: step.tokens]), _sent(step.positions[: step.tokens]), _sent(step.starts)

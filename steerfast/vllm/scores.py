@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from .reading import Decoded, Found, Reader, Rows, Wanted
 
 MOST_PROBES = 64
 """Probes that one request may name."""
+_STALE = attrgetter("num_stale_output_tokens")  # of a request that was preempted while it ran
 MOST_ASIDE = 64
 """Steps of the same requests that are put aside."""
 MOST_NEW = 256
@@ -236,7 +238,7 @@ class Desk:
     def put_aside(self, found: Found) -> bool:
         """What the requests that are followed have read in a further step; False: it is another step, to be noted."""
         goes_on = self._following and isinstance(found, Decoded) and found.readers == self._readers
-        if not goes_on or any(request.num_stale_output_tokens for request in self._following.values()):
+        if not goes_on or any(map(_STALE, self._following.values())):
             self._settle()
             self._following = {}
             return False
