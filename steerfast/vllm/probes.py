@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -231,6 +232,21 @@ GATE = "/"
 """How the name of a probe begins that belongs to a condition; no folder has such a name."""
 
 
+class Room:
+    """Memory on the host that grows and is used again."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def of(self, shape: tuple[int, ...], dtype: torch.dtype, number: int = 0) -> Tensor:
+        """A tensor in the memory of this dtype and number, whatever stands there."""
+        count, part = math.prod(shape), self._parts.get((dtype, number))
+        if part is None or len(part) < count:
+            with torch.inference_mode(False):  # what is made inside could not be written to outside
+                part = self._parts[dtype, number] = torch.empty(count, dtype=dtype)
+        return part[:count].view(shape)
+
+
 class Later:
     """Places whose probes are all products with rows: the stream of each is kept, and read when the step has run, in one product.
 
@@ -239,9 +255,10 @@ class Later:
     Args:
         places: The probes of each, by name.
         served: Their columns.
+        room: For what is kept, one for all of these of which one is used at a time.
     """
 
-    def __init__(self, places: Sequence[Mapping[str, Probe]], served: Mapping[str, ServedProbe]) -> None:
+    def __init__(self, places: Sequence[Mapping[str, Probe]], served: Mapping[str, ServedProbe], room: Room) -> None:
         parts = [[(name, _rows(one), one) for name, one in probes.items()] for probes in places]
         most = max(sum(len(weight) for _, weight, _ in part) for part in parts)
         weights = torch.zeros(len(parts), parts[0][0][1].shape[1], most)
@@ -261,10 +278,11 @@ class Later:
                 reached = rows.stop
         self._at = {kind: np.array(found).T for kind, found in at.items() if found}
         self._weight, self._bias = weights.numpy(), biases.numpy()
+        self._room = room
         self._count = 0  # of the tokens that there is room for
         self._none = self._kept = self._wide = torch.empty(0)
         self._views: list[Tensor] = []  # of each place: the two halves of its stream, one after the other
-        self._halves = self._stream = self._found = np.empty(0)
+        self._halves = self._found = np.empty(0)
 
     def keep(self, i: int, x: Tensor, hidden: Tensor | None) -> None:
         """The stream of a place: x (n, d), or hidden + x, which are added up later: this is one copy."""
@@ -275,9 +293,9 @@ class Later:
     def write(self, scores: Tensor) -> None:
         """What all of them find, into scores, float32 (n, columns)."""
         self._wide.copy_(self._kept)
-        np.add(self._halves[:, 0], self._halves[:, 1], out=self._stream)
+        stream = np.add(self._halves[:, 0], self._halves[:, 1], out=self._halves[:, 0])
         # NumPy's product of many narrow matrices takes a tenth of PyTorch's.
-        found = np.matmul(self._stream, self._weight, out=self._found)
+        found = np.matmul(stream, self._weight, out=self._found)
         found += self._bias
         table = scores.numpy()
         for probability, (place, row, column) in self._at.items():
@@ -288,9 +306,9 @@ class Later:
 
     def _make_room(self, x: Tensor) -> None:
         count, width, places = *x.shape, len(self._weight)
-        self._kept = x.new_empty(places, 2, count, width)
-        self._wide = torch.empty(places, 2, count, width)
-        self._halves, self._stream = self._wide.numpy(), np.empty((places, count, width), dtype=np.float32)
+        self._kept = self._room.of((places, 2, count, width), x.dtype)
+        self._wide = self._room.of((places, 2, count, width), torch.float32, 1)
+        self._halves = self._wide.numpy()
         self._found = np.empty((places, count, self._weight.shape[2]), dtype=np.float32)
         self._none = x.new_zeros(count, width)
         self._views = [*self._kept.view(places, 2 * count, width)]

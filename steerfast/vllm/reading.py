@@ -17,10 +17,12 @@ from torch import Tensor
 
 from steerfast.probes.probe import Probe
 
-from .probes import GATE, Later, PlaceReader, ServedProbe, is_row, units
+from .probes import GATE, Later, PlaceReader, Room, ServedProbe, is_row, units
 
 KEPT = 128
 """Up to so many tokens, those of decoding batches, the stream of a place may be kept until a step has run."""
+MOST_KEPT = 1 << 24
+"""Numbers of all places that are kept at most, of 12 bytes each in bfloat16."""
 MOST_SHELVES = 32
 Where = tuple[str, bool]
 """A place by name, and whether after the edits there."""
@@ -90,6 +92,7 @@ class Readers:
         self._later: dict[Where, int] = {}  # the number of each place in `_shelf`
         self._shelf: Later | None = None
         self._shelves: dict[tuple[Where, ...], Later] = {}
+        self._room, self._most = Room(), 0  # tokens of a step whose streams are kept at most
         self.kept: dict[str, Callable[[Tensor, Tensor | None], None]] = {}
         """Places of the running step where nothing is to be done but to keep the stream before the edits, and how."""
         self.at = frozenset(place for place, _ in self._now)
@@ -134,7 +137,7 @@ class Readers:
             self._here = Here([(i, self._readers[name]) for i, name in enumerate(batch[0]) if name in self._readers])
             if not self._always:
                 self._choose(gated)
-        if self._later and tokens > KEPT:
+        if self._later and tokens > self._most:
             self._choose(gated, later=False)
             self._batch = None
         if self._here.readers:
@@ -158,6 +161,7 @@ class Readers:
         shelf = self._shelf = self._later_of(tuple(self._later)) if kept else None
         self.kept = {}
         if shelf is not None:
+            self._most = min(KEPT, MOST_KEPT // (len(kept) * self._width))
             busy = {place for place, _ in self._now} | {place for place, after in kept if after}
             self.kept = {at[0]: partial(shelf.keep, i) for at, i in self._later.items() if at[0] not in busy}
 
@@ -166,7 +170,7 @@ class Readers:
             if len(self._shelves) >= MOST_SHELVES:
                 self._shelves.clear()
             chosen = [{n: p for n, p in self._probes[where].items() if is_row(p) and n[0] != GATE} for where in places]
-            self._shelves[places] = Later(chosen, self._served)
+            self._shelves[places] = Later(chosen, self._served, self._room)
         return self._shelves[places]
 
     def write(self, x: Tensor, hidden: Tensor | None, place: str, after: bool) -> None:
