@@ -183,24 +183,22 @@ class Places:
             if edited:
                 self._edit_(stream, hidden, place, None)
             return
-        rows = stream.view(-1, stream.shape[-1])
-        other = None if hidden is None else hidden.reshape(rows.shape)
+        rows, other = _flat(stream), None if hidden is None else _flat(hidden)
         for after in (False, True):
             with Encodes() as read:
-                self.readers.write(rows, other, place, after)
-            if self.gates is not None and reads:
-                self.gates.judge(self.readers.scores[: len(rows)], place, after)
+                readers.write(rows, other, place, after)
+            if reads and self.gates is not None and self.gates.active:
+                self.gates.judge(readers.scores[: rows.shape[0]], place, after)
             if captures is not None:
                 captures.write(rows, other, place, after)
             if edited and not after:
                 self._edit_(stream, hidden, place, read)
 
     def _edit_(self, stream: Tensor, hidden: Tensor | None, place: str, read: Encodes | None) -> None:
-        table, count = self.table, stream.numel() // stream.shape[-1]
+        stream, hidden = _flat(stream), None if hidden is None else _flat(hidden)
+        table, count = self.table, stream.shape[0]
         if count > table.rows.shape[0]:
             raise RuntimeError(f"steerfast: {place} handles {count} tokens; the engine announced {table.rows.shape[0]}")
-        stream = stream.view(count, -1)  # vLLM's backend for models of transformers has (1, n, d)
-        hidden = None if hidden is None else hidden.reshape(stream.shape)
         here = self.places[place]
         if self._on_host and backend_of(stream) == "torch":
             self._edit_on_host(stream, hidden, place, read)
@@ -299,6 +297,11 @@ def _by_programs(
 
 def _tokens(tokens: np.ndarray, count: int) -> Tensor | None:
     return None if len(tokens) == count else torch.from_numpy(tokens)
+
+
+def _flat(stream: Tensor) -> Tensor:
+    """(n, d) of what vLLM's backend for models of transformers has as (1, n, d)."""
+    return stream if stream.dim() == 2 else stream.view(-1, stream.shape[-1])
 
 
 def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
