@@ -212,6 +212,25 @@ def test_of_a_place_only_what_is_read_is_computed(tokens: int) -> None:
         assert readers.scores[:, one.column : one.column + one.columns].isnan().all(), one.name
 
 
+def test_streams_of_two_widths_are_read_in_one_step() -> None:
+    """The heads' stream may be wider than the residual one."""
+    loaded = {f"{i}": sf.probes.LinearProbe(unit(i), place=i) for i in range(3)}
+    wide = torch.randn(2 * D, generator=torch.Generator().manual_seed(9))
+    loaded["heads"] = sf.probes.LinearProbe(wide, place=("head_out", 1))
+    columns = served(loaded)
+    readers = Readers(columns, loaded, 16, torch.device("cpu"))
+    readers.start("a", Wanted(tuple(columns.values()), 0))
+    readers.begin(["a"], torch.tensor([0, 1]), torch.tensor([5]), 1)
+    streams = {name: torch.randn(1, probe.width) for name, probe in loaded.items()}
+    for name, probe in loaded.items():
+        readers.write(streams[name], None, f"{probe.place.site}.{probe.place.layer}", False)
+    taken = readers.take()
+    assert taken is not None
+    ((_, first, rows),) = taken.rows()
+    assert first == 5
+    assert np.allclose(rows[0], [float(probe(streams[name])) for name, probe in loaded.items()], atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_each_request_gets_the_rows_of_its_own_tokens(seed: int) -> None:
     """Random batches in which requests come, go, stand elsewhere and take several tokens; nobody reads in some of them."""
