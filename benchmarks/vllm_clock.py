@@ -1,8 +1,10 @@
 """CPU time that an engine's steps spend in what steering and reading add: host functions and ops, apart from vLLM's own.
 
 Everything that the plugin puts around a method of vLLM is timed without that method, the op of every place with what it costs to
-call it from the graph, and an SAE's encode apart from the rest of its op. The clock is that of the thread, which stands still
-while other work has the core; what reading it takes is measured first and subtracted.
+call it from the graph, and an SAE's encode apart from the rest of its op. A step as a whole is timed by the clock of its thread,
+which stands still while other work has the core; reading that clock takes a microsecond, as long as what is timed, so within the
+step it is the processor's counter, of whose readings the few that other work comes between are far from the median. What
+reading it takes is measured and subtracted, for the op in its place, where nothing is in a cache.
 """
 
 from __future__ import annotations
@@ -15,93 +17,91 @@ from typing import Any
 
 import torch
 
-_now = time.thread_time_ns
+_now = time.perf_counter_ns
 HOST, OP, ENCODE, THEIRS = "host", "op", "encode", "theirs"
 
 
 class Clock:
-    """Nanoseconds by kind of what runs: `HOST`, `OP`, within it `ENCODE`, and `THEIRS`; a change of kind ends what was before."""
+    """Nanoseconds of each call by kind: `HOST`, `OP`, within it `ENCODE`; what a host function calls of vLLM's is not its own."""
 
     def __init__(self) -> None:
-        self._kinds = [THEIRS]
-        self._last = _now()
-        self.spent = dict.fromkeys((HOST, OP, ENCODE, THEIRS), 0.0)
-        self.calls = dict.fromkeys(self.spent, 0)
+        self._spent: dict[str, list[int]] = {kind: [] for kind in (HOST, OP, ENCODE)}
         self.steps: list[dict[str, float]] = []
-        addition = functools.partial(self.around(lambda original: original()), _nothing)
-        self._bias = {
-            HOST: statistics.median(self._taken(HOST, addition) for _ in range(200)),
-            OP: statistics.median(self._taken(OP, self.timed(OP, _nothing)) for _ in range(200)),
-            THEIRS: 0.0,
-        }
+        self._bias = dict.fromkeys(self._spent, 0.0)
+        self._leaves_out = False  # additions: what is left is what it takes to look at the clock around them
+
+    def calibrate(self, idle: Callable[[], Any]) -> None:
+        """Measure what looking at the clock takes in its places, in steps in which nobody steers or reads."""
+        self._leaves_out = True
+        idle()
+        self._leaves_out = False
+        steps, self.steps = self.steps[2:-1], []
+        self._bias = {kind: statistics.median(step[f"{kind} a call"] for step in steps) for kind in self._spent}
         self._bias[ENCODE] = self._bias[OP]
 
-    def _taken(self, kind: str, call: Callable[[], Any]) -> float:
-        """What looking at the clock takes around what does nothing."""
-        call()
-        self.reset()
-        call()
-        return self.spent[kind]
-
-    def reset(self) -> None:
-        """Forget what was spent."""
-        self._last = _now()
-        for kind in self.spent:
-            self.spent[kind], self.calls[kind] = 0.0, 0
-
-    def _turn(self) -> None:
-        now = _now()
-        self.spent[self._kinds[-1]] += now - self._last
-        self._last = now
-
     def timed(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The call, what it takes counted as this kind, but for what is of another kind within it."""
+        """The call, what it takes counted as this kind."""
+        note = self._spent[kind].append
 
         @functools.wraps(call)  # whose arguments are looked at
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self._turn()
-            self._kinds.append(kind)
-            self.calls[kind] += 1
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self._turn()
-                self._kinds.pop()
+        def run(*args: Any) -> Any:
+            begun = _now()
+            result = None if self._leaves_out else call(*args)
+            note(_now() - begun)
+            return result
 
         return run
 
     def around(self, addition: Callable[..., Any]) -> Callable[..., Any]:
         """An addition to a method, whose first argument is that method: of it the addition alone."""
-
-        theirs: dict[Any, Any] = {}  # one, or one a runner
+        note = self._spent[HOST].append
 
         def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if original not in theirs:
-                theirs[original] = self.timed(THEIRS, original)
-            return addition(theirs[original], *args, **kwargs)
+            theirs = 0
 
-        return self.timed(HOST, run)
+            @functools.wraps(original)  # whose arguments are looked at
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                nonlocal theirs
+                begun = _now()
+                result = original(*args, **kwargs)
+                theirs = _now() - begun
+                return result
+
+            if self._leaves_out:
+                begun = _now()
+                result = inner(*args, **kwargs)
+            else:
+                begun = _now()
+                result = addition(inner, *args, **kwargs)
+            note(_now() - begun - theirs)
+            return result
+
+        return run
 
     def seconds(self, kind: str) -> float:
         """What was spent on a kind, without what it takes to look at the clock."""
-        return 1e-9 * (self.spent[kind] - self._bias[kind] * self.calls[kind])
+        return 1e-9 * (sum(self._spent[kind]) - self._bias[kind] * len(self._spent[kind]))
 
     def step(self, original: Callable[[], Any]) -> Callable[[], Any]:
         """An engine's step, of which it writes down what was spent on what."""
 
         def run() -> Any:
-            self.reset()
+            for spent in self._spent.values():
+                spent.clear()
+            begun = time.thread_time()
             result = original()
-            self._turn()
-            if not self.calls[OP] and result:
+            whole = time.thread_time() - begun
+            if not self._spent[OP] and result:
                 raise RuntimeError("vllm_clock: the graph calls the op by another name")
-            self.steps.append({kind: self.seconds(kind) for kind in self.spent})
+            step = {kind: self.seconds(kind) for kind in self._spent}
+            step[OP] -= step[ENCODE]
+            step[THEIRS] = whole - sum(step.values())
+            if self._leaves_out:
+                step |= {f"{kind} a call": sum(all) / max(len(all), 1) for kind, all in self._spent.items()}
+            self.steps.append(step)
             return result
 
         return run
-
-
-def _nothing() -> None: ...
 
 
 def before_vllm() -> Clock:
@@ -117,8 +117,11 @@ def before_vllm() -> Clock:
     return clock
 
 
-def around_engine(clock: Clock, llm: Any) -> None:
-    """The same around the methods of its runner and around the op as its compiled graph calls it, and its steps told apart."""
+def around_engine(clock: Clock, llm: Any, idle: Callable[[], Any]) -> None:
+    """The same around the methods of its runner and around the op as its compiled graph calls it, and its steps told apart.
+
+    `idle` runs a few steps in which nobody steers or reads.
+    """
     engine = llm.llm_engine
     runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     for name, held in list(vars(runner).items()):
@@ -127,3 +130,4 @@ def around_engine(clock: Clock, llm: Any) -> None:
     packet = torch.ops.steerfast.engine_edit_
     packet.default = clock.timed(OP, packet.default)
     engine.step = clock.step(engine.step)
+    clock.calibrate(idle)

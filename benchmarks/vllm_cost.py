@@ -8,7 +8,7 @@ with a 95 % interval, and the two of them show the noise. Times are CPU time of 
 thread, the steadier measure on a machine that does other work; wall time is in the raw row. Rows are written after every
 round, and nothing starts that --minutes would not let end: the first start of an engine compiles and takes longest, later
 ones find the graph in vLLM's cache. Beside the ratios of "reads" stands what its steps spent in our functions and ops over what
-they spent in all others, by the clock of their thread (`vllm_clock.py`), which says more than a ratio within its noise.
+they spent in all others, by clocks around each (`vllm_clock.py`), which says more than a ratio within its noise.
 Needs an environment with vLLM; on a GPU give --wall, since CPU time says little there.
 """
 
@@ -321,7 +321,10 @@ def serve(args: argparse.Namespace) -> None:
         gpu_memory_utilization=0.2,
     )
     if clock is not None:
-        vllm_clock.around_engine(clock, llm)
+        plain: Any = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False)
+        vllm_clock.around_engine(
+            clock, llm, lambda: llm.generate([{"prompt_token_ids": [1]}] * 16, [plain] * 16, use_tqdm=False)
+        )
     for line in sys.stdin:
         name, steering = json.loads(line)
         load = LOADS[name]

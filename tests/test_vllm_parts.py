@@ -19,11 +19,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_interventions import EXAMPLES, D
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steerfast as sf
 from steerfast._positions import After, allowed, parse
 from steerfast.plan import ModelCard
-from steerfast.vllm import plans, routes, wire
+from steerfast.vllm import edits, plans, routes, wire
 from steerfast.vllm.edits import EditedPlace, Places
 from steerfast.vllm.plans import Library, ServedPlan
 from steerfast.vllm.slots import Admission, Residents
@@ -551,6 +552,40 @@ def test_a_step_edits_what_the_reference_says(dtype: torch.dtype, split: bool, c
     untouched = torch.cat([(rows < 0).all(1), torch.ones(7, dtype=torch.bool)])
     assert torch.equal(got[untouched], stream[untouched])
     assert not torch.equal(got, stream)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_op_does_the_same_traced_dispatched_and_called_from_compiled_code(monkeypatch, compiled: bool) -> None:
+    """What is traced does nothing; a compiled graph and PyTorch's dispatch both find the engine that runs."""
+    places, place = engine([sf.Add(unit(1), 3.0)], 1)
+    place.load(0, sf.Add(unit(1), 3.0))
+    places.table.put("r", [Owner(0, 1.0, 1, 3)])
+    places.table.fill(["r"], torch.tensor([0, 4]), torch.arange(4), 4)
+    asked: list[str] = []
+    reached = {edits.CONTEXT: places}
+    monkeypatch.setattr(edits, "_context", lambda: asked.append("") or reached)
+    op = torch.ops.steerfast.engine_edit_
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        stream = x * 2
+        op(stream, None, "resid_post.0")
+        return stream + 1
+
+    x = torch.randn(4, D)
+    wanted = 2 * x + 1
+    wanted[1:3] += 3 * unit(1)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    for _ in range(2):
+        assert torch.allclose(run(x), wanted, atol=1e-6)
+    assert len(asked) == 2, "it is not run where it is traced"
+    direct, dispatched = 2 * x, 2 * x
+    op.default(direct, None, "resid_post.0")
+    torch._ops.OpOverload.__call__(op.default, dispatched, None, "resid_post.0")
+    assert torch.equal(direct, dispatched)
+    assert torch.allclose(direct + 1, wanted, atol=1e-6)
+    with FakeTensorMode() as mode:
+        op.default(mode.from_tensor(x), None, "resid_post.0")
+    assert len(asked) == 4
 
 
 @pytest.mark.gpu

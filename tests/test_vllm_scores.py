@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from steerfast.place import Place
 from steerfast.vllm import plans
 from steerfast.vllm.gating import Gates
 from steerfast.vllm.probes import PlaceReader, ProbeLibrary, ServedProbe, load_probes
-from steerfast.vllm.reading import Readers, Wanted
+from steerfast.vllm.reading import Here, Reader, Readers, Wanted
 from steerfast.vllm.scores import Answer, Desk, Limit, Reading, check_read, read_probes
 
 D, LAYERS = 24, 4
@@ -211,6 +212,25 @@ def test_of_a_place_only_what_is_read_is_computed(tokens: int) -> None:
         assert readers.scores[:, one.column : one.column + one.columns].isnan().all(), one.name
 
 
+def test_streams_of_two_widths_are_read_in_one_step() -> None:
+    """The heads' stream may be wider than the residual one."""
+    loaded = {f"{i}": sf.probes.LinearProbe(unit(i), place=i) for i in range(3)}
+    wide = torch.randn(2 * D, generator=torch.Generator().manual_seed(9))
+    loaded["heads"] = sf.probes.LinearProbe(wide, place=("head_out", 1))
+    columns = served(loaded)
+    readers = Readers(columns, loaded, 16, torch.device("cpu"))
+    readers.start("a", Wanted(tuple(columns.values()), 0))
+    readers.begin(["a"], torch.tensor([0, 1]), torch.tensor([5]), 1)
+    streams = {name: torch.randn(1, probe.width) for name, probe in loaded.items()}
+    for name, probe in loaded.items():
+        readers.write(streams[name], None, f"{probe.place.site}.{probe.place.layer}", False)
+    taken = readers.take()
+    assert taken is not None
+    ((_, first, rows),) = taken.rows()
+    assert first == 5
+    assert np.allclose(rows[0], [float(probe(streams[name])) for name, probe in loaded.items()], atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_each_request_gets_the_rows_of_its_own_tokens(seed: int) -> None:
     """Random batches in which requests come, go, stand elsewhere and take several tokens; nobody reads in some of them."""
@@ -371,6 +391,73 @@ def test_scores_reach_the_answer_once_each_and_a_missing_one_is_seen(library: Pr
     found, single = answer.finish(range(10), 5)
     assert found["linear"] == {"tokens": 0, "missing": 1}
     assert len(single["linear"]) == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_put_aside_step_by_step_reaches_each_answer(seed: int, library: ProbeLibrary) -> None:
+    """Requests come, go, are hung up and run again; three hundred steps decode, many of them with the same requests."""
+    draw = random.Random(seed)
+    readings = {}
+    for i in range(12):
+        names = draw.sample(["linear", "rows", "logistic"], draw.randint(1, 3))
+        given = {
+            "steer_read": names,
+            "steer_read_what": "tokens",
+            "steer_read_positions": draw.choice(["all", "generated"]),
+        }
+        readings[f"{i}"] = read_probes(given, library, None)
+    readers = {
+        name: Reader(name, reading.first(3), reading.wanted(3).columns, frozenset())
+        for name, reading in readings.items()
+    }
+    desk, reached, waiting, ran = Desk(), dict.fromkeys(readings, 0), [*readings], dict.fromkeys(readings, 0)
+    requests = {name: SimpleNamespace(num_stale_output_tokens=0) for name in readings}
+    batch: list[str] = []
+    score = lambda name, at: np.arange(16, dtype=np.float32) + 100 * int(name) + 10000 * at  # noqa: E731
+    aside = 0
+    while waiting or batch:
+        while waiting and len(batch) < 4:
+            batch.append(waiting.pop(0))
+        if draw.random() < 0.02:  # preempted, and run again from its beginning
+            reached[draw.choice(batch)] = 0
+        for request in requests.values():
+            request.num_stale_output_tokens = int(draw.random() < 0.01)
+        here = Here(list(enumerate(readers[name] for name in batch)))
+        positions = np.array([reached[name] for name in batch])
+        table = np.stack([score(name, at) for name, at in zip(batch, positions.tolist(), strict=True)])
+        found = here.decoded(table, positions)
+        if desk.put_aside(found):
+            aside += 1
+        else:
+            for rows in found:
+                desk.note(rows)
+                desk.readings[rows[0]] = readings[rows[0]]
+            desk.follow(found, {name: requests[name] for name in batch})
+        assert set(batch) <= set(desk.readings)
+        for name in batch:
+            reached[name] += 1
+            ran[name] = max(ran[name], reached[name])
+        with desk.open() as left:
+            for name in [one for one in batch if draw.random() < 0.03]:
+                batch.remove(name)
+                desk.end(name)
+                assert name in left
+                if draw.random() < 0.2:  # hung up
+                    continue
+                message = desk.message(name, readings[name])
+                answer = Answer(message["reading"])
+                answer.add(message["rows"])
+                answered, _ = answer.finish([1] * (ran[name] + 1), 3)
+                first, at = readers[name].first, 0
+                for probe in readings[name].probes:
+                    columns = list(readers[name].columns)[at : at + probe.columns]
+                    wanted = [score(name, position)[columns] for position in range(first, ran[name])]
+                    got = np.array(answered[probe.name]["scores"]).reshape(-1, probe.columns)
+                    assert answered[probe.name]["positions"] == list(range(first, ran[name]))
+                    assert np.array_equal(got, np.array(wanted).reshape(-1, probe.columns))
+                    at += probe.columns
+    assert len(desk) == 0
+    assert aside > 20
 
 
 def test_a_request_that_ended_in_its_prompt_is_told_what_was_read_of_it(library: ProbeLibrary) -> None:

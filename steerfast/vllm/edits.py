@@ -82,6 +82,7 @@ class EditedPlace:
         self._strength = np.zeros(slots + 1, dtype=np.float32)
         self._owned: list[Owned] = []
         self._step = -1  # of the table that `_owned` belongs to
+        self._rows: np.ndarray | None = None  # and what is left of its rows, where gates take some out
 
     def load(self, slot: int, edit: Intervention) -> None:
         """Put an intervention into a free slot. What is loaded moves together where free rows lie scattered."""
@@ -118,17 +119,15 @@ class EditedPlace:
         self._kind[slot] = _NONE
         self._step = -1
 
-    def owned(self, table: RowTable) -> list[Owned]:
-        """The owners of a batch at this place, column by column of its table."""
-        if self._step == table.step:
+    def owned(self, table: RowTable, rows: Tensor | None = None) -> list[Owned]:
+        """The owners of a batch at this place, column by column of its table, or of these rows in their stead."""
+        left = None if rows is None else rows.numpy()
+        if self._step == table.step and _equal(left, self._rows):
             return self._owned
-        found = self._sort(table.rows[: table.tokens].numpy(), table.scale[: table.tokens].numpy())
-        self._owned, self._step = (found, table.step) if table.tokens <= KEPT else ([], -1)
+        whole = table.rows[: table.tokens].numpy() if left is None else left
+        found = self._sort(whole, table.scale[: table.tokens].numpy())
+        self._owned, self._step, self._rows = (found, table.step, left) if table.tokens <= KEPT else ([], -1, None)
         return found
-
-    def sorted(self, rows: Tensor, table: RowTable) -> list[Owned]:
-        """The same of other rows than the table's, which nothing is kept of."""
-        return self._sort(rows.numpy(), table.scale[: table.tokens].numpy())
 
     def _sort(self, rows: np.ndarray, scale: np.ndarray) -> list[Owned]:
         found = []
@@ -174,32 +173,32 @@ class Places:
 
     def edit_(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
         """Read and edit stream (..., d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
-        reads = place in self.readers.at
-        if not reads and (self.captures is None or not self.captures.active):
-            # Between two layers nothing of ours is in a cache: on a CPU every word here costs a microsecond in a step.
-            if self.table.tokens or not self._on_host:
+        # Between two layers nothing of ours is in a cache: on a CPU every word here costs a microsecond in a step.
+        readers, captures = self.readers, self.captures
+        captured, reads = captures is not None and captures.active, place in readers.at
+        edited = place in self.places and (self.table.tokens > 0 or not self._on_host)
+        if not captured and (not reads or (place in readers.kept and stream.dim() == 2)):
+            if reads:
+                readers.kept[place](stream, hidden)
+            if edited:
                 self._edit_(stream, hidden, place, None)
             return
-        rows = stream.view(-1, stream.shape[-1])
-        other = None if hidden is None else hidden.reshape(rows.shape)
+        rows, other = _flat(stream), None if hidden is None else _flat(hidden)
         for after in (False, True):
             with Encodes() as read:
-                self.readers.write(rows, other, place, after)
-            if self.gates is not None and reads:
-                self.gates.judge(self.readers.scores[: len(rows)], place, after)
-            if self.captures is not None:
-                self.captures.write(rows, other, place, after)
-            if not after:
+                readers.write(rows, other, place, after)
+            if reads and self.gates is not None and self.gates.active:
+                self.gates.judge(readers.scores[: rows.shape[0]], place, after)
+            if captures is not None:
+                captures.write(rows, other, place, after)
+            if edited and not after:
                 self._edit_(stream, hidden, place, read)
 
     def _edit_(self, stream: Tensor, hidden: Tensor | None, place: str, read: Encodes | None) -> None:
-        table, count = self.table, stream.numel() // stream.shape[-1]
+        stream, hidden = _flat(stream), None if hidden is None else _flat(hidden)
+        table, count = self.table, stream.shape[0]
         if count > table.rows.shape[0]:
             raise RuntimeError(f"steerfast: {place} handles {count} tokens; the engine announced {table.rows.shape[0]}")
-        if place not in self.places or (self._on_host and not table.tokens):
-            return  # it is only read, or no row is steered; on a GPU the kernel finds that itself
-        stream = stream.view(count, -1)  # vLLM's backend for models of transformers has (1, n, d)
-        hidden = None if hidden is None else hidden.reshape(stream.shape)
         here = self.places[place]
         if self._on_host and backend_of(stream) == "torch":
             self._edit_on_host(stream, hidden, place, read)
@@ -219,9 +218,11 @@ class Places:
 
     def _columns(self, name: str, place: EditedPlace) -> list[Owned]:
         """Who acts at a place: what the table says, without those whose gate is shut."""
+        if self.gates is None or not self.gates.active:
+            return place.owned(self.table)
         rows = self.table.rows[: self.table.tokens]
-        open_rows = rows if self.gates is None else self.gates.close(rows, name)
-        return place.owned(self.table) if open_rows is rows else place.sorted(open_rows, self.table)
+        open_rows = self.gates.close(rows, name)
+        return place.owned(self.table, None if open_rows is rows else open_rows)
 
     def _edit_on_host(self, stream: Tensor, hidden: Tensor | None, name: str, read: Encodes | None) -> None:
         place = self.places[name]
@@ -298,6 +299,15 @@ def _tokens(tokens: np.ndarray, count: int) -> Tensor | None:
     return None if len(tokens) == count else torch.from_numpy(tokens)
 
 
+def _flat(stream: Tensor) -> Tensor:
+    """(n, d) of what vLLM's backend for models of transformers has as (1, n, d)."""
+    return stream if stream.dim() == 2 else stream.view(-1, stream.shape[-1])
+
+
+def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
+
+
 def _all(tokens: Tensor | None) -> Any:
     return slice(None) if tokens is None else tokens
 
@@ -319,8 +329,25 @@ def find_places_with(context: Callable[[], dict[str, Any]]) -> None:
     _context = context
 
 
+class Direct(torch._ops.OpOverload):
+    """The op as compiled code calls it: its function, unless what it is called with is being traced.
+
+    PyTorch's dispatch of an op that Python implements takes 6 µs between two layers, several times what the function takes that
+    finds nothing to do; and no key but the device's has a kernel here.
+    """
+
+    def __call__(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
+        """Read and edit the stream at a place."""
+        if type(stream) is Tensor and not _modes():
+            _context()[CONTEXT].edit_(stream, hidden, place)
+        else:
+            super().__call__(stream, hidden, place)
+
+
+_modes = torch._C._len_torch_dispatch_stack
 _library = torch.library.Library("steerfast", "FRAGMENT")
 _library.define("engine_edit_(Tensor(a!) stream, Tensor? hidden, str place) -> ()")
 for _key in ("CPU", "CUDA"):
     _library.impl("engine_edit_", _engine_edit_, _key)
 torch.library.register_fake("steerfast::engine_edit_", lambda *_: None, lib=_library)
+torch.ops.steerfast.engine_edit_.default.__class__ = Direct

@@ -28,6 +28,9 @@ ROWS = 1 << 14
 """Requests with gates that can be in flight, preempted ones among them."""
 
 
+_NOWHERE: frozenset[tuple[str, bool]] = frozenset()
+
+
 @dataclass(frozen=True, eq=False)
 class Gate:
     """One condition of a plan.
@@ -66,11 +69,12 @@ class Group:
         conditions: list[Condition] = [gate.when.condition for _, gate in gates]
         self.numbers = sent([number for number, _ in gates], torch.int64)
         self.columns = sent([columns[number] for number, _ in gates], torch.int64)
-        self.level = sent([one.threshold for one in conditions], torch.float32)
-        self.release = sent(
-            [one.threshold if one.release is None else one.release for one in conditions], torch.float32
-        )
-        self.above = sent([one.above for one in conditions], torch.bool)
+        signs = [1.0 if one.above else -1.0 for one in conditions]
+        self.sign = sent(signs, torch.float32)
+        self.level = sent([sign * one.threshold for sign, one in zip(signs, conditions, strict=True)], torch.float32)
+        ends = [one.threshold if one.release is None else one.release for one in conditions]
+        self.release = sent([sign * end for sign, end in zip(signs, ends, strict=True)], torch.float32)
+        self.latches = any(not gate.when.per_token for _, gate in gates)
         self.each = sent([gate.when.per_token for _, gate in gates], torch.bool)
         self.held = sent([one.release is not None for one in conditions], torch.bool)
         self.holds = any(one.release is not None for one in conditions)
@@ -115,6 +119,7 @@ class Gates:
         self._free = list(range(rows - 1, 0, -1))  # row 0 takes what belongs to no request
         self._requests: dict[str, tuple[int, frozenset[tuple[str, bool]]]] = {}
         self._reached = 0
+        self._batch: list[tuple[int, frozenset[tuple[str, bool]]] | None] | None = None  # that decoded last
         self._always = device.type != "cpu"
         self.active = self._always and count > 0
         """Whether a request of the running step has gates; on a GPU, whose graph may be captured, always."""
@@ -173,11 +178,16 @@ class Gates:
     ) -> frozenset[tuple[str, bool]]:
         """A step begins; arguments as of `RowTable.fill`. Returns the places that its gates read."""
         found = [self._requests.get(request) for request in requests] if self._requests else []
-        read = frozenset[tuple[str, bool]]().union(*(one[1] for one in found if one is not None))
+        read = _NOWHERE.union(*(one[1] for one in found if one is not None)) if found else _NOWHERE
         if not read:
-            self._row[: self._reached].zero_()
-            self._reached, self.active = 0, self._always and bool(self._gates)
+            if self._reached:
+                self._row[: self._reached].zero_()
+            self._reached, self.active, self._batch = 0, self._always and bool(self._gates), None
             return read
+        if tokens == len(found) and found == self._batch:  # it decodes, as in the step before
+            self._position[:tokens] = positions[:tokens]
+            return read
+        self._batch = found if tokens == len(found) else None
         index = self._send([0 if one is None else one[0] for one in found])
         bounds = starts[: len(found) + 1].to(torch.int64)
         here = self._count[:tokens]
@@ -189,14 +199,21 @@ class Gates:
         return read
 
     def judge(self, scores: Tensor, place: str, after: bool) -> None:
-        """Decide the gates of a place from the scores (n, columns) that its probes have just written."""
+        """Decide the gates of a place from the scores (n, columns) that its probes have just written.
+
+        Scores and levels of those that look below are taken with the other sign.
+        """
         group = self._groups.get((place, after)) if self.active else None
         if group is None:
             return
         count = len(scores)
-        score, row, position = scores[:, group.columns], self._row[:count], self._position[:count]
-        on = torch.where(group.above, score > group.level, score < group.level)
+        score = scores[:, group.columns] * group.sign
+        on = score > group.level
         each = self._hysteresis(group, score, on) if group.holds else on
+        if not group.latches:
+            self._open[:count].index_copy_(1, group.numbers + 1, each)
+            return
+        row, position = self._row[:count], self._position[:count]
         ends = self._end[row]
         last = torch.where(position == ends, row, 0)
         self._latch[last[:, None], group.numbers] = on
@@ -208,6 +225,10 @@ class Gates:
         gates = self._gate_of.get(place) if self.active else None
         if gates is None:
             return rows
+        if not self._always:  # NumPy's small calls cost a tenth
+            slots = rows.numpy()
+            acts = np.take_along_axis(self._open.numpy()[: len(slots)], gates.numpy()[slots + 1], 1)
+            return torch.from_numpy(np.where(acts, slots, np.int32(-1)))
         return torch.where(self._open[: len(rows)].gather(1, gates[rows.long() + 1]), rows, -1)
 
     def decided(self, plans: Iterable[str], token: int) -> dict[str, bool]:
@@ -219,7 +240,7 @@ class Gates:
         """As `held` of conditions, for tokens of many requests side by side; where a gate has no release, `on`."""
         count = len(score)
         row, first = self._row[:count], self._first[:count]
-        off = torch.where(group.above, score < group.release, score > group.release)
+        off = score < group.release
         order = 2 * (self._count[:count] + 1)[:, None]
         latest = torch.where(on | off, order + on.long(), 0).cummax(0).values
         before = self._state[row[:, None], group.numbers] & (self._position[first] > 0)[:, None]

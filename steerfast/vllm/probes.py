@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -130,9 +131,11 @@ class PlaceReader:
         self.columns = frozenset(served[name].column for name in probes)
         """The first column of each."""
         self.plain = all(map(is_row, probes.values()))
+        self.width = next(iter(probes.values())).width
         self.watches = any(name.startswith(GATE) for name in probes)
         self._finish: list[tuple[slice, slice, Callable[[Tensor, Tensor], Tensor]]] = []
-        self._others: list[tuple[slice, Callable[[Tensor, Tensor], None]]] = []
+        self._others: list[tuple[slice, Callable[[Tensor, Any], None]]] = []
+        self._on_host = device.type == "cpu"
         reached = 0
         for name, probe in probes.items():
             columns = slice(served[name].column, served[name].column + served[name].columns)
@@ -150,12 +153,14 @@ class PlaceReader:
     @in_full_precision
     def write(self, x: Tensor, scores: Tensor) -> None:
         """What the probes find in x, float32 (n, d), into their columns of scores, float32 (n, columns)."""
+        table: Any = scores.numpy() if self._on_host else scores  # NumPy's small calls cost a tenth
         if self._weight is not None and self._bias is not None:
             found = torch.addmm(self._bias, x, self._weight)
             for columns, rows, finish in self._finish:
-                scores[:, columns] = finish(found[:, rows], x)
+                part = finish(found[:, rows], x)
+                table[:, columns] = part.numpy() if self._on_host else part
         for columns, write in self._others:
-            write(x, scores[:, columns])
+            write(x, table[:, columns])
 
 
 def _as_rows(probe: Probe, device: torch.device) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]] | None:
@@ -189,18 +194,19 @@ def _share(found: Tensor, x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(found, dim=-1, keepdim=True) / torch.where(length == 0, 1, length)
 
 
-def _numbers(probe: Probe, device: torch.device) -> Callable[[Tensor, Tensor], None]:
-    """What writes what a probe finds in x into float32 columns."""
+def _numbers(probe: Probe, device: torch.device) -> Callable[[Tensor, Any], None]:
+    """What writes what a probe finds in x into float32 columns: of a tensor, on a CPU of an array."""
     program = probe.program(device)
+    there = Tensor.numpy if device.type == "cpu" else Tensor.detach
 
-    def run(x: Tensor, scores: Tensor) -> None:
+    def run(x: Tensor, scores: Any) -> None:
         found = program(x)
         if isinstance(found, tuple):
             half = scores.shape[1] // 2
-            scores[:, :half] = found[0]
-            scores[:, half:] = found[1]  # whole numbers up to 2²⁴ are exact
+            scores[:, :half] = there(found[0])
+            scores[:, half:] = there(found[1])  # whole numbers up to 2²⁴ are exact
         else:
-            scores.copy_(found.reshape(scores.shape))
+            scores[:] = there(found.reshape(scores.shape))
 
     return run
 
@@ -226,6 +232,21 @@ GATE = "/"
 """How the name of a probe begins that belongs to a condition; no folder has such a name."""
 
 
+class Room:
+    """Memory on the host that grows and is used again."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def of(self, shape: tuple[int, ...], dtype: torch.dtype, number: int = 0) -> Tensor:
+        """A tensor in the memory of this dtype and number, whatever stands there."""
+        count, part = math.prod(shape), self._parts.get((dtype, number))
+        if part is None or len(part) < count:
+            with torch.inference_mode(False):  # what is made inside could not be written to outside
+                part = self._parts[dtype, number] = torch.empty(count, dtype=dtype)
+        return part[:count].view(shape)
+
+
 class Later:
     """Places whose probes are all products with rows: the stream of each is kept, and read when the step has run, in one product.
 
@@ -234,13 +255,14 @@ class Later:
     Args:
         places: The probes of each, by name.
         served: Their columns.
+        room: For what is kept, one for all of these of which one is used at a time.
     """
 
-    def __init__(self, places: Sequence[Mapping[str, Probe]], served: Mapping[str, ServedProbe]) -> None:
+    def __init__(self, places: Sequence[Mapping[str, Probe]], served: Mapping[str, ServedProbe], room: Room) -> None:
         parts = [[(name, _rows(one), one) for name, one in probes.items()] for probes in places]
         most = max(sum(len(weight) for _, weight, _ in part) for part in parts)
-        self._weight = torch.zeros(len(parts), parts[0][0][1].shape[1], most)
-        self._bias = torch.zeros(len(parts), 1, most)
+        weights = torch.zeros(len(parts), parts[0][0][1].shape[1], most)
+        biases = torch.zeros(len(parts), 1, most)
         at: dict[bool, list[tuple[int, int, int]]] = {
             False: [],
             True: [],
@@ -250,25 +272,44 @@ class Later:
             for name, weight, probe in part:
                 rows = slice(reached, reached + len(weight))
                 bias: Any = probe.bias  # type: ignore[attr-defined]
-                self._weight[i, :, rows], self._bias[i, 0, rows] = weight.T, torch.as_tensor(bias)
+                weights[i, :, rows], biases[i, 0, rows] = weight.T, torch.as_tensor(bias)
                 column = served[name].column
                 at[isinstance(probe, LogisticProbe)] += [(i, reached + j, column + j) for j in range(len(weight))]
                 reached = rows.stop
         self._at = {kind: np.array(found).T for kind, found in at.items() if found}
-        self._kept = torch.empty(len(parts), 0, self._weight.shape[1])
+        self._weight, self._bias = weights.numpy(), biases.numpy()
+        self._room = room
+        self._count = 0  # of the tokens that there is room for
+        self._none = self._kept = self._wide = torch.empty(0)
+        self._views: list[Tensor] = []  # of each place: the two halves of its stream, one after the other
+        self._halves = self._found = np.empty(0)
 
     def keep(self, i: int, x: Tensor, hidden: Tensor | None) -> None:
-        """The stream of a place: x (n, d), or hidden + x."""
-        if len(x) > self._kept.shape[1]:
-            self._kept = self._kept.new_empty(len(self._kept), len(x), x.shape[1])
-        kept = self._kept[i, : len(x)].copy_(x)
-        if hidden is not None:
-            kept.add_(hidden)
+        """The stream of a place: x (n, d), or hidden + x, which are added up later: this is one copy."""
+        if x.shape[0] != self._count:
+            self._make_room(x)
+        torch.cat((x, self._none if hidden is None else hidden), out=self._views[i])
 
     def write(self, scores: Tensor) -> None:
         """What all of them find, into scores, float32 (n, columns)."""
+        self._wide.copy_(self._kept)
+        stream = np.add(self._halves[:, 0], self._halves[:, 1], out=self._halves[:, 0])
         # NumPy's product of many narrow matrices takes a tenth of PyTorch's.
-        found = self._kept[:, : len(scores)].numpy() @ self._weight.numpy() + self._bias.numpy()
+        found = np.matmul(stream, self._weight, out=self._found)
+        found += self._bias
+        table = scores.numpy()
         for probability, (place, row, column) in self._at.items():
-            values = torch.from_numpy(found[place, :, row].T)
-            scores.numpy()[:, column] = (torch.sigmoid(values) if probability else values).numpy()
+            values = found[place, : len(table), row]  # (columns, n)
+            if probability:
+                torch.sigmoid_(torch.from_numpy(values))
+            table[:, column] = values.T
+
+    def _make_room(self, x: Tensor) -> None:
+        count, width, places = *x.shape, len(self._weight)
+        self._kept = self._room.of((places, 2, count, width), x.dtype)
+        self._wide = self._room.of((places, 2, count, width), torch.float32, 1)
+        self._halves = self._wide.numpy()
+        self._found = np.empty((places, count, self._weight.shape[2]), dtype=np.float32)
+        self._none = x.new_zeros(count, width)
+        self._views = [*self._kept.view(places, 2 * count, width)]
+        self._count = count

@@ -91,13 +91,19 @@ def _update(
     if found is None:
         return original(scheduler, scheduler_output, model_runner_output, *args)
     desk: Desk = scheduler.steerfast_desk
+    if desk.put_aside(found):
+        with desk.open() as left:
+            outputs = original(scheduler, scheduler_output, model_runner_output, *args)
+            if left:
+                _send(desk, outputs)
+        return outputs
     readings: dict[str, Reading] = {}
     for rows in found:
         name, first, scores = rows
         request = scheduler.requests.get(name)
         if request is None or request.is_finished():
             continue
-        reading = readings[name] = _reading(scheduler, request)
+        reading = readings[name] = desk.readings[name] = _reading(scheduler, request)
         # Where a step's tokens will be sampled anew, its scores are of tokens that the text will not have.
         if not (request.num_stale_output_tokens and request.drop_stale_output):
             desk.note(rows)
@@ -105,18 +111,28 @@ def _update(
                 request.steerfast_crossed = reading.crossed(
                     first, scores, request.all_token_ids, request.num_prompt_tokens
                 )
+        if request.sampling_params.stop:
+            desk.hasty.add(name)
     limited = [name for name, reading in readings.items() if reading.limits]
+    if not limited and desk.hasty.isdisjoint(readings):
+        desk.follow(found, {name: scheduler.requests[name] for name in readings})
     with desk.open(), _ending() if limited else nullcontext():
         outputs = original(scheduler, scheduler_output, model_runner_output, *args)
         _end_unfinished(scheduler, limited, outputs)
-        for sent in outputs.values():
-            for output in sent.outputs:
-                if output.request_id not in readings:
-                    continue
-                message = desk.message(output.request_id, readings[output.request_id])
-                if message is not None:
-                    output.kv_transfer_params = {**(output.kv_transfer_params or {}), ANSWERED: message}
+        _send(desk, outputs)
     return outputs
+
+
+def _send(desk: Desk, outputs: dict[int, Any]) -> None:
+    """Give the outputs of requests that end, or that the front end may end, what these have read."""
+    for sent in outputs.values():
+        for output in sent.outputs:
+            reading = desk.readings.get(output.request_id)
+            if reading is None or (output.finish_reason is None and output.request_id not in desk.hasty):
+                continue
+            message = desk.message(output.request_id, reading)
+            if message is not None:
+                output.kv_transfer_params = {**(output.kv_transfer_params or {}), ANSWERED: message}
 
 
 def _reading(scheduler: Any, request: Any) -> Reading:

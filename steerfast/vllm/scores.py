@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +29,13 @@ from steerfast._positions import EVER, Selector, allowed, parse, resolved
 from .fields import LONGEST, PROBES, names_of, selector_of, short, steer_fields
 from .pieces import Piece, pieces
 from .probes import ProbeLibrary, ServedProbe
-from .reading import Rows, Wanted
+from .reading import Decoded, Found, Reader, Rows, Wanted
 
 MOST_PROBES = 64
 """Probes that one request may name."""
+_STALE = attrgetter("num_stale_output_tokens")  # of a request that was preempted while it ran
+MOST_ASIDE = 64
+"""Steps of the same requests that are put aside."""
 MOST_NEW = 256
 """Steps whose scores an answer keeps as they came."""
 ANSWERED = "steerfast"
@@ -200,23 +204,52 @@ def _served(name: str, library: ProbeLibrary) -> ServedProbe:
 
 
 class Desk:
-    """The scheduler's side: scores that have come from the workers and not gone to the front end yet."""
+    """The scheduler's side: scores that have come from the workers and not gone to the front end yet.
+
+    They go there with a request's last output; where the front end itself may end a request, with each. While the same requests
+    decode, a step's scores are put aside as they came, and are sorted by request many steps at once.
+    """
 
     def __init__(self) -> None:
         self._new: dict[str, list[tuple[int, bytes]]] = {}
         self._told: set[str] = set()  # requests of which the front end knows what they read
         self._left: list[str] | None = None  # while outputs are made: what has left, and still has an output to go with
+        self._steps: list[Decoded] = []  # put aside
+        self._readers: tuple[Reader, ...] = ()  # of these steps, and
+        self._following: dict[str, Any] = {}  # these requests as the scheduler has them, whose next step may come, too
+        self.readings: dict[str, Reading] = {}
+        """What the requests read of which something has come."""
+        self.hasty: set[str] = set()
+        """Those of them that the front end may end, at a text: what they read goes there with each output."""
 
     def __len__(self) -> int:
-        return len(self._told | self._new.keys())
+        return len(self._told | self._new.keys() | self._following.keys() | self.readings.keys())
 
     def note(self, rows: Rows) -> None:
         """What a request has read in a step."""
         request, first, scores = rows
         self._new.setdefault(request, []).append((first, scores.tobytes()))
 
+    def follow(self, found: Found, requests: Mapping[str, Any]) -> None:
+        """A step has come whose requests go on: none of them has to be looked at before something about them changes."""
+        if isinstance(found, Decoded) and len(found.readers) == len(requests):
+            self._readers, self._following = found.readers, dict(requests)
+
+    def put_aside(self, found: Found) -> bool:
+        """What the requests that are followed have read in a further step; False: it is another step, to be noted."""
+        goes_on = self._following and isinstance(found, Decoded) and found.readers == self._readers
+        if not goes_on or any(map(_STALE, self._following.values())):
+            self._settle()
+            self._following = {}
+            return False
+        self._steps.append(found)  # type: ignore[arg-type]
+        if len(self._steps) >= MOST_ASIDE:
+            self._settle()
+        return True
+
     def message(self, request: str, reading: Reading) -> dict[str, Any] | None:
         """What the next output of a request carries to the front end."""
+        self._settle()
         new = self._new.pop(request, None)
         if new is None:
             return None
@@ -226,13 +259,13 @@ class Desk:
         return {"rows": new, "reading": _flat(reading)}
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """While outputs are made: a request that leaves still has one."""
-        self._left = []
+    def open(self) -> Iterator[list[str]]:
+        """While outputs are made: a request that leaves, which is in this list then, still has one."""
+        left = self._left = []
         try:
-            yield
+            yield left
         finally:
-            left, self._left = self._left, None
+            self._left = None
             for request in left:
                 self.end(request)
 
@@ -241,8 +274,29 @@ class Desk:
         if self._left is not None:
             self._left.append(request)
             return
+        if request in self._following:
+            self._settle()
+            self._following = {}
+        self.readings.pop(request, None)
+        self.hasty.discard(request)
         self._new.pop(request, None)
         self._told.discard(request)
+
+    def _settle(self) -> None:
+        """Sort what has been put aside by request."""
+        steps, self._steps = self._steps, []
+        if not steps:
+            return
+        positions = np.stack([step.positions for step in steps])
+        if (np.diff(positions, axis=0) != 1).any():
+            for step in steps:
+                for rows in step:
+                    self.note(rows)
+            return
+        scores = np.stack([step.scores for step in steps], 1)  # (requests, steps, columns)
+        for reader, first, found in zip(self._readers, positions[0].tolist(), scores, strict=True):
+            skipped = min(max(reader.first - first, 0), len(steps))
+            self.note((reader.name, first + skipped, found[skipped:, steps[0].of(reader)]))
 
 
 def _flat(reading: Reading) -> dict[str, Any]:
