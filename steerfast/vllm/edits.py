@@ -333,21 +333,23 @@ class Direct(torch._ops.OpOverload):
     """The op as compiled code calls it: its function, unless what it is called with is being traced.
 
     PyTorch's dispatch of an op that Python implements takes 6 µs between two layers, several times what the function takes that
-    finds nothing to do; and no key but the device's has a kernel here.
+    finds nothing to do; and no key but the device's has a kernel here. Whether something traces is asked by a private name of
+    PyTorch: a release without it dispatches.
     """
 
     def __call__(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
         """Read and edit the stream at a place."""
-        if type(stream) is Tensor and not _modes():
+        if type(stream) is Tensor and _modes is not None and not _modes():
             _context()[CONTEXT].edit_(stream, hidden, place)
         else:
             super().__call__(stream, hidden, place)
 
 
-_modes = torch._C._len_torch_dispatch_stack
+_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _library = torch.library.Library("steerfast", "FRAGMENT")
 _library.define("engine_edit_(Tensor(a!) stream, Tensor? hidden, str place) -> ()")
 for _key in ("CPU", "CUDA"):
     _library.impl("engine_edit_", _engine_edit_, _key)
 torch.library.register_fake("steerfast::engine_edit_", lambda *_: None, lib=_library)
-torch.ops.steerfast.engine_edit_.default.__class__ = Direct
+if _modes is not None:
+    torch.ops.steerfast.engine_edit_.default.__class__ = Direct
