@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ from steerfast.sae.cache import ActivationCache, CacheConfig, cache_activations,
 from steerfast.sae.contexts import Contexts, packed
 from steerfast.sae.evaluate import evaluate_sae
 from steerfast.sae.model import SAE
+from steerfast.sae.training import selection
 from steerfast.sae.training.checkpoints import Checkpoints
 from steerfast.sae.training.config import TrainConfig, TrainReport
 from steerfast.sae.training.distributed import Alone
@@ -64,6 +66,18 @@ def test_top_is_exact(features: int, screened: bool) -> None:
     found = values.sort(1, descending=True).values
     assert torch.allclose(found.double(), expected.values.clamp(min=0), rtol=1e-5, atol=1e-5)
     assert torch.equal(indices.sort(1).values, expected.indices.sort(1).values)
+
+
+@pytest.mark.parametrize(
+    "features", [192, 200]
+)  # the last block of 40 features: whole, and too short for all candidates
+def test_candidates_of_several_blocks_of_features(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_WEIGHTS", 40 * D)
+    x, w, b = torch.randn(31, D), torch.randn(features, D), torch.randn(features)
+    values, indices = top(Encoder(x, w, b), K, screened=True)
+    expected = torch.addmm(b.double(), x.double(), w.double().T).topk(K)
+    assert torch.equal(indices.sort(1).values, expected.indices.sort(1).values)
+    assert torch.allclose(values.sort(1, descending=True).values.double(), expected.values, rtol=1e-5, atol=1e-5)
 
 
 def test_candidates_in_bfloat16_that_are_too_close_are_done_again() -> None:
@@ -362,6 +376,43 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
 
 def _last_step(folder: Path) -> int:
     return max((int(file.parent.name.split("-")[1]) for file in folder.glob("checkpoint-*/run.json")), default=-1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of the process from /proc")
+def test_a_checkpoint_needs_no_memory_of_its_own(tmp_path: Path) -> None:
+    """The process grows by less than a fifth of what is written; one copy of the state would be all of it."""
+    trainer = Trainer(changed(features=16384, k=4), [rows(500, 256)], Alone())
+    for average, square in trainer.moments.values():  # zeros that were never written take no memory
+        average.fill_(1), square.fill_(1)
+    size = sum(value.nbytes for value in trainer.state().values())
+    folder = Checkpoints(tmp_path, "run", Alone())
+    with most_memory() as most:
+        folder.save([trainer])
+        folder.finish()
+    assert sum(file.stat().st_size for file in tmp_path.glob("*/*.safetensors")) > size > 90e6
+    assert most() < size / 5
+
+
+@contextmanager
+def most_memory() -> Iterator[Callable[[], int]]:
+    """How far the process's own memory grew at most inside the block, in bytes, asked every millisecond."""
+
+    def now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(now())
+
+    begin, seen, done = now(), [0], threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield lambda: max(seen) - begin
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ from .distributed import Alone
 
 _ELEMENTS = 1 << 21  # of the pre-activations at once: 8 MB, which stays in a processor's cache
 _BFLOAT16 = 2.0**-8  # relative error of rounding to bfloat16
+_WEIGHTS = (
+    1 << 23
+)  # elements of the weights that exist in bfloat16 at once: 16 MB, and as much where the product orders them anew
 _ROWS = 1024  # of the weights that are rounded at once
 _LEAST_ROWS = 64  # fewer rows do not pay for rounding the weights
 
@@ -150,14 +153,8 @@ def _pays(encoder: Encoder, k: int) -> bool:
 def _screened(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
     """`top` by candidates: the best 7/4·k of a product in bfloat16, then float32."""
     centred, w, b = encoder.centred, encoder.w_enc, encoder.b_enc
-    small, lost_w = _rounded(w)
-    bias, count = b.to(torch.bfloat16), k + (3 * k + 3) // 4
-    found, bounds, rounded = [], [], centred.to(torch.bfloat16)
-    for part in rounded.split(max(1, _ELEMENTS // len(w))):
-        scores, features = _best(torch.addmm(bias, part, small.T), count)
-        found.append(features)
-        bounds.append(scores.amin(1))
-    candidates, bound = torch.cat(found), torch.cat(bounds).float()
+    count, rounded = k + (3 * k + 3) // 4, centred.to(torch.bfloat16)
+    candidates, bound, lost_w = _candidates(rounded, w, b.to(torch.bfloat16), count)
     starts = torch.arange(0, candidates.numel(), count, device=w.device)
     exact = dots(starts, candidates.flatten(), w, centred).view_as(candidates) + b[candidates]
     values, places = exact.topk(k, dim=1, sorted=False)
@@ -171,6 +168,26 @@ def _screened(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
         again = top(Encoder(centred[unsure], w, b), k, screened=False)
         values[unsure], features[unsure] = again
     return values.clamp_(min=0), features
+
+
+def _candidates(rows: Tensor, w: Tensor, b: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of a product in bfloat16, a block of features at a time: int64 features (n, count), the least score of each
+    row's, (n,), and what a row of the weights lost by rounding, at most.
+    """
+    found, lost = [], []
+    size = max(_WEIGHTS // w.shape[1], 4 * count)
+    for first in range(0, len(w), size):
+        small, lost_here = _rounded(w[first : first + size])
+        bias, most = b[first : first + size], min(count, len(small))
+        parts = rows.split(max(1, _ELEMENTS // len(small)))
+        best = [_best(torch.addmm(bias, part, small.T), most) for part in parts]
+        found.append((torch.cat([scores for scores, _ in best]), torch.cat([places for _, places in best]) + first))
+        lost.append(lost_here)
+    scores, features = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+    if len(found) > 1:
+        scores, places = scores.topk(count, dim=1, sorted=False)
+        features = features.gather(1, places)
+    return features, scores.amin(1).float(), torch.stack(lost).max()
 
 
 def _rounded(w: Tensor) -> tuple[Tensor, Tensor]:
