@@ -36,7 +36,7 @@ class Checkpoints:
     """The checkpoints of a run in a directory: checkpoint-STEP with safetensors files and, once these are whole, run.json, which
     names them.
 
-    `torch.distributed.checkpoint` writes them, each process its part, once. From a GPU they are written beside the training, from a
+    `torch.distributed.checkpoint` writes them, each process its part, once. From a GPU it happens beside the training, from a
     copy in host memory. On a CPU, where a copy would double what training holds, the system's file cache takes them between two
     steps from where they lie, and only the disk is waited for beside the training. The checkpoint before it is removed only when
     a new one is whole; so at any moment one complete checkpoint exists.
