@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import steerfast as sf
+from steerfast.files.claim import Claim
 from steerfast.place import Origin
 from steerfast.sae import contexts as contexts_module
 from steerfast.sae import evaluate as evaluate_module
@@ -441,6 +442,37 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train_sae(rows(1500), CONFIG, tmp_path)
 
 
+def test_two_runs_into_one_directory(tmp_path: Path) -> None:
+    """The second is refused while the first is at work, and nothing of the first is lost."""
+    refused = []
+
+    def meanwhile(report: TrainReport) -> None:
+        if report.step == 10:
+            for config in (CONFIG, changed(k=3)):
+                with pytest.raises(ValueError, match=f"another run is at work in {tmp_path}; wait for its end"):
+                    train_sae(rows(1500), config, tmp_path)
+                refused.append(config)
+
+    sae = train_sae(rows(1500), CONFIG, tmp_path, checkpoint_every=5, progress=meanwhile)
+    assert len(refused) == 2
+    assert equal(sae, train_sae(rows(1500), CONFIG))
+    assert equal(sae, train_sae(rows(1500), CONFIG, tmp_path))
+
+
+def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
+    hold = "import sys, time; from pathlib import Path; from steerfast.files.claim import Claim\n"
+    hold += "held = Claim(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError):
+            Claim(tmp_path)
+        Claim(tmp_path, ".other").close()
+        process.kill()
+    Claim(tmp_path).close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_folders_of_others_stay(tmp_path: Path) -> None:
     """Trainers of language models keep theirs in checkpoint-500, too."""
     others = [tmp_path / name for name in ("checkpoint-500", "checkpoint-best")]
@@ -555,6 +587,8 @@ def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypat
     def stop(line: str) -> None:
         said.append(line)
         if len(said) == 2:
+            with pytest.raises(ValueError, match=r"another process collects into .*part; wait for its end"):
+                cache_activations(*arguments, tmp_path / "part", context=32)
             raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -562,8 +596,14 @@ def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypat
     with pytest.raises(ValueError, match=f"lacks {len(whole.counts) - 2} of {len(whole.counts)} shards"):
         ActivationCache.open(tmp_path / "part")
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "part").glob("*.safetensors")}
+    for name in (
+        ".00002.safetensors.999",
+        ".mine.safetensors.999",
+    ):  # what a kill in the middle of a write leaves, and not
+        (tmp_path / "part" / name).touch()
     part = cache_activations(*arguments, tmp_path / "part", context=32)
     assert {name: (tmp_path / "part" / name).stat().st_mtime_ns for name in before} == before
+    assert [file.name for file in (tmp_path / "part").glob(".*.safetensors.*")] == [".mine.safetensors.999"]
     assert part.counts == whole.counts == ActivationCache.open(tmp_path / "part").counts
     for shard in range(len(whole.counts)):
         assert torch.equal(part.read(shard), whole.read(shard))

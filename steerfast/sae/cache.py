@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from steerfast._checks import checked_part, whole_number
+from steerfast.files.claim import Claim
 from steerfast.files.replace import replace_file
 from steerfast.place import Origin, Place
 
@@ -36,6 +38,7 @@ MANIFEST = "cache.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """Of stored rows, by the name that a manifest has for them."""
 _PART = re.compile(r"cache\.(\d+)of(\d+)\.json")
+_UNFINISHED = re.compile(r"\.(\d{5,})\.safetensors\.\d+")
 
 
 @dataclass(frozen=True)
@@ -348,13 +351,35 @@ def _collect(
     progress: Callable[[str], None] | None,
 ) -> None:
     """Write the shards of a part that are not there yet, for all places in one forward."""
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    reader.pack(tokenizer, texts, config.context, folders[0])
+    with ExitStack() as claims:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            claims.enter_context(_claimed(reader.owner, folder, config.part))
+        reader.pack(tokenizer, texts, config.context, folders[0])
+        _write(reader, folders, config, progress)
+
+
+def _claimed(owner: str, folder: Path, part: tuple[int, int]) -> Claim:
+    """The files of a part, for this process alone."""
+    try:
+        return Claim(folder, f".{_manifest_file(folder, part).stem}.lock")
+    except BlockingIOError:
+        raise ValueError(
+            f"{owner}: another process collects into {folder}; wait for its end, or choose another directory or part"
+        ) from None
+
+
+def _write(
+    reader: PlaceReader, folders: list[Path], config: CacheConfig, progress: Callable[[str], None] | None
+) -> None:
+    """Write the shards of the reader's texts."""
     infos = {place: info_of(reader, place, config.stored) for place in reader.points}
     at = dict(zip(infos, folders, strict=True))
     counts = {place: _resume(reader.owner, at[place], info, config.part) for place, info in infos.items()}
     numbers = _numbers(next(iter(infos.values())), config.part)
+    for file in (file for folder in folders for file in folder.glob(".*.safetensors.*")):
+        if (left := _UNFINISHED.fullmatch(file.name)) and int(left[1]) in numbers:
+            file.unlink()  # of a process that was killed while it wrote
     for done, number in enumerate(numbers):
         missing = [place for place in infos if len(counts[place]) <= done]
         if not missing:

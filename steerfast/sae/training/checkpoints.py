@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as Written
 
+from steerfast.files.claim import Claim
 from steerfast.files.replace import replace_file
 
 from .distributed import Alone, together
@@ -46,6 +47,7 @@ class Checkpoints:
         self.directory, self.fingerprint, self.split = directory, fingerprint, split
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+        self._claim: Claim | None = None
         directory.mkdir(parents=True, exist_ok=True)
 
     def save(self, trainers: Sequence[Trainer]) -> None:
@@ -79,12 +81,25 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
+    def close(self) -> None:
+        """Let another run have the directory."""
+        if self._claim is not None:
+            self._claim.close()
+
     def load(self, trainers: Sequence[Trainer]) -> None:
-        """Bring trainers to the last whole checkpoint; without any, leave them.
+        """Claim the directory, and bring trainers to the last whole checkpoint; without any, leave them.
 
         Raises:
-            ValueError: the checkpoint is of another run, or damaged; processes see different directories.
+            ValueError: the checkpoint is of another run, or damaged; another run is at work in the directory; processes see
+                different directories.
         """
+        if self.split.rank == 0:
+            try:
+                self._claim = Claim(self.directory)
+            except BlockingIOError:
+                raise ValueError(
+                    f"train_sae: another run is at work in {self.directory}; wait for its end, or choose another directory"
+                ) from None
         if old := next(self.directory.glob("checkpoint-*.safetensors"), None):
             raise ValueError(
                 f"train_sae: {old} is a checkpoint of an older version, which this one does not go on from; choose another "
