@@ -610,8 +610,16 @@ def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypat
     with pytest.raises(ValueError, match="layer 1 there, 2 here"):
         cache_activations(model, tokenizer, TEXTS, ("resid_post", 2), tmp_path / "part", context=32)
     (tmp_path / "part" / "00001.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=r"damaged .* run the collection again, it makes this shard anew"):
         ActivationCache.open(tmp_path / "part").read(1)
+    (tmp_path / "part" / "00000.safetensors").unlink()
+    with pytest.raises(ValueError, match="is gone; run the collection again, it makes this shard anew"):
+        ActivationCache.open(tmp_path / "part")
+    said[:] = ["", ""]
+    mended = cache_activations(*arguments, tmp_path / "part", context=32, progress=said.append)
+    assert len(said) == 4  # two shards were made, no more
+    assert mended.counts == whole.counts
+    assert all(torch.equal(mended.read(shard), whole.read(shard)) for shard in range(len(whole.counts)))
 
 
 @pytest.mark.model

@@ -169,7 +169,8 @@ class ActivationCache:
         for number in counts:
             if not shard_file(path, number).is_file():
                 raise ValueError(
-                    f"ActivationCache: {shard_file(path, number)} is gone; remove {path} and collect again"
+                    f"ActivationCache: {shard_file(path, number)} is gone; run the collection again, it makes "
+                    "this shard anew"
                 )
         return cls(path, info, tuple(counts[number] for number in range(info.shards)))
 
@@ -185,7 +186,7 @@ class ActivationCache:
         if rows.shape != (self.counts[shard], self.info.d):
             raise ValueError(
                 f"ActivationCache: {path} holds {tuple(rows.shape)}, its manifest says ({self.counts[shard]}, {self.info.d}); "
-                "it is of another collection: remove the cache and collect again"
+                "it is of another collection: remove it and run the collection again, which makes this shard anew"
             )
         return rows
 
@@ -381,14 +382,14 @@ def _write(
         if (left := _UNFINISHED.fullmatch(file.name)) and int(left[1]) in numbers:
             file.unlink()  # of a process that was killed while it wrote
     for done, number in enumerate(numbers):
-        missing = [place for place in infos if len(counts[place]) <= done]
+        missing = [place for place in infos if len(counts[place]) <= done or not _whole(shard_file(at[place], number))]
         if not missing:
             continue
         tokens, positions = reader.shard(number)
         for place, rows in reader.read(number, missing).items():
             content = {"activations": rows.to(config.dtype), "tokens": tokens, "positions": positions}
             replace_file(shard_file(at[place], number), save(content))
-            counts[place].append(len(positions))
+            counts[place][done : done + 1] = [len(positions)]
             replace_file(_manifest_file(at[place], config.part), manifest(infos[place], counts[place]))
         if progress is not None:
             progress(f"collected shard {done + 1} of {len(numbers)}, {sum(counts[missing[0]])} rows")
@@ -413,7 +414,18 @@ def opened(file: Path) -> Any:
     try:
         return safe_open(file, "pt")
     except Exception as error:
-        raise ValueError(f"ActivationCache: {file} is damaged ({error}); remove the cache and collect again") from error
+        raise ValueError(
+            f"ActivationCache: {file} is damaged ({error}); run the collection again, it makes this shard anew"
+        ) from error
+
+
+def _whole(file: Path) -> bool:
+    """Whether a shard is there and was not cut off."""
+    try:
+        opened(file)
+    except ValueError:
+        return False
+    return True
 
 
 def _resume(owner: str, path: Path, info: CacheInfo, part: tuple[int, int]) -> list[int]:

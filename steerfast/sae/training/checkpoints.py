@@ -134,9 +134,14 @@ class Checkpoints:
             run = header["run"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"train_sae: {folder / _WHOLE} is damaged ({error}); remove {folder}") from error
-        if header.get("schema") != SCHEMA or run != self.fingerprint:
+        if header.get("schema") != SCHEMA:
             raise ValueError(
-                f"train_sae: {self.directory} holds the checkpoint of another run ({run}; this one is {self.fingerprint}); "
+                f"train_sae: {folder} is of schema {header.get('schema')}, this version goes on from {SCHEMA}; choose another "
+                "directory, or remove it and begin anew"
+            )
+        if run != self.fingerprint:
+            raise ValueError(
+                f"train_sae: {self.directory} holds the checkpoint of another run ({_differs(run, self.fingerprint)}); "
                 "choose another directory, or the same data and configuration"
             )
         # what a file that is gone would give keeps the numbers of the beginning, unnoticed
@@ -216,6 +221,31 @@ def _named(folder: Path) -> Iterator[None]:
         raise OSError(
             f"train_sae: {folder} cannot be written ({_reason(error)}); the checkpoint before it stays valid"
         ) from error
+
+
+def _differs(there: str, here: str) -> str:
+    """In what two runs differ, by their fingerprints; the first four of it."""
+    old, new = (dict(_leaves("", json.loads(text))) for text in (there, here))
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    found = [f"{name} {_short(old.get(name))} there, {_short(new.get(name))} here" for name in names[:4]]
+    return "; ".join(found + [f"and {len(names) - 4} more"] * (len(names) > 4))
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What a tree of dicts and short lists holds, each with its path; several runs' fingerprints are a list of texts."""
+    if isinstance(value, str) and value.startswith("{"):
+        value = json.loads(value)
+    if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], str | dict)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from _leaves(f"{name}.{key}" if name else str(key), inner)
+    else:
+        yield name, value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _reason(error: BaseException) -> str:
