@@ -429,8 +429,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     train_sae(rows(1500), CONFIG, tmp_path)
-    with pytest.raises(ValueError, match="another run"):
-        train_sae(rows(1500), changed(seed=1), tmp_path)
+    with pytest.raises(ValueError, match=r"another run \(config\.k 5 there, 4 here; config\.seed 0 there, 1 here\)"):
+        train_sae(rows(1500), changed(seed=1, k=4), tmp_path)
     with pytest.raises(ValueError, match="another run"):
         train_sae(rows(1400), CONFIG, tmp_path)
     (file,) = tmp_path.glob("*/*.safetensors")

@@ -225,7 +225,10 @@ def _named(folder: Path) -> Iterator[None]:
 
 def _differs(there: str, here: str) -> str:
     """In what two runs differ, by their fingerprints; the first four of it."""
-    old, new = (dict(_leaves("", json.loads(text))) for text in (there, here))
+    try:
+        old, new = (dict(_leaves("", json.loads(text))) for text in (there, here))
+    except (TypeError, ValueError):
+        return f"{_short(there)} there"
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     found = [f"{name} {_short(old.get(name))} there, {_short(new.get(name))} here" for name in names[:4]]
     return "; ".join(found + [f"and {len(names) - 4} more"] * (len(names) > 4))
