@@ -58,8 +58,9 @@ define create
 	@touch $@
 endef
 
+# The tests read data sets of Hugging Face, too; the oldest environment does without: `datasets` wants a newer hub.
 $(VENV)/.installed: $(INPUTS) constraints.txt
-	$(call create,$(VENV),constraints.txt constraints-common.txt)
+	$(call create,$(VENV),constraints.txt constraints-common.txt,datasets)
 
 $(VENV_OLDEST)/.installed: $(INPUTS) constraints-oldest.txt
 	$(call create,$(VENV_OLDEST),constraints-oldest.txt constraints-common.txt)
@@ -68,7 +69,7 @@ $(VENV_OLDEST)/.installed: $(INPUTS) constraints-oldest.txt
 .PHONY: $(VENV_NEWEST)/.installed
 $(VENV_NEWEST)/.installed:
 	rm -rf $(VENV_NEWEST)
-	$(call create,$(VENV_NEWEST),/dev/null,$(patsubst %,'%',$(NEWEST)),triton)
+	$(call create,$(VENV_NEWEST),/dev/null,datasets $(patsubst %,'%',$(NEWEST)),triton)
 
 setup: $(VENV)/.installed
 

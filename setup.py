@@ -40,6 +40,7 @@ setup(
             "kernels>=0.12",  # the package that our folder of that name must not hide
             "mypy>=2.0",
             "peft>=0.17",
+            "pyarrow>=17",
             "pytest>=9.0",
             "pytest-benchmark>=5.0",
             "pytest-cov>=7.0",

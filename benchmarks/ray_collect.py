@@ -36,6 +36,8 @@ if __name__ == "__main__":
     # one more, for the task that makes the numbers of the parts
     ray.init(num_cpus=workers + 1)
     todo = ray.data.range(parts, override_num_blocks=parts)
+    # a worker takes its next part when it is done with one: the first that is up would take them all otherwise
+    pool = ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1)
     again = {"max_restarts": -1, "max_task_retries": -1}
     given = [text, out, parts]
-    print(todo.map_batches(Collector, batch_size=1, concurrency=workers, fn_constructor_args=given, **again).take_all())
+    print(todo.map_batches(Collector, batch_size=1, compute=pool, fn_constructor_args=given, **again).take_all())

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from steerfast.place import Origin
 from steerfast.sae import evidence as module
@@ -314,19 +317,16 @@ def test_documents(tmp_path: Path) -> None:
         read_documents(tmp_path / "a.txt", title="(")
 
 
-def test_documents_of_parquet(tmp_path: Path) -> None:
+def test_documents_of_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.parquet"
     file.write_bytes(b"PAR1")
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pyarrow", None)
         with pytest.raises(ImportError, match="needs pyarrow"):
             list(read_documents(file))
-        return
     with pytest.raises(ValueError, match="is no Parquet file"):
         list(read_documents(file))
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["One.", None, "Two."]}), file)
+    parquet.write_table(pyarrow.table({"text": ["One.", None, "Two."]}), file)
     assert list(read_documents(file)) == ["One.", "Two."]
     with pytest.raises(ValueError, match="has no column 'body', but text"):
         list(read_documents(file, key="body"))

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import pyarrow as arrow
 import pytest
 import torch
+from pyarrow import parquet
 
 import steerfast as sf
 from steerfast.sae import tables
 from steerfast.sae.tables import TableRows
-
-arrow = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
 
 D = 24
 ROWS = torch.randn(600, D, generator=torch.Generator().manual_seed(0)).numpy()
@@ -96,7 +96,6 @@ def test_counts_come_from_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("format", ["parquet", "stream"])
 def test_an_address_of_fsspec(format: str, tmp_path: Path) -> None:
-    fsspec = pytest.importorskip("fsspec")
     write(tmp_path / "a", contexts(ROWS), format)
     memory = fsspec.filesystem("memory")
     memory.put(str(tmp_path), "/bucket/rows", recursive=True)

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 import steerfast as sf
+from steerfast.files.claim import Claim
 from steerfast.place import Origin
 from steerfast.sae import contexts as contexts_module
 from steerfast.sae import evaluate as evaluate_module
@@ -29,6 +31,7 @@ from steerfast.sae.cache import ActivationCache, CacheConfig, cache_activations,
 from steerfast.sae.contexts import Contexts, packed
 from steerfast.sae.evaluate import evaluate_sae
 from steerfast.sae.model import SAE
+from steerfast.sae.training import selection
 from steerfast.sae.training.checkpoints import Checkpoints
 from steerfast.sae.training.config import TrainConfig, TrainReport
 from steerfast.sae.training.distributed import Alone
@@ -64,6 +67,18 @@ def test_top_is_exact(features: int, screened: bool) -> None:
     found = values.sort(1, descending=True).values
     assert torch.allclose(found.double(), expected.values.clamp(min=0), rtol=1e-5, atol=1e-5)
     assert torch.equal(indices.sort(1).values, expected.indices.sort(1).values)
+
+
+@pytest.mark.parametrize(
+    "features", [192, 200]
+)  # the last block of 40 features: whole, and too short for all candidates
+def test_candidates_of_several_blocks_of_features(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_WEIGHTS", 40 * D)
+    x, w, b = torch.randn(31, D), torch.randn(features, D), torch.randn(features)
+    values, indices = top(Encoder(x, w, b), K, screened=True)
+    expected = torch.addmm(b.double(), x.double(), w.double().T).topk(K)
+    assert torch.equal(indices.sort(1).values, expected.indices.sort(1).values)
+    assert torch.allclose(values.sort(1, descending=True).values.double(), expected.values, rtol=1e-5, atol=1e-5)
 
 
 def test_candidates_in_bfloat16_that_are_too_close_are_done_again() -> None:
@@ -364,6 +379,43 @@ def _last_step(folder: Path) -> int:
     return max((int(file.parent.name.split("-")[1]) for file in folder.glob("checkpoint-*/run.json")), default=-1)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of the process from /proc")
+def test_a_checkpoint_needs_no_memory_of_its_own(tmp_path: Path) -> None:
+    """The process grows by less than a fifth of what is written; one copy of the state would be all of it."""
+    trainer = Trainer(changed(features=16384, k=4), [rows(500, 256)], Alone())
+    for average, square in trainer.moments.values():  # zeros that were never written take no memory
+        average.fill_(1), square.fill_(1)
+    size = sum(value.nbytes for value in trainer.state().values())
+    folder = Checkpoints(tmp_path, "run", Alone())
+    with most_memory() as most:
+        folder.save([trainer])
+        folder.finish()
+    assert sum(file.stat().st_size for file in tmp_path.glob("*/*.safetensors")) > size > 90e6
+    assert most() < size / 5
+
+
+@contextmanager
+def most_memory() -> Iterator[Callable[[], int]]:
+    """How far the process's own memory grew at most inside the block, in bytes, asked every millisecond."""
+
+    def now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(now())
+
+    begin, seen, done = now(), [0], threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield lambda: max(seen) - begin
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk: the kernel refuses the write in the middle, as a full disk does."""
     program = FULL.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
@@ -377,8 +429,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     train_sae(rows(1500), CONFIG, tmp_path)
-    with pytest.raises(ValueError, match="another run"):
-        train_sae(rows(1500), changed(seed=1), tmp_path)
+    with pytest.raises(ValueError, match=r"another run \(config\.k 5 there, 4 here; config\.seed 0 there, 1 here\)"):
+        train_sae(rows(1500), changed(seed=1, k=4), tmp_path)
     with pytest.raises(ValueError, match="another run"):
         train_sae(rows(1400), CONFIG, tmp_path)
     (file,) = tmp_path.glob("*/*.safetensors")
@@ -388,6 +440,37 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     (file.parent / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is damaged"):
         train_sae(rows(1500), CONFIG, tmp_path)
+
+
+def test_two_runs_into_one_directory(tmp_path: Path) -> None:
+    """The second is refused while the first is at work, and nothing of the first is lost."""
+    refused = []
+
+    def meanwhile(report: TrainReport) -> None:
+        if report.step == 10:
+            for config in (CONFIG, changed(k=3)):
+                with pytest.raises(ValueError, match=f"another run is at work in {tmp_path}; wait for its end"):
+                    train_sae(rows(1500), config, tmp_path)
+                refused.append(config)
+
+    sae = train_sae(rows(1500), CONFIG, tmp_path, checkpoint_every=5, progress=meanwhile)
+    assert len(refused) == 2
+    assert equal(sae, train_sae(rows(1500), CONFIG))
+    assert equal(sae, train_sae(rows(1500), CONFIG, tmp_path))
+
+
+def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
+    hold = "import sys, time; from pathlib import Path; from steerfast.files.claim import Claim\n"
+    hold += "held = Claim(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError):
+            Claim(tmp_path)
+        Claim(tmp_path, ".other").close()
+        process.kill()
+    Claim(tmp_path).close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_folders_of_others_stay(tmp_path: Path) -> None:
@@ -504,6 +587,8 @@ def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypat
     def stop(line: str) -> None:
         said.append(line)
         if len(said) == 2:
+            with pytest.raises(ValueError, match=r"another process collects into .*part; wait for its end"):
+                cache_activations(*arguments, tmp_path / "part", context=32)
             raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -511,16 +596,30 @@ def test_a_collection_goes_on_where_it_stopped(smollm, tmp_path: Path, monkeypat
     with pytest.raises(ValueError, match=f"lacks {len(whole.counts) - 2} of {len(whole.counts)} shards"):
         ActivationCache.open(tmp_path / "part")
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "part").glob("*.safetensors")}
+    for name in (
+        ".00002.safetensors.999",
+        ".mine.safetensors.999",
+    ):  # what a kill in the middle of a write leaves, and not
+        (tmp_path / "part" / name).touch()
     part = cache_activations(*arguments, tmp_path / "part", context=32)
     assert {name: (tmp_path / "part" / name).stat().st_mtime_ns for name in before} == before
+    assert [file.name for file in (tmp_path / "part").glob(".*.safetensors.*")] == [".mine.safetensors.999"]
     assert part.counts == whole.counts == ActivationCache.open(tmp_path / "part").counts
     for shard in range(len(whole.counts)):
         assert torch.equal(part.read(shard), whole.read(shard))
     with pytest.raises(ValueError, match="layer 1 there, 2 here"):
         cache_activations(model, tokenizer, TEXTS, ("resid_post", 2), tmp_path / "part", context=32)
     (tmp_path / "part" / "00001.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=r"damaged .* run the collection again, it makes this shard anew"):
         ActivationCache.open(tmp_path / "part").read(1)
+    (tmp_path / "part" / "00000.safetensors").unlink()
+    with pytest.raises(ValueError, match="is gone; run the collection again, it makes this shard anew"):
+        ActivationCache.open(tmp_path / "part")
+    said[:] = ["", ""]
+    mended = cache_activations(*arguments, tmp_path / "part", context=32, progress=said.append)
+    assert len(said) == 4  # two shards were made, no more
+    assert mended.counts == whole.counts
+    assert all(torch.equal(mended.read(shard), whole.read(shard)) for shard in range(len(whole.counts)))
 
 
 @pytest.mark.model

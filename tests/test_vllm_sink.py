@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from steerfast.vllm import sink
 from steerfast.vllm.scores import ProbeScores
@@ -55,21 +56,19 @@ def test_json_lines_say_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_parquet_has_the_same_fields_or_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "scores.parquet"
-    if importlib.util.find_spec("pyarrow") is None:
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pyarrow", None)
         with pytest.raises(
             ImportError, match=r"needs pyarrow; pip install steerfast\[parquet\], or name a .jsonl file"
         ):
-            opened(monkeypatch, folder)
-        return
-    import pyarrow.parquet
-
+            opened(without, folder)
     monkeypatch.setattr(sink, "_PART_NUMBERS", 7)
     made, counted, _ = opened(monkeypatch, folder)
     made.put("first", 3, scores())
     made.put("second", 4, scores()[:1])
     made.close()
     assert counted == {"scores_written": 10}
-    table = pyarrow.parquet.read_table(folder)
+    table = parquet.read_table(folder)
     rows = table.to_pylist()
     assert [tuple(row[name] for name in FIELDS) for row in rows] == [*WANTED, WANTED[0]]
     assert [row["request"] for row in rows] == ["first"] * 5 + ["second"]

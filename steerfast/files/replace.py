@@ -28,12 +28,20 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 def _replace(folder: Path, contents: Mapping[str, bytes]) -> None:
     temporary = {folder / name: folder / f".{name}.{os.getpid()}" for name in contents}
     try:
-        for path, content in zip(temporary.values(), contents.values(), strict=True):
-            path.write_bytes(content)
+        for path, (wanted, content) in zip(temporary.values(), contents.items(), strict=True):
+            _write(path, content, folder / wanted)
         _rename(temporary)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes, wanted: Path) -> None:
+    """Write under the temporary name; what goes wrong names the file that was wanted."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(wanted)) from error
 
 
 def _rename(temporary: Mapping[Path, Path]) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from steerfast._checks import checked_part, whole_number
+from steerfast.files.claim import Claim
 from steerfast.files.replace import replace_file
 from steerfast.place import Origin, Place
 
@@ -36,6 +38,7 @@ MANIFEST = "cache.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """Of stored rows, by the name that a manifest has for them."""
 _PART = re.compile(r"cache\.(\d+)of(\d+)\.json")
+_UNFINISHED = re.compile(r"\.(\d{5,})\.safetensors\.\d+")
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,8 @@ class ActivationCache:
         for number in counts:
             if not shard_file(path, number).is_file():
                 raise ValueError(
-                    f"ActivationCache: {shard_file(path, number)} is gone; remove {path} and collect again"
+                    f"ActivationCache: {shard_file(path, number)} is gone; run the collection again, it makes "
+                    "this shard anew"
                 )
         return cls(path, info, tuple(counts[number] for number in range(info.shards)))
 
@@ -182,7 +186,7 @@ class ActivationCache:
         if rows.shape != (self.counts[shard], self.info.d):
             raise ValueError(
                 f"ActivationCache: {path} holds {tuple(rows.shape)}, its manifest says ({self.counts[shard]}, {self.info.d}); "
-                "it is of another collection: remove the cache and collect again"
+                "it is of another collection: remove it and run the collection again, which makes this shard anew"
             )
         return rows
 
@@ -348,22 +352,44 @@ def _collect(
     progress: Callable[[str], None] | None,
 ) -> None:
     """Write the shards of a part that are not there yet, for all places in one forward."""
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    reader.pack(tokenizer, texts, config.context, folders[0])
+    with ExitStack() as claims:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            claims.enter_context(_claimed(reader.owner, folder, config.part))
+        reader.pack(tokenizer, texts, config.context, folders[0])
+        _write(reader, folders, config, progress)
+
+
+def _claimed(owner: str, folder: Path, part: tuple[int, int]) -> Claim:
+    """The files of a part, for this process alone."""
+    try:
+        return Claim(folder, f".{_manifest_file(folder, part).stem}.lock")
+    except BlockingIOError:
+        raise ValueError(
+            f"{owner}: another process collects into {folder}; wait for its end, or choose another directory or part"
+        ) from None
+
+
+def _write(
+    reader: PlaceReader, folders: list[Path], config: CacheConfig, progress: Callable[[str], None] | None
+) -> None:
+    """Write the shards of the reader's texts."""
     infos = {place: info_of(reader, place, config.stored) for place in reader.points}
     at = dict(zip(infos, folders, strict=True))
     counts = {place: _resume(reader.owner, at[place], info, config.part) for place, info in infos.items()}
     numbers = _numbers(next(iter(infos.values())), config.part)
+    for file in (file for folder in folders for file in folder.glob(".*.safetensors.*")):
+        if (left := _UNFINISHED.fullmatch(file.name)) and int(left[1]) in numbers:
+            file.unlink()  # of a process that was killed while it wrote
     for done, number in enumerate(numbers):
-        missing = [place for place in infos if len(counts[place]) <= done]
+        missing = [place for place in infos if len(counts[place]) <= done or not _whole(shard_file(at[place], number))]
         if not missing:
             continue
         tokens, positions = reader.shard(number)
         for place, rows in reader.read(number, missing).items():
             content = {"activations": rows.to(config.dtype), "tokens": tokens, "positions": positions}
             replace_file(shard_file(at[place], number), save(content))
-            counts[place].append(len(positions))
+            counts[place][done : done + 1] = [len(positions)]
             replace_file(_manifest_file(at[place], config.part), manifest(infos[place], counts[place]))
         if progress is not None:
             progress(f"collected shard {done + 1} of {len(numbers)}, {sum(counts[missing[0]])} rows")
@@ -388,7 +414,18 @@ def opened(file: Path) -> Any:
     try:
         return safe_open(file, "pt")
     except Exception as error:
-        raise ValueError(f"ActivationCache: {file} is damaged ({error}); remove the cache and collect again") from error
+        raise ValueError(
+            f"ActivationCache: {file} is damaged ({error}); run the collection again, it makes this shard anew"
+        ) from error
+
+
+def _whole(file: Path) -> bool:
+    """Whether a shard is there and was not cut off."""
+    try:
+        opened(file)
+    except ValueError:
+        return False
+    return True
 
 
 def _resume(owner: str, path: Path, info: CacheInfo, part: tuple[int, int]) -> list[int]:

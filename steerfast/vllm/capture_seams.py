@@ -10,13 +10,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
+from steerfast.files.claim import Claim
 from steerfast.place import Place
 
 from .capture import Capture, CaptureSettings
@@ -95,7 +94,7 @@ class Taker:
         self._settings, self._read, self._count, self._say = settings, read, count, say
         self._captures: Captures | None = None
         self._scheduled: Any = None
-        self._lock: int | None = None
+        self._lock: Claim | None = None
         self.collector: Collector | None = None
         """The thread that writes; of the first worker alone, since all of them see the same stream."""
 
@@ -125,7 +124,7 @@ class Taker:
             return
         settings = settings.below(f"engine{ranks[1]}") if ranks[1] else settings
         settings.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _alone(settings.folder)
+        self._lock = _claimed(settings.folder)
         for unfinished in settings.folder.rglob(".*.safetensors.*"):
             unfinished.unlink()  # of a server that was killed while it wrote
         points = [(f"{place.site}.{place.layer}", after) for place, after in settings.points]
@@ -180,7 +179,7 @@ class Taker:
                 self.collector.put(End(name, _ended.pop(name)))  # it was told to nobody: the engine has not run since
             self.collector.close()
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
         self._captures = self.collector = self._lock = None
 
     def _announced(self) -> dict[str, tuple[int, int]]:
@@ -202,14 +201,10 @@ def _shutdown(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: 
     return original(wrapper, *args, **kwargs)
 
 
-def _alone(folder: Any) -> int:
-    """A lock on a folder that ends with the process."""
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+def _claimed(folder: Any) -> Claim:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(file)
+        return Claim(folder)
+    except BlockingIOError:
         raise ValueError(
             f"STEERFAST_CAPTURE: {str(folder)!r} is written by another server; name a folder of its own for each"
         ) from None
-    return file

@@ -42,7 +42,8 @@ def pulled(latents: Latents, target: Tensor, w_dec: Tensor, ends: Sequence[int],
         errors.append(out.sub_(target) if not errors else out.add_(errors[-1]))
     pulls: list[Tensor] = []
     for error in reversed(errors):
-        pulls.insert(0, error * (2 / rows) + (pulls[0] if pulls else 0))
+        pull = error * (2 / rows)
+        pulls.insert(0, pull.add_(pulls[0]) if pulls else pull)
     if len(parts) == 1:
         return Pulled(errors[-1], tuple(pulls), dots(latents.starts, latents.features, w_dec, pulls[0]))
     values = torch.zeros_like(latents.values)

@@ -20,6 +20,9 @@ from .distributed import Alone
 
 _ELEMENTS = 1 << 21  # of the pre-activations at once: 8 MB, which stays in a processor's cache
 _BFLOAT16 = 2.0**-8  # relative error of rounding to bfloat16
+_WEIGHTS = (
+    1 << 23
+)  # elements of the weights that exist in bfloat16 at once: 16 MB, and as much where the product orders them anew
 _ROWS = 1024  # of the weights that are rounded at once
 _LEAST_ROWS = 64  # fewer rows do not pay for rounding the weights
 
@@ -148,20 +151,17 @@ def _pays(encoder: Encoder, k: int) -> bool:
 
 
 def _screened(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
-    """`top` by candidates: the best 7/4·k of a product in bfloat16, then float32."""
+    """`top` by candidates: the best 7/4·k groups of a product in bfloat16, then float32."""
     centred, w, b = encoder.centred, encoder.w_enc, encoder.b_enc
-    small, lost_w = _rounded(w)
-    bias, count = b.to(torch.bfloat16), k + (3 * k + 3) // 4
-    found, bounds, rounded = [], [], centred.to(torch.bfloat16)
-    for part in rounded.split(max(1, _ELEMENTS // len(w))):
-        scores, features = _best(torch.addmm(bias, part, small.T), count)
-        found.append(features)
-        bounds.append(scores.amin(1))
-    candidates, bound = torch.cat(found), torch.cat(bounds).float()
-    starts = torch.arange(0, candidates.numel(), count, device=w.device)
-    exact = dots(starts, candidates.flatten(), w, centred).view_as(candidates) + b[candidates]
-    values, places = exact.topk(k, dim=1, sorted=False)
-    features = candidates.gather(1, places)
+    rounded = centred.to(torch.bfloat16)
+    found, bound, lost_w = _candidates(rounded, w, b.to(torch.bfloat16), k + (3 * k + 3) // 4)
+    starts = found.starts
+    exact = dots(starts, found.features, w, centred) + b[found.features]
+    place = torch.arange(len(exact), device=w.device) - starts[found.rows]
+    side_by_side = exact.new_full((len(centred), int(place.max()) + 1), -torch.inf)
+    side_by_side[found.rows, place] = exact
+    values, places = side_by_side.topk(k, dim=1, sorted=False)
+    features = found.features[starts[:, None] + places]
     length, lost = (torch.linalg.vector_norm(rows, dim=1) for rows in (centred, centred - rounded))
     widest = torch.linalg.vector_norm(w, dim=1).max()
     # the rows and the weights are rounded, then the bias and the score; 1 % for the order of summation
@@ -171,6 +171,50 @@ def _screened(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
         again = top(Encoder(centred[unsure], w, b), k, screened=False)
         values[unsure], features[unsure] = again
     return values.clamp_(min=0), features
+
+
+def _candidates(rows: Tensor, w: Tensor, b: Tensor, count: int) -> tuple[Latents, Tensor, Tensor]:
+    """What reaches the count-th largest maximum of a group in a product in bfloat16, at least `count` of each row; what the
+    others have at most, float32 (n,); and what a row of the weights lost by rounding, at most. A block of features at a time.
+    """
+    parts, leading, lost = [], [], []
+    size = max(_WEIGHTS // w.shape[1], 4 * count)
+    for first in range(0, len(w), size):
+        small, lost_here = _rounded(w[first : first + size])
+        bias, start, best = b[first : first + size], 0, []
+        for part in rows.split(max(1, _ELEMENTS // len(small))):
+            largest, found = _reaching(torch.addmm(bias, part, small.T), min(count, len(small)))
+            parts.append(Latents(found.rows + start, found.features + first, found.values, len(rows)))
+            best.append(largest)
+            start += len(part)
+        leading.append(torch.cat(best))
+        lost.append(lost_here)
+    joined = _joined(parts, len(rows), rows)
+    bound = leading[0].amin(1)
+    if len(leading) > 1:
+        bound = torch.cat(leading, dim=1).topk(count, dim=1).values[:, -1]
+        kept = (joined.values >= bound[joined.rows]).nonzero().flatten()
+        kept = kept[joined.rows[kept].argsort(stable=True)]
+        joined = Latents(joined.rows[kept], joined.features[kept], joined.values[kept], len(rows))
+    return joined, bound.float(), torch.stack(lost).max()
+
+
+def _reaching(pre: Tensor, count: int) -> tuple[Tensor, Latents]:
+    """The `count` largest maxima of groups of a row, (n, count), and all that is not below the least of them."""
+    grouped = pre.view(len(pre), _groups(pre.shape[1], count), -1)
+    column = _in_order(maxima := grouped.amax(1)).topk(count, sorted=False).indices
+    largest = maxima.gather(1, column)
+    inside = grouped.gather(2, column[:, None].expand(-1, grouped.shape[1], -1)).flatten(1)
+    # NaN is kept, so that training that diverged is seen
+    rows, place = (~(inside < largest.amin(1, keepdim=True))).nonzero(as_tuple=True)
+    features = place // count * grouped.shape[2] + column[rows, place % count]
+    return largest, Latents(rows, features, inside[rows, place], len(pre))
+
+
+def _in_order(values: Tensor) -> Tensor:
+    """Integers in the order of the values in bfloat16: the largest of integers are found in less time."""
+    bits = values.view(torch.int16)
+    return bits ^ (bits >> 15 & 0x7FFF)
 
 
 def _rounded(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,8 +231,7 @@ def _best(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     They lie in the k groups of the largest maxima; finding these first takes a third of the time of one topk over all.
     """
-    features = pre.shape[1]
-    groups = next((g for g in (16, 8, 4, 2) if features % g == 0 and features // g >= 4 * k), 1)
+    features, groups = pre.shape[1], _groups(pre.shape[1], k)
     if groups == 1:
         best, place = pre.topk(k, dim=1, sorted=False)
         return best, place
@@ -197,6 +240,11 @@ def _best(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     inside = grouped.gather(2, column[:, None].expand(-1, groups, -1)).flatten(1)  # (n, groups·k)
     best, place = inside.topk(k, sorted=False)
     return best, place // k * (features // groups) + column.gather(1, place % k)
+
+
+def _groups(features: int, k: int) -> int:
+    """How many features have one maximum between them."""
+    return next((g for g in (16, 8, 4, 2) if features % g == 0 and features // g >= 4 * k), 1)
 
 
 def _joined(parts: list[Latents], count: int, like: Tensor) -> Latents:

@@ -183,15 +183,15 @@ class _Run:
         if directory is None:
             self._steps(None, every, progress)
             return
-        folder = Checkpoints(Path(directory), _fingerprint(self.configs, self.data), self.split)
-        folder.load(self.trainers)
-        try:
-            self._steps(folder, every, progress)
-        except BaseException:
-            with suppress(OSError, RuntimeError):  # what stopped the run says more
-                folder.finish()
-            raise
-        folder.finish()
+        with closing(Checkpoints(Path(directory), _fingerprint(self.configs, self.data), self.split)) as folder:
+            folder.load(self.trainers)
+            try:
+                self._steps(folder, every, progress)
+            except BaseException:
+                with suppress(OSError, RuntimeError):  # what stopped the run says more
+                    folder.finish()
+                raise
+            folder.finish()
 
     def _steps(self, folder: Checkpoints | None, every: int, progress: Progress | None) -> None:
         config, lead = self.configs[0], self.trainers[0]

@@ -87,7 +87,10 @@ class Trainer:
         return TrainReport(self.step, self.config.steps, error / max(variance, 1e-30), dead, tokens_per_second, place)
 
     def sae(self, origin: Origin, reads: Origin | None = None) -> SAE:
-        """The SAE on rows as they come: scales and what is subtracted folded into weights and biases."""
+        """The SAE on rows as they come: scales and what is subtracted folded into weights and biases. It ends the training: the
+        moments are let go, so that the weights may be copied.
+        """
+        self.moments.clear()
         full = {n: w if n in _WHOLE else self.split.all_features(w) for n, w in self.weights.items()}
         read, written = self.scales[0], self.scales[-1]
         centre = self.buffers.get("centre", full["b_dec"])
