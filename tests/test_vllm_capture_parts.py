@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import steerfast as sf
+from steerfast._positions import EVER
 from steerfast.place import Place
 from steerfast.sae import growing
 from steerfast.sae.cache import CacheInfo
@@ -162,7 +163,7 @@ class Worker:
 
     def end(self, name: str, keep: bool = True) -> None:
         self.captures.end(name)
-        self.collector.put(End(name, keep))
+        self.collector.put(End(name, EVER if keep else 0))
 
     def read(self, name: str) -> dict[str, tuple[list[int], torch.Tensor, torch.Tensor]]:
         """request -> positions, tokens, rows of a cache."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -70,7 +69,6 @@ def test_a_seam_of_another_form_stops_the_engine_by_name_whatever_its_number(mon
         ({"enable_dbo": True}, "dual-batch overlap"),
         ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"enable_hc_sp": True}, "sequence parallelism of hyper-connections"),
         (
             {"enable_expert_parallel": True, "tensor_parallel_size": 2, "data_parallel_size": 2},
@@ -82,21 +80,12 @@ def test_what_splits_or_reorders_tokens_is_refused_by_name(change, reason: str) 
     from vllm.config import ParallelConfig
 
     parallel = ParallelConfig()
-    config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(enable_sleep_mode=False))
+    config = SimpleNamespace(parallel_config=parallel)
     guards.check_parallelism(config)
     for name, value in change.items():
         assert hasattr(parallel, name), "vLLM has renamed it"
         object.__setattr__(parallel, name, value)
     with pytest.raises(ValueError, match=f"{reason} .* cannot be combined with steering; turn it off"):
-        guards.check_parallelism(config)
-
-
-def test_sleep_mode_is_refused() -> None:
-    from vllm.config import ModelConfig, ParallelConfig
-
-    assert "enable_sleep_mode" in {field.name for field in dataclasses.fields(ModelConfig)}, "vLLM has renamed it"
-    config = SimpleNamespace(parallel_config=ParallelConfig(), model_config=SimpleNamespace(enable_sleep_mode=True))
-    with pytest.raises(ValueError, match=r"sleep mode .* cannot be combined with steering"):
         guards.check_parallelism(config)
 
 

@@ -65,10 +65,10 @@ def check_runner(runner: Any) -> bool:
 
 
 def check_parallelism(config: Any) -> None:
-    """Stop where tokens are split or reordered, which a table with one row per token cannot follow, or vectors discarded.
+    """Stop where tokens are split or reordered, which a table with one row per token cannot follow.
 
     Raises:
-        ValueError: sequence parallelism, dual-batch overlap, context parallelism or sleep mode is on; the message names it.
+        ValueError: sequence parallelism, dual-batch overlap or context parallelism is on; the message names it.
     """
     parallel = config.parallel_config
     on = {
@@ -77,8 +77,6 @@ def check_parallelism(config: Any) -> None:
         "dual-batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "prefill context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,
-        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
-        "sleep mode (--enable-sleep-mode), which discards the vectors": config.model_config.enable_sleep_mode,
     }
     for name, used in on.items():
         if used:
