@@ -26,7 +26,7 @@ from vllm_engines import (
 )
 
 pytestmark = [needs_vllm, pytest.mark.vllm]
-TOKENS = 24
+TOKENS = 16
 DRAFTS = {
     "ngram": {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1},
     "draft_model": {"method": "draft_model"},
@@ -115,9 +115,10 @@ def test_a_text_is_steered_read_and_captured_as_without_drafts(engine) -> None:
 def test_what_a_text_has_said_and_what_was_decided_go_back_with_a_draft(engine) -> None:
     """Every token that is drafted opens or closes a span somewhere, and the condition holds until another score takes it back."""
     truth, draw = Transformers(engine.model), random.Random(3)
-    texts, asked = prompts(20, 12), []
+    texts, asked = prompts(20, 8), []
     for i, ids in enumerate(texts):
-        opens, closes = (",".join(map(str, draw.sample(range(128), 40))) for _ in range(2))
+        some = [*map(str, draw.sample(range(128), 80))]
+        opens, closes = ",".join(some[:40]), ",".join(some[40:])
         where = f"between:ids:{opens}..{closes}" if i % 3 else f"after:ids:{ids[-1]},{opens} & generated"
         asked.append((ids, "add" if i % 2 else "held", where))
     outputs = engine.outputs([(ids, fields((name, 1.0)) | {"steer_positions": where}) for ids, name, where in asked])
@@ -126,23 +127,23 @@ def test_what_a_text_has_said_and_what_was_decided_go_back_with_a_draft(engine) 
         wanted, _ = truth.generate(ids, [(engine.plans[name], 1.0, where)], TOKENS)
         assert list(output.outputs[0].token_ids) == wanted, (name, where)
         differ += wanted != truth.generate(ids, [(engine.plans[name], 1.0, None)], TOKENS)[0]
-    assert differ >= 6
+    assert differ >= 4
 
 
 def test_a_limit_ends_a_text_at_an_accepted_token_and_a_stop_leaves_nothing_behind_it(engine) -> None:
-    texts = prompts(40, 8)
+    texts = prompts(40, 4)
     plain = engine.outputs([(ids, reads("lean", steer_read_positions="generated")) for ids in texts])
     for ids, output in zip(texts, plain, strict=True):
         tokens, found = list(output.outputs[0].token_ids), output.kv_transfer_params["steerfast"]["lean"]
-        limit = sorted(found["scores"])[-4]
+        limit = sum(sorted(found["scores"])[-5:-3]) / 2
         at = next(i for i, score in enumerate(found["scores"]) if score > limit)
         (ended,) = engine.outputs([(ids, reads("lean", steer_read_positions="generated", steer_abort=f"lean>{limit}"))])
         assert list(ended.outputs[0].token_ids) == tokens[: at + 1]
         assert ended.outputs[0].stop_reason.startswith("steer_abort: lean>")
         got = ended.kv_transfer_params["steerfast"]["lean"]
         assert got["positions"] == found["positions"][: at + 1]
-        (stopped,) = engine.outputs([(ids, reads("lean"))], stop_token_ids=[tokens[9]])
-        stop = tokens.index(tokens[9])
+        (stopped,) = engine.outputs([(ids, reads("lean"))], stop_token_ids=[tokens[7]])
+        stop = tokens.index(tokens[7])
         assert list(stopped.outputs[0].token_ids) == tokens[: stop + 1]
         assert stopped.kv_transfer_params["steerfast"]["lean"]["positions"] == [*range(len(ids) + stop)]
 

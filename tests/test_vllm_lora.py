@@ -25,6 +25,7 @@ from vllm_engines import (
 )
 
 import steerfast as sf
+from steerfast.tools.bake import bake
 from steerfast.tools.lora import write_lora
 
 pytestmark = [needs_vllm, pytest.mark.vllm]
@@ -85,7 +86,7 @@ def test_requests_with_and_without_an_adapter_are_steered_and_read_in_one_batch(
     ablation = sf.tools.everywhere(model, sf.Ablate(torch.stack([unit(1, 128), unit(2, 128)])))
     write_lora(model, ablation, tmp_path / "ablated")
     changed = copy.deepcopy(model)
-    sf.tools.bake(changed, ablation)
+    bake(changed, ablation)
     truths = {False: Transformers(model), True: Transformers(changed)}
     asked = [(bool(i % 2), name) for name in ("add", "norm", "flow", "held", "top", "heads", None) for i in range(2)]
     texts = [random.Random(i).choices(range(3, 120), k=7 + i % 5) for i in range(len(asked))]

@@ -317,18 +317,18 @@ def _projection(block: nn.Module, found: Layers) -> tuple[nn.Module, int]:
     Where adapters may be loaded it is what stands around that layer, which is itself never called.
     """
     mixers = [child for name, child in block.named_children() if MIXER.search(name) and any(child.children())]
-    maps = [
-        (name, mixer.get_submodule(name.removesuffix(".base_layer")), module)
+    maps = {
+        name.removesuffix(".base_layer"): (mixer.get_submodule(name.removesuffix(".base_layer")), module)
         for mixer in mixers
         for name, module in mixer.named_modules()
         if hasattr(module, "input_is_parallel") and getattr(module, "output_size", 0) == found.d
-    ]
+    }
     if len(mixers) != 1 or len(maps) != 1:
         raise ValueError(
             f"steerfast: head_out cannot be located in a {type(block).__name__} ({found.name}): expected one attention with one "
-            f"output projection, found {', '.join(name for name, *_ in maps) or 'none'}; use attn_out, resid_pre or resid_post"
+            f"output projection, found {', '.join(maps) or 'none'}; use attn_out, resid_pre or resid_post"
         )
-    (_, called, projection), *_ = maps
+    ((called, projection),) = maps.values()
     return called, int(projection.input_size)
 
 

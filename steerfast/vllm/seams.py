@@ -289,8 +289,9 @@ def _tell(request: str, prompt: int, found: list[ProbeScores]) -> None:
 
 
 def _check_early(prompt: Any, params: Any) -> None:
-    """Refuse before a stream begins what only the prompt shows, where it is given as tokens."""
-    ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    """Refuse before a stream begins what only the prompt shows, where it is given as tokens, those of its images included."""
+    whole = isinstance(prompt, dict) and not prompt.get("multi_modal_data")
+    ids = prompt.get("prompt_token_ids") if whole else None
     given = getattr(params, "extra_args", None)
     if _served is None or ids is None or not steer_fields(given):
         return
