@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm_engines import needs_vllm
 
-from steerfast.vllm import counters, guards, record, register, seam_table, sources
+import steerfast as sf
+from steerfast.vllm import counters, guards, record, register, seam_table, seams, sources
 
 pytestmark = [needs_vllm, pytest.mark.vllm]
 
@@ -87,6 +89,60 @@ def test_what_splits_or_reorders_tokens_is_refused_by_name(change, reason: str) 
         object.__setattr__(parallel, name, value)
     with pytest.raises(ValueError, match=f"{reason} .* cannot be combined with steering; turn it off"):
         guards.check_parallelism(config)
+
+
+def test_a_pipeline_writes_no_request_in_parts() -> None:
+    from vllm.config import ParallelConfig
+
+    parallel = ParallelConfig()
+    config = SimpleNamespace(parallel_config=parallel)
+    guards.check_parallelism(config, capturing=True)
+    object.__setattr__(parallel, "pipeline_parallel_size", 2)
+    guards.check_parallelism(config)
+    with pytest.raises(ValueError, match="STEERFAST_CAPTURE cannot be combined with pipeline parallelism"):
+        guards.check_parallelism(config, capturing=True)
+
+
+def test_what_an_engine_cannot_read_and_heads_that_are_split_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values from elsewhere have no stream here; over two devices none has all heads."""
+    register()
+    lean = sf.probes.LinearProbe(torch.ones(8), place=1)
+    lean.save(tmp_path / "probes" / "lean")
+    sf.Plan({1: sf.Add(torch.ones(8))}).save(tmp_path / "plans" / "add")
+    sf.Plan({("head_out", 1): sf.Add(torch.ones(8))}).save(tmp_path / "plans" / "heads")
+    for name in ("plans", "probes"):
+        monkeypatch.setenv(f"STEERFAST_{name.upper()}", str(tmp_path / name))
+
+    def served(elsewhere: object, devices: int) -> seams.Served:
+        model = SimpleNamespace(
+            get_total_num_hidden_layers=lambda: 3,
+            get_hidden_size=lambda: 8,
+            get_head_size=lambda: 4,
+            get_num_attention_heads=lambda parallel: 2,
+            hf_text_config=SimpleNamespace(),
+            dtype=torch.float32,
+            max_model_len=64,
+        )
+        parallel = SimpleNamespace(tensor_parallel_size=devices)
+        scheduler = SimpleNamespace(max_num_batched_tokens=64)
+        return seams.Served(
+            SimpleNamespace(
+                model_config=model, parallel_config=parallel, scheduler_config=scheduler, kv_transfer_config=elsewhere
+            )
+        )
+
+    after = {"steer": "add", "steer_positions": "after:ids:3"}
+    for wish in ({"steer_read": "lean"}, after, {"steer": "heads"}):
+        assert any(served(None, 1).accept(wish))
+    with pytest.raises(ValueError, match="probes cannot be read with keys and values from elsewhere"):
+        served(object(), 1).accept({"steer_read": "lean"})
+    with pytest.raises(ValueError, match="not all of them are seen with keys and values from elsewhere"):
+        served(object(), 1).accept(after)
+    assert served(object(), 1).accept({"steer": "add"})[0]
+    with pytest.raises(ValueError, match="'head_out' cannot be steered or read inside vLLM on several devices"):
+        served(None, 2).accept({"steer": "heads"})
 
 
 @pytest.mark.parametrize("servers", ["one", "several"])

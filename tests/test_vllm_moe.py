@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -137,9 +138,27 @@ def test_a_mixture_of_experts_is_steered_and_an_engine_that_has_slept_steers_as_
         llm.llm_engine.engine_core.shutdown()
 
 
-def test_experts_that_are_spread_over_two_workers_are_steered_and_read(tmp_path: Path) -> None:
+def test_experts_that_are_spread_over_two_workers_are_steered_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM 0.32's experts on a CPU overlook which of them a worker has, and end the process; here they are told.
+
+    The workers are forked, so that they are told, too.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    apply = CPUUnquantizedExperts.apply
+
+    def of_this_worker(experts: Any, *args: Any, **kwargs: Any) -> None:
+        call = inspect.signature(apply).bind(experts, *args, **kwargs)
+        own = call.arguments["expert_map"][call.arguments["topk_ids"].long()]
+        call.arguments["topk_weights"] = call.arguments["topk_weights"] * (own >= 0)
+        call.arguments["topk_ids"] = own.clamp(min=0).to(call.arguments["topk_ids"].dtype)
+        apply(*call.args, **call.kwargs)
+
+    monkeypatch.setattr(CPUUnquantizedExperts, "apply", of_this_worker)
     case = Case(qwen, tmp_path)
-    with environment(**ENVIRONMENT, **settings(tmp_path)):
+    with environment(**ENVIRONMENT, **settings(tmp_path), VLLM_WORKER_MULTIPROC_METHOD="fork"):
         llm = case.engine(tensor_parallel_size=2, enable_expert_parallel=True)
         case.assert_served_by(llm)
         llm.llm_engine.engine_core.shutdown()

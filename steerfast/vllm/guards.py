@@ -64,11 +64,16 @@ def check_runner(runner: Any) -> bool:
     return kinds[0] == V1
 
 
-def check_parallelism(config: Any) -> None:
+def check_parallelism(config: Any, *, capturing: bool = False) -> None:
     """Stop where tokens are split or reordered, which a table with one row per token cannot follow.
 
+    Args:
+        config: vLLM's.
+        capturing: Whether requests may have the stream written down, whole or not at all.
+
     Raises:
-        ValueError: sequence parallelism, dual-batch overlap or context parallelism is on; the message names it.
+        ValueError: capturing from a pipeline; sequence parallelism, dual-batch overlap or context parallelism is on; the message
+            names it.
     """
     parallel = config.parallel_config
     on = {
@@ -78,6 +83,11 @@ def check_parallelism(config: Any) -> None:
         "prefill context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,
     }
+    if capturing and parallel.pipeline_parallel_size > 1:
+        raise ValueError(
+            "steerfast: STEERFAST_CAPTURE cannot be combined with pipeline parallelism (--pipeline-parallel-size), whose stages "
+            "would each write a part of a request; leave one of them out"
+        )
     for name, used in on.items():
         if used:
             raise ValueError(

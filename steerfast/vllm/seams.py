@@ -395,12 +395,7 @@ def _init_device(original: Callable[..., Any], wrapper: Any, *args: Any, **kwarg
     served = Served(config)
     if not (served.chains or served.loaded or served.captures):
         return original(wrapper, *args, **kwargs)
-    check_parallelism(config)
-    if served.captures and config.parallel_config.pipeline_parallel_size > 1:
-        raise ValueError(
-            "steerfast: STEERFAST_CAPTURE cannot be combined with pipeline parallelism (--pipeline-parallel-size), whose stages "
-            "would each write a part of a request; leave one of them out"
-        )
+    check_parallelism(config, capturing=served.captures is not None)
     result = original(wrapper, *args, **kwargs)
     _follow(wrapper.worker, config, served)
     return result
