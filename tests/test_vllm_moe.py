@@ -145,15 +145,19 @@ def test_experts_that_are_spread_over_two_workers_are_steered_and_read(
 
     The workers are forked, so that they are told, too.
     """
+    from vllm.distributed import get_ep_group
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
     apply = CPUUnquantizedExperts.apply
 
     def of_this_worker(experts: Any, *args: Any, **kwargs: Any) -> None:
         call = inspect.signature(apply).bind(experts, *args, **kwargs)
-        own = call.arguments["expert_map"][call.arguments["topk_ids"].long()]
-        call.arguments["topk_weights"] = call.arguments["topk_weights"] * (own >= 0)
-        call.arguments["topk_ids"] = own.clamp(min=0).to(call.arguments["topk_ids"].dtype)
+        ids, count = call.arguments["topk_ids"], len(call.arguments["w1"])
+        assert count == 2
+        own = ids - count * get_ep_group().rank_in_group
+        mine = (own >= 0) & (own < count)
+        call.arguments["topk_weights"] = torch.where(mine, call.arguments["topk_weights"], 0.0)
+        call.arguments["topk_ids"] = torch.where(mine, own, 0)
         apply(*call.args, **call.kwargs)
 
     monkeypatch.setattr(CPUUnquantizedExperts, "apply", of_this_worker)
