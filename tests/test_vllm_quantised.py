@@ -107,9 +107,6 @@ def test_a_quantised_engine_is_steered_and_read(kind: str, tmp_path: Path) -> No
         got = torch.tensor([at[token].logprob for at, token in zip(made.logprobs[:same], wanted, strict=False)])
         assert same > 0, name
         assert (got - likely[:same].float()).abs().max() < CLOSE, name
-        differ += (
-            abs(float(got[0]) - outputs[0].outputs[0].logprobs[0][outputs[0].outputs[0].token_ids[0]].logprob)
-            > 2 * CLOSE
-        )
+        differ += same == TOKENS and list(made.token_ids) != list(outputs[0].outputs[0].token_ids)
         assert output.kv_transfer_params["steerfast"]["lean"]["tokens"] == len(ids) + TOKENS - 1
     assert differ >= len(plans) // 2
