@@ -285,6 +285,11 @@ def _holds_modules(block: nn.Module) -> bool:
     return any(True for _ in block.children())
 
 
+def allocated(device: torch.device) -> int:
+    """Bytes of a GPU's memory that tensors of this process take; 0 elsewhere."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def stream_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the stream: that of the norms and embeddings, which quantisation leaves alone."""
     floats = (torch.float16, torch.bfloat16, torch.float32)

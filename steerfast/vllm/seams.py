@@ -1,4 +1,4 @@
-"""Where steering enters vLLM: six places, of whose every seam (`seam_table.py`) the form is checked before one is touched.
+"""Where steering enters vLLM: seven places, of whose every seam (`seam_table.py`) the form is checked before one is touched.
 
 | seam | what is added |
 |---|---|
@@ -7,7 +7,8 @@
 | API server: `init_entrypoints_middleware` | HTTP 400 where a route would drop the fields |
 | engine core: `Scheduler.__init__`, `_handle_blocked_waiting_request`, `_free_request` | requests wait until slots are free |
 | worker: `WorkerWrapperBase.init_device` | refuses what splits or reorders tokens; follows the runner it has built |
-| worker: that runner's own methods, on the instance | hooks the model, writes the row table of each step |
+| worker: `load_model`, on the instance | hooks the model, outside of the memory that sleep mode discards |
+| worker: that runner's own methods, on the instance | writes the row table of each step; of a pipeline: hands on what was read |
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from steerfast.files.shelf import Shelf
 from steerfast.probes.probe import Probe
@@ -36,7 +36,7 @@ from .guards import check_engine, check_parallelism, check_runner
 from .plans import Chains, Library, load, with_columns
 from .probes import ProbeLibrary, load_probes
 from .routes import BESIDE, Strays
-from .runner import TRAVELLING, Steered
+from .runner import TRAVELLING, Steered, allocated
 from .scores import Desk, ProbeScores, Reading, check_read, read_probes
 from .seam_table import PROCESSOR, REQUESTS, SCHEDULER, SERVER, STREAM, WRAPPER
 from .sink import ScoreSink, open_sink
@@ -421,7 +421,7 @@ def _follow(worker: Any, config: Any, served: Served) -> None:
 
     def load_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)  # what is allocated behind it is not discarded in sleep mode
-        before = _allocated(runner.device)
+        before = allocated(runner.device)
         tokens = max(runner.max_num_tokens, config.compilation_config.max_cudagraph_capture_size or 0)
         plans, probes = (served.library, served.chains), (served.probes, served.loaded)
         now = Steered(runner.model, served.layers, *plans, served.slots, tokens, *probes)
@@ -432,7 +432,7 @@ def _follow(worker: Any, config: Any, served: Served) -> None:
         ranks = worker.rank, config.parallel_config.data_parallel_index
         taker.attach(now, runner.model, ranks, tokens)
         config.compilation_config.static_forward_context[CONTEXT] = now.places
-        if more := _allocated(runner.device) - before:
+        if more := allocated(runner.device) - before:
             runner.model_memory_usage += more  # or the cache of keys and values would take that room
         return result
 
@@ -508,10 +508,6 @@ def _follow(worker: Any, config: Any, served: Served) -> None:
     for name, addition in added.items():
         setattr(runner, name, functools.partial(addition, getattr(runner, name)))
     worker.load_model = functools.partial(load_model, worker.load_model)
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _logger() -> Any:
