@@ -71,6 +71,7 @@ def test_a_seam_of_another_form_stops_the_engine_by_name_whatever_its_number(mon
         ({"enable_dbo": True}, "dual-batch overlap"),
         ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"enable_expert_parallel": True}, "expert parallelism"),
         ({"enable_hc_sp": True}, "sequence parallelism of hyper-connections"),
         (
             {"enable_expert_parallel": True, "tensor_parallel_size": 2, "data_parallel_size": 2},

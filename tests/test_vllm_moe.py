@@ -1,8 +1,7 @@
-"""Mixtures of experts, alone and with experts spread over two workers; and an engine that has slept."""
+"""Mixtures of experts, alone and with experts that two workers share; and an engine that has slept."""
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,31 +137,9 @@ def test_a_mixture_of_experts_is_steered_and_an_engine_that_has_slept_steers_as_
         llm.llm_engine.engine_core.shutdown()
 
 
-def test_experts_that_are_spread_over_two_workers_are_steered_and_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """vLLM 0.32's experts on a CPU overlook which of them a worker has, and end the process; here they are told.
-
-    The workers are forked, so that they are told, too.
-    """
-    from vllm.distributed import get_ep_group
-    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
-
-    apply = CPUUnquantizedExperts.apply
-
-    def of_this_worker(experts: Any, *args: Any, **kwargs: Any) -> None:
-        call = inspect.signature(apply).bind(experts, *args, **kwargs)
-        ids, count = call.arguments["topk_ids"], len(call.arguments["w1"])
-        assert count == 2
-        own = ids - count * get_ep_group().rank_in_group
-        mine = (own >= 0) & (own < count)
-        call.arguments["topk_weights"] = torch.where(mine, call.arguments["topk_weights"], 0.0)
-        call.arguments["topk_ids"] = torch.where(mine, own, 0)
-        apply(*call.args, **call.kwargs)
-
-    monkeypatch.setattr(CPUUnquantizedExperts, "apply", of_this_worker)
+def test_experts_that_are_cut_over_two_workers_are_steered_and_read(tmp_path: Path) -> None:
     case = Case(qwen, tmp_path)
-    with environment(**ENVIRONMENT, **settings(tmp_path), VLLM_WORKER_MULTIPROC_METHOD="fork"):
-        llm = case.engine(tensor_parallel_size=2, enable_expert_parallel=True)
+    with environment(**ENVIRONMENT, **settings(tmp_path)):
+        llm = case.engine(tensor_parallel_size=2)
         case.assert_served_by(llm)
         llm.llm_engine.engine_core.shutdown()

@@ -65,20 +65,21 @@ def check_runner(runner: Any) -> bool:
 
 
 def check_parallelism(config: Any, *, capturing: bool = False) -> None:
-    """Stop where tokens are split or reordered, which a table with one row per token cannot follow.
+    """Stop where tokens are split or reordered, which a table with one row per token cannot follow, and where it is unproven.
 
     Args:
         config: vLLM's.
         capturing: Whether requests may have the stream written down, whole or not at all.
 
     Raises:
-        ValueError: capturing from a pipeline; sequence parallelism, dual-batch overlap or context parallelism is on; the message
-            names it.
+        ValueError: capturing from a pipeline; sequence parallelism, expert parallelism, dual-batch overlap or context parallelism
+            is on; the message names it.
     """
     parallel = config.parallel_config
     on = {
         "sequence parallelism of experts (--enable-expert-parallel with data parallelism)": parallel.use_sequence_parallel_moe,
         "sequence parallelism of hyper-connections (--enable-hc-sp)": parallel.enable_hc_sp,
+        "expert parallelism (--enable-expert-parallel)": parallel.enable_expert_parallel,
         "dual-batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "prefill context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,

@@ -266,6 +266,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
         Form(
             names=(
                 "use_sequence_parallel_moe",
+                "enable_expert_parallel",
                 "enable_hc_sp",
                 "use_ubatching",
                 "prefill_context_parallel_size",
