@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import steerfast as sf
+from steerfast._positions import EVER
 from steerfast.place import Place
 from steerfast.sae import growing
 from steerfast.sae.cache import CacheInfo
@@ -160,9 +161,9 @@ class Worker:
         if (taken := self.captures.take()) is not None:
             self.collector.put(taken)
 
-    def end(self, name: str, keep: bool = True) -> None:
+    def end(self, name: str, tokens: int = EVER) -> None:
         self.captures.end(name)
-        self.collector.put(End(name, keep))
+        self.collector.put(End(name, tokens))
 
     def read(self, name: str) -> dict[str, tuple[list[int], torch.Tensor, torch.Tensor]]:
         """request -> positions, tokens, rows of a cache."""
@@ -257,6 +258,26 @@ def test_what_runs_again_is_kept_once_and_what_was_taken_back_is_gone(worker: Wo
     assert_rows(worker.read("resid_post.0.before.float32")["a"], [1, 2, 3, 4, 6], [0, 1, 2, 3, 4], "resid_post.0")
 
 
+def test_a_draft_that_was_not_accepted_leaves_no_row_at_the_end_either(worker: Worker) -> None:
+    worker.start("a", [1, 2, 3], steer_capture=0)
+    worker.step(("a", 0, [1, 2, 3]))
+    worker.step(("a", 3, [4, 9, 9]))
+    worker.step(("a", 4, [5, 6, 9, 9]))
+    worker.end("a", 6)
+    found = worker.read("resid_post.0.before.float32")["a"]
+    assert_rows(found, [1, 2, 3, 4, 5, 6, 0, 0], [0, 1, 2, 3, 4, 5], "resid_post.0")
+
+
+def test_a_step_that_captures_nothing_leaves_the_ring_alone(worker: Worker) -> None:
+    """Its places may be visited, because somebody reads there."""
+    worker.start("a", [1, 2, 3, 4, 5, 6], steer_capture=0)
+    worker.step(("a", 0, [1, 2, 3, 4, 5, 6]))
+    before = worker.ring.buffer[: worker.ring.rows].clone()
+    worker.step(("plain", 0, [7, 8, 9, 7, 8, 9]))
+    worker.step(("plain", 6, [7]))
+    assert torch.equal(worker.ring.buffer[: worker.ring.rows], before)
+
+
 def test_a_long_text_falls_into_contexts(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collecting, "CONTEXT", 4)
     ids = [*range(7, 18)]
@@ -297,7 +318,7 @@ def test_what_is_hung_up_or_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
     for name, keep in (("hung", False), ("fits", True), ("too much", True)):
         worker.start(name, ids, steer_capture=2)
         worker.step((name, 0, ids))
-        worker.end(name, keep)
+        worker.end(name, EVER if keep else 0)
     worker.start("in flight", ids, steer_capture=2)
     worker.step(("in flight", 0, ids))
     assert set(worker.read("resid_post.2.before.float32")) == {"fits"}

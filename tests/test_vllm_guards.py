@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -10,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm_engines import needs_vllm
 
-from steerfast.vllm import counters, guards, record, register, seam_table, sources
+import steerfast as sf
+from steerfast.vllm import counters, guards, record, register, seam_table, seams, sources
 
 pytestmark = [needs_vllm, pytest.mark.vllm]
 
@@ -70,7 +71,7 @@ def test_a_seam_of_another_form_stops_the_engine_by_name_whatever_its_number(mon
         ({"enable_dbo": True}, "dual-batch overlap"),
         ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"enable_expert_parallel": True}, "expert parallelism"),
         ({"enable_hc_sp": True}, "sequence parallelism of hyper-connections"),
         (
             {"enable_expert_parallel": True, "tensor_parallel_size": 2, "data_parallel_size": 2},
@@ -82,7 +83,7 @@ def test_what_splits_or_reorders_tokens_is_refused_by_name(change, reason: str) 
     from vllm.config import ParallelConfig
 
     parallel = ParallelConfig()
-    config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(enable_sleep_mode=False))
+    config = SimpleNamespace(parallel_config=parallel)
     guards.check_parallelism(config)
     for name, value in change.items():
         assert hasattr(parallel, name), "vLLM has renamed it"
@@ -91,13 +92,58 @@ def test_what_splits_or_reorders_tokens_is_refused_by_name(change, reason: str) 
         guards.check_parallelism(config)
 
 
-def test_sleep_mode_is_refused() -> None:
-    from vllm.config import ModelConfig, ParallelConfig
+def test_a_pipeline_writes_no_request_in_parts() -> None:
+    from vllm.config import ParallelConfig
 
-    assert "enable_sleep_mode" in {field.name for field in dataclasses.fields(ModelConfig)}, "vLLM has renamed it"
-    config = SimpleNamespace(parallel_config=ParallelConfig(), model_config=SimpleNamespace(enable_sleep_mode=True))
-    with pytest.raises(ValueError, match=r"sleep mode .* cannot be combined with steering"):
-        guards.check_parallelism(config)
+    parallel = ParallelConfig()
+    config = SimpleNamespace(parallel_config=parallel)
+    guards.check_parallelism(config, capturing=True)
+    object.__setattr__(parallel, "pipeline_parallel_size", 2)
+    guards.check_parallelism(config)
+    with pytest.raises(ValueError, match="STEERFAST_CAPTURE cannot be combined with pipeline parallelism"):
+        guards.check_parallelism(config, capturing=True)
+
+
+def test_what_an_engine_cannot_read_and_heads_that_are_split_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values from elsewhere have no stream here; over two devices none has all heads."""
+    register()
+    lean = sf.probes.LinearProbe(torch.ones(8), place=1)
+    lean.save(tmp_path / "probes" / "lean")
+    sf.Plan({1: sf.Add(torch.ones(8))}).save(tmp_path / "plans" / "add")
+    sf.Plan({("head_out", 1): sf.Add(torch.ones(8))}).save(tmp_path / "plans" / "heads")
+    for name in ("plans", "probes"):
+        monkeypatch.setenv(f"STEERFAST_{name.upper()}", str(tmp_path / name))
+
+    def served(elsewhere: object, devices: int) -> seams.Served:
+        model = SimpleNamespace(
+            get_total_num_hidden_layers=lambda: 3,
+            get_hidden_size=lambda: 8,
+            get_head_size=lambda: 4,
+            get_num_attention_heads=lambda parallel: 2,
+            hf_text_config=SimpleNamespace(),
+            dtype=torch.float32,
+            max_model_len=64,
+        )
+        parallel = SimpleNamespace(tensor_parallel_size=devices)
+        scheduler = SimpleNamespace(max_num_batched_tokens=64)
+        return seams.Served(
+            SimpleNamespace(
+                model_config=model, parallel_config=parallel, scheduler_config=scheduler, kv_transfer_config=elsewhere
+            )
+        )
+
+    after = {"steer": "add", "steer_positions": "after:ids:3"}
+    for wish in ({"steer_read": "lean"}, after, {"steer": "heads"}):
+        assert any(served(None, 1).accept(wish))
+    with pytest.raises(ValueError, match="probes cannot be read with keys and values from elsewhere"):
+        served(object(), 1).accept({"steer_read": "lean"})
+    with pytest.raises(ValueError, match="not all of them are seen with keys and values from elsewhere"):
+        served(object(), 1).accept(after)
+    assert served(object(), 1).accept({"steer": "add"})[0]
+    with pytest.raises(ValueError, match="'head_out' cannot be steered or read inside vLLM on several devices"):
+        served(None, 2).accept({"steer": "heads"})
 
 
 @pytest.mark.parametrize("servers", ["one", "several"])

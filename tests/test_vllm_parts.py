@@ -772,6 +772,19 @@ def test_each_of_the_twelve_traps_has_a_test_by_the_name_that_the_page_gives() -
             assert f"def {name}" in (here / file).read_text(encoding="utf-8"), (trap, file, name)
 
 
+def test_every_test_that_the_page_names_is_there() -> None:
+    here = Path(__file__).parent
+    page = (here.parent / "docs" / "vllm.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?", page)
+    assert len({file for file, _ in named}) > 15
+    for file, name in named:
+        assert f"def {name}" in (here / file).read_text(encoding="utf-8"), (file, name)
+    table = page.partition("## What works with what")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 12
+    assert [row for row in rows if "`test_" not in row] == []
+
+
 def test_what_the_cost_run_writes_is_what_the_bars_read(monkeypatch, tmp_path: Path) -> None:
     """After every round a whole row, by the names of bars.csv; of two unsteered runs the mean."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))

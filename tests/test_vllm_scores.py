@@ -487,6 +487,11 @@ def test_a_limit_is_crossed_by_tokens_that_are_read_and_no_others(library: Probe
         first, stop = sorted(draw.sample(range(15), 2))
         scores = np.array([[0, 9, draw.choice([0, 0, 0, 3, -3])] for _ in range(first, stop)], dtype=np.float32)
         read = allowed(parse("", positions), ids, prompt).numpy()[first:stop]
-        found = scores[read, 2]
-        wanted = "linear>2" if (found > 2).any() else "linear<-2" if (found < -2).any() else "None"
-        assert str(reading.crossed(first, scores, ids, prompt)) == wanted
+        beyond = (read & (abs(scores[:, 2]) > 2)).nonzero()[0]
+        crossed = reading.crossed(first, scores, ids, prompt)
+        if not len(beyond):
+            assert crossed is None
+            continue
+        wanted = "linear>2" if scores[beyond[0], 2] > 2 else "linear<-2"
+        assert crossed is not None
+        assert (str(crossed[0]), crossed[1]) == (wanted, first + beyond[0])

@@ -230,8 +230,6 @@ class First:
 
     input_ids = SimpleNamespace(gpu=None)
 
-    def load_model(self) -> None: ...
-
     def _update_states(self, scheduler_output) -> None: ...
 
     def _prepare_inputs(self, scheduler_output, numbers) -> None: ...
@@ -241,8 +239,6 @@ class First:
 
 class Second:
     """And one of the second."""
-
-    def load_model(self) -> None: ...
 
     def finish_requests(self, scheduler_output) -> None: ...
 
@@ -259,8 +255,6 @@ def test_a_runner_is_known_by_its_methods_whatever_its_class() -> None:
     for kind in (First, Second):
         for method in RUNNERS[V1 if kind is First else V2]:
             other = type("Other", (kind,), {method: lambda self, output: None})
-            if method == "load_model":
-                continue
             with pytest.raises(
                 RuntimeError, match=rf"Other\.{method} of this vLLM takes output, not what steering needs"
             ):
@@ -271,7 +265,7 @@ def test_a_runner_is_known_by_its_methods_whatever_its_class() -> None:
         guards.check_runner(3)
     with pytest.raises(RuntimeError, match=r"Other of this vLLM has no input_ids\.gpu"):
         guards.check_runner(type("Other", (First,), {"input_ids": 0})())
-    half = type("Half", (), {"load_model": Second.load_model, "prepare_inputs": Second.prepare_inputs})
+    half = type("Half", (), {"prepare_inputs": Second.prepare_inputs})
     with pytest.raises(RuntimeError, match="Half of this vLLM has no finish_requests, which steering needs"):
         guards.check_runner(half())
 

@@ -26,7 +26,8 @@ def register() -> None:
     Raises:
         RuntimeError: a vLLM that lacks what steering builds on, or that neither we nor `steerfast check` have tested.
     """
-    from . import counters, seams
+    from . import counters, roster, seams
 
     counters.share()
+    roster.begin()
     seams.patch()

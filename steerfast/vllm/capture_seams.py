@@ -3,7 +3,7 @@
 | seam | what is added |
 |---|---|
 | front end: `AsyncLLM.generate` | what only the prompt shows is refused before a stream begins |
-| engine core: `Scheduler.schedule` | the requests that have ended because nobody listens, on the `SchedulerOutput` itself |
+| engine core: `Scheduler.schedule` | how many tokens each request that has ended has, on the `SchedulerOutput` itself |
 | worker: the runner's own methods (`seams.py`) | rows are reserved before a step and handed to the collecting thread behind it |
 | worker: `WorkerWrapperBase.shutdown` | what has ended is written |
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steerfast._positions import EVER
 from steerfast.files.claim import Claim
 from steerfast.place import Place
 
@@ -48,8 +49,8 @@ def patch(check: Check) -> None:
 
 # --- engine core -------------------------------------------------------------------------------------------------------
 
-_ended: dict[str, bool] = {}
-"""What has ended in this process and was not told to a worker yet: whether its rows are kept."""
+_ended: dict[str, int] = {}
+"""What has ended in this process and was not told to a worker yet: the tokens whose rows are kept; 0: nobody waits for them."""
 
 
 def note_end(request: Any) -> None:
@@ -59,15 +60,14 @@ def note_end(request: Any) -> None:
     """
     params = request.sampling_params
     if "steer_capture" in (getattr(params, "extra_args", None) or {}):
-        _ended[request.request_id] = request.status is not resolve(STATUS).FINISHED_ABORTED or bool(params.stop)
+        awaited = request.status is not resolve(STATUS).FINISHED_ABORTED or bool(params.stop)
+        _ended[request.request_id] = request.num_tokens if awaited else 0
 
 
 def _schedule(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     output = original(scheduler, *args, **kwargs)
     if _ended:
-        hung = {name for name in output.finished_req_ids if not _ended.pop(name, True)}
-        if hung:
-            output.steerfast = hung
+        output.steerfast = {name: _ended.pop(name) for name in output.finished_req_ids & _ended.keys()}
     return output
 
 
@@ -154,11 +154,11 @@ class Taker:
         """Before a step: the requests that have ended."""
         if not self._captures or self.collector is None:
             return
-        hung = getattr(scheduler_output, "steerfast", ())
+        kept = getattr(scheduler_output, "steerfast", {})
         for name in scheduler_output.finished_req_ids:
             if name in self._captures:
                 self._captures.end(name)
-                self.collector.put(End(name, name not in hung))
+                self.collector.put(End(name, kept.get(name, EVER)))
 
     def step(self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int, ids: Tensor) -> None:
         """A batch is about to run."""

@@ -203,7 +203,7 @@ class Captures:
 
     def _rest(self) -> None:
         if self._on_host:
-            self.active = False
+            self.active, self._picked = False, {}
         elif self._reached:
             self._into[:, : self._reached] = self._spare[: self._reached]
         self._reached = 0

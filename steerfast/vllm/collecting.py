@@ -44,10 +44,10 @@ class Begin(NamedTuple):
 
 
 class End(NamedTuple):
-    """A request has left; its rows are kept, or not."""
+    """A request has left; the rows of its first tokens are kept: further ones were drafts that its text does not have."""
 
     request: str
-    keep: bool
+    tokens: int
 
 
 @dataclass
@@ -192,7 +192,7 @@ class Collector:
                 self._write(now=True)
                 if message is None:
                     for request in [*self._pending]:
-                        self._end(End(request, False))
+                        self._end(End(request, 0))
                     return
                 message.set()
             self._write()
@@ -261,8 +261,11 @@ class Collector:
         if pending is None:
             return
         self._held -= pending.nbytes
+        if message.tokens:
+            pending.forget(message.tokens)
+            pending.tokens = pending.tokens[: message.tokens]
         count, size = sum(len(p) for parts in pending.rows.values() for p, _ in parts), pending.nbytes
-        if not message.keep or pending.lost:
+        if not message.tokens or pending.lost:
             self._count("capture_dropped", count)
             return
         if self._used + size > self._settings.room:

@@ -9,7 +9,7 @@ cache, so that a preempted one decides everything anew, as before.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,19 +107,20 @@ class Gates:
             gate.acts[0]: torch.zeros(slots + 1, dtype=torch.int64, device=device) for gate in self._gates
         }  # place -> slot + 1 -> number of the gate + 1
         rows, tokens = (ROWS, tokens) if count else (0, 0)
-        self._latch, self._state = (torch.zeros(rows, count, dtype=torch.bool, device=device) for _ in range(2))
+        self._latch = torch.zeros(rows, count, dtype=torch.bool, device=device)
+        self._state = torch.zeros(rows, 1, count, dtype=torch.bool, device=device)  # behind a request's last tokens
         self._end = torch.full((rows,), EVER, dtype=torch.int64, device=device)  # of each row: its last prompt token
         self._open = torch.ones(tokens, count + 1, dtype=torch.bool, device=device)
         self._row, self._position, self._first = (
             torch.zeros(tokens, dtype=torch.int64, device=device) for _ in range(3)
         )
-        self._final = torch.zeros(tokens, dtype=torch.bool, device=device)  # a request's last token of the step
+        self._final = torch.zeros(tokens, dtype=torch.bool, device=device)  # a request's last tokens of the step
         self._count = torch.arange(tokens, device=device)
         self._groups: dict[tuple[str, bool], Group] = {}
         self._free = list(range(rows - 1, 0, -1))  # row 0 takes what belongs to no request
-        self._requests: dict[str, tuple[int, frozenset[tuple[str, bool]]]] = {}
+        self._requests: dict[str, tuple[int, Set[tuple[str, bool]]]] = {}
         self._reached = 0
-        self._batch: list[tuple[int, frozenset[tuple[str, bool]]] | None] | None = None  # that decoded last
+        self._batch: list[tuple[int, Set[tuple[str, bool]]] | None] | None = None  # that decoded last
         self._always = device.type != "cpu"
         self.active = self._always and count > 0
         """Whether a request of the running step has gates; on a GPU, whose graph may be captured, always."""
@@ -145,6 +146,16 @@ class Gates:
             for number, gate in enumerate(self._gates)
         }
 
+    def remember(self, tokens: int) -> None:
+        """Keep the state behind each of a request's last tokens, so that a step may take back all but one of these."""
+        rows, _, count = self._state.shape
+        self._state = self._state.new_zeros(rows, tokens, count)
+
+    def keep(self, places: Collection[tuple[str, int]]) -> None:
+        """Of all places this stage of a pipeline has these: what others read is decided there, and received."""
+        names = {f"{site}.{layer}" for site, layer in places}
+        self._groups = {where: group for where, group in self._groups.items() if where[0] in names}
+
     def load(self, plan: str, place: str, number: int, slot: int) -> None:
         """The slot `number` of a plan stands in a slot of a place's bank now."""
         if place in self._gate_of:
@@ -163,7 +174,7 @@ class Gates:
         if not self._free:
             raise RuntimeError(f"steerfast: more than {ROWS - 1} requests with conditions are in flight")
         row = self._free.pop()
-        self._requests[request] = row, frozenset(self._gates[number].where for number in numbers)
+        self._requests[request] = row, self._groups.keys() & {self._gates[number].where for number in numbers}
         self._latch[row] = self._state[row] = False
         self._end[row] = prompt - 1
 
@@ -179,7 +190,7 @@ class Gates:
         """A step begins; arguments as of `RowTable.fill`. Returns the places that its gates read."""
         found = [self._requests.get(request) for request in requests] if self._requests else []
         read = _NOWHERE.union(*(one[1] for one in found if one is not None)) if found else _NOWHERE
-        if not read:
+        if not any(found):
             if self._reached:
                 self._row[: self._reached].zero_()
             self._reached, self.active, self._batch = 0, self._always and bool(self._gates), None
@@ -194,7 +205,8 @@ class Gates:
         owner = torch.searchsorted(bounds[1:], here, right=True).clamp_(max=len(found) - 1)
         self._row[:tokens], self._position[:tokens] = index[owner], positions[:tokens]
         self._row[tokens : self._reached].zero_()
-        self._first[:tokens], self._final[:tokens] = bounds[owner], here == bounds[owner + 1] - 1
+        self._first[:tokens] = bounds[owner]
+        self._final[:tokens] = here >= bounds[owner + 1] - self._state.shape[1]
         self._reached, self.active = tokens, True
         return read
 
@@ -220,6 +232,14 @@ class Gates:
         latched = self._latch[row[:, None], group.numbers] & (position >= ends)[:, None]
         self._open[:count].index_copy_(1, group.numbers + 1, torch.where(group.each, each, latched))
 
+    def hand_on(self) -> Tensor | None:
+        """What has been decided for the tokens of the step that has run, bool (tokens, gates + 1), for a later stage."""
+        return self._open[: self._reached] if self._reached else None
+
+    def receive(self, decisions: Tensor) -> None:
+        """What earlier stages have decided in a step, before it runs here."""
+        self._open[: len(decisions)] = decisions
+
     def close(self, rows: Tensor, place: str) -> Tensor:
         """The row table (n, P) of a place without the slots whose gate is shut; rows itself where none is."""
         gates = self._gate_of.get(place) if self.active else None
@@ -243,9 +263,11 @@ class Gates:
         off = score < group.release
         order = 2 * (self._count[:count] + 1)[:, None]
         latest = torch.where(on | off, order + on.long(), 0).cummax(0).values
-        before = self._state[row[:, None], group.numbers] & (self._position[first] > 0)[:, None]
+        position, begun, kept = self._position[:count], self._position[first], self._state.shape[1]
+        before = self._state[row[:, None], (begun[:, None] - 1) % kept, group.numbers] & (begun > 0)[:, None]
         found = torch.where(latest >= 2 * (first + 1)[:, None], latest % 2 == 1, before)
-        self._state[torch.where(self._final[:count], row, 0)[:, None], group.numbers] = found
+        mine = torch.where(self._final[:count], row, 0)[:, None]
+        self._state[mine, position[:, None] % kept, group.numbers] = found
         return torch.where(group.held, found, on)
 
     def _send(self, values: Sequence[int]) -> Tensor:

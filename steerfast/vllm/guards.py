@@ -64,22 +64,31 @@ def check_runner(runner: Any) -> bool:
     return kinds[0] == V1
 
 
-def check_parallelism(config: Any) -> None:
-    """Stop where tokens are split or reordered, which a table with one row per token cannot follow, or vectors discarded.
+def check_parallelism(config: Any, *, capturing: bool = False) -> None:
+    """Stop where tokens are split or reordered, which a table with one row per token cannot follow, and where it is unproven.
+
+    Args:
+        config: vLLM's.
+        capturing: Whether requests may have the stream written down, whole or not at all.
 
     Raises:
-        ValueError: sequence parallelism, dual-batch overlap, context parallelism or sleep mode is on; the message names it.
+        ValueError: capturing from a pipeline; sequence parallelism, expert parallelism, dual-batch overlap or context parallelism
+            is on; the message names it.
     """
     parallel = config.parallel_config
     on = {
         "sequence parallelism of experts (--enable-expert-parallel with data parallelism)": parallel.use_sequence_parallel_moe,
         "sequence parallelism of hyper-connections (--enable-hc-sp)": parallel.enable_hc_sp,
+        "expert parallelism (--enable-expert-parallel)": parallel.enable_expert_parallel,
         "dual-batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "prefill context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,
-        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
-        "sleep mode (--enable-sleep-mode), which discards the vectors": config.model_config.enable_sleep_mode,
     }
+    if capturing and parallel.pipeline_parallel_size > 1:
+        raise ValueError(
+            "steerfast: STEERFAST_CAPTURE cannot be combined with pipeline parallelism (--pipeline-parallel-size), whose stages "
+            "would each write a part of a request; leave one of them out"
+        )
     for name, used in on.items():
         if used:
             raise ValueError(

@@ -23,6 +23,7 @@ from steerfast.place import Place
 from steerfast.plan import Plan
 
 from .programs import costs_an_encode, fits_no_slot
+from .roster import Roster
 
 SITES_IN_ORDER = ("resid_pre", "head_out", "attn_out", "mlp_out", "resid_post")
 """Where an engine can be steered and read, in the order in which a layer comes to them."""
@@ -144,7 +145,7 @@ def load(
     by name; the others are served. SAEs that plans name are looked for on `saes`, or where STEERFAST_SAES says.
 
     Raises:
-        ValueError: there is no such directory, or it holds no plan.
+        ValueError: there is no such directory, it holds no plan, or another process of this engine has found other plans.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -155,18 +156,21 @@ def load(
     entered: set[int] = set()
     widths = Widths(width, heads)
     saes = Shelf("Plan.load") if saes is None else saes  # one for all, so that none is read twice
-    for folder in sorted(path for path in root.iterdir() if (path / "plan.json").is_file()):
+    roster = Roster("STEERFAST_PLANS", root, "plan.json")
+    for folder in roster.folders:
         name = folder.name
         try:
             plan = Plan.load(folder, saes)
             columns = _fit(plan, widths, layers, dtype)
         except (ValueError, TypeError, OSError) as reason:
+            roster.check(folder)
             refused[name] = public(str(reason), root)
             continue
         chains[name] = numbered(columns)
         entered |= {layer % layers for site, layer in plan.edits if site == "resid_pre"} - {0}
         # plan.json holds the hash of the tensors beside it, which loading has checked: its own hash covers both.
         fingerprint = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
+        roster.check(folder)
         tokens = tuple(column.tokens for column in columns)
         gated = any(isinstance(edit, When) for column in columns for edit in column.edits.values())
         served[name] = ServedPlan(name, fingerprint, tokens, _selector(plan), plan.special, gated)

@@ -21,6 +21,7 @@ from steerfast.place import Place
 from steerfast.probes import FeatureProbe, LinearProbe, LogisticProbe, Probe, SimilarityProbe, TopKProbe
 
 from .plans import Library, Widths, public, read_place
+from .roster import Roster
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def load_probes(
     by name; the others are served. SAEs that probes name are looked for on `saes`, or where STEERFAST_SAES says.
 
     Raises:
-        ValueError: there is no such directory, or it holds no probe.
+        ValueError: there is no such directory, it holds no probe, or another process of this engine has found other probes.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -89,14 +90,17 @@ def load_probes(
     refused: dict[str, str] = {}
     loaded: dict[str, Probe] = {}
     saes, column = Shelf("Probe.load") if saes is None else saes, 0
-    for folder in sorted(path for path in root.iterdir() if (path / container.PROBE.text_name).is_file()):
+    roster = Roster("STEERFAST_PROBES", root, container.PROBE.text_name)
+    for folder in roster.folders:
         name = folder.name
         try:
             probe = Probe.load(folder, saes)
             place, after = _fit(probe, widths, layers, plans)
         except (ValueError, TypeError, OSError) as reason:
+            roster.check(folder)
             refused[name] = public(str(reason), root)
             continue
+        roster.check(folder)
         columns = 2 * int(probe.k or 0) if isinstance(probe, TopKProbe) else len(probe.names or (0,))
         loaded[name] = probe
         served[name] = ServedProbe(name, place, after, column, columns, probe.names or None, probe.pairs)

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -98,6 +98,8 @@ def _update(
                 _send(desk, outputs)
         return outputs
     readings: dict[str, Reading] = {}
+    drafts = scheduler_output.scheduled_spec_decode_tokens
+    sampled: dict[str, int] = {}  # of requests with drafts: how many tokens they have got
     for rows in found:
         name, first, scores = rows
         request = scheduler.requests.get(name)
@@ -106,11 +108,16 @@ def _update(
         reading = readings[name] = desk.readings[name] = _reading(scheduler, request)
         # Where a step's tokens will be sampled anew, its scores are of tokens that the text will not have.
         if not (request.num_stale_output_tokens and request.drop_stale_output):
-            desk.note(rows)
+            ids = request.all_token_ids
+            if name in drafts and (new := _sampled(name, model_runner_output)):
+                # Of its drafts and the token before them as many count as were sampled behind these.
+                scores, ids, sampled[name] = scores[: len(new)], [*ids, *new], len(new)
             if reading.limits:
-                request.steerfast_crossed = reading.crossed(
-                    first, scores, request.all_token_ids, request.num_prompt_tokens
-                )
+                crossed = request.steerfast_crossed = reading.crossed(first, scores, ids, request.num_prompt_tokens)
+                if crossed is not None:
+                    scores = scores[: crossed[1] + 1 - first]
+                    sampled.pop(name, None)
+            desk.note((name, first, scores))
         if request.sampling_params.stop:
             desk.hasty.add(name)
     limited = [name for name, reading in readings.items() if reading.limits]
@@ -119,8 +126,20 @@ def _update(
     with desk.open(), _ending() if limited else nullcontext():
         outputs = original(scheduler, scheduler_output, model_runner_output, *args)
         _end_unfinished(scheduler, limited, outputs)
+        _cut(desk, outputs, sampled)
         _send(desk, outputs)
     return outputs
+
+
+def _cut(desk: Desk, outputs: dict[int, Any], sampled: Mapping[str, int]) -> None:
+    """What stops a text may stand before the last of its accepted drafts: these leave no score."""
+    if not sampled:
+        return
+    for sent in outputs.values():
+        for output in sent.outputs:
+            if (count := sampled.get(output.request_id)) is not None:
+                columns = desk.readings[output.request_id].columns
+                desk.cut(output.request_id, count - len(output.new_token_ids), columns)
 
 
 def _send(desk: Desk, outputs: dict[int, Any]) -> None:
@@ -135,6 +154,18 @@ def _send(desk: Desk, outputs: dict[int, Any]) -> None:
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), ANSWERED: message}
 
 
+def _sampled(name: str, output: Any) -> list[int]:
+    """What a step has sampled for a request: the drafts that were accepted, and one more."""
+    return output.sampled_token_ids[output.req_id_to_index[name]] if output.sampled_token_ids else []
+
+
+def tokens_run(request: Any) -> int:
+    """How many tokens of a request that ends have run: neither drafts that its text does not have, nor its last token."""
+    ran = min(request.num_computed_tokens, request.num_tokens)
+    crossed = getattr(request, "steerfast_crossed", None)
+    return ran if crossed or not request.num_output_tokens else min(ran, request.num_tokens - 1)
+
+
 def _reading(scheduler: Any, request: Any) -> Reading:
     """What a request reads, looked up once."""
     if not hasattr(request, "steerfast_reading"):
@@ -146,6 +177,8 @@ def _reading(scheduler: Any, request: Any) -> Reading:
 def _ending() -> Iterator[None]:
     """A request that has crossed a limit ends with the token that crossed it: what that has produced comes after it.
 
+    Before it come the drafts that were accepted up to there, unless one of them ends the text.
+
     The method is called for every request of every step; where none has limits it is vLLM's own.
     """
     owner = resolve(SCHEDULER)
@@ -155,8 +188,14 @@ def _ending() -> Iterator[None]:
         crossed = getattr(request, "steerfast_crossed", None)
         if crossed is None:
             return original(scheduler, request, new_token_ids, *args, **kwargs)
-        request.status, request.stop_reason = resolve(STATUS).FINISHED_STOPPED, f"steer_abort: {crossed}"
-        return [], True
+        limit, position = crossed
+        kept = new_token_ids[: max(position + 1 - request.num_tokens, 0)]
+        if kept:
+            kept, stopped = original(scheduler, request, kept, *args, **kwargs)
+            if stopped:
+                return kept, True
+        request.status, request.stop_reason = resolve(STATUS).FINISHED_STOPPED, f"steer_abort: {limit}"
+        return kept, True
 
     owner._update_request_with_output = end_crossed
     try:
@@ -172,7 +211,7 @@ def _end_unfinished(scheduler: Any, names: list[str], outputs: dict[int, Any]) -
         crossed = None if request is None else getattr(request, "steerfast_crossed", None)
         if request is None or crossed is None or request.is_finished():
             continue
-        request.stop_reason = f"steer_abort: {crossed}"
+        request.stop_reason = f"steer_abort: {crossed[0]}"
         scheduler.finish_requests(name, resolve(STATUS).FINISHED_STOPPED)
         output = resolve(OUTPUT)(
             request_id=name,

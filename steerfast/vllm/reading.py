@@ -7,7 +7,7 @@ scheduler beside what was sampled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -68,17 +68,24 @@ class Readers:
         loaded: The probes themselves.
         tokens: How many tokens a batch can have, padding included.
         device: Where the model runs.
+        here: The places that this stage of a pipeline has; None: there is one stage.
     """
 
     def __init__(
-        self, served: Mapping[str, ServedProbe], loaded: Mapping[str, Probe], tokens: int, device: torch.device
+        self,
+        served: Mapping[str, ServedProbe],
+        loaded: Mapping[str, Probe],
+        tokens: int,
+        device: torch.device,
+        here: Collection[tuple[str, int]] | None = None,
     ) -> None:
         self.scores = torch.zeros(tokens, sum(one.columns for one in served.values()), device=device)
         self._always = device.type != "cpu"
         self._served = served
         self._probes: dict[Where, dict[str, Probe]] = {}
         for name, one in served.items():
-            self._probes.setdefault((f"{one.place.site}.{one.place.layer}", one.after), {})[name] = loaded[name]
+            if here is None or one.place in here:
+                self._probes.setdefault((f"{one.place.site}.{one.place.layer}", one.after), {})[name] = loaded[name]
         self._units = {  # of each place, what is read together; on a GPU all of it, always
             where: [
                 PlaceReader({name: probes[name] for name in names}, served, device)
@@ -109,7 +116,7 @@ class Readers:
 
     def start(self, request: str, wanted: Wanted) -> None:
         """A request that reads arrives."""
-        self._readers[request] = Reader(request, wanted.first, wanted.columns, wanted.places)
+        self._readers[request] = Reader(request, wanted.first, wanted.columns, wanted.places & self._units.keys())
         self._batch = None
 
     def end(self, request: str) -> None:
@@ -188,9 +195,24 @@ class Readers:
         running, self._running = self._running, None
         if running is None:
             return None
-        if self._later and self._shelf is not None:
-            self._shelf.write(self.scores[: running.tokens])
+        self._settle(running.tokens)
         return Taken(running, self.scores)
+
+    def hand_on(self) -> Tensor | None:
+        """The table after the step that has run, (tokens, columns), for a later stage, which answers."""
+        running, self._running = self._running, None
+        if running is None:
+            return None
+        self._settle(running.tokens)
+        return self.scores[: running.tokens]
+
+    def receive(self, scores: Tensor) -> None:
+        """What earlier stages have read in a step, before it runs here."""
+        self.scores[: len(scores)] = scores
+
+    def _settle(self, tokens: int) -> None:
+        if self._later and self._shelf is not None:
+            self._shelf.write(self.scores[:tokens])
 
 
 class Here:

@@ -29,6 +29,8 @@ from .wire import Part
 
 _MLP = re.compile(r"mlp|ffn|feed_forward|moe", re.IGNORECASE)
 
+TRAVELLING = SCORES, DECISIONS = "steerfast_scores", "steerfast_decisions"
+"""What stages of a pipeline hand on beside the stream."""
 TRACE = "STEERFAST_TRACE"
 """A file to which every step appends what it applied and decided, as JSON lines; for tests and soaks: it waits for the device."""
 
@@ -82,17 +84,17 @@ class Steered:
         readable = {**(loaded or {}), **self.gates.probes}
         seen = (*read.values(), *watched.values())
         visited = dict.fromkeys([*wanted, *(one.place for one in seen)])
-        if visited:
-            found = self.look_at(model, layers, visited)
-            for site, layer in visited:
-                width, edits = found[site, layer], wanted.get((site, layer), [])
-                _check_width(
-                    (site, layer), width, [*edits, *(readable[one.name] for one in seen if one.place == (site, layer))]
-                )
-                if edits:
-                    places[f"{site}.{layer}"] = EditedPlace(edits, slots, width, self.dtype, device)
+        found = self.look_at(model, layers, visited) if visited else {}
+        self.gates.keep(found)
+        for (site, layer), width in found.items():
+            edits = wanted.get((site, layer), [])
+            _check_width(
+                (site, layer), width, [*edits, *(readable[one.name] for one in seen if one.place == (site, layer))]
+            )
+            if edits:
+                places[f"{site}.{layer}"] = EditedPlace(edits, slots, width, self.dtype, device)
         self.table = RowTable(tokens, device, (slots, library.by_token), library.width)
-        self.readers = Readers({**read, **watched}, readable, tokens, device)
+        self.readers = Readers({**read, **watched}, readable, tokens, device, found)
         self.places = Places(places, self.table, self.readers, self.gates if watched else None)
         if library.slots <= slots:  # all of them stay, and no request ever waits for another's slot
             for served in library.plans.values():
@@ -103,12 +105,22 @@ class Steered:
                 here.seal()
 
     def look_at(self, model: nn.Module, layers: int, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
-        """Have a hook at each of these places of a model that is not compiled yet. Returns the width of each."""
+        """Have a hook at each of these places of a model that is not compiled yet.
+
+        Returns:
+            The width of each, without those whose layer lies on another stage of a pipeline.
+        """
         found = decoder_blocks(model, layers)
-        for place in places:
+        here = [place for place in places if _holds_modules(found.blocks[place[1]])]
+        for place in here:
             if place not in self._hooked:
                 self._hooked[place] = _hook(found, *place)
-        return {place: self._hooked[place] for place in places}
+        return {place: self._hooked[place] for place in here}
+
+    def expect_drafts(self, drafts: int) -> None:
+        """A step may take back up to so many tokens at a request's end, and with them what spans and conditions remember."""
+        self.table.remember(drafts + 1)
+        self.gates.remember(drafts + 1)
 
     def start(self, request: str, prompt: int, parts: tuple[Part, ...], wanted: Wanted | None = None) -> None:
         """A request arrives, with its prompt's length in tokens, and with what it reads."""
@@ -160,6 +172,24 @@ class Steered:
         return self.readers.take()
 
     @property
+    def travels(self) -> bool:
+        """Whether a later stage of a pipeline must be told what probes have found and conditions decided before it."""
+        return self.readers.scores.shape[1] > 0
+
+    def hand_on(self) -> dict[str, Tensor]:
+        """What the next stage of a pipeline must know of the step that has run on this one."""
+        self._lines = []  # the last stage writes them
+        parts = {SCORES: self.readers.hand_on(), DECISIONS: self.gates.hand_on()}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def receive(self, parts: Mapping[str, Tensor]) -> None:
+        """What the stage before this one has handed on, before the same step runs here."""
+        if SCORES in parts:
+            self.readers.receive(parts[SCORES])
+        if DECISIONS in parts:
+            self.gates.receive(parts[DECISIONS])
+
+    @property
     def reading(self) -> int:
         """Requests in flight that read."""
         return len(self.readers)
@@ -183,8 +213,11 @@ class Steered:
             self.gates.unload(slot)
         if missing:
             for (site, layer), chain in self._chains[served.name].items():
+                here = self.places.places.get(f"{site}.{layer}")
+                if here is None:
+                    continue
                 for number, edit in chain.items():
-                    self.places.places[f"{site}.{layer}"].load(numbers[number], edit)
+                    here.load(numbers[number], edit)
                     self.gates.load(served.name, f"{site}.{layer}", number, numbers[number])
             for run in served.runs(numbers):
                 self.table.spread(run)
@@ -225,18 +258,20 @@ def _check_width(place: tuple[str, int], width: int, what: Iterable[Any]) -> Non
 
 
 def decoder_blocks(model: nn.Module, count: int) -> Layers:
-    """The decoder blocks of a vLLM model: its one list of `count` modules that hold modules of their own.
+    """The decoder blocks of a vLLM model: its one list of `count` modules that hold modules of their own, or lie elsewhere.
 
     Raises:
         ValueError: there is none, or more than one.
     """
     name = type(model).__name__
     text: Any = model.get_language_model() if hasattr(model, "get_language_model") else model  # type: ignore[operator]
-    found = {
+    lists = {
         path: module
         for path, module in text.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and all(any(b.children()) for b in module)
+        if isinstance(module, nn.ModuleList) and len(module) == count and any(map(_holds_modules, module))
     }
+    # On a stage of a pipeline there stands something empty for each block of the others.
+    found = {path: blocks for path, blocks in lists.items() if all(map(_holds_modules, blocks))} or lists
     outer = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
     if len(outer) != 1:
         raise ValueError(
@@ -244,6 +279,15 @@ def decoder_blocks(model: nn.Module, count: int) -> Layers:
         )
     width = int(text.config.get_text_config().hidden_size)
     return Layers(tuple(found[outer[0]]), outer[0], width, name)
+
+
+def _holds_modules(block: nn.Module) -> bool:
+    return any(True for _ in block.children())
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes of a GPU's memory that tensors of this process take; 0 elsewhere."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def stream_dtype(model: nn.Module) -> torch.dtype:
@@ -264,29 +308,33 @@ def _hook(found: Layers, site: str, layer: int) -> int:
     elif site == "resid_pre":  # of layer 0: what the embedding gives
         block.register_forward_pre_hook(partial(_before, place), with_kwargs=True)
     elif site == "head_out":
-        projection = _projection(block, found)
+        projection, width = _projection(block, found)
         projection.register_forward_pre_hook(partial(_entering, place), with_kwargs=True)
-        return int(projection.input_size)
+        return width
     else:
         _added(block, site, found.name).register_forward_hook(partial(_after, place))
     return found.d
 
 
-def _projection(block: nn.Module, found: Layers) -> Any:
-    """The attention's last map: the one linear layer of the block's mixer that takes what several devices hold parts of."""
+def _projection(block: nn.Module, found: Layers) -> tuple[nn.Module, int]:
+    """The attention's last map: the one linear layer of the block's mixer that takes what several devices hold parts of.
+
+    Where adapters may be loaded it is what stands around that layer, which is itself never called.
+    """
     mixers = [child for name, child in block.named_children() if MIXER.search(name) and any(child.children())]
-    maps = [
-        (name, module)
+    maps = {
+        name.removesuffix(".base_layer"): (mixer.get_submodule(name.removesuffix(".base_layer")), module)
         for mixer in mixers
         for name, module in mixer.named_modules()
         if hasattr(module, "input_is_parallel") and getattr(module, "output_size", 0) == found.d
-    ]
+    }
     if len(mixers) != 1 or len(maps) != 1:
         raise ValueError(
             f"steerfast: head_out cannot be located in a {type(block).__name__} ({found.name}): expected one attention with one "
-            f"output projection, found {', '.join(name for name, _ in maps) or 'none'}; use attn_out, resid_pre or resid_post"
+            f"output projection, found {', '.join(maps) or 'none'}; use attn_out, resid_pre or resid_post"
         )
-    return maps[0][1]
+    ((called, projection),) = maps.values()
+    return called, int(projection.input_size)
 
 
 def _added(block: nn.Module, site: str, model: str) -> nn.Module:

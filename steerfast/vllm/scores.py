@@ -93,6 +93,11 @@ class Reading:
         """Its positions as a tree."""
         return parse("steer: steer_read_positions", self.positions)
 
+    @property
+    def columns(self) -> int:
+        """Numbers that it has for every token."""
+        return sum(one.columns for one in self.probes)
+
     def first(self, prompt: int) -> int:
         """No position before this one is read, whatever the tokens are."""
         if self.selector.remembers:
@@ -100,8 +105,8 @@ class Reading:
         where = pieces(self.selector, prompt)
         return where[0].first if where else EVER
 
-    def crossed(self, first: int, scores: np.ndarray, ids: Sequence[int], prompt: int) -> Limit | None:
-        """The first of its limits that a token of a step is beyond, among those that are read.
+    def crossed(self, first: int, scores: np.ndarray, ids: Sequence[int], prompt: int) -> tuple[Limit, int] | None:
+        """The position of the first token of a step that is read and beyond a limit, and which limit that is.
 
         Args:
             first: Position of the first of these tokens.
@@ -120,11 +125,16 @@ class Reading:
         column = dict(
             zip((one.name for one in self.probes), accumulate(one.columns for one in self.probes), strict=True)
         )
-        for limit in self.limits:
-            found = scores[read, column[limit.probe] - 1]
-            if bool((found > limit.level if limit.above else found < limit.level).any()):
-                return limit
-        return None
+        beyond = []
+        for number, limit in enumerate(self.limits):
+            found = scores[:, column[limit.probe] - 1]
+            over = read & (found > limit.level if limit.above else found < limit.level)
+            if over.any():
+                beyond.append((first + int(over.argmax()), number))
+        if not beyond:
+            return None
+        position, number = min(beyond)
+        return self.limits[number], position
 
     def wanted(self, prompt: int) -> Wanted:
         """What a worker must know of it."""
@@ -246,6 +256,11 @@ class Desk:
         if len(self._steps) >= MOST_ASIDE:
             self._settle()
         return True
+
+    def cut(self, request: str, rows: int, columns: int) -> None:
+        """The last rows of what came last are of tokens that the text does not have."""
+        first, scores = self._new[request].pop()
+        self._new[request].append((first, scores[: max(len(scores) - 4 * rows * columns, 0)]))
 
     def message(self, request: str, reading: Reading) -> dict[str, Any] | None:
         """What the next output of a request carries to the front end."""

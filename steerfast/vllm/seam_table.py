@@ -38,6 +38,7 @@ ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
 WRAPPER = "vllm.v1.worker.worker_base:WorkerWrapperBase"
 V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+STREAM = "vllm.sequence:IntermediateTensors"
 _MESSAGES = "vllm.entrypoints.anthropic"
 
 CHAT = "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest"
@@ -66,8 +67,8 @@ STREAMS = {
 SERVER = "vllm.entrypoints.launchers.app"
 
 RUNNERS = {
-    V1: ("load_model", "_update_states", "sample_tokens", "_prepare_inputs"),
-    V2: ("load_model", "finish_requests", "add_requests", "sample_tokens", "prepare_inputs"),
+    V1: ("_update_states", "sample_tokens", "_prepare_inputs"),
+    V2: ("finish_requests", "add_requests", "sample_tokens", "prepare_inputs"),
 }
 """The methods of a runner that steering wraps; the last one tells the generations apart, whatever class a platform has."""
 
@@ -144,7 +145,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     f"{SCHEDULER}._update_request_with_output": (Form(("request", "new_token_ids"), ("stopped",)),),
     f"{OUTPUT}s": (Form(names=("outputs",)),),
     STATUS: (Form(names=("FINISHED_STOPPED", "FINISHED_ABORTED")),),
-    "vllm.v1.outputs:ModelRunnerOutput": (Form(names=("req_ids", "sampled_token_ids")),),
+    "vllm.v1.outputs:ModelRunnerOutput": (Form(names=("req_ids", "req_id_to_index", "sampled_token_ids")),),
     "vllm.v1.outputs:AsyncModelRunnerOutput.get_output": (Form(),),
     "vllm.v1.request:Request": (
         Form(
@@ -154,6 +155,8 @@ SEAMS: dict[str, tuple[Form, ...]] = {
                 "all_token_ids",
                 "num_computed_tokens",
                 "num_prompt_tokens",
+                "num_output_tokens",
+                "num_tokens",
                 "num_stale_output_tokens",
                 "drop_stale_output",
                 "skip_reading_prefix_cache",
@@ -171,6 +174,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     WRAPPER: (Form(names=("vllm_config", "worker")),),
     f"{WRAPPER}.init_device": (Form(names=("worker",)),),
     f"{WRAPPER}.shutdown": (Form(names=("worker",)),),
+    "vllm.v1.worker.gpu_worker:Worker.load_model": (Form(names=("_maybe_get_memory_pool_context", "load_model")),),
     "vllm.v1.worker.worker_base:WorkerBase.__init__": (Form(("vllm_config", "local_rank", "rank"), ("rank",)),),
     "vllm.v1.core.sched.output:SchedulerOutput": (
         Form(
@@ -178,6 +182,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
                 "scheduled_new_reqs",
                 "scheduled_cached_reqs",
                 "num_scheduled_tokens",
+                "scheduled_spec_decode_tokens",
                 "finished_req_ids",
                 "preempted_req_ids",
                 "total_num_scheduled_tokens",
@@ -188,16 +193,31 @@ SEAMS: dict[str, tuple[Form, ...]] = {
         Form(names=("req_id", "prompt_len", "prompt_token_ids", "num_computed_tokens", "sampling_params")),
     ),
     "vllm.v1.core.sched.output:CachedRequestData": (Form(names=("req_ids", "num_computed_tokens")),),
-    V1: (Form(names=("input_batch", "query_start_loc", "positions", "input_ids", "max_num_tokens", "model")),),
-    f"{V1}.load_model": (Form(),),
-    f"{V1}.execute_model": (Form(names=("_update_states", "_prepare_inputs")),),
+    V1: (
+        Form(
+            names=(
+                "device",
+                "input_batch",
+                "query_start_loc",
+                "positions",
+                "input_ids",
+                "max_num_tokens",
+                "model",
+                "model_memory_usage",
+            )
+        ),
+    ),
+    f"{V1}.execute_model": (
+        Form(("scheduler_output", "intermediate_tensors"), names=("_update_states", "_prepare_inputs")),
+    ),
     f"{V1}.sample_tokens": (Form(("grammar_output",), ("ModelRunnerOutput",)),),
     f"{V1}._update_states": (Form(("scheduler_output",)),),
     f"{V1}._prepare_inputs": (Form(("scheduler_output",), ("query_start_loc", "positions", "input_ids")),),
     "vllm.v1.worker.gpu_input_batch:InputBatch": (Form(names=("req_ids",)),),
-    V2: (Form(names=("max_num_tokens", "model")),),
-    f"{V2}.load_model": (Form(),),
-    f"{V2}.execute_model": (Form(names=("finish_requests", "add_requests", "prepare_inputs")),),
+    V2: (Form(names=("device", "max_num_tokens", "model", "model_memory_usage")),),
+    f"{V2}.execute_model": (
+        Form(("scheduler_output", "intermediate_tensors"), names=("finish_requests", "add_requests", "prepare_inputs")),
+    ),
     f"{V2}.sample_tokens": (Form(("grammar_output",), ("ModelRunnerOutput",)),),
     f"{V2}.finish_requests": (Form(("scheduler_output",)),),
     f"{V2}.add_requests": (Form(("scheduler_output",)),),
@@ -205,6 +225,8 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
         Form(names=("req_ids", "query_start_loc", "positions", "num_tokens", "input_ids")),
     ),
+    STREAM: (Form(names=("tensors",)),),
+    "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA": (Form(names=("base_layer",)),),
     # the model's forward, and what an engine is told
     "vllm.forward_context": (Form(names=("get_forward_context",)),),
     "vllm.forward_context:ForwardContext": (Form(names=("no_compile_layers",)),),
@@ -230,7 +252,6 @@ SEAMS: dict[str, tuple[Form, ...]] = {
         Form(
             names=(
                 "dtype",
-                "enable_sleep_mode",
                 "get_head_size",
                 "get_hidden_size",
                 "get_num_attention_heads",
@@ -239,11 +260,13 @@ SEAMS: dict[str, tuple[Form, ...]] = {
             )
         ),
     ),
+    "vllm.config.speculative:SpeculativeConfig": (Form(names=("num_speculative_tokens",)),),
     "vllm.config.scheduler:SchedulerConfig": (Form(names=("max_num_batched_tokens",)),),
     "vllm.config.parallel:ParallelConfig": (
         Form(
             names=(
                 "use_sequence_parallel_moe",
+                "enable_expert_parallel",
                 "enable_hc_sp",
                 "use_ubatching",
                 "prefill_context_parallel_size",

@@ -1,4 +1,4 @@
-"""Where steering enters vLLM: six places, of whose every seam (`seam_table.py`) the form is checked before one is touched.
+"""Where steering enters vLLM: seven places, of whose every seam (`seam_table.py`) the form is checked before one is touched.
 
 | seam | what is added |
 |---|---|
@@ -7,7 +7,8 @@
 | API server: `init_entrypoints_middleware` | HTTP 400 where a route would drop the fields |
 | engine core: `Scheduler.__init__`, `_handle_blocked_waiting_request`, `_free_request` | requests wait until slots are free |
 | worker: `WorkerWrapperBase.init_device` | refuses what splits or reorders tokens; follows the runner it has built |
-| worker: that runner's own methods, on the instance | hooks the model, writes the row table of each step |
+| worker: `load_model`, on the instance | hooks the model, outside of the memory that sleep mode discards |
+| worker: that runner's own methods, on the instance | writes the row table of each step; of a pipeline: hands on what was read |
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 from steerfast.files.shelf import Shelf
 from steerfast.probes.probe import Probe
 
-from . import capture_seams, counters, read_seams
+from . import capture_seams, counters, read_seams, roster
 from .capture import Capture, CaptureSettings, check_capture, read_capture
 from .edits import CONTEXT, find_places_with
 from .fields import CAPTURES, PROBES, short, steer_fields
@@ -35,9 +36,9 @@ from .guards import check_engine, check_parallelism, check_runner
 from .plans import Chains, Library, load, with_columns
 from .probes import ProbeLibrary, load_probes
 from .routes import BESIDE, Strays
-from .runner import Steered
+from .runner import TRAVELLING, Steered, allocated
 from .scores import Desk, ProbeScores, Reading, check_read, read_probes
-from .seam_table import PROCESSOR, REQUESTS, SCHEDULER, SERVER, WRAPPER
+from .seam_table import PROCESSOR, REQUESTS, SCHEDULER, SERVER, STREAM, WRAPPER
 from .sink import ScoreSink, open_sink
 from .slots import Admission
 from .wire import Part, check_prompt, read, salt
@@ -209,9 +210,7 @@ def _head_width(config: Any) -> int:
 
 
 def _unread(config: Any) -> str:
-    """What keeps an engine from reading: tokens that have no activations here, or that are taken back."""
-    if config.speculative_config is not None:
-        return "speculative decoding"
+    """What keeps an engine from reading: tokens that have no activations here."""
     return "keys and values from elsewhere (kv_transfer_config)" if config.kv_transfer_config is not None else ""
 
 
@@ -228,6 +227,7 @@ _served: Served | None = None  # of the engine that this process has built last
 def _read_library(original: Callable[..., None], processor: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
     global _served
     original(processor, vllm_config, *args, **kwargs)
+    roster.begin()
     _served = processor.steerfast = Served(vllm_config)
     _served.chains, _served.loaded = {}, {}  # the workers have their own
     count = _served.counters.add
@@ -289,8 +289,9 @@ def _tell(request: str, prompt: int, found: list[ProbeScores]) -> None:
 
 
 def _check_early(prompt: Any, params: Any) -> None:
-    """Refuse before a stream begins what only the prompt shows, where it is given as tokens."""
-    ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    """Refuse before a stream begins what only the prompt shows, where it is given as tokens, those of its images included."""
+    whole = isinstance(prompt, dict) and not prompt.get("multi_modal_data")
+    ids = prompt.get("prompt_token_ids") if whole else None
     given = getattr(params, "extra_args", None)
     if _served is None or ids is None or not steer_fields(given):
         return
@@ -380,7 +381,7 @@ def _free(original: Callable[..., Any], scheduler: Any, request: Any, *args: Any
         if admission.free != free:
             count("slots", "", free - admission.free)
         for part in parts:
-            tokens = part.count(request.all_token_ids, request.num_computed_tokens, request.num_prompt_tokens)
+            tokens = part.count(request.all_token_ids, read_seams.tokens_run(request), request.num_prompt_tokens)
             if part.strength != 0.0 and tokens > 0:
                 count("tokens", part.served.name, tokens)
     return original(scheduler, request, *args, **kwargs)
@@ -394,7 +395,7 @@ def _init_device(original: Callable[..., Any], wrapper: Any, *args: Any, **kwarg
     served = Served(config)
     if not (served.chains or served.loaded or served.captures):
         return original(wrapper, *args, **kwargs)
-    check_parallelism(config)
+    check_parallelism(config, capturing=served.captures is not None)
     result = original(wrapper, *args, **kwargs)
     _follow(wrapper.worker, config, served)
     return result
@@ -419,15 +420,20 @@ def _follow(worker: Any, config: Any, served: Served) -> None:
     steered: list[Steered] = []  # one, once the model is loaded
 
     def load_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+        result = original(*args, **kwargs)  # what is allocated behind it is not discarded in sleep mode
+        before = allocated(runner.device)
         tokens = max(runner.max_num_tokens, config.compilation_config.max_cudagraph_capture_size or 0)
         plans, probes = (served.library, served.chains), (served.probes, served.loaded)
         now = Steered(runner.model, served.layers, *plans, served.slots, tokens, *probes)
+        if config.speculative_config is not None:
+            now.expect_drafts(config.speculative_config.num_speculative_tokens)
         steered[:] = [now]
         runner.steerfast = now
         ranks = worker.rank, config.parallel_config.data_parallel_index
         taker.attach(now, runner.model, ranks, tokens)
         config.compilation_config.static_forward_context[CONTEXT] = now.places
+        if more := allocated(runner.device) - before:
+            runner.model_memory_usage += more  # or the cache of keys and values would take that room
         return result
 
     def begin(scheduler_output: Any) -> None:
@@ -479,13 +485,29 @@ def _follow(worker: Any, config: Any, served: Served) -> None:
         taker.take()
         return result if taken is None else read_seams.with_scores(result, taken)
 
-    added: dict[str, Callable[..., Any]] = {"load_model": load_model, "sample_tokens": sample_tokens}
+    def execute_model(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(original).bind(scheduler_output, *args, **kwargs)
+        given = call.arguments.get("intermediate_tensors")
+        if given is not None and steered[0].travels:
+            parts = {name: part for name, part in given.tensors.items() if name in TRAVELLING}
+            steered[0].receive(parts)
+            rest = {name: part for name, part in given.tensors.items() if name not in parts}
+            call.arguments["intermediate_tensors"] = resolve(STREAM)(rest)
+        result = original(*call.args, **call.kwargs)
+        if isinstance(result, resolve(STREAM)) and steered[0].busy and steered[0].travels:
+            return resolve(STREAM)({**result.tensors, **steered[0].hand_on()})
+        return result
+
+    added: dict[str, Callable[..., Any]] = {"sample_tokens": sample_tokens}
+    if config.parallel_config.pipeline_parallel_size > 1:
+        added["execute_model"] = execute_model
     if first_generation:
         added |= {"_update_states": update_states, "_prepare_inputs": prepare_v1}
     else:
         added |= {"finish_requests": finish_requests, "add_requests": add_requests, "prepare_inputs": prepare_v2}
     for name, addition in added.items():
         setattr(runner, name, functools.partial(addition, getattr(runner, name)))
+    worker.load_model = functools.partial(load_model, worker.load_model)
 
 
 def _logger() -> Any:

@@ -126,7 +126,7 @@ class RowTable:
         self._wanted = torch.zeros(
             1, 6 * width + 2 * SPANS, dtype=torch.int32, device=device
         )  # one line per request; no graph sees it
-        self._open = torch.zeros(1, SPANS, dtype=torch.bool, device=device)  # of each line, behind its last token
+        self._open = torch.zeros(1, 1, SPANS, dtype=torch.bool, device=device)  # of each line, behind its last tokens
         self._spanned: set[str] = set()  # requests that name spans
         self._wanted[0, :width] = -1  # whoever is not steered
         self._sets = TokenSets(device)
@@ -142,6 +142,10 @@ class RowTable:
         self._count = torch.arange(tokens, device=device)
         self._runs = torch.zeros(runs, dtype=torch.int32, device=device)  # the slot that acts at a position
         self._write = self._on_host if device.type == "cpu" else self._on_device
+
+    def remember(self, tokens: int) -> None:
+        """Keep what is open behind each of a request's last tokens, so that a step may take back all but one of these."""
+        self._open = self._open.new_zeros(len(self._open), tokens, SPANS)
 
     def put(self, request: str, owners: Sequence[Owner]) -> None:
         """A request arrives; without owners it is not steered."""
@@ -286,12 +290,19 @@ class RowTable:
         sets = self._wanted[self._lines, 6 * self.width :][owner].view(-1, SPANS, 2)
         opens, closes = (self._sets.found(sets[:, :, part], ids) for part in (0, 1))
         first = starts[:count].long()[owner]
-        before = self._open[self._lines][owner] & (positions[first] > 0)[:, None]  # a text that begins anew is in none
+        begins, ends, kept = starts[:count].long(), starts[1 : count + 1].long(), self._open.shape[1]
+        begun = positions[begins].long()
+        before = (
+            self._open[self._lines, (begun - 1) % kept] & (begun > 0)[:, None]
+        )  # a text that begins anew is in none
+        before = before[owner]
         order = 2 * (self._count[: len(owner)] + 1)[:, None]
         latest = torch.where(opens | closes, order + opens.long(), 0).cummax(0).values
         behind = torch.where(latest >= 2 * (first + 1)[:, None], latest % 2 == 1, before)
         ahead = torch.where((self._count[: len(owner)] == first)[:, None], before, behind.roll(1, 0))
-        self._open[self._lines] = behind[starts[1 : count + 1].long() - 1]
+        for back in range(kept):
+            last = torch.maximum(ends - 1 - back, begins)
+            self._open[self._lines, positions[last].long() % kept] = behind[last]
         inside = ahead | (opens & (sets[:, :, 1] > 0))  # what opens a span between two tokens is a part of it
         acting = torch.ones_like(needs, dtype=torch.bool)
         for i in range(SPANS):
@@ -302,7 +313,7 @@ class RowTable:
     def _grow(self) -> None:
         count = self._wanted.shape[0]
         self._wanted = torch.cat([self._wanted, self._wanted.new_zeros(max(count, 64), self._wanted.shape[1])])
-        self._open = torch.cat([self._open, self._open.new_zeros(max(count, 64), SPANS)])
+        self._open = torch.cat([self._open, self._open.new_zeros(max(count, 64), *self._open.shape[1:])])
         self._free = list(range(self._wanted.shape[0] - 1, count - 1, -1))
 
     def _send(self, values: Sequence[object], dtype: type = np.int64) -> Tensor:

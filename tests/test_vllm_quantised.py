@@ -1,0 +1,112 @@
+"""Weights of four bits in vLLM: GPTQ and AWQ, beside the same weights written out in transformers, in bfloat16."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vllm_engines import (
+    ENVIRONMENT,
+    Transformers,
+    environment,
+    fields,
+    needs_vllm,
+    reads,
+    tiny,
+    tiny_edits,
+    tiny_plans,
+    tiny_probes,
+)
+
+pytestmark = [needs_vllm, pytest.mark.vllm]
+GROUP, TOKENS = 32, 5
+CLOSE = 0.08
+"""Of log-probabilities and scores: bfloat16 in another order of operations."""
+ORDER = {"gptq": range(8), "awq": [0, 2, 4, 6, 1, 3, 5, 7]}
+CONFIG = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+}
+
+
+def packed(numbers: torch.Tensor, dim: int, order: Any) -> torch.Tensor:
+    """Eight numbers of four bits in each int32, along a dimension."""
+    numbers = numbers.int().movedim(dim, -1)
+    eight = numbers.reshape(*numbers.shape[:-1], -1, 8)[..., list(order)]
+    return (eight << (4 * torch.arange(8, dtype=torch.int32))).sum(-1, dtype=torch.int32).movedim(-1, dim).contiguous()
+
+
+def quantise(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Write a saved model's blocks in four bits. Returns the weights that they stand for."""
+    written: dict[str, torch.Tensor] = {}
+    meant: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if ".layers." not in name or weight.ndim != 2:
+            written[name] = meant[name] = weight.bfloat16()
+            continue
+        groups = weight.reshape(len(weight), -1, GROUP)
+        scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
+        numbers = (groups / scale).round().clamp(-8, 7)
+        meant[name] = (numbers * scale).reshape(weight.shape).bfloat16()
+        base, across = name.removesuffix(".weight"), int(kind == "awq")  # packed along the inputs, or the outputs
+        scales = scale[..., 0].T.bfloat16().contiguous()
+        zeros = torch.full(scales.shape, 8 if kind == "awq" else 7)
+        written[f"{base}.qweight"] = packed(numbers.reshape(weight.shape).T + 8, across, ORDER[kind])
+        written[f"{base}.qzeros"] = packed(zeros, 1, ORDER[kind])
+        written[f"{base}.scales"] = scales
+        if kind == "gptq":
+            written[f"{base}.g_idx"] = torch.arange(weight.shape[1], dtype=torch.int32) // GROUP
+    save_file(written, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"dtype": "bfloat16", "quantization_config": CONFIG[kind]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return meant
+
+
+@pytest.mark.parametrize("kind", CONFIG)
+def test_a_quantised_engine_is_steered_and_read(kind: str, tmp_path: Path) -> None:
+    from vllm import LLM, SamplingParams
+
+    model = tiny(tmp_path / "model")
+    probes = tiny_probes(tmp_path / "probes", tmp_path / "saes")
+    plans = tiny_plans(tmp_path / "plans") | tiny_edits(tmp_path / "plans", probes)
+    model.load_state_dict(quantise(tmp_path / "model", kind))
+    truth = Transformers(model.bfloat16())
+    ids = random.Random(0).choices(range(3, 120), k=9)
+    asked = [None, *plans]
+    folders = {f"STEERFAST_{name.upper()}": str(tmp_path / name) for name in ("plans", "probes", "saes")}
+    with environment(**ENVIRONMENT, **folders, VLLM_ENABLE_V1_MULTIPROCESSING="0"):
+        llm = LLM(
+            str(tmp_path / "model"),
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=64,
+            max_num_seqs=8,
+            gpu_memory_utilization=0.2,
+            enforce_eager=True,
+        )
+        common: dict[str, Any] = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False}
+        params = [
+            SamplingParams(**common, logprobs=0, extra_args=reads("lean") | (fields((name, 1.0)) if name else {}))
+            for name in asked
+        ]
+        outputs = llm.generate([{"prompt_token_ids": ids}] * len(asked), params, use_tqdm=False)
+        llm.llm_engine.engine_core.shutdown()
+    differ = 0
+    for name, output in zip(asked, outputs, strict=True):
+        wanted, likely = truth.generate(ids, [] if name is None else [(plans[name], 1.0, None)], TOKENS)
+        made = output.outputs[0]
+        same = next(
+            (i for i, pair in enumerate(zip(made.token_ids, wanted, strict=True)) if pair[0] != pair[1]), TOKENS
+        )
+        got = torch.tensor([at[token].logprob for at, token in zip(made.logprobs[:same], wanted, strict=False)])
+        assert same > 0, name
+        assert (got - likely[:same].float()).abs().max() < CLOSE, name
+        differ += same == TOKENS and list(made.token_ids) != list(outputs[0].outputs[0].token_ids)
+        assert output.kv_transfer_params["steerfast"]["lean"]["tokens"] == len(ids) + TOKENS - 1
+    assert differ >= len(plans) // 2
