@@ -1,4 +1,4 @@
-"""Project → act → lift by tiles of tokens, all of it in one launch: a program edits its tokens, column after column of the tables.
+"""Project → act → lift by tiles of tokens in one launch: a program edits its tokens, column after column of the tables.
 
 A program reads x of its tile for y, acts, and reads x again for x' (once more between, where a length is restored). The tiles
 that are under way at a time stay in L2, so memory sees x once.
@@ -21,10 +21,10 @@ from .subspace_project import project
 @triton.jit
 def _named(rows_ptr, stride_rows_n, stride_rows_p, offs_n, mask_n, P: tl.constexpr):
     """Whether a row of a tile names anything."""
-    most = tl.full(offs_n.shape, 0, tl.int1)
+    named = tl.full(offs_n.shape, 0, tl.int1)
     for p in tl.static_range(P):
-        most = most | (tl.load(rows_ptr + offs_n * stride_rows_n + p * stride_rows_p, mask=mask_n, other=-1) != -1)
-    return tl.max(most.to(tl.int32), axis=0) > 0
+        named = named | (tl.load(rows_ptr + offs_n * stride_rows_n + p * stride_rows_p, mask=mask_n, other=-1) != -1)
+    return tl.max(named.to(tl.int32), axis=0) > 0
 
 
 @kernel
@@ -41,10 +41,12 @@ def whole_kernel(
     N, D, P: tl.constexpr, MODES: tl.constexpr, IN_PLACE: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, LIFT_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """x' of a tile of whole tokens."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     if IN_PLACE:
         if rows_ptr is not None:
+            # nothing to do: not even x is read
             if not _named(rows_ptr, stride_rows_n, stride_rows_p, offs_n, mask_n, P):
                 return
     offs_k = tl.arange(0, BLOCK_K)
