@@ -54,7 +54,7 @@ TILES = [
     (64, [(2112, Tile(16, 64, 6, 128, 4, 8)), (1 << 62, Tile(64, 128, 3, 128, 3, 8))]),
 ]
 # without tensor cores a product's operands stand in registers: fewer rows and columns, and loads that run ahead of them
-TILES_FLOAT32 = [(64, [(1 << 62, Tile(32, 64, 2, 64, 2, 8))])]
+TILES_FLOAT32 = [(64, [(1 << 62, Tile(32, 64, 4, 64, 2, 8))])]
 
 
 def launch_tiles(edit: Edit) -> None:
