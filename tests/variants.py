@@ -167,7 +167,7 @@ VARIANTS = [
     Variant("wide-act-k512", "act_kernel", lambda: _tiles(MANY, bf16, ALL_MODES, 512), 255, 8192, 16, targets=ONE),
     Variant("wide-lift-k256", "lift_kernel", lambda: _tiles(MANY, bf16, HINGE, 256), 255, 229376, 64, False, True, True, ONE),
     Variant("wide-lift-k512", "lift_kernel", lambda: _tiles(MANY, bf16, HINGE, 512), 255, 196700, 376, False, True, True, TWO),
-    Variant("whole-float32", "whole_kernel", lambda: _tiles(1024, fp32, ALL_MODES, 64), 255, 65536, 64, targets=ONE),
+    Variant("whole-float32", "whole_kernel", lambda: _tiles(1024, fp32, ALL_MODES, 64), 255, 147456, 64, targets=ONE),
     Variant("split-lift-float32", "lift_kernel", lambda: _tiles(300, fp32, ALL_MODES, 64), 200, 65536, targets=ONE),
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(4096, bf16), 200, 200704, tensor_cores=True, wgmma=True),
     Variant("encode-few-rows", "_encode_kernel", lambda: _encode(16, bf16), 168, 102400, 0, False, True, True, TWO),
