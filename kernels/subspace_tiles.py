@@ -123,6 +123,7 @@ def _first_step(edit: Edit, rows: int, block_k: int, step: int, stages: int) -> 
 
 
 def _second_step(edit: Edit, rows: int, block_k: int, step: int, stages: int) -> tuple[int, int]:
-    """The same of a lift: columns and stages."""
+    """The same of a lift: columns and stages, two where a warp has 64 lanes: its scalar registers hold the steps ahead."""
+    stages = stages if _device.device_of(edit.x).lanes == 32 else min(stages, 2)
     steps = [(step, stages), (step, 1), (MIN_STEP, 1)]
     return fitting(steps, lambda one: tile_bytes(edit, rows, block_k, *one, lifts=True), edit.x)
