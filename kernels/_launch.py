@@ -44,11 +44,6 @@ class Edit(NamedTuple):
         probe = None if self.probe is None else self.probe[:, p : p + 1]
         return self._replace(x=self.x if p == 0 else self.out, probe=probe, rows=rows, scale=scale)
 
-    def between(self, first: int, last: int) -> Edit:
-        """Tokens first to last."""
-        cut = {name: getattr(self, name) for name in ("x", "hidden", "out", "probe", "rows", "scale")}
-        return self._replace(**{name: None if table is None else table[first:last] for name, table in cut.items()})
-
     def reads(self) -> dict[str, Any]:
         """Arguments of every kernel that projects."""
         vectors, _, slots = self.bank

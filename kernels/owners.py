@@ -28,11 +28,11 @@ def owners_of(slots_ptr, S, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, 
 
 @triton.jit
 def leave_rows(
-    x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, first, last,
-    IN_PLACE: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, first, last, limit,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows without an edit, bit for bit, and NaN in those that name a slot outside the bank."""
-    left = mask_n & (owner < (-1 if IN_PLACE else 0))
+    """Rows whose owner is below `limit`: 0 for all without an edit, bit for bit, -1 for those of no slot, which become NaN."""
+    left = mask_n & (owner < limit)
     if tl.max(left.to(tl.int32), axis=0) > 0:
         for d in range(first, last, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)

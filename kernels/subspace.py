@@ -5,7 +5,8 @@ Sizes choose the road; all share the acts of `act.py`:
     rank < 16 and few tokens, ≤ 3 of one mode, or mixed dtypes;
     a decode step whose tables have several columns, rank ≤ 64      subspace_rows    one program per token, any mix of slots
     one flow of rank d                                             flow             two matrix products around all steps
-    rank ≤ 64                                                      subspace_tiles   tiles of tokens on tensor cores, two launches
+    rank ≤ 64                                                      subspace_tiles   tiles of tokens on tensor cores, one launch;
+                                                                                    two of up to 512 tokens and one column
     else                                                           subspace_wide    tall tiles, three launches
 
 A row never depends on the rows beside it. Papers: see the table of methods in README.md.
@@ -25,8 +26,8 @@ from .subspace_wide import launch_wide
 
 MOST = 512  # directions that fit into the registers of a tile
 WIDE_RANK = 64  # directions whose products, act and numbers one program has room for
-# (most tokens, directions for each column of the tables): up to so many, programs of one token, one launch for all columns and
-# at once done where nobody is steered, cost an H200 no more than the two or three launches a column of tiles that find nobody
+# (most tokens, directions for each column of the tables): up to so many, programs of one token, all columns in one launch, fill
+# an H200 sooner than tiles of whole tokens, and cost no more than the two or three launches of tiles whose columns are split
 ONE_LAUNCH = [(128, 16), (256, 8), (1 << 62, 0)]
 FEW_TOKENS = 256  # up to this many tokens, programs of one token each fill the device twice at most and finish first
 

@@ -39,11 +39,11 @@ def _product(
 
 @triton.jit
 def _walk(
-    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, after_ptr, c_ptr, stride_v,
+    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
     high, low, g_ptr, size, alpha, unit, gain, offs_n, mask_n, offs_k, rank, first, last,
     IS_AFFINE: tl.constexpr, MEASURES: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, STEP_K: tl.constexpr,
 ):  # fmt: skip
-    """Write x' of a tile from column first to last, or only the sum of its squares.
+    """Write x' of a tile from column first to last; or, where it MEASURES, only return the sum of its squares.
 
     x' = gain·(s·x + unit·(C·g)), g in two parts where C has 16 bits, or gain·(x + unit·(C₀ ⊙ x + C₁)).
     """
@@ -78,8 +78,29 @@ def _walk(
         else:
             out = (gain[:, None] * moved - half).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_d[None, :], out, mask=mask)
-    if MEASURES:
-        tl.store(after_ptr + offs_n, after, mask=mask_n)
+    return after
+
+
+@triton.jit
+def walk(
+    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
+    high, low, g_ptr, size, alpha, unit, gain, offs_n, mask_n, offs_k, rank, first, last, mode,
+    MODES: tl.constexpr, MEASURES: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, STEP_K: tl.constexpr,
+):  # fmt: skip
+    """`_walk` of a slot of this mode."""
+    if (AFFINE & MODES) and mode == AFFINE:
+        after = _walk(
+            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
+            high, low, g_ptr, size, alpha, unit, gain, offs_n, mask_n, offs_k, rank, first, last,
+            True, MEASURES, BLOCK_D, STAGES, STEP_K,
+        )  # fmt: skip
+    else:
+        after = _walk(
+            x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
+            high, low, g_ptr, size, alpha, unit, gain, offs_n, mask_n, offs_k, rank, first, last,
+            False, MEASURES, BLOCK_D, STAGES, STEP_K,
+        )  # fmt: skip
+    return after
 
 
 @kernel
@@ -110,12 +131,21 @@ def lift_kernel(
     owned = owner >= 0
     place = offs_n[:, None] * BLOCK_K + offs_k[None, :]
     size = N.to(tl.int64) * BLOCK_K
-    part_ptr = after_ptr
-    if MEASURES:
-        part_ptr = after_ptr + i_c * N
     if not MEASURES:
         if tl.program_id(2) == 0:
-            leave_rows(x_ptr, stride_x_n, out_ptr, stride_out_n, owner, offs_n, mask_n, first, last, IN_PLACE, BLOCK_D)
+            leave_rows(
+                x_ptr,
+                stride_x_n,
+                out_ptr,
+                stride_out_n,
+                owner,
+                offs_n,
+                mask_n,
+                first,
+                last,
+                -1 if IN_PLACE else 0,
+                BLOCK_D,
+            )
     owner, slot = next_owner(owner, tl.max(owner, axis=0), tl.program_id(2))
     if slot >= 0:
         square = tl.zeros((BLOCK_N,), tl.float32)
@@ -155,20 +185,12 @@ def lift_kernel(
                 if MEASURES:
                     stop = tl.where(keep != 0, last, first)
                 elif keep != 0:
-                    after = tl.zeros(alpha.shape, tl.float32)
-                    for i in range(tl.num_programs(1)):
-                        after += tl.load(after_ptr + i * N + offs_n, mask=mine, other=0.0)
-                    gain = restore(square, after)
-            if (AFFINE & MODES) and mode == AFFINE:
-                _walk(
-                    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, part_ptr, c_ptr, stride_v,
-                    high, low, g_ptr, size, alpha, unit, gain, offs_n, mine, offs_k, rank, first, stop,
-                    True, MEASURES, BLOCK_D, STAGES, STEP_K,
-                )  # fmt: skip
-            else:
-                _walk(
-                    x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, part_ptr, c_ptr, stride_v,
-                    high, low, g_ptr, size, alpha, unit, gain, offs_n, mine, offs_k, rank, first, stop,
-                    False, MEASURES, BLOCK_D, STAGES, STEP_K,
-                )  # fmt: skip
+                    gain = restore(square, added(after_ptr + offs_n, N, mine, tl.num_programs(1)))
+            after = walk(
+                x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
+                high, low, g_ptr, size, alpha, unit, gain, offs_n, mine, offs_k, rank, first, stop, mode,
+                MODES, MEASURES, BLOCK_D, STAGES, STEP_K,
+            )  # fmt: skip
+            if MEASURES:
+                tl.store(after_ptr + i_c * N + offs_n, after, mask=mine)
             owner, slot = next_owner(owner, slot, tl.num_programs(2))

@@ -1,9 +1,8 @@
 """First half of project → act → lift by tiles: y = xBᵀ and ‖x‖² of a tile of tokens, on tensor cores.
 
-A program that has all columns and all directions of its tile acts on y as well and leaves g. Where few tokens leave most of a
-GPU idle, or a rank is large, columns of d and directions are split across programs, which leave partial sums; what follows adds
-them and acts.
-Bytes: x once per part of the directions, B once per tile and owner (from L2), 4·k a token and split for the sums or for g.
+Where few tokens leave most of a GPU idle, or a rank is large, columns of d and directions are split across programs, which leave
+partial sums; what follows adds them and acts.
+Bytes: x once per part of the directions, B once per tile and owner (from L2), 4·k a token and split for the sums.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import triton.language as tl
 from ._launch import kernel
 from .act import COUPLED, KEEP_NORM
 from .owners import next_owner, owners_of
-from .subspace_act import leave_g
 
 
 @triton.jit
@@ -41,7 +39,7 @@ def _step(
 
 
 @triton.jit
-def _project(
+def project(
     x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mask_n, offs_k, mask_k,
     first, last, LENGTHS: tl.constexpr, SUMS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -70,46 +68,34 @@ def _project(
 def project_kernel(
     x_ptr, stride_x_n,
     hidden_ptr, stride_hidden_n,
-    probe_ptr, stride_probe_n, K,
     vectors_ptr, stride_v,
-    coefficients_ptr,
     slots_ptr, S,
     rows_ptr, stride_rows_n,
-    scale_ptr, stride_scale_n,
-    y_ptr,  # float32 (splits, N, WIDTH), or absent
-    g_ptr,  # (N, WIDTH), twice where it is in 16 bits, or absent
-    numbers_ptr,  # float32 (2, N): s and unit of each row
+    y_ptr,  # float32 (splits, N, WIDTH)
     square_ptr,  # float32 (splits, N)
     N, D, COLUMNS,
-    MODES: tl.constexpr, ACTS: tl.constexpr, SUMS: tl.constexpr,
+    MODES: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of a tile, a part of the columns and BLOCK_K of the directions, or g of a tile."""
+    """Partial sums of a tile, a part of the columns and BLOCK_K of the directions."""
     i_s, i_k = tl.program_id(1) // (WIDTH // BLOCK_K), tl.program_id(1) % (WIDTH // BLOCK_K)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     offs_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    owner, weight = owners_of(slots_ptr, S, rows_ptr, stride_rows_n, scale_ptr, stride_scale_n, offs_n, mask_n)
+    owner, _ = owners_of(slots_ptr, S, rows_ptr, stride_rows_n, None, 0, offs_n, mask_n)
     first, last = i_s * COLUMNS, tl.minimum((i_s + 1) * COLUMNS, D)
-    place = offs_n[:, None] * WIDTH + offs_k[None, :]
-    size = N.to(tl.int64) * WIDTH
+    place = i_s * N.to(tl.int64) * WIDTH + offs_n[:, None] * WIDTH + offs_k[None, :]
     owner, slot = next_owner(owner, tl.max(owner, axis=0), tl.program_id(2))
     while slot >= 0:  # once per distinct owner of the tile
         head_ptr = slots_ptr + slot * 8
         mine = owner == slot
         mask_k = offs_k < tl.load(head_ptr + 1)
         b_ptr = vectors_ptr + tl.load(head_ptr + 2).to(tl.int64) * stride_v
-        y, square = _project(
+        y, square = project(
             x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, b_ptr, stride_v, offs_n, mine, offs_k, mask_k,
             first, last, (COUPLED | KEEP_NORM) & MODES, SUMS, BLOCK_D,
         )  # fmt: skip
         if (COUPLED | KEEP_NORM) & MODES:
             tl.store(square_ptr + i_s * N + offs_n, square, mask=mine)
-        if not ACTS:
-            tl.store(y_ptr + i_s * size + place, y, mask=mine[:, None])
-        else:
-            leave_g(
-                y, square, weight, head_ptr, coefficients_ptr, probe_ptr, stride_probe_n, K, g_ptr, numbers_ptr, N,
-                offs_n, mine, offs_k, mask_k, MODES,
-            )  # fmt: skip
+        tl.store(y_ptr + place, y, mask=mine[:, None])
         owner, slot = next_owner(owner, slot, tl.num_programs(2))

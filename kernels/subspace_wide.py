@@ -75,16 +75,16 @@ def _launch(edit: Edit) -> None:
     restores = bool(edit.modes & KEEP_NORM.value)
     parts = 1 if x.dtype == torch.float32 else 2
     y = torch.empty(splits, n, width, dtype=torch.float32, device=device)
+    square = torch.empty(splits, n, dtype=torch.float32, device=device)
     acts = _acts(edit) | {
         "g_ptr": torch.empty(parts, n, width, dtype=x.dtype, device=device),
-        "numbers_ptr": torch.empty(2, n, dtype=torch.float32, device=device),
-        "square_ptr": torch.empty(splits, n, dtype=torch.float32, device=device),
+        "numbers_ptr": torch.empty(2, n, dtype=torch.float32, device=device), "square_ptr": square,
     }  # fmt: skip
     after = torch.empty(blocks, n, dtype=torch.float32, device=device) if restores else None
     programs = OWNER_PROGRAMS if n <= OWNER_ROWS and edit.rows is not None else 1
     warps = warps_of(8 if block_n > 16 else 4, x)
     project_kernel[(blocks_of(n, block_n), splits * (width // block_k), programs)](
-        **edit.reads() | acts, y_ptr=y, COLUMNS=columns, ACTS=False, SUMS=1,
+        **edit.reads(), y_ptr=y, square_ptr=square, N=n, COLUMNS=columns, MODES=edit.modes, SUMS=1,
         BLOCK_N=block_n, BLOCK_D=step[0], BLOCK_K=block_k, WIDTH=width, num_warps=warps, num_stages=step[1],
     )  # fmt: skip
     act_n = min(ACT_NUMBERS // width, ACT_ROWS)

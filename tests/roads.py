@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-ROADS = ["rows", "split", "tiles", "runs", "wide"]
-"""Programs of a token each; tiles whose columns are split; whole tiles; whole tiles in several runs of tokens (of one
-column); three launches."""
+ROADS = ["rows", "split", "tiles", "wide"]
+"""Programs of a token each; tiles whose columns are split (of tables of one column); whole tiles; three launches."""
 
 
 def take(monkeypatch: pytest.MonkeyPatch, road: str) -> None:
@@ -17,4 +16,3 @@ def take(monkeypatch: pytest.MonkeyPatch, road: str) -> None:
     monkeypatch.setattr(subspace, "ONE_LAUNCH", [(1 << 62, 0)])
     monkeypatch.setattr(subspace, "WIDE_RANK", 0 if road == "wide" else 1000)
     monkeypatch.setattr(subspace_tiles, "SPLIT_ROWS", 1000 if road == "split" else 0)
-    monkeypatch.setattr(subspace_tiles, "RUN", [(512, 512 if road == "runs" else 1 << 62)])

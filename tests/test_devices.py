@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 from variants import specialise
 
 from steerfast.ops import backends
-from steerfast.ops.slots import HINGE
+from steerfast.ops.slots import ALL_MODES, HINGE, KEEP_NORM
 from steerfast_kernels import _device, subspace
 from steerfast_kernels._device import Device
 
@@ -35,7 +35,13 @@ DEVICES = {
 
 
 def launches(
-    name: str, n: int, dtype: torch.dtype, rank: int, split_stream: bool
+    name: str,
+    n: int,
+    dtype: torch.dtype,
+    rank: int,
+    split_stream: bool,
+    rows: torch.Tensor | None = None,
+    modes: int = HINGE,
 ) -> list[tuple[JITFunction, dict[str, Any]]]:
     """The launches of a bank of this rank on a device that need not be there."""
     found: list[tuple[JITFunction, dict[str, Any]]] = []
@@ -48,7 +54,7 @@ def launches(
     hidden = torch.empty_like(x) if split_stream else None
     device = DEVICES[name][1]
     with mock.patch.object(JITFunction, "run", catch), mock.patch.object(_device, "device_of", return_value=device):
-        subspace.subspace(x, *bank, None, None, HINGE, rank, out=x, hidden=hidden)
+        subspace.subspace(x, *bank, rows, None, modes, rank, out=x, hidden=hidden)
     return found
 
 
@@ -79,7 +85,8 @@ def test_a_device_with_room_keeps_its_stages():
         (_, first), *_ = launches(name, 4096, dtype, rank, split_stream=False)
         return first["BLOCK_D"], first["num_stages"], first["SUMS"]
 
-    assert steps("sm_90", torch.float32, 64) == steps("sm_90", torch.bfloat16, 64) == (64, 4, 2)
+    assert steps("sm_90", torch.float32, 64) == (64, 4, 2)
+    assert steps("sm_90", torch.bfloat16, 64) == (128, 3, 2)
     assert steps("sm_89", torch.float32, 64) == steps("gfx942", torch.float32, 64) == (64, 2, 2)
     assert steps("sm_90", torch.bfloat16, 512) == (64, 3, 1)  # of the wide road, whose tiles fit everywhere
     assert steps("sm_90", torch.float32, 512) == steps("sm_89", torch.float32, 512) == (32, 2, 1)
@@ -91,6 +98,21 @@ def test_as_many_threads_whatever_the_lanes_of_a_warp():
         for name, (_, device) in DEVICES.items()
     }
     assert set(threads.values()) == {256}
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4])
+def test_whatever_a_row_may_ask_for_is_one_launch(columns):
+    """Of any rank up to 64: so a layer that nobody steers costs one, of however many tokens and columns.
+
+    But for few tokens of one column, whose tiles are split over the GPU: two launches, three where a length may be restored.
+    """
+    for n in (1, 64, 128, 256, 512, 513, 8192):
+        rows = torch.empty(n, columns, dtype=torch.int32)
+        for rank in (1, 8, 16, 17, 32, 64):
+            for modes, most in ((HINGE, 2), (HINGE | KEEP_NORM, 3), (ALL_MODES, 3)):
+                found = len(launches("sm_90", n, torch.bfloat16, rank, False, rows, modes))
+                at_once = columns > 1 or n > 512 or rank <= (16 if n <= 128 else 8 if n <= 256 else 0)
+                assert found <= (1 if at_once else most), (n, rank, modes)
 
 
 def of_capability(major: int, minor: int, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -101,7 +101,7 @@ def test_every_kernel_does_every_mode(place, path, monkeypatch):
     roads.take(monkeypatch, path)
     with backend(place) as device:
         n, d, rank = (13, 72, 17) if place == "interpreter" else (70, 576, 33)
-        columns = 1 if path == "runs" else 2
+        columns = 1 if path == "split" else 2
         for dtype in (t for t in DTYPES if runs(place, t)):
             bank, (rows, scale) = bank_of(d, device, dtype, rank), table(n, columns, device)
             x, hidden = (torch.randn(n, d).to(dtype).to(device) for _ in range(2))

@@ -174,7 +174,7 @@ class Dispatcher:
         fixed = self.passes.fixed
         most = fixed.columns if fixed is not None else min(self.passes.width, MAX_SLOTS_PER_ROW)
         rows, scale = x.new_full((tokens, most), -1, dtype=torch.int32), x.new_ones(tokens, most, dtype=torch.float32)
-        for columns in range(1 if fixed is None else most, most + 1):
+        for columns in range(1, most + 1):  # those that no row of a pass names are cut off
             self._by_slots(x, rows[:, :columns], scale[:, :columns], self.bank)
         for slot, run in self._programs.items():
             if slot not in self._recorders:
