@@ -185,11 +185,13 @@ class Places:
             return
         rows, other = _flat(stream), None if hidden is None else _flat(hidden)
         for after in (False, True):
+            if after and not captured and (place, after) not in readers.where:
+                break
             with Encodes() as read:
                 readers.write(rows, other, place, after)
             if reads and self.gates is not None and self.gates.active:
                 self.gates.judge(readers.scores[: rows.shape[0]], place, after)
-            if captures is not None:
+            if captured and captures is not None:
                 captures.write(rows, other, place, after)
             if edited and not after:
                 self._edit_(stream, hidden, place, read)

@@ -102,8 +102,10 @@ class Readers:
         self._room, self._most = Room(), 0  # tokens of a step whose streams are kept at most
         self.kept: dict[str, Callable[[Tensor, Tensor | None], None]] = {}
         """Places of the running step where nothing is to be done but to keep the stream before the edits, and how."""
-        self.at = frozenset(place for place, _ in self._now)
-        """The places that are to be read in the running step."""
+        self.where = frozenset(self._now)
+        """What is to be read in the running step: a place, and whether after its edits."""
+        self.at = frozenset(place for place, _ in self.where)
+        """The places of these."""
         self._readers: dict[str, Reader] = {}
         self._running: Step | None = None
         self._batch: tuple[list[str], frozenset[tuple[str, bool]]] | None = (
@@ -136,7 +138,8 @@ class Readers:
         self._running = None
         if not self._readers and not gated:
             if self.at and not self._always:
-                self._now, self._later, self.kept, self.at, self._batch = {}, {}, {}, frozenset(), None
+                self._now, self._later, self.kept, self._batch = {}, {}, {}, None
+                self.where, self.at = frozenset(), frozenset()
             return
         batch = list(requests), gated
         if batch != self._batch:  # otherwise it decodes, as in the step before
@@ -163,7 +166,8 @@ class Readers:
                     kept.append(where)
                 else:
                     self._now.setdefault(where, []).append(unit)
-        self.at = frozenset(place for place, _ in (*self._now, *kept))
+        self.where = frozenset((*self._now, *kept))
+        self.at = frozenset(place for place, _ in self.where)
         self._later = {where: i for i, where in enumerate(sorted(kept))}
         shelf = self._shelf = self._later_of(tuple(self._later)) if kept else None
         self.kept = {}
