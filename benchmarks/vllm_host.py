@@ -26,6 +26,7 @@ from lab.rows import append_row, circumstances
 
 import steerfast as sf
 from steerfast.vllm import read_seams, seams
+from steerfast.vllm.counters import Counters
 from steerfast.vllm.edits import EditedPlace, Places
 from steerfast.vllm.plans import Library, ServedPlan
 from steerfast.vllm.probes import ProbeLibrary, ServedProbe
@@ -145,12 +146,22 @@ class Runner:
 
     input_ids, positions = SimpleNamespace(gpu=POSITIONS), POSITIONS
     query_start_loc, input_batch = SimpleNamespace(gpu=STARTS), SimpleNamespace(req_ids=NAMES)
-    max_num_tokens, model = 64, torch.nn.Linear(2, 2)
+    max_num_tokens, model, device = 64, torch.nn.Linear(2, 2), torch.device("cpu")
 
-    def load_model(self) -> None: ...
     def _update_states(self, scheduler_output: Any) -> None: ...
     def _prepare_inputs(self, scheduler_output: Any) -> None: ...
     def sample_tokens(self, grammar_output: Any) -> None: ...
+
+
+class Worker:
+    """What has a runner, and loads its model."""
+
+    rank = 0
+
+    def __init__(self) -> None:
+        self.model_runner = Runner()
+
+    def load_model(self) -> None: ...
 
 
 def scheduler_class() -> Any:
@@ -166,17 +177,24 @@ def scheduler_class() -> Any:
 
 def nobody() -> dict[str, float]:
     """What a step costs in which nobody steers or reads, over the same methods without steering around them."""
-    runners, schedulers = (Runner(), Runner()), (scheduler_class(), scheduler_class())
-    served = SimpleNamespace(library=Library(), chains={}, probes=ProbeLibrary(), loaded={}, layers=1, slots=4)
+    workers, schedulers = (Worker(), Worker()), (scheduler_class(), scheduler_class())
+    served = SimpleNamespace(
+        library=Library(), chains={}, probes=ProbeLibrary(), loaded={}, layers=1, slots=4, captures=None, capture=None,
+        counters=Counters([], []),
+    )  # fmt: skip
     graph = SimpleNamespace(max_cudagraph_capture_size=0, static_forward_context={})
-    seams._follow(runners[0], SimpleNamespace(additional_config={}, compilation_config=graph), served)  # type: ignore[arg-type]
+    parallel = SimpleNamespace(pipeline_parallel_size=1, data_parallel_index=0)
+    config = SimpleNamespace(
+        additional_config={}, compilation_config=graph, parallel_config=parallel, speculative_config=None
+    )
+    seams._follow(workers[0], config, served)  # type: ignore[arg-type]
     wrap(schedulers[0], "update_from_output", read_seams._update)
     wrap(schedulers[0], "make_request_output", partial(read_seams._make_output, lambda *_: None))
-    runners[0].load_model()
+    workers[0].load_model()
     output = SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=[], total_num_scheduled_tokens=REQUESTS)
 
     def step(number: int) -> Callable[[], None]:
-        runner, scheduler = runners[number], schedulers[number]()
+        runner, scheduler = workers[number].model_runner, schedulers[number]()
 
         def once() -> None:
             runner._update_states(output)

@@ -258,3 +258,12 @@ def test_the_soak_sees_whatever_is_wrong(monkeypatch, tmp_path: Path) -> None:
     ]  # fmt: skip
     for i, change in enumerate(changes):
         assert wrong(change), i
+
+
+def test_the_measure_of_host_time_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "vllm_host.py"
+    shown = subprocess.run([sys.executable, script, "--out", tmp_path], capture_output=True, text=True, timeout=300)
+    assert shown.returncode == 0, shown.stderr
+    (rows,) = tmp_path.iterdir()
+    (row,) = map(json.loads, rows.read_text(encoding="utf-8").splitlines())
+    assert {"idle", "steered_64", "waiting_64", "read_30_host", "edits_64"} <= row["values"].keys()

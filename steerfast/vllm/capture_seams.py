@@ -93,6 +93,8 @@ class Taker:
     ) -> None:
         self._settings, self._read, self._count, self._say = settings, read, count, say
         self._captures: Captures | None = None
+        self.busy = False
+        """Whether rows may be captured in this engine."""
         self._scheduled: Any = None
         self._lock: Claim | None = None
         self.collector: Collector | None = None
@@ -131,12 +133,8 @@ class Taker:
         first = next(model.parameters())
         ring = Ring(settings.rows, settings.width, steered.dtype, first.device)
         self._captures = steered.places.captures = Captures(points, ring, tokens)
+        self.busy = True
         self.collector = Collector(settings, points, ring, type(model).__name__, self._count, self._say)
-
-    @property
-    def busy(self) -> bool:
-        """Whether rows may be captured in this engine."""
-        return self._captures is not None
 
     def begin(self, scheduler_output: Any) -> None:
         """Before a step: its new requests."""
@@ -181,6 +179,7 @@ class Taker:
         if self._lock is not None:
             self._lock.close()
         self._captures = self.collector = self._lock = None
+        self.busy = False
 
     def _announced(self) -> dict[str, tuple[int, int]]:
         """Of the requests of this step that capture: their first position and their number of tokens."""

@@ -482,7 +482,8 @@ def _follow(worker: Any, config: Any, served: Served) -> None:
     def sample_tokens(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         taken = steered[0].take() if steered[0].busy else None
-        taker.take()
+        if taker.busy:
+            taker.take()
         return result if taken is None else read_seams.with_scores(result, taken)
 
     def execute_model(original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
