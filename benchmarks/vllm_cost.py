@@ -53,7 +53,7 @@ class Arm(NamedTuple):
     """
 
     share: float
-    kind: str  # "one layer", "all layers", "all layers, rank 8" or "one layer, gated"; "reads" or "top 32 of 8192"
+    kind: str  # "one layer", "all layers", "all layers, rank 8", … of plans; "reads", "top 32 of 8192" or both together
     configurations: int
 
     def __str__(self) -> str:
@@ -61,8 +61,8 @@ class Arm(NamedTuple):
             return "idle"
         if self.kind == READS:
             return f"{self.share * 100:.0f} %, read {self.configurations} probes"
-        if self.kind == TOP:
-            return f"{self.share * 100:.0f} %, read {TOP}"
+        if self.kind in (TOP, BOTH):
+            return f"{self.share * 100:.0f} %, read {self.kind}"
         return f"{self.share * 100:.0f} %, {self.kind}, {self.configurations} configurations"
 
     def steer(self, i: int, batch: int) -> dict[str, Any] | None:
@@ -71,8 +71,11 @@ class Arm(NamedTuple):
             return None
         if self.kind == READS:
             return {"steer_read": [f"{READS}-{j}" for j in range(self.configurations)]}
+        reads = {"steer_read": TOP, "steer_read_what": "tokens"}
         if self.kind == TOP:
-            return {"steer_read": TOP, "steer_read_what": "tokens"}
+            return reads
+        if self.kind == BOTH:
+            return {"steer": f"{FEATURE}-0", **reads}
         return {"steer": f"{self.kind}-{i % self.configurations}", "steer_strength": 1.0 + 0.01 * i}
 
 
@@ -86,7 +89,10 @@ class Load(NamedTuple):
 
 
 ONE, ALL, RANK, GATED, READS = "one layer", "all layers", "all layers, rank 8", "one layer, gated", "reads"
-TOP = "top 32 of 8192"
+RANK64 = "all layers, rank 64"
+TOP, FEATURE = "top 32 of 8192", "one feature of 8192"
+BOTH = f"{TOP} and edit one"
+EDITED = 17
 PROBED = 30
 """Probes that there are, spread over all layers: of the default model one for each."""
 IDLE = Arm(0.0, ONE, 1)
@@ -102,12 +108,18 @@ LOADS = {
         16, 16, 24,
         (IDLE, Arm(1.0, READS, PROBED), Arm(1.0, TOP, 1), Arm(1.0, ONE, 1), Arm(1.0, GATED, 1), Arm(1.0, READS, 1)),
     ),
+    "edits-16": Load(
+        16, 16, 24,
+        (IDLE, Arm(1.0, TOP, 1), Arm(1.0, FEATURE, 1), Arm(1.0, BOTH, 1), Arm(1.0, ALL, 16), Arm(1.0, RANK64, 1)),
+    ),
     "prefill-16": Load(
         16, 96, 2,
         (IDLE, Arm(0.25, ALL, 1), Arm(1.0, ONE, 1), Arm(1.0, READS, 1), Arm(1.0, READS, PROBED), Arm(1.0, ALL, 1)),
     ),
     "decode-256": Load(256, 4, 4, (Arm(1.0, ONE, 256), Arm(1.0, ALL, 64), Arm(1.0, ALL, 256))),
 }  # fmt: skip
+CLOCKED = {"reads-16", "edits-16", "decode-256"}
+"""Loads whose steps are told apart where one of the first two is asked for."""
 Row = dict[str, Any]
 
 
@@ -154,7 +166,8 @@ def save_plans(folder: Path, args: argparse.Namespace) -> None:
     layers, width = config.num_hidden_layers, config.hidden_size
     arms = [arm for name in args.loads for arm in LOADS[name].arms]
     count = {
-        kind: max((arm.configurations for arm in arms if arm.kind == kind), default=0) for kind in (ONE, ALL, RANK)
+        kind: max((arm.configurations for arm in arms if arm.kind == kind), default=0)
+        for kind in (ONE, ALL, RANK, RANK64)
     }
     for i in range(count[ONE]):
         edit = sf.Add(torch.randn(width) / width**0.5)
@@ -164,9 +177,13 @@ def save_plans(folder: Path, args: argparse.Namespace) -> None:
             sf.Plan({layers // 2: sf.WhenToken(met, edit)}).save(folder / f"{GATED}-0")
     for i in range(count[ALL]):
         sf.Plan({j: sf.Add(torch.randn(width) * 0.1 / width**0.5) for j in range(layers)}).save(folder / f"{ALL}-{i}")
-    for i in range(count[RANK]):
-        bases = [torch.linalg.qr(torch.randn(width, 8))[0].T for _ in range(layers)]
-        sf.Plan({j: sf.Ablate(basis) for j, basis in enumerate(bases)}).save(folder / f"{RANK}-{i}")
+    for kind, rank in ((RANK, 8), (RANK64, 64)):
+        for i in range(count[kind]):
+            bases = [torch.linalg.qr(torch.randn(width, rank))[0].T for _ in range(layers)]
+            sf.Plan({j: sf.Ablate(basis) for j, basis in enumerate(bases)}).save(folder / f"{kind}-{i}")
+    if any(arm.kind == FEATURE for arm in arms):
+        edit = sf.EditFeatures(dictionary(width), {EDITED: 1.01})
+        sf.Plan({layers // 2: edit}).save(folder / f"{FEATURE}-0")
 
 
 def save_probes(folder: Path, model: str) -> None:
@@ -181,10 +198,21 @@ def save_probes(folder: Path, model: str) -> None:
     for i in range(PROBED):
         layer = (layers // 2 + i * layers // PROBED) % layers
         sf.probes.LogisticProbe(torch.randn(width) / width**0.5, place=layer).save(folder / READS / f"{READS}-{i}")
-    rows = torch.randn(8192, width) / width**0.5
-    sae = sf.SAE(rows, rows, k=32)
+    sae = dictionary(width)
     sae.save(folder / "saes" / "sae")
     sf.probes.TopKProbe(sae, place=layers // 2).save(folder / READS / TOP)
+
+
+def dictionary(width: int) -> Any:
+    """A Top-K SAE, the same each time, whose feature `EDITED` every token has: to know that takes a look at all the others."""
+    import torch
+
+    import steerfast as sf
+
+    rows = torch.randn(8192, width, generator=torch.Generator().manual_seed(1)) / width**0.5
+    bias = torch.zeros(8192)
+    bias[EDITED] = 100.0
+    return sf.SAE(rows, rows, b_enc=bias, k=32)
 
 
 def measure(args: argparse.Namespace, plans: Path) -> list[Row]:
@@ -274,17 +302,22 @@ def keep_steps(row: Row, done: dict[str, Row]) -> None:
     if not told:
         return
     added = row.setdefault("added", {})
-    share = {}
+    ours, encode = {}, {}
     for name, steps in told.items():
         found = {kind: statistics.median(step[kind] for step in steps) for kind in steps[0]}
-        share[name] = (found["host"] + found["op"] + found["encode"]) / found["theirs"]
-        found["share"] = share[name]
+        ours[name], encode[name] = found["host"] + found["op"] + found["encode"], found["encode"]
+        found["share"] = ours[name] / found["theirs"]
         if found["encode"]:
-            found["over encode"] = 1 + (found["host"] + found["op"]) / found["encode"]
+            found["over encode"] = ours[name] / found["encode"]
         for kind, value in found.items():
             added.setdefault(f"{name}: {kind}", []).append(float(f"{value:.5g}"))
-    gated, edit = (share[str(Arm(1.0, kind, 1))] for kind in (GATED, ONE))
-    added.setdefault("gated over edit: share", []).append((1 + gated) / (1 + edit) - 1)
+    one, gated, top, feature, both = (str(Arm(1.0, kind, 1)) for kind in (ONE, GATED, TOP, FEATURE, BOTH))
+    if gated in told:
+        gate, edit = (added[f"{name}: share"][-1] for name in (gated, one))
+        added.setdefault("gated over edit: share", []).append((1 + gate) / (1 + edit) - 1)
+    if feature in told:
+        added.setdefault("edit one feature: over encode", []).append(ours[feature] / encode[top])
+        added.setdefault("read and edit: over reading", []).append(ours[both] / ours[top])
 
 
 def write(row: Row, args: argparse.Namespace) -> None:
@@ -307,7 +340,8 @@ def ask(engine: Any, load: str, steering: list[Any]) -> Row:
 
 def serve(args: argparse.Namespace) -> None:
     """One engine: reads what each request of a batch asks for, runs the batch, says what it took."""
-    clock = vllm_clock.before_vllm() if args.serve != BASE and "reads-16" in args.loads else None
+    timed = {"reads-16", "edits-16"} & {*args.loads}
+    clock = vllm_clock.before_vllm() if args.serve != BASE and timed else None
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -340,7 +374,7 @@ def serve(args: argparse.Namespace) -> None:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         taken: Row = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
         if clock is not None:
-            taken["steps"], clock.steps = clock.steps[2:-1] if name == "reads-16" else [], []  # those that decode
+            taken["steps"], clock.steps = clock.steps[2:-1] if name in CLOCKED else [], []  # those that decode
         assert all(len(output.outputs[0].token_ids) == load.tokens for output in outputs)
         print(json.dumps(taken), flush=True)
 

@@ -803,17 +803,18 @@ def test_what_the_cost_run_writes_is_what_the_bars_read(monkeypatch, tmp_path: P
             for name in vllm_cost.TWICE:
                 del done[name]["steps"]
             vllm_cost.keep(row, done, load.arms[-1])
-            if load is vllm_cost.LOADS["reads-16"]:
+            if load in [vllm_cost.LOADS[name] for name in vllm_cost.CLOCKED]:
                 vllm_cost.keep_steps(row, done)
             vllm_cost.write(row, args)
             assert len(results.newest(results.read([tmp_path]))[row["case"], "cpu"]["times"]["ours"]) == number + 1
     found = results.newest(results.read([tmp_path]))
     judged = [bars.judge(bar, found) for bar in bars.bars() if bar.case in {case for case, _ in found}]
     assert len(judged) >= 3
-    stated = {"over": 1.25, "added": 0.25, "over encode": 2.0, "gated over edit": 0.0}
+    stated = {"over": 1.25, "added": 0.25, "over encode": 2.0, "gated over edit": 0.0, "over reading": 1.0}
+    apart = ("over encode", "gated over edit", "over reading")
     for verdict in judged:
         measure = verdict.bar.measure
-        kind = next((kind for kind in ("over encode", "gated over edit") if kind in measure), measure.partition(":")[0])
+        kind = next((kind for kind in apart if kind in measure), measure.partition(":")[0])
         assert verdict.value == (stated[kind],) * 3, measure
     assert {verdict.bar.measure.partition(":")[0] for verdict in judged} == {"over", "added"}
     batch = vllm_cost.LOADS["decode-256"].batch

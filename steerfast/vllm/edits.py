@@ -36,12 +36,8 @@ CONTEXT = "steerfast"
 KEPT = 512
 """Up to so many tokens, those of decoding batches, what is added to each is kept from step to step; n · d floats a place."""
 
-_NONE, _SUM, _OTHER, _PROGRAM = (
-    0,
-    1,
-    2,
-    3,
-)  # what a slot is at a place: empty, an addition, another of the bank, none of it
+# what a slot is at a place: empty, an addition, another of the bank, none of it
+_NONE, _SUM, _OTHER, _PROGRAM = range(4)
 
 
 class Owned(NamedTuple):
@@ -119,6 +115,10 @@ class EditedPlace:
         self._kind[slot] = _NONE
         self._step = -1
 
+    def acts(self, slots: np.ndarray) -> bool:
+        """Whether one of these slots has an edit here."""
+        return bool(self._kind[slots].any())
+
     def owned(self, table: RowTable, rows: Tensor | None = None) -> list[Owned]:
         """The owners of a batch at this place, column by column of its table, or of these rows in their stead."""
         left = None if rows is None else rows.numpy()
@@ -170,13 +170,21 @@ class Places:
         self.gates = gates
         self.captures: Captures | None = None
         self._on_host = table.rows.device.type == "cpu"
+        self._step = -1  # of the table that `_acting` belongs to
+        self._acting = frozenset(places)
+
+    def forget(self) -> None:
+        """Edits have come or gone."""
+        self._step = -1
 
     def edit_(self, stream: Tensor, hidden: Tensor | None, place: str) -> None:
         """Read and edit stream (..., d) in place; with hidden the stream is hidden + stream, and only `stream` is written."""
         # Between two layers nothing of ours is in a cache: on a CPU every word here costs a microsecond in a step.
         readers, captures = self.readers, self.captures
         captured, reads = captures is not None and captures.active, place in readers.at
-        edited = place in self.places and (self.table.tokens > 0 or not self._on_host)
+        if self._on_host and self.table.step != self._step:
+            self._choose()
+        edited = place in self._acting
         if not captured and (not reads or (place in readers.kept and stream.dim() == 2)):
             if reads:
                 readers.kept[place](stream, hidden)
@@ -195,6 +203,12 @@ class Places:
                 captures.write(rows, other, place, after)
             if edited and not after:
                 self._edit_(stream, hidden, place, read)
+
+    def _choose(self) -> None:
+        """On a CPU only places are edited where a row of the table has an edit; a kernel finds that itself."""
+        slots = np.unique(self.table.rows[: self.table.tokens].numpy())
+        self._acting = frozenset(name for name, place in self.places.items() if place.acts(slots))
+        self._step = self.table.step
 
     def _edit_(self, stream: Tensor, hidden: Tensor | None, place: str, read: Encodes | None) -> None:
         stream, hidden = _flat(stream), None if hidden is None else _flat(hidden)

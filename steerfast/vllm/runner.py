@@ -156,6 +156,7 @@ class Steered:
         """Before a batch runs: send what has changed to the device and write its row table. Only where steering is `busy`."""
         self.busy = bool(self._requests) or bool(self.readers)
         if self._loaded:
+            self.places.forget()
             for place in self.places.places.values():
                 place.bank.commit()
             self._loaded = False
