@@ -47,6 +47,13 @@ class Owned(NamedTuple):
     others: list[tuple[int, Tensor | None, Tensor]]  # slot, tokens, weights (m, 1)
     programs: tuple[Tensor | None, Tensor, Tensor] | None  # tokens, their slots (m,) and weights (m,)
 
+    @property
+    def whole(self) -> tuple[Tensor, Tensor] | None:
+        """Slots and weights where every token is edited by what fits no slot, and by nothing else."""
+        if self.summed is not None or self.others or self.programs is None or self.programs[0] is not None:
+            return None
+        return self.programs[1:]
+
 
 class EditedPlace:
     """One layer and site: its bank, sized for the plans that may be loaded into it.
@@ -253,6 +260,12 @@ class Places:
                 stream.copy_(stream.float().add_(delta))  # summed in float32, rounded once
             else:
                 stream.index_copy_(0, tokens, stream.index_select(0, tokens).float().add_(delta).to(stream.dtype))
+            return
+        if len(columns) == 1 and place.programs is not None and (whole := columns[0].whole) is not None:
+            half = stream.float()
+            x = half if hidden is None else half + hidden
+            edited = place.programs.edit(x, *whole, read.among(slice(count)) if read else None)
+            stream.copy_(edited if hidden is None else half + (edited - x))
             return
         wide = stream.float()
         owned = torch.zeros(count, dtype=torch.bool)

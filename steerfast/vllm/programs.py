@@ -142,9 +142,11 @@ class Features:
         self.table = torch.zeros(slots + 1, most, 4, dtype=torch.float32, device=device)
         self.keeps = torch.zeros(slots + 1, dtype=torch.bool, device=device)
         self.any_keeps = any(edit.keep_norm for edit, _ in each if isinstance(edit, EditFeatures))
+        self._last: tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]] | None = None  # that was looked up, on a CPU
 
     def load(self, slot: int, edit: Intervention, numbers: Tensor) -> None:
         """An edit of the features with these numbers stands in a slot."""
+        self._last = None
         inner = bare(edit)
         if not isinstance(inner, EditFeatures):
             raise TypeError(f"steerfast: {inner!r} edits no features")
@@ -156,15 +158,23 @@ class Features:
 
     def unload(self, slot: int) -> None:
         """Nothing stands in a slot."""
+        self._last = None
         self.numbers[slot] = -1
         self.table[slot] = 0
         self.keeps[slot] = False
 
     def of(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (n, m), table (n, m, 4) and strength (n,) of rows; of one whose slot has none here strength 0."""
+        """Features (n, m), table (n, m, 4) and strength (n,) of rows; of one whose slot has none here strength 0.
+
+        On a CPU slots and weights are tensors that nobody writes to, the same ones while a batch goes on.
+        """
+        if self._last is not None and self._last[0] is slots and self._last[1] is weights:
+            return self._last[2]
         at = slots.long()
         numbers = self.numbers[at]
-        return numbers, self.table[at], torch.where((numbers >= 0).any(1), weights, 0)
+        found = numbers, self.table[at], torch.where((numbers >= 0).any(1), weights, 0)
+        self._last = None if slots.is_cuda else (slots, weights, found)
+        return found
 
     def restored(self, x: Tensor, moved: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         """The edited rows with their old lengths where their edit keeps these."""
