@@ -82,6 +82,18 @@ def test_candidates_of_several_blocks_of_features(features: int, monkeypatch: py
     assert torch.allclose(values.sort(1, descending=True).values.double(), expected.values, rtol=1e-5, atol=1e-5)
 
 
+def test_a_row_of_nan_stays_one_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the last row: training that diverged is seen, and no other row's features are taken for its own."""
+    monkeypatch.setattr(selection, "_WEIGHTS", 40 * D)
+    x, w, b = torch.randn(31, D), torch.randn(192, D), torch.randn(192)
+    clean = top(Encoder(x[:-1], w, b), K, screened=True)[0]
+    x[-1] = torch.nan
+    values, indices = top(Encoder(x, w, b), K, screened=True)
+    assert values[-1].isnan().all()
+    assert len(set(indices[-1].tolist())) == K
+    torch.testing.assert_close(values[:-1].sort(1).values, clean.sort(1).values)
+
+
 def test_candidates_in_bfloat16_that_are_too_close_are_done_again() -> None:
     """Rows whose best features differ by less than bfloat16 can tell: only float32 orders them."""
     x = torch.randn(8, D)
