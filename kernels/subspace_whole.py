@@ -19,10 +19,10 @@ from .subspace_project import project
 
 
 @triton.jit
-def _named(rows_ptr, stride_rows_n, stride_rows_p, offs_n, mask_n, P: tl.constexpr):
+def _named(rows_ptr, stride_rows_n, stride_rows_p, offs_n, mask_n, P):
     """Whether a row of a tile names anything."""
     named = tl.full(offs_n.shape, 0, tl.int1)
-    for p in tl.static_range(P):
+    for p in range(P):
         named = named | (tl.load(rows_ptr + offs_n * stride_rows_n + p * stride_rows_p, mask=mask_n, other=-1) != -1)
     return tl.max(named.to(tl.int32), axis=0) > 0
 
@@ -38,7 +38,7 @@ def whole_kernel(
     slots_ptr, S,
     rows_ptr, stride_rows_n, stride_rows_p,
     scale_ptr, stride_scale_n, stride_scale_p,
-    N, D, P: tl.constexpr, MODES: tl.constexpr, IN_PLACE: tl.constexpr, SUMS: tl.constexpr,
+    N, D, P, MODES: tl.constexpr, IN_PLACE: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, LIFT_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x' of a tile of whole tokens."""

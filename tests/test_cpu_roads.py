@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steerfast as sf
 from steerfast import ops
@@ -73,6 +74,49 @@ def test_what_is_kept_of_a_bank_goes_with_it() -> None:
     gc.collect()
     assert memory() is None
     assert len(torch_slots._readers) == kept
+
+
+def test_a_table_that_takes_another_form_in_its_place_is_read_anew() -> None:
+    """Every second row of the memory, rows of half the width, fewer slots: the address says nothing of these."""
+    bank, x = bank_of(2, 2, mixed=True), torch.randn(3, D)
+    vectors, coefficients, slots = (table.clone() for table in bank.tensors)
+    stray = torch.tensor([1, 1, 1], dtype=torch.int32)
+    for rows in (None, stray):
+        torch_cpu.subspace(x, vectors, coefficients, slots, rows, None)
+    vectors.data = vectors.data[::2]
+    slots[:, 2:4] = 0
+    for rows in (None, stray):
+        close(
+            ops.subspace(x, vectors, coefficients, slots, rows),
+            torch_backend.subspace(x, vectors, coefficients, slots, rows),
+        )
+    slots.resize_(1, 8)
+    assert ops.subspace(x, vectors, coefficients, slots, stray).isnan().all()
+    vectors.resize_(4, D // 2)
+    half = x[:, ::2]
+    close(ops.subspace(half, vectors, coefficients, slots), torch_backend.subspace(half, vectors, coefficients, slots))
+
+
+def test_what_is_kept_beyond_a_bank_is_small() -> None:
+    """Thousands of banks of many directions, or of batches of many owners, come and go: their numbers go, too."""
+    slots = torch.tensor([[2, 90, 0, 0, 0, 0, 0, 0]] * 2, dtype=torch.int32)
+    sizes = [kept.cache_info().currsize for kept in (torch_slots._how_kept, torch_slots._remembered)]
+    tables = torch.randn(90, D), torch.randn(91, 8), slots
+    ops.subspace(torch.randn(2, D), *tables)
+    ops.subspace(torch.randn(1000, D), *tables, torch.arange(1000, dtype=torch.int32) % 2)
+    assert sizes == [kept.cache_info().currsize for kept in (torch_slots._how_kept, torch_slots._remembered)]
+
+
+@pytest.mark.parametrize("mode", ["fake", "functionalize"])
+def test_a_number_first_met_without_memory_serves_later_calls(mode: str) -> None:
+    """What a mode or a transform makes of a number is its own."""
+    x, features, beta = torch.randn(3, D), torch.randn(2, D) / 6, {"fake": 1.171875, "functionalize": 1.296875}[mode]
+    if mode == "fake":
+        with FakeTensorMode() as fake:
+            ops.calibrate(fake.from_tensor(x), fake.from_tensor(features), beta)
+    else:
+        torch.func.functionalize(lambda x: ops.calibrate(x, features, beta))(x)
+    close(ops.calibrate(x, features, beta), sf.Calibrate(features, beta).apply(x))
 
 
 EDITS = {

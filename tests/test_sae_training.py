@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import steerfast as sf
+from steerfast.files import claim
 from steerfast.files.claim import Claim
 from steerfast.place import Origin
 from steerfast.sae import contexts as contexts_module
@@ -31,7 +32,7 @@ from steerfast.sae.cache import ActivationCache, CacheConfig, cache_activations,
 from steerfast.sae.contexts import Contexts, packed
 from steerfast.sae.evaluate import evaluate_sae
 from steerfast.sae.model import SAE
-from steerfast.sae.training import selection
+from steerfast.sae.training import checkpoints, selection
 from steerfast.sae.training.checkpoints import Checkpoints
 from steerfast.sae.training.config import TrainConfig, TrainReport
 from steerfast.sae.training.distributed import Alone
@@ -79,6 +80,18 @@ def test_candidates_of_several_blocks_of_features(features: int, monkeypatch: py
     expected = torch.addmm(b.double(), x.double(), w.double().T).topk(K)
     assert torch.equal(indices.sort(1).values, expected.indices.sort(1).values)
     assert torch.allclose(values.sort(1, descending=True).values.double(), expected.values, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_of_nan_stays_one_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the last row: training that diverged is seen, and no other row's features are taken for its own."""
+    monkeypatch.setattr(selection, "_WEIGHTS", 40 * D)
+    x, w, b = torch.randn(31, D), torch.randn(192, D), torch.randn(192)
+    clean = top(Encoder(x[:-1], w, b), K, screened=True)[0]
+    x[-1] = torch.nan
+    values, indices = top(Encoder(x, w, b), K, screened=True)
+    assert values[-1].isnan().all()
+    assert len(set(indices[-1].tolist())) == K
+    torch.testing.assert_close(values[:-1].sort(1).values, clean.sort(1).values)
 
 
 def test_candidates_in_bfloat16_that_are_too_close_are_done_again() -> None:
@@ -457,6 +470,32 @@ def test_two_runs_into_one_directory(tmp_path: Path) -> None:
     assert len(refused) == 2
     assert equal(sae, train_sae(rows(1500), CONFIG))
     assert equal(sae, train_sae(rows(1500), CONFIG, tmp_path))
+
+
+def test_a_claim_costs_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system without locks has no file either, which it could not remove; a file that cannot be removed is left."""
+    with Claim(tmp_path), monkeypatch.context() as patch:
+        patch.setattr(claim, "fcntl", None)
+        with Claim(tmp_path, ".other"):
+            assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+    held = Claim(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(PermissionError("read-only")))
+        held.close()
+    Claim(tmp_path).close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_older_goes_when_the_new_one_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that says a checkpoint is whole, too: a machine that stops at any moment has one."""
+    reached: list[str] = []
+    monkeypatch.setattr(checkpoints, "_reach_disk", lambda file: reached.append(file.name))
+    monkeypatch.setattr(checkpoints.Checkpoints, "_remove_others", lambda self, step: reached.append("removed"))
+    folder = tmp_path / "checkpoint-00000001"
+    folder.mkdir()
+    (folder / "shard-00000.safetensors").write_bytes(b"")
+    checkpoints.Checkpoints(tmp_path, "", Alone())._complete(None, folder, {"step": 1})
+    assert reached == ["shard-00000.safetensors", "run.json", "removed"]
 
 
 def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:

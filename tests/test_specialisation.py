@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from steerfast.ops.slots import FLOW, HINGE, SOLVE
+from steerfast.ops.slots import ALL_MODES, FLOW, HINGE, SOLVE
 from steerfast_kernels import add, flow, sae_decode, sae_edit, sae_edit_topk, sae_encode, sae_encode_threshold, subspace
 
 STEPS = [1, 16, 17, 4096]  # decode of one request, of a batch, of an odd batch; a long prompt
@@ -124,6 +124,20 @@ def test_an_sae_compiles_nothing_for_a_step_of_another_size(launch):
 def test_a_bank_of_any_size_meets_the_same_kernel():
     found = keys_of([lambda s=s: added(16, "own", s) for s in (1, 3, 16)])
     assert {len(keys) for keys in found.values()} == {1}
+
+
+def test_tables_of_two_to_four_columns_meet_the_same_tiles():
+    """A kernel of all modes takes a minute to compile; only one column has its own."""
+
+    def launch(columns: int) -> None:
+        x = torch.zeros(1024, 512, dtype=torch.bfloat16)
+        bank = torch.zeros(80, 512, dtype=x.dtype), torch.zeros(99, 8), torch.zeros(4, 8, dtype=torch.int32)
+        rows = torch.zeros(1024, columns, dtype=torch.int32)
+        subspace.subspace(x, *bank, rows, rows.float(), ALL_MODES, 20, out=torch.empty_like(x))
+
+    for columns, count in (((2, 3, 4), 1), ((1, 2), 2)):
+        found = keys_of([lambda p=p: launch(p) for p in columns])
+        assert {name: len(keys) for (name, *_), keys in found.items()} == {"whole_kernel": count}
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -18,8 +19,8 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 class Claim:
     """A claim on a folder, or on what a name in it stands for, until it is closed or the process ends.
 
-    It is a lock of `flock` on the file `folder/name`, which is there as long, and stays where the process was killed. Where the
-    system or the file system has no locks, nothing is locked.
+    It is a lock of `flock` on the file `folder/name`, which is there as long, and stays where the process was killed. A process
+    that was forked meanwhile shares it. Where the system (Windows) or the file system has no such locks, nothing is locked.
 
     Args:
         folder: It exists.
@@ -31,20 +32,24 @@ class Claim:
     """
 
     def __init__(self, folder: Path, name: str = ".lock") -> None:
-        self._file = folder / name
-        self._held = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            while not self._lock():  # the file that was locked is one that its holder has just removed
+        self._file, self._held = folder / name, -1
+        if fcntl is None:
+            return
+        while True:
+            self._held = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if self._lock():
+                    return
+            except OSError:
                 os.close(self._held)
-                self._held = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError:
-            os.close(self._held)
-            raise
+                raise
+            os.close(self._held)  # of a file that its holder has just removed
 
     def close(self) -> None:
         """Let others have it."""
         if self._held >= 0:
-            self._file.unlink(missing_ok=True)
+            with suppress(OSError):  # what stays of it claims nothing: no reason to lose what the holder has made
+                self._file.unlink()
             os.close(self._held)
             self._held = -1
 
@@ -58,8 +63,6 @@ class Claim:
 
     def _lock(self) -> bool:
         """Lock the file, and tell whether it is still the one of that name."""
-        if fcntl is None:
-            return True
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

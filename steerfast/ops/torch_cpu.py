@@ -7,6 +7,8 @@ output, whose memory's first touch already costs more than the arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,12 +55,14 @@ def is_elementwise(x: Tensor, *vectors: Tensor) -> bool:
 
 
 @in_full_precision
-def hinged(x: Tensor, directions: Tensor, how: How, in_place: bool = False) -> Tensor | None:
-    """x + share · act(xBᵀ)B, with the rows B = directions."""
+def hinged(
+    x: Tensor, directions: Tensor, how: Callable[[float], How], number: float, in_place: bool = False
+) -> Tensor | None:
+    """x + share · act(xBᵀ)B of a number, with the rows B = directions."""
     if not is_plain(x, directions):
         return None
     rows = directions if directions.dim() == 2 else directions[None]
-    return _edited(x, rows.T, rows, how, None, in_place)
+    return _edited(x, rows.T, rows, how(number), None, in_place)  # asked here: what is kept must be no mode's tensor
 
 
 def _edited(

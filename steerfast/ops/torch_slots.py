@@ -13,7 +13,7 @@ import struct
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from .torch_backend import TINY
 SHARED = 4
 """From so many rows per owner on every owner has products of its own; below, one batched product serves all."""
 REMEMBERED = 1 << 14
-"""Bytes of a table of a bank up to which the slots of a whole batch are remembered by them."""
+"""Bytes of a table of a bank, at 32 a row, up to which the slots of a whole batch, of no more rows, are remembered by them."""
+KEPT = 1 << 11
+"""Bytes of the numbers of a slot up to which what they say is kept for every bank: those of 63 directions."""
 
 Act = Callable[[Tensor], Tensor]
 _bytes_at = ctypes.string_at
@@ -73,6 +75,7 @@ class _Known(NamedTuple):
     header: ctypes.Array[ctypes.c_char]
     numbers: ctypes.Array[ctypes.c_char]
     was: tuple[bytes, bytes]
+    step: Step
     ready: Ready
 
 
@@ -87,18 +90,14 @@ class Reader:
     def __init__(self, bank: Tables, end: Callable[[object], object]) -> None:
         vectors, coefficients, slots = bank
         self._tables = weakref.ref(vectors), weakref.ref(coefficients), weakref.ref(slots, end)
-        self._places = vectors.data_ptr(), coefficients.data_ptr(), slots.data_ptr()
+        self._forms = _forms(vectors, coefficients, slots)
         self._known: dict[int, _Known] = {}
 
     def is_of(self, vectors: Tensor, coefficients: Tensor, slots: Tensor) -> bool:
-        """Whether these are the tables, still in their places."""
+        """Whether these are the tables, still in their places, and of the form that they had there."""
         a, b, c = self._tables
-        return (
-            a() is vectors
-            and b() is coefficients
-            and c() is slots
-            and self._places == (vectors.data_ptr(), coefficients.data_ptr(), slots.data_ptr())
-        )
+        same = a() is vectors and b() is coefficients and c() is slots
+        return same and self._forms == _forms(vectors, coefficients, slots)
 
     def ready(self, bank: Tables, owner: int) -> Ready | None:
         """A slot; None where the bank has no such one, an empty one, or one that points outside its tables."""
@@ -108,33 +107,34 @@ class Reader:
         vectors, coefficients, slots = bank
         if not 0 <= owner < slots.shape[0]:
             return None
-        header = _memory(self._places[2] + 32 * owner, 32)
-        _, rank, project, lift, start, *_ = _unpacked(header.raw)
-        if not _fits(header.raw, vectors.shape[0], coefficients.shape[0]):
+        header = _memory(self._forms[2] + 32 * owner, 32)
+        first = header.raw  # read once: another thread may write meanwhile
+        _, rank, project, lift, start, *_ = _unpacked(first)
+        if not _fits(first, vectors.shape[0], coefficients.shape[0]):
             return None
-        numbers = _memory(self._places[1] + 32 * start, 32 + 32 * rank)
-        was = header.raw, numbers.raw
+        numbers = _memory(self._forms[1] + 32 * start, 32 + 32 * rank)
+        was = first, numbers.raw
         step, rows = _decoded(*was), vectors.data  # a view of the table itself would keep it
         across = None if step.mode == ADD else rows[project : project + rank].T
         ready = Ready(step.how, across, rows[lift : lift + rank], step.mode)
-        self._known[owner] = _Known(header, numbers, was, ready)
+        self._known[owner] = _Known(header, numbers, was, step, ready)
         return ready
 
     def steps(self, bank: Tables, owners: list[int]) -> Steps | None:
         """The slots of several rows, in the order of their numbers, and how many rows each has."""
         vectors, coefficients, slots = bank
-        if 32 * slots.shape[0] <= REMEMBERED:
-            headers, mine = _bytes_at(self._places[2], 32 * slots.shape[0]), tuple(owners)
+        if 32 * max(slots.shape[0], len(owners)) <= REMEMBERED:
+            headers, mine = _bytes_at(self._forms[2], 32 * slots.shape[0]), tuple(owners)
             span = _span(headers, mine, vectors.shape[0], coefficients.shape[0])
             if span is None:
                 return None
             first, rows = span
             if 32 * rows <= REMEMBERED:
-                return _remembered(headers, _bytes_at(self._places[1] + 32 * first, 32 * rows), first, mine)
+                return _remembered(headers, _bytes_at(self._forms[1] + 32 * first, 32 * rows), first, mine)
         return _counted(owners, lambda owner: self._step(bank, owner))
 
     def _step(self, bank: Tables, owner: int) -> Step | None:
-        return None if self.ready(bank, owner) is None else _decoded(*self._known[owner].was)
+        return None if self.ready(bank, owner) is None else self._known[owner].step
 
 
 _readers: dict[int, Reader] = {}  # by the object of the table of headers
@@ -150,8 +150,16 @@ def reader_of(bank: Tables) -> Reader | None:
     for table, dtype in ((coefficients, torch.float32), (slots, torch.int32)):
         if table.dtype is not dtype or not table.is_cpu or not table.is_contiguous():
             return None
-    reader = _readers[key] = Reader(bank, lambda _: _readers.pop(key, None))
+    # bound now: when Python ends, a bank may go after the names of this module; pop takes the reference for its default
+    forget = functools.partial(_readers.pop, key)
+    reader = _readers[key] = Reader(bank, forget)
     return reader
+
+
+def _forms(vectors: Tensor, coefficients: Tensor, slots: Tensor) -> tuple[Any, ...]:
+    """Where the tables of a bank stand, and what else of them can change in place but their contents."""
+    places = vectors.data_ptr(), coefficients.data_ptr(), slots.data_ptr()
+    return *places, coefficients.shape, slots.shape, vectors.shape, vectors.stride(), vectors.dtype
 
 
 def _memory(address: int, size: int) -> ctypes.Array[ctypes.c_char]:
@@ -205,15 +213,14 @@ def _counted(owners: Sequence[int], step_of: Callable[[int], Step | None]) -> St
     return Steps(counts[-1], [(owner, count) for owner, count, _ in found], every)
 
 
-@functools.lru_cache(maxsize=4096)
 def _decoded(header: bytes, numbers: bytes) -> Step:
     mode, rank, project, lift, start, _, keep_norm, _ = _unpacked(header)
-    return Step(rank, project, lift, start, mode, _how(mode, bool(keep_norm), numbers))
+    how = _how_kept if len(numbers) <= KEPT else _how
+    return Step(rank, project, lift, start, mode, how(mode, bool(keep_norm), numbers))
 
 
-@functools.lru_cache(maxsize=4096)
 def _how(mode: int, keep_norm: bool, numbers: bytes) -> How | None:
-    """What the rows of coefficients of a slot say: one object for equal numbers."""
+    """What the rows of coefficients of a slot say."""
     constants, *table = struct.iter_unpack("8f", numbers)
     columns = tuple(zip(*table, strict=True))
     how = None
@@ -229,6 +236,9 @@ def _how(mode: int, keep_norm: bool, numbers: bytes) -> How | None:
     elif mode == ADD:
         how = How(constants[2])
     return how and how._replace(keep_norm=keep_norm)
+
+
+_how_kept = functools.lru_cache(maxsize=4096)(_how)  # one object for equal numbers
 
 
 def _hinge(gain: float, columns: tuple[tuple[float, ...], ...]) -> How:

@@ -160,6 +160,7 @@ class Checkpoints:
                     _reach_disk(file)
                 header["files"] = [file.name for file in files]
                 replace_file(folder / _WHOLE, json.dumps(header, indent=2).encode())
+                _reach_disk(folder / _WHOLE)  # before anything older goes
                 self._remove_others(header["step"])
 
     def _remove_others(self, step: int) -> None:
@@ -207,7 +208,7 @@ def _state(trainers: Sequence[Trainer]) -> dict[str, Tensor]:
 
 def _reach_disk(file: Path) -> None:
     """Return when a file of this or another process is on the disk, so that a machine that stops does not lose it."""
-    with open(file, "rb") as written:
+    with open(file, "r+b") as written:  # Windows flushes only what is open for writing
         os.fsync(written.fileno())
 
 

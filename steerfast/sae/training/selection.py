@@ -193,7 +193,7 @@ def _candidates(rows: Tensor, w: Tensor, b: Tensor, count: int) -> tuple[Latents
     bound = leading[0].amin(1)
     if len(leading) > 1:
         bound = torch.cat(leading, dim=1).topk(count, dim=1).values[:, -1]
-        kept = (joined.values >= bound[joined.rows]).nonzero().flatten()
+        kept = (~(joined.values < bound[joined.rows])).nonzero().flatten()  # NaN is kept here, too
         kept = kept[joined.rows[kept].argsort(stable=True)]
         joined = Latents(joined.rows[kept], joined.features[kept], joined.values[kept], len(rows))
     return joined, bound.float(), torch.stack(lost).max()
