@@ -41,6 +41,8 @@ def _write(path: Path, content: bytes, wanted: Path) -> None:
     try:
         path.write_bytes(content)
     except OSError as error:
+        if error.errno is None:  # it says all that it knows in words
+            raise
         raise OSError(error.errno, error.strerror, str(wanted)) from error
 
 
