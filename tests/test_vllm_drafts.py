@@ -154,7 +154,9 @@ def test_drafts_behind_a_prompt_of_which_one_token_is_left_leave_no_score(engine
     from vllm import SamplingParams
 
     draw = random.Random(9)
-    requests = [([draw.randrange(3, 120) for _ in range(9 if i < 4 else 1)], 30 if i < 4 else 1 + i % 5) for i in range(24)]
+    requests = [
+        ([draw.randrange(3, 120) for _ in range(9 if i < 4 else 1)], 30 if i < 4 else 1 + i % 5) for i in range(24)
+    ]
     params = [
         SamplingParams(
             temperature=0.0,

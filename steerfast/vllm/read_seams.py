@@ -7,7 +7,7 @@
 | engine core: `Scheduler._update_request_with_output` | a request that has crossed a limit ends, and its new token is dropped |
 | front end: `RequestState.make_request_output` | they are collected; with the last output the answer takes their place |
 | front end: `RequestOutput.add` | outputs of several samples that are merged before somebody takes them keep every answer |
-| API server: the generators of streams | these one by one; the answer, and an end without tokens, where a release leaves them out |
+| API server: the generators of streams | these, one by one; the answer and an end without tokens, where a release omits them |
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def patch(observe: Observe, tell: Tell) -> None:
 
 
 def patch_streams() -> None:
-    """Put the answer of each sample into streams, and the end of a request in its prompt, where a release does not do so itself."""
+    """Put the answer of each sample into streams, and the end of a request in its prompt, where a release does neither."""
     for generator, response in STREAMS.items():
         owner, _, method = generator.rpartition(".")
         wrap(resolve(owner), method, _stream_apart if ANSWER_FIELD in resolve(response).model_fields else _stream)

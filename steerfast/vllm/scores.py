@@ -384,7 +384,8 @@ class Answer:
         """What is answered, ready for JSON, and all scores that were read of each probe with one number per token.
 
         Args:
-            ids: The tokens of prompt and generation; where none was generated, the request ended in its prompt, with what is known.
+            ids: The tokens of prompt and generation; where none was generated, the request ended in its prompt, with what is
+                known.
             prompt: How many of them were given.
             crossed: The last one has crossed a limit, and counts; otherwise it does not, even where it was a draft that has run.
         """
