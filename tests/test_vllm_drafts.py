@@ -149,6 +149,29 @@ def test_a_limit_ends_a_text_at_an_accepted_token_and_a_stop_leaves_nothing_behi
         assert stopped.kv_transfer_params["steerfast"]["lean"]["positions"] == [*range(len(ids) + stop)]
 
 
+def test_drafts_behind_a_prompt_of_which_one_token_is_left_leave_no_score(engine) -> None:
+    """vLLM adds drafts, of which none is accepted, to the first step of such a prompt, once others decode."""
+    from vllm import SamplingParams
+
+    draw = random.Random(9)
+    requests = [
+        ([draw.randrange(3, 120) for _ in range(9 if i < 4 else 1)], 30 if i < 4 else 1 + i % 5) for i in range(24)
+    ]
+    params = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=count,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=reads(*engine.probes, steer_read_positions="generated"),
+        )
+        for _, count in requests
+    ]
+    outputs = engine.llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], params, use_tqdm=False)
+    for output in outputs:
+        assert_scores(engine.model, output, engine.probes, [], "generated")
+
+
 def test_what_is_counted_is_what_the_text_has(engine) -> None:
     counters = engine.llm.llm_engine.input_processor.steerfast.counters
     before = counters.total()["tokens"]["norm"]

@@ -73,11 +73,17 @@ def test_an_ablation_everywhere_is_an_adapter_for_some_requests(tmp_path: Path) 
         llm.llm_engine.engine_core.shutdown()
 
 
-def test_requests_with_and_without_an_adapter_are_steered_and_read_in_one_batch(tmp_path: Path) -> None:
+def test_requests_with_and_without_an_adapter_are_steered_and_read_in_one_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Everywhere, at what the heads give an output projection that the adapter changes, too."""
+    import vllm.plugins
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
+    monkeypatch.setattr(
+        vllm.plugins, "plugins_loaded", False
+    )  # a process loads them once, and above it has loaded none
     model = tiny(tmp_path / "model")
     plans, probes = tiny_plans(tmp_path / "plans"), tiny_probes(tmp_path / "probes", tmp_path / "saes")
     plans |= tiny_edits(tmp_path / "plans", probes)

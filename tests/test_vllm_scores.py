@@ -387,7 +387,10 @@ def test_scores_reach_the_answer_once_each_and_a_missing_one_is_seen(library: Pr
     assert found["rows"]["max"] == [19.0, 20.0]
     assert list(single) == ["linear"]
     json.dumps(found, allow_nan=False)
-    answer.add([(8, scores[8:9].tobytes())])  # the one before never came
+    answer.add([(7, scores[7:8].tobytes())])  # a draft that was accepted, and at which a stop text ended
+    assert answer.finish(range(8), 5)[0]["linear"] == found["linear"]
+    assert answer.finish(range(8), 5, crossed=True)[0]["linear"]["positions"] == [1, 2, 3, 4, 5, 6, 7]
+    answer.add([(9, scores[9:10].tobytes())])  # the one before never came
     found, single = answer.finish(range(10), 5)
     assert found["linear"] == {"tokens": 0, "missing": 1}
     assert len(single["linear"]) == 0

@@ -282,6 +282,31 @@ def test_readers_at_once_each_get_their_own(server) -> None:
                 assert found["steerfast"][name]["mean"] == pytest.approx(wanted["steerfast"][name]["mean"], abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_sample_of_a_stream_ends_with_its_own_scores(server, truth, kind) -> None:
+    """They end in the same step, and what the engine gives of them is merged on its way."""
+    tokens: dict[int, list[int]] = {}
+    found: dict[int, Any] = {}
+    prompt: list[int] = []
+    for chunk in chunks(server, kind, READ, n=3, temperature=1.5, return_token_ids=True):
+        prompt = prompt or chunk.get("prompt_token_ids") or []
+        for choice in chunk["choices"]:
+            prompt = prompt or choice.get("prompt_token_ids") or []
+            tokens.setdefault(choice["index"], []).extend(choice.get("token_ids") or [])
+            if choice["finish_reason"]:
+                assert choice["index"] not in found
+                found[choice["index"]] = chunk["kv_transfer_params"]["steerfast"]
+    assert sorted(found) == [0, 1, 2]
+    assert len({tuple(one) for one in tokens.values()}) == 3
+    for index, answer in found.items():
+        ids = [*prompt, *tokens[index][:-1]]
+        with torch.inference_mode(), sf.read(truth.model, server.probes) as reading:
+            truth.model(input_ids=torch.tensor([ids]))
+        for name, scores in reading.scores().items():
+            assert answer[name]["positions"] == list(range(len(ids)))
+            assert torch.allclose(torch.tensor(answer[name]["scores"]), scores.values[0], atol=1e-3), (index, name)
+
+
 def test_the_other_routes_answer_with_scores_or_refuse_to_read(server) -> None:
     asked = server.body("chat/completions", READ)
     message = server.http.post("/v1/messages", json=asked)

@@ -6,7 +6,8 @@
 | engine core: `Scheduler.update_from_output` | they go into the outputs of their requests, as `kv_transfer_params` |
 | engine core: `Scheduler._update_request_with_output` | a request that has crossed a limit ends, and its new token is dropped |
 | front end: `RequestState.make_request_output` | they are collected; with the last output the answer takes their place |
-| API server: the generators of streams | the answer, and an end without tokens, where a release leaves them out |
+| front end: `RequestOutput.add` | outputs of several samples that are merged before somebody takes them keep every answer |
+| API server: the generators of streams | these, one by one; the answer and an end without tokens, where a release omits them |
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .reading import Taken
-from .scores import ANSWERED, Answer, Desk, ProbeScores, Reading
-from .seam_table import CHAT, COMPLETION, OUTPUT, RESPONSES, SCHEDULER, STATE, STATUS, STREAMS
+from .scores import ANSWERED, CROSSED, Answer, Desk, ProbeScores, Reading
+from .seam_table import ANSWER, CHAT, COMPLETION, OUTPUT, RESPONSES, SCHEDULER, STATE, STATUS, STREAMS
 from .wrapping import resolve, wrap
 
 ANSWER_FIELD = "kv_transfer_params"
@@ -40,14 +42,14 @@ def patch(observe: Observe, tell: Tell) -> None:
     """
     wrap(resolve(SCHEDULER), "update_from_output", _update)
     wrap(resolve(STATE), "make_request_output", partial(_make_output, (observe, tell)))
+    wrap(resolve(ANSWER), "add", _merge)
 
 
 def patch_streams() -> None:
-    """Put the answer into streams, and the end of a request in its prompt, of a release that does neither itself."""
+    """Put the answer of each sample into streams, and the end of a request in its prompt, where a release does neither."""
     for generator, response in STREAMS.items():
         owner, _, method = generator.rpartition(".")
-        if ANSWER_FIELD not in resolve(response).model_fields:
-            wrap(resolve(owner), method, _stream)
+        wrap(resolve(owner), method, _stream_apart if ANSWER_FIELD in resolve(response).model_fields else _stream)
 
 
 def unanswered(request: Any) -> str:
@@ -109,9 +111,12 @@ def _update(
         # Where a step's tokens will be sampled anew, its scores are of tokens that the text will not have.
         if not (request.num_stale_output_tokens and request.drop_stale_output):
             ids = request.all_token_ids
-            if name in drafts and (new := _sampled(name, model_runner_output)):
-                # Of its drafts and the token before them as many count as were sampled behind these.
-                scores, ids, sampled[name] = scores[: len(new)], [*ids, *new], len(new)
+            if name in drafts:
+                # What counts of a step are its tokens before the drafts, of which the last may still be the prompt's, and of the
+                # drafts one fewer than were sampled; its scores begin where something is read.
+                new = _sampled(name, model_runner_output)
+                taken_back = len(drafts[name]) - max(len(new) - 1, 0)
+                scores, ids, sampled[name] = scores[: max(len(scores) - taken_back, 0)], [*ids, *new], len(new)
             if reading.limits:
                 crossed = request.steerfast_crossed = reading.crossed(first, scores, ids, request.num_prompt_tokens)
                 if crossed is not None:
@@ -194,7 +199,7 @@ def _ending() -> Iterator[None]:
             kept, stopped = original(scheduler, request, kept, *args, **kwargs)
             if stopped:
                 return kept, True
-        request.status, request.stop_reason = resolve(STATUS).FINISHED_STOPPED, f"steer_abort: {limit}"
+        request.status, request.stop_reason = resolve(STATUS).FINISHED_STOPPED, f"{CROSSED}{limit}"
         return kept, True
 
     owner._update_request_with_output = end_crossed
@@ -211,7 +216,7 @@ def _end_unfinished(scheduler: Any, names: list[str], outputs: dict[int, Any]) -
         crossed = None if request is None else getattr(request, "steerfast_crossed", None)
         if request is None or crossed is None or request.is_finished():
             continue
-        request.stop_reason = f"steer_abort: {crossed[0]}"
+        request.stop_reason = f"{CROSSED}{crossed[0]}"
         scheduler.finish_requests(name, resolve(STATUS).FINISHED_STOPPED)
         output = resolve(OUTPUT)(
             request_id=name,
@@ -243,21 +248,42 @@ def _make_output(
     answer.add(message.get("rows", ()))
     rest = {name: value for name, value in (given or {}).items() if name != ANSWERED}
     if (args[_ENDED] if len(args) > _ENDED else kwargs["finish_reason"]) is not None:
-        rest[ANSWERED] = _finish(told, state, answer)
+        reason = args[_WHY] if len(args) > _WHY else kwargs["stop_reason"]
+        rest[ANSWERED] = _finish(told, state, answer, str(reason).startswith(CROSSED))
     if len(args) > _CARRIED:
         args = (*args[:_CARRIED], rest or None, *args[_CARRIED + 1 :])
     else:
         kwargs[ANSWER_FIELD] = rest or None
-    return original(state, *args, **kwargs)
+    output = original(state, *args, **kwargs)
+    if ANSWERED in rest and state.parent_req is not None and output is not None:
+        output.steerfast = {state.request_index: rest[ANSWERED]}
+    return output
 
 
-_ENDED, _CARRIED = 2, 4  # of what make_request_output takes
+_ENDED, _WHY, _CARRIED = 2, 3, 4  # of what make_request_output takes
 
 
-def _finish(told: tuple[Observe, Tell], state: Any, answer: Answer) -> Any:
+def _merge(original: Callable[..., None], output: Any, following: Any, *args: Any, **kwargs: Any) -> None:
+    found = _answers(output) | _answers(following)
+    original(output, following, *args, **kwargs)
+    if found:
+        output.steerfast = found
+        each = [found[index] for index in sorted(found)]
+        output.kv_transfer_params = {
+            **(output.kv_transfer_params or {}),
+            ANSWERED: each if len(each) > 1 else each[0],
+        }
+
+
+def _answers(output: Any) -> dict[int, Any]:
+    """What those of several samples have read that end with an output."""
+    return getattr(output, "steerfast", {})
+
+
+def _finish(told: tuple[Observe, Tell], state: Any, answer: Answer, crossed: bool) -> Any:
     """What a request has read; of several samples that are answered together a list, one for each."""
     prompt = state.prompt_token_ids if state.prompt_token_ids is not None else [0] * state.prompt_len
-    found, scores = answer.finish([*prompt, *state.detokenizer.output_token_ids], len(prompt))
+    found, scores = answer.finish([*prompt, *state.detokenizer.output_token_ids], len(prompt), crossed)
     observe, tell = told
     for name, values in scores.items():
         observe(name, values)
@@ -280,6 +306,40 @@ class _NoTokens(list[int]):
         return True
 
 
+async def _apart(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """What a stream is made of, where several samples have been merged and one has ended one output for each of them."""
+    async for result in results:
+        output = result[1] if isinstance(result, tuple) else result
+        found = _answers(output)
+        if not found or len(output.outputs) < 2:
+            yield result
+            continue
+        for sample in output.outputs:
+            one = copy(output)
+            one.outputs = [sample]
+            one.kv_transfer_params = {ANSWERED: found[sample.index]} if sample.index in found else None
+            yield (result[0], one) if isinstance(result, tuple) else one
+
+
+def _through(
+    see: Callable[[AsyncIterator[Any]], AsyncIterator[Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of which those that give results give what `see` makes of them."""
+
+    def seen(value: Any) -> Any:
+        return see(value) if hasattr(value, "__aiter__") else value
+
+    return tuple(map(seen, args)), {name: seen(value) for name, value in kwargs.items()}
+
+
+async def _stream_apart(
+    original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
+) -> AsyncIterator[str]:
+    args, kwargs = _through(_apart, args, kwargs)
+    async for line in original(serving, request, *args, **kwargs):
+        yield line
+
+
 async def _stream(
     original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
 ) -> AsyncIterator[str]:
@@ -287,7 +347,7 @@ async def _stream(
     found: list[dict[str, Any]] = []
 
     async def watched(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        async for result in results:
+        async for result in _apart(results):
             output = result[1] if isinstance(result, tuple) else result
             if output.kv_transfer_params is not None:
                 found.append(output.kv_transfer_params)
@@ -296,8 +356,7 @@ async def _stream(
                     sample.token_ids = _NoTokens()
             yield result
 
-    args = tuple(watched(value) if hasattr(value, "__aiter__") else value for value in args)
-    kwargs = {name: watched(value) if hasattr(value, "__aiter__") else value for name, value in kwargs.items()}
+    args, kwargs = _through(watched, args, kwargs)
     async for line in original(serving, request, *args, **kwargs):
         yield _with_answer(line, found) if found and '"finish_reason":"' in line else line
 

@@ -38,6 +38,8 @@ MOST_ASIDE = 64
 """Steps of the same requests that are put aside."""
 MOST_NEW = 256
 """Steps whose scores an answer keeps as they came."""
+CROSSED = "steer_abort: "
+"""How the reason for which a request stops begins that has crossed a limit."""
 ANSWERED = "steerfast"
 """The key under which an answer's `kv_transfer_params` hold the scores."""
 
@@ -376,18 +378,21 @@ class Answer:
             self._scores[first:stop][new] = found[new]
             self._known[first:stop] = True
 
-    def finish(self, ids: Sequence[int], prompt: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def finish(
+        self, ids: Sequence[int], prompt: int, crossed: bool = False
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What is answered, ready for JSON, and all scores that were read of each probe with one number per token.
 
         Args:
-            ids: The tokens of prompt and generation. The last one has not run, unless its score is there; where none was
-                generated, the request ended in its prompt, with what is known.
+            ids: The tokens of prompt and generation; where none was generated, the request ended in its prompt, with what is
+                known.
             prompt: How many of them were given.
+            crossed: The last one has crossed a limit, and counts; otherwise it does not, even where it was a draft that has run.
         """
         self._settle()
         known = self._known.nonzero()[0]
         reached = int(known[-1]) + 1 if len(known) else 0
-        run = min(max(len(ids) - 1 if len(ids) > prompt else 0, reached), len(ids))
+        run = len(ids) - (not crossed) if len(ids) > prompt else min(reached, prompt)
         where = allowed(self._selector, ids[:run], prompt).numpy().nonzero()[0]
         missing = len(np.setdiff1d(where, known, assume_unique=True))
         where = where[:0] if missing else where

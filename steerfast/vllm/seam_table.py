@@ -32,6 +32,7 @@ class Form(NamedTuple):
 PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 OUTPUT = "vllm.v1.engine:EngineCoreOutput"
+ANSWER = "vllm.outputs:RequestOutput"
 STATUS = "vllm.v1.request:RequestStatus"
 STATE = "vllm.v1.engine.output_processor:RequestState"
 ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
@@ -116,7 +117,8 @@ SEAMS: dict[str, tuple[Form, ...]] = {
             ),
         ),
     ),
-    "vllm.outputs:RequestOutput.__init__": (Form(names=("kv_transfer_params",)),),
+    f"{ANSWER}.__init__": (Form(names=("kv_transfer_params", "outputs")),),
+    f"{ANSWER}.add": (Form(("next_output",), ("kv_transfer_params",)),),
     "vllm.pooling_params:PoolingParams": (Form(names=("extra_kwargs",)),),
     "vllm.exceptions:VLLMValidationError.__init__": (Form(("message", "parameter")),),
     f"{ENGINE}.generate": (Form(("prompt", "sampling_params")),),
