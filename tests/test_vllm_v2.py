@@ -90,9 +90,9 @@ class Engine:
             gpu_memory_utilization=0.2,
             enforce_eager=True,
         )
-        table = self.runner.steerfast.table
-        table._write = table._on_device  # as on a GPU
-        captures = self.runner.steerfast.places.captures
+        places = self.runner.steerfast.places
+        places.table._write, places._on_host = places.table._on_device, False  # as on a GPU
+        captures = places.captures
         captures._table._write = captures._table._on_device
         captures._on_host, captures.active = False, True
 
