@@ -46,15 +46,13 @@ class Tile(NamedTuple):
     warps: int
 
 
-# (largest k, (most tokens, tile)): of few tokens a tile an SM; of many, tiles that an L2 of 50 MB keeps from one reading of x to
-# the next, of more rows where B and C are much of what is read
-TILES = [
-    (8, [(1 << 62, Tile(16, 64, 12, 128, 6, 4))]),
-    (32, [(2112, Tile(16, 64, 6, 128, 4, 4)), (1 << 62, Tile(32, 64, 6, 64, 4, 4))]),
-    (64, [(2112, Tile(16, 64, 6, 128, 4, 8)), (1 << 62, Tile(64, 128, 3, 128, 3, 8))]),
-]
+FEW_TILE_ROWS = 2112  # up to so many tokens a tile an SM
+# (largest k, tile)
+FEW_TILES = [(8, Tile(16, 64, 12, 128, 6, 4)), (32, Tile(16, 64, 6, 128, 4, 4)), (64, Tile(16, 64, 6, 128, 4, 8))]
+# of more tokens tiles that an L2 of 50 MB keeps from one reading of x to the next, of more rows where B and C are much of that
+TILES = [(8, Tile(16, 64, 12, 128, 6, 4)), (32, Tile(32, 64, 6, 64, 4, 4)), (64, Tile(64, 128, 3, 128, 3, 8))]
 # without tensor cores a product's operands stand in registers: fewer rows and columns, and loads that run ahead of them
-TILES_FLOAT32 = [(64, [(1 << 62, Tile(32, 64, 4, 64, 2, 8))])]
+TILES_FLOAT32 = [(64, Tile(32, 64, 4, 64, 2, 8))]
 
 
 def launch_tiles(edit: Edit) -> None:
@@ -69,8 +67,13 @@ def launch_tiles(edit: Edit) -> None:
 def _launch_whole(edit: Edit) -> None:
     x, rank = edit.x, edit.max_rank
     n, block_k = x.shape[0], power_of_two(rank, TILE_RANK)
-    tiles = TILES_FLOAT32 if x.dtype == torch.float32 else tuned("subspace_tiles.TILES", TILES, x)
-    tile = Tile(*choose(choose(tiles, rank), n))
+    if x.dtype == torch.float32:
+        tiles = TILES_FLOAT32
+    elif n <= tuned("subspace_tiles.FEW_TILE_ROWS", FEW_TILE_ROWS, x):
+        tiles = tuned("subspace_tiles.FEW_TILES", FEW_TILES, x)
+    else:
+        tiles = tuned("subspace_tiles.TILES", TILES, x)
+    tile = Tile(*choose(tiles, rank))
     rows, stages, lift_step = tile.rows, tile.stages, tile.lift_step
     if edit.modes & SOLVE.value:
         rows, lift_step = min(rows, SOLVER_ROWS[_device.device_of(x).lanes]), min(lift_step, SOLVER_STEP)
