@@ -100,7 +100,8 @@ def _read(path: Path, overrides: dict[str, Any], k: int | None, scale: float | N
 
 def _made(family: Family, settings: dict[str, Any], tensors: Tensors, path: Path, given: dict[str, Any]) -> SAE:
     """What the reader of a family makes of a file, or an error that names the file."""
-    assert family.read is not None
+    if family.read is None:
+        raise TypeError(f"SAE.load: no reader for {path}")
     try:
         sae = family.read(settings, tensors, path, **given)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -188,8 +188,8 @@ class _InPlace(HuggingFaceStorageWriter):
         tensors, offsets, results = {}, {}, []
         for item in plan.items:
             name, tensor, about = item.index.fqn, planner.resolve_data(item), item.tensor_data
-            assert isinstance(tensor, Tensor)
-            assert about is not None
+            if not isinstance(tensor, Tensor) or about is None:
+                raise TypeError(f"checkpoint: {name} is a {type(tensor).__name__}; expected a tensor")
             tensors[name], offsets[name] = tensor, {"saved_offsets": list(about.chunk.offsets)}
             results.append(WriteResult(item.index, tensor.nbytes, None))
         if tensors:
