@@ -4,7 +4,7 @@
 |---|---|
 | front end: `AsyncLLM.generate` | what only the prompt shows is refused before a stream begins |
 | engine core: `Scheduler.schedule` | how many tokens each request that has ended has, on the `SchedulerOutput` itself |
-| worker: the runner's own methods (`seams.py`) | rows are reserved before a step and handed to the collecting thread behind it |
+| worker: the runner's own methods (`worker_seams.py`) | rows are reserved before a step, collected behind it |
 | worker: `WorkerWrapperBase.shutdown` | what has ended is written |
 """
 

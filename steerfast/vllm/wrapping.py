@@ -26,3 +26,10 @@ def resolve(seam: str) -> Any:
     """What stands at `module:name`."""
     module, _, name = seam.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def logger() -> Any:
+    """Where vLLM writes what its plugins say."""
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.steerfast")
