@@ -72,14 +72,15 @@ def pretend_that_triton_runs_here() -> None:
 
 
 class Engine:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, features: bool) -> None:
         from vllm import LLM
 
         self.folder = folder
         self.model = tiny(folder / "model")
         self.plans = tiny_plans(folder / "plans")
         self.probes = tiny_probes(folder / "probes", folder / "saes")
-        self.plans |= tiny_edits(folder / "plans", self.probes)
+        if features:  # every step runs them, whoever is steered, as on a GPU: five times as long under the interpreter
+            self.plans |= tiny_edits(folder / "plans", self.probes)
         self.llm = LLM(
             str(folder / "model"),
             skip_tokenizer_init=True,
@@ -114,8 +115,9 @@ class Engine:
         return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory):
+@pytest.fixture(scope="module", params=[False], ids=["slots"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """An engine with slots and probes; also with edits of SAE features where a test says so."""
     folder = tmp_path_factory.mktemp("v2")
     pretend_that_triton_runs_here()
     with environment(
@@ -129,7 +131,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory):
         STEERFAST_CAPTURE=str(folder / "captured"),
         STEERFAST_COLUMNS="4",
     ):
-        yield Engine(folder)
+        yield Engine(folder, features=request.param)
+
+
+with_features = pytest.mark.parametrize("engine", [True], indirect=True, ids=["features"])
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -199,6 +204,7 @@ def test_requests_capture_what_transformers_has(engine) -> None:
         assert_rows_captured(engine.model, output, engine.folder / "captured", plans, when)
 
 
+@with_features
 def test_features_of_a_top_k_sae_are_edited_beside_what_reads_them(engine) -> None:
     """Counted by our kernels, or from the encode of a probe; alone, between slots of a bank, where a text has said something."""
     truth = Transformers(engine.model)
