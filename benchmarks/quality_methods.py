@@ -66,17 +66,23 @@ class Sample:
         return Sample(self.layer, self.pos[rows], self.neg[rows], *heads, pairs, seed, self.model, self.tokenizer)
 
     def shuffled(self, draw: int) -> Sample:
-        """The same texts with the sides of a random half of the groups exchanged: labels that mean nothing."""
-        coin = random.Random(f"{self.seed} {draw}")
+        """The same texts with the sides of a random half of the groups exchanged: labels that mean nothing.
+
+        Of an odd number of groups one is left out. Were more of them kept as they are than exchanged, their mean difference
+        would still point as the true one does, however small it is, and at equal damage the length of a vector does not matter.
+        """
         groups = sorted(set(self.groups))
-        turned = set(coin.sample(groups, len(groups) // 2))
-        swap = torch.tensor([group in turned for group in self.groups])
+        drawn = random.Random(f"{self.seed} {draw}").sample(groups, len(groups))
+        half = len(drawn) // 2
+        turned, kept = set(drawn[:half]), set(drawn[: 2 * half])
+        part = self.take([i for i, group in enumerate(self.groups) if group in kept], self.seed)
+        swap = torch.tensor([group in turned for group in part.groups])
         pairs = [
             replace(pair, wanted=pair.unwanted, unwanted=pair.wanted) if turn else pair
-            for pair, turn in zip(self.pairs, swap.tolist(), strict=True)
+            for pair, turn in zip(part.pairs, swap.tolist(), strict=True)
         ]
-        pos, neg = _exchanged(self.pos, self.neg, swap)
-        heads = {at: _exchanged(x, self.heads_neg[at], swap) for at, x in self.heads_pos.items()}
+        pos, neg = _exchanged(part.pos, part.neg, swap)
+        heads = {at: _exchanged(x, part.heads_neg[at], swap) for at, x in part.heads_pos.items()}
         sides = ({at: both[i] for at, both in heads.items()} for i in (0, 1))
         return Sample(self.layer, pos, neg, *sides, pairs, self.seed, self.model, self.tokenizer)
 

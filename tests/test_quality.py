@@ -314,6 +314,20 @@ def test_a_shuffled_sample_exchanges_both_sides_of_half_of_the_groups_everywhere
     assert len({tuple(sample.shuffled(draw).pos[:, 0].tolist()) for draw in range(20)}) > 3
 
 
+def test_as_many_groups_are_exchanged_as_are_kept() -> None:
+    """Of five groups one is left out: with three kept, what is left of the difference would point as the true one does."""
+    pairs = [concepts.Pair(f"g{i // 2}", f"p{i}", f" w{i}", f" u{i}") for i in range(10)]
+    pos = torch.ones(10, 1)
+    sample = Sample(0, pos, -pos, {}, {}, pairs, 0, None, None)
+    left_out = set()
+    for draw in range(20):
+        turned = sample.shuffled(draw)
+        assert float(turned.pos.sum()) == 0.0
+        assert len(turned.pairs) == 8
+        left_out |= set(sample.groups) - set(turned.groups)
+    assert len(left_out) > 2
+
+
 def test_a_null_is_read_at_the_damage_that_is_asked() -> None:
     unsteered = {"odds": [0.0, 1.0], "reference": [-4.0]}
     rows = [{"concept": "c", "method": "caa", "seed": 0, "strength": s, "odds": [3 * s, 1 + 3 * s], "reference": [-4 - s]}
