@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from .backends import in_full_precision, transformed
-from .torch_encode import SAE_BLOCK, SAE_GROUP, sae_encode
+from .torch_backend import widened
+from .torch_encode import SAE_BLOCK, SAE_CELLS, SAE_GROUP, pre_activations, sae_encode
+
+FIRST, GROWTH = 512, 4
+"""Features that are looked at first, and how many times as many each time after: most rows are done after a few hundred."""
 
 
 @in_full_precision
@@ -20,21 +24,35 @@ def sae_edit_topk(
     w_dec: Tensor,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m]; fₘ is what `sae_encode` finds for feature m, 0 where it is not among the k.
+    """x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m]; fₘ is what `sae_encode` finds for feature m, 0 where it is not among the k."""
+    return edited(x, activations(x, w_enc, b_enc, k, features), features, table, w_dec, scale)
 
-    Rows leave the walk over the dictionary as soon as k features exceed each of theirs; most do in its first blocks.
+
+@in_full_precision
+def activations(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, features: Tensor) -> Tensor:
+    """(n, m): what `sae_encode` finds for a few features, (m,) of every row or (n, m), each row's own.
+
+    Rows leave the walk over the dictionary as soon as k features exceed each of theirs; most do in its first block.
     """
     # a transform may hide the values that decide when a row is done; of one row a single product is the sooner done
     if transformed() or x.numel() <= x.shape[-1]:
-        return edited(x, found(*sae_encode(x, w_enc, b_enc, k), features), features, table, w_dec, scale)
-    return edited(x, _selected(x, w_enc, b_enc, k, features), features, table, w_dec, scale)
+        return found(*sae_encode(x, w_enc, b_enc, k), columns(features))
+    flat = widened(x.reshape(-1, x.shape[-1]))
+    return _selected(flat.to(torch.promote_types(flat.dtype, w_enc.dtype)), w_enc, b_enc, k, features)
 
 
-def found(values: Tensor, indices: Tensor, features: Tensor) -> Tensor:
+def columns(features: Tensor) -> list[Tensor]:
+    """Features (m,) or (n, m) as `found` takes them: m of (1, 1) or of (n, 1)."""
+    rows = features if features.dim() == 2 else features[None]
+    return [*rows.split(1, dim=1)]
+
+
+def found(values: Tensor, indices: Tensor, columns: list[Tensor]) -> Tensor:
     """(n, m): the value beside each feature among the encoded, 0 where it is not there; differentiable in the values."""
-    values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
-    columns = (features if features.dim() == 2 else features[None]).unbind(1)
-    return torch.stack([(values * (indices == feature[:, None])).sum(1) for feature in columns], 1)
+    if values.dim() != 2:
+        values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
+    each = [torch.where(indices == column, values, 0).sum(1, keepdim=True) for column in columns]
+    return each[0] if len(each) == 1 else torch.cat(each, 1)
 
 
 def edited(x: Tensor, f: Tensor, features: Tensor, table: Tensor, w_dec: Tensor, scale: Tensor | None) -> Tensor:
@@ -63,31 +81,31 @@ def edited(x: Tensor, f: Tensor, features: Tensor, table: Tensor, w_dec: Tensor,
     return torch.where(weight == 0, x, (wide + weight * delta).to(x.dtype))
 
 
-def _selected(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, features: Tensor) -> Tensor:
+def _selected(flat: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, features: Tensor) -> Tensor:
     """(n, m): relu of each feature's pre-activation, 0 where k features or more exceed it or come before it in a tie."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, w_enc.dtype), torch.float32)
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    bias = None if b_enc is None else b_enc.to(dtype)
-    own, total = _own(flat, w_enc, bias, features), w_enc.shape[0]
+    own, total = _own(flat, w_enc, b_enc, features), w_enc.shape[0]
     keys, numbers = _keys(own), features.expand(own.shape)
     counts = torch.zeros_like(keys)
-    start, width = 0, 256  # narrow at first: most rows are done after a few hundred features
+    most = max(SAE_BLOCK, SAE_CELLS // len(flat) // SAE_GROUP * SAE_GROUP)
+    start, width = 0, FIRST
     while start < total:
         undecided = (keys > 0) & (counts < k)
         rows = undecided.any(1).nonzero().flatten()
         if not rows.numel():
             break
-        stop = min(start + width, total)
-        weights = w_enc[start:stop].to(dtype).T
-        part = flat if len(rows) == len(flat) else flat[rows]
-        pre = part @ weights if bias is None else torch.addmm(bias[start:stop], part, weights)
-        mine = torch.where(undecided, own, 0)[rows]
-        counts[rows] += _exceeding(pre, mine, keys[rows], numbers[rows], start)
-        start, width = stop, min(2 * width, SAE_BLOCK)
+        block = slice(start, start + width)
+        weights, bias = w_enc[block], None if b_enc is None else b_enc[block]
+        mine = torch.where(undecided, own, 0)
+        if len(rows) == len(flat):
+            counts += _exceeding(pre_activations(flat, weights, bias), mine, keys, numbers, start)
+        else:
+            pre = pre_activations(flat[rows], weights, bias)
+            counts[rows] += _exceeding(pre, mine[rows], keys[rows], numbers[rows], start)
+        start, width = start + width, min(GROWTH * width, most)
     return torch.where(counts < k, own, 0)
 
 
-def _own(flat: Tensor, w_enc: Tensor, bias: Tensor | None, features: Tensor) -> Tensor:
+def _own(flat: Tensor, w_enc: Tensor, b_enc: Tensor | None, features: Tensor) -> Tensor:
     """(n, m): relu of the features' pre-activations; 0 where there is no such feature."""
     there = (features >= 0) & (features < w_enc.shape[0])
     places = torch.where(there, features, 0).long()
@@ -95,7 +113,7 @@ def _own(flat: Tensor, w_enc: Tensor, bias: Tensor | None, features: Tensor) -> 
         pre = flat @ w_enc[places].to(flat.dtype).T
     else:
         pre = torch.stack([(flat * w_enc[place].to(flat.dtype)).sum(1) for place in places.unbind(1)], 1)
-    return torch.where(there, torch.relu(pre if bias is None else pre + bias[places]), 0)
+    return torch.where(there, torch.relu(pre if b_enc is None else pre + b_enc[places].to(flat.dtype)), 0)
 
 
 def _keys(pre: Tensor) -> Tensor:
