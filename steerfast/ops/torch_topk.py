@@ -47,11 +47,15 @@ def columns(features: Tensor) -> list[Tensor]:
     return [*rows.split(1, dim=1)]
 
 
-def found(values: Tensor, indices: Tensor, columns: list[Tensor]) -> Tensor:
-    """(n, m): the value beside each feature among the encoded, 0 where it is not there; differentiable in the values."""
+def found(values: Tensor, indices: Tensor, columns: list[Tensor], nothing: Tensor | None = None) -> Tensor:
+    """(n, m): the value beside each feature among the encoded, 0 where it is not there; differentiable in the values.
+
+    `nothing` is a zero of the values' dtype that is there already.
+    """
     if values.dim() != 2:
         values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
-    each = [torch.where(indices == column, values, 0).sum(1, keepdim=True) for column in columns]
+    zero = values.new_zeros(()) if nothing is None else nothing
+    each = [torch.where(indices == column, values, zero).sum(1, keepdim=True) for column in columns]
     return each[0] if len(each) == 1 else torch.cat(each, 1)
 
 
@@ -85,35 +89,38 @@ def _selected(flat: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, feature
     """(n, m): relu of each feature's pre-activation, 0 where k features or more exceed it or come before it in a tie."""
     own, total = _own(flat, w_enc, b_enc, features), w_enc.shape[0]
     keys, numbers = _keys(own), features.expand(own.shape)
-    counts = torch.zeros_like(keys)
+    counts, rows, least = torch.zeros_like(keys), *_undecided(own, keys > 0)
     most = max(SAE_BLOCK, SAE_CELLS // len(flat) // SAE_GROUP * SAE_GROUP)
     start, width = 0, FIRST
-    while start < total:
-        undecided = (keys > 0) & (counts < k)
-        rows = undecided.any(1).nonzero().flatten()
-        if not rows.numel():
-            break
-        block = slice(start, start + width)
-        weights, bias = w_enc[block], None if b_enc is None else b_enc[block]
-        mine = torch.where(undecided, own, 0)
-        if len(rows) == len(flat):
-            counts += _exceeding(pre_activations(flat, weights, bias), mine, keys, numbers, start)
-        else:
-            pre = pre_activations(flat[rows], weights, bias)
-            counts[rows] += _exceeding(pre, mine[rows], keys[rows], numbers[rows], start)
+    while start < total and len(rows):
+        block, all_of_them = slice(start, start + width), len(rows) == len(flat)
+        part = flat if all_of_them else flat[rows]
+        pre = pre_activations(part, w_enc[block], None if b_enc is None else b_enc[block])
+        few = slice(None) if all_of_them else rows
+        more = _exceeding(pre, least[few], keys[few], numbers[few], start)
+        if more is not None:
+            counts[few] += more
+            rows, least = _undecided(own, (keys > 0) & (counts < k))
         start, width = start + width, min(GROWTH * width, most)
     return torch.where(counts < k, own, 0)
 
 
+def _undecided(own: Tensor, undecided: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of the rows with an undecided feature, and of every row, (n, 1), what a block is looked through for."""
+    # NaN, too, is looked for among the largest
+    least = torch.where(undecided & (own > 0), own, torch.inf).amin(1, keepdim=True)
+    return undecided.any(1).nonzero().flatten(), least
+
+
 def _own(flat: Tensor, w_enc: Tensor, b_enc: Tensor | None, features: Tensor) -> Tensor:
     """(n, m): relu of the features' pre-activations; 0 where there is no such feature."""
-    there = (features >= 0) & (features < w_enc.shape[0])
-    places = torch.where(there, features, 0).long()
+    places = features.clamp(0, w_enc.shape[0] - 1).long()
     if features.dim() == 1:
         pre = flat @ w_enc[places].to(flat.dtype).T
     else:
-        pre = torch.stack([(flat * w_enc[place].to(flat.dtype)).sum(1) for place in places.unbind(1)], 1)
-    return torch.where(there, torch.relu(pre if b_enc is None else pre + b_enc[places].to(flat.dtype)), 0)
+        each = [(flat * w_enc[place].to(flat.dtype)).sum(1, keepdim=True) for place in places.unbind(1)]
+        pre = each[0] if len(each) == 1 else torch.cat(each, 1)
+    return torch.where(places == features, torch.relu(pre if b_enc is None else pre + b_enc[places].to(flat.dtype)), 0)
 
 
 def _keys(pre: Tensor) -> Tensor:
@@ -123,14 +130,16 @@ def _keys(pre: Tensor) -> Tensor:
     return keys.masked_fill_(pre.isnan(), most)
 
 
-def _exceeding(pre: Tensor, own: Tensor, keys: Tensor, features: Tensor, start: int) -> Tensor:
-    """(n, m): how many features of a block lie above each row's own, or equal it and come before it.
+def _exceeding(pre: Tensor, least: Tensor, keys: Tensor, features: Tensor, start: int) -> Tensor | None:
+    """(n, m): how many features of a block lie above each row's own, or equal it and come before it; None: none that count.
 
     Maxima of 32 neighbours are compared first, as in `sae_encode`: few lie above a feature that may still be selected.
     """
-    least = torch.where(own > 0, own, torch.inf).amin(1, keepdim=True)  # NaN, too, is looked for among the largest
-    groups = torch.nn.functional.pad(pre, (0, -pre.shape[1] % SAE_GROUP)).view(pre.shape[0], -1, SAE_GROUP)
+    rest = -pre.shape[1] % SAE_GROUP
+    groups = (torch.nn.functional.pad(pre, (0, rest)) if rest else pre).view(pre.shape[0], -1, SAE_GROUP)
     row, group = (groups.amax(2) < least).logical_not_().nonzero(as_tuple=True)
+    if not len(row):
+        return None
     entries = _keys(groups[row, group])[:, :, None]
     columns = torch.arange(start, start + SAE_GROUP, device=pre.device) + (SAE_GROUP * group)[:, None]
     mine, ahead = keys[row][:, None], columns[:, :, None] - features[row][:, None]

@@ -7,6 +7,7 @@ and strength: one encode of an SAE serves the requests of all plans that edit it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -217,13 +218,8 @@ class Features:
         at = slots.long()
         numbers, keeps = self.numbers[at], self.keeps[at][:, None]
         change = _change(self.table[at], weights[:, None])
-        some, places = numbers[0].clamp(min=0), None
-        if not bool((numbers == numbers[:1]).all()):
-            each, inverse = np.unique(numbers.clamp(min=0).numpy(), return_inverse=True)
-            bags = torch.arange(0, numbers.numel(), numbers.shape[1])
-            some, places = torch.from_numpy(each), (torch.from_numpy(inverse.reshape(-1)), bags)
-        rows = decoder[some.long()].float()
-        return Chosen(numbers, columns(numbers), change, places, rows, keeps if bool(keeps.any()) else None)
+        lift = _lift(numbers.clamp(min=0).long(), decoder)
+        return Chosen(numbers, columns(numbers), change, lift, keeps if bool(keeps.any()) else None)
 
     def restored(self, x: Tensor, moved: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         """The edited rows with their old lengths where their edit keeps these."""
@@ -239,20 +235,12 @@ class Chosen(NamedTuple):
     numbers: Tensor  # features, int32 (n, m), -1 for none
     columns: list[Tensor]  # the same, m of (n, 1)
     change: Callable[[Tensor], Tensor]  # activations (n, m) -> by how much each is changed, strength included
-    places: (
-        tuple[Tensor, Tensor] | None
-    )  # where in `decoder` they are, a bag for each row; None: 0 to m - 1 in every row
-    decoder: Tensor  # float32 (r, d)
+    lift: Callable[[Tensor], Tensor]  # these changes -> float32 (n, d), what is added to the rows
     keeps: Tensor | None  # bool (n, 1): rows that keep their length; None: no row does
 
-    @in_full_precision
     def added(self, f: Tensor, rows: Rows, length: Tensor | None) -> Tensor:
         """What is added to rows whose activations (n, m) are these, of a unit that has this length (n, 1) in the stream."""
-        g = self.change(f) if length is None else self.change(f).mul_(length)
-        if self.places is None:
-            delta = g @ self.decoder
-        else:
-            delta = torch.embedding_bag(self.decoder, *self.places, False, 0, False, g.flatten())[0]
+        delta = self.lift(self.change(f) if length is None else self.change(f).mul_(length))
         if self.keeps is None:
             return delta
         x = rows()
@@ -266,6 +254,23 @@ def _change(table: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda f: torch.clamp(t0 * f + t1, t2, t3).sub_(f).mul_(weight)
     slope, offset = weight * (t0 - 1), weight * t1
     return lambda f: torch.addcmul(offset, slope, f)
+
+
+def _lift(places: Tensor, decoder: Tensor) -> Callable[[Tensor], Tensor]:
+    """g (n, m) -> Σⱼ g[:, j] · decoder[places[:, j]], places (n, m): by the few rows that are named, float32."""
+    shared = bool((places == places[:1]).all())
+    if shared or places.shape[1] == 1:
+        rows = decoder[places[0] if shared else places[:, 0]].float()
+        return rows.mul if places.shape[1] == 1 else partial(_product, rows)
+    named, inverse = np.unique(places.numpy(), return_inverse=True)
+    rows, bags = decoder[torch.from_numpy(named)].float(), torch.arange(0, places.numel(), places.shape[1])
+    flat = torch.from_numpy(inverse.reshape(-1))
+    return lambda g: torch.embedding_bag(rows, flat, bags, False, 0, False, g.flatten())[0]
+
+
+@in_full_precision
+def _product(rows: Tensor, g: Tensor) -> Tensor:
+    return g @ rows
 
 
 class Dictionary:
@@ -286,6 +291,7 @@ class Dictionary:
         self._encoder = shared_copy(owner, "encoder", first.encoder, device)
         self._bias = shared_copy(owner, "bias", first.bias, device)
         self._k, self._normalisation = first.k, first.normalisation
+        self._nothing = torch.zeros((), device=device)
         if first.sae is not None:
             self._decoder = shared_copy(owner, "decoders", first.sae.w_dec, device)
             return
@@ -329,7 +335,7 @@ class Dictionary:
         if pair is None and self._counts:
             f = activations(rows(), self._encoder, self._bias, self._k, wanted.numbers)
         else:
-            f = found(*(self._encode(rows()) if pair is None else pair), wanted.columns)
+            f = found(*(self._encode(rows()) if pair is None else pair), wanted.columns, self._nothing)
         return wanted.added(f, rows, length)
 
     @in_full_precision
