@@ -569,7 +569,7 @@ def test_the_op_does_the_same_traced_dispatched_and_called_from_compiled_code(mo
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         stream = x * 2
-        op(stream, None, "resid_post.0")
+        op.default(stream, None, "resid_post.0")
         return stream + 1
 
     x = torch.randn(4, D)

@@ -72,7 +72,7 @@ class Encodes:
         return bool(self._found)
 
     def among(self, rows: Tensor | slice) -> Encodes:
-        """The same of some of the rows, by their numbers."""
+        """The same of some of the rows, by their numbers among all of them."""
         part = Encodes()
         part._found, part._rows = self._found, rows
         return part

@@ -357,7 +357,7 @@ def find_places_with(context: Callable[[], dict[str, Any]]) -> None:
 
 
 class Direct(torch._ops.OpOverload):
-    """The op as compiled code calls it: its function, unless what it is called with is being traced.
+    """The op as hooks and compiled code call it: its function, unless what it is called with is being traced.
 
     PyTorch's dispatch of an op that Python implements takes 6 µs between two layers, several times what the function takes that
     finds nothing to do; and no key but the device's has a kernel here. Whether something traces is asked by a private name of

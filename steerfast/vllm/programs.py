@@ -119,35 +119,36 @@ class Programs:
     """
 
     def __init__(self, edits: Sequence[Intervention], slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._groups: dict[Any, Group] = {}
-        self._at: dict[int, Group] = {}
         alike: dict[Any, list[Intervention]] = {}
         for edit in edits:
             alike.setdefault(_kind(edit), []).append(edit)
-        for kind, several in alike.items():
+        self._groups: list[Group] = []
+        for several in alike.values():
             features = selected(several[0])
             if features is None:
-                self._groups[kind] = Alone(several[0], slots, dtype, device)
+                self._groups.append(Alone(several[0], slots, dtype, device))
             else:
-                self._groups[kind] = (Dictionary if features.k else Thresholds)(several, slots, device)
+                self._groups.append((Dictionary if features.k else Thresholds)(several, slots, device))
+        self._kinds = [*alike]
+        self._at = np.full(slots, -1)  # the number of the group of each slot
 
     def load(self, slot: int, edit: Intervention) -> None:
         """Put an edit into a free slot."""
-        group = self._at[slot] = self._groups[_kind(edit)]
-        group.load(slot, edit)
+        self._at[slot] = number = self._kinds.index(_kind(edit))
+        self._groups[number].load(slot, edit)
 
     def unload(self, slot: int) -> bool:
         """Empty a slot; whether one of these stood there."""
-        group = self._at.pop(slot, None)
-        if group is not None:
-            group.unload(slot)
-        return group is not None
+        number = self._at[slot]
+        if number >= 0:
+            self._at[slot] = -1
+            self._groups[number].unload(slot)
+        return bool(number >= 0)
 
     def wanted(self, slots: np.ndarray, weights: np.ndarray) -> list[tuple[Group, np.ndarray, Any]]:
         """Of rows with slots that stand here, (n,): each group, the numbers of its rows, and what its `added` needs; on a CPU."""
-        groups = [*self._groups.values()]
-        owner = np.array([groups.index(self._at[slot]) for slot in slots.tolist()])
-        each = [(groups[number], (owner == number).nonzero()[0]) for number in np.unique(owner)]
+        owner = self._at[slots]
+        each = [(self._groups[number], (owner == number).nonzero()[0]) for number in np.unique(owner)]
         return [
             (group, its, group.wanted(torch.from_numpy(slots[its]), torch.from_numpy(weights[its])))
             for group, its in each
@@ -156,7 +157,7 @@ class Programs:
     @torch.no_grad()
     def edit(self, x: Tensor, slots: Tensor, weights: Tensor, read: Encodes | None = None) -> Tensor:
         """The edit of each row of x (n, d) by its slot, (n,) with -1 for none, at its strength, float32 (n,)."""
-        for group in self._groups.values():
+        for group in self._groups:
             x = group.edit(x, slots, weights, read)
             read = None  # of the rows before an edit
         return x
@@ -185,7 +186,7 @@ class Features:
         each = [(bare(edit), features) for edit in edits if (features := selected(edit)) is not None]
         most = max(len(features.features) for _, features in each)
         self.numbers = torch.full((slots + 1, most), -1, dtype=torch.int32, device=device)
-        self._nothing = torch.tensor(edit_row("add", 0.0), device=device)  # beside what is no feature
+        self._nothing = torch.tensor(edit_row("add", 0.0), dtype=torch.float32, device=device)  # beside no feature
         self.table = self._nothing.repeat(slots + 1, most, 1)
         self.keeps = torch.zeros(slots + 1, dtype=torch.bool, device=device)
         self.any_keeps = any(edit.keep_norm for edit, _ in each if isinstance(edit, EditFeatures))
@@ -196,9 +197,9 @@ class Features:
         if not isinstance(inner, EditFeatures):
             raise TypeError(f"steerfast: {inner!r} edits no features")
         count = len(numbers)
-        rows = torch.tensor([edit_row(inner.mode, value) for value in inner.values.values()], device="cpu")
+        rows = [edit_row(inner.mode, value) for value in inner.values.values()]
         self.numbers[slot, :count] = numbers.to(self.numbers)
-        self.table[slot, :count] = rows.to(self.table)
+        self.table[slot, :count] = torch.tensor(rows, dtype=torch.float32, device=self.table.device)
         self.keeps[slot] = inner.keep_norm
 
     def unload(self, slot: int) -> None:
@@ -240,7 +241,8 @@ class Chosen(NamedTuple):
 
     def added(self, f: Tensor, rows: Rows, length: Tensor | None) -> Tensor:
         """What is added to rows whose activations (n, m) are these, of a unit that has this length (n, 1) in the stream."""
-        delta = self.lift(self.change(f) if length is None else self.change(f).mul_(length))
+        g = self.change(f if f.dtype is torch.float32 else f.float())
+        delta = self.lift(g if length is None else g.mul_(length))
         if self.keeps is None:
             return delta
         x = rows()
@@ -291,7 +293,7 @@ class Dictionary:
         self._encoder = shared_copy(owner, "encoder", first.encoder, device)
         self._bias = shared_copy(owner, "bias", first.bias, device)
         self._k, self._normalisation = first.k, first.normalisation
-        self._nothing = torch.zeros((), device=device)
+        self._nothing = torch.zeros((), dtype=torch.float32, device=device)
         if first.sae is not None:
             self._decoder = shared_copy(owner, "decoders", first.sae.w_dec, device)
             return
