@@ -341,17 +341,25 @@ def keep_steps(row: Row, done: dict[str, Row]) -> None:
             found["over encode"] = ours[name] / found["encode"]
         for kind, value in found.items():
             added.setdefault(f"{name}: {kind}", []).append(float(f"{value:.5g}"))
-    one, gated, top, feature, both = (str(Arm(1.0, kind, 1)) for kind in (ONE, GATED, TOP, FEATURE, BOTH))
-    if gated in told:
+    compare_steps(added, ours, encode, whole)
+
+
+def compare_steps(added: Row, ours: Row, encode: Row, whole: Row) -> None:
+    """Add what one arm of a round spent over another: by our functions and ops, by encodes, or by whole steps."""
+    idle, one, steer, gated, top, feature, both = (
+        str(arm) for arm in (IDLE, *(Arm(1.0, kind, 1) for kind in (ONE, ALL, GATED, TOP, FEATURE, BOTH)))
+    )
+    if gated in ours:
         gate, edit = (added[f"{name}: share"][-1] for name in (gated, one))
         added.setdefault("gated over edit: share", []).append((1 + gate) / (1 + edit) - 1)
-    if feature in told:
+    if feature in ours:
         added.setdefault("edit one feature: over encode", []).append(ours[feature] / encode[top])
         added.setdefault("read and edit: over reading", []).append(ours[both] / ours[top])
-
-    if (both := f"{(steer := str(Arm(1.0, ALL, 1)))}, {ADAPTER}") in told:
-        apart = whole[ADAPTER] + whole[steer] - 2 * whole[str(IDLE)]
-        added.setdefault("LoRA and steering: over each alone", []).append((whole[both] - whole[str(IDLE)]) / apart)
+    if (together := str(Arm(1.0, ALL, 1, True))) in ours:
+        apart = whole[ADAPTER] + whole[steer] - 2 * whole[idle]
+        added.setdefault("LoRA and steering: over each alone", []).append((whole[together] - whole[idle]) / apart)
+        beside, alone = ours[together] - ours[ADAPTER], ours[steer] - ours[idle]
+        added.setdefault("steering beside LoRA: over alone", []).append(beside / alone)
 
 
 def write(row: Row, args: argparse.Namespace) -> None:

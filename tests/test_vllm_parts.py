@@ -802,7 +802,8 @@ def test_what_the_cost_run_writes_is_what_the_bars_read(monkeypatch, tmp_path: P
             done: dict[str, dict[str, Any]] = {arm: {"cpu": taken, "wall": 9.0} for arm, taken in seconds.items()}
             for arm in load.arms if name in vllm_cost.CLOCKED else ():
                 theirs = 1.6 + 0.3 * arm.adapter + (0.1 if arm.adapter and arm.share else 0.0)
-                each = ({"host": 0.1 + more, "op": 0.1, "encode": 0.2, "theirs": theirs} for more in (-0.05, 0.0, 0.05))
+                ours = {"host": 0.1, "op": 0.1 if arm.share or name != "lora-16" else 0.05, "encode": 0.2}
+                each = ({**ours, "host": 0.1 + more, "theirs": theirs} for more in (-0.05, 0.0, 0.05))
                 done[str(arm)]["steps"] = [*each]
             vllm_cost.keep(row, done, load.arms[-1])
             vllm_cost.keep_steps(row, done)
@@ -812,13 +813,14 @@ def test_what_the_cost_run_writes_is_what_the_bars_read(monkeypatch, tmp_path: P
     judged = [bars.judge(bar, found) for bar in bars.bars() if bar.case in {case for case, _ in found}]
     assert len(judged) >= 3
     stated = {"over": 1.25, "added": 0.25, "over encode": 2.0, "gated over edit": 0.0, "over reading": 1.0}
-    stated["over each alone"] = 4 / 3
+    stated["over each alone"] = 0.45 / 0.35
     apart = ("over encode", "gated over edit", "over reading", "over each alone")
     for verdict in judged:
         measure = verdict.bar.measure
         kind = next((kind for kind in apart if kind in measure), measure.partition(":")[0])
         assert verdict.value == pytest.approx((stated[kind],) * 3), measure
     assert {verdict.bar.measure.partition(":")[0] for verdict in judged} == {"over", "added"}
+    assert found["vllm lora batch=16", "cpu"]["added"]["steering beside LoRA: over alone"] == [1.0] * 3
     batch = vllm_cost.LOADS["decode-256"].batch
     asked = [vllm_cost.LOADS["decode-256"].arms[-1].steer(i, batch) for i in range(batch)]
     assert len({(fields["steer"], fields["steer_strength"]) for fields in asked}) == batch == 256
