@@ -122,7 +122,7 @@ LOADS = {
         16, 96, 2,
         (IDLE, Arm(0.25, ALL, 1), Arm(1.0, ONE, 1), Arm(1.0, READS, 1), Arm(1.0, READS, PROBED), Arm(1.0, ALL, 1)),
     ),
-    "decode-256": Load(256, 4, 4, (Arm(1.0, ONE, 256), Arm(1.0, ALL, 64), Arm(1.0, ALL, 256))),
+    "decode-256": Load(256, 4, 8, (Arm(1.0, ONE, 256), Arm(1.0, ALL, 64), Arm(1.0, ALL, 256))),
     "lora-16": Load(16, 16, 24, (IDLE, Arm(0.0, ONE, 1, True), Arm(1.0, ALL, 1), Arm(1.0, ALL, 1, True))),
 }  # fmt: skip
 CLOCKED = {"reads-16", "edits-16", "decode-256", "lora-16"}
