@@ -202,6 +202,7 @@ evidence-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python benchmarks/vllm_soak.py --out benchmarks/results
 	$(VENV_VLLM)/bin/python benchmarks/vllm_host.py --out benchmarks/results
 	$(VENV_VLLM)/bin/python benchmarks/vllm_cost.py --out benchmarks/results --minutes 20
+	$(VENV_VLLM)/bin/python benchmarks/vllm_cost.py --loads lora-16 --out benchmarks/results
 
 dist: setup
 	$(BIN)/python -m build --no-isolation

@@ -92,7 +92,7 @@ class Clock:
             result = original()
             whole = time.thread_time() - begun
             if not self._spent[OP] and result:
-                raise RuntimeError("vllm_clock: the graph calls the op by another name")
+                raise RuntimeError("vllm_clock: the op is called by another name")
             step = {kind: self.seconds(kind) for kind in self._spent}
             step[OP] -= step[ENCODE]
             step[THEIRS] = whole - sum(step.values())
@@ -118,7 +118,7 @@ def before_vllm() -> Clock:
 
 
 def around_engine(clock: Clock, llm: Any, idle: Callable[[], Any]) -> None:
-    """The same around the methods of its runner and around the op as its compiled graph calls it, and its steps told apart.
+    """The same around the methods of its runner, around the op as hooks and the graph call it, and its steps told apart.
 
     `idle` runs a few steps in which nobody steers or reads.
     """

@@ -7,8 +7,9 @@ once, in random order, and the unsteered engine twice; a ratio is the median ove
 with a 95 % interval, and the two of them show the noise. Times are CPU time of the engine's process with one
 thread, the steadier measure on a machine that does other work; wall time is in the raw row. Rows are written after every
 round, and nothing starts that --minutes would not let end: the first start of an engine compiles and takes longest, later
-ones find the graph in vLLM's cache. Beside the ratios of "reads" stands what its steps spent in our functions and ops over what
-they spent in all others, by clocks around each (`vllm_clock.py`), which says more than a ratio within its noise.
+ones find the graph in vLLM's cache. Beside the ratios stands, for most loads, what their steps spent in our functions and ops
+over what they spent in all others, by clocks around each (`vllm_clock.py`), which says more than a ratio within its noise.
+A load with adapters (lora-16) is run by itself: an engine that may load one is another engine.
 Needs an environment with vLLM; on a GPU give --wall, since CPU time says little there.
 """
 
@@ -55,8 +56,11 @@ class Arm(NamedTuple):
     share: float
     kind: str  # "one layer", "all layers", "all layers, rank 8", … of plans; "reads", "top 32 of 8192" or both together
     configurations: int
+    adapter: bool = False  # of every request, steered or not
 
     def __str__(self) -> str:
+        if self.adapter:
+            return f"{self._replace(adapter=False)}, {ADAPTER}" if self.share else ADAPTER
         if not self.share:
             return "idle"
         if self.kind == READS:
@@ -89,9 +93,11 @@ class Load(NamedTuple):
 
 
 ONE, ALL, RANK, GATED, READS = "one layer", "all layers", "all layers, rank 8", "one layer, gated", "reads"
+RANKS = 8
 RANK64 = "all layers, rank 64"
 TOP, FEATURE = "top 32 of 8192", "one feature of 8192"
 BOTH = f"{TOP} and edit one"
+ADAPTER = "LoRA"
 EDITED = 17
 PROBED = 30
 """Probes that there are, spread over all layers: of the default model one for each."""
@@ -116,17 +122,22 @@ LOADS = {
         16, 96, 2,
         (IDLE, Arm(0.25, ALL, 1), Arm(1.0, ONE, 1), Arm(1.0, READS, 1), Arm(1.0, READS, PROBED), Arm(1.0, ALL, 1)),
     ),
-    "decode-256": Load(256, 4, 4, (Arm(1.0, ONE, 256), Arm(1.0, ALL, 64), Arm(1.0, ALL, 256))),
+    "decode-256": Load(256, 4, 8, (Arm(1.0, ONE, 256), Arm(1.0, ALL, 64), Arm(1.0, ALL, 256))),
+    "lora-16": Load(16, 16, 24, (IDLE, Arm(0.0, ONE, 1, True), Arm(1.0, ALL, 1), Arm(1.0, ALL, 1, True))),
 }  # fmt: skip
-CLOCKED = {"reads-16", "edits-16", "decode-256"}
-"""Loads whose steps are told apart where one of the first two is asked for."""
+CLOCKED = {"reads-16", "edits-16", "decode-256", "lora-16"}
+"""Loads whose steps are told apart."""
+ADAPTERS: dict[str, Any] = {"enable_lora": True, "max_lora_rank": RANKS, "max_loras": 2}
+"""On a CPU vLLM 0.32 gives requests without an adapter that of its last slot: one more than there are stays empty."""
+ADAPTED = [name for name, load in LOADS.items() if any(arm.adapter for arm in load.arms)]
 Row = dict[str, Any]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="folder of a model; without it SmolLM2-135M-Instruct")
-    parser.add_argument("--loads", choices=LOADS, nargs="+", default=[*LOADS])
+    alone = [name for name in LOADS if name not in ADAPTED]
+    parser.add_argument("--loads", choices=LOADS, nargs="+", default=alone, help=f"{', '.join(ADAPTED)}: by itself")
     parser.add_argument("--minutes", type=float, default=6.0, help="after these the run ends, whatever it is at")
     parser.add_argument("--rounds", type=int, default=25, help="at most so many")
     parser.add_argument("--dtype", default="bfloat16")
@@ -135,6 +146,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="directory for the raw rows")
     parser.add_argument("--serve", choices=[BASE, "steered"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if {*args.loads} & {*ADAPTED} and {*args.loads} - {*ADAPTED}:
+        parser.error(
+            f"--loads {' '.join(args.loads)}: run {', '.join(ADAPTED)} by itself, its engines may load adapters"
+        )
     args.model = args.model or str(demo_model.path())
     if args.serve is not None:
         serve(args)
@@ -177,13 +192,27 @@ def save_plans(folder: Path, args: argparse.Namespace) -> None:
             sf.Plan({layers // 2: sf.WhenToken(met, edit)}).save(folder / f"{GATED}-0")
     for i in range(count[ALL]):
         sf.Plan({j: sf.Add(torch.randn(width) * 0.1 / width**0.5) for j in range(layers)}).save(folder / f"{ALL}-{i}")
-    for kind, rank in ((RANK, 8), (RANK64, 64)):
+    for kind, rank in ((RANK, RANKS), (RANK64, 64)):
         for i in range(count[kind]):
             bases = [torch.linalg.qr(torch.randn(width, rank))[0].T for _ in range(layers)]
             sf.Plan({j: sf.Ablate(basis) for j, basis in enumerate(bases)}).save(folder / f"{kind}-{i}")
+    if any(arm.adapter for arm in arms):
+        save_adapter(folder / ADAPTER, args.model, layers, width)
     if any(arm.kind == FEATURE for arm in arms):
         edit = sf.EditFeatures(dictionary(width), {EDITED: 1.01})
         sf.Plan({layers // 2: edit}).save(folder / f"{FEATURE}-0")
+
+
+def save_adapter(folder: Path, model: str, layers: int, width: int) -> None:
+    """An adapter of rank 8 for what attention and MLP write in every layer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import steerfast as sf
+
+    edit = sf.Ablate(torch.linalg.qr(torch.randn(width, RANKS))[0].T)
+    plan = sf.Plan({(site, layer): edit for layer in range(layers) for site in ("attn_out", "mlp_out")})
+    sf.tools.write_lora(AutoModelForCausalLM.from_pretrained(model), plan, folder)
 
 
 def save_probes(folder: Path, model: str) -> None:
@@ -283,7 +312,7 @@ def run(engines: dict[str, Any], arm: Arm | str, load: str) -> Row:
     batch = LOADS[load].batch
     if isinstance(arm, str):
         return ask(engines[BASE], load, [None] * batch)
-    return ask(engines["steered"], load, [arm.steer(i, batch) for i in range(batch)])
+    return ask(engines["steered"], load, [arm.steer(i, batch) for i in range(batch)], arm.adapter)
 
 
 def keep(row: Row, done: dict[str, Row], main_arm: Arm) -> None:
@@ -302,22 +331,35 @@ def keep_steps(row: Row, done: dict[str, Row]) -> None:
     if not told:
         return
     added = row.setdefault("added", {})
-    ours, encode = {}, {}
+    ours, encode, whole = {}, {}, {}
     for name, steps in told.items():
         found = {kind: statistics.median(step[kind] for step in steps) for kind in steps[0]}
+        whole[name] = statistics.median(sum(step.values()) for step in steps)
         ours[name], encode[name] = found["host"] + found["op"] + found["encode"], found["encode"]
         found["share"] = ours[name] / found["theirs"]
         if found["encode"]:
             found["over encode"] = ours[name] / found["encode"]
         for kind, value in found.items():
             added.setdefault(f"{name}: {kind}", []).append(float(f"{value:.5g}"))
-    one, gated, top, feature, both = (str(Arm(1.0, kind, 1)) for kind in (ONE, GATED, TOP, FEATURE, BOTH))
-    if gated in told:
+    compare_steps(added, ours, encode, whole)
+
+
+def compare_steps(added: Row, ours: Row, encode: Row, whole: Row) -> None:
+    """Add what one arm of a round spent over another: by our functions and ops, by encodes, or by whole steps."""
+    idle, one, steer, gated, top, feature, both = (
+        str(arm) for arm in (IDLE, *(Arm(1.0, kind, 1) for kind in (ONE, ALL, GATED, TOP, FEATURE, BOTH)))
+    )
+    if gated in ours:
         gate, edit = (added[f"{name}: share"][-1] for name in (gated, one))
         added.setdefault("gated over edit: share", []).append((1 + gate) / (1 + edit) - 1)
-    if feature in told:
+    if feature in ours:
         added.setdefault("edit one feature: over encode", []).append(ours[feature] / encode[top])
         added.setdefault("read and edit: over reading", []).append(ours[both] / ours[top])
+    if (together := str(Arm(1.0, ALL, 1, True))) in ours:
+        apart = whole[ADAPTER] + whole[steer] - 2 * whole[idle]
+        added.setdefault("LoRA and steering: over each alone", []).append((whole[together] - whole[idle]) / apart)
+        beside, alone = ours[together] - ours[ADAPTER], ours[steer] - ours[idle]
+        added.setdefault("steering beside LoRA: over alone", []).append(beside / alone)
 
 
 def write(row: Row, args: argparse.Namespace) -> None:
@@ -329,8 +371,8 @@ def write(row: Row, args: argparse.Namespace) -> None:
         replace_file(path, (json.dumps(row, separators=(",", ":")) + "\n").encode())
 
 
-def ask(engine: Any, load: str, steering: list[Any]) -> Row:
-    engine.stdin.write(json.dumps([load, steering]) + "\n")
+def ask(engine: Any, load: str, steering: list[Any], adapter: bool = False) -> Row:
+    engine.stdin.write(json.dumps([load, steering, adapter]) + "\n")
     engine.stdin.flush()
     for line in engine.stdout:
         if line.startswith("{"):
@@ -340,9 +382,9 @@ def ask(engine: Any, load: str, steering: list[Any]) -> Row:
 
 def serve(args: argparse.Namespace) -> None:
     """One engine: reads what each request of a batch asks for, runs the batch, says what it took."""
-    timed = {"reads-16", "edits-16"} & {*args.loads}
-    clock = vllm_clock.before_vllm() if args.serve != BASE and timed else None
+    clock = vllm_clock.before_vllm() if args.serve != BASE and CLOCKED & {*args.loads} else None
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     llm = LLM(
         args.model,
@@ -353,14 +395,16 @@ def serve(args: argparse.Namespace) -> None:
         enforce_eager=args.eager,
         enable_prefix_caching=False,
         gpu_memory_utilization=0.2,
+        **(ADAPTERS if {*args.loads} & {*ADAPTED} else {}),
     )
+    adapter = LoRARequest(ADAPTER, 1, os.path.join(os.environ["STEERFAST_PLANS"], ADAPTER))
     if clock is not None:
         plain: Any = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False)
         vllm_clock.around_engine(
             clock, llm, lambda: llm.generate([{"prompt_token_ids": [1]}] * 16, [plain] * 16, use_tqdm=False)
         )
     for line in sys.stdin:
-        name, steering = json.loads(line)
+        name, steering, adapted = json.loads(line)
         load = LOADS[name]
         prompts: Any = [
             {"prompt_token_ids": random.Random(i).choices(range(100, 2000), k=load.prompt)}
@@ -371,7 +415,7 @@ def serve(args: argparse.Namespace) -> None:
             for extra in steering
         ]
         wall, cpu = time.perf_counter(), time.process_time()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapter if adapted else None)
         taken: Row = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
         if clock is not None:
             taken["steps"], clock.steps = clock.steps[2:-1] if name in CLOCKED else [], []  # those that decode

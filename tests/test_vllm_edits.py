@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_engines import ENVIRONMENT, Transformers, environment, fields, needs_vllm, tiny, unit
 
 import steerfast as sf
@@ -132,6 +133,127 @@ def test_whoever_reads_and_edits_one_sae_shares_one_encode(columns: int, monkeyp
     values, indices = one.topk(stream)
     assert torch.allclose(readers.scores[:3, :4], values)
     assert torch.equal(readers.scores[:3, 4:8].int(), indices)
+
+
+def whole_numbers(k: int = 5) -> sf.SAE:
+    """All sums with it are exact in float32, and each activation of the first half is there once more: one of k is a tie."""
+    some = torch.Generator().manual_seed(8)
+    half, decoder = (torch.randint(-1, 2, (rows, D), generator=some).float() for rows in (F // 2, F))
+    return sf.SAE(half.repeat(2, 1), decoder, k=k)
+
+
+def step_of(
+    edits: list[sf.Intervention], owners: dict[str, list[tuple[int, float]]], read: sf.SAE | None = None
+) -> Places:
+    """One place of a batch that decodes: request -> (edit, strength) of its columns; what the SAE selects is read of all rows."""
+    place, table = EditedPlace(edits, len(edits), D, torch.float32, CPU), RowTable(16, CPU)
+    for slot, edit in enumerate(edits):
+        place.load(slot, edit)
+    for name, chosen in owners.items():
+        table.put(name, [Owner(slot, weight, 0, 9) for slot, weight in chosen])
+    served, readers = {}, None
+    starts, positions, n = torch.arange(len(owners) + 1), torch.zeros(len(owners)).long(), len(owners)
+    if read is not None:
+        served = {
+            "top": ServedProbe("top", plans.engine_place("resid_post", 0), False, 0, 2 * (read.k or 0), pairs=True)
+        }
+        readers = Readers(served, {"top": sf.probes.TopKProbe(read)}, 16, CPU)
+        readers.start(next(iter(owners)), Wanted(tuple(served.values()), 0))
+        readers.begin([*owners], starts, positions, n)
+    table.fill([*owners], starts, positions, n)
+    return Places({"resid_post.0": place}, table, readers)
+
+
+@pytest.mark.parametrize("who", ["all alike", "each its own", "some", "one"])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("read", [False, True])
+def test_ties_and_rows_of_nan_are_what_the_edit_itself_makes_of_them(read: bool, split: bool, who: str) -> None:
+    """Bit for bit, where every sum is exact: of an encode that a probe has made, and counted; rows without an edit, too."""
+    one = whole_numbers()
+    stream, hidden = (torch.randint(-3, 4, (11, D), generator=torch.Generator().manual_seed(i)).float() for i in (1, 2))
+    stream[4, 3], stream[5] = torch.nan, 0.0
+    x = stream + hidden if split else stream
+    values, indices = one.topk(x)
+    tied = (one.w_enc @ x[0] == values[0, -1]).nonzero().flatten().tolist()
+    assert indices[0].tolist().count(tied[0]) == 1
+    assert tied[-1] not in indices[0].tolist(), "the last of those that equal the k-th is not selected"
+    edits = [
+        sf.EditFeatures(one, {tied[-1]: 8.0, 90: 2.0}),
+        sf.EditFeatures(one, {int(indices[0, -1]): 4.0}, mode="add"),
+        sf.EditFeatures(one, {int(indices[1, 0]): 2.0, 2: 3.0, 40: 0.5}, mode="scale"),
+        sf.EditFeatures(one, {int(indices[2, 0]): 4.0}, mode="min"),
+        sf.EditFeatures(one, {7: 4.0, 50: 8.0}, mode="max"),
+    ]
+    for number in range(len(edits)):
+        chosen = {
+            "all alike": [[(number, 0.5 * (1 + i % 3))] for i in range(11)],
+            "each its own": [[((number + i) % 5, 0.5 * (1 + i % 3))] for i in range(11)],
+            "some": [[((number + i) % 5, 2.0)] if i % 3 else [] for i in range(11)],
+            "one": [[(number, 1.0)]],
+        }[who]
+        n = len(chosen)
+        places = step_of(edits, {f"r{i}": mine for i, mine in enumerate(chosen)}, one if read else None)
+        for _ in range(2):  # what is kept of the batch, too
+            got = stream[:n].clone()
+            with torch.inference_mode():
+                places.edit_(got, hidden[:n] if split else None, "resid_post.0")
+            for i, mine in enumerate(chosen):
+                row = stream[i : i + 1].clone()
+                for slot, weight in mine:
+                    moved = edits[slot].apply(x[i : i + 1], weight)
+                    row = row + (moved - x[i : i + 1]) if split else moved
+                assert torch.equal(got[i].view(torch.int32), row[0].view(torch.int32)) or (
+                    i == 4 and mine and torch.equal(got[i].isnan(), row[0].isnan())
+                ), (number, i)
+
+
+def test_an_edit_beside_a_reading_is_a_handful_of_calls() -> None:
+    """One plan in all rows, and another one in each: what can be kept of a batch is kept, only what is added is written."""
+    one = sae(1)
+    edits = [sf.EditFeatures(one, {3: 8.0}), sf.EditFeatures(one, {5: 2.0}, mode="add")]
+    stream, hidden = (torch.randn(8, D, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (1, 2))
+
+    def calls(slots: list[int]) -> int:
+        places = step_of(edits, {f"r{i}": [(slot, 1.0)] if slot >= 0 else [] for i, slot in enumerate(slots)}, one)
+        with torch.inference_mode():
+            places.edit_(stream.clone(), hidden, "resid_post.0")
+            got = stream.clone()
+            with Counted() as counted:
+                places.edit_(got, hidden, "resid_post.0")
+        assert torch.equal(got, stream) == (slots[0] < 0)
+        return counted.calls
+
+    reading = calls([-1] * 8)
+    assert calls([0] * 8) - reading <= 6
+    assert calls([0, 1] * 4) - reading <= 8
+
+
+class Counted(TorchDispatchMode):
+    """Calls of PyTorch's operators."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_run_in_what_edits_them_alone(monkeypatch) -> None:
+    """Edits of two SAEs and an addition at one place: an encode sees its own rows."""
+    rows: list[int] = []
+    one, other = sae(1, normalisation="layer_norm"), sae(2, normalisation="layer_norm")
+    counted = ops.sae_encode
+    monkeypatch.setattr("steerfast.ops.sae_encode", lambda x, *rest: (rows.append(len(x)), counted(x, *rest))[1])
+    edits = [sf.EditFeatures(one, {3: 8.0}), sf.EditFeatures(other, {5: 2.0}), sf.Add(unit(7, D))]
+    stream = torch.randn(7, D, generator=torch.Generator().manual_seed(3))
+    slots = [0, 1, 1, 2, 0, 0, 0]
+    got = stream.clone()
+    places = step_of(edits, {f"r{i}": [(slot, 1.0)] for i, slot in enumerate(slots)})
+    with torch.inference_mode():
+        places.edit_(got, None, "resid_post.0")
+    assert sorted(rows) == [2, 4]
+    wanted = torch.cat([edits[slot].apply(stream[i : i + 1]) for i, slot in enumerate(slots)])
+    assert torch.allclose(got, wanted, atol=1e-5)
 
 
 # --- plans and requests --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -568,7 +569,7 @@ def test_the_op_does_the_same_traced_dispatched_and_called_from_compiled_code(mo
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         stream = x * 2
-        op(stream, None, "resid_post.0")
+        op.default(stream, None, "resid_post.0")
         return stream + 1
 
     x = torch.randn(4, D)
@@ -798,25 +799,28 @@ def test_what_the_cost_run_writes_is_what_the_bars_read(monkeypatch, tmp_path: P
         for number in range(3):
             seconds = dict.fromkeys((*vllm_cost.TWICE, *map(str, load.arms)), 1.0 + number)
             seconds[vllm_cost.TWICE[1]] *= 1.5
-            steps = [{"host": 0.1 + each, "op": 0.1, "encode": 0.2, "theirs": 1.6} for each in (-0.05, 0.0, 0.05)]
-            done = {arm: {"cpu": taken, "wall": 9.0, "steps": steps} for arm, taken in seconds.items()}
-            for name in vllm_cost.TWICE:
-                del done[name]["steps"]
+            done: dict[str, dict[str, Any]] = {arm: {"cpu": taken, "wall": 9.0} for arm, taken in seconds.items()}
+            for arm in load.arms if name in vllm_cost.CLOCKED else ():
+                theirs = 1.6 + 0.3 * arm.adapter + (0.1 if arm.adapter and arm.share else 0.0)
+                ours = {"host": 0.1, "op": 0.1 if arm.share or name != "lora-16" else 0.05, "encode": 0.2}
+                each = ({**ours, "host": 0.1 + more, "theirs": theirs} for more in (-0.05, 0.0, 0.05))
+                done[str(arm)]["steps"] = [*each]
             vllm_cost.keep(row, done, load.arms[-1])
-            if load in [vllm_cost.LOADS[name] for name in vllm_cost.CLOCKED]:
-                vllm_cost.keep_steps(row, done)
+            vllm_cost.keep_steps(row, done)
             vllm_cost.write(row, args)
             assert len(results.newest(results.read([tmp_path]))[row["case"], "cpu"]["times"]["ours"]) == number + 1
     found = results.newest(results.read([tmp_path]))
     judged = [bars.judge(bar, found) for bar in bars.bars() if bar.case in {case for case, _ in found}]
     assert len(judged) >= 3
     stated = {"over": 1.25, "added": 0.25, "over encode": 2.0, "gated over edit": 0.0, "over reading": 1.0}
-    apart = ("over encode", "gated over edit", "over reading")
+    stated["over each alone"] = 0.45 / 0.35
+    apart = ("over encode", "gated over edit", "over reading", "over each alone")
     for verdict in judged:
         measure = verdict.bar.measure
         kind = next((kind for kind in apart if kind in measure), measure.partition(":")[0])
-        assert verdict.value == (stated[kind],) * 3, measure
+        assert verdict.value == pytest.approx((stated[kind],) * 3), measure
     assert {verdict.bar.measure.partition(":")[0] for verdict in judged} == {"over", "added"}
+    assert found["vllm lora batch=16", "cpu"]["added"]["steering beside LoRA: over alone"] == [1.0] * 3
     batch = vllm_cost.LOADS["decode-256"].batch
     asked = [vllm_cost.LOADS["decode-256"].arms[-1].steer(i, batch) for i in range(batch)]
     assert len({(fields["steer"], fields["steer_strength"]) for fields in asked}) == batch == 256

@@ -11,7 +11,7 @@ from steerfast._checks import FLOATS, check_dictionary, check_stream, check_tabl
 
 from . import calls
 from .backends import backend_of, transformed
-from .torch_topk import edited, found
+from .torch_topk import columns, edited, found
 
 MOST_EDITS = 8  # features that are edited by counting what exceeds them; above, a selection costs less
 
@@ -268,7 +268,7 @@ def sae_edit_topk(
     given = (x, w_enc, b_enc, w_dec, scale)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
         # the encoder's own gradient is sparse
-        return edited(x, found(*sae_encode(x, w_enc, b_enc, k), features), features, table, w_dec, scale)
+        return edited(x, found(*sae_encode(x, w_enc, b_enc, k), columns(features)), features, table, w_dec, scale)
     if torch.compiler.is_compiling():
         return torch.ops.steerfast.sae_edit_topk(x, w_enc, b_enc, k, features, table, w_dec, scale)
     return calls.sae_edit_topk(backend_of(x), x, w_enc, b_enc, k, features, table, w_dec, scale)

@@ -57,7 +57,7 @@ def _walk(
     width = max(SAE_BLOCK, SAE_CELLS // max(n, 1) // SAE_GROUP * SAE_GROUP)
     for start in range(0, features if n else 0, width):
         some = slice(start, start + width)
-        pre = _before_activation(flat, w_enc[some], None if b_enc is None else b_enc[some])
+        pre = pre_activations(flat, w_enc[some], None if b_enc is None else b_enc[some])
         if threshold is not None:
             silent = pre <= threshold[some].to(flat.dtype)  # NaN is active
             active.append(pre.shape[1] - silent.sum(1))
@@ -73,7 +73,7 @@ def _nothing(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return flat.new_zeros(len(flat), k), torch.zeros(len(flat), k, dtype=torch.int64, device=flat.device)
 
 
-def _before_activation(flat: Tensor, w_enc: Tensor, b_enc: Tensor | None) -> Tensor:
+def pre_activations(flat: Tensor, w_enc: Tensor, b_enc: Tensor | None) -> Tensor:
     """A block of pre-activations; of an encoder of another dtype some rows are widened at a time."""
     step = max(SAE_GROUP, SAE_WIDENED // flat.shape[1])
     if w_enc.dtype == flat.dtype or w_enc.shape[0] <= step:

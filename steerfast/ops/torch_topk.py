@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from .backends import in_full_precision, transformed
-from .torch_encode import SAE_BLOCK, SAE_GROUP, sae_encode
+from .torch_backend import widened
+from .torch_encode import SAE_BLOCK, SAE_CELLS, SAE_GROUP, pre_activations, sae_encode
+
+FIRST, GROWTH = 512, 4
+"""Features that are looked at first, and how many times as many each time after: most rows are done after a few hundred."""
 
 
 @in_full_precision
@@ -20,21 +24,39 @@ def sae_edit_topk(
     w_dec: Tensor,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m]; fₘ is what `sae_encode` finds for feature m, 0 where it is not among the k.
+    """x + scale · Σₘ (t(fₘ) - fₘ) · W_dec[m]; fₘ is what `sae_encode` finds for feature m, 0 where it is not among the k."""
+    return edited(x, activations(x, w_enc, b_enc, k, features), features, table, w_dec, scale)
 
-    Rows leave the walk over the dictionary as soon as k features exceed each of theirs; most do in its first blocks.
+
+@in_full_precision
+def activations(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, features: Tensor) -> Tensor:
+    """(n, m): what `sae_encode` finds for a few features, (m,) of every row or (n, m), each row's own.
+
+    Rows leave the walk over the dictionary as soon as k features exceed each of theirs; most do in its first block.
     """
     # a transform may hide the values that decide when a row is done; of one row a single product is the sooner done
     if transformed() or x.numel() <= x.shape[-1]:
-        return edited(x, found(*sae_encode(x, w_enc, b_enc, k), features), features, table, w_dec, scale)
-    return edited(x, _selected(x, w_enc, b_enc, k, features), features, table, w_dec, scale)
+        return found(*sae_encode(x, w_enc, b_enc, k), columns(features))
+    flat = widened(x.reshape(-1, x.shape[-1]))
+    return _selected(flat.to(torch.promote_types(flat.dtype, w_enc.dtype)), w_enc, b_enc, k, features)
 
 
-def found(values: Tensor, indices: Tensor, features: Tensor) -> Tensor:
-    """(n, m): the value beside each feature among the encoded, 0 where it is not there; differentiable in the values."""
-    values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
-    columns = (features if features.dim() == 2 else features[None]).unbind(1)
-    return torch.stack([(values * (indices == feature[:, None])).sum(1) for feature in columns], 1)
+def columns(features: Tensor) -> list[Tensor]:
+    """Features (m,) or (n, m) as `found` takes them: m of (1, 1) or of (n, 1)."""
+    rows = features if features.dim() == 2 else features[None]
+    return [*rows.split(1, dim=1)]
+
+
+def found(values: Tensor, indices: Tensor, columns: list[Tensor], nothing: Tensor | None = None) -> Tensor:
+    """(n, m): the value beside each feature among the encoded, 0 where it is not there; differentiable in the values.
+
+    `nothing` is a zero of the values' dtype that is there already.
+    """
+    if values.dim() != 2:
+        values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
+    zero = values.new_zeros(()) if nothing is None else nothing
+    each = [torch.where(indices == column, values, zero).sum(1, keepdim=True) for column in columns]
+    return each[0] if len(each) == 1 else torch.cat(each, 1)
 
 
 def edited(x: Tensor, f: Tensor, features: Tensor, table: Tensor, w_dec: Tensor, scale: Tensor | None) -> Tensor:
@@ -63,39 +85,42 @@ def edited(x: Tensor, f: Tensor, features: Tensor, table: Tensor, w_dec: Tensor,
     return torch.where(weight == 0, x, (wide + weight * delta).to(x.dtype))
 
 
-def _selected(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, features: Tensor) -> Tensor:
+def _selected(flat: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, features: Tensor) -> Tensor:
     """(n, m): relu of each feature's pre-activation, 0 where k features or more exceed it or come before it in a tie."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, w_enc.dtype), torch.float32)
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    bias = None if b_enc is None else b_enc.to(dtype)
-    own, total = _own(flat, w_enc, bias, features), w_enc.shape[0]
+    own, total = _own(flat, w_enc, b_enc, features), w_enc.shape[0]
     keys, numbers = _keys(own), features.expand(own.shape)
-    counts = torch.zeros_like(keys)
-    start, width = 0, 256  # narrow at first: most rows are done after a few hundred features
-    while start < total:
-        undecided = (keys > 0) & (counts < k)
-        rows = undecided.any(1).nonzero().flatten()
-        if not rows.numel():
-            break
-        stop = min(start + width, total)
-        weights = w_enc[start:stop].to(dtype).T
-        part = flat if len(rows) == len(flat) else flat[rows]
-        pre = part @ weights if bias is None else torch.addmm(bias[start:stop], part, weights)
-        mine = torch.where(undecided, own, 0)[rows]
-        counts[rows] += _exceeding(pre, mine, keys[rows], numbers[rows], start)
-        start, width = stop, min(2 * width, SAE_BLOCK)
+    counts, rows, least = torch.zeros_like(keys), *_undecided(own, keys > 0)
+    most = max(SAE_BLOCK, SAE_CELLS // len(flat) // SAE_GROUP * SAE_GROUP)
+    start, width = 0, FIRST
+    while start < total and len(rows):
+        block, all_of_them = slice(start, start + width), len(rows) == len(flat)
+        part = flat if all_of_them else flat[rows]
+        pre = pre_activations(part, w_enc[block], None if b_enc is None else b_enc[block])
+        few = slice(None) if all_of_them else rows
+        more = _exceeding(pre, least[few], keys[few], numbers[few], start)
+        if more is not None:
+            counts[few] += more
+            rows, least = _undecided(own, (keys > 0) & (counts < k))
+        start, width = start + width, min(GROWTH * width, most)
     return torch.where(counts < k, own, 0)
 
 
-def _own(flat: Tensor, w_enc: Tensor, bias: Tensor | None, features: Tensor) -> Tensor:
+def _undecided(own: Tensor, undecided: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of the rows with an undecided feature, and of every row, (n, 1), what a block is looked through for."""
+    # NaN, too, is looked for among the largest
+    least = torch.where(undecided & (own > 0), own, torch.inf).amin(1, keepdim=True)
+    return undecided.any(1).nonzero().flatten(), least
+
+
+def _own(flat: Tensor, w_enc: Tensor, b_enc: Tensor | None, features: Tensor) -> Tensor:
     """(n, m): relu of the features' pre-activations; 0 where there is no such feature."""
-    there = (features >= 0) & (features < w_enc.shape[0])
-    places = torch.where(there, features, 0).long()
+    places = features.clamp(0, w_enc.shape[0] - 1).long()
     if features.dim() == 1:
         pre = flat @ w_enc[places].to(flat.dtype).T
     else:
-        pre = torch.stack([(flat * w_enc[place].to(flat.dtype)).sum(1) for place in places.unbind(1)], 1)
-    return torch.where(there, torch.relu(pre if bias is None else pre + bias[places]), 0)
+        each = [(flat * w_enc[place].to(flat.dtype)).sum(1, keepdim=True) for place in places.unbind(1)]
+        pre = each[0] if len(each) == 1 else torch.cat(each, 1)
+    return torch.where(places == features, torch.relu(pre if b_enc is None else pre + b_enc[places].to(flat.dtype)), 0)
 
 
 def _keys(pre: Tensor) -> Tensor:
@@ -105,14 +130,16 @@ def _keys(pre: Tensor) -> Tensor:
     return keys.masked_fill_(pre.isnan(), most)
 
 
-def _exceeding(pre: Tensor, own: Tensor, keys: Tensor, features: Tensor, start: int) -> Tensor:
-    """(n, m): how many features of a block lie above each row's own, or equal it and come before it.
+def _exceeding(pre: Tensor, least: Tensor, keys: Tensor, features: Tensor, start: int) -> Tensor | None:
+    """(n, m): how many features of a block lie above each row's own, or equal it and come before it; None: none that count.
 
     Maxima of 32 neighbours are compared first, as in `sae_encode`: few lie above a feature that may still be selected.
     """
-    least = torch.where(own > 0, own, torch.inf).amin(1, keepdim=True)  # NaN, too, is looked for among the largest
-    groups = torch.nn.functional.pad(pre, (0, -pre.shape[1] % SAE_GROUP)).view(pre.shape[0], -1, SAE_GROUP)
+    rest = -pre.shape[1] % SAE_GROUP
+    groups = (torch.nn.functional.pad(pre, (0, rest)) if rest else pre).view(pre.shape[0], -1, SAE_GROUP)
     row, group = (groups.amax(2) < least).logical_not_().nonzero(as_tuple=True)
+    if not len(row):
+        return None
     entries = _keys(groups[row, group])[:, :, None]
     columns = torch.arange(start, start + SAE_GROUP, device=pre.device) + (SAE_GROUP * group)[:, None]
     mine, ahead = keys[row][:, None], columns[:, :, None] - features[row][:, None]

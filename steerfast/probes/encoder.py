@@ -55,10 +55,11 @@ class Encodes:
     not change there. What was found may be asked for as long as this object is there.
     """
 
-    __slots__ = ("_found",)
+    __slots__ = ("_found", "_rows")
 
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        self._rows: Tensor | slice | None = None
 
     def __enter__(self) -> Encodes:
         _LATEST.scope = self
@@ -71,16 +72,18 @@ class Encodes:
         return bool(self._found)
 
     def among(self, rows: Tensor | slice) -> Encodes:
-        """The same of some of the rows, by their numbers."""
+        """The same of some of the rows, by their numbers among all of them."""
         part = Encodes()
-        for key, (x, (values, indices)) in self._found.items():
-            part._found[key] = x, (values[rows], indices[rows])
+        part._found, part._rows = self._found, rows
         return part
 
     def of(self, weight: Tensor, bias: Tensor, k: int, normalisation: str) -> tuple[Tensor, Tensor] | None:
         """(values, indices) of every row, (n, k) both; None: nobody has asked for them."""
         known = self._found.get((id(weight), id(bias), k, normalisation))
-        return None if known is None else known[1]
+        if known is None or self._rows is None:
+            return None if known is None else known[1]
+        values, indices = known[1]
+        return values[self._rows], indices[self._rows]
 
     def find(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, normalisation: str) -> tuple[Tensor, Tensor]:
         """What `ops.sae_encode` gives of normalised rows x."""

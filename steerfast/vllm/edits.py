@@ -26,7 +26,7 @@ from steerfast.probes.encoder import Encodes
 
 from .capturing import Captures
 from .gating import Gates
-from .programs import Programs, fits_no_slot
+from .programs import Group, Programs, Rows, fits_no_slot
 from .reading import Readers
 from .table import RowTable
 
@@ -45,14 +45,7 @@ class Owned(NamedTuple):
 
     summed: tuple[Tensor | None, Tensor] | None  # tokens, and what is added to each (m, d)
     others: list[tuple[int, Tensor | None, Tensor]]  # slot, tokens, weights (m, 1)
-    programs: tuple[Tensor | None, Tensor, Tensor] | None  # tokens, their slots (m,) and weights (m,)
-
-    @property
-    def whole(self) -> tuple[Tensor, Tensor] | None:
-        """Slots and weights where every token is edited by what fits no slot, and by nothing else."""
-        if self.summed is not None or self.others or self.programs is None or self.programs[0] is not None:
-            return None
-        return self.programs[1:]
+    programs: list[tuple[Group, Tensor | None, Any]]  # what acts, tokens, and what it needs to know of these
 
 
 class EditedPlace:
@@ -152,11 +145,11 @@ class EditedPlace:
             for slot in np.unique(slots[kind == _OTHER]):
                 tokens = (slots == slot).nonzero()[0]
                 others.append((int(slot), _tokens(tokens, len(rows)), torch.from_numpy(weights[tokens, None])))
-            programs = None
-            if (kind == _PROGRAM).any():
-                tokens = (kind == _PROGRAM).nonzero()[0]
-                each = torch.from_numpy(slots[tokens]), torch.from_numpy(weights[tokens])
-                programs = _tokens(tokens, len(rows)), *each
+            programs: list[tuple[Group, Tensor | None, Any]] = []
+            if self.programs is not None and (kind == _PROGRAM).any():
+                tokens = ((kind == _PROGRAM) & (weights != 0)).nonzero()[0]
+                each = self.programs.wanted(slots[tokens], weights[tokens])
+                programs = [(group, _tokens(tokens[its], len(rows)), wanted) for group, its, wanted in each]
             found.append(Owned(summed, others, programs))
         return found
 
@@ -253,51 +246,56 @@ class Places:
         columns = self._columns(name, place)
         if not columns:
             return
-        stream, hidden = stream[:count], None if hidden is None else hidden[:count]
-        if len(columns) == 1 and columns[0].summed is not None and columns[0][1:] == ([], None):
-            tokens, delta = columns[0].summed
-            if tokens is None:
-                stream.copy_(stream.float().add_(delta))  # summed in float32, rounded once
-            else:
-                stream.index_copy_(0, tokens, stream.index_select(0, tokens).float().add_(delta).to(stream.dtype))
-            return
-        if len(columns) == 1 and place.programs is not None and (whole := columns[0].whole) is not None:
-            half = stream.float()
-            x = half if hidden is None else half + hidden
-            edited = place.programs.edit(x, *whole, read.among(slice(count)) if read else None)
-            stream.copy_(edited if hidden is None else half + (edited - x))
-            return
-        wide = stream.float()
-        owned = torch.zeros(count, dtype=torch.bool)
-        for summed, others, programs in columns:
-            if summed is not None:
-                tokens, delta = summed
-                if tokens is None:
-                    wide = wide + delta
-                else:
-                    wide.index_add_(0, tokens, delta)
-                owned[_all(tokens)] = True
-            for slot, tokens, weights in others:
-                index = _all(tokens)
-                half = wide[index]
-                x = half if hidden is None else half + hidden[index]
-                edited = torch_backend.edit(place.bank.view(slot), x, weights)
-                wide[index] = edited if hidden is None else half + (edited - x)
-                owned[index] = True
-            if programs is not None and place.programs is not None:
-                tokens, slots, weights = programs
-                index = _all(tokens)
-                half = wide[index]
-                x = half if hidden is None else half + hidden[index]
-                fresh = read and not bool(owned[index].any())
-                known = read.among(slice(count) if tokens is None else tokens) if read and fresh else None
-                edited = place.programs.edit(x, slots, weights, known)
-                wide[index] = edited if hidden is None else half + (edited - x)
-                owned[index] = True
-        if bool(owned.all()):
-            stream.copy_(wide)
+        if count < len(stream):
+            stream, hidden = stream[:count], None if hidden is None else hidden[:count]
+            read = None if read is None else read.among(slice(count))
+        summed, others, programs = columns[0]
+        if len(columns) == 1 and summed is not None and not (others or programs):
+            _add_(stream, *summed)
+        elif len(columns) == 1 and summed is None and not others and len(programs) == 1:
+            ((group, tokens, wanted),) = programs
+            known = read if read is None or tokens is None else read.among(tokens)
+            _add_(stream, tokens, group.added(Rows(stream, hidden, tokens), wanted, known))
         else:
-            stream[owned] = wide[owned].to(stream.dtype)
+            _edit_columns_(stream, hidden, place, columns, read)
+
+
+def _edit_columns_(
+    stream: Tensor, hidden: Tensor | None, place: EditedPlace, columns: list[Owned], read: Encodes | None
+) -> None:
+    """On a CPU, edits of several kinds, or one after the other: in float32, rounded once."""
+    wide = stream.float()
+    owned = torch.zeros(len(stream), dtype=torch.bool)
+    for summed, others, programs in columns:
+        if summed is not None:
+            tokens, delta = summed
+            _add_(wide, tokens, delta)
+            owned[_all(tokens)] = True
+        for slot, tokens, weights in others:
+            x = Rows(wide, hidden, tokens)()
+            edited = torch_backend.edit(place.bank.view(slot), x, weights)
+            if hidden is None:
+                wide[_all(tokens)] = edited
+            else:
+                _add_(wide, tokens, edited - x)
+            owned[_all(tokens)] = True
+        for group, tokens, wanted in programs:
+            fresh = read and not bool(owned[_all(tokens)].any())
+            known = (read if tokens is None else read.among(tokens)) if read and fresh else None
+            _add_(wide, tokens, group.added(Rows(wide, hidden, tokens), wanted, known))
+            owned[_all(tokens)] = True
+    if bool(owned.all()):
+        stream.copy_(wide)
+    else:
+        stream[owned] = wide[owned].to(stream.dtype)
+
+
+def _add_(stream: Tensor, tokens: Tensor | None, delta: Tensor) -> None:
+    """Add to some rows of a stream, summed in float32 and rounded once; None: to all of them."""
+    if tokens is None:
+        stream.add_(delta)
+    else:
+        stream.index_copy_(0, tokens, stream.index_select(0, tokens).float().add_(delta).to(stream.dtype))
 
 
 def _by_slots(stream: Tensor, hidden: Tensor | None, here: EditedPlace, rows: Tensor, scale: Tensor) -> None:
@@ -359,7 +357,7 @@ def find_places_with(context: Callable[[], dict[str, Any]]) -> None:
 
 
 class Direct(torch._ops.OpOverload):
-    """The op as compiled code calls it: its function, unless what it is called with is being traced.
+    """The op as hooks and compiled code call it: its function, unless what it is called with is being traced.
 
     PyTorch's dispatch of an op that Python implements takes 6 µs between two layers, several times what the function takes that
     finds nothing to do; and no key but the device's has a kernel here. Whether something traces is asked by a private name of

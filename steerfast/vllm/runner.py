@@ -366,7 +366,7 @@ def _added(block: nn.Module, site: str, model: str) -> nn.Module:
 
 def _after_pair(place: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     hidden, residual = output
-    torch.ops.steerfast.engine_edit_(residual, hidden, place)
+    torch.ops.steerfast.engine_edit_.default(residual, hidden, place)
 
 
 def _after(place: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -375,25 +375,25 @@ def _after(place: str, module: nn.Module, args: tuple[Any, ...], output: Any) ->
             f"steerfast: {place} ({type(module).__name__}) gives a {type(output).__name__} that is neither the stream nor "
             "(hidden, residual); this model cannot be steered there"
         )
-    torch.ops.steerfast.engine_edit_(output, None, place)
+    torch.ops.steerfast.engine_edit_.default(output, None, place)
 
 
 def _before(place: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = list(inspect.signature(module.forward).parameters)
     if "hidden_states" in kwargs:
         hidden = kwargs["hidden_states"].clone()
-        torch.ops.steerfast.engine_edit_(hidden, None, place)
+        torch.ops.steerfast.engine_edit_.default(hidden, None, place)
         return args, {**kwargs, "hidden_states": hidden}
     index = names.index("hidden_states")
     hidden = args[index].clone()
-    torch.ops.steerfast.engine_edit_(hidden, None, place)
+    torch.ops.steerfast.engine_edit_.default(hidden, None, place)
     return (*args[:index], hidden, *args[index + 1 :]), kwargs
 
 
 def _entering(place: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """What the heads give is nobody else's: it is edited in place."""
     (heads,) = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    torch.ops.steerfast.engine_edit_(heads, None, place)
+    torch.ops.steerfast.engine_edit_.default(heads, None, place)
 
 
 def _carries_two(block: nn.Module) -> bool:
