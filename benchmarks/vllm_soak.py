@@ -41,7 +41,9 @@ from vllm_soak_requests import FATES, Refused, draw, send
 from vllm_truth import Truth
 
 WAVES = 4  # between which the engine sleeps
-GROWTH = 24 << 20  # bytes between the second quarter of a run and its last that still count as flat
+GROWTH = 24 << 20  # bytes between the second quarter of a run and its last that still count as flat, in a long run
+LONG = 1000  # requests, below which memory has not settled
+WRITTEN = 3.0  # seconds after which captured rows are on disk
 HELD = "STEERFAST_SOAK"
 """Names the folder in which the server's processes write down what they hold."""
 NEEDED = ("steered_tokens", "scores", "decisions", "ended_by_limit")
@@ -184,10 +186,11 @@ async def drive(
         counters = {name: await counter(http, f"vllm:{metric}_total") for name, metric in COUNTERS.items()}
         await send(http, draw(rng, -1, truth, form) | {"request_id": "last", "fate": "finish", "vllm_xargs": {}})
         stuck += await left(folder)
+        await asyncio.sleep(WRITTEN)
     quarters = [statistics.median(memory[i * len(memory) // 4 :][: len(memory) // 4 or 1]) for i in range(4)]
     growth = quarters[3] - quarters[1]
     lost = args.requests - sum(ended.values())
-    told += [f"not back at zero: {line}" for line in stuck] + [f"memory grew by {growth} bytes"] * (growth > GROWTH)
+    told += [f"not back at zero: {line}" for line in stuck] + [f"memory grew by {growth} bytes"] * (growth > GROWTH and args.requests >= LONG)
     values = {
         "wrong_or_lost": lost + sum(not line.startswith("soak-") or "another answer" in line for line in told),
         "requests": args.requests, **{name.replace(" ", "_"): count for name, count in ended.items()}, "lost": lost,

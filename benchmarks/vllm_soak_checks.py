@@ -74,7 +74,7 @@ def check(
     ids = [known.get(position, -1) for position in range(max(known) + 1)]
     if -1 in ids:
         return [f"the trace leaves out position {ids.index(-1)}"]
-    steered = _acts(xargs, len(prompt), ids, truth)
+    steered = acts(xargs, len(prompt), ids, truth)
     wrong, seen = _applied(lines, ids, steered, counts)
     found = truth.run(ids, len(prompt), steered, seen, request["adapted"])
     if found.doubtful:
@@ -98,15 +98,15 @@ def check(
     return wrong + _ended(request, answer, ids, scores, counts) + _scored(request, answer, ids, scores, truth, counts)
 
 
-def _acts(xargs: dict[str, Any], prompt: int, ids: list[int], truth: Truth) -> list[tuple[str, float, np.ndarray]]:
+def acts(xargs: dict[str, Any], prompt: int, ids: list[int], truth: Truth) -> list[tuple[str, float, np.ndarray]]:
     """Plans in order, with strengths and where they act."""
     found = []
     for name, strength in zip(xargs.get("steer", []), xargs.get("steer_strength", []), strict=True):
         plan = truth.plans[name]
-        acts = chosen(xargs.get("steer_positions", plan.positions), prompt, ids)
+        where = chosen(xargs.get("steer_positions", plan.positions), prompt, ids)
         if plan.by_token:
-            acts &= np.arange(len(ids)) < min(plan.by_token, prompt)
-        found.append((name, strength, acts))
+            where &= np.arange(len(ids)) < min(plan.by_token, prompt)
+        found.append((name, strength, where))
     return found
 
 
