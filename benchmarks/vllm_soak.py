@@ -36,11 +36,10 @@ import httpx
 from lab.rows import append_row
 from vllm_cost import here
 from vllm_soak_checks import verify
-from vllm_soak_forms import FORMS, SLOTS, Form
+from vllm_soak_forms import FORMS, SLOTS, WAVES, Form
 from vllm_soak_requests import FATES, Refused, draw, send
 from vllm_truth import Truth
 
-WAVES = 4  # between which the engine sleeps
 GROWTH = 24 << 20  # bytes between the second quarter of a run and its last that still count as flat, in a long run
 LONG = 1000  # requests, below which memory has not settled
 WRITTEN = 3.0  # seconds after which captured rows are on disk
@@ -82,7 +81,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--form", choices=[*FORMS, "all"], default="all")
     parser.add_argument("--requests", type=int, default=10_000, help="of all forms together")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of one form: after these no further request is sent")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="of one form: after these no further request is sent"
+    )
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="directory for the raw rows")
@@ -176,12 +177,13 @@ async def drive(
             stuck += await settle(http)
             await asleep(http)
         seconds = time.monotonic() - began
-        again = [r for r in asked.values() if r["fate"] == "finish" and "answer" in r and not r["temperature"]][::100]
+        again = [r for r in asked.values() if r["fate"] == "finish" and "answer" in r and r["likeliest"]]
+        again = [r for r in again if not r["temperature"]][::100]
         for request in again:  # a batch of one, and whatever the prefix cache has kept
             once_more = {**request, "request_id": f"again-{request['request_id']}"}
             once_more["answer"] = await send(http, once_more)
             asked[once_more["request_id"]] = once_more
-            if form.greedy and once_more["answer"]["tokens"] != request["answer"]["tokens"]:
+            if once_more["answer"]["tokens"] != request["answer"]["tokens"]:
                 told.append(f"{request['request_id']} got another answer when asked again")
         counters = {name: await counter(http, f"vllm:{metric}_total") for name, metric in COUNTERS.items()}
         await send(http, draw(rng, -1, truth, form) | {"request_id": "last", "fate": "finish", "vllm_xargs": {}})
@@ -190,7 +192,9 @@ async def drive(
     quarters = [statistics.median(memory[i * len(memory) // 4 :][: len(memory) // 4 or 1]) for i in range(4)]
     growth = quarters[3] - quarters[1]
     lost = args.requests - sum(ended.values())
-    told += [f"not back at zero: {line}" for line in stuck] + [f"memory grew by {growth} bytes"] * (growth > GROWTH and args.requests >= LONG)
+    told += [f"not back at zero: {line}" for line in stuck] + [f"memory grew by {growth} bytes"] * (
+        growth > GROWTH and args.requests >= LONG
+    )
     values = {
         "wrong_or_lost": lost + sum(not line.startswith("soak-") or "another answer" in line for line in told),
         "requests": args.requests, **{name.replace(" ", "_"): count for name, count in ended.items()}, "lost": lost,

@@ -31,12 +31,13 @@ def verify(
         rows.setdefault(sent_as(name), []).extend(found)
     wrong = [f"nobody sent {name}" for name in (lines.keys() | rows.keys()) - asked.keys() - {"last"}]
     counts: dict[str, float] = dict.fromkeys(
-        ("steered_tokens", "decisions", "scores", "rows", "ended_by_limit", "unsure", "unsure_texts", "largest_error"), 0
+        ("steered_tokens", "decisions", "scores", "rows", "ended_by_limit", "unsure", "unsure_texts", "largest_error"),
+        0,
     )
     for name, request in asked.items():
         if request["fate"] != "refuse" and (request.get("answer") or name in lines):
             told = settled(lines.get(name, []), request) if form.drafts else lines.get(name, [])
-            found = check(request, told, rows.get(name, []), truth, form, counts)
+            found = check(request, told, rows.get(name, []), truth, counts)
             wrong += [f"{name}: {reason}" for reason in found] + [json.dumps(request)] * bool(found)
     return wrong, counts
 
@@ -59,9 +60,7 @@ def settled(lines: Lines, request: dict[str, Any]) -> Lines:
     return [line for line in kept if line[0] < len(text) and (line[0] < len(text) - 1 or line[1] == text[-1])]
 
 
-def check(
-    request: dict[str, Any], lines: Lines, rows: Rows, truth: Truth, form: Form, counts: dict[str, float]
-) -> list[str]:
+def check(request: dict[str, Any], lines: Lines, rows: Rows, truth: Truth, counts: dict[str, float]) -> list[str]:
     """The same of one request, of which the trace has these lines and the folder of captures these rows."""
     xargs, prompt, answer = request["vllm_xargs"], request["prompt"], request.get("answer")
     known = {position: token for position, token, *_ in lines} | dict(enumerate(prompt))
@@ -92,7 +91,7 @@ def check(
         wrong.append(f"followed to position {reached} of {len(ids) - 2}")
     last = found.logits[len(prompt) - 1 : len(ids) - 1]
     behind = last.max(-1).values - last.gather(1, torch.tensor(ids[len(prompt) :], dtype=torch.int64)[:, None])[:, 0]
-    if form.greedy and not request["temperature"] and (behind > CLOSE).any():
+    if request["likeliest"] and not request["temperature"] and (behind > CLOSE).any():
         wrong.append(f"token {int(behind.argmax())} is {float(behind.max()):g} below the likeliest one")
     scores = {name: value.numpy()[: len(ids)] for name, value in found.scores.items()}
     return wrong + _ended(request, answer, ids, scores, counts) + _scored(request, answer, ids, scores, truth, counts)

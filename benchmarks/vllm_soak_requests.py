@@ -7,7 +7,7 @@ import json
 import random
 from typing import Any
 
-from vllm_soak_forms import CAPTURED, COLUMNS, Form
+from vllm_soak_forms import CAPTURED, COLUMNS, WAVES, Form
 from vllm_truth import PIECES, POSITIONS, TO_CAPTURE, Truth
 from vllm_truth_plans import WORDS
 
@@ -36,6 +36,7 @@ def draw(rng: random.Random, number: int, truth: Truth, form: Form) -> dict[str,
     xargs = {**_steer(rng, truth), **_read(rng, truth)} if fate != "refuse" else rng.choice(BAD)
     if form.captures and fate != "refuse" and rng.random() < 0.2:
         xargs |= _capture(rng, len(prompt))
+    mixed = number % WAVES == WAVES - 1 or not form.drafts
     return {
         "request_id": f"soak-{number}",
         "prompt": prompt,
@@ -43,7 +44,8 @@ def draw(rng: random.Random, number: int, truth: Truth, form: Form) -> dict[str,
         "vllm_xargs": xargs,
         "fate": fate,
         "adapted": form.adapts and rng.random() < 0.4,
-        "temperature": 1.0 if rng.random() < 0.1 else 0.0,
+        "temperature": 1.0 if mixed and rng.random() < 0.1 else 0.0,
+        "likeliest": not (mixed and form.drafts),  # where it is greedy
         "patience": rng.uniform(0.0, 0.6),
         "streams": fate == "hang up" or rng.random() < 0.3,
         "reads_until": rng.randint(1, 12),  # chunks, before it hangs up

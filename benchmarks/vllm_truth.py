@@ -53,7 +53,9 @@ POSITIONS: dict[str, Meaning] = {
     "!ids:7,8,9,40 & prompt": lambda p, prompt, ids: p < prompt and ids[p] not in (7, 8, 9, 40),
     "-2:": lambda p, prompt, ids: prompt - 2 <= p < prompt,
     "1:6 | generated": lambda p, prompt, ids: p >= prompt or 1 <= p < 6,
-    "0:2 | -3:-1 | ids:44,45,46": lambda p, prompt, ids: p < min(2, prompt) or prompt - 3 <= p < prompt - 1 or ids[p] in (44, 45, 46),
+    "0:2 | -3:-1 | ids:44,45,46": lambda p, prompt, ids: (
+        p < min(2, prompt) or prompt - 3 <= p < prompt - 1 or ids[p] in (44, 45, 46)
+    ),
     "after:ids:17,50,51,90": lambda p, prompt, ids: any(token in (17, 50, 51, 90) for token in ids[:p]),
     "!after:ids:17,50,51,90": lambda p, prompt, ids: not any(token in (17, 50, 51, 90) for token in ids[:p]),
     _SPAN: _in_span,
@@ -140,7 +142,7 @@ class Truth:
             for after in (False, True):
                 if after:
                     x = self._edited(place, x, prompt, steered, found)
-                found.streams[*place, after] = x
+                found.streams[(*place, after)] = x
                 for name, look in self.probes.items():
                     if (look.place, look.after) == (place, after):
                         found.scores[name] = look.score(x)

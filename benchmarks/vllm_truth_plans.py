@@ -7,7 +7,7 @@ but flows, which are integrated in float64.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ class Gate(NamedTuple):
 class Edit:
     """What becomes of a text's stream x (n, d), where its gate is open."""
 
-    gate: Gate | None = None
+    gate: Gate | None = field(default=None, kw_only=True)
 
     def of(self, x: Tensor, strength: float) -> Tensor:
         """The rows, edited."""
@@ -109,7 +109,7 @@ class Edit:
 class Add(Edit):
     """x + c·v, or the same with its norm restored."""
 
-    vector: Tensor = torch.empty(0)
+    vector: Tensor
     strength: float = 1.0
     keep_norm: bool = False
 
@@ -127,7 +127,7 @@ class Add(Edit):
 class Ablate(Edit):
     """x - v(v·x)."""
 
-    vector: Tensor = torch.empty(0)
+    vector: Tensor
 
     def of(self, x: Tensor, strength: float) -> Tensor:
         return x - strength * (x @ self.vector)[:, None] * self.vector
@@ -142,7 +142,7 @@ class Ablate(Edit):
 class ByToken(Edit):
     """x + V_i for the prompt's token i, and nothing behind."""
 
-    rows: Tensor = torch.empty(0)
+    rows: Tensor
 
     def of(self, x: Tensor, strength: float) -> Tensor:
         count = min(len(x), len(self.rows))
@@ -158,9 +158,9 @@ class ByToken(Edit):
 class Flow(Edit):
     """Euler steps along the gradient of h = Σ λz² + b·z, z = Q·x/‖x‖, each an angle of ‖x‖ at the start."""
 
-    basis: Tensor = torch.empty(0)  # orthonormal rows (k, d)
-    eigenvalues: Tensor = torch.empty(0)
-    bias: Tensor = torch.empty(0)
+    basis: Tensor  # orthonormal rows (k, d)
+    eigenvalues: Tensor
+    bias: Tensor
     angle: float = 0.5
     steps: int = 4
 
@@ -185,12 +185,11 @@ class Flow(Edit):
 class Features(Edit):
     """x + (t(f) - f)·W_dec of a few features of an SAE, the rest of the row left as it is."""
 
-    sae: Dictionary | None = None
-    values: tuple[tuple[int, float], ...] = ()
+    sae: Dictionary
+    values: tuple[tuple[int, float], ...]
     mode: str = "set"
 
     def of(self, x: Tensor, strength: float) -> Tensor:
-        assert self.sae is not None
         features, _, size = self.sae.read(x)
         for number, value in self.values:
             f = features[:, number]
@@ -202,13 +201,11 @@ class Features(Edit):
         return x
 
     def doubt(self, x: Tensor) -> Tensor | None:
-        assert self.sae is not None
         return self.sae.read(x)[1][:, [number for number, _ in self.values]].any(-1)
 
     def saved(self) -> Any:
         import steerfast as sf
 
-        assert self.sae is not None
         return sf.EditFeatures(library_sae(self.sae), dict(self.values), mode=self.mode)
 
 
@@ -221,7 +218,9 @@ class Plan(NamedTuple):
     @property
     def columns(self) -> int:
         """At most so many of its edits act on a token in one place, those behind gates and by token each for itself."""
-        apart = [one for chain in self.edits.values() for one in chain if one.gate is not None or isinstance(one, ByToken)]
+        apart = [
+            one for chain in self.edits.values() for one in chain if one.gate is not None or isinstance(one, ByToken)
+        ]
         return len(apart) + max(sum(one not in apart for one in chain) for chain in self.edits.values())
 
     @property
@@ -284,9 +283,9 @@ def _plain() -> dict[str, Plan]:
     made = {}
     for i in range(24):
         v = unit(i)[0]
-        edit = [Add(None, v, 2.0), Ablate(None, v), Add(None, v, 3.0, keep_norm=True)][i % 3]
+        edit = [Add(v, 2.0), Ablate(v), Add(v, 3.0, keep_norm=True)][i % 3]
         site = ("mlp_out", "attn_out")[i % 2] if i % 8 == 7 else "resid_post"
-        chain = [edit, Add(None, v)] if i % 5 == 0 else [edit]
+        chain = [edit, Add(v)] if i % 5 == 0 else [edit]
         made[f"plan{i}"] = Plan({(site, i % LAYERS): chain}, ["all", "all", "generated", "last"][i % 4])
     return made
 
@@ -295,7 +294,7 @@ def _gated(looks: Mapping[str, Look], spread: Mapping[str, Tensor]) -> dict[str,
     made = {}
     for i in range(15):
         v = unit(200 + i)[0]
-        edit = [Add(None, v, 4.0), Add(None, v, 5.0, keep_norm=True), Ablate(None, v)][i % 3]
+        edit = [Add(v, 4.0), Add(v, 5.0, keep_norm=True), Ablate(v)][i % 3]
         name = ["lean", "leant", "other", "alike", "sure"][i % 5]
         chosen = gate(looks, spread, i, name, each=i % 2 == 1)
         if i % 4 == 3:  # held: half a deviation lower, or higher where it acts below
@@ -306,10 +305,10 @@ def _gated(looks: Mapping[str, Look], spread: Mapping[str, Tensor]) -> dict[str,
         acts = [2, 1, 2, 1, 2][i % 5]
         chains: dict[Where, list[Edit]] = {("resid_post", acts): [replace(edit, gate=chosen)]}
         if i % 3 == 0:  # one that acts always, and one at another place
-            chains["resid_post", acts].append(Add(None, unit(300 + i)[0]))
+            chains["resid_post", acts].append(Add(unit(300 + i)[0]))
         if i % 5 == 0:
             other = gate(looks, spread, i + 1, "lean", each=True)
-            chains["resid_post", 1] = [Add(other, unit(400 + i)[0], 3.0)]
+            chains["resid_post", 1] = [Add(unit(400 + i)[0], 3.0, gate=other)]
         made[f"gated{i}"] = Plan(chains)
     return made
 
@@ -328,45 +327,45 @@ def _features(looks: Mapping[str, Look], spread: Mapping[str, Tensor]) -> dict[s
     modes = [("set", few), ("add", few), ("scale", ((5, 3.0), (7, 0.0))), ("min", ((2, 0.3), (4, 0.5))), ("max", few)]
     made = {}
     for i, (mode, values) in enumerate(modes):
-        made[f"features{i}"] = Plan({read: [Features(None, READ, values, mode)]})
-        made[f"alone{i}"] = Plan({alone: [Features(None, SAES["alone"], values, mode)]}, ["all", "generated"][i % 2])
-    made["many"] = Plan({read: [Features(None, READ, many, "add")]})
+        made[f"features{i}"] = Plan({read: [Features(READ, values, mode)]})
+        made[f"alone{i}"] = Plan({alone: [Features(SAES["alone"], values, mode)]}, ["all", "generated"][i % 2])
+    made["many"] = Plan({read: [Features(READ, many, "add")]})
     for i, name in enumerate(("scaled", "layered", "above", "scaled above")):
-        chain = [Ablate(None, unit(130)[0]), Features(None, SAES[name], few, ["add", "set"][i % 2])]
+        chain = [Ablate(unit(130)[0]), Features(SAES[name], few, ["add", "set"][i % 2])]
         made[f"normal{i}"] = Plan({("resid_post", i % LAYERS): chain})
     made["both"] = Plan(
         {
-            read: [Features(None, READ, few, "set"), Features(None, SAES["alone"], few, "add")],
-            ("resid_post", 2): [Features(None, SAES["scaled"], few, "add")],
+            read: [Features(READ, few, "set"), Features(SAES["alone"], few, "add")],
+            ("resid_post", 2): [Features(SAES["scaled"], few, "add")],
         }
     )
     shut = gate(looks, spread, 2, "lean", each=True)
-    made["gated features"] = Plan({read: [Features(shut, READ, few, "set")]})
+    made["gated features"] = Plan({read: [Features(READ, few, "set", gate=shut)]})
     return made
 
 
 def _others() -> dict[str, Plan]:
     plane = torch.linalg.qr(unit(140, 2).T)[0].T.contiguous()
-    one = Flow(None, unit(141), torch.zeros(1), torch.ones(1), angle=0.6)
-    two = Flow(None, plane, torch.tensor([1.0, -0.5]), torch.tensor([0.3, 0.2]), angle=0.4, steps=6)
+    one = Flow(unit(141), torch.zeros(1), torch.ones(1), angle=0.6)
+    two = Flow(plane, torch.tensor([1.0, -0.5]), torch.tensor([0.3, 0.2]), angle=0.4, steps=6)
     long = {
         ("resid_post", layer): [
-            Add(None, unit(150 + layer)[0], 0.8), Ablate(None, unit(160 + layer)[0]),
-            Add(None, unit(170 + layer)[0], 1.5, keep_norm=True), Add(None, unit(180 + layer)[0], -0.5),
+            Add(unit(150 + layer)[0], 0.8), Ablate(unit(160 + layer)[0]),
+            Add(unit(170 + layer)[0], 1.5, keep_norm=True), Add(unit(180 + layer)[0], -0.5),
         ]
         for layer in range(LAYERS)
     }  # fmt: skip
     rows = [2 * unit(190, 4), 1.5 * unit(191, 11)]
     return {
         "flow": Plan({("resid_post", 1): [one]}),
-        "flow at the end": Plan({("resid_post", 2): [one, Add(None, unit(142)[0])]}, "last"),
+        "flow at the end": Plan({("resid_post", 2): [one, Add(unit(142)[0])]}, "last"),
         "flow of two": Plan({("resid_post", 0): [two], ("mlp_out", 1): [one]}),
         "long": Plan(long),
         "long here": Plan({("resid_post", 1): [*long["resid_post", 0], *long["resid_post", 1][:1]]}, "generated"),
-        "everywhere": Plan({(site, n): [Ablate(None, unit(143)[0])] for site in SITES for n in range(LAYERS)}),
-        "by token": Plan({("resid_post", 0): [ByToken(None, rows[0])]}),
-        "by token, long": Plan({("resid_post", 1): [ByToken(None, rows[1])], ("resid_post", 2): [ByToken(None, rows[0])]}),
-        "by token and on": Plan({("resid_post", 1): [ByToken(None, rows[0]), Add(None, unit(144)[0], 2.0)]}),
+        "everywhere": Plan({(site, n): [Ablate(unit(143)[0])] for site in SITES for n in range(LAYERS)}),
+        "by token": Plan({("resid_post", 0): [ByToken(rows[0])]}),
+        "by token, long": Plan({("resid_post", 1): [ByToken(rows[1])], ("resid_post", 2): [ByToken(rows[0])]}),
+        "by token and on": Plan({("resid_post", 1): [ByToken(rows[0]), Add(unit(144)[0], 2.0)]}),
     }
 
 

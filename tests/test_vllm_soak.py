@@ -67,7 +67,8 @@ class Soak:
             read[name] |= {"max": values.amax(0).tolist(), "mean": values.mean(0).tolist(), "last": values[-1].tolist()}
         answer = {"tokens": ids[len(PROMPT) :], "why": "length", "stop": None, "read": read or None}
         asked = {"request_id": "soak-1", "prompt": PROMPT, "max_tokens": COUNT, "vllm_xargs": xargs, "fate": "finish"}
-        asked |= {"stop": [], "stop_token_ids": [], "adapted": adapted, "temperature": 0.0, "answer": answer}
+        asked |= {"stop": [], "stop_token_ids": [], "adapted": adapted, "likeliest": True, "temperature": 0.0}
+        asked["answer"] = answer
         return asked, lines
 
     def wrong(self, request: dict[str, Any], lines: list[Any], form: str = "lora", change: Any = None) -> list[str]:
@@ -116,12 +117,16 @@ def test_a_change_of_an_answer_or_of_a_trace_is_seen(soak) -> None:
         assert soak.wrong(request, lines, change=change), i
 
 
-@pytest.mark.parametrize("plan", ["features0", "alone0", "many", "normal0", "normal1", "normal3", "both", "flow of two", "long", "by token"])
+@pytest.mark.parametrize(
+    "plan", ["features0", "alone0", "many", "normal0", "normal1", "normal3", "both", "flow of two", "long", "by token"]
+)
 def test_the_answer_of_another_strength_is_seen(soak, plan) -> None:
     """Edits of every kind move what is read behind them, with the adapter and without."""
     for adapted in (False, True):
         xargs = {"steer": [plan], "steer_strength": [1.0], "steer_read": ["late"]}
-        request, lines = soak.request(xargs | {"steer_read_positions": "generated", "steer_read_what": "tokens"}, adapted)
+        request, lines = soak.request(
+            xargs | {"steer_read_positions": "generated", "steer_read_what": "tokens"}, adapted
+        )
         assert soak.wrong(request, lines) == []
 
         def change(asked: dict[str, Any], told: list[Any]) -> None:
@@ -146,7 +151,12 @@ def test_what_was_drafted_and_taken_back_is_no_part_of_a_text(soak) -> None:
 
 def test_a_row_that_is_missing_too_much_or_another_is_seen(soak) -> None:
     xargs = {"steer_capture": [1, "mlp_out.1"], "steer_capture_positions": "1:6 | generated"}
-    xargs |= {"steer_capture_edits": "after", "steer_capture_dtype": "float32", "steer": ["plan1"], "steer_strength": [1.0]}
+    xargs |= {
+        "steer_capture_edits": "after",
+        "steer_capture_dtype": "float32",
+        "steer": ["plan1"],
+        "steer_strength": [1.0],
+    }
     request, _ = soak.request(xargs)
     ids = [*PROMPT, *request["answer"]["tokens"]]
     streams = soak.found(ids, xargs).streams
