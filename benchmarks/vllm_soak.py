@@ -148,6 +148,7 @@ async def drive(
     """What was asked, by request; what went wrong, in words; and the figures of the run."""
     rng = random.Random(args.seed)
     asked: dict[str, dict[str, Any]] = {}
+    answered: list[dict[str, Any]] = []
     ended = dict.fromkeys(FATES, 0)
     memory: list[int] = []
     told: list[str] = []
@@ -162,11 +163,12 @@ async def drive(
             async with gate:
                 if time.monotonic() - began > 60 * args.minutes:
                     return
-                request = draw(rng, number, truth, form)
+                request = draw(rng, number, truth, form, answered)
                 asked[request["request_id"]] = request
                 try:
                     request["answer"] = await send(http, request)
                     ended[request["fate"]] += 1
+                    answered.extend([request] * (request["answer"] is not None))
                 except (httpx.HTTPError, Refused) as error:
                     told.append(f"{request['request_id']}: {type(error).__name__}: {error}")
                 if number % max(1, args.requests // 20) == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_soak_forms import CAPTURED, COLUMNS, WAVES, Form
@@ -14,6 +15,8 @@ from vllm_truth_plans import WORDS
 POOL = [
     [5 + (7 * i + 3 * j * j) % 120 for j in range(40 + i)] for i in range(20)
 ]  # prompts that come again: prefix cache, and n-grams to look up
+LONGEST = 100  # tokens of a prompt
+STEERS = {"steer", "steer_strength", "steer_positions"}
 FATES = {"finish": 75, "hang up": 10, "give up": 10, "refuse": 5}
 BAD = [
     {"steer": "nobody"}, {"steer": "plan1", "steer_strength": "x"}, {"steer_x": 1}, {"steer_read": "nobody"},
@@ -28,22 +31,33 @@ class Refused(Exception):
     """An answer with another status or length than was asked for."""
 
 
-def draw(rng: random.Random, number: int, truth: Truth, form: Form) -> dict[str, Any]:
-    """A request. What it asks for beside its fate is drawn one thing after the other."""
+def draw(
+    rng: random.Random, number: int, truth: Truth, form: Form, answered: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """A request. What it asks for beside its fate is drawn one thing after the other.
+
+    Some send an answer back as the next turn's prompt, asking for the same plans as before or for others.
+    """
     fate = rng.choices([*FATES], [*FATES.values()])[0]
     fresh = [rng.randrange(5, WORDS) for _ in range(rng.randint(1, 60))]
     prompt = rng.choice([fresh, rng.choice(POOL)])
     xargs = {**_steer(rng, truth), **_read(rng, truth)} if fate != "refuse" else rng.choice(BAD)
+    before = rng.choice(answered[-20:]) if answered and rng.random() < 0.2 else None
+    if before is not None:
+        prompt = [*before["prompt"], *before["answer"]["tokens"]][:LONGEST]
+        if fate != "refuse" and rng.random() < 0.5:
+            xargs = {name: before["vllm_xargs"][name] for name in before["vllm_xargs"].keys() & STEERS}
+    most = rng.randint(1, 24)
     if form.captures and fate != "refuse" and rng.random() < 0.2:
-        xargs |= _capture(rng, len(prompt))
+        xargs |= _capture(rng, len(prompt), most)
     mixed = number % WAVES == WAVES - 1 or not form.drafts
     return {
         "request_id": f"soak-{number}",
         "prompt": prompt,
-        "max_tokens": rng.randint(1, 24),
+        "max_tokens": most,
         "vllm_xargs": xargs,
         "fate": fate,
-        "adapted": form.adapts and rng.random() < 0.4,
+        "adapted": form.adapts and rng.random() < (0.4 if before is None else 0.2 + 0.6 * before["adapted"]),
         "temperature": 1.0 if mixed and rng.random() < 0.1 else 0.0,
         "likeliest": not (mixed and form.drafts),  # where it is greedy
         "patience": rng.uniform(0.0, 0.6),
@@ -88,11 +102,12 @@ def _read(rng: random.Random, truth: Truth) -> dict[str, Any]:
     return found
 
 
-def _capture(rng: random.Random, prompt: int) -> dict[str, Any]:
+def _capture(rng: random.Random, prompt: int, most: int) -> dict[str, Any]:
+    named = [where for where in TO_CAPTURE if (prompt > 1 or ":6" not in where) and (most > 1 or where != "generated")]
     places = rng.sample(CAPTURED, rng.randint(1, 2))
     return {
         "steer_capture": [int(place) if place.isdecimal() else place for place in places],
-        "steer_capture_positions": rng.choice([where for where in TO_CAPTURE if prompt > 1 or ":6" not in where]),
+        "steer_capture_positions": rng.choice(named),
         "steer_capture_edits": rng.choice(["before", "after"]),
         "steer_capture_dtype": rng.choice(["float32", "bfloat16"]),
     }

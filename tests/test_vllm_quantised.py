@@ -1,4 +1,5 @@
-"""Weights of four bits in vLLM: GPTQ and AWQ, beside the same weights written out in transformers, in bfloat16."""
+"""Quantised weights in vLLM: GPTQ and AWQ in four bits, and eight bits of weights and inputs, beside the same numbers written out
+in transformers, in bfloat16. And keys and values in eight bits."""
 
 from __future__ import annotations
 
@@ -31,6 +32,24 @@ ORDER = {"gptq": range(8), "awq": [0, 2, 4, 6, 1, 3, 5, 7]}
 CONFIG = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    "int8": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+                "input_activations": {
+                    "num_bits": 8,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "token",
+                    "dynamic": True,
+                },
+            }
+        },
+    },
 }
 
 
@@ -41,13 +60,31 @@ def packed(numbers: torch.Tensor, dim: int, order: Any) -> torch.Tensor:
     return (eight << (4 * torch.arange(8, dtype=torch.int32))).sum(-1, dtype=torch.int32).movedim(-1, dim).contiguous()
 
 
+def in_eight_bits(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers up to 127 for each row, and what they are multiplied with."""
+    scale = rows.float().abs().amax(-1, keepdim=True) / 127
+    return (rows.float() / scale).round(), scale
+
+
+def round_inputs(model: Any) -> None:
+    """What each linear layer of the blocks takes, in eight bits, token by token."""
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(lambda _, args: torch.mul(*in_eight_bits(args[0])).to(args[0].dtype))
+
+
 def quantise(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Write a saved model's blocks in four bits. Returns the weights that they stand for."""
+    """Write a saved model's blocks in four or eight bits. Returns the weights that they stand for."""
     written: dict[str, torch.Tensor] = {}
     meant: dict[str, torch.Tensor] = {}
     for name, weight in load_file(folder / "model.safetensors").items():
         if ".layers." not in name or weight.ndim != 2:
             written[name] = meant[name] = weight.bfloat16()
+            continue
+        if kind == "int8":
+            numbers, scale = in_eight_bits(weight)
+            written[name], written[f"{name}_scale"] = numbers.to(torch.int8), scale
+            meant[name] = (numbers * scale).bfloat16()
             continue
         groups = weight.reshape(len(weight), -1, GROUP)
         scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
@@ -68,14 +105,17 @@ def quantise(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     return meant
 
 
-@pytest.mark.parametrize("kind", CONFIG)
+@pytest.mark.parametrize("kind", [*CONFIG, "keys and values"])
 def test_a_quantised_engine_is_steered_and_read(kind: str, tmp_path: Path) -> None:
     from vllm import LLM, SamplingParams
 
     model = tiny(tmp_path / "model")
     probes = tiny_probes(tmp_path / "probes", tmp_path / "saes")
     plans = tiny_plans(tmp_path / "plans") | tiny_edits(tmp_path / "plans", probes)
-    model.load_state_dict(quantise(tmp_path / "model", kind))
+    if kind in CONFIG:
+        model.load_state_dict(quantise(tmp_path / "model", kind))
+    if kind == "int8":
+        round_inputs(model)
     truth = Transformers(model.bfloat16())
     ids = random.Random(0).choices(range(3, 120), k=9)
     asked = [None, *plans]
@@ -89,6 +129,7 @@ def test_a_quantised_engine_is_steered_and_read(kind: str, tmp_path: Path) -> No
             max_num_seqs=8,
             gpu_memory_utilization=0.2,
             enforce_eager=True,
+            kv_cache_dtype="auto" if kind in CONFIG else "fp8",
         )
         common: dict[str, Any] = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False}
         params = [
