@@ -3,7 +3,7 @@
 | seam | what is added |
 |---|---|
 | front end: `AsyncLLM.generate` | what only the prompt shows is refused before a stream begins |
-| engine core: `Scheduler.schedule` | how many tokens each request that has ended has, and the last of them, on the `SchedulerOutput` itself |
+| engine core: `Scheduler.schedule` | of each request that has ended how many tokens, and the last, on the `SchedulerOutput` |
 | worker: the runner's own methods (`seams.py`) | rows are reserved before a step and handed to the collecting thread behind it |
 | worker: `WorkerWrapperBase.shutdown` | what has ended is written |
 """
