@@ -138,7 +138,7 @@ $(VENV_VLLM)/.installed: setup.py constraints-vllm.txt
 	@touch $@
 
 # The longest first, WORKERS at a time; the model is converted once, before them.
-VLLM_PARTS := v2 v2_drafts v1 read capture server drafts pp edits moe images quantised by_token tp check families lora dp guards
+VLLM_PARTS := v2 v2_pp v2_drafts v1 read capture server drafts pp edits moe images quantised by_token tp check families lora dp guards
 test-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python -c 'from steerfast.models import demo; demo.path(progress=print)'
 	$(MAKE) --jobs $(WORKERS) --output-sync=target $(addprefix test-vllm-,$(VLLM_PARTS))

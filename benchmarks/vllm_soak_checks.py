@@ -82,7 +82,7 @@ def check(request: dict[str, Any], lines: Lines, rows: Rows, truth: Truth, count
     counts["decisions"] += found.decided
     counts["unsure"] += found.unsure
     wrong += [f"decided otherwise: {gate}" for gate in found.wrong]
-    wrong += not_as_asked(xargs, len(prompt), ids, answer, rows, found.streams, counts)
+    wrong += not_as_asked(xargs, len(prompt), ids, answer, rows, found.streams, counts, request["stop"])
     if answer is None:
         return wrong
     ids = ids[: len(prompt) + len(answer["tokens"])]  # what was under way when it ended is not answered

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +54,9 @@ def not_as_asked(
     rows: Rows,
     streams: Mapping[tuple[str, int, bool], Tensor],
     counts: dict[str, float],
+    words: Sequence[str] = (),
 ) -> list[str]:
-    """What is missing, too much or another row than the stream of a text `ids`, in words."""
+    """What is missing, too much or another row than the stream of a text `ids` that `words` may have stopped, in words."""
     wanted = _points(xargs)
     wrong = [f"captured {row.point}; asked for {wanted}" for row in rows if row.point not in wanted]
     where = chosen(xargs.get("steer_capture_positions", "all"), prompt, ids)
@@ -63,8 +64,10 @@ def not_as_asked(
     must = {*np.nonzero(where[: end - 1])[0].tolist()}
     may = must | ({end - 1} if where[end - 1] else set())  # run only where the engine was a step ahead
     whole = answer is not None and answer["tokens"]  # an end in the prompt leaves out its further chunks
+    # A stop text is found in the front end, whose engine may have gone on: those rows are kept.
+    stopped = end if answer is not None and answer["stop"] in words else None
     for point in wanted:
-        mine = [row for row in rows if row.point == point]
+        mine = [row for row in rows if row.point == point and (stopped is None or row.position < stopped)]
         positions = [row.position for row in mine]
         if len(positions) > len({*positions}) or not {*positions} <= may or (whole and not must <= {*positions}):
             wrong.append(f"{point}: captured positions {positions} for {sorted(must)}")
