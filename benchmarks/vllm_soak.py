@@ -80,6 +80,7 @@ def held() -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--form", choices=[*FORMS, "all"], default="all")
+    parser.add_argument("--compiled", action="store_true", help="compile the model, whatever the form")
     parser.add_argument("--requests", type=int, default=10_000, help="of all forms together")
     parser.add_argument(
         "--minutes", type=float, default=30.0, help="of one form: after these no further request is sent"
@@ -101,6 +102,8 @@ def main() -> int:
 def soak(args: argparse.Namespace, name: str, folder: Path) -> bool:
     """One form. Returns whether anything was wrong."""
     form, truth = FORMS[name], Truth(folder)
+    if args.compiled:
+        form, name = form._replace(eager=False), f"{name} compiled"
     trace = folder / "trace.jsonl"
     trace.touch()
     with socket.socket() as free:

@@ -18,6 +18,7 @@ OPTIONS = [
 ]  # fmt: skip
 WAVES = 4
 """Of requests: the engine sleeps between them. Request i comes in wave i % 4."""
+ENOUGH = 64
 CAPTURED = ["0", "1", "2", "mlp_out.1", "attn_out.2"]
 """What may be captured: layers, and places."""
 
@@ -28,7 +29,8 @@ class Form(NamedTuple):
     Attributes:
         options: Of the command line; FOLDER stands for that of model and adapter.
         eager: Whether nothing is compiled.
-        blocks: Of keys and values, fewer than the requests need.
+        blocks: Of keys and values: fewer than the requests need, so that they are preempted, or enough to keep some for those
+            that come again.
         captures: Whether rows may be captured.
         adapts: Whether some requests have an adapter.
         drafts: Whether tokens are drafted, of which some do not stay. vLLM 0.32 on a CPU then gives greedy requests beside random
@@ -65,11 +67,11 @@ ADAPTER = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-
 
 FORMS = {
     "plain": Form(),
-    "lora": Form(ADAPTER, adapts=True),
+    "lora": Form(ADAPTER, blocks=ENOUGH, adapts=True),
     "ngram": Form(_drafts(method="ngram", prompt_lookup_max=3, prompt_lookup_min=1), drafts=True),
-    "draft": Form(_drafts(method="draft_model", model="FOLDER/model"), blocks=20, drafts=True),
-    "tensor": Form(("--tensor-parallel-size", "2")),
+    "draft": Form(_drafts(method="draft_model", model="FOLDER/model"), blocks=ENOUGH, drafts=True),
+    "tensor": Form(("--tensor-parallel-size", "2"), blocks=ENOUGH),
     "data": Form(("--data-parallel-size", "2")),
     # On a CPU vLLM 0.32 runs a pipeline only where it compiles the model.
-    "pipeline": Form(("--pipeline-parallel-size", "2"), eager=False, captures=False),
+    "pipeline": Form(("--pipeline-parallel-size", "2"), eager=False, blocks=ENOUGH, captures=False),
 }
