@@ -40,8 +40,8 @@ def test_what_the_second_runner_drafts_and_takes_back_leaves_nothing(tmp_path: P
     model = tiny(tmp_path / "model")
     probes = tiny_probes(tmp_path / "probes", tmp_path / "saes")
     plans = tiny_plans(tmp_path / "plans") | tiny_edits(tmp_path / "plans", probes)
-    asked = [None, "add", "held", "once", "top"]
-    texts = [random.Random(i).choices(range(3, 120), k=9 + i) for i in range(len(asked))]
+    asked = [None, "add", "held", "top"]
+    texts = [2 * random.Random(i).choices(range(3, 120), k=7 + i) for i in range(len(asked))]
     said = f"between:ids:{','.join(map(str, range(40)))}..{','.join(map(str, range(60, 110)))}"
     pretend_that_triton_runs_here()
     folders = {f"STEERFAST_{name.upper()}": str(tmp_path / name) for name in ("plans", "probes", "saes")}
@@ -68,7 +68,7 @@ def test_what_the_second_runner_drafts_and_takes_back_leaves_nothing(tmp_path: P
             speculative_config={
                 "method": "draft_model",
                 "model": str(tmp_path / "model"),
-                "num_speculative_tokens": 2,
+                "num_speculative_tokens": 3,
             },
         )
         core: Any = llm.llm_engine.engine_core
@@ -88,7 +88,6 @@ def test_what_the_second_runner_drafts_and_takes_back_leaves_nothing(tmp_path: P
         assert here.steerfast_taker.collector.drain()
         found: Any = {metric.name.split("spec_decode_num_")[-1]: metric for metric in llm.get_metrics()}
         llm.llm_engine.engine_core.shutdown()
-    assert 0 < found["accepted_tokens"].value < found["draft_tokens"].value
     truth = Transformers(model)
     for ids, name, output in zip(texts, asked, outputs, strict=False):
         steered = [(plans[name], 1.0)] if name else []
@@ -98,3 +97,4 @@ def test_what_the_second_runner_drafts_and_takes_back_leaves_nothing(tmp_path: P
         assert_scores(model, output, probes, steered)
         assert_rows_captured(model, output, tmp_path / "captured", steered, "before", layers=(1,))
     assert list(outputs[-1].outputs[0].token_ids) == truth.generate(texts[0], [(plans["add"], 1.0, said)], TOKENS)[0]
+    assert 0 < found["accepted_tokens"].value < found["draft_tokens"].value
