@@ -26,8 +26,9 @@ from vllm_engines import (
 
 pytestmark = [needs_vllm, pytest.mark.vllm]
 GROUP, TOKENS = 32, 5
-CLOSE = 0.08
-"""Of log-probabilities and scores: bfloat16 in another order of operations."""
+CLOSE = {"gptq": 0.08, "awq": 0.08, "int8": 0.2, "keys and values": 0.3}
+"""Of log-probabilities: bfloat16 in another order of operations, which may round an input to the next of 255 numbers; and keys and
+values with three bits behind the first, which the truth does not round."""
 ORDER = {"gptq": range(8), "awq": [0, 2, 4, 6, 1, 3, 5, 7]}
 CONFIG = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
@@ -105,7 +106,7 @@ def quantise(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     return meant
 
 
-@pytest.mark.parametrize("kind", [*CONFIG, "keys and values"])
+@pytest.mark.parametrize("kind", CLOSE)
 def test_a_quantised_engine_is_steered_and_read(kind: str, tmp_path: Path) -> None:
     from vllm import LLM, SamplingParams
 
@@ -147,7 +148,7 @@ def test_a_quantised_engine_is_steered_and_read(kind: str, tmp_path: Path) -> No
         )
         got = torch.tensor([at[token].logprob for at, token in zip(made.logprobs[:same], wanted, strict=False)])
         assert same > 0, name
-        assert (got - likely[:same].float()).abs().max() < CLOSE, name
+        assert (got - likely[:same].float()).abs().max() < CLOSE[kind], name
         differ += same == TOKENS and list(made.token_ids) != list(outputs[0].outputs[0].token_ids)
         assert output.kv_transfer_params["steerfast"]["lean"]["tokens"] == len(ids) + TOKENS - 1
     assert differ >= len(plans) // 2
