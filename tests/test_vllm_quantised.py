@@ -27,7 +27,7 @@ from vllm_engines import (
 pytestmark = [needs_vllm, pytest.mark.vllm]
 GROUP, TOKENS = 32, 5
 CLOSE = {"gptq": 0.08, "awq": 0.08, "int8": 0.2, "keys and values": 0.3}
-"""Of log-probabilities: bfloat16 in another order of operations, which may round an input to the next of 255 numbers; and keys and
+"""Of log-probabilities: bfloat16 in another order of operations, which may round an input to the next of 255 numbers; keys and
 values with three bits behind the first, which the truth does not round."""
 ORDER = {"gptq": range(8), "awq": [0, 2, 4, 6, 1, 3, 5, 7]}
 CONFIG = {
