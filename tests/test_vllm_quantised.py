@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm_engines import (
     ENVIRONMENT,
-    Transformers,
     environment,
     fields,
     needs_vllm,
@@ -23,6 +23,8 @@ from vllm_engines import (
     tiny_plans,
     tiny_probes,
 )
+
+import steerfast as sf
 
 pytestmark = [needs_vllm, pytest.mark.vllm]
 GROUP, TOKENS = 32, 5
@@ -106,6 +108,16 @@ def quantise(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     return meant
 
 
+@torch.inference_mode()
+def likelihoods(model: Any, ids: list[int], made: Any, plan: sf.Plan | None, strength: float) -> torch.Tensor:
+    """Log-probabilities of the tokens that an engine has made, in one pass under a plan."""
+    with ExitStack() as stack:
+        if plan is not None:
+            stack.enter_context(sf.steer(model, plan, strength=strength, prompt_length=len(ids)))
+        logits = model(torch.tensor([[*ids, *made[:-1]]])).logits[0, len(ids) - 1 :]
+    return logits.float().log_softmax(-1).gather(1, torch.tensor(made)[:, None])[:, 0]
+
+
 @pytest.mark.parametrize("kind", CLOSE)
 def test_a_quantised_engine_is_steered_and_read(kind: str, tmp_path: Path) -> None:
     from vllm import LLM, SamplingParams
@@ -117,9 +129,12 @@ def test_a_quantised_engine_is_steered_and_read(kind: str, tmp_path: Path) -> No
         model.load_state_dict(quantise(tmp_path / "model", kind))
     if kind == "int8":
         round_inputs(model)
-    truth = Transformers(model.bfloat16())
+    model.bfloat16()
     ids = random.Random(0).choices(range(3, 120), k=9)
-    asked = [None, *plans]
+    asked = (
+        [None, *plans] if CLOSE[kind] < 0.1 else [None, "add", "many", "norm", "rows", "flow"]
+    )  # nothing that is decided
+    strength = 1.0 if CLOSE[kind] < 0.1 else 2.0
     folders = {f"STEERFAST_{name.upper()}": str(tmp_path / name) for name in ("plans", "probes", "saes")}
     with environment(**ENVIRONMENT, **folders, VLLM_ENABLE_V1_MULTIPROCESSING="0"):
         llm = LLM(
@@ -134,21 +149,17 @@ def test_a_quantised_engine_is_steered_and_read(kind: str, tmp_path: Path) -> No
         )
         common: dict[str, Any] = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False}
         params = [
-            SamplingParams(**common, logprobs=0, extra_args=reads("lean") | (fields((name, 1.0)) if name else {}))
+            SamplingParams(**common, logprobs=0, extra_args=reads("lean") | (fields((name, strength)) if name else {}))
             for name in asked
         ]
         outputs = llm.generate([{"prompt_token_ids": ids}] * len(asked), params, use_tqdm=False)
         llm.llm_engine.engine_core.shutdown()
-    differ = 0
+    moved = 0
     for name, output in zip(asked, outputs, strict=True):
-        wanted, likely = truth.generate(ids, [] if name is None else [(plans[name], 1.0, None)], TOKENS)
         made = output.outputs[0]
-        same = next(
-            (i for i, pair in enumerate(zip(made.token_ids, wanted, strict=True)) if pair[0] != pair[1]), TOKENS
-        )
-        got = torch.tensor([at[token].logprob for at, token in zip(made.logprobs[:same], wanted, strict=False)])
-        assert same > 0, name
-        assert (got - likely[:same].float()).abs().max() < CLOSE[kind], name
-        differ += same == TOKENS and list(made.token_ids) != list(outputs[0].outputs[0].token_ids)
+        likely, plain = (likelihoods(model, ids, made.token_ids, plan, strength) for plan in (plans.get(name), None))
+        got = torch.tensor([at[token].logprob for at, token in zip(made.logprobs, made.token_ids, strict=True)])
+        assert (got - likely).abs().max() < CLOSE[kind], name
+        moved += bool((likely - plain).abs().max() > CLOSE[kind])
         assert output.kv_transfer_params["steerfast"]["lean"]["tokens"] == len(ids) + TOKENS - 1
-    assert differ >= len(plans) // 2
+    assert moved >= len(asked) // 2
