@@ -196,13 +196,14 @@ async def drive(
         await asyncio.sleep(WRITTEN)
     quarters = [statistics.median(memory[i * len(memory) // 4 :][: len(memory) // 4 or 1]) for i in range(4)]
     growth = quarters[3] - quarters[1]
-    lost = args.requests - sum(ended.values())
+    sent = len(asked) - len(again)
+    lost = sent - sum(ended.values())
     told += [f"not back at zero: {line}" for line in stuck] + [f"memory grew by {growth} bytes"] * (
         growth > GROWTH and args.requests >= LONG
     )
     values = {
         "wrong_or_lost": lost + sum(not line.startswith("soak-") or "another answer" in line for line in told),
-        "requests": args.requests, **{name.replace(" ", "_"): count for name, count in ended.items()}, "lost": lost,
+        "requests": sent, **{name.replace(" ", "_"): count for name, count in ended.items()}, "lost": lost,
         "asked_again": len(again), **counters, "seconds": round(seconds, 1),
         "memory_mib": quarters[3] / 2**20, "memory_growth_mib": growth / 2**20,
     }  # fmt: skip
