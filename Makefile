@@ -138,13 +138,13 @@ $(VENV_VLLM)/.installed: setup.py constraints-vllm.txt
 	@touch $@
 
 # The longest first, WORKERS at a time; the model is converted once, before them.
-VLLM_PARTS := v2 v1 read capture server drafts pp edits moe images quantised by_token tp check families lora guards
+VLLM_PARTS := v2 v2_pp v2_drafts v1 read capture server drafts pp edits moe images quantised by_token tp check families lora dp guards
 test-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python -c 'from steerfast.models import demo; demo.path(progress=print)'
 	$(MAKE) --jobs $(WORKERS) --output-sync=target $(addprefix test-vllm-,$(VLLM_PARTS))
 
 test-vllm-%: $(VENV_VLLM)/.installed
-	$(PARALLEL) $(if $(filter v2,$*),TRITON_INTERPRET=1) $(VENV_VLLM)/bin/python -m pytest -q --durations=3 tests/test_vllm_$*.py $(PYTEST_ARGS)
+	$(PARALLEL) $(if $(filter v2%,$*),TRITON_INTERPRET=1) $(VENV_VLLM)/bin/python -m pytest -q --durations=3 tests/test_vllm_$*.py $(PYTEST_ARGS)
 
 # What steering builds on in vLLM, read from the sources of releases (fetched once, 340 MB each, of which 55 MB are kept) or of a
 # folder: make seams VLLM=0.34.0, make seams VLLM=path/to/vllm. Without VLLM the releases of steerfast/vllm/seam_table.py.

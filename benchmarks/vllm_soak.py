@@ -2,13 +2,16 @@
 
     python benchmarks/vllm_soak.py --requests 10000 --out benchmarks/results
 
-Random plans, conditions, strengths, positions, probes and limits; some unsteered, some refused, some hung up on, some given up
-before an answer, some ended by a limit, a token or a text. Everything is scarce: slots for a fifth of the plans, few tokens a
-step, fewer keys and values than the requests need. The server writes down, token by token, what its row tables said and its
-conditions decided (STEERFAST_TRACE). Afterwards every line, every token, every score and every end must be what transformers
-makes of that text by plain hooks (`vllm_truth.py`), and every hundredth request, asked again on its own, must get the same
-answer. None lost, nothing left in the server, memory flat. The model is a tiny Llama with random weights, made here; the plugin
-does not know.
+Random plans, conditions, strengths, positions, probes, limits, captures and adapters; some unsteered, some refused, some hung up
+on, some given up before an answer, some ended by a limit, a token or a text. Everything is scarce: slots for a fifth of the
+plans, few tokens a step, fewer keys and values than the requests need. Several times the engine sleeps and wakes. The server
+writes down, token by token, what its row tables said and its conditions decided (STEERFAST_TRACE). Afterwards every line, every
+token, every score, every captured row and every end must be what transformers makes of that text by plain hooks
+(`vllm_truth.py`), and every hundredth request, asked again on its own, must get the same answer. None lost, nothing left in the
+server, memory flat. The model is a tiny Llama with random weights, made here; the plugin does not know.
+
+The requests are shared out over the forms of an engine (`vllm_soak_forms.py`): alone, with adapters, drafts, two workers, two
+stages, two engines; `--form` names one of them.
 """
 
 from __future__ import annotations
@@ -33,30 +36,17 @@ import httpx
 from lab.rows import append_row
 from vllm_cost import here
 from vllm_soak_checks import verify
-from vllm_truth import POSITIONS, TO_STEER, WORDS, Truth
+from vllm_soak_forms import FORMS, SLOTS, WAVES, Form
+from vllm_soak_requests import FATES, Refused, draw, send
+from vllm_truth import Truth
 
-SLOTS = 8  # so that plans come and go
-POOL = [
-    [5 + (7 * i + 3 * j * j) % 120 for j in range(40 + i)] for i in range(20)
-]  # prompts that come again: prefix cache
-GROWTH = 24 << 20  # bytes between the second quarter of a run and its last that still count as flat
+GROWTH = 24 << 20  # bytes between the second quarter of a run and its last that still count as flat, in a long run
+LONG = 1000  # requests, below which memory has not settled
+WRITTEN = 3.0  # seconds after which captured rows are on disk
 HELD = "STEERFAST_SOAK"
 """Names the folder in which the server's processes write down what they hold."""
-FATES = {"finish": 75, "hang up": 10, "give up": 10, "refuse": 5}
-BAD = [
-    {"steer": "nobody"}, {"steer": "plan1", "steer_strength": "x"}, {"steer_x": 1}, {"steer_read": "nobody"},
-    {"steer_read": "lean", "steer_read_positions": "90"}, {"steer_abort": "lean>much"}, {"steer_abort": "several>1"},
-    {"steer_read_what": "tokens"}, {"steer_read": "top"}, {"steer_read": "lean", "steer_read_positions": "special"},
-    {"steer": ["gated1", "plan0", "plan5", "plan10"]},
-]  # fmt: skip
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING",
-    "OMP_NUM_THREADS": "1", "STEERFAST_SLOTS": str(SLOTS),
-}  # fmt: skip
-OPTIONS = [
-    "--disable-uvicorn-access-log", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "16",
-    "--max-num-batched-tokens", "64", "--block-size", "32", "--num-gpu-blocks-override", "14",
-]  # fmt: skip
+NEEDED = ("steered_tokens", "scores", "decisions", "ended_by_limit")
+"""Figures without which a run has shown nothing."""
 
 
 def watch() -> None:
@@ -89,65 +79,83 @@ def held() -> dict[str, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--minutes", type=float, default=30.0, help="after these no further request is sent")
+    parser.add_argument("--form", choices=[*FORMS, "all"], default="all")
+    parser.add_argument("--compiled", action="store_true", help="compile the model, whatever the form")
+    parser.add_argument("--requests", type=int, default=10_000, help="of all forms together")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="of one form: after these no further request is sent"
+    )
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="directory for the raw row")
+    parser.add_argument("--out", type=Path, help="directory for the raw rows")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        return soak(args, Path(name))
+    chosen = [*FORMS] if args.form == "all" else [args.form]
+    args.requests = -(-args.requests // len(chosen))
+    failed = 0
+    for name in chosen:
+        print(f"{name}:")
+        with tempfile.TemporaryDirectory() as folder:
+            failed += soak(args, name, Path(folder))
+    return 1 if failed else 0
 
 
-def soak(args: argparse.Namespace, folder: Path) -> int:
-    truth = Truth(folder)
+def soak(args: argparse.Namespace, name: str, folder: Path) -> bool:
+    """One form. Returns whether anything was wrong."""
+    form, truth = FORMS[name], Truth(folder)
+    if args.compiled:
+        form, name = form._replace(eager=False), f"{name} compiled"
     trace = folder / "trace.jsonl"
     trace.touch()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    server = start(form, folder, trace, port)
+    try:
+        asked, told, values = asyncio.run(drive(args, f"http://127.0.0.1:{port}", server, truth, form, folder / "held"))
+    finally:
+        server.terminate()
+        server.wait(60)
+    wrong, counts = verify(asked, trace, truth, form, folder / "captured")
+    values |= counts
+    needed = [*NEEDED, *["rows"] * form.captures, *["accepted_drafts"] * form.drafts]
+    wrong += [f"none of the {one}" for one in needed if not values[one]]
+    values["wrong_or_lost"] += len(wrong)
+    for line in (told + wrong)[:40]:
+        print(f"  {line}")
+    for key, value in values.items():
+        print(f"  {key:<24} {value:g}")
+    if args.out is not None:
+        row = {"case": f"vllm soak {name}", "suite": "engines", "status": "ok", "values": values, "run": here("cpu")}
+        append_row(args.out / f"{row['run']['date'][:10]}-cpu-vllm-soak.jsonl", row)
+    return bool(values["wrong_or_lost"])
+
+
+def start(form: Form, folder: Path, trace: Path, port: int) -> subprocess.Popen[bytes]:
+    """The server, each of whose processes loads `watch` as a plugin of vLLM."""
     plugin, holds = folder / "plugin" / "soak-0.dist-info", folder / "held"
     plugin.mkdir(parents=True)
     holds.mkdir()
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: soak\nVersion: 0\n")
     (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nsoak = vllm_soak:watch\n")
     paths = [str(Path(__file__).parent), str(plugin.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment = ENVIRONMENT | os.environ | {"STEERFAST_TRACE": str(trace), "PYTHONPATH": os.pathsep.join(paths)}
-    environment[HELD] = str(holds)
-    environment |= {f"STEERFAST_{what.upper()}": str(folder / what) for what in ("plans", "probes", "saes")}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"), *OPTIONS]
-    server = subprocess.Popen(
-        [*command, "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)], env=environment
-    )
-    try:
-        asked, told, values = asyncio.run(drive(args, f"http://127.0.0.1:{port}", server, truth, holds))
-    finally:
-        server.terminate()
-        server.wait(60)
-    wrong, counts = verify(asked, trace, truth)
-    values |= counts
-    values["wrong_or_lost"] += len(wrong) + sum(
-        not counts[name] for name in ("steered_tokens", "scores", "decisions", "ended_by_limit")
-    )
-    for line in (told + wrong)[:40]:
-        print(f"  {line}")
-    for name, value in values.items():
-        print(f"  {name:<24} {value:g}")
-    if args.out is not None:
-        row = {"case": "vllm soak", "suite": "engines", "status": "ok", "values": values, "run": here("cpu")}
-        append_row(args.out / f"{row['run']['date'][:10]}-cpu-vllm-soak.jsonl", row)
-    return 1 if values["wrong_or_lost"] else 0
+    environment = os.environ | form.settings(folder) | {"STEERFAST_TRACE": str(trace), HELD: str(holds)}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")]
+    where = ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)]
+    return subprocess.Popen([*command, *form.command(folder), *where], env=environment)
 
 
 async def drive(
-    args: argparse.Namespace, url: str, server: Any, truth: Truth, folder: Path
+    args: argparse.Namespace, url: str, server: Any, truth: Truth, form: Form, folder: Path
 ) -> tuple[dict[str, Any], list[str], dict[str, float]]:
     """What was asked, by request; what went wrong, in words; and the figures of the run."""
     rng = random.Random(args.seed)
     asked: dict[str, dict[str, Any]] = {}
+    answered: list[dict[str, Any]] = []
     ended = dict.fromkeys(FATES, 0)
     memory: list[int] = []
     told: list[str] = []
+    stuck: list[str] = []
     gate = asyncio.Semaphore(args.at_once)
     limits = httpx.Limits(max_connections=args.at_once)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
@@ -158,45 +166,62 @@ async def drive(
             async with gate:
                 if time.monotonic() - began > 60 * args.minutes:
                     return
-                request = draw(rng, number, truth)
+                request = draw(rng, number, truth, form, answered)
                 asked[request["request_id"]] = request
                 try:
                     request["answer"] = await send(http, request)
                     ended[request["fate"]] += 1
+                    answered.extend([request] * (request["answer"] is not None))
                 except (httpx.HTTPError, Refused) as error:
                     told.append(f"{request['request_id']}: {type(error).__name__}: {error}")
                 if number % max(1, args.requests // 20) == 0:
                     memory.append(resident(server.pid))
 
-        await asyncio.gather(*(one(number) for number in range(args.requests)))
+        for wave in range(WAVES):
+            await asyncio.gather(*(one(number) for number in range(wave, args.requests, WAVES)))
+            stuck += await settle(http)
+            await asleep(http)
         seconds = time.monotonic() - began
-        stuck = await settle(http)
-        again = [r for r in asked.values() if r["fate"] == "finish" and "answer" in r][::100]
+        again = [r for r in asked.values() if r["fate"] == "finish" and "answer" in r and r["likeliest"]]
+        again = [r for r in again if not r["temperature"]][::100]
         for request in again:  # a batch of one, and whatever the prefix cache has kept
             once_more = {**request, "request_id": f"again-{request['request_id']}"}
             once_more["answer"] = await send(http, once_more)
             asked[once_more["request_id"]] = once_more
             if once_more["answer"]["tokens"] != request["answer"]["tokens"]:
                 told.append(f"{request['request_id']} got another answer when asked again")
-        preempted = await counter(http, "vllm:num_preemptions_total")
-        cached = await counter(http, "vllm:prefix_cache_hits_total")
-        await send(http, draw(rng, -1, truth) | {"request_id": "last", "fate": "finish", "vllm_xargs": {}})
+        counters = {name: await counter(http, f"vllm:{metric}_total") for name, metric in COUNTERS.items()}
+        await send(http, draw(rng, -1, truth, form) | {"request_id": "last", "fate": "finish", "vllm_xargs": {}})
         stuck += await left(folder)
+        await asyncio.sleep(WRITTEN)
     quarters = [statistics.median(memory[i * len(memory) // 4 :][: len(memory) // 4 or 1]) for i in range(4)]
     growth = quarters[3] - quarters[1]
-    lost = args.requests - sum(ended.values())
-    told += [f"not back at zero: {line}" for line in stuck] + [f"memory grew by {growth} bytes"] * (growth > GROWTH)
+    sent = len(asked) - len(again)
+    lost = sent - sum(ended.values())
+    told += [f"not back at zero: {line}" for line in stuck] + [f"memory grew by {growth} bytes"] * (
+        growth > GROWTH and args.requests >= LONG
+    )
     values = {
         "wrong_or_lost": lost + sum(not line.startswith("soak-") or "another answer" in line for line in told),
-        "requests": args.requests, **{name.replace(" ", "_"): count for name, count in ended.items()}, "lost": lost,
-        "asked_again": len(again), "preemptions": preempted, "cached_tokens": cached, "seconds": round(seconds, 1),
+        "requests": sent, **{name.replace(" ", "_"): count for name, count in ended.items()}, "lost": lost,
+        "asked_again": len(again), **counters, "seconds": round(seconds, 1),
         "memory_mib": quarters[3] / 2**20, "memory_growth_mib": growth / 2**20,
     }  # fmt: skip
     return asked, told, values
 
 
-class Refused(Exception):
-    """An answer with another status or length than was asked for."""
+COUNTERS = {
+    "preemptions": "num_preemptions", "cached_tokens": "prefix_cache_hits",
+    "drafts": "spec_decode_num_draft_tokens", "accepted_drafts": "spec_decode_num_accepted_tokens",
+}  # fmt: skip
+
+
+async def asleep(http: Any) -> None:
+    """Let the engine sleep, and wake it."""
+    for route in ("/sleep?level=1", "/wake_up"):
+        answer = await http.post(route)
+        if answer.status_code != 200:
+            raise RuntimeError(f"{route}: {answer.status_code} {answer.text}")
 
 
 async def ready(http: Any, server: Any) -> None:
@@ -244,101 +269,6 @@ async def left(folder: Path) -> list[str]:
     return [f"{count} {name}" for name, count in counts if count] + ["nothing seen"] * (
         not {"desk", "admitted", "read"} <= seen
     )
-
-
-def draw(rng: random.Random, number: int, truth: Truth) -> dict[str, Any]:
-    """A request. What it asks for beside its fate is drawn one thing after the other."""
-    fate = rng.choices([*FATES], [*FATES.values()])[0]
-    xargs = {**_steer(rng, truth), **_read(rng, truth)} if fate != "refuse" else rng.choice(BAD)
-    fresh = [rng.randrange(5, WORDS) for _ in range(rng.randint(1, 60))]
-    return {
-        "request_id": f"soak-{number}",
-        "prompt": rng.choice([fresh, rng.choice(POOL)]),
-        "max_tokens": rng.randint(1, 24),
-        "vllm_xargs": xargs,
-        "fate": fate,
-        "patience": rng.uniform(0.0, 0.6),
-        "streams": fate == "hang up" or rng.random() < 0.3,
-        "reads_until": rng.randint(1, 12),  # chunks, before it hangs up
-        "stop_token_ids": rng.sample(range(5, WORDS), 3) if rng.random() < 0.1 else [],
-        "stop": [f"w{rng.randrange(100, WORDS)}" for _ in range(3)] if rng.random() < 0.1 else [],
-    }
-
-
-def _steer(rng: random.Random, truth: Truth) -> dict[str, Any]:
-    names = rng.sample([*truth.plans], rng.choice([0, 1, 1, 1, 2]))
-    if not names:
-        return {}
-    strengths = [rng.choice([1.0, round(rng.uniform(-2, 2), 3)]) for _ in names]
-    return {"steer": names, "steer_strength": strengths, "steer_positions": rng.choice(TO_STEER)}
-
-
-def _read(rng: random.Random, truth: Truth) -> dict[str, Any]:
-    names = rng.sample([*truth.probes], rng.choice([0, 1, 1, 2, 4]))
-    found: dict[str, Any] = {"steer_read": names} if names else {}
-    if rng.random() < 0.3:
-        single = rng.sample([name for name, look in truth.probes.items() if look.single], rng.randint(1, 2))
-        shares = [rng.choice([rng.uniform(0.8, 1.0), rng.uniform(0.98, 1.0)]) for _ in single]
-        above = [rng.random() < 0.5 for _ in single]
-        found["steer_abort"] = [
-            f"{name}>{truth.level(name, share)}" if up else f"{name}<{truth.level(name, 1 - share)}"
-            for name, share, up in zip(single, shares, above, strict=True)
-        ]
-    if found:
-        found["steer_read_positions"] = rng.choice([*POSITIONS])
-        found["steer_read_what"] = rng.choice(["tokens", "tokens" if "top" in names else "request"])
-    return found
-
-
-async def send(http: Any, request: dict[str, Any]) -> dict[str, Any] | None:
-    """The answer: tokens, why it ended, what was read; None where there is none to wait for."""
-    fate = request["fate"]
-    fields = ("request_id", "prompt", "max_tokens", "vllm_xargs", "stop_token_ids", "stop")
-    body = {key: request[key] for key in fields} | {"stream": request["streams"] and fate != "refuse"}
-    body |= {"model": "m", "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    asking = _streamed(http, body, request) if body["stream"] else _posted(http, body, request)
-    if fate != "give up":
-        return await asking
-    try:
-        return await asyncio.wait_for(asking, request["patience"])
-    except asyncio.TimeoutError:
-        return None
-
-
-async def _posted(http: Any, body: dict[str, Any], request: dict[str, Any]) -> dict[str, Any] | None:
-    answer = await http.post("/v1/completions", json=body)
-    if answer.status_code != (400 if request["fate"] == "refuse" else 200):
-        raise Refused(answer.text)
-    if request["fate"] == "refuse":
-        return None
-    (choice,) = answer.json()["choices"]
-    return _answer(choice["token_ids"], choice, answer.json())
-
-
-async def _streamed(http: Any, body: dict[str, Any], request: dict[str, Any]) -> dict[str, Any] | None:
-    tokens: list[int] = []
-    chunks = 0
-    async with http.stream("POST", "/v1/completions", json=body) as answer:
-        if answer.status_code != 200:
-            raise Refused((await answer.aread()).decode())
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk, chunks = json.loads(line.removeprefix("data: ")), chunks + 1
-            if "error" in chunk:
-                raise Refused(line)
-            (choice,) = chunk["choices"]
-            tokens += choice.get("token_ids") or []
-            if choice["finish_reason"] is not None:
-                return _answer(tokens, choice, chunk)
-            if request["fate"] == "hang up" and chunks >= request["reads_until"]:
-                return None
-    raise Refused("the stream ended without a reason")
-
-
-def _answer(tokens: list[int], choice: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
-    read = (answer.get("kv_transfer_params") or {}).get("steerfast")
-    return {"tokens": tokens, "why": choice["finish_reason"], "stop": choice.get("stop_reason"), "read": read}
 
 
 def resident(pid: int) -> int:

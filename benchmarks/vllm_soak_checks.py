@@ -9,31 +9,59 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm_truth import CLOSE, UNSURE, Truth, chosen
+from vllm_soak_forms import Form
+from vllm_soak_rows import Rows, captured, not_as_asked
+from vllm_truth import CLOSE, Truth, chosen
+from vllm_truth_plans import UNSURE
 
 Lines = list[tuple[int, int, list[list[Any]], dict[str, bool]]]
 
 
-def verify(asked: dict[str, dict[str, Any]], trace: Path, truth: Truth) -> tuple[list[str], dict[str, float]]:
+def verify(
+    asked: dict[str, dict[str, Any]], trace: Path, truth: Truth, form: Form, folder: Path
+) -> tuple[list[str], dict[str, float]]:
     """What is not as transformers has it, in words, and how much was compared."""
     lines: dict[str, Lines] = {}
     with open(trace) as file:
         for line in file:
             name, *rest = json.loads(line)
-            lines.setdefault(name.removeprefix("cmpl-").rsplit("-", 2)[0], []).append(tuple(rest))  # an index, a suffix
-    wrong = [f"nobody sent {name}" for name in lines.keys() - asked.keys() - {"last"}]
+            lines.setdefault(sent_as(name), []).append(tuple(rest))
+    rows: dict[str, Rows] = {}
+    for name, found in captured(folder).items() if form.captures else ():
+        rows.setdefault(sent_as(name), []).extend(found)
+    wrong = [f"nobody sent {name}" for name in (lines.keys() | rows.keys()) - asked.keys() - {"last"}]
     counts: dict[str, float] = dict.fromkeys(
-        ("steered_tokens", "decisions", "scores", "ended_by_limit", "unsure", "largest_error"), 0
+        ("steered_tokens", "decisions", "scores", "rows", "ended_by_limit", "unsure", "unsure_texts", "largest_error"),
+        0,
     )
     for name, request in asked.items():
         if request["fate"] != "refuse" and (request.get("answer") or name in lines):
-            found = check(request, lines.get(name, []), truth, counts)
+            told = settled(lines.get(name, []), request) if form.drafts else lines.get(name, [])
+            found = check(request, told, rows.get(name, []), truth, counts)
             wrong += [f"{name}: {reason}" for reason in found] + [json.dumps(request)] * bool(found)
     return wrong, counts
 
 
-def check(request: dict[str, Any], lines: Lines, truth: Truth, counts: dict[str, float]) -> list[str]:
-    """The same of one request, of which the trace has these lines."""
+def sent_as(name: str) -> str:
+    """A request's name without what the server adds: what it completes, an index, a suffix."""
+    return name.removeprefix("cmpl-").rsplit("-", 2)[0]
+
+
+def settled(lines: Lines, request: dict[str, Any]) -> Lines:
+    """What a trace says of the tokens that stay: a step takes back what was drafted at and behind the place where it begins."""
+    kept: Lines = []
+    for line in lines:
+        while kept and kept[-1][0] >= line[0]:
+            kept.pop()
+        kept.append(line)
+    if (answer := request.get("answer")) is None:
+        return kept
+    text = [*request["prompt"], *answer["tokens"]]
+    return [line for line in kept if line[0] < len(text) and (line[0] < len(text) - 1 or line[1] == text[-1])]
+
+
+def check(request: dict[str, Any], lines: Lines, rows: Rows, truth: Truth, counts: dict[str, float]) -> list[str]:
+    """The same of one request, of which the trace has these lines and the folder of captures these rows."""
     xargs, prompt, answer = request["vllm_xargs"], request["prompt"], request.get("answer")
     known = {position: token for position, token, *_ in lines} | dict(enumerate(prompt))
     if answer is not None:
@@ -45,13 +73,16 @@ def check(request: dict[str, Any], lines: Lines, truth: Truth, counts: dict[str,
     ids = [known.get(position, -1) for position in range(max(known) + 1)]
     if -1 in ids:
         return [f"the trace leaves out position {ids.index(-1)}"]
-    acts = chosen(xargs.get("steer_positions", "all"), len(prompt), ids)
-    steered = [(n, s, acts) for n, s in zip(xargs.get("steer", []), xargs.get("steer_strength", []), strict=True)]
+    steered = acts(xargs, len(prompt), ids, truth)
     wrong, seen = _applied(lines, ids, steered, counts)
-    found = truth.run(ids, len(prompt), steered, seen)
+    found = truth.run(ids, len(prompt), steered, seen, request["adapted"])
+    if found.doubtful:
+        counts["unsure_texts"] += 1
+        return wrong
     counts["decisions"] += found.decided
     counts["unsure"] += found.unsure
     wrong += [f"decided otherwise: {gate}" for gate in found.wrong]
+    wrong += not_as_asked(xargs, len(prompt), ids, answer, rows, found.streams, counts, request["stop"])
     if answer is None:
         return wrong
     ids = ids[: len(prompt) + len(answer["tokens"])]  # what was under way when it ended is not answered
@@ -60,10 +91,22 @@ def check(request: dict[str, Any], lines: Lines, truth: Truth, counts: dict[str,
         wrong.append(f"followed to position {reached} of {len(ids) - 2}")
     last = found.logits[len(prompt) - 1 : len(ids) - 1]
     behind = last.max(-1).values - last.gather(1, torch.tensor(ids[len(prompt) :], dtype=torch.int64)[:, None])[:, 0]
-    if (behind > CLOSE).any():
+    if request["likeliest"] and not request["temperature"] and (behind > CLOSE).any():
         wrong.append(f"token {int(behind.argmax())} is {float(behind.max()):g} below the likeliest one")
     scores = {name: value.numpy()[: len(ids)] for name, value in found.scores.items()}
     return wrong + _ended(request, answer, ids, scores, counts) + _scored(request, answer, ids, scores, truth, counts)
+
+
+def acts(xargs: dict[str, Any], prompt: int, ids: list[int], truth: Truth) -> list[tuple[str, float, np.ndarray]]:
+    """Plans in order, with strengths and where they act."""
+    found = []
+    for name, strength in zip(xargs.get("steer", []), xargs.get("steer_strength", []), strict=True):
+        plan = truth.plans[name]
+        where = chosen(xargs.get("steer_positions", plan.positions), prompt, ids)
+        if plan.by_token:
+            where &= np.arange(len(ids)) < min(plan.by_token, prompt)
+        found.append((name, strength, where))
+    return found
 
 
 def _applied(

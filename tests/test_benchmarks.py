@@ -726,7 +726,8 @@ def test_every_bar_names_a_case_that_is_measured():
         assert plain in source, f"no suite measures {bar.case!r}"
 
 
-AWAITED = {"vllm host time", "vllm memory", "vllm soak", "sae trained", "sae explain"}
+FORMS = {f"vllm soak {form}" for form in ("plain", "lora", "ngram", "draft", "tensor", "data", "pipeline")}
+AWAITED = {"vllm host time", "vllm memory", "sae trained", "sae explain", *FORMS}
 """Figures that tests or long runs state; a row with this case and `values` says them here."""
 
 

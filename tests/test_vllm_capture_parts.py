@@ -161,9 +161,9 @@ class Worker:
         if (taken := self.captures.take()) is not None:
             self.collector.put(taken)
 
-    def end(self, name: str, tokens: int = EVER) -> None:
+    def end(self, name: str, tokens: int = EVER, last: int = -1) -> None:
         self.captures.end(name)
-        self.collector.put(End(name, tokens))
+        self.collector.put(End(name, tokens, last))
 
     def read(self, name: str) -> dict[str, tuple[list[int], torch.Tensor, torch.Tensor]]:
         """request -> positions, tokens, rows of a cache."""
@@ -266,6 +266,18 @@ def test_a_draft_that_was_not_accepted_leaves_no_row_at_the_end_either(worker: W
     worker.end("a", 6)
     found = worker.read("resid_post.0.before.float32")["a"]
     assert_rows(found, [1, 2, 3, 4, 5, 6, 0, 0], [0, 1, 2, 3, 4, 5], "resid_post.0")
+
+
+def test_a_draft_that_ran_where_the_last_token_stands_leaves_no_row(worker: Worker) -> None:
+    """The text ends with a token that nobody has run, or with the draft itself."""
+    for name, last, kept in (("a", 6, 5), ("b", 5, 6), ("c", -1, 6)):
+        worker.start(name, [1, 2, 3], steer_capture=0)
+        worker.step((name, 0, [1, 2, 3]))
+        worker.step((name, 3, [4, 8, 5, 9]))
+        worker.end(name, 6, last)
+        positions, tokens, _ = worker.read("resid_post.0.before.float32")[name]
+        assert positions == [*range(kept)]
+        assert tokens[5] == (5 if last < 0 else last)
 
 
 def test_a_step_that_captures_nothing_leaves_the_ring_alone(worker: Worker) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm_engines import (
     ENVIRONMENT,
     Transformers,
@@ -22,6 +21,7 @@ from vllm_engines import (
     environment,
     fields,
     needs_vllm,
+    pretend_that_triton_runs_here,
     reads,
     tiny,
     tiny_edits,
@@ -35,40 +35,6 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
 ]
 TOKENS = 5
-
-
-def pretend_that_triton_runs_here() -> None:
-    """A driver of Triton that launches nothing; the interpreter needs none."""
-    from triton.backends import Backend, backends
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
-    from triton.runtime import driver
-
-    class Interpreted(DriverBase):
-        def __init__(self) -> None:
-            self.utils = None
-
-        @classmethod
-        def is_active(cls) -> bool:
-            return True
-
-        def map_python_to_cpp_type(self, ty: str) -> str:
-            return ty
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cpu", 0, 1)
-
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("cpu")
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_benchmarker(self) -> Any:
-            raise RuntimeError("nothing is tuned under the interpreter")
-
-    backends["cpu"] = Backend(compiler=next(iter(backends.values())).compiler, driver=Interpreted)
-    driver.set_active(Interpreted())
 
 
 class Engine:

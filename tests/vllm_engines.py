@@ -85,6 +85,40 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def pretend_that_triton_runs_here() -> None:
+    """A driver of Triton that launches nothing; the interpreter needs none. vLLM takes its V2 runner only where there is one."""
+    from triton.backends import Backend, backends
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+    from triton.runtime import driver
+
+    class Interpreted(DriverBase):
+        def __init__(self) -> None:
+            self.utils = None
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cpu", 0, 1)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_benchmarker(self) -> Any:
+            raise RuntimeError("nothing is tuned under the interpreter")
+
+    backends["cpu"] = Backend(compiler=next(iter(backends.values())).compiler, driver=Interpreted)
+    driver.set_active(Interpreted())
+
+
 def tiny(folder: Path, head: int = 32) -> Any:
     """A Llama of three layers with random weights and four heads of a size, saved for an engine; its texts are token ids."""
     from transformers import LlamaConfig, LlamaForCausalLM

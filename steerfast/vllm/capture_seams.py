@@ -3,7 +3,7 @@
 | seam | what is added |
 |---|---|
 | front end: `AsyncLLM.generate` | what only the prompt shows is refused before a stream begins |
-| engine core: `Scheduler.schedule` | how many tokens each request that has ended has, on the `SchedulerOutput` itself |
+| engine core: `Scheduler.schedule` | of each request that has ended how many tokens, and the last, on the `SchedulerOutput` |
 | worker: the runner's own methods (`worker_seams.py`) | rows are reserved before a step, collected behind it |
 | worker: `WorkerWrapperBase.shutdown` | what has ended is written |
 """
@@ -49,8 +49,9 @@ def patch(check: Check) -> None:
 
 # --- engine core -------------------------------------------------------------------------------------------------------
 
-_ended: dict[str, int] = {}
-"""What has ended in this process and was not told to a worker yet: the tokens whose rows are kept; 0: nobody waits for them."""
+_ended: dict[str, tuple[int, int]] = {}
+"""What has ended in this process and was not told to a worker yet: how many tokens it has, and the last of them; 0: nobody waits
+for its rows."""
 
 
 def note_end(request: Any) -> None:
@@ -61,7 +62,7 @@ def note_end(request: Any) -> None:
     params = request.sampling_params
     if "steer_capture" in (getattr(params, "extra_args", None) or {}):
         awaited = request.status is not resolve(STATUS).FINISHED_ABORTED or bool(params.stop)
-        _ended[request.request_id] = request.num_tokens if awaited else 0
+        _ended[request.request_id] = (request.num_tokens, request.all_token_ids[-1]) if awaited else (0, -1)
 
 
 def _schedule(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -156,7 +157,7 @@ class Taker:
         for name in scheduler_output.finished_req_ids:
             if name in self._captures:
                 self._captures.end(name)
-                self.collector.put(End(name, kept.get(name, EVER)))
+                self.collector.put(End(name, *kept.get(name, (EVER, -1))))
 
     def step(self, requests: Iterable[str], starts: Tensor, positions: Tensor, tokens: int, ids: Tensor) -> None:
         """A batch is about to run."""
@@ -174,7 +175,7 @@ class Taker:
         """Write what has ended."""
         if self.collector is not None:
             for name in [name for name in _ended if self._captures is not None and name in self._captures]:
-                self.collector.put(End(name, _ended.pop(name)))  # it was told to nobody: the engine has not run since
+                self.collector.put(End(name, *_ended.pop(name)))  # it was told to nobody: the engine has not run since
             self.collector.close()
         if self._lock is not None:
             self._lock.close()

@@ -44,10 +44,14 @@ class Begin(NamedTuple):
 
 
 class End(NamedTuple):
-    """A request has left; the rows of its first tokens are kept: further ones were drafts that its text does not have."""
+    """A request has left; the rows of its first tokens are kept: further ones were drafts that its text does not have.
+
+    Where its last token should stand a draft may have run that was not accepted: `last` tells them apart; -1: it is not known.
+    """
 
     request: str
     tokens: int
+    last: int = -1
 
 
 @dataclass
@@ -86,6 +90,15 @@ class _Pending:
                     parts.append((positions[:kept], rows[:kept].clone()))
                     free -= parts[-1][1].nbytes
         return free
+
+    def cut(self, tokens: int, last: int) -> None:
+        """Its text has so many tokens, of which `last` is the last one; -1: whatever it is."""
+        at = tokens - 1
+        another = last >= 0 and at < self.reached and self.tokens[at] != last
+        self.forget(at if another else tokens)
+        self.tokens = self.tokens[:tokens]
+        if another:
+            self.tokens[at] = last
 
     def drop(self) -> int:
         """All rows go. Returns their number."""
@@ -262,8 +275,7 @@ class Collector:
             return
         self._held -= pending.nbytes
         if message.tokens:
-            pending.forget(message.tokens)
-            pending.tokens = pending.tokens[: message.tokens]
+            pending.cut(message.tokens, message.last)
         count, size = sum(len(p) for parts in pending.rows.values() for p, _ in parts), pending.nbytes
         if not message.tokens or pending.lost:
             self._count("capture_dropped", count)

@@ -240,11 +240,13 @@ class Steered:
         return lines
 
     def _trace(self, path: str) -> None:
-        """Write these lines, each with what the conditions of its request have decided."""
-        with open(path, "a") as file:
-            for request, token, line in self._lines:
-                plans = [part.served.name for part in self._requests.get(request, ())]
-                file.write(json.dumps([*line, self.gates.decided(plans, token)]) + "\n")
+        """Write these lines, each with what the conditions of its request have decided: at once, for other workers do, too."""
+        written = ""
+        for request, token, line in self._lines:
+            plans = [part.served.name for part in self._requests.get(request, ())]
+            written += json.dumps([*line, self.gates.decided(plans, token)]) + "\n"
+        with open(path, "ab", buffering=0) as file:
+            file.write(written.encode())
         self._lines = []
 
 
