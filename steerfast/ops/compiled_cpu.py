@@ -1,0 +1,162 @@
+"""The compiled road of the CPU backend: kernels of numba where that is installed, for plain tensors of 32 bits and of bfloat16.
+
+Each function returns None where it does not serve, and PyTorch's calls run. Numba is imported at the first edit that it could
+serve, or by `sf.warmup`; its kernels are compiled then, once for a machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .slots import Eight, Tables
+from .tables import hinge_tables
+
+ALONE = 1 << 19
+"""Numbers of x up to which one thread edits them: it takes 0.1 to 0.3 ms, and another is awake after 0.05."""
+PARTS = 4
+"""Parts of the rows for each thread: one that another program holds up leaves the rest to the others."""
+
+BLOCK = 16
+"""Rows that a kernel takes together."""
+
+_KINDS = torch.float32, torch.bfloat16
+_FLOAT, _HALF = np.float32(0), np.uint16(0)  # what tells the kernels the dtype of x: they read bfloat16 as whole numbers
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """The compiled kernels; None without numba, or, with a warning, where it fails."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        return importlib.import_module(".numba_cpu", __package__)
+    except Exception as error:  # whatever a broken or too old installation does
+        warnings.warn(
+            f"steerfast: numba is installed but cannot compile the kernels of the CPU backend ({type(error).__name__}: {error}); "
+            'PyTorch alone runs them. pip install -U "steerfast[cpu]" may help, or pip uninstall numba',
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def hinged(
+    x: Tensor, directions: Tensor, numbers: Callable[[float], Eight], number: float, in_place: bool
+) -> Tensor | None:
+    """x + act(xBᵀ)B, with the rows B = directions, for the eight numbers of a number; plain tensors of at most 32 bits."""
+    rows = directions if directions.dim() == 2 else directions[None]
+    if kernels() is None:
+        return None
+    return subspace(x, (rows, *_tables(rows.shape[0], numbers, number)), None, None, in_place)
+
+
+@functools.lru_cache(maxsize=256)
+def _tables(rank: int, numbers: Callable[[float], Eight], number: float) -> tuple[Tensor, Tensor]:
+    return hinge_tables(rank, numbers(number), torch.device("cpu"))
+
+
+def subspace(x: Tensor, bank: Tables, rows: Tensor | None, scale: Tensor | None, in_place: bool) -> Tensor | None:
+    """`torch_cpu.subspace`; rows (n,)."""
+    compiled = kernels()
+    vectors, coefficients, slots = bank
+    if compiled is None or vectors.dtype not in _KINDS or vectors.stride(1) != 1:
+        return None
+    table = (
+        vectors.data_ptr(), vectors.stride(0) * vectors.itemsize, vectors.dtype is torch.bfloat16, vectors.shape[0],
+        coefficients.data_ptr(), coefficients.shape[0], slots.data_ptr(), slots.shape[0],
+    )  # fmt: skip
+    return _run(compiled.edit, x, table, rows, scale, in_place)
+
+
+def add(x: Tensor, bank: Tensor, rows: Tensor, scale: Tensor | None, in_place: bool) -> Tensor | None:
+    """`torch_cpu.add`; bank (S, d), rows (n,)."""
+    compiled = kernels()
+    if compiled is None or bank.dtype is not x.dtype or bank.stride(1) != 1:
+        return None
+    table = bank.data_ptr(), bank.stride(0) * bank.itemsize, bank.shape[0]
+    return _run(compiled.add, x, table, rows, scale, in_place)
+
+
+def _run(
+    kernel: Any, x: Tensor, table: tuple[int, ...], rows: Tensor | None, scale: Tensor | None, in_place: bool
+) -> Tensor | None:
+    """A kernel on the rows of x, by one thread or by as many as PyTorch takes."""
+    dtype, d = x.dtype, x.shape[-1]
+    if dtype is torch.float32:
+        kind, size = _FLOAT, 4
+    elif dtype is torch.bfloat16:
+        kind, size = _HALF, 2
+    else:
+        return None
+    if x.dim() == 2:
+        n, step, beside = x.shape[0], x.stride(0), x.stride(1)
+        if beside != 1 and d > 1:
+            return None
+    elif x.is_contiguous():
+        n, step = x.numel() // d, d
+    else:
+        return None
+    owners = strengths = 0, 0
+    if rows is not None:
+        if rows.dtype is not torch.int32:
+            return None
+        owners = rows.data_ptr(), rows.stride(0)
+    if scale is not None:
+        if scale.dtype is not torch.float32:
+            return None
+        strengths = scale.data_ptr(), scale.stride(0)
+    out = x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
+    run = functools.partial(
+        kernel, kind, x.data_ptr(), step * size, out.data_ptr(), (step if in_place else d) * size, n, d, *table, *owners, *strengths
+    )
+    status = run(0, n) if n * d <= ALONE or torch.get_num_threads() == 1 else _together(run, n)
+    return None if status else out
+
+
+def _together(run: Callable[[int, int], int], n: int) -> int:
+    """Rows in parts, which this thread and others take until none is left; it does not wait for one that has not begun."""
+    threads = torch.get_num_threads()
+    size = BLOCK * -(-n // (BLOCK * PARTS * threads))
+    parts = deque((begin, min(begin + size, n)) for begin in range(0, n, size))
+
+    def take() -> int:
+        status = 0
+        while parts:
+            try:
+                part = parts.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            status |= run(*part)
+        return status
+
+    try:
+        others = [_pool(threads - 1).submit(take) for _ in range(min(threads, len(parts)) - 1)]
+    except RuntimeError:  # Python ends
+        others = []
+    status = take()
+    for other in others:
+        if not other.cancel():
+            status |= other.result()
+    return status
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, "steerfast")
+
+
+# threads do not follow a process into its child
+os.register_at_fork(after_in_child=_pool.cache_clear)
