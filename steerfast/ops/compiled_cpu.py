@@ -33,6 +33,7 @@ BLOCK = 16
 """Rows that a kernel takes together."""
 
 _KINDS = torch.float32, torch.bfloat16
+_ABSENT = 0, 0
 _FLOAT, _HALF = np.float32(0), np.uint16(0)  # what tells the kernels the dtype of x: they read bfloat16 as whole numbers
 
 
@@ -101,32 +102,33 @@ def _run(
         kind, size = _HALF, 2
     else:
         return None
-    if x.dim() == 2:
-        n, step, beside = x.shape[0], x.stride(0), x.stride(1)
-        if beside != 1 and d > 1:
-            return None
-    elif x.is_contiguous():
-        n, step = x.numel() // d, d
+    if x.is_contiguous():
+        n, step = x.numel() // d, d * size
+    elif x.dim() == 2 and (x.stride(1) == 1 or d == 1):
+        n, step = x.shape[0], x.stride(0) * size
     else:
         return None
-    owners = strengths = 0, 0
+    whose = strengths = _ABSENT
     if rows is not None:
         if rows.dtype is not torch.int32:
             return None
-        owners = rows.data_ptr(), rows.stride(0)
+        whose = rows.data_ptr(), rows.stride(0)
     if scale is not None:
         if scale.dtype is not torch.float32:
             return None
         strengths = scale.data_ptr(), scale.stride(0)
-    out = x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
-    run = functools.partial(
-        kernel, kind, x.data_ptr(), step * size, out.data_ptr(), (step if in_place else d) * size, n, d, *table, *owners, *strengths
-    )
-    status = run(0, n) if n * d <= ALONE or torch.get_num_threads() == 1 else _together(run, n)
-    return None if status else out
+    source = x.data_ptr()
+    if in_place:
+        out, place = x, (source, step, source, step)
+    else:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        place = source, step, out.data_ptr(), d * size
+    arguments = (kind, *place, n, d, *table, *whose, *strengths)
+    alone = n * d <= ALONE or torch.get_num_threads() == 1
+    return None if (kernel(*arguments, 0, n) if alone else _together(kernel, arguments, n)) else out
 
 
-def _together(run: Callable[[int, int], int], n: int) -> int:
+def _together(kernel: Any, arguments: tuple[Any, ...], n: int) -> int:
     """Rows in parts, which this thread and others take until none is left; it does not wait for one that has not begun."""
     threads = torch.get_num_threads()
     size = BLOCK * -(-n // (BLOCK * PARTS * threads))
@@ -139,7 +141,7 @@ def _together(run: Callable[[int, int], int], n: int) -> int:
                 part = parts.popleft()
             except IndexError:  # another thread took the last one
                 break
-            status |= run(*part)
+            status |= kernel(*arguments, *part)
         return status
 
     try:

@@ -24,12 +24,14 @@ from .torch_backend import VANISHED
 
 ROWS = 16
 """Rows of a block: they stay in the second cache beside the directions."""
-CHUNK = 512
-"""Numbers of a row that are taken at a time: those of eight directions fill half of the first cache."""
+CHUNK = 768
+"""Numbers of a row that are taken at a time: those of eight directions fill three quarters of the first cache."""
 MOST = 64
 """Directions of a slot; of more, a library's products cost less."""
 TILE = 8
 """Directions that share one reading of x."""
+PITCH = MOST + TILE
+"""From one row's y to the next; what is behind it is 0."""
 
 _exact = {"fastmath": {"contract"}, "error_model": "numpy"}
 _in_lanes = {"fastmath": {"contract", "reassoc"}, "error_model": "numpy"}
@@ -125,14 +127,22 @@ def _narrow_of(kind, number):
 # --- one row, or a chunk of it ----------------------------------------------------------------------------------------------
 
 
-@njit(**_in_lanes)
-def _dots(kind, at, first, step, count, n, y):
-    """y += the products of a row with up to eight directions, `step` bytes apart; those beyond `count` are the last once more."""
-    x, last = _row(kind, at, n), count - 1
+@njit(**_exact)
+def _eight(first, step, count, n):
+    """Eight rows, `step` bytes apart; those beyond `count` are the last once more."""
+    last = count - 1
     b0, b1 = _row(_zero, first, n), _row(_zero, first + min(1, last) * step, n)
     b2, b3 = _row(_zero, first + min(2, last) * step, n), _row(_zero, first + min(3, last) * step, n)
     b4, b5 = _row(_zero, first + min(4, last) * step, n), _row(_zero, first + min(5, last) * step, n)
     b6, b7 = _row(_zero, first + min(6, last) * step, n), _row(_zero, first + min(7, last) * step, n)
+    return b0, b1, b2, b3, b4, b5, b6, b7
+
+
+@njit(**_in_lanes)
+def _dots(kind, at, first, step, count, n, to):
+    """y += the products of a row with up to eight directions."""
+    x, y = _row(kind, at, n), _row(_zero, to, TILE)
+    b0, b1, b2, b3, b4, b5, b6, b7 = _eight(first, step, count, n)
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = _zero
     for j in range(n):
         v = _wide(x[j])
@@ -158,53 +168,73 @@ def _dot(kind, at, first, n):
 
 
 @njit(**_in_lanes)
-def _square(kind, at, n):
-    """Squared length, in float64."""
+def _length(kind, at, n):
+    """Of a row, as PyTorch takes it: the squares add up in float64."""
     x, s = _row(kind, at, n), 0.0
     for j in range(n):
         v = np.float64(_wide(x[j]))
         s += v * v
-    return s
+    return math.sqrt(s)
 
 
 @njit(**_exact)
-def _sum(w, begins, g, first, step, count, n):
+def _mixed(g, c, j):
+    return (
+        g[0] * c[0][j] + g[1] * c[1][j] + g[2] * c[2][j] + g[3] * c[3][j]
+        + g[4] * c[4][j] + g[5] * c[5][j] + g[6] * c[6][j] + g[7] * c[7][j]
+    )  # fmt: skip
+
+
+@njit(**_exact)
+def _sum(to, begins, g, first, step, count, n):
     """w += g·C of up to eight directions, or = where it begins."""
-    last = count - 1
-    c0, c1 = _row(_zero, first, n), _row(_zero, first + min(1, last) * step, n)
-    c2, c3 = _row(_zero, first + min(2, last) * step, n), _row(_zero, first + min(3, last) * step, n)
-    c4, c5 = _row(_zero, first + min(4, last) * step, n), _row(_zero, first + min(5, last) * step, n)
-    c6, c7 = _row(_zero, first + min(6, last) * step, n), _row(_zero, first + min(7, last) * step, n)
-    g0, g1, g2, g3 = g[0], g[1], g[2], g[3]
-    g4 = g[4]
-    g5 = g[5] if count > 5 else _zero
-    g6 = g[6] if count > 6 else _zero
-    g7 = g[7] if count > 7 else _zero
+    w, c = _row(_zero, to, n), _eight(first, step, count, n)
     for j in range(n):
-        before = _zero if begins else w[j]
-        w[j] = before + (
-            g0 * c0[j] + g1 * c1[j] + g2 * c2[j] + g3 * c3[j] + g4 * c4[j] + g5 * c5[j] + g6 * c6[j] + g7 * c7[j]
-        )
+        w[j] = (_zero if begins else w[j]) + _mixed(g, c, j)
 
 
 @njit(**_exact)
-def _sum_one(w, begins, g, first, n):
-    c = _row(_zero, first, n)
+def _sum_one(to, begins, g, first, n):
+    w, c = _row(_zero, to, n), _row(_zero, first, n)
     for j in range(n):
         w[j] = (_zero if begins else w[j]) + g * c[j]
 
 
 @njit(**_exact)
-def _plus(kind, w, at, n):
+def _lifted(kind, at, to, g, first, step, count, n):
+    """x + g·C of up to eight directions. Memory that may overlap is taken number by number, so x in its place is said apart."""
+    x, out, c = _row(kind, at, n), _row(kind, to, n), _eight(first, step, count, n)
+    if at == to:
+        for j in range(n):
+            out[j] = _narrow(kind, _wide(out[j]) + _mixed(g, c, j))
+    else:
+        for j in range(n):
+            out[j] = _narrow(kind, _wide(x[j]) + _mixed(g, c, j))
+
+
+@njit(**_exact)
+def _add(kind, at, weight, of, vector, to, n):
+    """x + weight · vector, a vector of that kind."""
+    x, v, out = _row(kind, at, n), _row(of, vector, n), _row(kind, to, n)
+    if at == to:
+        for j in range(n):
+            out[j] = _narrow(kind, _wide(out[j]) + weight * _wide(v[j]))
+    else:
+        for j in range(n):
+            out[j] = _narrow(kind, _wide(x[j]) + weight * _wide(v[j]))
+
+
+@njit(**_exact)
+def _plus(kind, at, to, n):
     """w += x."""
-    x = _row(kind, at, n)
+    x, w = _row(kind, at, n), _row(_zero, to, n)
     for j in range(n):
         w[j] += _wide(x[j])
 
 
 @njit(**_exact)
-def _store(kind, w, ratio, at, n):
-    out = _row(kind, at, n)
+def _store(kind, of, ratio, to, n):
+    w, out = _row(_zero, of, n), _row(kind, to, n)
     for j in range(n):
         out[j] = _narrow(kind, ratio * w[j])
 
@@ -217,21 +247,10 @@ def _copy(kind, at, to, n):
 
 
 @njit(**_exact)
-def _widen(kind, at, w, n):
-    x = _row(kind, at, n)
+def _widen(kind, at, to, n):
+    x, w = _row(kind, at, n), _row(_zero, to, n)
     for j in range(n):
         w[j] = _wide(x[j])
-
-
-@njit(**_exact)
-def _add(kind, at, weight, vector, to, n):
-    x, v, out = _row(kind, at, n), _row(kind, vector, n), _row(kind, to, n)
-    if at == to:  # said apart: memory that may overlap would be taken number by number
-        for j in range(n):
-            out[j] = _narrow(kind, _wide(out[j]) + weight * _wide(v[j]))
-    else:
-        for j in range(n):
-            out[j] = _narrow(kind, _wide(x[j]) + weight * _wide(v[j]))
 
 
 # --- rows of a bank ---------------------------------------------------------------------------------------------------------
@@ -250,31 +269,40 @@ def _serves(header, directions, size):
 
 
 @njit(**_exact)
+def _tile(g, i):
+    return g[i], g[i + 1], g[i + 2], g[i + 3], g[i + 4], g[i + 5], g[i + 6], g[i + 7]
+
+
+@njit(**_exact)
 def _relu(number):
     return _zero if number < _zero else number
 
 
 @njit(**_exact)
-def _hinge(y, c):
-    """`torch_backend.hinge` of one number, without the terms that are nothing."""
-    g = c[0]
-    if c[1] != _zero:
-        g += c[1] * y
-    if c[2] != _zero:
-        g += c[2] * _relu(y - c[3])
-    if c[4] != _zero:
-        g += c[4] * _relu(y - c[5])
-    if c[6] != _zero:
-        g += c[6] if y > c[7] else _zero
-    return g
+def _hinge(y, m, rank, c):
+    """`torch_backend.hinge` of m rows, without the terms that are nothing."""
+    for k in range(rank):
+        c0, c1, c2, c3, c4, c5, c6, c7 = _tile(c, 8 * k + 8)
+        for r in range(m):
+            at = r * PITCH + k
+            v, g = y[at], c0
+            if c1 != _zero:
+                g += c1 * v
+            if c2 != _zero:
+                g += c2 * _relu(v - c3)
+            if c4 != _zero:
+                g += c4 * _relu(v - c5)
+            if c6 != _zero:
+                g += c6 if v > c7 else _zero
+            y[at] = g
 
 
 @njit(**_exact)
 def _act(mode, rank, y, c, weight):
-    """y becomes g; c holds the slot's constants, and then eight numbers of each direction."""
+    """One row's y becomes g; c holds the slot's constants, and then eight numbers of each direction."""
     if mode == HINGE:
         for i in range(rank):
-            y[i] = weight * _hinge(y[i], c[8 * i + 8 : 8 * i + 16])
+            y[i] *= weight
     elif mode == PUSH:
         total = _zero
         for i in range(rank):
@@ -293,35 +321,37 @@ def _act(mode, rank, y, c, weight):
 
 
 @njit(**_exact)
-def _lift(w, g, rank, first, step, n):
-    """w = g·C."""
-    for i in range(0, rank, TILE):
-        count = min(TILE, rank - i)
-        if count > TILE // 2:
-            _sum(w, i == 0, g[i:], first + i * step, step, count, n)
-        else:
-            for one in range(i, i + count):
-                _sum_one(w, one == 0, g[one], first + one * step, n)
-
-
-@njit(**_exact)
-def _project(kind, at, y, rank, first, step, n):
+def _project(kind, at, to, rank, first, step, n):
     """y += Bx."""
+    y = _row(_zero, to, rank)
     for i in range(0, rank, TILE):
         count = min(TILE, rank - i)
         if count > TILE // 2:
-            _dots(kind, at, first + i * step, step, count, n, y[i:])
+            _dots(kind, at, first + i * step, step, count, n, to + 4 * i)
         else:
             for one in range(i, i + count):
                 y[one] += _dot(kind, at, first + one * step, n)
 
 
 @njit(**_exact)
-def _widened(first, step, rows):
+def _lift(to, of, rank, first, step, n):
+    """w = g·C; behind the numbers of g stand zeros."""
+    g = _row(_zero, of, rank)
+    for i in range(0, rank, TILE):
+        count = min(TILE, rank - i)
+        if count > TILE // 2:
+            _sum(to, i == 0, _tile(g, i), first + i * step, step, count, n)
+        else:
+            for one in range(i, i + count):
+                _sum_one(to, one == 0, g[one], first + one * step, n)
+
+
+@njit(**_exact)
+def _widened(first, step, rank, d, to):
     """Where rows of bfloat16 stand in float32 now."""
-    for i in range(rows.shape[0]):
-        _widen(_HALF, first + i * step, rows[i], rows.shape[1])
-    return np.int64(rows.ctypes.data)
+    for i in range(rank):
+        _widen(_HALF, first + i * step, to + 4 * d * i, d)
+    return to
 
 
 @njit(**_exact)
@@ -341,35 +371,55 @@ def _ordered(owners, rows_step, n, slots):
 
 
 @njit(**_exact)
-def _edit_block(places, some, header, c, basis, strengths, buffers):
+def _place(array):
+    return np.int64(array.ctypes.data)
+
+
+@njit(**_exact)
+def _kept(y, w, wide):
+    """An array lives until it is last mentioned, whoever has its address."""
+    return y.shape[0] + w.shape[0] + wide.shape[0]
+
+
+@njit(**_exact)
+def _edit_block(kind, order, begin, m, places, slot, basis, strengths, scratch):
     """A few rows after one slot: projected chunk by chunk, so that the directions stay in the first cache, and lifted so."""
-    kind, x, x_step, out, out_step, d = places
+    x, x_step, out, out_step, d = places
+    mode, rank, keep_norm, numbers = slot
     across, lift, step = basis
-    scaled, scales, scale_step = strengths
-    y, w = buffers
-    mode, rank, keep_norm = header[0], np.int64(header[1]), header[6] != 0
-    m, item = some.shape[0], _bytes(kind)
-    y[:m, :rank] = _zero
+    scale, scale_step = strengths
+    y_at, w = scratch
+    item, c, scales = _bytes(kind), _row(_zero, numbers, 8 + 8 * rank), _row(_zero, scale, 1)
+    y = _row(_zero, y_at, m * PITCH)
+    y[:] = _zero
     if mode != ADD:
         for j in range(0, d, CHUNK):
             for r in range(m):
-                _project(kind, x + some[r] * x_step + j * item, y[r], rank, across + 4 * j, step, min(CHUNK, d - j))
+                at = x + order[begin + r] * x_step + j * item
+                _project(kind, at, y_at + 4 * r * PITCH, rank, across + 4 * j, step, min(CHUNK, d - j))
+    if mode == HINGE:
+        _hinge(y, m, rank, c)
     for r in range(m):
-        _act(mode, rank, y[r], c, c[2] * (scales[some[r] * scale_step] if scaled else np.float32(1)))
+        weight = c[2] * (scales[order[begin + r] * scale_step] if scale else np.float32(1))
+        _act(mode, rank, _row(_zero, y_at + 4 * r * PITCH, rank), c, weight)
     span = d if keep_norm else CHUNK
     for j in range(0, d, span):
+        n = min(span, d - j)
         for r in range(m):
-            n, at = min(span, d - j), x + some[r] * x_step + j * item
-            _lift(w[:n], y[r], rank, lift + 4 * j, step, n)
-            ratio = np.float32(1)
-            if keep_norm:
-                before = math.sqrt(_square(kind, at, n))
-                _plus(kind, w, at, n)
-                after = math.sqrt(_square(_zero, np.int64(w.ctypes.data), n))
-                ratio = np.float32(before / after) if after > VANISHED * before else ratio
+            i, ratio = order[begin + r], np.float32(1)
+            at = x + i * x_step + j * item
+            to, g = out + i * out_step + j * item, y_at + 4 * r * PITCH
+            if rank == 1 and not keep_norm:
+                _add(kind, at, y[r * PITCH], _zero, lift + 4 * j, to, n)
+            elif TILE // 2 < rank <= TILE and not keep_norm:
+                _lifted(kind, at, to, _tile(y, r * PITCH), lift + 4 * j, step, rank, n)
             else:
-                _plus(kind, w, at, n)
-            _store(kind, w, ratio, out + some[r] * out_step + j * item, n)
+                _lift(w, g, rank, lift + 4 * j, step, n)
+                _plus(kind, at, w, n)
+                if keep_norm:
+                    before, after = _length(kind, at, n), _length(_zero, w, n)
+                    ratio = np.float32(before / after) if after > VANISHED * before else ratio
+                _store(kind, w, ratio, to, n)
 
 
 @_entry(20)
@@ -392,34 +442,37 @@ def edit(
                 return 1
             known = owner
     order = _ordered(owners, rows_step, n, slots) if rows else np.arange(n)
-    buffers = np.empty((ROWS, MOST), np.float32), np.empty(d, np.float32)
+    y, w, wide = np.empty(ROWS * PITCH, np.float32), np.empty(d, np.float32), np.empty(0, np.float32)
+    places, strengths = (x, x_step, out, out_step, d), (scale, scale_step)
+    scratch = _place(y), _place(w)
     while begin < end:
         owner = np.int64(owners[order[begin] * rows_step]) if rows else 0
         stop = begin + 1 if rows else end
         while stop < end and owners[order[stop] * rows_step] == owner:
             stop += 1
-        header = table[8 * owner : 8 * owner + 8].copy() if owner >= 0 else np.zeros(8, np.int32)
-        if header[1] == 0:
+        if owner == -1 or table[8 * owner + 1] == 0:
             for i in order[begin:stop]:
                 if x != out:
                     _copy(kind, x + i * x_step, out + i * out_step, d)
-        elif not _serves(header, directions, size):  # written by another thread meanwhile
+            begin = stop
+            continue
+        header = table[8 * owner : 8 * owner + 8].copy()
+        if not _serves(header, directions, size):  # written by another thread meanwhile
             return 1
-        else:
-            rank, same = np.int64(header[1]), header[2] == header[3]
-            across, lift = vectors + header[2] * vectors_step, vectors + header[3] * vectors_step
-            step = vectors_step
-            wide = np.empty((rank if same else 2 * rank, d) if narrow else (1, 1), np.float32)
-            if narrow:
-                step = 4 * d
-                across = _widened(across, vectors_step, wide[:rank]) if header[0] != ADD else 0
-                lift = across if same and header[0] != ADD else _widened(lift, vectors_step, wide[-rank:])
-            c = _row(_zero, numbers + 32 * np.int64(header[4]), 8 + 8 * rank)
-            places = (kind, x, x_step, out, out_step, d)
-            for first in range(begin, stop, ROWS):
-                some = order[first : min(first + ROWS, stop)]
-                _edit_block(places, some, header, c, (across, lift, step), (scale != 0, scales, scale_step), buffers)
+        mode, rank = header[0], np.int64(header[1])
+        across, lift, step = vectors + header[2] * vectors_step, vectors + header[3] * vectors_step, vectors_step
+        if narrow:
+            if wide.shape[0] < 2 * rank * d:
+                wide = np.empty(2 * rank * d, np.float32)
+            same, step = across == lift, 4 * d
+            if mode != ADD:
+                across = _widened(across, vectors_step, rank, d, _place(wide))
+            lift = across if same and mode != ADD else _widened(lift, vectors_step, rank, d, _place(wide) + rank * step)
+        slot, basis = (mode, rank, header[6] != 0, numbers + 32 * np.int64(header[4])), (across, lift, step)
+        for first in range(begin, stop, ROWS):
+            _edit_block(kind, order, first, min(ROWS, stop - first), places, slot, basis, strengths, scratch)
         begin = stop
+    _kept(y, w, wide)
     return 0
 
 
@@ -436,7 +489,7 @@ def add(
         at, to, owner = x + i * x_step, out + i * out_step, np.int64(owners[i * rows_step])
         if owner >= 0:
             weight = scales[i * scale_step] if scale else np.float32(1)
-            _add(kind, at, weight, bank + owner * bank_step, to, d)
+            _add(kind, at, weight, kind, bank + owner * bank_step, to, d)
         elif at != to:
             _copy(kind, at, to, d)
     return 0
