@@ -123,7 +123,7 @@ def _run(
     else:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         place = source, step, out.data_ptr(), d * size
-    arguments = (kind, *place, n, d, *table, *whose, *strengths)
+    arguments = (kind, *place, n, d, size, *table, *whose, *strengths)
     alone = n * d <= ALONE or torch.get_num_threads() == 1
     return None if (kernel(*arguments, 0, n) if alone else _together(kernel, arguments, n)) else out
 

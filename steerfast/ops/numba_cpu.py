@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic, overload
+from numba import njit, types
+from numba.extending import intrinsic
 
 from .slots import ADD, HINGE, PUSH, ROTATE
 from .torch_backend import VANISHED
@@ -35,9 +35,8 @@ PITCH = MOST + TILE
 
 _exact = {"fastmath": {"contract"}, "error_model": "numpy"}
 _in_lanes = {"fastmath": {"contract", "reassoc"}, "error_model": "numpy"}
-_zero = np.float32(0)
-_HALF, _WHOLE = np.uint16(0), np.int32(0)
-_half = np.uint32(16)
+_ZERO = np.float32(0)
+_HALF = np.uint16(0)
 
 
 def _entry(numbers: int) -> Callable[..., Any]:
@@ -54,203 +53,206 @@ def _entry(numbers: int) -> Callable[..., Any]:
     return compiled
 
 
-# --- numbers and rows in memory ---------------------------------------------------------------------------------------------
+# --- numbers in memory ------------------------------------------------------------------------------------------------------
 
 
-def _reinterpreted(source, target, to: Callable[[Any, Any], Any]):
-    @intrinsic
-    def cast(context, value):
-        return target(source), lambda context, builder, signature, values: to(builder, values[0])
-
-    return cast
+def _pointer(builder, kind, address, index):
+    """To number `index` of this kind from an address on."""
+    bits = {types.float32: ir.FloatType(), types.uint16: ir.IntType(16), types.int32: ir.IntType(32)}[kind]
+    return builder.gep(builder.inttoptr(address, bits.as_pointer()), [index])
 
 
-_as_float = _reinterpreted(types.uint32, types.float32, lambda builder, v: builder.bitcast(v, ir.FloatType()))
-_as_bits = _reinterpreted(types.float32, types.uint32, lambda builder, v: builder.bitcast(v, ir.IntType(32)))
-_places = {
-    kind: _reinterpreted(types.int64, types.CPointer(kind), lambda builder, v, bits=bits: builder.inttoptr(v, bits.as_pointer()))
-    for kind, bits in ((types.float32, ir.FloatType()), (types.uint16, ir.IntType(16)), (types.int32, ir.IntType(32)))
-}
-_float_at, _half_at, _whole_at = _places.values()
+@intrinsic
+def _whole(context, address, index):
+    """The int32 that stands there."""
+    return types.int64(types.int64, types.int64), lambda context, builder, signature, values: builder.sext(
+        builder.load(_pointer(builder, types.int32, *values)), ir.IntType(64)
+    )
 
 
-def _row(kind, address: int, n: int):
-    """n numbers of this kind that stand there."""
+@intrinsic
+def _read(context, kind, address, index):
+    """Number `index` from an address on, as float32."""
+
+    def read(context, builder, signature, values):
+        number = builder.load(_pointer(builder, kind, *values[1:]))
+        if kind == types.float32:
+            return number
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(number, word), word(16)), ir.FloatType())
+
+    return types.float32(kind, types.int64, types.int64), read
 
 
-def _bytes(kind):
-    """Of a number of x."""
+@intrinsic
+def _write(context, kind, address, index, number):
+    """A float32 as number `index` from an address on: to the nearest, ties to even; NaN stays."""
 
+    def write(context, builder, signature, values):
+        number, word = values[3], ir.IntType(32)
+        if kind == types.uint16:
+            bits = builder.bitcast(number, word)
+            odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+            rounded = builder.lshr(builder.add(builder.add(bits, word(0x7FFF)), odd), word(16))
+            rounded = builder.select(builder.fcmp_ordered("ord", number, number), rounded, word(0x7FC0))
+            number = builder.trunc(rounded, ir.IntType(16))
+        builder.store(number, _pointer(builder, kind, *values[1:3]))
+        return context.get_dummy_value()
 
-def _wide(number):
-    """A number of x as float32."""
-
-
-def _narrow(kind, number):
-    """A float32 as a number of x: rounded to the nearest, ties to even."""
-
-
-@overload(_row)
-def _row_of(kind, address, n):
-    if kind == types.float32:
-        return lambda kind, address, n: carray(_float_at(address), (n,))
-    if kind == types.uint16:
-        return lambda kind, address, n: carray(_half_at(address), (n,))
-    return lambda kind, address, n: carray(_whole_at(address), (n,))
-
-
-@overload(_bytes)
-def _bytes_of(kind):
-    return (lambda kind: 4) if kind == types.float32 else (lambda kind: 2)
-
-
-@overload(_wide)
-def _wide_of(number):
-    if number == types.float32:
-        return lambda number: number
-    return lambda number: _as_float(np.uint32(number) << _half)
-
-
-@overload(_narrow)
-def _narrow_of(kind, number):
-    if kind == types.float32:
-        return lambda kind, number: number
-
-    def to_nearest(kind, number):
-        bits = _as_bits(number)
-        rounded = (bits + np.uint32(0x7FFF) + ((bits >> _half) & np.uint32(1))) >> _half
-        return np.uint16(rounded) if number == number else np.uint16(0x7FC0)
-
-    return to_nearest
+    return types.void(kind, types.int64, types.int64, types.float32), write
 
 
 # --- one row, or a chunk of it ----------------------------------------------------------------------------------------------
 
 
 @njit(**_exact)
-def _eight(first, step, count, n):
-    """Eight rows, `step` bytes apart; those beyond `count` are the last once more."""
+def _eight(first, step, count):
+    """Where eight rows begin, `step` bytes apart; those beyond `count` are the last once more."""
     last = count - 1
-    b0, b1 = _row(_zero, first, n), _row(_zero, first + min(1, last) * step, n)
-    b2, b3 = _row(_zero, first + min(2, last) * step, n), _row(_zero, first + min(3, last) * step, n)
-    b4, b5 = _row(_zero, first + min(4, last) * step, n), _row(_zero, first + min(5, last) * step, n)
-    b6, b7 = _row(_zero, first + min(6, last) * step, n), _row(_zero, first + min(7, last) * step, n)
-    return b0, b1, b2, b3, b4, b5, b6, b7
+    return (
+        first, first + min(1, last) * step, first + min(2, last) * step, first + min(3, last) * step,
+        first + min(4, last) * step, first + min(5, last) * step, first + min(6, last) * step, first + min(7, last) * step,
+    )  # fmt: skip
 
 
 @njit(**_in_lanes)
-def _dots(kind, at, first, step, count, n, to):
-    """y += the products of a row with up to eight directions."""
-    x, y = _row(kind, at, n), _row(_zero, to, TILE)
-    b0, b1, b2, b3, b4, b5, b6, b7 = _eight(first, step, count, n)
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = _zero
+def _dots(kind, x, z, first, step, count, n, y, u):
+    """y += the products of row x with up to eight directions, and u those of row z, so that a direction is loaded once for both."""
+    b0, b1, b2, b3, b4, b5, b6, b7 = _eight(first, step, count)
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = _ZERO
+    t0 = t1 = t2 = t3 = t4 = t5 = t6 = t7 = _ZERO
     for j in range(n):
-        v = _wide(x[j])
-        s0 += v * b0[j]
-        s1 += v * b1[j]
-        s2 += v * b2[j]
-        s3 += v * b3[j]
-        s4 += v * b4[j]
-        s5 += v * b5[j]
-        s6 += v * b6[j]
-        s7 += v * b7[j]
-    for i, s in enumerate((s0, s1, s2, s3, s4, s5, s6, s7)):
+        v, w = _read(kind, x, j), _read(kind, z, j)
+        c0, c1, c2, c3 = _read(_ZERO, b0, j), _read(_ZERO, b1, j), _read(_ZERO, b2, j), _read(_ZERO, b3, j)
+        c4, c5, c6, c7 = _read(_ZERO, b4, j), _read(_ZERO, b5, j), _read(_ZERO, b6, j), _read(_ZERO, b7, j)
+        s0 += v * c0
+        t0 += w * c0
+        s1 += v * c1
+        t1 += w * c1
+        s2 += v * c2
+        t2 += w * c2
+        s3 += v * c3
+        t3 += w * c3
+        s4 += v * c4
+        t4 += w * c4
+        s5 += v * c5
+        t5 += w * c5
+        s6 += v * c6
+        t6 += w * c6
+        s7 += v * c7
+        t7 += w * c7
+    _collect(y, count, (s0, s1, s2, s3, s4, s5, s6, s7))
+    _collect(u, count, (t0, t1, t2, t3, t4, t5, t6, t7))
+
+
+@njit(**_exact)
+def _collect(y, count, sums):
+    for i, s in enumerate(sums):
         if i < count:
-            y[i] += s
+            _write(_ZERO, y, i, _read(_ZERO, y, i) + s)
 
 
 @njit(**_in_lanes)
-def _dot(kind, at, first, n):
-    x, b, s = _row(kind, at, n), _row(_zero, first, n), _zero
+def _dot(kind, x, b, n):
+    s = _ZERO
     for j in range(n):
-        s += _wide(x[j]) * b[j]
+        s += _read(kind, x, j) * _read(_ZERO, b, j)
     return s
 
 
 @njit(**_in_lanes)
-def _length(kind, at, n):
+def _length(kind, x, n):
     """Of a row, as PyTorch takes it: the squares add up in float64."""
-    x, s = _row(kind, at, n), 0.0
+    s = 0.0
     for j in range(n):
-        v = np.float64(_wide(x[j]))
+        v = np.float64(_read(kind, x, j))
         s += v * v
     return math.sqrt(s)
 
 
 @njit(**_exact)
-def _mixed(g, c, j):
+def _tile(g, i):
     return (
-        g[0] * c[0][j] + g[1] * c[1][j] + g[2] * c[2][j] + g[3] * c[3][j]
-        + g[4] * c[4][j] + g[5] * c[5][j] + g[6] * c[6][j] + g[7] * c[7][j]
+        _read(_ZERO, g, i), _read(_ZERO, g, i + 1), _read(_ZERO, g, i + 2), _read(_ZERO, g, i + 3),
+        _read(_ZERO, g, i + 4), _read(_ZERO, g, i + 5), _read(_ZERO, g, i + 6), _read(_ZERO, g, i + 7),
     )  # fmt: skip
 
 
 @njit(**_exact)
-def _sum(to, begins, g, first, step, count, n):
-    """w += g·C of up to eight directions, or = where it begins."""
-    w, c = _row(_zero, to, n), _eight(first, step, count, n)
-    for j in range(n):
-        w[j] = (_zero if begins else w[j]) + _mixed(g, c, j)
+def _mixed(g, c, j):
+    """g·C at one place."""
+    return (
+        g[0] * _read(_ZERO, c[0], j) + g[1] * _read(_ZERO, c[1], j) + g[2] * _read(_ZERO, c[2], j) + g[3] * _read(_ZERO, c[3], j)
+        + g[4] * _read(_ZERO, c[4], j) + g[5] * _read(_ZERO, c[5], j) + g[6] * _read(_ZERO, c[6], j) + g[7] * _read(_ZERO, c[7], j)
+    )  # fmt: skip
 
 
 @njit(**_exact)
-def _sum_one(to, begins, g, first, n):
-    w, c = _row(_zero, to, n), _row(_zero, first, n)
+def _sum(w, begins, g, c, n):
+    """w += g·C of eight directions, or = where it begins."""
     for j in range(n):
-        w[j] = (_zero if begins else w[j]) + g * c[j]
+        _write(_ZERO, w, j, (_ZERO if begins else _read(_ZERO, w, j)) + _mixed(g, c, j))
 
 
 @njit(**_exact)
-def _lifted(kind, at, to, g, first, step, count, n):
-    """x + g·C of up to eight directions. Memory that may overlap is taken number by number, so x in its place is said apart."""
-    x, out, c = _row(kind, at, n), _row(kind, to, n), _eight(first, step, count, n)
-    if at == to:
+def _sum_one(w, begins, g, c, n):
+    for j in range(n):
+        _write(_ZERO, w, j, (_ZERO if begins else _read(_ZERO, w, j)) + g * _read(_ZERO, c, j))
+
+
+@njit(**_exact)
+def _lifted(kind, x, out, g, c, n):
+    """x + g·C of eight directions. Memory that may overlap is taken number by number, so x in its place is said apart."""
+    if x == out:
         for j in range(n):
-            out[j] = _narrow(kind, _wide(out[j]) + _mixed(g, c, j))
+            _write(kind, out, j, _read(kind, out, j) + _mixed(g, c, j))
     else:
         for j in range(n):
-            out[j] = _narrow(kind, _wide(x[j]) + _mixed(g, c, j))
+            _write(kind, out, j, _read(kind, x, j) + _mixed(g, c, j))
 
 
 @njit(**_exact)
-def _add(kind, at, weight, of, vector, to, n):
-    """x + weight · vector, a vector of that kind."""
-    x, v, out = _row(kind, at, n), _row(of, vector, n), _row(kind, to, n)
-    if at == to:
-        for j in range(n):
-            out[j] = _narrow(kind, _wide(out[j]) + weight * _wide(v[j]))
-    else:
-        for j in range(n):
-            out[j] = _narrow(kind, _wide(x[j]) + weight * _wide(v[j]))
-
-
-@njit(**_exact)
-def _plus(kind, at, to, n):
+def _plus(kind, x, w, n):
     """w += x."""
-    x, w = _row(kind, at, n), _row(_zero, to, n)
     for j in range(n):
-        w[j] += _wide(x[j])
+        _write(_ZERO, w, j, _read(_ZERO, w, j) + _read(kind, x, j))
 
 
 @njit(**_exact)
-def _store(kind, of, ratio, to, n):
-    w, out = _row(_zero, of, n), _row(kind, to, n)
-    for j in range(n):
-        out[j] = _narrow(kind, ratio * w[j])
+def _add(kind, x, weight, of, vector, out, n):
+    """x + weight · vector, a vector of that kind."""
+    if x == out:
+        for j in range(n):
+            _write(kind, out, j, _read(kind, out, j) + weight * _read(of, vector, j))
+    else:
+        for j in range(n):
+            _write(kind, out, j, _read(kind, x, j) + weight * _read(of, vector, j))
 
 
 @njit(**_exact)
-def _copy(kind, at, to, n):
-    x, out = _row(kind, at, n), _row(kind, to, n)
+def _scaled(kind, w, ratio, out, n):
     for j in range(n):
-        out[j] = x[j]
+        _write(kind, out, j, ratio * _read(_ZERO, w, j))
+
+
+@intrinsic
+def _copied(context, source, target, size):
+    """Bytes as they are."""
+
+    def copied(context, builder, signature, values):
+        source, target, size = values
+        bytes_at = ir.IntType(8).as_pointer()
+        move = builder.module.declare_intrinsic("llvm.memmove", [bytes_at, bytes_at, ir.IntType(64)])
+        builder.call(move, [builder.inttoptr(target, bytes_at), builder.inttoptr(source, bytes_at), size, ir.IntType(1)(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), copied
 
 
 @njit(**_exact)
-def _widen(kind, at, to, n):
-    x, w = _row(kind, at, n), _row(_zero, to, n)
+def _widen(x, w, n):
     for j in range(n):
-        w[j] = _wide(x[j])
+        _write(_ZERO, w, j, _read(_HALF, x, j))
 
 
 # --- rows of a bank ---------------------------------------------------------------------------------------------------------
@@ -259,23 +261,25 @@ def _widen(kind, at, to, n):
 @njit(**_exact)
 def _serves(header, directions, size):
     """Whether a slot is empty, or of a mode that is served and within the tables of its bank."""
-    mode, rank, last = header[0], header[1], directions - header[1]
+    mode, rank, project, lift, start = header
     if rank == 0:
         return True
     if not (mode == HINGE or mode == PUSH or (mode == ROTATE and rank == 2) or (mode == ADD and rank == 1)):
         return False
-    inside = 0 <= header[2] <= last and 0 <= header[3] <= last
-    return inside and 0 < rank <= MOST and 0 <= header[4] < size - rank
+    last = directions - rank
+    return 0 < rank <= MOST and 0 <= project <= last and 0 <= lift <= last and 0 <= start < size - rank
 
 
 @njit(**_exact)
-def _tile(g, i):
-    return g[i], g[i + 1], g[i + 2], g[i + 3], g[i + 4], g[i + 5], g[i + 6], g[i + 7]
+def _header(table, slot):
+    """Mode, rank, first row of B and of C, and of the numbers."""
+    at = table + 32 * slot
+    return _whole(at, 0), _whole(at, 1), _whole(at, 2), _whole(at, 3), _whole(at, 4)
 
 
 @njit(**_exact)
 def _relu(number):
-    return _zero if number < _zero else number
+    return _ZERO if number < _ZERO else number
 
 
 @njit(**_exact)
@@ -284,87 +288,130 @@ def _hinge(y, m, rank, c):
     for k in range(rank):
         c0, c1, c2, c3, c4, c5, c6, c7 = _tile(c, 8 * k + 8)
         for r in range(m):
-            at = r * PITCH + k
-            v, g = y[at], c0
-            if c1 != _zero:
+            v, g = _read(_ZERO, y, r * PITCH + k), c0
+            if c1 != _ZERO:
                 g += c1 * v
-            if c2 != _zero:
+            if c2 != _ZERO:
                 g += c2 * _relu(v - c3)
-            if c4 != _zero:
+            if c4 != _ZERO:
                 g += c4 * _relu(v - c5)
-            if c6 != _zero:
-                g += c6 if v > c7 else _zero
-            y[at] = g
+            if c6 != _ZERO:
+                g += c6 if v > c7 else _ZERO
+            _write(_ZERO, y, r * PITCH + k, g)
 
 
 @njit(**_exact)
-def _act(mode, rank, y, c, weight):
-    """One row's y becomes g; c holds the slot's constants, and then eight numbers of each direction."""
-    if mode == HINGE:
-        for i in range(rank):
-            y[i] *= weight
-    elif mode == PUSH:
-        total = _zero
-        for i in range(rank):
-            y[i] = _relu(c[3] - _relu(y[i] + c[8 * i + 8]))
-            total += y[i]
-        share = weight * c[3] / total if total > _zero else _zero
-        for i in range(rank):
-            y[i] *= share
-    elif mode == ROTATE:
-        length, angle = math.sqrt(np.float64(y[0]) ** 2 + np.float64(y[1]) ** 2), np.float64(weight * c[3])
-        turns = c[4] == _zero or y[0] > _zero
-        y[0] = np.float32(length * math.cos(angle) - y[0]) if turns else _zero
-        y[1] = np.float32(length * math.sin(angle) - y[1]) if turns else _zero
-    else:
-        y[0] = weight
+def _push(y, rank, c, weight):
+    """`torch_backend.push` of one row."""
+    target, total = _read(_ZERO, c, 3), _ZERO
+    for k in range(rank):
+        short = _relu(target - _relu(_read(_ZERO, y, k) + _read(_ZERO, c, 8 * k + 8)))
+        _write(_ZERO, y, k, short)
+        total += short
+    _times(y, rank, weight * target / total if total > _ZERO else _ZERO)
 
 
 @njit(**_exact)
-def _project(kind, at, to, rank, first, step, n):
-    """y += Bx."""
-    y = _row(_zero, to, rank)
+def _rotate(y, c, weight):
+    """`torch_backend.rotate` of one row."""
+    y0, y1 = np.float64(_read(_ZERO, y, 0)), np.float64(_read(_ZERO, y, 1))
+    length, angle = math.sqrt(y0 * y0 + y1 * y1), np.float64(weight * _read(_ZERO, c, 3))
+    turns = _read(_ZERO, c, 4) == _ZERO or y0 > 0
+    _write(_ZERO, y, 0, np.float32(length * math.cos(angle) - y0 if turns else 0.0))
+    _write(_ZERO, y, 1, np.float32(length * math.sin(angle) - y1 if turns else 0.0))
+
+
+@njit(**_exact)
+def _times(y, rank, weight):
+    for k in range(rank):
+        _write(_ZERO, y, k, weight * _read(_ZERO, y, k))
+
+
+@njit(**_exact)
+def _project(kind, x, z, y, u, rank, first, step, n):
+    """y += Bx and u += Bz."""
     for i in range(0, rank, TILE):
         count = min(TILE, rank - i)
         if count > TILE // 2:
-            _dots(kind, at, first + i * step, step, count, n, to + 4 * i)
-        else:
-            for one in range(i, i + count):
-                y[one] += _dot(kind, at, first + one * step, n)
+            _dots(kind, x, z, first + i * step, step, count, n, y + 4 * i, u + 4 * i)
+            continue
+        for one in range(i, i + count):
+            _write(_ZERO, y, one, _read(_ZERO, y, one) + _dot(kind, x, first + one * step, n))
+            if z != x:
+                _write(_ZERO, u, one, _read(_ZERO, u, one) + _dot(kind, z, first + one * step, n))
 
 
 @njit(**_exact)
-def _lift(to, of, rank, first, step, n):
+def _lift(w, g, rank, first, step, n):
     """w = g·C; behind the numbers of g stand zeros."""
-    g = _row(_zero, of, rank)
     for i in range(0, rank, TILE):
         count = min(TILE, rank - i)
         if count > TILE // 2:
-            _sum(to, i == 0, _tile(g, i), first + i * step, step, count, n)
+            _sum(w, i == 0, _tile(g, i), _eight(first + i * step, step, count), n)
         else:
             for one in range(i, i + count):
-                _sum_one(to, one == 0, g[one], first + one * step, n)
+                _sum_one(w, one == 0, _read(_ZERO, g, one), first + one * step, n)
 
 
 @njit(**_exact)
-def _widened(first, step, rank, d, to):
-    """Where rows of bfloat16 stand in float32 now."""
-    for i in range(rank):
-        _widen(_HALF, first + i * step, to + 4 * d * i, d)
-    return to
+def _edit_block(kind, order, m, places, slot, basis, strengths, scratch):
+    """A few rows after one slot: projected chunk by chunk, so that the directions stay in the first cache, and lifted so."""
+    x, x_step, out, out_step, d, item = places
+    mode, rank, keep_norm, c = slot
+    across, lift, step = basis
+    scale, scale_step = strengths
+    y, w = scratch
+    for i in range((m + 1) * PITCH):
+        _write(_ZERO, y, i, _ZERO)
+    if mode != ADD:
+        for j in range(0, d, CHUNK):
+            for r in range(0, m, 2):  # the last of an odd number is its own second, whose products stand behind the block
+                one, two = x + order[r] * x_step + j * item, x + order[min(r + 1, m - 1)] * x_step + j * item
+                own = y + 4 * r * PITCH
+                _project(kind, one, two, own, own + 4 * PITCH, rank, across + 4 * j, step, min(CHUNK, d - j))
+    if mode == HINGE:
+        _hinge(y, m, rank, c)
+    for r in range(m):
+        own, weight = y + 4 * r * PITCH, _read(_ZERO, c, 2)
+        if scale:
+            weight *= _read(_ZERO, scale, order[r] * scale_step)
+        if mode == HINGE:
+            _times(own, rank, weight)
+        elif mode == PUSH:
+            _push(own, rank, c, weight)
+        elif mode == ROTATE:
+            _rotate(own, c, weight)
+        else:
+            _write(_ZERO, own, 0, weight)
+    span = d if keep_norm else CHUNK
+    for j in range(0, d, span):
+        n, first = min(span, d - j), lift + 4 * j
+        for r in range(m):
+            at, to, g = x + order[r] * x_step + j * item, out + order[r] * out_step + j * item, y + 4 * r * PITCH
+            if rank == 1 and not keep_norm:
+                _add(kind, at, _read(_ZERO, g, 0), _ZERO, first, to, n)
+            elif TILE // 2 < rank <= TILE and not keep_norm:
+                _lifted(kind, at, to, _tile(g, 0), _eight(first, step, rank), n)
+            else:
+                _lift(w, g, rank, first, step, n)
+                _plus(kind, at, w, n)
+                ratio = np.float32(1)
+                if keep_norm:
+                    before, after = _length(kind, at, n), _length(_ZERO, w, n)
+                    ratio = np.float32(before / after) if after > VANISHED * before else ratio
+                _scaled(kind, w, ratio, to, n)
 
 
 @njit(**_exact)
-def _ordered(owners, rows_step, n, slots):
+def _ordered(owners, owners_step, n, slots):
     """The numbers of rows, those of each owner one after another."""
-    order = np.empty(n, np.int64)
-    starts = np.zeros(slots + 2, np.int64)
+    order, starts = np.empty(n, np.int64), np.zeros(slots + 2, np.int64)
     for i in range(n):
-        starts[owners[i * rows_step] + 2] += 1
+        starts[_whole(owners, i * owners_step) + 2] += 1
     for slot in range(1, slots + 2):
         starts[slot] += starts[slot - 1]
     for i in range(n):
-        owner = owners[i * rows_step] + 1
+        owner = _whole(owners, i * owners_step) + 1
         order[starts[owner]] = i
         starts[owner] += 1
     return order
@@ -376,120 +423,78 @@ def _place(array):
 
 
 @njit(**_exact)
-def _kept(y, w, wide):
+def _kept(*arrays):
     """An array lives until it is last mentioned, whoever has its address."""
-    return y.shape[0] + w.shape[0] + wide.shape[0]
 
 
-@njit(**_exact)
-def _edit_block(kind, order, begin, m, places, slot, basis, strengths, scratch):
-    """A few rows after one slot: projected chunk by chunk, so that the directions stay in the first cache, and lifted so."""
-    x, x_step, out, out_step, d = places
-    mode, rank, keep_norm, numbers = slot
-    across, lift, step = basis
-    scale, scale_step = strengths
-    y_at, w = scratch
-    item, c, scales = _bytes(kind), _row(_zero, numbers, 8 + 8 * rank), _row(_zero, scale, 1)
-    y = _row(_zero, y_at, m * PITCH)
-    y[:] = _zero
-    if mode != ADD:
-        for j in range(0, d, CHUNK):
-            for r in range(m):
-                at = x + order[begin + r] * x_step + j * item
-                _project(kind, at, y_at + 4 * r * PITCH, rank, across + 4 * j, step, min(CHUNK, d - j))
-    if mode == HINGE:
-        _hinge(y, m, rank, c)
-    for r in range(m):
-        weight = c[2] * (scales[order[begin + r] * scale_step] if scale else np.float32(1))
-        _act(mode, rank, _row(_zero, y_at + 4 * r * PITCH, rank), c, weight)
-    span = d if keep_norm else CHUNK
-    for j in range(0, d, span):
-        n = min(span, d - j)
-        for r in range(m):
-            i, ratio = order[begin + r], np.float32(1)
-            at = x + i * x_step + j * item
-            to, g = out + i * out_step + j * item, y_at + 4 * r * PITCH
-            if rank == 1 and not keep_norm:
-                _add(kind, at, y[r * PITCH], _zero, lift + 4 * j, to, n)
-            elif TILE // 2 < rank <= TILE and not keep_norm:
-                _lifted(kind, at, to, _tile(y, r * PITCH), lift + 4 * j, step, rank, n)
-            else:
-                _lift(w, g, rank, lift + 4 * j, step, n)
-                _plus(kind, at, w, n)
-                if keep_norm:
-                    before, after = _length(kind, at, n), _length(_zero, w, n)
-                    ratio = np.float32(before / after) if after > VANISHED * before else ratio
-                _store(kind, w, ratio, to, n)
-
-
-@_entry(20)
+@_entry(21)
 def edit(
-    kind, x, x_step, out, out_step, n, d, vectors, vectors_step, narrow, directions, numbers, size, headers, slots, rows,
-    rows_step, scale, scale_step, begin, end,
+    kind, x, x_step, out, out_step, n, d, item, vectors, vectors_step, narrow, directions, numbers, size, headers, slots,
+    owners, owners_step, scale, scale_step, begin, end,
 ):  # fmt: skip
     """`ops.subspace` of rows that have one slot each, or none: those from `begin` to `end` in the order of their owners.
 
-    Addresses, steps between rows (of x, out and vectors in bytes) and sizes; rows and scale may be 0, `narrow`: vectors are
-    bfloat16. 0: done; 1: not served, and nothing was written.
+    Addresses, steps between rows (of x, out and vectors in bytes) and sizes, of a number of x in bytes; owners and scale may
+    be 0, `narrow`: vectors are bfloat16. 0: done; 1: not served, and nothing was written.
     """
-    table = _row(_WHOLE, headers, 8 * slots)
-    owners, scales = _row(_WHOLE, rows, n * rows_step), _row(_zero, scale, n * scale_step)
-    known = np.int64(-1)
-    for i in range(n if rows else 1):
-        owner = np.int64(owners[i * rows_step]) if rows else 0
+    known = -1
+    for i in range(n if owners else 1):
+        owner = _whole(owners, i * owners_step) if owners else 0
         if owner != known:
-            if owner < -1 or owner >= slots or (owner >= 0 and not _serves(table[8 * owner :], directions, size)):
+            if owner < -1 or owner >= slots or (owner >= 0 and not _serves(_header(headers, owner), directions, size)):
                 return 1
             known = owner
-    order = _ordered(owners, rows_step, n, slots) if rows else np.arange(n)
-    y, w, wide = np.empty(ROWS * PITCH, np.float32), np.empty(d, np.float32), np.empty(0, np.float32)
-    places, strengths = (x, x_step, out, out_step, d), (scale, scale_step)
-    scratch = _place(y), _place(w)
+    order = _ordered(owners, owners_step, n, slots) if owners else np.arange(n)
+    y, w, wide = np.empty((ROWS + 1) * PITCH, np.float32), np.empty(d, np.float32), np.empty(0, np.float32)
     while begin < end:
-        owner = np.int64(owners[order[begin] * rows_step]) if rows else 0
-        stop = begin + 1 if rows else end
-        while stop < end and owners[order[stop] * rows_step] == owner:
+        owner = _whole(owners, order[begin] * owners_step) if owners else 0
+        stop = begin + 1 if owners else end
+        while stop < end and _whole(owners, order[stop] * owners_step) == owner:
             stop += 1
-        if owner == -1 or table[8 * owner + 1] == 0:
-            for i in order[begin:stop]:
-                if x != out:
-                    _copy(kind, x + i * x_step, out + i * out_step, d)
-            begin = stop
-            continue
-        header = table[8 * owner : 8 * owner + 8].copy()
+        header = _header(headers, owner) if owner >= 0 else (0, 0, 0, 0, 0)
+        mode, rank, project, lift, start = header
         if not _serves(header, directions, size):  # written by another thread meanwhile
             return 1
-        mode, rank = header[0], np.int64(header[1])
-        across, lift, step = vectors + header[2] * vectors_step, vectors + header[3] * vectors_step, vectors_step
-        if narrow:
+        across, lift, step = vectors + project * vectors_step, vectors + lift * vectors_step, vectors_step
+        if narrow and rank:
             if wide.shape[0] < 2 * rank * d:
                 wide = np.empty(2 * rank * d, np.float32)
-            same, step = across == lift, 4 * d
-            if mode != ADD:
-                across = _widened(across, vectors_step, rank, d, _place(wide))
-            lift = across if same and mode != ADD else _widened(lift, vectors_step, rank, d, _place(wide) + rank * step)
-        slot, basis = (mode, rank, header[6] != 0, numbers + 32 * np.int64(header[4])), (across, lift, step)
-        for first in range(begin, stop, ROWS):
-            _edit_block(kind, order, first, min(ROWS, stop - first), places, slot, basis, strengths, scratch)
+            first = _place(wide)
+            second = first if across == lift else first + 4 * rank * d
+            for i in range(rank):
+                _widen(lift + i * step, second + 4 * i * d, d)
+                if second != first and mode != ADD:
+                    _widen(across + i * step, first + 4 * i * d, d)
+            across, lift, step = first, second, 4 * d
+        slot = mode, rank, rank > 0 and _whole(headers, 8 * owner + 6) != 0, numbers + 32 * start
+        for block in range(begin, stop, ROWS):
+            some = order[block : min(block + ROWS, stop)]
+            if rank:
+                _edit_block(
+                    kind, some, some.shape[0], (x, x_step, out, out_step, d, item), slot, (across, lift, step),
+                    (scale, scale_step), (_place(y), _place(w)),
+                )  # fmt: skip
+            else:
+                for i in some:
+                    _copied(x + i * x_step, out + i * out_step, d * item)
         begin = stop
     _kept(y, w, wide)
     return 0
 
 
-@_entry(15)
+@_entry(16)
 def add(
-    kind, x, x_step, out, out_step, n, d, bank, bank_step, vectors, rows, rows_step, scale, scale_step, begin, end
+    kind, x, x_step, out, out_step, n, d, item, bank, bank_step, vectors, owners, owners_step, scale, scale_step, begin, end
 ):
-    """x + scale · bank[rows] of rows that have one vector each, or none; the bank is of x's kind. Arguments as of `edit`."""
-    owners, scales = _row(_WHOLE, rows, n * rows_step), _row(_zero, scale, n * scale_step)
+    """x + scale · bank[owners] of rows that have one vector each, or none; the bank is of x's kind. Arguments as of `edit`."""
     for i in range(n):
-        if owners[i * rows_step] < -1 or owners[i * rows_step] >= vectors:
+        if not -1 <= _whole(owners, i * owners_step) < vectors:
             return 1
     for i in range(begin, end):
-        at, to, owner = x + i * x_step, out + i * out_step, np.int64(owners[i * rows_step])
+        at, to, owner = x + i * x_step, out + i * out_step, _whole(owners, i * owners_step)
         if owner >= 0:
-            weight = scales[i * scale_step] if scale else np.float32(1)
+            weight = _read(_ZERO, scale, i * scale_step) if scale else np.float32(1)
             _add(kind, at, weight, kind, bank + owner * bank_step, to, d)
-        elif at != to:
-            _copy(kind, at, to, d)
+        else:
+            _copied(at, to, d * item)
     return 0
