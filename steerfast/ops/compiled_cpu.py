@@ -32,9 +32,11 @@ PARTS = 4
 BLOCK = 16
 """Rows that a kernel takes together."""
 
-_KINDS = torch.float32, torch.bfloat16
 _ABSENT = 0, 0
-_FLOAT, _HALF = np.float32(0), np.uint16(0)  # what tells the kernels the dtype of x: they read bfloat16 as whole numbers
+_FLOAT, _HALF = (
+    np.float32(0),
+    np.uint16(0),
+)  # what tells the kernels the dtype of x: they read bfloat16 as whole numbers
 
 
 @functools.cache
@@ -58,72 +60,88 @@ def hinged(
     x: Tensor, directions: Tensor, numbers: Callable[[float], Eight], number: float, in_place: bool
 ) -> Tensor | None:
     """x + act(xBᵀ)B, with the rows B = directions, for the eight numbers of a number; plain tensors of at most 32 bits."""
-    rows = directions if directions.dim() == 2 else directions[None]
-    if kernels() is None:
+    compiled = kernels()
+    if compiled is None:
         return None
-    return subspace(x, (rows, *_tables(rows.shape[0], numbers, number)), None, None, in_place)
+    rows = directions if directions.dim() == 2 else directions[None]
+    place = _place(rows)
+    if place is None:
+        return None
+    return _run(compiled.edit, x, place + _slot(rows.shape[0], numbers, number)[0], None, None, in_place)
 
 
 @functools.lru_cache(maxsize=256)
-def _tables(rank: int, numbers: Callable[[float], Eight], number: float) -> tuple[Tensor, Tensor]:
-    return hinge_tables(rank, numbers(number), torch.device("cpu"))
+def _slot(rank: int, numbers: Callable[[float], Eight], number: float) -> tuple[tuple[int, ...], Any]:
+    """The numbers and the header of a bank of one slot: where they stand, and they."""
+    with torch.inference_mode(False):
+        coefficients, slots = hinge_tables(rank, numbers(number), torch.device("cpu"))
+    return (coefficients.data_ptr(), coefficients.shape[0], slots.data_ptr(), 1), (coefficients, slots)
 
 
 def subspace(x: Tensor, bank: Tables, rows: Tensor | None, scale: Tensor | None, in_place: bool) -> Tensor | None:
-    """`torch_cpu.subspace`; rows (n,)."""
+    """`torch_cpu.subspace`: one slot for each row."""
     compiled = kernels()
-    vectors, coefficients, slots = bank
-    if compiled is None or vectors.dtype not in _KINDS or vectors.stride(1) != 1:
+    if compiled is None:
         return None
-    table = (
-        vectors.data_ptr(), vectors.stride(0) * vectors.itemsize, vectors.dtype is torch.bfloat16, vectors.shape[0],
-        coefficients.data_ptr(), coefficients.shape[0], slots.data_ptr(), slots.shape[0],
-    )  # fmt: skip
+    vectors, coefficients, slots = bank
+    place = _place(vectors)
+    if place is None:
+        return None
+    table = (*place, coefficients.data_ptr(), coefficients.shape[0], slots.data_ptr(), slots.shape[0])
     return _run(compiled.edit, x, table, rows, scale, in_place)
 
 
 def add(x: Tensor, bank: Tensor, rows: Tensor, scale: Tensor | None, in_place: bool) -> Tensor | None:
-    """`torch_cpu.add`; bank (S, d), rows (n,)."""
+    """`torch_cpu.add`: one vector of bank (S, d) for each row."""
     compiled = kernels()
-    if compiled is None or bank.dtype is not x.dtype or bank.stride(1) != 1:
+    if compiled is None or bank.dtype is not x.dtype or (place := _place(bank)) is None:
         return None
-    table = bank.data_ptr(), bank.stride(0) * bank.itemsize, bank.shape[0]
-    return _run(compiled.add, x, table, rows, scale, in_place)
+    at, step, _, count = place
+    return _run(compiled.add, x, (at, step, count), rows, scale, in_place)
+
+
+def _place(rows: Tensor) -> tuple[int, int, int, int] | None:
+    """Of a table of directions: its address, the bytes from one row to the next, whether it is bfloat16, and its rows."""
+    dtype, (step, beside) = rows.dtype, rows.stride()
+    if beside != 1:
+        return None
+    if dtype is torch.float32:
+        return rows.data_ptr(), 4 * step, 0, rows.shape[0]
+    return (rows.data_ptr(), 2 * step, 1, rows.shape[0]) if dtype is torch.bfloat16 else None
 
 
 def _run(
     kernel: Any, x: Tensor, table: tuple[int, ...], rows: Tensor | None, scale: Tensor | None, in_place: bool
 ) -> Tensor | None:
     """A kernel on the rows of x, by one thread or by as many as PyTorch takes."""
-    dtype, d = x.dtype, x.shape[-1]
+    dtype, shape = x.dtype, x.shape
     if dtype is torch.float32:
         kind, size = _FLOAT, 4
     elif dtype is torch.bfloat16:
         kind, size = _HALF, 2
     else:
         return None
+    d = shape[-1]
+    step = d * size
     if x.is_contiguous():
-        n, step = x.numel() // d, d * size
-    elif x.dim() == 2 and (x.stride(1) == 1 or d == 1):
-        n, step = x.shape[0], x.stride(0) * size
+        n = shape[0] if len(shape) == 2 else x.numel() // d
+    elif len(shape) == 2 and x.stride(1) == 1:
+        n, step = shape[0], x.stride(0) * size
     else:
         return None
-    whose = strengths = _ABSENT
+    owners = strengths = _ABSENT
     if rows is not None:
         if rows.dtype is not torch.int32:
             return None
-        whose = rows.data_ptr(), rows.stride(0)
+        owners = rows.data_ptr(), rows.stride(0)
     if scale is not None:
         if scale.dtype is not torch.float32:
             return None
         strengths = scale.data_ptr(), scale.stride(0)
-    source = x.data_ptr()
-    if in_place:
-        out, place = x, (source, step, source, step)
-    else:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        place = source, step, out.data_ptr(), d * size
-    arguments = (kind, *place, n, d, size, *table, *whose, *strengths)
+    out = x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
+    arguments = (
+        kind, x.data_ptr(), step, out.data_ptr(), step if in_place else d * size, n, d, size, *table, *owners, *strengths
+    )  # fmt: skip
     alone = n * d <= ALONE or torch.get_num_threads() == 1
     return None if (kernel(*arguments, 0, n) if alone else _together(kernel, arguments, n)) else out
 

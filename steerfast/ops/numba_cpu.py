@@ -117,7 +117,7 @@ def _eight(first, step, count):
 
 @njit(**_in_lanes)
 def _dots(kind, x, z, first, step, count, n, y, u):
-    """y += the products of row x with up to eight directions, and u those of row z, so that a direction is loaded once for both."""
+    """y += the products of row x with up to eight directions, u those of row z: a direction is loaded once for both."""
     b0, b1, b2, b3, b4, b5, b6, b7 = _eight(first, step, count)
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = _ZERO
     t0 = t1 = t2 = t3 = t4 = t5 = t6 = t7 = _ZERO
@@ -182,9 +182,15 @@ def _tile(g, i):
 def _mixed(g, c, j):
     """g·C at one place."""
     return (
-        g[0] * _read(_ZERO, c[0], j) + g[1] * _read(_ZERO, c[1], j) + g[2] * _read(_ZERO, c[2], j) + g[3] * _read(_ZERO, c[3], j)
-        + g[4] * _read(_ZERO, c[4], j) + g[5] * _read(_ZERO, c[5], j) + g[6] * _read(_ZERO, c[6], j) + g[7] * _read(_ZERO, c[7], j)
-    )  # fmt: skip
+        g[0] * _read(_ZERO, c[0], j)
+        + g[1] * _read(_ZERO, c[1], j)
+        + g[2] * _read(_ZERO, c[2], j)
+        + g[3] * _read(_ZERO, c[3], j)
+        + g[4] * _read(_ZERO, c[4], j)
+        + g[5] * _read(_ZERO, c[5], j)
+        + g[6] * _read(_ZERO, c[6], j)
+        + g[7] * _read(_ZERO, c[7], j)
+    )
 
 
 @njit(**_exact)
@@ -243,7 +249,9 @@ def _copied(context, source, target, size):
         source, target, size = values
         bytes_at = ir.IntType(8).as_pointer()
         move = builder.module.declare_intrinsic("llvm.memmove", [bytes_at, bytes_at, ir.IntType(64)])
-        builder.call(move, [builder.inttoptr(target, bytes_at), builder.inttoptr(source, bytes_at), size, ir.IntType(1)(0)])
+        builder.call(
+            move, [builder.inttoptr(target, bytes_at), builder.inttoptr(source, bytes_at), size, ir.IntType(1)(0)]
+        )
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), copied
@@ -264,7 +272,7 @@ def _serves(header, directions, size):
     mode, rank, project, lift, start = header
     if rank == 0:
         return True
-    if not (mode == HINGE or mode == PUSH or (mode == ROTATE and rank == 2) or (mode == ADD and rank == 1)):
+    if not (mode in (HINGE, PUSH) or (mode == ROTATE and rank == 2) or (mode == ADD and rank == 1)):
         return False
     last = directions - rank
     return 0 < rank <= MOST and 0 <= project <= last and 0 <= lift <= last and 0 <= start < size - rank
@@ -365,7 +373,9 @@ def _edit_block(kind, order, m, places, slot, basis, strengths, scratch):
         _write(_ZERO, y, i, _ZERO)
     if mode != ADD:
         for j in range(0, d, CHUNK):
-            for r in range(0, m, 2):  # the last of an odd number is its own second, whose products stand behind the block
+            for r in range(
+                0, m, 2
+            ):  # the last of an odd number is its own second, whose products stand behind the block
                 one, two = x + order[r] * x_step + j * item, x + order[min(r + 1, m - 1)] * x_step + j * item
                 own = y + 4 * r * PITCH
                 _project(kind, one, two, own, own + 4 * PITCH, rank, across + 4 * j, step, min(CHUNK, d - j))
@@ -484,7 +494,23 @@ def edit(
 
 @_entry(16)
 def add(
-    kind, x, x_step, out, out_step, n, d, item, bank, bank_step, vectors, owners, owners_step, scale, scale_step, begin, end
+    kind,
+    x,
+    x_step,
+    out,
+    out_step,
+    n,
+    d,
+    item,
+    bank,
+    bank_step,
+    vectors,
+    owners,
+    owners_step,
+    scale,
+    scale_step,
+    begin,
+    end,
 ):
     """x + scale · bank[owners] of rows that have one vector each, or none; the bank is of x's kind. Arguments as of `edit`."""
     for i in range(n):
