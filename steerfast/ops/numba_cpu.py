@@ -115,32 +115,33 @@ def _eight(first, step, count):
     )  # fmt: skip
 
 
+@njit(**_exact)
+def _at(rows, j):
+    """Number j of eight rows."""
+    r0, r1, r2, r3, r4, r5, r6, r7 = rows
+    return (
+        _read(_ZERO, r0, j), _read(_ZERO, r1, j), _read(_ZERO, r2, j), _read(_ZERO, r3, j),
+        _read(_ZERO, r4, j), _read(_ZERO, r5, j), _read(_ZERO, r6, j), _read(_ZERO, r7, j),
+    )  # fmt: skip
+
+
 @njit(**_in_lanes)
 def _dots(kind, x, z, first, step, count, n, y, u):
     """y += the products of row x with up to eight directions, u those of row z: a direction is loaded once for both."""
-    b0, b1, b2, b3, b4, b5, b6, b7 = _eight(first, step, count)
+    rows = _eight(first, step, count)
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = _ZERO
     t0 = t1 = t2 = t3 = t4 = t5 = t6 = t7 = _ZERO
     for j in range(n):
         v, w = _read(kind, x, j), _read(kind, z, j)
-        c0, c1, c2, c3 = _read(_ZERO, b0, j), _read(_ZERO, b1, j), _read(_ZERO, b2, j), _read(_ZERO, b3, j)
-        c4, c5, c6, c7 = _read(_ZERO, b4, j), _read(_ZERO, b5, j), _read(_ZERO, b6, j), _read(_ZERO, b7, j)
-        s0 += v * c0
-        t0 += w * c0
-        s1 += v * c1
-        t1 += w * c1
-        s2 += v * c2
-        t2 += w * c2
-        s3 += v * c3
-        t3 += w * c3
-        s4 += v * c4
-        t4 += w * c4
-        s5 += v * c5
-        t5 += w * c5
-        s6 += v * c6
-        t6 += w * c6
-        s7 += v * c7
-        t7 += w * c7
+        c0, c1, c2, c3, c4, c5, c6, c7 = _at(rows, j)
+        s0, t0 = s0 + v * c0, t0 + w * c0
+        s1, t1 = s1 + v * c1, t1 + w * c1
+        s2, t2 = s2 + v * c2, t2 + w * c2
+        s3, t3 = s3 + v * c3, t3 + w * c3
+        s4, t4 = s4 + v * c4, t4 + w * c4
+        s5, t5 = s5 + v * c5, t5 + w * c5
+        s6, t6 = s6 + v * c6, t6 + w * c6
+        s7, t7 = s7 + v * c7, t7 + w * c7
     _collect(y, count, (s0, s1, s2, s3, s4, s5, s6, s7))
     _collect(u, count, (t0, t1, t2, t3, t4, t5, t6, t7))
 
@@ -172,25 +173,16 @@ def _length(kind, x, n):
 
 @njit(**_exact)
 def _tile(g, i):
-    return (
-        _read(_ZERO, g, i), _read(_ZERO, g, i + 1), _read(_ZERO, g, i + 2), _read(_ZERO, g, i + 3),
-        _read(_ZERO, g, i + 4), _read(_ZERO, g, i + 5), _read(_ZERO, g, i + 6), _read(_ZERO, g, i + 7),
-    )  # fmt: skip
+    """Eight numbers from g[i] on."""
+    return _at(_eight(g, 4, TILE), i)
 
 
 @njit(**_exact)
 def _mixed(g, c, j):
     """g·C at one place."""
-    return (
-        g[0] * _read(_ZERO, c[0], j)
-        + g[1] * _read(_ZERO, c[1], j)
-        + g[2] * _read(_ZERO, c[2], j)
-        + g[3] * _read(_ZERO, c[3], j)
-        + g[4] * _read(_ZERO, c[4], j)
-        + g[5] * _read(_ZERO, c[5], j)
-        + g[6] * _read(_ZERO, c[6], j)
-        + g[7] * _read(_ZERO, c[7], j)
-    )
+    g0, g1, g2, g3, g4, g5, g6, g7 = g
+    c0, c1, c2, c3, c4, c5, c6, c7 = _at(c, j)
+    return g0 * c0 + g1 * c1 + g2 * c2 + g3 * c3 + g4 * c4 + g5 * c5 + g6 * c6 + g7 * c7
 
 
 @njit(**_exact)
