@@ -27,6 +27,8 @@ setup(
     # A CUDA build of torch pins its own triton exactly, so triton is no requirement of ours.
     install_requires=["torch>=2.10", "transformers>=4.57", "safetensors>=0.6", "numpy>=1.26", "tqdm>=4.66"],
     extras_require={
+        # Compiles the edits of the PyTorch backend on a CPU.
+        "cpu": ["numba>=0.65"],
         "demo": ["accelerate>=1.1", "gguf>=0.17", "scikit-learn>=1.5"],
         "gguf": ["gguf>=0.17"],
         "parquet": ["fsspec>=2024.6", "pyarrow>=17"],
@@ -39,6 +41,7 @@ setup(
             "hypothesis>=6.100",
             "kernels>=0.12",  # the package that our folder of that name must not hide
             "mypy>=2.0",
+            "numba>=0.65",
             "peft>=0.17",
             "pyarrow>=17",
             "pytest>=9.0",

@@ -7,6 +7,7 @@ bar. What is compared is one of
 
     time: A           seconds per call of A: ours or a baseline, by its name in the row
     over: A | B       time of A over time of B, paired by round
+    best: A | B | …   time of A over that of the fastest of the others
     above: A | B      time of A minus time of B, in seconds, paired by round
     floor             ours over the floor of the case: its bytes and operations at the measured copy and product
     beyond: CASE      ours over the floor, less what the median of another case is over its own
@@ -82,6 +83,8 @@ def samples(row: Row, measure: str, rows: Rows | None = None) -> list[float]:
         return times(row, names[0])
     if kind == "over":
         return paired(row, names[0], names[1])
+    if kind == "best":
+        return max((paired(row, names[0], other) for other in names[1:]), key=statistics.median)
     if kind == "above":
         return [a - b for a, b in pairs(row, names[0], names[1])]
     if kind == "floor":

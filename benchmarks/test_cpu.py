@@ -19,40 +19,52 @@ OWNERS = 3 if TINY else 32
 every_stream = pytest.mark.parametrize(
     "at", [Stream("cpu", dtype, d) for d in WIDTHS for dtype in DTYPES], ids=lambda at: f"{at.d}-{SHORT[at.dtype]}"
 )
+every_road = pytest.mark.parametrize("road", cpu_cases.ROADS)
 every_count = pytest.mark.parametrize("n", ROWS)
 
 
 @every_stream
 @every_count
-@pytest.mark.parametrize("name", ["add", "affine", "add_with_rows"])
+@pytest.mark.parametrize("name", ["add", "affine"])
 def test_elementwise(race: Any, name: str, n: int, at: Stream) -> None:
     race(lambda: getattr(cpu_cases, name)(at, n))
 
 
 @every_stream
 @every_count
-@pytest.mark.parametrize("name", ["ablate", "amplify", "calibrate"])
-def test_op(race: Any, name: str, n: int, at: Stream) -> None:
-    race(lambda: cpu_cases.op(at, n, name))
+@every_road
+def test_add_with_rows(race: Any, road: str, n: int, at: Stream) -> None:
+    race(lambda: cpu_cases.on(road, cpu_cases.add_with_rows(at, n)))
 
 
 @every_stream
 @every_count
-def test_op_in_place(race: Any, n: int, at: Stream) -> None:
-    race(lambda: cpu_cases.op_in_place(at, n, "amplify"))
+@every_road
+@pytest.mark.parametrize("name", ["ablate", "amplify", "calibrate"])
+def test_op(race: Any, name: str, road: str, n: int, at: Stream) -> None:
+    race(lambda: cpu_cases.on(road, cpu_cases.op(at, n, name)))
 
 
 @every_stream
+@every_count
+@every_road
+def test_op_in_place(race: Any, road: str, n: int, at: Stream) -> None:
+    race(lambda: cpu_cases.on(road, cpu_cases.op_in_place(at, n, "amplify")))
+
+
+@every_stream
+@every_road
 @pytest.mark.parametrize("n", (3,) if TINY else (1, 256))
 @pytest.mark.parametrize("method", cpu_cases.MODES)
-def test_bank(race: Any, method: str, n: int, at: Stream) -> None:
-    race(lambda: cpu_cases.bank(at, n, method, cpu_cases.MODES[method]))
+def test_bank(race: Any, method: str, n: int, road: str, at: Stream) -> None:
+    race(lambda: cpu_cases.on(road, cpu_cases.bank(at, n, method, cpu_cases.MODES[method])))
 
 
 @every_stream
+@every_road
 @pytest.mark.parametrize("k", [1, 8])
-def test_owners(race: Any, k: int, at: Stream) -> None:
-    race(lambda: cpu_cases.owners(at, OWNERS, k))
+def test_owners(race: Any, k: int, road: str, at: Stream) -> None:
+    race(lambda: cpu_cases.on(road, cpu_cases.owners(at, OWNERS, k)))
 
 
 @every_stream

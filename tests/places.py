@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
 import steerfast as sf
+from steerfast.ops import compiled_cpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -25,17 +27,34 @@ PLACES = [
     ),
 ]
 
+needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="needs numba: pip install steerfast[cpu]")
+
+ROADS = [
+    *PLACES,
+    pytest.param("compiled", marks=needs_numba),
+]
+"""Of the ops for which a CPU has two: "cpu" is the one of PyTorch's calls."""
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @contextmanager
 def backend(place: str) -> Iterator[str]:
     """Choose the backend of a place; yields the device that its tensors live on."""
-    sf.use_backend("torch" if place == "cpu" else "triton")
+    sf.use_backend("torch" if place in ("cpu", "compiled") else "triton")
     try:
-        yield "cuda" if place == "cuda" else "cpu"
+        with only_calls() if place == "cpu" else nullcontext():
+            yield "cuda" if place == "cuda" else "cpu"
     finally:
         sf.use_backend("auto")
+
+
+@contextmanager
+def only_calls() -> Iterator[None]:
+    """The CPU backend as where numba is not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_cpu, "kernels", lambda: None)
+        yield
 
 
 def runs(place: str, dtype: torch.dtype) -> bool:

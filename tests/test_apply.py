@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from places import PLACES, backend
+from places import ROADS, backend
 from test_interventions import EXAMPLES, D
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -55,7 +55,7 @@ def topk_edit() -> sf.EditFeatures:
 EDITS = {**{name: EXAMPLES[name][0] for name in PLAIN}, "Top-K": topk_edit(), "kept": sf.Add(torch.ones(D), 3.0, True)}
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ROADS)
 @pytest.mark.parametrize("name", EDITS)
 def test_it_is_what_a_steered_model_does(place: str, name: str) -> None:
     """Of any dtype and strength, for all tokens of a plan and for a table of single ones."""
@@ -76,7 +76,7 @@ def test_it_is_what_a_steered_model_does(place: str, name: str) -> None:
             assert torch.equal(edit.apply(before, mask), streams(llama, some, -0.5)[ACT])
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ROADS)
 @pytest.mark.parametrize("then", ["Add", "Rotate", "Top-K"])
 def test_conditions_read_what_they_are_given(place: str, then: str) -> None:
     with backend(place) as device:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
+from places import backend, needs_numba, only_calls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,6 +17,23 @@ from steerfast import ops
 from steerfast.ops import torch_backend, torch_cpu, torch_encode, torch_slots
 
 D = 40
+
+
+@pytest.fixture(params=["cpu", pytest.param("compiled", marks=needs_numba)])
+def road(request: pytest.FixtureRequest) -> Iterator[str]:
+    """PyTorch's calls, as where numba is not installed, and what numba has compiled."""
+    with backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def calls() -> Iterator[None]:
+    """PyTorch's calls alone."""
+    with only_calls():
+        yield
+
+
+both = pytest.mark.usefixtures("road")
 
 
 def bank_of(count: int, rank: int, dtype: torch.dtype = torch.float32, mixed: bool = False) -> sf.Bank:
@@ -29,6 +48,7 @@ def close(got: Tensor, wanted: Tensor) -> None:
     assert (got.float() - wanted.float()).abs().max() <= 4 * unit
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("rank", [1, 3])
@@ -47,6 +67,7 @@ def test_rows_of_many_owners_in_one_product(dtype: torch.dtype, mixed: bool, ran
             assert torch.equal(twin, got)
 
 
+@both
 def test_a_change_of_the_bank_is_seen_however_it_was_written() -> None:
     """What is remembered of a slot is found by its numbers, so that no write goes past it: not even one without a version."""
     bank, x = bank_of(2, 2), torch.randn(3, D)
@@ -59,6 +80,7 @@ def test_a_change_of_the_bank_is_seen_however_it_was_written() -> None:
         close(after, torch_backend.subspace(x, *bank.tensors, rows))
 
 
+@pytest.mark.usefixtures("calls")
 def test_what_is_kept_of_a_bank_goes_with_it() -> None:
     """Its memory is not held, and a bank in the same place is another one; nor is a table that was given other memory."""
     gc.collect()  # banks of other tests may still await it
@@ -77,6 +99,7 @@ def test_what_is_kept_of_a_bank_goes_with_it() -> None:
     assert len(torch_slots._readers) == kept
 
 
+@both
 def test_a_table_that_takes_another_form_in_its_place_is_read_anew() -> None:
     """Every second row of the memory, rows of half the width, fewer slots: the address says nothing of these."""
     bank, x = bank_of(2, 2, mixed=True), torch.randn(3, D)
@@ -98,6 +121,7 @@ def test_a_table_that_takes_another_form_in_its_place_is_read_anew() -> None:
     close(ops.subspace(half, vectors, coefficients, slots), torch_backend.subspace(half, vectors, coefficients, slots))
 
 
+@pytest.mark.usefixtures("calls")
 def test_what_is_kept_beyond_a_bank_is_small() -> None:
     """Thousands of banks of many directions, or of batches of many owners, come and go: their numbers go, too."""
     slots = torch.tensor([[2, 90, 0, 0, 0, 0, 0, 0]] * 2, dtype=torch.int32)
@@ -108,6 +132,7 @@ def test_what_is_kept_beyond_a_bank_is_small() -> None:
     assert sizes == [kept.cache_info().currsize for kept in (torch_slots._how_kept, torch_slots._remembered)]
 
 
+@both
 @pytest.mark.parametrize("mode", ["fake", "functionalize"])
 def test_a_number_first_met_without_memory_serves_later_calls(mode: str) -> None:
     """What a mode or a transform makes of a number is its own."""
@@ -135,6 +160,7 @@ EDITS = {
 }
 
 
+@both
 @pytest.mark.parametrize("n", [1, 3, 4, 40])
 @pytest.mark.parametrize("name", EDITS)
 def test_few_calls_say_what_the_formula_says(name: str, n: int) -> None:
@@ -153,6 +179,7 @@ def test_few_calls_say_what_the_formula_says(name: str, n: int) -> None:
     torch.testing.assert_close(twin, got, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+@both
 @pytest.mark.parametrize(
     "header", [(2, 99, 0, 0, 0), (2, 1, 0, 10**6, 0), (2, 1, 0, 0, 10**6), (2, 1, -1, 0, 0), (2, 1, 0, 0, -3)]
 )
@@ -165,6 +192,7 @@ def test_a_header_that_points_outside_the_bank_is_not_followed(header: tuple[int
     assert torch_cpu.subspace(torch.randn(2, D), vectors, coefficients, slots, torch.tensor([0, 1]).int(), None) is None
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_blocks_make_no_difference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows block by block, out of place and in place, and the same rows at once."""

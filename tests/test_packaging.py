@@ -76,7 +76,7 @@ def test_a_model_can_be_imported_from_the_root() -> None:
 
 @pytest.mark.parametrize("cwd", ["root", "elsewhere"])
 def test_import_is_light_and_silent(cwd: str, tmp_path: Path) -> None:
-    heavy = ("triton", "transformers", "sklearn", "scipy", "gguf", "steerfast_kernels", "kernels")
+    heavy = ("triton", "numba", "transformers", "sklearn", "scipy", "gguf", "steerfast_kernels", "kernels")
     # torch comes first: what torch itself loads is not ours.
     code = (
         "import sys, torch; before = set(sys.modules); import steerfast;"

@@ -308,7 +308,7 @@ def test_dir_shows_the_public_names_alone() -> None:
 
 
 def test_no_public_name_loads_what_is_heavy() -> None:
-    heavy = {"triton", "transformers", "sklearn", "scipy", "gguf", "matplotlib", "vllm", "steerfast_kernels"}
+    heavy = {"triton", "numba", "transformers", "sklearn", "scipy", "gguf", "matplotlib", "vllm", "steerfast_kernels"}
     code = (
         "import sys, torch; before = set(sys.modules); import steerfast as sf\n"
         "for name in sf.__all__: getattr(sf, name)\n"

@@ -5,7 +5,8 @@ The hand-written ways take tensors that are ready: no slot is looked up, no argu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 import steerfast as sf
 from steerfast import ops
+from steerfast.ops import compiled_cpu
 
 from . import cases, sae_cases
-from .case import Case, Function, Stream, same_as
+from .case import Case, Function, NotHere, Stream, Within, same_as
 from .methods import METHODS
 
 
@@ -23,6 +25,29 @@ def _beside(case: Case, ways: Mapping[str, Function], name: str | None = None, o
     """A case beside these ways alone."""
     peers = {way: (lambda run=run: run) for way, run in ways.items()}  # type: ignore[misc]
     return replace(case, name=name or case.name, ours=ours or case.ours, peers=peers, yardsticks={}, slack=8.0)
+
+
+ROADS = "calls", "compiled"
+
+
+def on(road: str, case: Case) -> Case:
+    """A case on one road of the CPU backend: PyTorch's calls, or what numba has compiled, which its name then says."""
+    if road == "calls":
+        return replace(case, ours=Within(case.ours, _only_calls))
+    if compiled_cpu.kernels() is None:
+        raise NotHere("numba is not installed")
+    return replace(case, name=f"{case.name} compiled", ours=Within(case.ours, nullcontext))
+
+
+@contextmanager
+def _only_calls() -> Iterator[None]:
+    """As where numba is not installed."""
+    kept = compiled_cpu.kernels
+    compiled_cpu.kernels = lambda: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        compiled_cpu.kernels = kept
 
 
 def add(at: Stream, n: int) -> Case:

@@ -18,7 +18,7 @@ from steerfast.bank import Bank, fitting
 from steerfast.edits.base import Intervention, Program, run_slot, untrained
 from steerfast.models.points import Point
 from steerfast.models.proof import shape_refusal
-from steerfast.ops import torch_backend
+from steerfast.ops import compiled_cpu, torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import ALL_MODES
 from steerfast.place import Place
@@ -167,9 +167,11 @@ class Dispatcher:
         return partial(_directly, found.direct) if found.direct else None
 
     def rehearse(self, tokens: int) -> None:
-        """Launch what a pass over so many tokens can launch here, on zeros that no slot owns; nothing on PyTorch."""
+        """Launch what a pass over so many tokens can launch here, on zeros that no slot owns; on PyTorch, only compile."""
         x = self.bank.vectors.new_zeros(tokens, self.point.width)
         if backend_of(x) == "torch":
+            if x.is_cpu:
+                compiled_cpu.kernels()
             return
         fixed = self.passes.fixed
         most = fixed.columns if fixed is not None else min(self.passes.width, MAX_SLOTS_PER_ROW)

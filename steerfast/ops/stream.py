@@ -391,9 +391,10 @@ def _hinged(x: Tensor, directions: Tensor, edit: _Hinge, number: float, in_place
     """x + Bᵀg, perhaps written into x."""
     backend = backend_of(x)
     if backend == "torch":
-        quick = None if torch.compiler.is_compiling() else torch_cpu.hinged(x, directions, edit.how, number, in_place)
-        if quick is not None:
-            return quick
+        if not torch.compiler.is_compiling():
+            quick = torch_cpu.hinged(x, directions, edit.numbers, edit.how, number, in_place)
+            if quick is not None:
+                return quick
         out = torch_backend.hinged(x, directions, functools.partial(edit.act, number))
         return x.copy_(out) if in_place else out
     bank = _hinge_bank(x, directions, edit.numbers(number))

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from steerfast._checks import FLOATS
 
+from . import compiled_cpu
 from .backends import backend_of, in_full_precision, transformed
-from .slots import ROTATE, Tables
+from .slots import ROTATE, Eight, Tables
 from .torch_backend import VANISHED, hinge
 from .torch_slots import How, Reader, Ready, Step, reader_of
 
@@ -54,15 +55,26 @@ def is_elementwise(x: Tensor, *vectors: Tensor) -> bool:
     return dtype in FLOATS and width != () and width[0] > 0
 
 
-@in_full_precision
 def hinged(
-    x: Tensor, directions: Tensor, how: Callable[[float], How], number: float, in_place: bool = False
+    x: Tensor,
+    directions: Tensor,
+    numbers: Callable[[float], Eight],
+    how: Callable[[float], How],
+    number: float,
+    in_place: bool = False,
 ) -> Tensor | None:
-    """x + share · act(xBᵀ)B of a number, with the rows B = directions."""
+    """x + share · act(xBᵀ)B of a number, with the rows B = directions; what it does as eight numbers, and in few calls."""
     if not is_plain(x, directions):
         return None
+    out = compiled_cpu.hinged(x, directions, numbers, number, in_place)
+    # `how` is asked here: what is kept must be no mode's tensor
+    return _hinged(x, directions, how(number), in_place) if out is None else out
+
+
+@in_full_precision
+def _hinged(x: Tensor, directions: Tensor, how: How, in_place: bool) -> Tensor | None:
     rows = directions if directions.dim() == 2 else directions[None]
-    return _edited(x, rows.T, rows, how(number), None, in_place)  # asked here: what is kept must be no mode's tensor
+    return _edited(x, rows.T, rows, how, None, in_place)
 
 
 def _edited(
@@ -129,13 +141,17 @@ def _with_norm(out: Tensor, before: Tensor) -> Tensor:
     return out.mul_(torch.where(ratio < _boundary, ratio, _one))  # a zero row has no ratio
 
 
-@in_full_precision
 def add(x: Tensor, vectors: Tensor, rows: Tensor, scale: Tensor | None, in_place: bool = False) -> Tensor | None:
     """x + scale · vectors[rows] where every row of x has one vector, or none."""
     if (rows.dim() == 2 and rows.shape[1] != 1) or not is_plain(x, vectors, rows, scale) or not x.numel():
         return None
-    owners = rows if rows.dim() == 1 else rows[:, 0]
     bank = vectors if vectors.dim() == 2 else vectors[None]
+    out = compiled_cpu.add(x, bank, rows, scale, in_place)
+    return _add(x, bank, rows if rows.dim() == 1 else rows[:, 0], scale, in_place) if out is None else out
+
+
+@in_full_precision
+def _add(x: Tensor, bank: Tensor, owners: Tensor, scale: Tensor | None, in_place: bool) -> Tensor | None:
     least, most = _ends(owners)
     if least < -1 or most >= bank.shape[0]:
         return None
@@ -196,7 +212,6 @@ def _narrow(wide: Tensor, dtype: torch.dtype) -> Tensor:
     return wide.bfloat16() if dtype is torch.bfloat16 else wide.half()
 
 
-@in_full_precision
 def subspace(
     x: Tensor,
     vectors: Tensor,
@@ -207,15 +222,21 @@ def subspace(
     in_place: bool = False,
 ) -> Tensor | None:
     """Project → act → lift where every row has one slot, or none."""
+    if rows is not None and rows.dim() == 2 and rows.shape[1] != 1:
+        return None
     if not is_plain(x, vectors, coefficients, slots, rows, scale) or not x.numel():
         return None
     bank = vectors, coefficients, slots
+    out = compiled_cpu.subspace(x, bank, rows, scale, in_place)
+    return _subspace(x, bank, rows, scale, in_place) if out is None else out
+
+
+@in_full_precision
+def _subspace(x: Tensor, bank: Tables, rows: Tensor | None, scale: Tensor | None, in_place: bool) -> Tensor | None:
     reader, owner = reader_of(bank), 0
     if reader is None:
         return None
     if rows is not None:
-        if rows.dim() == 2 and rows.shape[1] != 1:
-            return None
         rows = rows if rows.dim() == 1 else rows[:, 0]
         owners = rows.tolist() if rows.stride(0) else rows[:1].tolist()
         owner = owners[0]

@@ -19,7 +19,7 @@ from steerfast import ops
 from steerfast._checks import MAX_SLOTS_PER_ROW
 from steerfast.bank import Bank
 from steerfast.edits.base import Intervention
-from steerfast.ops import torch_backend
+from steerfast.ops import compiled_cpu, torch_backend
 from steerfast.ops.backends import backend_of
 from steerfast.ops.slots import ADD, needs
 from steerfast.probes.encoder import Encodes
@@ -72,6 +72,8 @@ class EditedPlace:
             self.rank = max(self.rank, spec.rank)
         directions, numbers = needs(specs, slots)
         self.bank = Bank(width, slots, directions, dtype, device, numbers)
+        if device.type == "cpu":
+            compiled_cpu.kernels()  # now, and not at the first request
         self._loaded: dict[int, Intervention] = {}
         self._kind = np.zeros(slots + 1, dtype=np.int8)  # the last entry stands for -1, no slot
         self._row = np.zeros(slots + 1, dtype=np.int64)

@@ -1,0 +1,182 @@
+"""The compiled road of the CPU backend: kernels of numba where that is installed, for plain tensors of 32 bits and of bfloat16.
+
+Each function returns None where it does not serve, and PyTorch's calls run. Numba is imported at the first edit that it could
+serve, or by `sf.warmup`; its kernels are compiled then, once for a machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .slots import Eight, Tables
+from .tables import hinge_tables
+
+ALONE = 1 << 19
+"""Numbers of x up to which one thread edits them: it takes 0.1 to 0.3 ms, and another is awake after 0.05."""
+PARTS = 4
+"""Parts of the rows for each thread: one that another program holds up leaves the rest to the others."""
+
+BLOCK = 16
+"""Rows that a kernel takes together."""
+
+_ABSENT = 0, 0
+_FLOAT, _HALF = (
+    np.float32(0),
+    np.uint16(0),
+)  # what tells the kernels the dtype of x: they read bfloat16 as whole numbers
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """The compiled kernels; None without numba, or, with a warning, where it fails."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        return importlib.import_module(".numba_cpu", __package__)
+    except Exception as error:  # whatever a broken or too old installation does
+        warnings.warn(
+            f"steerfast: numba is installed but cannot compile the kernels of the CPU backend ({type(error).__name__}: {error}); "
+            'PyTorch alone runs them. pip install -U "steerfast[cpu]" may help, or pip uninstall numba',
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def hinged(
+    x: Tensor, directions: Tensor, numbers: Callable[[float], Eight], number: float, in_place: bool
+) -> Tensor | None:
+    """x + act(xBᵀ)B, with the rows B = directions, for the eight numbers of a number; plain tensors of at most 32 bits."""
+    compiled = kernels()
+    if compiled is None:
+        return None
+    rows = directions if directions.dim() == 2 else directions[None]
+    place = _place(rows)
+    if place is None:
+        return None
+    return _run(compiled.edit, x, place + _slot(rows.shape[0], numbers, number)[0], None, None, in_place)
+
+
+@functools.lru_cache(maxsize=256)
+def _slot(rank: int, numbers: Callable[[float], Eight], number: float) -> tuple[tuple[int, ...], Any]:
+    """The numbers and the header of a bank of one slot: where they stand, and they."""
+    with torch.inference_mode(False):
+        coefficients, slots = hinge_tables(rank, numbers(number), torch.device("cpu"))
+    return (coefficients.data_ptr(), coefficients.shape[0], slots.data_ptr(), 1), (coefficients, slots)
+
+
+def subspace(x: Tensor, bank: Tables, rows: Tensor | None, scale: Tensor | None, in_place: bool) -> Tensor | None:
+    """`torch_cpu.subspace`: one slot for each row."""
+    compiled = kernels()
+    if compiled is None:
+        return None
+    vectors, coefficients, slots = bank
+    place = _place(vectors)
+    if place is None:
+        return None
+    table = (*place, coefficients.data_ptr(), coefficients.shape[0], slots.data_ptr(), slots.shape[0])
+    return _run(compiled.edit, x, table, rows, scale, in_place)
+
+
+def add(x: Tensor, bank: Tensor, rows: Tensor, scale: Tensor | None, in_place: bool) -> Tensor | None:
+    """`torch_cpu.add`: one vector of bank (S, d) for each row."""
+    compiled = kernels()
+    if compiled is None or bank.dtype is not x.dtype or (place := _place(bank)) is None:
+        return None
+    at, step, _, count = place
+    return _run(compiled.add, x, (at, step, count), rows, scale, in_place)
+
+
+def _place(rows: Tensor) -> tuple[int, int, int, int] | None:
+    """Of a table of directions: its address, the bytes from one row to the next, whether it is bfloat16, and its rows."""
+    dtype, (step, beside) = rows.dtype, rows.stride()
+    if beside != 1:
+        return None
+    if dtype is torch.float32:
+        return rows.data_ptr(), 4 * step, 0, rows.shape[0]
+    return (rows.data_ptr(), 2 * step, 1, rows.shape[0]) if dtype is torch.bfloat16 else None
+
+
+def _run(
+    kernel: Any, x: Tensor, table: tuple[int, ...], rows: Tensor | None, scale: Tensor | None, in_place: bool
+) -> Tensor | None:
+    """A kernel on the rows of x, by one thread or by as many as PyTorch takes."""
+    dtype, shape = x.dtype, x.shape
+    if dtype is torch.float32:
+        kind, size = _FLOAT, 4
+    elif dtype is torch.bfloat16:
+        kind, size = _HALF, 2
+    else:
+        return None
+    d = shape[-1]
+    step = d * size
+    if x.is_contiguous():
+        n = shape[0] if len(shape) == 2 else x.numel() // d
+    elif len(shape) == 2 and x.stride(1) == 1:
+        n, step = shape[0], x.stride(0) * size
+    else:
+        return None
+    owners = strengths = _ABSENT
+    if rows is not None:
+        if rows.dtype is not torch.int32:
+            return None
+        owners = rows.data_ptr(), rows.stride(0)
+    if scale is not None:
+        if scale.dtype is not torch.float32:
+            return None
+        strengths = scale.data_ptr(), scale.stride(0)
+    out = x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
+    arguments = (
+        kind, x.data_ptr(), step, out.data_ptr(), step if in_place else d * size, n, d, size, *table, *owners, *strengths
+    )  # fmt: skip
+    alone = n * d <= ALONE or torch.get_num_threads() == 1
+    return None if (kernel(*arguments, 0, n) if alone else _together(kernel, arguments, n)) else out
+
+
+def _together(kernel: Any, arguments: tuple[Any, ...], n: int) -> int:
+    """Rows in parts, which this thread and others take until none is left; it does not wait for one that has not begun."""
+    threads = torch.get_num_threads()
+    size = BLOCK * -(-n // (BLOCK * PARTS * threads))
+    parts = deque((begin, min(begin + size, n)) for begin in range(0, n, size))
+
+    def take() -> int:
+        status = 0
+        while parts:
+            try:
+                part = parts.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            status |= kernel(*arguments, *part)
+        return status
+
+    try:
+        others = [_pool(threads - 1).submit(take) for _ in range(min(threads, len(parts)) - 1)]
+    except RuntimeError:  # Python ends
+        others = []
+    status = take()
+    for other in others:
+        if not other.cancel():
+            status |= other.result()
+    return status
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, "steerfast")
+
+
+# threads do not follow a process into its child
+os.register_at_fork(after_in_child=_pool.cache_clear)

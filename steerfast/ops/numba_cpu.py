@@ -1,0 +1,518 @@
+"""Kernels of the CPU backend for numba, the optional compiler: importing this module compiles them, or reads what was compiled.
+
+They take addresses, so that a call costs no more than its whole numbers, and so that bfloat16, which numba has not, is read as
+the upper half of a float32. Blocks of rows that stay in the cache are projected on eight directions at a time, and lifted: x
+comes from memory once. Everything is summed in float32 and rounded once. Numbers of a row never meet those of another.
+
+The only liberties of the compiler are to sum over the width in lanes, and to fuse a product with its sum: rows of NaN or of
+infinities say so as ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from .slots import ADD, HINGE, PUSH, ROTATE
+from .torch_backend import VANISHED
+
+ROWS = 16
+"""Rows of a block: they stay in the second cache beside the directions."""
+CHUNK = 768
+"""Numbers of a row that are taken at a time: those of eight directions fill three quarters of the first cache."""
+MOST = 64
+"""Directions of a slot; of more, a library's products cost less."""
+TILE = 8
+"""Directions that share one reading of x."""
+PITCH = MOST + TILE
+"""From one row's y to the next; what is behind it is 0."""
+
+_exact = {"fastmath": {"contract"}, "error_model": "numpy"}
+_in_lanes = {"fastmath": {"contract", "reassoc"}, "error_model": "numpy"}
+_ZERO = np.float32(0)
+_HALF = np.uint16(0)
+
+
+def _entry(numbers: int) -> Callable[..., Any]:
+    """Compile now, for float32 and for bfloat16 (as uint16), what takes so many whole numbers; it runs without holding Python."""
+    arguments = [types.int64] * numbers
+    signatures = [types.int64(kind, *arguments) for kind in (types.float32, types.uint16)]
+
+    def compiled(function: Any) -> Any:
+        try:
+            return njit(signatures, nogil=True, cache=True, **_exact)(function)
+        except RuntimeError:  # no folder can be written
+            return njit(signatures, nogil=True, **_exact)(function)
+
+    return compiled
+
+
+# --- numbers in memory ------------------------------------------------------------------------------------------------------
+
+
+def _pointer(builder, kind, address, index):
+    """To number `index` of this kind from an address on."""
+    bits = {types.float32: ir.FloatType(), types.uint16: ir.IntType(16), types.int32: ir.IntType(32)}[kind]
+    return builder.gep(builder.inttoptr(address, bits.as_pointer()), [index])
+
+
+@intrinsic
+def _whole(context, address, index):
+    """The int32 that stands there."""
+    return types.int64(types.int64, types.int64), lambda context, builder, signature, values: builder.sext(
+        builder.load(_pointer(builder, types.int32, *values)), ir.IntType(64)
+    )
+
+
+@intrinsic
+def _read(context, kind, address, index):
+    """Number `index` from an address on, as float32."""
+
+    def read(context, builder, signature, values):
+        number = builder.load(_pointer(builder, kind, *values[1:]))
+        if kind == types.float32:
+            return number
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(number, word), word(16)), ir.FloatType())
+
+    return types.float32(kind, types.int64, types.int64), read
+
+
+@intrinsic
+def _write(context, kind, address, index, number):
+    """A float32 as number `index` from an address on: to the nearest, ties to even; NaN stays."""
+
+    def write(context, builder, signature, values):
+        number, word = values[3], ir.IntType(32)
+        if kind == types.uint16:
+            bits = builder.bitcast(number, word)
+            odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+            rounded = builder.lshr(builder.add(builder.add(bits, word(0x7FFF)), odd), word(16))
+            rounded = builder.select(builder.fcmp_ordered("ord", number, number), rounded, word(0x7FC0))
+            number = builder.trunc(rounded, ir.IntType(16))
+        builder.store(number, _pointer(builder, kind, *values[1:3]))
+        return context.get_dummy_value()
+
+    return types.void(kind, types.int64, types.int64, types.float32), write
+
+
+# --- one row, or a chunk of it ----------------------------------------------------------------------------------------------
+
+
+@njit(**_exact)
+def _eight(first, step, count):
+    """Where eight rows begin, `step` bytes apart; those beyond `count` are the last once more."""
+    last = count - 1
+    return (
+        first, first + min(1, last) * step, first + min(2, last) * step, first + min(3, last) * step,
+        first + min(4, last) * step, first + min(5, last) * step, first + min(6, last) * step, first + min(7, last) * step,
+    )  # fmt: skip
+
+
+@njit(**_exact)
+def _at(rows, j):
+    """Number j of eight rows."""
+    r0, r1, r2, r3, r4, r5, r6, r7 = rows
+    return (
+        _read(_ZERO, r0, j), _read(_ZERO, r1, j), _read(_ZERO, r2, j), _read(_ZERO, r3, j),
+        _read(_ZERO, r4, j), _read(_ZERO, r5, j), _read(_ZERO, r6, j), _read(_ZERO, r7, j),
+    )  # fmt: skip
+
+
+@njit(**_in_lanes)
+def _dots(kind, x, z, first, step, count, n, y, u):
+    """y += the products of row x with up to eight directions, u those of row z: a direction is loaded once for both."""
+    rows = _eight(first, step, count)
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = _ZERO
+    t0 = t1 = t2 = t3 = t4 = t5 = t6 = t7 = _ZERO
+    for j in range(n):
+        v, w = _read(kind, x, j), _read(kind, z, j)
+        c0, c1, c2, c3, c4, c5, c6, c7 = _at(rows, j)
+        s0, t0 = s0 + v * c0, t0 + w * c0
+        s1, t1 = s1 + v * c1, t1 + w * c1
+        s2, t2 = s2 + v * c2, t2 + w * c2
+        s3, t3 = s3 + v * c3, t3 + w * c3
+        s4, t4 = s4 + v * c4, t4 + w * c4
+        s5, t5 = s5 + v * c5, t5 + w * c5
+        s6, t6 = s6 + v * c6, t6 + w * c6
+        s7, t7 = s7 + v * c7, t7 + w * c7
+    _collect(y, count, (s0, s1, s2, s3, s4, s5, s6, s7))
+    _collect(u, count, (t0, t1, t2, t3, t4, t5, t6, t7))
+
+
+@njit(**_exact)
+def _collect(y, count, sums):
+    for i, s in enumerate(sums):
+        if i < count:
+            _write(_ZERO, y, i, _read(_ZERO, y, i) + s)
+
+
+@njit(**_in_lanes)
+def _dot(kind, x, b, n):
+    s = _ZERO
+    for j in range(n):
+        s += _read(kind, x, j) * _read(_ZERO, b, j)
+    return s
+
+
+@njit(**_in_lanes)
+def _length(kind, x, n):
+    """Of a row, as PyTorch takes it: the squares add up in float64."""
+    s = 0.0
+    for j in range(n):
+        v = np.float64(_read(kind, x, j))
+        s += v * v
+    return math.sqrt(s)
+
+
+@njit(**_exact)
+def _tile(g, i):
+    """Eight numbers from g[i] on."""
+    return _at(_eight(g, 4, TILE), i)
+
+
+@njit(**_exact)
+def _mixed(g, c, j):
+    """g·C at one place."""
+    g0, g1, g2, g3, g4, g5, g6, g7 = g
+    c0, c1, c2, c3, c4, c5, c6, c7 = _at(c, j)
+    return g0 * c0 + g1 * c1 + g2 * c2 + g3 * c3 + g4 * c4 + g5 * c5 + g6 * c6 + g7 * c7
+
+
+@njit(**_exact)
+def _sum(w, begins, g, c, n):
+    """w += g·C of eight directions, or = where it begins."""
+    for j in range(n):
+        _write(_ZERO, w, j, (_ZERO if begins else _read(_ZERO, w, j)) + _mixed(g, c, j))
+
+
+@njit(**_exact)
+def _sum_one(w, begins, g, c, n):
+    for j in range(n):
+        _write(_ZERO, w, j, (_ZERO if begins else _read(_ZERO, w, j)) + g * _read(_ZERO, c, j))
+
+
+@njit(**_exact)
+def _lifted(kind, x, out, g, c, n):
+    """x + g·C of eight directions. Memory that may overlap is taken number by number, so x in its place is said apart."""
+    if x == out:
+        for j in range(n):
+            _write(kind, out, j, _read(kind, out, j) + _mixed(g, c, j))
+    else:
+        for j in range(n):
+            _write(kind, out, j, _read(kind, x, j) + _mixed(g, c, j))
+
+
+@njit(**_exact)
+def _plus(kind, x, w, n):
+    """w += x."""
+    for j in range(n):
+        _write(_ZERO, w, j, _read(_ZERO, w, j) + _read(kind, x, j))
+
+
+@njit(**_exact)
+def _add(kind, x, weight, of, vector, out, n):
+    """x + weight · vector, a vector of that kind."""
+    if x == out:
+        for j in range(n):
+            _write(kind, out, j, _read(kind, out, j) + weight * _read(of, vector, j))
+    else:
+        for j in range(n):
+            _write(kind, out, j, _read(kind, x, j) + weight * _read(of, vector, j))
+
+
+@njit(**_exact)
+def _scaled(kind, w, ratio, out, n):
+    for j in range(n):
+        _write(kind, out, j, ratio * _read(_ZERO, w, j))
+
+
+@intrinsic
+def _copied(context, source, target, size):
+    """Bytes as they are."""
+
+    def copied(context, builder, signature, values):
+        source, target, size = values
+        bytes_at = ir.IntType(8).as_pointer()
+        move = builder.module.declare_intrinsic("llvm.memmove", [bytes_at, bytes_at, ir.IntType(64)])
+        builder.call(
+            move, [builder.inttoptr(target, bytes_at), builder.inttoptr(source, bytes_at), size, ir.IntType(1)(0)]
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), copied
+
+
+@njit(**_exact)
+def _widen(x, w, n):
+    for j in range(n):
+        _write(_ZERO, w, j, _read(_HALF, x, j))
+
+
+# --- rows of a bank ---------------------------------------------------------------------------------------------------------
+
+
+@njit(**_exact)
+def _serves(header, directions, size):
+    """Whether a slot is empty, or of a mode that is served and within the tables of its bank."""
+    mode, rank, project, lift, start = header
+    if rank == 0:
+        return True
+    if not (mode in (HINGE, PUSH) or (mode == ROTATE and rank == 2) or (mode == ADD and rank == 1)):
+        return False
+    last = directions - rank
+    return 0 < rank <= MOST and 0 <= project <= last and 0 <= lift <= last and 0 <= start < size - rank
+
+
+@njit(**_exact)
+def _header(table, slot):
+    """Mode, rank, first row of B and of C, and of the numbers."""
+    at = table + 32 * slot
+    return _whole(at, 0), _whole(at, 1), _whole(at, 2), _whole(at, 3), _whole(at, 4)
+
+
+@njit(**_exact)
+def _relu(number):
+    return _ZERO if number < _ZERO else number
+
+
+@njit(**_exact)
+def _hinge(y, m, rank, c):
+    """`torch_backend.hinge` of m rows, without the terms that are nothing."""
+    for k in range(rank):
+        c0, c1, c2, c3, c4, c5, c6, c7 = _tile(c, 8 * k + 8)
+        for r in range(m):
+            v, g = _read(_ZERO, y, r * PITCH + k), c0
+            if c1 != _ZERO:
+                g += c1 * v
+            if c2 != _ZERO:
+                g += c2 * _relu(v - c3)
+            if c4 != _ZERO:
+                g += c4 * _relu(v - c5)
+            if c6 != _ZERO:
+                g += c6 if v > c7 else _ZERO
+            _write(_ZERO, y, r * PITCH + k, g)
+
+
+@njit(**_exact)
+def _push(y, rank, c, weight):
+    """`torch_backend.push` of one row."""
+    target, total = _read(_ZERO, c, 3), _ZERO
+    for k in range(rank):
+        short = _relu(target - _relu(_read(_ZERO, y, k) + _read(_ZERO, c, 8 * k + 8)))
+        _write(_ZERO, y, k, short)
+        total += short
+    _times(y, rank, weight * target / total if total > _ZERO else _ZERO)
+
+
+@njit(**_exact)
+def _rotate(y, c, weight):
+    """`torch_backend.rotate` of one row."""
+    y0, y1 = np.float64(_read(_ZERO, y, 0)), np.float64(_read(_ZERO, y, 1))
+    length, angle = math.sqrt(y0 * y0 + y1 * y1), np.float64(weight * _read(_ZERO, c, 3))
+    turns = _read(_ZERO, c, 4) == _ZERO or y0 > 0
+    _write(_ZERO, y, 0, np.float32(length * math.cos(angle) - y0 if turns else 0.0))
+    _write(_ZERO, y, 1, np.float32(length * math.sin(angle) - y1 if turns else 0.0))
+
+
+@njit(**_exact)
+def _times(y, rank, weight):
+    for k in range(rank):
+        _write(_ZERO, y, k, weight * _read(_ZERO, y, k))
+
+
+@njit(**_exact)
+def _project(kind, x, z, y, u, rank, first, step, n):
+    """y += Bx and u += Bz."""
+    for i in range(0, rank, TILE):
+        count = min(TILE, rank - i)
+        if count > TILE // 2:
+            _dots(kind, x, z, first + i * step, step, count, n, y + 4 * i, u + 4 * i)
+            continue
+        for one in range(i, i + count):
+            _write(_ZERO, y, one, _read(_ZERO, y, one) + _dot(kind, x, first + one * step, n))
+            if z != x:
+                _write(_ZERO, u, one, _read(_ZERO, u, one) + _dot(kind, z, first + one * step, n))
+
+
+@njit(**_exact)
+def _lift(w, g, rank, first, step, n):
+    """w = g·C; behind the numbers of g stand zeros."""
+    for i in range(0, rank, TILE):
+        count = min(TILE, rank - i)
+        if count > TILE // 2:
+            _sum(w, i == 0, _tile(g, i), _eight(first + i * step, step, count), n)
+        else:
+            for one in range(i, i + count):
+                _sum_one(w, one == 0, _read(_ZERO, g, one), first + one * step, n)
+
+
+@njit(**_exact)
+def _edit_block(kind, order, m, places, slot, basis, strengths, scratch):
+    """A few rows after one slot: projected chunk by chunk, so that the directions stay in the first cache, and lifted so."""
+    x, x_step, out, out_step, d, item = places
+    mode, rank, keep_norm, c = slot
+    across, lift, step = basis
+    scale, scale_step = strengths
+    y, w = scratch
+    for i in range((m + 1) * PITCH):
+        _write(_ZERO, y, i, _ZERO)
+    if mode != ADD:
+        for j in range(0, d, CHUNK):
+            for r in range(
+                0, m, 2
+            ):  # the last of an odd number is its own second, whose products stand behind the block
+                one, two = x + order[r] * x_step + j * item, x + order[min(r + 1, m - 1)] * x_step + j * item
+                own = y + 4 * r * PITCH
+                _project(kind, one, two, own, own + 4 * PITCH, rank, across + 4 * j, step, min(CHUNK, d - j))
+    if mode == HINGE:
+        _hinge(y, m, rank, c)
+    for r in range(m):
+        own, weight = y + 4 * r * PITCH, _read(_ZERO, c, 2)
+        if scale:
+            weight *= _read(_ZERO, scale, order[r] * scale_step)
+        if mode == HINGE:
+            _times(own, rank, weight)
+        elif mode == PUSH:
+            _push(own, rank, c, weight)
+        elif mode == ROTATE:
+            _rotate(own, c, weight)
+        else:
+            _write(_ZERO, own, 0, weight)
+    span = d if keep_norm else CHUNK
+    for j in range(0, d, span):
+        n, first = min(span, d - j), lift + 4 * j
+        for r in range(m):
+            at, to, g = x + order[r] * x_step + j * item, out + order[r] * out_step + j * item, y + 4 * r * PITCH
+            if rank == 1 and not keep_norm:
+                _add(kind, at, _read(_ZERO, g, 0), _ZERO, first, to, n)
+            elif TILE // 2 < rank <= TILE and not keep_norm:
+                _lifted(kind, at, to, _tile(g, 0), _eight(first, step, rank), n)
+            else:
+                _lift(w, g, rank, first, step, n)
+                _plus(kind, at, w, n)
+                ratio = np.float32(1)
+                if keep_norm:
+                    before, after = _length(kind, at, n), _length(_ZERO, w, n)
+                    ratio = np.float32(before / after) if after > VANISHED * before else ratio
+                _scaled(kind, w, ratio, to, n)
+
+
+@njit(**_exact)
+def _ordered(owners, owners_step, n, slots):
+    """The numbers of rows, those of each owner one after another."""
+    order, starts = np.empty(n, np.int64), np.zeros(slots + 2, np.int64)
+    for i in range(n):
+        starts[_whole(owners, i * owners_step) + 2] += 1
+    for slot in range(1, slots + 2):
+        starts[slot] += starts[slot - 1]
+    for i in range(n):
+        owner = _whole(owners, i * owners_step) + 1
+        order[starts[owner]] = i
+        starts[owner] += 1
+    return order
+
+
+@njit(**_exact)
+def _place(array):
+    return np.int64(array.ctypes.data)
+
+
+@njit(**_exact)
+def _kept(*arrays):
+    """An array lives until it is last mentioned, whoever has its address."""
+
+
+@_entry(21)
+def edit(
+    kind, x, x_step, out, out_step, n, d, item, vectors, vectors_step, narrow, directions, numbers, size, headers, slots,
+    owners, owners_step, scale, scale_step, begin, end,
+):  # fmt: skip
+    """`ops.subspace` of rows that have one slot each, or none: those from `begin` to `end` in the order of their owners.
+
+    Addresses, steps between rows (of x, out and vectors in bytes) and sizes, of a number of x in bytes; owners and scale may
+    be 0, `narrow`: vectors are bfloat16. 0: done; 1: not served, and nothing was written.
+    """
+    known = -1
+    for i in range(n if owners else 1):
+        owner = _whole(owners, i * owners_step) if owners else 0
+        if owner != known:
+            if owner < -1 or owner >= slots or (owner >= 0 and not _serves(_header(headers, owner), directions, size)):
+                return 1
+            known = owner
+    order = _ordered(owners, owners_step, n, slots) if owners else np.arange(n)
+    y, w, wide = np.empty((ROWS + 1) * PITCH, np.float32), np.empty(d, np.float32), np.empty(0, np.float32)
+    while begin < end:
+        owner = _whole(owners, order[begin] * owners_step) if owners else 0
+        stop = begin + 1 if owners else end
+        while stop < end and _whole(owners, order[stop] * owners_step) == owner:
+            stop += 1
+        header = _header(headers, owner) if owner >= 0 else (0, 0, 0, 0, 0)
+        mode, rank, project, lift, start = header
+        if not _serves(header, directions, size):  # written by another thread meanwhile
+            return 1
+        across, lift, step = vectors + project * vectors_step, vectors + lift * vectors_step, vectors_step
+        if narrow and rank:
+            if wide.shape[0] < 2 * rank * d:
+                wide = np.empty(2 * rank * d, np.float32)
+            first = _place(wide)
+            second = first if across == lift else first + 4 * rank * d
+            for i in range(rank):
+                _widen(lift + i * step, second + 4 * i * d, d)
+                if second != first and mode != ADD:
+                    _widen(across + i * step, first + 4 * i * d, d)
+            across, lift, step = first, second, 4 * d
+        slot = mode, rank, rank > 0 and _whole(headers, 8 * owner + 6) != 0, numbers + 32 * start
+        for block in range(begin, stop, ROWS):
+            some = order[block : min(block + ROWS, stop)]
+            if rank:
+                _edit_block(
+                    kind, some, some.shape[0], (x, x_step, out, out_step, d, item), slot, (across, lift, step),
+                    (scale, scale_step), (_place(y), _place(w)),
+                )  # fmt: skip
+            else:
+                for i in some:
+                    _copied(x + i * x_step, out + i * out_step, d * item)
+        begin = stop
+    _kept(y, w, wide)
+    return 0
+
+
+@_entry(16)
+def add(
+    kind,
+    x,
+    x_step,
+    out,
+    out_step,
+    n,
+    d,
+    item,
+    bank,
+    bank_step,
+    vectors,
+    owners,
+    owners_step,
+    scale,
+    scale_step,
+    begin,
+    end,
+):
+    """x + scale · bank[owners] of rows that have one vector each, or none; the bank is of x's kind. Arguments as of `edit`."""
+    for i in range(n):
+        if not -1 <= _whole(owners, i * owners_step) < vectors:
+            return 1
+    for i in range(begin, end):
+        at, to, owner = x + i * x_step, out + i * out_step, _whole(owners, i * owners_step)
+        if owner >= 0:
+            weight = _read(_ZERO, scale, i * scale_step) if scale else np.float32(1)
+            _add(kind, at, weight, kind, bank + owner * bank_step, to, d)
+        else:
+            _copied(at, to, d * item)
+    return 0

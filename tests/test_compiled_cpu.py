@@ -1,0 +1,335 @@
+"""The compiled road of the CPU backend: exact to the bit where bits are promised, safe with threads and forks, never required."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from places import needs_numba, only_calls
+from torch import Tensor
+
+import steerfast as sf
+from steerfast import ops
+from steerfast.ops import compiled_cpu, slots, torch_backend
+
+D = 71  # no multiple of anything that a kernel takes together
+
+
+@pytest.fixture
+def compiled() -> None:
+    if compiled_cpu.kernels() is None:
+        pytest.fail("numba is installed and did not compile")
+
+
+def features(rank: int, d: int = D) -> Tensor:
+    return torch.randn(rank, d) / d**0.5
+
+
+METHODS = {
+    "add": lambda: sf.Add(torch.randn(D), -2.0),
+    "add, length kept": lambda: sf.Add(torch.randn(D), 3.0, keep_norm=True),
+    "ablate": lambda: sf.Ablate(torch.randn(D)),
+    "clamp": lambda: sf.Clamp(torch.randn(D), low=-0.1, high=0.2),
+    "five": lambda: sf.Amplify(features(5), 0.5, keep_norm=True),
+    "eight": lambda: sf.Calibrate(features(8), 2.0),
+    "eleven": lambda: sf.Amplify(features(11), -1.0),
+    "sixty-four": lambda: sf.Amplify(features(64), 0.5),
+    "rotate": lambda: sf.Rotate(torch.linalg.qr(torch.randn(D, 2))[0].T.contiguous(), degrees=36.0),
+    "rotate some": lambda: sf.Rotate(torch.linalg.qr(torch.randn(D, 2))[0].T.contiguous(), degrees=36.0, adaptive=True),
+    "push": lambda: sf.DeficitPush(features(6), target=0.5, bias=torch.randn(6) / 4),
+    "loreft": lambda: sf.LoReFT(torch.linalg.qr(torch.randn(D, 3))[0].T.contiguous(), features(3), torch.ones(3)),
+}
+
+
+def bank_of(dtype: torch.dtype, methods: dict = METHODS, d: int = D) -> sf.Bank:
+    bank = sf.Bank(d, slots=len(methods) + 1, directions=400, dtype=dtype)
+    for make in methods.values():
+        bank.register(make())
+    return bank
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
+def test_every_method_in_one_batch(dtype: torch.dtype, wide: torch.dtype) -> None:
+    """Owners in any order, rows of nobody and of an empty slot, strengths, and directions of the other dtype."""
+    bank, rows = bank_of(wide), torch.randint(-1, len(METHODS) + 1, (131,)).int()
+    for n, owners in ((131, rows), (131, rows[:, None]), (1, rows[:1]), (131, rows[:1].expand(131)), (131, None)):
+        x = torch.randn(n, D).to(dtype)
+        for scale in (None, torch.rand(n) - 0.2):
+            scales = scale if scale is None or owners is None or owners.dim() == 1 else scale[:, None]
+            got = compiled_cpu.subspace(x, bank.tensors, owners, scales, False)
+            assert got is not None
+            true = torch_backend.subspace(
+                x.double(), *(t.double() for t in bank.tensors[:2]), bank.tensors[2], owners, scales
+            )
+            unit = torch.finfo(dtype).eps * true.abs().max()
+            assert (got.double() - true).abs().max() <= (2 if dtype == torch.float32 else 0.51) * unit
+            if owners is not None:
+                still = (owners.flatten() < 0) | (owners.flatten() == len(METHODS))
+                assert torch.equal(got[still], x[still])
+            twin = x.clone()
+            assert compiled_cpu.subspace(twin, bank.tensors, owners, scales, True) is twin
+            assert torch.equal(twin, got)
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    """The same bits alone, in a batch, in another order and by several threads."""
+    bank, n = bank_of(dtype), 1000
+    x, rows = torch.randn(n, D).to(dtype), torch.randint(-1, len(METHODS) + 1, (n,)).int()
+    whole = ops.subspace(x, *bank.tensors, rows)
+    order = torch.randperm(n)
+    assert torch.equal(ops.subspace(x[order], *bank.tensors, rows[order]), whole[order])
+    for i in range(0, n, 97):
+        assert torch.equal(ops.subspace(x[i : i + 1], *bank.tensors, rows[i : i + 1])[0], whole[i])
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_cpu, "ALONE", 0)
+        torch.set_num_threads(3)
+        try:
+            for _ in range(20):
+                assert torch.equal(ops.subspace(x, *bank.tensors, rows), whole)
+                assert torch.equal(ops.subspace_(x.clone(), *bank.tensors, rows), whole)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+def test_rounding_of_bfloat16() -> None:
+    """Ties to even, infinities, the largest and the smallest numbers: as PyTorch rounds."""
+    bits = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64).int()
+    edges = torch.tensor(
+        [0, 1, 0x7FFF, 0x8000, 0x8001, 0x17FFF, 0x18000, 0x7F7FFFFF, 0x7F7F8000, 0x7F800000, 0x7FC00000]
+    ).int()
+    sums = torch.cat([bits, edges, edges + -(2**31)]).view(torch.float32)
+    bank = sf.Bank(sums.shape[0], slots=1, directions=1)  # float32
+    bank.register(sf.Add(torch.ones(sums.shape[0])))
+    bank.vectors[0] = sums
+    got = compiled_cpu.subspace(torch.zeros(1, sums.shape[0], dtype=torch.bfloat16), bank.tensors, None, None, False)
+    wanted = (sums + 0.0).bfloat16()
+    assert got is not None
+    assert torch.equal(got[0].isnan(), wanted.isnan())
+    assert torch.equal(got[0][~wanted.isnan()], wanted[~wanted.isnan()])
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_infinities_and_nan_stay_alone(dtype: torch.dtype) -> None:
+    bank, x = bank_of(dtype), torch.randn(5 * (len(METHODS) + 1), D).to(dtype)
+    rows = (torch.arange(x.shape[0]) // 5).int()
+    clean = ops.subspace(x, *bank.tensors, rows)
+    x[1::5], x[3::5, 7] = math.nan, math.inf
+    got, wanted = ops.subspace(x, *bank.tensors, rows), torch_backend.subspace(x, *bank.tensors, rows)
+    for rest in (0, 2, 4):
+        assert torch.equal(got[rest::5], clean[rest::5])
+    assert got[1:-5:5].isnan().all()
+    assert torch.equal(got.isfinite()[1::5], wanted.isfinite()[1::5])
+    assert not got[3:-5:5].isfinite().all(1).any()
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts(dtype: torch.dtype) -> None:
+    """Rows apart, three dimensions, one column of a table, a bank of every second row, numbers apart: and nothing beside them."""
+    bank = bank_of(dtype)
+    rows, scale = torch.randint(-1, 12, (12, 2)).int(), torch.rand(12, 2)
+    wide = torch.randn(12, 2 * D).to(dtype)
+    forms = (
+        lambda w: w[:, :D],
+        lambda w: w.view(-1)[: 12 * D].view(3, 4, D),
+        lambda w: w[:, ::2],
+        lambda w: w.T[:D].T,
+        lambda w: w[:, 1 : D + 1].view(3, 4, D),
+    )
+    for form in forms:
+        x = form(wide)
+        edit = lambda x: ops.subspace(x, *bank.tensors, rows[:, 0], scale[:, 1])  # noqa: E731
+        add = lambda x: ops.add(x, bank.vectors[::2], rows[:, 1], scale[:, 0])  # noqa: E731
+        with only_calls():
+            wanted = edit(x), add(x)
+        got = edit(x), add(x)
+        for one, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+        kept = wide.clone()
+        ops.subspace_(form(kept), *bank.tensors, rows[:, 0], scale[:, 1])
+        assert torch.equal(form(kept), got[0])
+        form(kept).copy_(x)
+        assert torch.equal(kept, wide)  # nothing beside these rows was written
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+def test_what_it_does_not_serve_it_leaves_alone() -> None:
+    """Other modes, many directions, other dtypes, owners outside the bank: nothing is written."""
+    bank = sf.Bank(D, slots=3, directions=300)
+    bank.register(sf.Amplify(features(3)))
+    bank.register(sf.Amplify(features(65)))
+    bank.register(sf.Affine(torch.randn(D), torch.randn(D)))
+    x = torch.randn(4, D)
+    for owners in ([0, 0, 1, 0], [0, 2, 0, 0], [0, 0, 0, 3], [-2, 0, 0, 0]):
+        twin = x.clone()
+        assert compiled_cpu.subspace(twin, bank.tensors, torch.tensor(owners).int(), None, True) is None
+        assert torch.equal(twin, x)
+    rows = torch.zeros(4, dtype=torch.int32)
+    assert compiled_cpu.subspace(x.half(), bank.tensors, rows, None, False) is None
+    assert compiled_cpu.subspace(x, bank.tensors, rows.long(), None, False) is None
+    assert compiled_cpu.subspace(x, bank.tensors, rows, torch.ones(4).double(), False) is None
+    assert compiled_cpu.add(x, bank.vectors.bfloat16(), rows, None, False) is None
+    assert compiled_cpu.add(x, bank.vectors, rows + 300, None, True) is None
+    assert compiled_cpu.hinged(x, features(65), lambda share: slots.hinge(slope=-share), 1.0, False) is None
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+def test_gradients_transforms_and_modes_keep_their_road() -> None:
+    """A tensor that is more than its numbers never reaches a kernel."""
+    x, b = torch.randn(4, D), features(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_cpu, "kernels", lambda: pytest.fail("a kernel was asked for"))
+        leaf = x.clone().requires_grad_()
+        ops.amplify(leaf, b).sum().backward()
+        torch.func.vmap(lambda row: ops.amplify(row[None], b)[0])(x)
+        torch.func.grad(lambda x: ops.amplify(x, b).sum())(x)
+        torch.compile(lambda x: ops.amplify(x, b), backend="eager", fullgraph=True)(x)
+    assert leaf.grad is not None
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+def test_many_threads_of_python_at_once() -> None:
+    """Each with rows enough that all of them ask the same helpers."""
+    bank, rows = bank_of(torch.float32), torch.randint(-1, 12, (300,)).int()
+    streams = [torch.randn(300, D) for _ in range(8)]
+    wanted = [ops.subspace(x, *bank.tensors, rows) for x in streams]
+    threads = torch.get_num_threads()
+
+    def work(i: int) -> bool:
+        torch.set_num_threads(2)
+        return all(torch.equal(ops.subspace(streams[i], *bank.tensors, rows), wanted[i]) for _ in range(30))
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as pool:
+        patch.setattr(compiled_cpu, "ALONE", 0)
+        assert all(pool.map(work, range(8)))
+    torch.set_num_threads(threads)
+
+
+def _in_child(results: multiprocessing.Queue, x: Tensor, bank: tuple, rows: Tensor) -> None:
+    torch.set_num_threads(2)
+    results.put(ops.subspace(x, *bank, rows).double().sum().item())
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_of_a_process_that_has_used_its_threads() -> None:
+    """Helpers do not follow into a fork: the child wakes its own."""
+    bank, rows, x = bank_of(torch.float32), torch.randint(-1, 12, (300,)).int(), torch.randn(300, D)
+    threads, context = torch.get_num_threads(), multiprocessing.get_context("fork")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_cpu, "ALONE", 0)
+        torch.set_num_threads(2)
+        wanted = ops.subspace(x, *bank.tensors, rows).double().sum().item()
+        assert compiled_cpu._pool.cache_info().currsize == 1
+        torch.set_num_threads(threads)
+        results = context.Queue()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which this test is about
+            child = context.Process(target=_in_child, args=(results, x, bank.tensors, rows))
+            child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        assert results.get(timeout=5) == wanted
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@needs_numba
+def test_warmup_compiles() -> None:
+    """Nothing is compiled by an import, nor by what needs no kernel."""
+    printed = run("""
+        import sys, torch, steerfast as sf
+        from transformers import LlamaConfig, LlamaForCausalLM
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, vocab_size=8))
+        sf.ops.add(torch.zeros(2, 3), torch.ones(3))
+        before = "steerfast.ops.numba_cpu" in sys.modules
+        sf.warmup(model, {0: sf.Add(torch.ones(16))})
+        print(before, "steerfast.ops.numba_cpu" in sys.modules)
+    """)
+    assert printed == "False True"
+
+
+EDIT = """
+    import warnings
+    warnings.simplefilter("error")
+    import torch, steerfast as sf
+    from steerfast.ops import compiled_cpu
+    got = sf.ops.ablate(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]))
+    print(got.tolist(), compiled_cpu.kernels() is not None)
+"""
+
+
+@needs_numba
+def test_compiled_code_is_kept_in_a_folder_and_read_again(tmp_path: Path) -> None:
+    assert run(EDIT, NUMBA_CACHE_DIR=str(tmp_path)) == "[[0.0, 4.0]] True"
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
+    assert kept
+    assert run(EDIT, NUMBA_CACHE_DIR=str(tmp_path)) == "[[0.0, 4.0]] True"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == kept
+
+
+@needs_numba
+def test_without_a_folder_to_write_it_compiles_all_the_same() -> None:
+    nowhere = "import numba.core.caching as c; c.CacheImpl._locator_classes = []\n"
+    assert run(nowhere + textwrap.dedent(EDIT)) == "[[0.0, 4.0]] True"
+
+
+def test_a_broken_numba_is_said_once_and_does_without(tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text("raise ImportError('this is no numba')\n")
+    printed = run(f"""
+        import sys, warnings
+        sys.path.insert(0, {str(tmp_path)!r})
+        import torch, steerfast as sf
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                got = sf.ops.ablate(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]))
+        print(got.tolist(), [str(w.message)[:52] for w in seen if "numba" in str(w.message)])
+    """)
+    assert printed == "[[0.0, 4.0]] ['steerfast: numba is installed but cannot compile the']"
+
+
+def test_nobody_needs_numba() -> None:
+    printed = run("""
+        import sys
+        sys.modules["numba"] = None
+        import warnings
+        warnings.simplefilter("error")
+        import torch, steerfast as sf
+        from steerfast.ops import compiled_cpu
+        print(sf.ops.ablate(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0])).tolist(), compiled_cpu.kernels())
+    """)
+    assert printed == "[[0.0, 4.0]] None"
