@@ -25,8 +25,8 @@ from .subspace_tiles import TILE_RANK, launch_tiles
 from .subspace_wide import launch_wide
 
 MOST = 512  # directions that fit into the registers of a tile
-# (directions, (from tokens, to tokens)) of tables of one column whose products, act and lift are launches of their own: programs of
-# whole tokens would leave SMs idle, or have no room for more directions
+# (directions, (from tokens, to tokens)) of tables of one column whose product, act and lift are launches of their own: fewer
+# tokens than that in tiles of whole ones leave SMs idle, and more directions find no room there
 WIDE = [(8, (1, 0)), (32, (513, 4224)), (64, (257, 4224)), (MOST, (1, 1 << 62))]
 WIDE_RANK = 64  # beyond, of tables of any width
 # (most tokens, directions for each column of the tables): up to so many, programs of one token, all columns in one launch, fill
