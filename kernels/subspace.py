@@ -5,9 +5,9 @@ Sizes choose the road; all share the acts of `act.py`:
     rank < 16 and few tokens, ≤ 3 of one mode, or mixed dtypes;
     a decode step whose tables have several columns, rank ≤ 64      subspace_rows    one program per token, any mix of slots
     one flow of rank d                                             flow             two matrix products around all steps
-    rank ≤ 64                                                      subspace_tiles   tiles of tokens on tensor cores, one launch;
+    rank > 64; one column of rank 9 to 64, up to 4224 tokens       subspace_wide    tall tiles, three launches
+    else                                                           subspace_tiles   tiles of tokens on tensor cores, one launch;
                                                                                     two of up to 512 tokens and one column
-    else                                                           subspace_wide    tall tiles, three launches
 
 A row never depends on the rows beside it. Papers: see the table of methods in README.md.
 """

@@ -1,9 +1,9 @@
-"""Project → act → lift of a large rank (65 to 512 directions), in three launches: product, act, product.
+"""Project → act → lift in three launches: product, act, product. Of a large rank, or of too few tokens to fill a device whole.
 
 The first product leaves partial sums, so that its tiles can be tall and B is read seldom; `act_kernel` leaves g once for all
 columns of d; the second product keeps g of its tile on chip up to 256 directions, and walks through g and C beyond.
 Bytes a token: reads |x|·d twice (once more beyond 256 directions), writes |x|·d; B and C once per tile of 16 to 128 tokens; 4·k
-of y a split; 2·2·k of g, again for every 256 to 1024 columns of d.
+of y a split; 2·2·k of g, again for every 128 to 1024 columns of d.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ ACT_NUMBERS, ACT_ROWS = 4096, 16  # of a tile between the products
 ROWS = [(256, 16), (4224, 64), (1 << 62, 128)]
 # (most tokens, parts of d and of the directions together) of the first product, for an H200's 132 SMs
 PARTS = [(512, 8), (4224, 4), (1 << 62, 2)]
+FEW = 64  # directions of which tiles have four warps: two or three in an SM fill each other's waits
 FEW_PARTS = [(2112, 8), (1 << 62, 4)]
 SPLIT_STREAM_ROWS = 64  # of the second product, which then holds both halves
-FEW = 64  # of so many, tiles of four warps: several of them fill each other's waits in an SM
 # of a tile of the first product at most, where four warps multiply together or not
 DIRECTIONS = {True: 256, False: 128}
 # (largest k, (columns of a step, stages)) of the first product
@@ -138,15 +138,16 @@ def _second_product(edit: Edit, width: int, rows: int) -> tuple[Lift, int]:
         first = FLOAT32_LIFT
     if edit.hidden is not None:
         rows = min(rows, SPLIT_STREAM_ROWS)
-    tile = fitting([first, *LESS_LIFT], lambda one: _at(one, rows, most).bytes(width, x.element_size()), x)
-    tile = _at(tile, rows, most)
+    tile = fitting([first, *LESS_LIFT], lambda one: _at(one, rows, most, width).bytes(width, x.element_size()), x)
+    tile = _at(tile, rows, most, width)
     return tile, tile.columns or tile.step
 
 
-def _at(tile: Lift, rows: int, columns: int) -> Lift:
-    """A tile of no more rows and columns than these."""
+def _at(tile: Lift, rows: int, columns: int, width: int) -> Lift:
+    """A tile of no more rows, columns and directions than these."""
     return tile._replace(
-        rows=min(tile.rows, rows), step=min(tile.step, columns), columns=min(tile.columns, columns)
+        rows=min(tile.rows, rows), step=min(tile.step, columns), columns=min(tile.columns, columns),
+        directions=min(tile.directions, width),
     )  # fmt: skip
 
 

@@ -72,7 +72,10 @@ def prepared(at: Stream, n: int, k: int) -> Case:
 
 def columns(at: Stream, n: int, k: int, count: int = 2) -> Case:
     """Every row edited by several columns of its table, one after another."""
-    bank, rows = sf.Bank(at.d, 1, 2 * k, at.dtype, at.device), torch.zeros(n, count, dtype=torch.int32, device=at.device)
+    bank, rows = (
+        sf.Bank(at.d, 1, 2 * k, at.dtype, at.device),
+        torch.zeros(n, count, dtype=torch.int32, device=at.device),
+    )
     bank.register(sf.Amplify(at.basis(k).float(), 0.5))
     modes = bank.modes
 
