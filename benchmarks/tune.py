@@ -30,7 +30,7 @@ from headline import at
 from lab import cases, sae_cases
 from lab.case import Case, Within
 from lab.clock import REHEARSAL, DeviceClock, HostClock, measure_peaks
-from lab.goals import FEATURES, GOALS, TOKENS, Goal, K, N
+from lab.goals import FEATURES, GOALS, TOKENS, Goal, K, N, columns
 from lab.pairs import OURS, Race, interval, paired
 from setting import INTERPRETED, PLACE, TINY
 from static.cases import Blank
@@ -49,6 +49,8 @@ FILE = KERNELS / "_tuned.py"
 REGISTERS = (None, 80, 96, 128, 168, 232)  # a thread's, at most
 OTHERS = {
     "norm": Goal(cases.add_rms_norm, N),
+    "hinge k=16 n=512": Goal(cases.subspace, 512, ("amplify", 16)),
+    "two columns k=64 n=1536": Goal(columns, 1536, (64,)),
     "flow, full rank": Goal(cases.flow, N, (4096,)),
     "decode": Goal(sae_cases.sae_decode, TOKENS, (FEATURES, K)),
     "decode n=16": Goal(sae_cases.sae_decode, 16, (FEATURES, K)),

@@ -5,9 +5,9 @@ Sizes choose the road; all share the acts of `act.py`:
     rank < 16 and few tokens, ≤ 3 of one mode, or mixed dtypes;
     a decode step whose tables have several columns, rank ≤ 64      subspace_rows    one program per token, any mix of slots
     one flow of rank d                                             flow             two matrix products around all steps
-    rank ≤ 64                                                      subspace_tiles   tiles of tokens on tensor cores, one launch;
+    rank > 64; one column of rank 9 to 64, up to 4224 tokens       subspace_wide    tall tiles, three launches
+    else                                                           subspace_tiles   tiles of tokens on tensor cores, one launch;
                                                                                     two of up to 512 tokens and one column
-    else                                                           subspace_wide    tall tiles, three launches
 
 A row never depends on the rows beside it. Papers: see the table of methods in README.md.
 """
@@ -25,7 +25,10 @@ from .subspace_tiles import TILE_RANK, launch_tiles
 from .subspace_wide import launch_wide
 
 MOST = 512  # directions that fit into the registers of a tile
-WIDE_RANK = 64  # directions whose products, act and numbers one program has room for
+# (directions, (from tokens, to tokens)) of tables of one column whose product, act and lift are launches of their own: fewer
+# tokens than that in tiles of whole ones leave SMs idle, and more directions find no room there
+WIDE = [(8, (1, 0)), (32, (513, 4224)), (64, (257, 4224)), (MOST, (1, 1 << 62))]
+WIDE_RANK = 64  # beyond, of tables of any width
 # (most tokens, directions for each column of the tables): up to so many, programs of one token, all columns in one launch, fill
 # an H200 sooner than tiles of whole tokens, and cost no more than the two or three launches of tiles whose columns are split
 ONE_LAUNCH = [(128, 16), (256, 8), (1 << 62, 0)]
@@ -60,7 +63,7 @@ def subspace(
             edit.out.copy_(flow(edit.x, *bank, rows, scale, bool(modes & SOLVE.value)))
         elif _by_rows(edit):
             launch_rows(edit)
-        elif edit.max_rank > WIDE_RANK:
+        elif _is_wide(edit):
             launch_wide(edit)
         else:
             launch_tiles(edit)
@@ -75,6 +78,14 @@ def _by_rows(edit: Edit) -> bool:
     if rank >= TILE_RANK:
         return rank <= choose(ONE_LAUNCH, n) * width(edit.rows)
     return n <= FEW_TOKENS or is_light(edit) or edit.x.dtype == torch.float32
+
+
+def _is_wide(edit: Edit) -> bool:
+    """Whether three launches are the faster road, or the only one."""
+    if edit.max_rank > WIDE_RANK:
+        return True
+    least, most = choose(WIDE, edit.max_rank)
+    return width(edit.rows) == 1 and least <= edit.x.shape[0] <= most and edit.x.dtype != torch.float32
 
 
 def _is_full_flow(edit: Edit) -> bool:

@@ -1,9 +1,9 @@
-"""Project → act → lift of a large rank (65 to 512 directions), in three launches: product, act, product.
+"""Project → act → lift in three launches: product, act, product. Of a large rank, or of too few tokens to fill a device whole.
 
 The first product leaves partial sums, so that its tiles can be tall and B is read seldom; `act_kernel` leaves g once for all
 columns of d; the second product keeps g of its tile on chip up to 256 directions, and walks through g and C beyond.
 Bytes a token: reads |x|·d twice (once more beyond 256 directions), writes |x|·d; B and C once per tile of 16 to 128 tokens; 4·k
-of y a split; 2·2·k of g, again for every 256 to 1024 columns of d.
+of y a split; 2·2·k of g, again for every 128 to 1024 columns of d.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from .subspace_act import act_kernel
 from .subspace_lift import lift_kernel
 from .subspace_project import project_kernel
 
-LEAST = 64  # directions, no fewer than those of a step
+LEAST = 16  # directions of the smallest product
 OWNER_ROWS, OWNER_PROGRAMS = 128, 4  # up to so many tokens, programs of their own walk the owners of a tile
 ACT_NUMBERS, ACT_ROWS = 4096, 16  # of a tile between the products
 # (most tokens, rows of a tile): of few tokens many owners, and programs enough for an H200; of many as little of B as can be
 ROWS = [(256, 16), (4224, 64), (1 << 62, 128)]
 # (most tokens, parts of d and of the directions together) of the first product, for an H200's 132 SMs
 PARTS = [(512, 8), (4224, 4), (1 << 62, 2)]
+FEW = 64  # directions of which tiles have four warps: two or three in an SM fill each other's waits
+FEW_PARTS = [(2112, 8), (1 << 62, 4)]
 SPLIT_STREAM_ROWS = 64  # of the second product, which then holds both halves
 # of a tile of the first product at most, where four warps multiply together or not
 DIRECTIONS = {True: 256, False: 128}
 # (largest k, (columns of a step, stages)) of the first product
-STEP = [(128, (64, 4)), (512, (64, 3))]
+STEP = [(64, (64, 6)), (128, (64, 4)), (512, (64, 3))]
 LESS = [(64, 2), (32, 2), (16, 2)]  # where shared memory is small
 
 
@@ -54,9 +56,15 @@ class Lift(NamedTuple):
 
 
 # (largest k, tile as in `Lift`) of the second product
-LIFT = [(128, (128, 64, 3, 0, 512)), (256, (128, 64, 2, 0, 1024)), (512, (128, 256, 3, 64, 0))]
+LIFT = [
+    (64, (64, 64, 2, 0, 256)),
+    (128, (128, 64, 3, 0, 512)),
+    (256, (128, 64, 2, 0, 1024)),
+    (512, (128, 256, 3, 64, 0)),
+]
 LESS_LIFT = [Lift(64, 128, 3, 64), Lift(128, 128, 2, 32), Lift(64, 64, 2, 16)]
 LIFT_COLUMNS = [(256, 128), (4224, 256), (1 << 62, 1024)]  # (most tokens, columns of a program at most)
+FEW_LIFT_COLUMNS = [(512, 128), (1 << 62, 256)]
 FLOAT32_ROWS, FLOAT32_STEP, FLOAT32_LIFT = 64, (32, 2), Lift(64, 64, 2, 32)  # no tensor cores
 
 
@@ -82,7 +90,7 @@ def _launch(edit: Edit) -> None:
     }  # fmt: skip
     after = torch.empty(blocks, n, dtype=torch.float32, device=device) if restores else None
     programs = OWNER_PROGRAMS if n <= OWNER_ROWS and edit.rows is not None else 1
-    warps = warps_of(8 if block_n > 16 else 4, x)
+    warps = warps_of(8 if block_n > 16 and width > FEW else 4, x)
     project_kernel[(blocks_of(n, block_n), splits * (width // block_k), programs)](
         **edit.reads(), y_ptr=y, square_ptr=square, N=n, COLUMNS=columns, MODES=edit.modes, SUMS=1,
         BLOCK_N=block_n, BLOCK_D=step[0], BLOCK_K=block_k, WIDTH=width, num_warps=warps, num_stages=step[1],
@@ -107,7 +115,8 @@ def _first_product(edit: Edit, width: int) -> tuple[int, int, int, tuple[int, in
     rows = choose(tuned("subspace_wide.ROWS", ROWS, x), n)
     rows = min(rows, FLOAT32_ROWS) if wide else rows
     directions = min(width, DIRECTIONS[_device.device_of(x).wgmma and not wide])
-    parts = max(1, choose(tuned("subspace_wide.PARTS", PARTS, x), n) * directions // width)
+    table = tuned("subspace_wide.FEW_PARTS", FEW_PARTS, x) if width <= FEW else tuned("subspace_wide.PARTS", PARTS, x)
+    parts = max(1, choose(table, n) * directions // width)
     first = FLOAT32_STEP if wide else choose(tuned("subspace_wide.STEP", STEP, x), edit.max_rank)
     halves = 1 if edit.hidden is None else 2
 
@@ -121,20 +130,24 @@ def _second_product(edit: Edit, width: int, rows: int) -> tuple[Lift, int]:
     """A tile, and the columns of a program."""
     x = edit.x
     first = Lift(*choose(tuned("subspace_wide.LIFT", LIFT, x), edit.max_rank))
-    most = choose(tuned("subspace_wide.LIFT_COLUMNS", LIFT_COLUMNS, x), x.shape[0])
+    if width <= FEW:
+        most = choose(tuned("subspace_wide.FEW_LIFT_COLUMNS", FEW_LIFT_COLUMNS, x), x.shape[0])
+    else:
+        most = choose(tuned("subspace_wide.LIFT_COLUMNS", LIFT_COLUMNS, x), x.shape[0])
     if x.dtype == torch.float32:
         first = FLOAT32_LIFT
     if edit.hidden is not None:
         rows = min(rows, SPLIT_STREAM_ROWS)
-    tile = fitting([first, *LESS_LIFT], lambda one: _at(one, rows, most).bytes(width, x.element_size()), x)
-    tile = _at(tile, rows, most)
+    tile = fitting([first, *LESS_LIFT], lambda one: _at(one, rows, most, width).bytes(width, x.element_size()), x)
+    tile = _at(tile, rows, most, width)
     return tile, tile.columns or tile.step
 
 
-def _at(tile: Lift, rows: int, columns: int) -> Lift:
-    """A tile of no more rows and columns than these."""
+def _at(tile: Lift, rows: int, columns: int, width: int) -> Lift:
+    """A tile of no more rows, columns and directions than these."""
     return tile._replace(
-        rows=min(tile.rows, rows), step=min(tile.step, columns), columns=min(tile.columns, columns)
+        rows=min(tile.rows, rows), step=min(tile.step, columns), columns=min(tile.columns, columns),
+        directions=min(tile.directions, width),
     )  # fmt: skip
 
 

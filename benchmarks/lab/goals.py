@@ -70,6 +70,28 @@ def prepared(at: Stream, n: int, k: int) -> Case:
     )  # fmt: skip
 
 
+def columns(at: Stream, n: int, k: int, count: int = 2) -> Case:
+    """Every row edited by several columns of its table, one after another."""
+    bank, rows = (
+        sf.Bank(at.d, 1, 2 * k, at.dtype, at.device),
+        torch.zeros(n, count, dtype=torch.int32, device=at.device),
+    )
+    bank.register(sf.Amplify(at.basis(k).float(), 0.5))
+    modes = bank.modes
+
+    def chain(x: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        for _ in range(count):
+            x = x + 0.5 * (torch.relu(x @ b.T) @ b)
+        return x
+
+    case, view = cases.subspace(at, n, "amplify", k), bank.view(0)
+    return replace(
+        case, name=f"{count} columns k={k} n={n} {at.tag}", operations=count * case.operations,
+        fixed=(view.project, view.lift), peers={}, yardsticks={"eager": lambda: chain}, judge=same_as(chain),
+        ours=lambda x, *_: ops.subspace(x, *bank.tensors, rows=rows, modes=modes, max_rank=k),
+    )  # fmt: skip
+
+
 def nobody(at: Stream, n: int, k: int, columns: int = 4, in_place: bool = False) -> Case:
     """A prepared layer of rank k that no row asks for: columns of -1, every mode compiled."""
     rows = torch.full((n, columns), -1, dtype=torch.int32, device=at.device)

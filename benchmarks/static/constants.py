@@ -56,6 +56,7 @@ SMS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm
 # The H200 SXM, whose data sheet says 4.8 TB/s, 989 TFLOP/s dense bf16, 67 TFLOP/s float32, 50 MB of L2
 L2_SIZE = 50e6  # bytes
 SCHEDULERS = 4  # warp instructions a cycle and SM, at best
+L2_PORT = 64  # bytes a cycle from L2 into one SM, at best
 SECTOR = 32  # bytes: what L2 and DRAM move at least
 
 # Assumed, from what is published of H100 and H200 kernels of this kind

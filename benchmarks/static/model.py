@@ -173,9 +173,10 @@ def parts(kernel: Kernel) -> dict[str, c.Range]:
     waves = -(-kernel.busiest // kernel.resident)
     cycles = kernel.walk.cycles * kernel.busiest
     waits = zip(c.WAIT, c.SHORT_WAIT, strict=True)
+    into_one = kernel.l2 / kernel.programs * kernel.busiest / c.L2_PORT  # cycles of the busiest SM's own port
     return {
         "memory": c.Range(kernel.memory.short / c.DRAM.short, kernel.memory.long / c.DRAM.long),
-        "L2": c.Range(kernel.l2 / c.L2.short, kernel.l2 / c.L2.long),
+        "L2": c.Range(*(max(kernel.l2 / all_, into_one / clock) for all_, clock in zip(c.L2, c.CLOCK, strict=True))),
         "issue": c.Range(cycles / c.CLOCK.short / c.ISSUE_SHARE.short, cycles / c.CLOCK.long / c.ISSUE_SHARE.long),
         "product": c.Range(*(kernel.walk.product * kernel.programs / speed for speed in c.PRODUCT)),
         "wait": c.Range(
