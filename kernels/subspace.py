@@ -5,7 +5,7 @@ Sizes choose the road; all share the acts of `act.py`:
     rank < 16 and few tokens, ≤ 3 of one mode, or mixed dtypes;
     a decode step whose tables have several columns, rank ≤ 64      subspace_rows    one program per token, any mix of slots
     one flow of rank d                                             flow             two matrix products around all steps
-    rank > 64; one column of rank 9 to 64, up to 4224 tokens       subspace_wide    tall tiles, three launches
+    rank > 64; rank 9 to 64 of up to 4224 tokens, all of one slot  subspace_wide    tall tiles, three launches
     else                                                           subspace_tiles   tiles of tokens on tensor cores, one launch;
                                                                                     two of up to 512 tokens and one column
 
@@ -25,8 +25,9 @@ from .subspace_tiles import TILE_RANK, launch_tiles
 from .subspace_wide import launch_wide
 
 MOST = 512  # directions that fit into the registers of a tile
-# (directions, (from tokens, to tokens)) of tables of one column whose product, act and lift are launches of their own: fewer
-# tokens than that in tiles of whole ones leave SMs idle, and more directions find no room there
+# (directions, (from tokens, to tokens)) of one slot for all whose product, act and lift are launches of their own: fewer tokens
+# than that in tiles of whole ones leave SMs idle, and more directions find no room there. Where each token has its own slot or
+# none, one launch is kept: what costs nobody anything while nobody is steered
 WIDE = [(8, (1, 0)), (32, (513, 4224)), (64, (257, 4224)), (MOST, (1, 1 << 62))]
 WIDE_RANK = 64  # beyond, of tables of any width
 # (most tokens, directions for each column of the tables): up to so many, programs of one token, all columns in one launch, fill
@@ -85,7 +86,7 @@ def _is_wide(edit: Edit) -> bool:
     if edit.max_rank > WIDE_RANK:
         return True
     least, most = choose(WIDE, edit.max_rank)
-    return width(edit.rows) == 1 and least <= edit.x.shape[0] <= most and edit.x.dtype != torch.float32
+    return edit.rows is None and least <= edit.x.shape[0] <= most and edit.x.dtype != torch.float32
 
 
 def _is_full_flow(edit: Edit) -> bool:

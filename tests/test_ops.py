@@ -361,6 +361,34 @@ def test_in_place_twins_refuse_what_would_break_a_gradient(name):
         CASES[name].twin(x, torch.eye(6)[:2])
 
 
+@pytest.mark.parametrize("place", ROADS)
+def test_who_kept_a_tensor_sees_that_it_was_edited_in_place(place):
+    """A gradient that needs the old numbers says so, and an encode of them is not taken for one of the new."""
+    with backend(place) as device:
+        s = torch.eye(6, device=device)[:2]
+        rows, scale = torch.tensor([0, -1, 1], dtype=torch.int32, device=device), torch.rand(3, device=device)
+        bank = sf.Bank(6, slots=2, directions=4, device=device)
+        for strength in (1.0, 2.0):
+            bank.register(sf.Amplify(s, strength))
+        hidden = torch.zeros(3, 6, device=device)
+        twins = {name: case.twin for name, case in CASES.items()} | {
+            "add with rows": lambda x, s: sf.ops.add_(x, s, rows, scale),
+            "subspace": lambda x, s: sf.ops.subspace_(x, *bank.tensors),
+            "subspace with rows": lambda x, s: sf.ops.subspace_(x, *bank.tensors, rows, scale),
+            "subspace_split": lambda x, s: sf.ops.subspace_split_(hidden, x, *bank.tensors, rows, scale),
+            "affine": lambda x, s: sf.ops.affine_(x, x[0] + 1, x[1].clone()),
+        }
+        for twin in twins.values():
+            x = torch.randn(3, 6, device=device)
+            weight = torch.randn(3, 6, device=device, requires_grad=True)
+            loss = (weight * x).sum()
+            twin(x, s)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+            with torch.inference_mode():
+                twin(torch.randn(3, 6, device=device), s)
+
+
 MODES = ("ADD", "HINGE", "FLOW", "ROTATE", "PUSH", "SLERP", "REFLECT", "AFFINE", "SOLVE")
 
 

@@ -201,3 +201,9 @@ def _valid(name: str, argument: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{argument}: got {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
     return name
+
+
+def note_write(x: Tensor) -> None:
+    """Tell PyTorch that a kernel has written into x: who keeps it for a gradient, or an encode of it, sees that it changed."""
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend, torch_cpu, torch_encode, torch_topk
-from .backends import in_full_sums, interpreted, kernels
+from .backends import in_full_sums, interpreted, kernels, note_write
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,6 +35,7 @@ def add_(backend: str, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: T
         x.copy_(add(backend, x, vectors, rows, scale))
     else:
         kernels("add").add(x, vectors, rows, scale, out=x)
+        note_write(x)
 
 
 def subspace(backend: str, x: Tensor, *edit: Unpack[Edit]) -> Tensor:
@@ -56,6 +57,7 @@ def subspace_(backend: str, x: Tensor, *edit: Unpack[Edit]) -> None:
         x.copy_(subspace(backend, x, *edit))
     else:
         _launched(x, *edit)(x, *edit, out=x)
+        note_write(x)
 
 
 def subspace_probe(backend: str, x: Tensor, *edit: Unpack[Edit]) -> tuple[Tensor, Tensor]:
@@ -82,7 +84,9 @@ def subspace_split_(backend: str, hidden: Tensor, residual: Tensor, *edit: Unpac
         return
     out = residual if _dense(residual) else residual.contiguous()
     kernels("subspace").subspace(out, *edit, out=out, hidden=hidden)
-    if out is not residual:
+    if out is residual:
+        note_write(residual)
+    else:
         residual.copy_(out)
 
 

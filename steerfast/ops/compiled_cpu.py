@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .backends import note_write
 from .slots import Eight, Tables
 from .tables import hinge_tables
 
@@ -33,10 +34,7 @@ BLOCK = 16
 """Rows that a kernel takes together."""
 
 _ABSENT = 0, 0
-_FLOAT, _HALF = (
-    np.float32(0),
-    np.uint16(0),
-)  # what tells the kernels the dtype of x: they read bfloat16 as whole numbers
+_FLOAT, _HALF = np.float32(0), np.uint16(0)  # what tells the kernels the dtype of x: bfloat16 is read as whole numbers
 
 
 @functools.cache
@@ -143,7 +141,11 @@ def _run(
         kind, x.data_ptr(), step, out.data_ptr(), step if in_place else d * size, n, d, size, *table, *owners, *strengths
     )  # fmt: skip
     alone = n * d <= ALONE or torch.get_num_threads() == 1
-    return None if (kernel(*arguments, 0, n) if alone else _together(kernel, arguments, n)) else out
+    if kernel(*arguments, 0, n) if alone else _together(kernel, arguments, n):
+        return None
+    if in_place:
+        note_write(x)
+    return out
 
 
 def _together(kernel: Any, arguments: tuple[Any, ...], n: int) -> int:

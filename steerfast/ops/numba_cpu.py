@@ -486,24 +486,8 @@ def edit(
 
 @_entry(16)
 def add(
-    kind,
-    x,
-    x_step,
-    out,
-    out_step,
-    n,
-    d,
-    item,
-    bank,
-    bank_step,
-    vectors,
-    owners,
-    owners_step,
-    scale,
-    scale_step,
-    begin,
-    end,
-):
+    kind, x, x_step, out, out_step, n, d, item, bank, bank_step, vectors, owners, owners_step, scale, scale_step, begin, end
+):  # fmt: skip
     """x + scale · bank[owners] of rows that have one vector each, or none; the bank is of x's kind. Arguments as of `edit`."""
     for i in range(n):
         if not -1 <= _whole(owners, i * owners_step) < vectors:
