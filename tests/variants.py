@@ -97,6 +97,13 @@ def _tiles(n: int, dtype: torch.dtype, modes: int, rank: int) -> None:
     subspace.subspace(x, *bank, rows, scale, modes, rank, out=torch.empty_like(x))
 
 
+def _shared(n: int, modes: int, rank: int) -> None:
+    """All tokens have one slot."""
+    x = torch.empty(n, 4096, dtype=torch.bfloat16)
+    bank = torch.empty(2 * rank, 4096, dtype=torch.bfloat16), torch.empty(256, 8), torch.empty(1, 8, dtype=torch.int32)
+    subspace.subspace(x, *bank, None, torch.empty(n), modes, rank, out=torch.empty_like(x))
+
+
 def _few(modes: int, rank: int) -> None:
     _tiles(16, torch.bfloat16, modes, rank)
 
@@ -167,8 +174,8 @@ VARIANTS = [
     Variant("wide-act-k512", "act_kernel", lambda: _tiles(MANY, bf16, ALL_MODES, 512), 255, 8192, 16, targets=ONE),
     Variant("wide-lift-k256", "lift_kernel", lambda: _tiles(MANY, bf16, HINGE, 256), 255, 229376, 64, False, True, True, ONE),
     Variant("wide-lift-k512", "lift_kernel", lambda: _tiles(MANY, bf16, HINGE, 512), 255, 196700, 376, False, True, True, TWO),
-    Variant("wide-project-k64", "project_kernel", lambda: _tiles(1025, bf16, HINGE, 64), 168, 98304, 0, False, True, True, ONE),
-    Variant("wide-lift-k64", "lift_kernel", lambda: _tiles(1025, bf16, ALL_MODES, 64), 200, 65536, 0, False, True, True, TWO),
+    Variant("wide-project-k64", "project_kernel", lambda: _shared(1025, HINGE, 64), 168, 98304, 0, False, True, True, ONE),
+    Variant("wide-lift-k64", "lift_kernel", lambda: _shared(1025, ALL_MODES, 64), 200, 65536, 0, False, True, True, TWO),
     Variant("whole-float32", "whole_kernel", lambda: _tiles(1024, fp32, ALL_MODES, 64), 255, 147456, 64, targets=ONE),
     Variant("split-lift-float32", "lift_kernel", lambda: _tiles(300, fp32, ALL_MODES, 64), 200, 65536, targets=ONE),
     Variant("encode-many-rows", "_encode_kernel", lambda: _encode(4096, bf16), 200, 200704, tensor_cores=True, wgmma=True),
