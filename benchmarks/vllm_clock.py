@@ -124,9 +124,12 @@ def around_engine(clock: Clock, llm: Any, idle: Callable[[], Any]) -> None:
     """
     engine = llm.llm_engine
     runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    for name, held in list(vars(runner).items()):
-        if isinstance(held, functools.partial) and held.func.__module__ == "steerfast.vllm.seams":
-            setattr(runner, name, functools.partial(clock.around(held.func), *held.args))
+    partials = {name: held for name, held in vars(runner).items() if isinstance(held, functools.partial)}
+    ours = {name: held for name, held in partials.items() if held.func.__module__.startswith("steerfast.vllm.")}
+    if not ours:
+        raise RuntimeError("vllm_clock: no method of the runner is steerfast's")
+    for name, held in ours.items():
+        setattr(runner, name, functools.partial(clock.around(held.func), *held.args))
     packet = torch.ops.steerfast.engine_edit_
     packet.default = clock.timed(OP, packet.default)
     engine.step = clock.step(engine.step)

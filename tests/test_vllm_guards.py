@@ -71,7 +71,8 @@ def test_a_seam_of_another_form_stops_the_engine_by_name_whatever_its_number(mon
         ({"enable_dbo": True}, "dual-batch overlap"),
         ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
-        ({"enable_expert_parallel": True}, "expert parallelism"),
+        ({"enable_expert_parallel": True}, "expert parallelism on a CPU"),
+        ({"enable_expert_parallel": True, "data_parallel_size": 2}, "expert parallelism with data parallelism"),
         ({"enable_hc_sp": True}, "sequence parallelism of hyper-connections"),
         (
             {"enable_expert_parallel": True, "tensor_parallel_size": 2, "data_parallel_size": 2},
@@ -190,3 +191,13 @@ def test_the_measure_of_host_time_runs(tmp_path: Path) -> None:
     (rows,) = tmp_path.iterdir()
     found = [name for line in rows.read_text(encoding="utf-8").splitlines() for name in json.loads(line)["values"]]
     assert {"per_vector", "idle", "steered_64", "waiting_64", "read_30_host", "edits_64"} <= {*found}
+
+
+def test_an_engine_on_a_cpu_starts_beside_numba() -> None:
+    """It takes the `vars` of all that modules hold (vLLM 0.32); what llvmlite's library answered to that had no `get`."""
+    pytest.importorskip("numba").njit(lambda x: x + 1)(1)
+    from llvmlite.binding import ffi
+
+    register()
+    assert not hasattr(ffi.lib, "__dict__")
+    assert callable(ffi.lib.LLVMPY_AddSymbol)

@@ -1,7 +1,8 @@
-"""Mixtures of experts, alone and with experts that two workers share; and an engine that has slept."""
+"""Mixtures of experts: alone, with experts that are cut over two workers or shared out among them; and an engine that has slept."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,36 @@ def qwen() -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=64, norm_topk_prob=True))
+
+
+# vLLM's experts for CPUs take an expert's number among all for its number among those of the worker. A plugin of vLLM's own form
+# looks it up in the map that they are given, in every process of the engine; all else of expert parallelism is as vLLM has it.
+EXPERTS = """
+def mend():
+    import torch
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    from steerfast.vllm import guards
+
+    def apply(self, **given):
+        if (expert_map := given["expert_map"]) is not None:
+            ids = expert_map[given["topk_ids"].long()]
+            given["topk_weights"] = torch.where(ids < 0, 0, given["topk_weights"])
+            given["topk_ids"] = ids.clamp(min=0).int()
+            assert len(given["w1"]) < given["global_num_experts"], "this worker has all experts"
+        original(self, **given)
+
+    original, CPUUnquantizedExperts.apply = CPUUnquantizedExperts.apply, apply
+    guards.overlooks_experts = lambda: False
+"""
+
+
+def install_experts(folder: Path) -> None:
+    (folder / "experts_of_a_worker.py").write_text(EXPERTS)
+    info = folder / "experts_of_a_worker-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: experts-of-a-worker\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nexperts = experts_of_a_worker:mend\n")
 
 
 class Case:
@@ -105,7 +136,7 @@ def test_a_mixture_of_experts_is_steered_and_an_engine_that_has_slept_steers_as_
     """What sleep discards is allocated from a pool of memory, which a CPU does not have: nothing of ours is made inside of it."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    from steerfast.vllm import seams
+    from steerfast.vllm import worker_seams
 
     seen: list[str] = []
     inside: list[str] = []
@@ -118,13 +149,13 @@ def test_a_mixture_of_experts_is_steered_and_an_engine_that_has_slept_steers_as_
         yield
         inside.remove(tag)
 
-    class Watched(seams.Steered):
+    class Watched(worker_seams.Steered):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             made.append(tuple(inside))
             super().__init__(*args, **kwargs)
 
     monkeypatch.setattr(Worker, "_maybe_get_memory_pool_context", pool)
-    monkeypatch.setattr(seams, "Steered", Watched)
+    monkeypatch.setattr(worker_seams, "Steered", Watched)
     case = Case(mixtral, tmp_path)
     with environment(**ENVIRONMENT, **settings(tmp_path), VLLM_ENABLE_V1_MULTIPROCESSING="0"):
         llm = case.engine()
@@ -141,5 +172,18 @@ def test_experts_that_are_cut_over_two_workers_are_steered_and_read(tmp_path: Pa
     case = Case(qwen, tmp_path)
     with environment(**ENVIRONMENT, **settings(tmp_path)):
         llm = case.engine(tensor_parallel_size=2)
+        case.assert_served_by(llm)
+        llm.llm_engine.engine_core.shutdown()
+
+
+def test_experts_that_are_shared_out_among_two_workers_are_steered_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(qwen, tmp_path)
+    install_experts(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    with environment(**ENVIRONMENT, **settings(tmp_path), PYTHONPATH=path):
+        llm = case.engine(tensor_parallel_size=2, enable_expert_parallel=True)
         case.assert_served_by(llm)
         llm.llm_engine.engine_core.shutdown()

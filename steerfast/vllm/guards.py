@@ -64,6 +64,13 @@ def check_runner(runner: Any) -> bool:
     return kinds[0] == V1
 
 
+def overlooks_experts() -> bool:
+    """Whether this vLLM's experts overlook which of them a worker has: those for CPUs read beyond their weights (vLLM 0.32)."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
 def check_parallelism(config: Any, *, capturing: bool = False) -> None:
     """Stop where tokens are split or reordered, which a table with one row per token cannot follow, and where it is unproven.
 
@@ -72,14 +79,18 @@ def check_parallelism(config: Any, *, capturing: bool = False) -> None:
         capturing: Whether requests may have the stream written down, whole or not at all.
 
     Raises:
-        ValueError: capturing from a pipeline; sequence parallelism, expert parallelism, dual-batch overlap or context parallelism
-            is on; the message names it.
+        ValueError: capturing from a pipeline; sequence parallelism, expert parallelism on a CPU or over several engines, dual-batch
+            overlap or context parallelism is on; the message names it.
     """
     parallel = config.parallel_config
     on = {
         "sequence parallelism of experts (--enable-expert-parallel with data parallelism)": parallel.use_sequence_parallel_moe,
         "sequence parallelism of hyper-connections (--enable-hc-sp)": parallel.enable_hc_sp,
-        "expert parallelism (--enable-expert-parallel)": parallel.enable_expert_parallel,
+        "expert parallelism with data parallelism (--enable-expert-parallel --data-parallel-size)": (
+            parallel.enable_expert_parallel and parallel.data_parallel_size > 1
+        ),
+        "expert parallelism on a CPU (--enable-expert-parallel)": parallel.enable_expert_parallel
+        and overlooks_experts(),
         "dual-batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "prefill context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,

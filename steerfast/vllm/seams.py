@@ -31,7 +31,7 @@ from .served import Served
 from .sink import open_sink
 from .slots import Admission
 from .wire import Part, salt
-from .wrapping import logger, resolve, wrap
+from .wrapping import logger, resolve, spare_llvmlite, wrap
 
 
 def patch() -> None:
@@ -55,6 +55,7 @@ def patch() -> None:
     wrap(wrapper, "init_device", worker_seams.init_device)
     read_seams.patch(_observe, _tell)
     capture_seams.patch(_check_early)
+    spare_llvmlite()
 
 
 # --- front end ---------------------------------------------------------------------------------------------------------
@@ -81,6 +82,7 @@ def _read_library(original: Callable[..., None], processor: Any, vllm_config: An
         wrap(server, "init_entrypoints_middleware", _init_middleware)
         read_seams.patch_streams()
     _served.counters.publish()
+    spare_llvmlite()  # a plan that was read may have loaded it
     for name, reason in _served.library.refused.items():
         logger().warning("steerfast: the plan %r is refused: %s", name, reason)
     for name, reason in _served.probes.refused.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,3 +34,20 @@ def logger() -> Any:
     from vllm.logger import init_logger
 
     return init_logger("vllm.steerfast")
+
+
+def spare_llvmlite() -> None:
+    """Let an engine start in a process that has loaded numba, as steerfast does on a CPU.
+
+    vLLM 0.32 for CPUs then looks through what all modules hold, by `vars`, and llvmlite's library has a function of every name,
+    `__dict__` too: from now on of none that begins with two underscores.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if "__getattr__" in vars(library := type(getattr(ffi, "lib", None))):
+        wrap(library, "__getattr__", _public)
+
+
+def _public(original: Callable[..., Any], library: Any, name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(f"{type(library).__name__} has no {name}")
+    return original(library, name)
