@@ -1,4 +1,4 @@
-"""Mixtures of experts: alone, with experts that are cut over two workers or shared out among them; and an engine that has slept."""
+"""Mixtures of experts: alone, cut over two workers, shared out among them; and an engine that has slept."""
 
 from __future__ import annotations
 

@@ -79,8 +79,8 @@ def check_parallelism(config: Any, *, capturing: bool = False) -> None:
         capturing: Whether requests may have the stream written down, whole or not at all.
 
     Raises:
-        ValueError: capturing from a pipeline; sequence parallelism, expert parallelism on a CPU or over several engines, dual-batch
-            overlap or context parallelism is on; the message names it.
+        ValueError: capturing from a pipeline; sequence parallelism, expert parallelism on a CPU or over several engines,
+            dual-batch overlap or context parallelism is on; the message names it.
     """
     parallel = config.parallel_config
     on = {
