@@ -175,6 +175,19 @@ def test_layouts(dtype: torch.dtype) -> None:
 
 @needs_numba
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_one_in_memory(dtype: torch.dtype) -> None:
+    """Each after its own slot, whatever stands beside it."""
+    bank, rows, scale = bank_of(dtype), torch.randint(-1, len(METHODS) + 1, (61,)).int(), torch.rand(61)
+    x = torch.randn(1, D).to(dtype).expand(61, D)
+    assert torch.equal(ops.subspace(x, *bank.tensors, rows, scale), ops.subspace(x.clone(), *bank.tensors, rows, scale))
+    assert torch.equal(ops.add(x, bank.vectors, rows, scale), ops.add(x.clone(), bank.vectors, rows, scale))
+    for b in (features(1), features(3), features(8)):
+        assert torch.equal(ops.amplify(x, b), ops.amplify(x.clone(), b))
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
 def test_what_it_does_not_serve_it_leaves_alone() -> None:
     """Other modes, many directions, other dtypes, owners outside the bank: nothing is written."""
     bank = sf.Bank(D, slots=3, directions=300)

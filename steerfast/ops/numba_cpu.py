@@ -328,8 +328,8 @@ def _times(y, rank, weight):
 
 
 @njit(**_exact)
-def _project(kind, x, z, y, u, rank, first, step, n):
-    """y += Bx and u += Bz."""
+def _project(kind, x, z, y, u, both, rank, first, step, n):
+    """y += Bx and, of both rows, u += Bz."""
     for i in range(0, rank, TILE):
         count = min(TILE, rank - i)
         if count > TILE // 2:
@@ -337,7 +337,7 @@ def _project(kind, x, z, y, u, rank, first, step, n):
             continue
         for one in range(i, i + count):
             _write(_ZERO, y, one, _read(_ZERO, y, one) + _dot(kind, x, first + one * step, n))
-            if z != x:
+            if both:
                 _write(_ZERO, u, one, _read(_ZERO, u, one) + _dot(kind, z, first + one * step, n))
 
 
@@ -365,12 +365,12 @@ def _edit_block(kind, order, m, places, slot, basis, strengths, scratch):
         _write(_ZERO, y, i, _ZERO)
     if mode != ADD:
         for j in range(0, d, CHUNK):
-            for r in range(
-                0, m, 2
-            ):  # the last of an odd number is its own second, whose products stand behind the block
-                one, two = x + order[r] * x_step + j * item, x + order[min(r + 1, m - 1)] * x_step + j * item
+            # the last of an odd number stands in for its second, whose products are not asked for
+            for r in range(0, m, 2):
+                both = r + 1 < m
+                one, two = x + order[r] * x_step + j * item, x + order[r + both] * x_step + j * item
                 own = y + 4 * r * PITCH
-                _project(kind, one, two, own, own + 4 * PITCH, rank, across + 4 * j, step, min(CHUNK, d - j))
+                _project(kind, one, two, own, own + 4 * PITCH, both, rank, across + 4 * j, step, min(CHUNK, d - j))
     if mode == HINGE:
         _hinge(y, m, rank, c)
     for r in range(m):
