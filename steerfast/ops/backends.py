@@ -203,6 +203,13 @@ def _valid(name: str, argument: str) -> str:
     return name
 
 
+def apart(x: Tensor, *tables: Tensor | None) -> bool:
+    """Whether no table begins in the memory that x is of: a kernel that writes into x would change what it reads."""
+    memory = x.untyped_storage()
+    first, size = memory.data_ptr(), memory.nbytes()
+    return not any(table is not None and 0 <= table.data_ptr() - first < size for table in tables)
+
+
 def note_write(x: Tensor) -> None:
     """Tell PyTorch that a kernel has written into x: who keeps it for a gradient, or an encode of it, sees that it changed."""
     if not x.is_inference():

@@ -15,7 +15,7 @@ from torch import Tensor
 from steerfast._checks import FLOATS
 
 from . import compiled_cpu
-from .backends import backend_of, in_full_precision, transformed
+from .backends import apart, backend_of, in_full_precision, transformed
 from .slots import ROTATE, Eight, Tables
 from .torch_backend import VANISHED, hinge
 from .torch_slots import How, Reader, Ready, Step, reader_of
@@ -64,7 +64,7 @@ def hinged(
     in_place: bool = False,
 ) -> Tensor | None:
     """x + share · act(xBᵀ)B of a number, with the rows B = directions; what it does as eight numbers, and in few calls."""
-    if not is_plain(x, directions):
+    if not is_plain(x, directions) or (in_place and not apart(x, directions)):
         return None
     out = compiled_cpu.hinged(x, directions, numbers, number, in_place)
     # `how` is asked here: what is kept must be no mode's tensor
@@ -144,6 +144,8 @@ def _with_norm(out: Tensor, before: Tensor) -> Tensor:
 def add(x: Tensor, vectors: Tensor, rows: Tensor, scale: Tensor | None, in_place: bool = False) -> Tensor | None:
     """x + scale · vectors[rows] where every row of x has one vector, or none."""
     if (rows.dim() == 2 and rows.shape[1] != 1) or not is_plain(x, vectors, rows, scale) or not x.numel():
+        return None
+    if in_place and not apart(x, vectors, rows, scale):
         return None
     bank = vectors if vectors.dim() == 2 else vectors[None]
     out = compiled_cpu.add(x, bank, rows, scale, in_place)
@@ -225,6 +227,8 @@ def subspace(
     if rows is not None and rows.dim() == 2 and rows.shape[1] != 1:
         return None
     if not is_plain(x, vectors, coefficients, slots, rows, scale) or not x.numel():
+        return None
+    if in_place and not apart(x, vectors, coefficients, slots, rows, scale):
         return None
     bank = vectors, coefficients, slots
     out = compiled_cpu.subspace(x, bank, rows, scale, in_place)
