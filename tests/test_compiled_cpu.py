@@ -315,6 +315,39 @@ def test_compiled_code_is_kept_in_a_folder_and_read_again(tmp_path: Path) -> Non
 
 
 @needs_numba
+def test_what_differs_is_kept_in_files_of_other_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another processor, another number of another module, another text of its own."""
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+    numba_cache = pytest.importorskip("steerfast.ops.numba_cache")
+
+    def name(constant: float = 1.0) -> str:
+        def function() -> None:
+            """Compiled in no time."""
+
+        return numba_cache.compiled(["void()"], (constant,))(function).py_func.__qualname__
+
+    names = [name(), name(), name(2.0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(numba_cache, "_PROCESSOR", ("another",))
+        names.append(name())
+    with monkeypatch.context() as patch:
+        patch.setattr(numba_cache.linecache, "getlines", lambda file: ["another"])
+        names.append(name())
+    assert names[0] == names[1]
+    assert len(set(names)) == 4
+
+
+@needs_numba
+def test_a_damaged_file_in_the_folder_is_said_and_does_no_harm(tmp_path: Path) -> None:
+    folder = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run("from steerfast.ops import compiled_cpu; compiled_cpu.kernels()", **folder)
+    for path in tmp_path.rglob("numba_cpu.add_*.nbi"):
+        path.write_bytes(b"")
+    said = EDIT.replace('"error"', '"always"')
+    assert run(said, **folder) == "[[0.0, 4.0]] True"
+
+
+@needs_numba
 def test_without_a_folder_to_write_it_compiles_all_the_same() -> None:
     nowhere = "import numba.core.caching as c; c.CacheImpl._locator_classes = []\n"
     assert run(nowhere + textwrap.dedent(EDIT)) == "[[0.0, 4.0]] True"
@@ -333,6 +366,20 @@ def test_a_broken_numba_is_said_once_and_does_without(tmp_path: Path) -> None:
         print(got.tolist(), [str(w.message)[:52] for w in seen if "numba" in str(w.message)])
     """)
     assert printed == "[[0.0, 4.0]] ['steerfast: numba is installed but cannot compile the']"
+
+
+@needs_numba
+def test_numba_may_be_told_to_compile_nothing() -> None:
+    assert run(EDIT.replace('"error"', '"ignore"'), NUMBA_DISABLE_JIT="1") == "[[0.0, 4.0]] False"
+
+
+def test_a_stand_in_for_numba_does_without() -> None:
+    stand_in = "import sys, types; sys.modules['numba'] = types.ModuleType('numba')\n"
+    assert run(stand_in + textwrap.dedent(EDIT.replace('"error"', '"ignore"'))) == "[[0.0, 4.0]] False"
+
+
+def test_a_system_without_fork() -> None:
+    assert run("import os, torch; del os.register_at_fork\n" + textwrap.dedent(EDIT)).startswith("[[0.0, 4.0]]")
 
 
 def test_nobody_needs_numba() -> None:

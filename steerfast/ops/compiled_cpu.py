@@ -40,9 +40,9 @@ _FLOAT, _HALF = np.float32(0), np.uint16(0)  # what tells the kernels the dtype 
 @functools.cache
 def kernels() -> ModuleType | None:
     """The compiled kernels; None without numba, or, with a warning, where it fails."""
-    if importlib.util.find_spec("numba") is None:
-        return None
     try:
+        if importlib.util.find_spec("numba") is None:
+            return None
         return importlib.import_module(".numba_cpu", __package__)
     except Exception as error:  # whatever a broken or too old installation does
         warnings.warn(
@@ -180,5 +180,5 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, "steerfast")
 
 
-# threads do not follow a process into its child
-os.register_at_fork(after_in_child=_pool.cache_clear)
+if hasattr(os, "register_at_fork"):  # threads do not follow a process into its child
+    os.register_at_fork(after_in_child=_pool.cache_clear)

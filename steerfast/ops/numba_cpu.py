@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from .numba_cache import compiled
 from .slots import ADD, HINGE, PUSH, ROTATE
 from .torch_backend import VANISHED
 
@@ -43,14 +44,7 @@ def _entry(numbers: int) -> Callable[..., Any]:
     """Compile now, for float32 and for bfloat16 (as uint16), what takes so many whole numbers; it runs without holding Python."""
     arguments = [types.int64] * numbers
     signatures = [types.int64(kind, *arguments) for kind in (types.float32, types.uint16)]
-
-    def compiled(function: Any) -> Any:
-        try:
-            return njit(signatures, nogil=True, cache=True, **_exact)(function)
-        except RuntimeError:  # no folder can be written
-            return njit(signatures, nogil=True, **_exact)(function)
-
-    return compiled
+    return compiled(signatures, (ADD, HINGE, PUSH, ROTATE, VANISHED), nogil=True, **_exact)
 
 
 # --- numbers in memory ------------------------------------------------------------------------------------------------------
