@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import math
 import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 import warnings
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +210,9 @@ def test_what_it_does_not_serve_it_leaves_alone() -> None:
     rows = torch.zeros(4, dtype=torch.int32)
     assert compiled_cpu.subspace(x.half(), bank.tensors, rows, None, False) is None
     assert compiled_cpu.subspace(x, bank.tensors, rows.long(), None, False) is None
+    vectors, coefficients, headers = bank.tensors
+    for dtype in (torch.float64, torch.bfloat16):
+        assert compiled_cpu.subspace(x, (vectors, coefficients.to(dtype), headers), rows, None, False) is None
     assert compiled_cpu.subspace(x, bank.tensors, rows, torch.ones(4).double(), False) is None
     assert compiled_cpu.add(x, bank.vectors.bfloat16(), rows, None, False) is None
     assert compiled_cpu.add(x, bank.vectors, rows + 300, None, True) is None
@@ -220,7 +231,135 @@ def test_gradients_transforms_and_modes_keep_their_road() -> None:
         torch.func.vmap(lambda row: ops.amplify(row[None], b)[0])(x)
         torch.func.grad(lambda x: ops.amplify(x, b).sum())(x)
         torch.compile(lambda x: ops.amplify(x, b), backend="eager", fullgraph=True)(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tracing, and of the checks of shapes, which a trace takes as they are
+            traced = torch.jit.trace(lambda x: ops.amplify(x, b), x, check_trace=False)
+        negated = ops.amplify(torch._neg_view(x), b)
     assert leaf.grad is not None
+    torch.testing.assert_close(traced(2 * x), ops.amplify(2 * x, b))
+    torch.testing.assert_close(negated, ops.amplify(-x, b))
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+def test_strengths_that_a_view_negates() -> None:
+    bank, x = bank_of(torch.float32), torch.randn(4, D)
+    scale = torch.randn(4, dtype=torch.complex64).conj().imag
+    assert scale.is_neg()
+    got = ops.subspace(x, *bank.tensors, None, scale)
+    torch.testing.assert_close(got, ops.subspace(x, *bank.tensors, None, scale.resolve_neg()))
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+def test_a_tensor_without_memory() -> None:
+    assert torch.equal(ops.ablate(torch._efficientzerotensor(4, D), torch.ones(D)), torch.zeros(4, D))
+
+
+@needs_numba
+def test_owners_that_another_thread_writes_meanwhile() -> None:
+    """Numbers beyond the bank are not followed, whenever they appear."""
+    run("""
+        import threading, time, torch, steerfast as sf
+        bank, x, rows = sf.Bank(8, slots=3, directions=3), torch.randn(2000, 8), torch.zeros(2000, dtype=torch.int32)
+        for _ in range(3):
+            bank.register(sf.Add(torch.randn(8)))
+        far, ends = torch.full_like(rows, 2**31 - 1), time.monotonic() + 1
+
+        def write():
+            while time.monotonic() < ends:
+                rows.copy_(far)
+                rows.zero_()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        while writer.is_alive():
+            sf.ops.subspace(x, *bank.tensors, rows)
+            sf.ops.add(x, bank.vectors, rows)
+    """)
+
+
+PARTS = 8
+"""Of `together` below."""
+
+
+def together(kernel: Callable[[int, int], int], owner: object = None) -> int:
+    """A kernel on the rows of eight parts, by two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        return compiled_cpu._together(kernel, (), PARTS * compiled_cpu.BLOCK, owner)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Held:
+    """What a test asks whether it still lives."""
+
+
+def test_memory_lives_while_a_thread_writes_there() -> None:
+    """One thread is interrupted while the other is at work: what that one writes to stays until it is done."""
+    begun, interrupted, done = threading.Event(), threading.Event(), threading.Event()
+    caller, owner = threading.current_thread(), Held()
+    lives = weakref.ref(owner)
+    alive = []
+
+    def kernel(begin: int, end: int) -> int:
+        if threading.current_thread() is caller:
+            assert begun.wait(10)
+            raise KeyboardInterrupt
+        begun.set()
+        assert interrupted.wait(10)
+        gc.collect()
+        alive.append(lives() is not None)
+        done.set()
+        return 0
+
+    with contextlib.suppress(KeyboardInterrupt):
+        together(kernel, owner)
+    del owner
+    interrupted.set()
+    assert done.wait(10)
+    assert alive == [True]
+
+
+def test_where_no_more_threads_can_be_started_those_that_run_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, parts = threading.Event(), []
+    caller = threading.current_thread()
+
+    def kernel(begin: int, end: int) -> int:
+        if threading.current_thread() is caller:
+            assert begun.wait(10)
+        else:
+            begun.set()
+            time.sleep(0.1)
+        parts.append(begin)
+        return 0
+
+    class Full(ThreadPoolExecutor):
+        def submit(self, *task: Any) -> Any:
+            super().submit(*task)  # as the standard one does, which has queued a task before it asks for its thread
+            raise RuntimeError("can't start new thread")
+
+    pool = functools.lru_cache(Full)
+    monkeypatch.setattr(compiled_cpu, "_pool", pool)
+    assert together(kernel) == 0
+    assert len(parts) == PARTS
+    assert pool.cache_info().currsize == 0  # a queue that no thread serves holds no memory
+
+
+def test_what_another_thread_meets_is_raised() -> None:
+    begun, caller = threading.Event(), threading.current_thread()
+
+    def kernel(begin: int, end: int) -> int:
+        if threading.current_thread() is caller:
+            assert begun.wait(10)
+            return 0
+        begun.set()
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        together(kernel)
 
 
 @needs_numba

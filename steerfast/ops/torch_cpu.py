@@ -28,20 +28,21 @@ FEW = 4
 """From so many rows on a library of products sums an edit before it adds x; below, it rounds every term to x's precision."""
 
 _modes = torch._C._len_torch_dispatch_stack
+_trace = torch._C._get_tracing_state
 _boundary = torch.tensor(1 / VANISHED, device="cpu")
 _one = torch.tensor(1.0, device="cpu")
 
 
 def is_plain(x: Tensor, directions: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are plain CPU tensors of at most 32 bits: no subclass, mode or transform, no gradient asked of them."""
+    """Whether these are plain CPU tensors of at most 32 bits: no subclass, mode or transform, nobody's trace or gradient."""
     if type(x) is not Tensor or not x.is_cpu or torch.float64 in (x.dtype, directions.dtype):
         return False
-    for tensor in (directions, *others):
-        if tensor is not None and type(tensor) is not Tensor:
+    for tensor in (x, directions, *others):  # a view may say that its numbers are negated
+        if tensor is not None and (type(tensor) is not Tensor or tensor.is_neg()):
             return False
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, directions, *others)):
         return False
-    return not (transformed() or _modes())
+    return not (transformed() or _modes() or _trace())
 
 
 def is_elementwise(x: Tensor, *vectors: Tensor) -> bool:
