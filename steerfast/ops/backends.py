@@ -203,11 +203,14 @@ def _valid(name: str, argument: str) -> str:
     return name
 
 
-def apart(x: Tensor, *tables: Tensor | None) -> bool:
-    """Whether no table begins in the memory that x is of: a kernel that writes into x would change what it reads."""
+def apart(x: Tensor, vectors: Tensor, scale: Tensor | None = None) -> bool:
+    """Whether neither begins in the memory that x is of: a kernel that writes into x would change what it reads."""
     memory = x.untyped_storage()
-    first, size = memory.data_ptr(), memory.nbytes()
-    return not any(table is not None and 0 <= table.data_ptr() - first < size for table in tables)
+    first = memory.data_ptr()
+    last = first + memory.nbytes()
+    if first <= vectors.data_ptr() < last:
+        return False
+    return scale is None or not first <= scale.data_ptr() < last
 
 
 def note_write(x: Tensor) -> None:

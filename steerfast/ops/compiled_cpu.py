@@ -103,7 +103,7 @@ def add(x: Tensor, bank: Tensor, rows: Tensor, scale: Tensor | None, in_place: b
 def _place(rows: Tensor) -> tuple[int, int, int, int] | None:
     """Of a table of directions: its address, the bytes from one row to the next, whether it is bfloat16, and its rows."""
     dtype, (step, beside) = rows.dtype, rows.stride()
-    if beside != 1:
+    if beside != 1 or rows.is_neg():
         return None
     if dtype is torch.float32:
         return rows.data_ptr(), 4 * step, 0, rows.shape[0]
@@ -141,11 +141,11 @@ def _run(
             return None
         owners = rows.data_ptr(), rows.stride(0)
     if scale is not None:
-        if scale.dtype is not torch.float32:
+        if scale.dtype is not torch.float32 or scale.is_neg():
             return None
         strengths = scale.data_ptr(), scale.stride(0)
     first = x.data_ptr()
-    if not (first and table[0]):  # no rows, or no memory: PyTorch knows what then
+    if not (first and table[0]) or x.is_neg():  # no rows, no memory, or a view that negates: PyTorch knows what then
         return None
     out = x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
     arguments = (

@@ -37,8 +37,8 @@ def is_plain(x: Tensor, directions: Tensor, *others: Tensor | None) -> bool:
     """Whether these are plain CPU tensors of at most 32 bits: no subclass, mode or transform, nobody's trace or gradient."""
     if type(x) is not Tensor or not x.is_cpu or torch.float64 in (x.dtype, directions.dtype):
         return False
-    for tensor in (x, directions, *others):  # a view may say that its numbers are negated
-        if tensor is not None and (type(tensor) is not Tensor or tensor.is_neg()):
+    for tensor in (directions, *others):
+        if tensor is not None and type(tensor) is not Tensor:
             return False
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, directions, *others)):
         return False
@@ -146,7 +146,7 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor, scale: Tensor | None, in_place
     """x + scale · vectors[rows] where every row of x has one vector, or none."""
     if (rows.dim() == 2 and rows.shape[1] != 1) or not is_plain(x, vectors, rows, scale) or not x.numel():
         return None
-    if in_place and not apart(x, vectors, rows, scale):
+    if in_place and not apart(x, vectors, scale):
         return None
     bank = vectors if vectors.dim() == 2 else vectors[None]
     out = compiled_cpu.add(x, bank, rows, scale, in_place)
@@ -229,7 +229,7 @@ def subspace(
         return None
     if not is_plain(x, vectors, coefficients, slots, rows, scale) or not x.numel():
         return None
-    if in_place and not apart(x, vectors, coefficients, slots, rows, scale):
+    if in_place and not apart(x, vectors, scale):
         return None
     bank = vectors, coefficients, slots
     out = compiled_cpu.subspace(x, bank, rows, scale, in_place)
