@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import math
 import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 import warnings
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +183,19 @@ def test_layouts(dtype: torch.dtype) -> None:
 
 @needs_numba
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_one_in_memory(dtype: torch.dtype) -> None:
+    """Each after its own slot, whatever stands beside it."""
+    bank, rows, scale = bank_of(dtype), torch.randint(-1, len(METHODS) + 1, (61,)).int(), torch.rand(61)
+    x = torch.randn(1, D).to(dtype).expand(61, D)
+    assert torch.equal(ops.subspace(x, *bank.tensors, rows, scale), ops.subspace(x.clone(), *bank.tensors, rows, scale))
+    assert torch.equal(ops.add(x, bank.vectors, rows, scale), ops.add(x.clone(), bank.vectors, rows, scale))
+    for b in (features(1), features(3), features(8)):
+        assert torch.equal(ops.amplify(x, b), ops.amplify(x.clone(), b))
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
 def test_what_it_does_not_serve_it_leaves_alone() -> None:
     """Other modes, many directions, other dtypes, owners outside the bank: nothing is written."""
     bank = sf.Bank(D, slots=3, directions=300)
@@ -189,6 +210,9 @@ def test_what_it_does_not_serve_it_leaves_alone() -> None:
     rows = torch.zeros(4, dtype=torch.int32)
     assert compiled_cpu.subspace(x.half(), bank.tensors, rows, None, False) is None
     assert compiled_cpu.subspace(x, bank.tensors, rows.long(), None, False) is None
+    vectors, coefficients, headers = bank.tensors
+    for dtype in (torch.float64, torch.bfloat16):
+        assert compiled_cpu.subspace(x, (vectors, coefficients.to(dtype), headers), rows, None, False) is None
     assert compiled_cpu.subspace(x, bank.tensors, rows, torch.ones(4).double(), False) is None
     assert compiled_cpu.add(x, bank.vectors.bfloat16(), rows, None, False) is None
     assert compiled_cpu.add(x, bank.vectors, rows + 300, None, True) is None
@@ -207,7 +231,136 @@ def test_gradients_transforms_and_modes_keep_their_road() -> None:
         torch.func.vmap(lambda row: ops.amplify(row[None], b)[0])(x)
         torch.func.grad(lambda x: ops.amplify(x, b).sum())(x)
         torch.compile(lambda x: ops.amplify(x, b), backend="eager", fullgraph=True)(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tracing, and of the checks of shapes, which a trace takes as they are
+            traced = torch.jit.trace(lambda x: ops.amplify(x, b), x, check_trace=False)
     assert leaf.grad is not None
+    torch.testing.assert_close(traced(2 * x), ops.amplify(2 * x, b))
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+def test_numbers_that_a_view_negates() -> None:
+    bank, x = bank_of(torch.float32), torch.randn(4, D)
+    scale = torch.randn(4, dtype=torch.complex64).conj().imag
+    assert scale.is_neg()
+    got = ops.subspace(x, *bank.tensors, None, scale)
+    torch.testing.assert_close(got, ops.subspace(x, *bank.tensors, None, scale.resolve_neg()))
+    for b in (features(1), features(3)):
+        torch.testing.assert_close(ops.amplify(torch._neg_view(x), b), ops.amplify(-x, b))
+        torch.testing.assert_close(ops.amplify(x, torch._neg_view(b)), ops.amplify(x, -b))
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+def test_a_tensor_without_memory() -> None:
+    assert torch.equal(ops.ablate(torch._efficientzerotensor(4, D), torch.ones(D)), torch.zeros(4, D))
+
+
+@needs_numba
+def test_owners_that_another_thread_writes_meanwhile() -> None:
+    """Numbers beyond the bank are not followed, whenever they appear."""
+    run("""
+        import threading, time, torch, steerfast as sf
+        bank, x, rows = sf.Bank(8, slots=3, directions=3), torch.randn(2000, 8), torch.zeros(2000, dtype=torch.int32)
+        for _ in range(3):
+            bank.register(sf.Add(torch.randn(8)))
+        far, ends = torch.full_like(rows, 2**31 - 1), time.monotonic() + 1
+
+        def write():
+            while time.monotonic() < ends:
+                rows.copy_(far)
+                rows.zero_()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        while writer.is_alive():
+            sf.ops.subspace(x, *bank.tensors, rows)
+            sf.ops.add(x, bank.vectors, rows)
+    """)
+
+
+PARTS = 8
+"""Of `together` below."""
+
+
+def together(kernel: Callable[[int, int], int], owner: object = None) -> int:
+    """A kernel on the rows of eight parts, by two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        return compiled_cpu._together(kernel, (), PARTS * compiled_cpu.BLOCK, owner)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Held:
+    """What a test asks whether it still lives."""
+
+
+def test_memory_lives_while_a_thread_writes_there() -> None:
+    """One thread is interrupted while the other is at work: what that one writes to stays until it is done."""
+    begun, interrupted, done = threading.Event(), threading.Event(), threading.Event()
+    caller, owner = threading.current_thread(), Held()
+    lives = weakref.ref(owner)
+    alive = []
+
+    def kernel(begin: int, end: int) -> int:
+        if threading.current_thread() is caller:
+            assert begun.wait(10)
+            raise KeyboardInterrupt
+        begun.set()
+        assert interrupted.wait(10)
+        gc.collect()
+        alive.append(lives() is not None)
+        done.set()
+        return 0
+
+    with contextlib.suppress(KeyboardInterrupt):
+        together(kernel, owner)
+    del owner
+    interrupted.set()
+    assert done.wait(10)
+    assert alive == [True]
+
+
+def test_where_no_more_threads_can_be_started_those_that_run_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, parts = threading.Event(), []
+    caller = threading.current_thread()
+
+    def kernel(begin: int, end: int) -> int:
+        if threading.current_thread() is caller:
+            assert begun.wait(10)
+        else:
+            begun.set()
+            time.sleep(0.1)
+        parts.append(begin)
+        return 0
+
+    class Full(ThreadPoolExecutor):
+        def submit(self, *task: Any) -> Any:
+            super().submit(*task)  # as the standard one does, which has queued a task before it asks for its thread
+            raise RuntimeError("can't start new thread")
+
+    pool = functools.lru_cache(Full)
+    monkeypatch.setattr(compiled_cpu, "_pool", pool)
+    assert together(kernel) == 0
+    assert len(parts) == PARTS
+    assert pool.cache_info().currsize == 0  # a queue that no thread serves holds no memory
+
+
+def test_what_another_thread_meets_is_raised() -> None:
+    begun, caller = threading.Event(), threading.current_thread()
+
+    def kernel(begin: int, end: int) -> int:
+        if threading.current_thread() is caller:
+            assert begun.wait(10)
+            return 0
+        begun.set()
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        together(kernel)
 
 
 @needs_numba
@@ -302,6 +455,39 @@ def test_compiled_code_is_kept_in_a_folder_and_read_again(tmp_path: Path) -> Non
 
 
 @needs_numba
+def test_what_differs_is_kept_in_files_of_other_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another processor, another number of another module, another text of its own."""
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+    numba_cache = pytest.importorskip("steerfast.ops.numba_cache")
+
+    def name(constant: float = 1.0) -> str:
+        def function() -> None:
+            """Compiled in no time."""
+
+        return numba_cache.compiled(["void()"], (constant,))(function).py_func.__qualname__
+
+    names = [name(), name(), name(2.0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(numba_cache, "_PROCESSOR", ("another",))
+        names.append(name())
+    with monkeypatch.context() as patch:
+        patch.setattr(numba_cache.linecache, "getlines", lambda file: ["another"])
+        names.append(name())
+    assert names[0] == names[1]
+    assert len(set(names)) == 4
+
+
+@needs_numba
+def test_a_damaged_file_in_the_folder_is_said_and_does_no_harm(tmp_path: Path) -> None:
+    folder = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run("from steerfast.ops import compiled_cpu; compiled_cpu.kernels()", **folder)
+    for path in tmp_path.rglob("numba_cpu.add_*.nbi"):
+        path.write_bytes(b"")
+    said = EDIT.replace('"error"', '"always"')
+    assert run(said, **folder) == "[[0.0, 4.0]] True"
+
+
+@needs_numba
 def test_without_a_folder_to_write_it_compiles_all_the_same() -> None:
     nowhere = "import numba.core.caching as c; c.CacheImpl._locator_classes = []\n"
     assert run(nowhere + textwrap.dedent(EDIT)) == "[[0.0, 4.0]] True"
@@ -320,6 +506,20 @@ def test_a_broken_numba_is_said_once_and_does_without(tmp_path: Path) -> None:
         print(got.tolist(), [str(w.message)[:52] for w in seen if "numba" in str(w.message)])
     """)
     assert printed == "[[0.0, 4.0]] ['steerfast: numba is installed but cannot compile the']"
+
+
+@needs_numba
+def test_numba_may_be_told_to_compile_nothing() -> None:
+    assert run(EDIT.replace('"error"', '"ignore"'), NUMBA_DISABLE_JIT="1") == "[[0.0, 4.0]] False"
+
+
+def test_a_stand_in_for_numba_does_without() -> None:
+    stand_in = "import sys, types; sys.modules['numba'] = types.ModuleType('numba')\n"
+    assert run(stand_in + textwrap.dedent(EDIT.replace('"error"', '"ignore"'))) == "[[0.0, 4.0]] False"
+
+
+def test_a_system_without_fork() -> None:
+    assert run("import os, torch; del os.register_at_fork\n" + textwrap.dedent(EDIT)).startswith("[[0.0, 4.0]]")
 
 
 def test_nobody_needs_numba() -> None:

@@ -214,6 +214,35 @@ def test_a_row_does_not_depend_on_its_neighbours(place):
 
 
 @pytest.mark.parametrize("place", ROADS)
+def test_rows_in_whose_memory_directions_stand(place):
+    """In place, what is read of them is what was there before."""
+    with backend(place) as device:
+        numbers = torch.tensor([slots.constants(), *[slots.hinge(slope=-1.0)] * 8], device=device)
+        header = torch.tensor([[slots.HINGE, 8, 0, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
+        rows = torch.randperm(24, device=device).int()
+        edits = {
+            "ablate": (lambda x: sf.ops.ablate(x, x[0]), lambda x: sf.ops.ablate_(x, x[0])),
+            "amplify": (lambda x: sf.ops.amplify(x, x[8:16]), lambda x: sf.ops.amplify_(x, x[8:16])),
+            "add": (lambda x: sf.ops.add(x, x, rows), lambda x: sf.ops.add_(x, x, rows)),
+            "subspace": (
+                lambda x: sf.ops.subspace(x, x, numbers, header),
+                lambda x: sf.ops.subspace_(x, x, numbers, header),
+            ),
+            "subspace_split": (
+                lambda x: sf.ops.subspace(x, x, numbers, header),
+                lambda x: sf.ops.subspace_split_(torch.zeros_like(x), x, x, numbers, header),
+            ),
+        }
+        for dtype in (d for d in DTYPES if runs(place, d)):
+            x = (torch.randn(24, 40, device=device) / 6).to(dtype)
+            for name, (op, twin) in edits.items():
+                wanted, memory = op(x), x.clone()
+                assert twin(memory) is memory, name
+                unit = torch.finfo(dtype).eps * wanted.abs().max()
+                assert (memory.float() - wanted.float()).abs().max() <= 4 * unit, (name, dtype)
+
+
+@pytest.mark.parametrize("place", ROADS)
 def test_left_to_right(place):
     """Slot j sees the result of slot j - 1: adding and then ablating differs from ablating and then adding."""
     with backend(place) as device:

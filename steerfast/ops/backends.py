@@ -203,6 +203,16 @@ def _valid(name: str, argument: str) -> str:
     return name
 
 
+def apart(x: Tensor, vectors: Tensor, scale: Tensor | None = None) -> bool:
+    """Whether neither begins in the memory that x is of: a kernel that writes into x would change what it reads."""
+    memory = x.untyped_storage()
+    first = memory.data_ptr()
+    last = first + memory.nbytes()
+    if first <= vectors.data_ptr() < last:
+        return False
+    return scale is None or not first <= scale.data_ptr() < last
+
+
 def note_write(x: Tensor) -> None:
     """Tell PyTorch that a kernel has written into x: who keeps it for a gradient, or an encode of it, sees that it changed."""
     if not x.is_inference():

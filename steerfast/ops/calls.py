@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend, torch_cpu, torch_encode, torch_topk
-from .backends import in_full_sums, interpreted, kernels, note_write
+from .backends import apart, in_full_sums, interpreted, kernels, note_write
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,7 +31,7 @@ def add_(backend: str, x: Tensor, vectors: Tensor, rows: Tensor | None, scale: T
     if backend == "torch":
         if rows is None or torch_cpu.add(x, vectors, rows, scale, in_place=True) is None:
             x.copy_(torch_backend.add(x, vectors, rows, scale))
-    elif not _dense(x):
+    elif not (_dense(x) and apart(x, vectors, scale)):
         x.copy_(add(backend, x, vectors, rows, scale))
     else:
         kernels("add").add(x, vectors, rows, scale, out=x)
@@ -53,7 +53,7 @@ def subspace_(backend: str, x: Tensor, *edit: Unpack[Edit]) -> None:
     if backend == "torch":
         if torch_cpu.subspace(x, *edit[:5], in_place=True) is None:
             x.copy_(torch_backend.subspace(x, *edit[:5]))
-    elif not _dense(x) or _to_widen(x, edit[0]):
+    elif not (_dense(x) and apart(x, edit[0], edit[4])) or _to_widen(x, edit[0]):
         x.copy_(subspace(backend, x, *edit))
     else:
         _launched(x, *edit)(x, *edit, out=x)
@@ -82,7 +82,8 @@ def subspace_split_(backend: str, hidden: Tensor, residual: Tensor, *edit: Unpac
         subspace_split_(backend, hidden.float(), out, edit[0].float(), *edit[1:])
         residual.copy_(out)
         return
-    out = residual if _dense(residual) else residual.contiguous()
+    in_place = _dense(residual) and apart(residual, edit[0], edit[4])
+    out = residual if in_place else residual.clone(memory_format=torch.contiguous_format)
     kernels("subspace").subspace(out, *edit, out=out, hidden=hidden)
     if out is residual:
         note_write(residual)

@@ -14,6 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
@@ -40,9 +41,9 @@ _FLOAT, _HALF = np.float32(0), np.uint16(0)  # what tells the kernels the dtype 
 @functools.cache
 def kernels() -> ModuleType | None:
     """The compiled kernels; None without numba, or, with a warning, where it fails."""
-    if importlib.util.find_spec("numba") is None:
-        return None
     try:
+        if importlib.util.find_spec("numba") is None:
+            return None
         return importlib.import_module(".numba_cpu", __package__)
     except Exception as error:  # whatever a broken or too old installation does
         warnings.warn(
@@ -65,7 +66,8 @@ def hinged(
     place = _place(rows)
     if place is None:
         return None
-    return _run(compiled.edit, x, place + _slot(rows.shape[0], numbers, number)[0], None, None, in_place)
+    at, tables = _slot(rows.shape[0], numbers, number)
+    return _run(compiled.edit, x, place + at, None, None, in_place, (directions, tables))
 
 
 @functools.lru_cache(maxsize=256)
@@ -83,10 +85,10 @@ def subspace(x: Tensor, bank: Tables, rows: Tensor | None, scale: Tensor | None,
         return None
     vectors, coefficients, slots = bank
     place = _place(vectors)
-    if place is None:
+    if place is None or coefficients.dtype is not torch.float32:
         return None
     table = (*place, coefficients.data_ptr(), coefficients.shape[0], slots.data_ptr(), slots.shape[0])
-    return _run(compiled.edit, x, table, rows, scale, in_place)
+    return _run(compiled.edit, x, table, rows, scale, in_place, bank)
 
 
 def add(x: Tensor, bank: Tensor, rows: Tensor, scale: Tensor | None, in_place: bool) -> Tensor | None:
@@ -95,13 +97,13 @@ def add(x: Tensor, bank: Tensor, rows: Tensor, scale: Tensor | None, in_place: b
     if compiled is None or bank.dtype is not x.dtype or (place := _place(bank)) is None:
         return None
     at, step, _, count = place
-    return _run(compiled.add, x, (at, step, count), rows, scale, in_place)
+    return _run(compiled.add, x, (at, step, count), rows, scale, in_place, bank)
 
 
 def _place(rows: Tensor) -> tuple[int, int, int, int] | None:
     """Of a table of directions: its address, the bytes from one row to the next, whether it is bfloat16, and its rows."""
     dtype, (step, beside) = rows.dtype, rows.stride()
-    if beside != 1:
+    if beside != 1 or rows.is_neg():
         return None
     if dtype is torch.float32:
         return rows.data_ptr(), 4 * step, 0, rows.shape[0]
@@ -109,9 +111,15 @@ def _place(rows: Tensor) -> tuple[int, int, int, int] | None:
 
 
 def _run(
-    kernel: Any, x: Tensor, table: tuple[int, ...], rows: Tensor | None, scale: Tensor | None, in_place: bool
+    kernel: Any,
+    x: Tensor,
+    table: tuple[int, ...],
+    rows: Tensor | None,
+    scale: Tensor | None,
+    in_place: bool,
+    bank: object,
 ) -> Tensor | None:
-    """A kernel on the rows of x, by one thread or by as many as PyTorch takes."""
+    """A kernel on the rows of x, by one thread or by as many as PyTorch takes; `bank` is what has the memory of the table."""
     dtype, shape = x.dtype, x.shape
     if dtype is torch.float32:
         kind, size = _FLOAT, 4
@@ -133,46 +141,66 @@ def _run(
             return None
         owners = rows.data_ptr(), rows.stride(0)
     if scale is not None:
-        if scale.dtype is not torch.float32:
+        if scale.dtype is not torch.float32 or scale.is_neg():
             return None
         strengths = scale.data_ptr(), scale.stride(0)
+    first = x.data_ptr()
+    if not (first and table[0]) or x.is_neg():  # no rows, no memory, or a view that negates: PyTorch knows what then
+        return None
     out = x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
     arguments = (
-        kind, x.data_ptr(), step, out.data_ptr(), step if in_place else d * size, n, d, size, *table, *owners, *strengths
+        kind, first, step, out.data_ptr(), step if in_place else d * size, n, d, size, *table, *owners, *strengths
     )  # fmt: skip
     alone = n * d <= ALONE or torch.get_num_threads() == 1
-    if kernel(*arguments, 0, n) if alone else _together(kernel, arguments, n):
+    if kernel(*arguments, 0, n) if alone else _together(kernel, arguments, n, (x, out, rows, scale, bank)):
         return None
     if in_place:
         note_write(x)
     return out
 
 
-def _together(kernel: Any, arguments: tuple[Any, ...], n: int) -> int:
-    """Rows in parts, which this thread and others take until none is left; it does not wait for one that has not begun."""
+def _together(kernel: Any, arguments: tuple[Any, ...], n: int, owners: object) -> int:
+    """Rows in parts, which this thread and others take until none is left; it does not wait for one that has not begun.
+
+    A kernel knows only addresses. Each thread holds the owners of that memory, since this one may be interrupted meanwhile.
+    """
     threads = torch.get_num_threads()
     size = BLOCK * -(-n // (BLOCK * PARTS * threads))
     parts = deque((begin, min(begin + size, n)) for begin in range(0, n, size))
 
-    def take() -> int:
-        status = 0
+    done: SimpleQueue[int | BaseException] = SimpleQueue()
+    count = len(parts)
+
+    def take(_: object) -> None:
         while parts:
             try:
                 part = parts.popleft()
             except IndexError:  # another thread took the last one
-                break
-            status |= kernel(*arguments, *part)
-        return status
+                return
+            try:
+                done.put(kernel(*arguments, *part))
+            except BaseException as error:
+                done.put(error)
+                raise
 
     try:
-        others = [_pool(threads - 1).submit(take) for _ in range(min(threads, len(parts)) - 1)]
-    except RuntimeError:  # Python ends
-        others = []
-    status = take()
-    for other in others:
-        if not other.cancel():
-            status |= other.result()
-    return status
+        for _ in range(min(threads, count) - 1):
+            _pool(threads - 1).submit(take, owners)
+    except (
+        RuntimeError
+    ):  # no thread can be started, or Python ends: what was asked would wait for one, and hold its memory
+        _pool.cache_clear()
+    try:
+        take(owners)
+        return max(_status(done.get()) for _ in range(count))
+    finally:
+        parts.clear()
+
+
+def _status(found: int | BaseException) -> int:
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 @functools.lru_cache(maxsize=1)
@@ -180,5 +208,5 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, "steerfast")
 
 
-# threads do not follow a process into its child
-os.register_at_fork(after_in_child=_pool.cache_clear)
+if hasattr(os, "register_at_fork"):  # threads do not follow a process into its child
+    os.register_at_fork(after_in_child=_pool.cache_clear)

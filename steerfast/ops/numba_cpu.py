@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from .numba_cache import compiled
 from .slots import ADD, HINGE, PUSH, ROTATE
 from .torch_backend import VANISHED
 
@@ -43,14 +44,7 @@ def _entry(numbers: int) -> Callable[..., Any]:
     """Compile now, for float32 and for bfloat16 (as uint16), what takes so many whole numbers; it runs without holding Python."""
     arguments = [types.int64] * numbers
     signatures = [types.int64(kind, *arguments) for kind in (types.float32, types.uint16)]
-
-    def compiled(function: Any) -> Any:
-        try:
-            return njit(signatures, nogil=True, cache=True, **_exact)(function)
-        except RuntimeError:  # no folder can be written
-            return njit(signatures, nogil=True, **_exact)(function)
-
-    return compiled
+    return compiled(signatures, (ADD, HINGE, PUSH, ROTATE, VANISHED), nogil=True, **_exact)
 
 
 # --- numbers in memory ------------------------------------------------------------------------------------------------------
@@ -328,8 +322,8 @@ def _times(y, rank, weight):
 
 
 @njit(**_exact)
-def _project(kind, x, z, y, u, rank, first, step, n):
-    """y += Bx and u += Bz."""
+def _project(kind, x, z, y, u, both, rank, first, step, n):
+    """y += Bx and, of both rows, u += Bz."""
     for i in range(0, rank, TILE):
         count = min(TILE, rank - i)
         if count > TILE // 2:
@@ -337,7 +331,7 @@ def _project(kind, x, z, y, u, rank, first, step, n):
             continue
         for one in range(i, i + count):
             _write(_ZERO, y, one, _read(_ZERO, y, one) + _dot(kind, x, first + one * step, n))
-            if z != x:
+            if both:
                 _write(_ZERO, u, one, _read(_ZERO, u, one) + _dot(kind, z, first + one * step, n))
 
 
@@ -365,12 +359,12 @@ def _edit_block(kind, order, m, places, slot, basis, strengths, scratch):
         _write(_ZERO, y, i, _ZERO)
     if mode != ADD:
         for j in range(0, d, CHUNK):
-            for r in range(
-                0, m, 2
-            ):  # the last of an odd number is its own second, whose products stand behind the block
-                one, two = x + order[r] * x_step + j * item, x + order[min(r + 1, m - 1)] * x_step + j * item
+            # the last of an odd number stands in for its second, whose products are not asked for
+            for r in range(0, m, 2):
+                both = r + 1 < m
+                one, two = x + order[r] * x_step + j * item, x + order[r + both] * x_step + j * item
                 own = y + 4 * r * PITCH
-                _project(kind, one, two, own, own + 4 * PITCH, rank, across + 4 * j, step, min(CHUNK, d - j))
+                _project(kind, one, two, own, own + 4 * PITCH, both, rank, across + 4 * j, step, min(CHUNK, d - j))
     if mode == HINGE:
         _hinge(y, m, rank, c)
     for r in range(m):
@@ -405,17 +399,16 @@ def _edit_block(kind, order, m, places, slot, basis, strengths, scratch):
 
 
 @njit(**_exact)
-def _ordered(owners, owners_step, n, slots):
+def _ordered(own, slots):
     """The numbers of rows, those of each owner one after another."""
-    order, starts = np.empty(n, np.int64), np.zeros(slots + 2, np.int64)
-    for i in range(n):
-        starts[_whole(owners, i * owners_step) + 2] += 1
+    order, starts = np.empty(own.shape[0], np.int64), np.zeros(slots + 2, np.int64)
+    for owner in own:
+        starts[owner + 2] += 1
     for slot in range(1, slots + 2):
         starts[slot] += starts[slot - 1]
-    for i in range(n):
-        owner = _whole(owners, i * owners_step) + 1
-        order[starts[owner]] = i
-        starts[owner] += 1
+    for i, owner in enumerate(own):
+        order[starts[owner + 1]] = i
+        starts[owner + 1] += 1
     return order
 
 
@@ -439,6 +432,7 @@ def edit(
     Addresses, steps between rows (of x, out and vectors in bytes) and sizes, of a number of x in bytes; owners and scale may
     be 0, `narrow`: vectors are bfloat16. 0: done; 1: not served, and nothing was written.
     """
+    own = np.empty(n if owners else 0, np.int64)  # read once: another thread may write meanwhile
     known = -1
     for i in range(n if owners else 1):
         owner = _whole(owners, i * owners_step) if owners else 0
@@ -446,12 +440,14 @@ def edit(
             if owner < -1 or owner >= slots or (owner >= 0 and not _serves(_header(headers, owner), directions, size)):
                 return 1
             known = owner
-    order = _ordered(owners, owners_step, n, slots) if owners else np.arange(n)
+        if owners:
+            own[i] = owner
+    order = _ordered(own, slots) if owners else np.arange(n)
     y, w, wide = np.empty((ROWS + 1) * PITCH, np.float32), np.empty(d, np.float32), np.empty(0, np.float32)
     while begin < end:
-        owner = _whole(owners, order[begin] * owners_step) if owners else 0
+        owner = own[order[begin]] if owners else 0
         stop = begin + 1 if owners else end
-        while stop < end and _whole(owners, order[stop] * owners_step) == owner:
+        while stop < end and own[order[stop]] == owner:
             stop += 1
         header = _header(headers, owner) if owner >= 0 else (0, 0, 0, 0, 0)
         mode, rank, project, lift, start = header
@@ -494,7 +490,7 @@ def add(
             return 1
     for i in range(begin, end):
         at, to, owner = x + i * x_step, out + i * out_step, _whole(owners, i * owners_step)
-        if owner >= 0:
+        if 0 <= owner < vectors:  # written by another thread meanwhile: not followed
             weight = _read(_ZERO, scale, i * scale_step) if scale else np.float32(1)
             _add(kind, at, weight, kind, bank + owner * bank_step, to, d)
         else:

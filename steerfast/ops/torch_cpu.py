@@ -15,7 +15,7 @@ from torch import Tensor
 from steerfast._checks import FLOATS
 
 from . import compiled_cpu
-from .backends import backend_of, in_full_precision, transformed
+from .backends import apart, backend_of, in_full_precision, transformed
 from .slots import ROTATE, Eight, Tables
 from .torch_backend import VANISHED, hinge
 from .torch_slots import How, Reader, Ready, Step, reader_of
@@ -28,12 +28,13 @@ FEW = 4
 """From so many rows on a library of products sums an edit before it adds x; below, it rounds every term to x's precision."""
 
 _modes = torch._C._len_torch_dispatch_stack
+_trace = torch._C._get_tracing_state
 _boundary = torch.tensor(1 / VANISHED, device="cpu")
 _one = torch.tensor(1.0, device="cpu")
 
 
 def is_plain(x: Tensor, directions: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are plain CPU tensors of at most 32 bits: no subclass, mode or transform, no gradient asked of them."""
+    """Whether these are plain CPU tensors of at most 32 bits: no subclass, mode or transform, nobody's trace or gradient."""
     if type(x) is not Tensor or not x.is_cpu or torch.float64 in (x.dtype, directions.dtype):
         return False
     for tensor in (directions, *others):
@@ -41,7 +42,7 @@ def is_plain(x: Tensor, directions: Tensor, *others: Tensor | None) -> bool:
             return False
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, directions, *others)):
         return False
-    return not (transformed() or _modes())
+    return not (transformed() or _modes() or _trace())
 
 
 def is_elementwise(x: Tensor, *vectors: Tensor) -> bool:
@@ -64,7 +65,7 @@ def hinged(
     in_place: bool = False,
 ) -> Tensor | None:
     """x + share · act(xBᵀ)B of a number, with the rows B = directions; what it does as eight numbers, and in few calls."""
-    if not is_plain(x, directions):
+    if not is_plain(x, directions) or (in_place and not apart(x, directions)):
         return None
     out = compiled_cpu.hinged(x, directions, numbers, number, in_place)
     # `how` is asked here: what is kept must be no mode's tensor
@@ -144,6 +145,8 @@ def _with_norm(out: Tensor, before: Tensor) -> Tensor:
 def add(x: Tensor, vectors: Tensor, rows: Tensor, scale: Tensor | None, in_place: bool = False) -> Tensor | None:
     """x + scale · vectors[rows] where every row of x has one vector, or none."""
     if (rows.dim() == 2 and rows.shape[1] != 1) or not is_plain(x, vectors, rows, scale) or not x.numel():
+        return None
+    if in_place and not apart(x, vectors, scale):
         return None
     bank = vectors if vectors.dim() == 2 else vectors[None]
     out = compiled_cpu.add(x, bank, rows, scale, in_place)
@@ -225,6 +228,8 @@ def subspace(
     if rows is not None and rows.dim() == 2 and rows.shape[1] != 1:
         return None
     if not is_plain(x, vectors, coefficients, slots, rows, scale) or not x.numel():
+        return None
+    if in_place and not apart(x, vectors, scale):
         return None
     bank = vectors, coefficients, slots
     out = compiled_cpu.subspace(x, bank, rows, scale, in_place)
