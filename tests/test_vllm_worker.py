@@ -221,6 +221,17 @@ def test_the_clock_of_the_cost_run_is_around_what_stands_before_the_runners_meth
 
 ENDS = {
     "by itself": "capture_seams._ended['a'] = (4, 9)",
+    "behind a fork of it": """
+import os
+from steerfast.files.claim import Claim
+if not os.fork():
+    sys.exit()
+os.wait()
+try:
+    Claim(runner.folder)
+except BlockingIOError:
+    capture_seams._ended['a'] = (4, 9)
+""",
     "by a signal while it writes": """
 import os, signal
 runner.steerfast_taker.end(SimpleNamespace(finished_req_ids={'a'}))
@@ -249,6 +260,7 @@ worker_seams.logger = lambda: SimpleNamespace(warning=print)
 def reached(context):
     edits._context = lambda: context
 runner = loaded(Path({str(tmp_path)!r}), reached)
+runner.folder = Path({str(tmp_path / "captured")!r})
 with torch.inference_mode():
     runner.execute(torch.ones(3, D), request("a", 3, steer_capture=2, steer_capture_dtype="float32"))
 {ENDS[ends]}

@@ -151,7 +151,7 @@ class Taker:
         self._captures = steered.places.captures = Captures(points, ring, tokens)
         self.busy = True
         self.collector = Collector(settings, points, ring, type(model).__name__, self._count, self._say)
-        atexit.register(self.close)  # an engine inside a script is shut down by nobody
+        atexit.register(self._leave, os.getpid())
 
     def begin(self, scheduler_output: Any) -> None:
         """Before a step: its new requests."""
@@ -189,7 +189,7 @@ class Taker:
 
     def close(self) -> None:
         """Write what has ended."""
-        atexit.unregister(self.close)
+        atexit.unregister(self._leave)
         if self.collector is not None:
             for name in [name for name in _ended if self._captures is not None and name in self._captures]:
                 self.collector.put(End(name, *_ended.pop(name)))  # it was told to nobody: the engine has not run since
@@ -198,6 +198,11 @@ class Taker:
             self._lock.close()
         self._captures = self.collector = self._lock = None
         self.busy = False
+
+    def _leave(self, process: int) -> None:
+        """An engine inside a script is shut down by nobody; what was forked from that process has no part in it."""
+        if os.getpid() == process:
+            self.close()
 
     def _announced(self) -> dict[str, tuple[int, int]]:
         """Of the requests of this step that capture: their first position and their number of tokens."""
