@@ -107,10 +107,10 @@ class Clock:
 def before_vllm() -> Clock:
     """A clock around all that the plugin will put around methods of classes, and around encodes."""
     from steerfast import ops
-    from steerfast.vllm import read_seams, seams
+    from steerfast.vllm import capture_seams, read_seams, seams
 
     clock = Clock()
-    for module in (seams, read_seams):
+    for module in (seams, read_seams, capture_seams):
         wrap = module.wrap
         module.wrap = lambda owner, name, addition, wrap=wrap: wrap(owner, name, clock.around(addition))  # type: ignore[misc,attr-defined]
     ops.sae_encode = clock.timed(ENCODE, ops.sae_encode)  # type: ignore[assignment]
@@ -122,13 +122,15 @@ def around_engine(clock: Clock, llm: Any, idle: Callable[[], Any]) -> None:
 
     `idle` runs a few steps in which nobody steers or reads.
     """
+    from steerfast.vllm import worker_seams
+
     engine = llm.llm_engine
     runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     partials = {name: held for name, held in vars(runner).items() if isinstance(held, functools.partial)}
-    ours = {name: held for name, held in partials.items() if held.func.__module__.startswith("steerfast.vllm.")}
-    if not ours:
-        raise RuntimeError("vllm_clock: no method of the runner is steerfast's")
-    for name, held in ours.items():
+    added = {name: held for name, held in partials.items() if held.func.__module__ == worker_seams.__name__}
+    if not added:
+        raise RuntimeError("vllm_clock: nothing of the plugin stands in front of the runner's methods")
+    for name, held in added.items():
         setattr(runner, name, functools.partial(clock.around(held.func), *held.args))
     packet = torch.ops.steerfast.engine_edit_
     packet.default = clock.timed(OP, packet.default)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from vllm_engines import (
 
 import steerfast as sf
 from steerfast.sae.growing import contexts_of
+from steerfast.vllm import register
 
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.model]
 TOKENS = 6
@@ -372,3 +374,31 @@ def test_the_file_of_scores_has_what_the_answers_have(engine) -> None:
     assert engine.counted("scores_written") == sum(len(line["scores"]) for line in lines)
     engine.run([(PROMPT, reads("linear"))])
     assert engine.counted("scores_dropped") > 0, "a closed file drops and counts"
+
+
+@pytest.mark.parametrize(
+    ("folder", "request_timeout", "timeout", "given"),
+    [
+        ("captured", 0, 0, 15.0),
+        ("captured", 0, None, None),
+        ("captured", 0, 3, 3),
+        ("captured", 5, 0, 0),
+        ("", 0, 0, 0),
+    ],
+)
+def test_an_engine_that_is_stopped_at_once_has_time_to_write(
+    monkeypatch: pytest.MonkeyPatch, folder: str, request_timeout: int, timeout: float | None, given: float | None
+) -> None:
+    """A server that is not told to wait for its requests leaves the processes of its engine no time at all."""
+    from vllm.v1.engine import utils
+
+    register()
+    asked: list[Any] = []
+    monkeypatch.setattr(utils, "shutdown", lambda processes, timeout: asked.append(timeout))
+    monkeypatch.setenv("STEERFAST_CAPTURE", folder)
+    manager: Any = object.__new__(utils.CoreEngineProcManager)
+    manager.processes, manager.manager_stopped = [], threading.Event()
+    manager._finalizer = SimpleNamespace(detach=lambda: True)
+    manager._request_shutdown_timeout = request_timeout
+    manager.shutdown(timeout=timeout)
+    assert asked == [given]

@@ -207,6 +207,20 @@ def test_ties_and_rows_of_nan_are_what_the_edit_itself_makes_of_them(read: bool,
                 ), (number, i)
 
 
+@pytest.mark.parametrize("k", [4, None])
+def test_a_row_of_zeros_has_no_length_to_scale_and_stays(k: int | None) -> None:
+    """Of an SAE that divides a row by its length; the rows beside it are edited."""
+    edits: list[sf.Intervention] = [sf.EditFeatures(sae(3, k, "constant_norm_rescale"), {5: 8.0, 0: 1.0}, mode="add")]
+    stream = torch.randn(3, D)
+    stream[1] = 0
+    got, places = stream.clone(), step_of(edits, {f"r{i}": [(0, 1.0)] for i in range(3)})
+    with torch.inference_mode():
+        places.edit_(got, None, "resid_post.0")
+    assert torch.equal(got[1], stream[1])
+    assert torch.allclose(got, edits[0].apply(stream), atol=1e-5)
+    assert not torch.equal(got[0], stream[0])
+
+
 def test_an_edit_beside_a_reading_is_a_handful_of_calls() -> None:
     """One plan in all rows, and another one in each: what can be kept of a batch is kept, only what is added is written."""
     one = sae(1)

@@ -236,6 +236,8 @@ class First:
 
     def sample_tokens(self, grammar_output) -> None: ...
 
+    def _dummy_run(self, num_tokens) -> None: ...
+
 
 class Second:
     """And one of the second."""
@@ -247,6 +249,8 @@ class Second:
     def prepare_inputs(self, scheduler_output, more=None) -> None: ...
 
     def sample_tokens(self, grammar_output) -> None: ...
+
+    def _dummy_run(self, num_tokens, *args) -> None: ...
 
 
 def test_a_runner_is_known_by_its_methods_whatever_its_class() -> None:

@@ -3,6 +3,7 @@
 | seam | what is added |
 |---|---|
 | front end: `AsyncLLM.generate` | what only the prompt shows is refused before a stream begins |
+| front end: `CoreEngineProcManager.shutdown` | an engine that stops has time to write |
 | engine core: `Scheduler.schedule` | of each request that has ended how many tokens, and the last, on the `SchedulerOutput` |
 | worker: the runner's own methods (`worker_seams.py`) | rows are reserved before a step, collected behind it |
 | worker: `WorkerWrapperBase.shutdown` | what has ended is written |
@@ -10,7 +11,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import atexit
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -19,14 +25,16 @@ from steerfast._positions import EVER
 from steerfast.files.claim import Claim
 from steerfast.place import Place
 
-from .capture import Capture, CaptureSettings
+from .capture import FOLDER, Capture, CaptureSettings
 from .capturing import Captures, Ring
 from .collecting import Begin, Collector, End
 from .runner import Steered
-from .seam_table import ENGINE, SCHEDULER, STATUS, WRAPPER
+from .seam_table import ENGINE, MANAGER, SCHEDULER, STATUS, WRAPPER
 from .wrapping import resolve, wrap
 
 Check = Callable[[Any, Any], object]
+GRACE = 15.0
+"""Seconds that an engine is given at most to write what has ended, where vLLM would kill it at once."""
 
 
 def patch(check: Check) -> None:
@@ -43,8 +51,15 @@ def patch(check: Check) -> None:
         return original(engine, prompt, sampling_params, *args, **more)
 
     wrap(resolve(ENGINE), "generate", generate)
+    wrap(resolve(MANAGER), "shutdown", _stop)
     wrap(resolve(SCHEDULER), "schedule", _schedule)
     wrap(resolve(WRAPPER), "shutdown", _shutdown)
+
+
+def _stop(original: Callable[..., Any], manager: Any, timeout: float | None = None) -> Any:
+    """Stop the processes of an engine. A server that lets no request end leaves them no time at all, not even to write."""
+    at_once = timeout == 0 and manager._request_shutdown_timeout == 0
+    return original(manager, timeout=GRACE if at_once and os.environ.get(FOLDER) else timeout)
 
 
 # --- engine core -------------------------------------------------------------------------------------------------------
@@ -136,6 +151,7 @@ class Taker:
         self._captures = steered.places.captures = Captures(points, ring, tokens)
         self.busy = True
         self.collector = Collector(settings, points, ring, type(model).__name__, self._count, self._say)
+        atexit.register(self._leave, os.getpid())
 
     def begin(self, scheduler_output: Any) -> None:
         """Before a step: its new requests."""
@@ -173,6 +189,7 @@ class Taker:
 
     def close(self) -> None:
         """Write what has ended."""
+        atexit.unregister(self._leave)
         if self.collector is not None:
             for name in [name for name in _ended if self._captures is not None and name in self._captures]:
                 self.collector.put(End(name, *_ended.pop(name)))  # it was told to nobody: the engine has not run since
@@ -181,6 +198,11 @@ class Taker:
             self._lock.close()
         self._captures = self.collector = self._lock = None
         self.busy = False
+
+    def _leave(self, process: int) -> None:
+        """An engine inside a script is shut down by nobody; what was forked from that process has no part in it."""
+        if os.getpid() == process:
+            self.close()
 
     def _announced(self) -> dict[str, tuple[int, int]]:
         """Of the requests of this step that capture: their first position and their number of tokens."""
@@ -197,8 +219,23 @@ def _shutdown(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: 
     runner = getattr(getattr(wrapper, "worker", None), "model_runner", None)
     taker = getattr(runner, "steerfast_taker", None)
     if taker is not None:
-        taker.close()
+        with _undisturbed():
+            taker.close()
     return original(wrapper, *args, **kwargs)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals that end a process do not: vLLM has put its handlers down by now, and its server sends one after a Ctrl-C, too."""
+    here = threading.current_thread() is threading.main_thread()
+    held = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)} if here else {}
+    for one in held:
+        signal.signal(one, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for one, handler in held.items():
+            signal.signal(one, signal.SIG_DFL if handler is None else handler)
 
 
 def _claimed(folder: Any) -> Claim:

@@ -240,9 +240,12 @@ class Chosen(NamedTuple):
     keeps: Tensor | None  # bool (n, 1): rows that keep their length; None: no row does
 
     def added(self, f: Tensor, rows: Rows, length: Tensor | None) -> Tensor:
-        """What is added to rows whose activations (n, m) are these, of a unit that has this length (n, 1) in the stream."""
+        """What is added to rows whose activations (n, m) are these, of a unit that has this length (n, 1) in the stream.
+
+        A row of zeros has no activations, and nothing is added to it.
+        """
         g = self.change(f if f.dtype is torch.float32 else f.float())
-        delta = self.lift(g if length is None else g.mul_(length))
+        delta = self.lift(g if length is None else torch.where(length == 0, 0, g * length))
         if self.keeps is None:
             return delta
         x = rows()

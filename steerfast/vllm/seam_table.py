@@ -36,6 +36,7 @@ ANSWER = "vllm.outputs:RequestOutput"
 STATUS = "vllm.v1.request:RequestStatus"
 STATE = "vllm.v1.engine.output_processor:RequestState"
 ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
+MANAGER = "vllm.v1.engine.utils:CoreEngineProcManager"
 WRAPPER = "vllm.v1.worker.worker_base:WorkerWrapperBase"
 V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
@@ -68,8 +69,8 @@ STREAMS = {
 SERVER = "vllm.entrypoints.launchers.app"
 
 RUNNERS = {
-    V1: ("_update_states", "sample_tokens", "_prepare_inputs"),
-    V2: ("finish_requests", "add_requests", "sample_tokens", "prepare_inputs"),
+    V1: ("_update_states", "sample_tokens", "_dummy_run", "_prepare_inputs"),
+    V2: ("finish_requests", "add_requests", "sample_tokens", "_dummy_run", "prepare_inputs"),
 }
 """The methods of a runner that steering wraps; the last one tells the generations apart, whatever class a platform has."""
 
@@ -122,6 +123,8 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     "vllm.pooling_params:PoolingParams": (Form(names=("extra_kwargs",)),),
     "vllm.exceptions:VLLMValidationError.__init__": (Form(("message", "parameter")),),
     f"{ENGINE}.generate": (Form(("prompt", "sampling_params")),),
+    MANAGER: (Form(names=("_request_shutdown_timeout",)),),
+    f"{MANAGER}.shutdown": (Form(("timeout",)),),
     # API server
     **{f"{request}": (Form(names=("vllm_xargs",)),) for request in REQUESTS},
     **{f"{request}.to_sampling_params": (Form(names=("vllm_xargs", "extra_args")),) for request in REQUESTS},
@@ -213,6 +216,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
         Form(("scheduler_output", "intermediate_tensors"), names=("_update_states", "_prepare_inputs")),
     ),
     f"{V1}.sample_tokens": (Form(("grammar_output",), ("ModelRunnerOutput",)),),
+    f"{V1}._dummy_run": (Form(("num_tokens",)),),
     f"{V1}._update_states": (Form(("scheduler_output",)),),
     f"{V1}._prepare_inputs": (Form(("scheduler_output",), ("query_start_loc", "positions", "input_ids")),),
     "vllm.v1.worker.gpu_input_batch:InputBatch": (Form(names=("req_ids",)),),
@@ -221,6 +225,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
         Form(("scheduler_output", "intermediate_tensors"), names=("finish_requests", "add_requests", "prepare_inputs")),
     ),
     f"{V2}.sample_tokens": (Form(("grammar_output",), ("ModelRunnerOutput",)),),
+    f"{V2}._dummy_run": (Form(("num_tokens",)),),
     f"{V2}.finish_requests": (Form(("scheduler_output",)),),
     f"{V2}.add_requests": (Form(("scheduler_output",)),),
     f"{V2}.prepare_inputs": (Form(("scheduler_output",), ("InputBatch",)),),

@@ -8,6 +8,7 @@ V1 keeps its batch's order in `input_batch`, V2 returns it from `prepare_inputs`
 | V1 `_update_states`; V2 `finish_requests`, `add_requests` | who has come, who has gone |
 | V1 `_prepare_inputs`; V2 `prepare_inputs` | writes the row table of the step |
 | `sample_tokens` | what was read goes along with what was sampled |
+| `_dummy_run` | empties the row table: its tokens are nobody's |
 | `execute_model`, of a pipeline | what was read travels with the stream |
 """
 
@@ -17,6 +18,8 @@ import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from . import capture_seams, read_seams
 from .edits import CONTEXT
@@ -77,7 +80,7 @@ class Follower:
 
     def attach(self) -> None:
         """Put what is added in front of the methods."""
-        added: dict[str, Callable[..., Any]] = {"sample_tokens": self._sample_tokens}
+        added: dict[str, Callable[..., Any]] = {"sample_tokens": self._sample_tokens, "_dummy_run": self._dummy_run}
         if self.config.parallel_config.pipeline_parallel_size > 1:
             added["execute_model"] = self._execute_model
         if self.first_generation:
@@ -162,6 +165,15 @@ class Follower:
         if self.taker.busy:
             self.taker.take()
         return result if taken is None else read_seams.with_scores(result, taken)
+
+    @torch.inference_mode()
+    def _dummy_run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A pass beside other engines that have work: what the last step said of its tokens is true of no other."""
+        nothing = torch.empty(0, dtype=torch.int64)
+        if self.steered.busy:
+            self.steered.step((), nothing, nothing, 0, nothing)
+        self.taker.step((), nothing, nothing, 0, nothing)
+        return original(*args, **kwargs)
 
     def _execute_model(self, original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         steered, stream = self.steered, resolve(STREAM)
