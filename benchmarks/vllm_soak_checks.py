@@ -57,7 +57,13 @@ def settled(lines: Lines, request: dict[str, Any]) -> Lines:
     if (answer := request.get("answer")) is None:
         return kept
     text = [*request["prompt"], *answer["tokens"]]
-    return [line for line in kept if line[0] < len(text) and (line[0] < len(text) - 1 or line[1] == text[-1])]
+    end = len(text) - 1
+    # a step without anybody steered writes no line, and so takes none back
+    return [
+        line
+        for line in kept
+        if line[0] <= end and (line[1] == text[line[0]] or (line[0] < end and (line[2] or line[3])))
+    ]
 
 
 def check(request: dict[str, Any], lines: Lines, rows: Rows, truth: Truth, counts: dict[str, float]) -> list[str]:

@@ -275,6 +275,46 @@ def test_the_salt_differs_by_all_that_steers_and_by_the_users_own(library: Libra
     assert wire.salt(None, wire.read({"steer": "one", "steer_positions": " last&! ids:5 "}, library), 7) in salts
 
 
+def _keys(library: Library, fields: dict[str, Any], prompt: int, blocks: int = 4) -> list[str | None]:
+    """What acts on each block of 8 positions."""
+    parts = wire.read(fields, library)
+    made = wire.salt(None, parts, prompt) if parts else wire.SALT + "[null, []]"
+    return [wire.key_of(made, 8 * i, 8 * i + 8)[1] for i in range(blocks)]
+
+
+def test_blocks_are_shared_as_far_as_the_same_acts_on_them(library: Library) -> None:
+    everywhere = _keys(library, {"steer": "one", "steer_positions": "all"}, 7)
+    assert len({*everywhere}) == 1
+    assert everywhere == _keys(library, {"steer": "one", "steer_positions": "all"}, 30)
+    # an answer that was generated under it is a part of the next turn's prompt, where it does not act
+    first, second = (_keys(library, {"steer": "one", "steer_positions": "generated"}, prompt) for prompt in (10, 25))
+    assert first[0] is second[0] is None, "nothing acts on a prompt: shared with those who are not steered"
+    assert None not in (first[1], first[2]) and second[:3] == [None] * 3
+    assert first[1] != everywhere[1], "it acts on a part of this block"
+    assert first[2:] == everywhere[2:], "here it does what it does everywhere, behind other blocks"
+    only_prompt = _keys(library, {"steer": "one", "steer_positions": "prompt"}, 16)
+    assert only_prompt[:2] == everywhere[:2]
+    assert only_prompt[2:] == [None, None]
+    # words, windows from either end, token ids; strength, plan, and nothing at all
+    asked = [{"steer_positions": where} for where in ("last", "-2:", "0:2", "ids:5", "!ids:5", "after:ids:5")]
+    asked += [{}, {"steer": "two"}, {"steer_strength": 2.0}, {"steer": ["one", "one"]}, {"steer": ["two", "one"]}]
+    found = [tuple(_keys(library, {"steer": "one", **fields}, 12)) for fields in asked]
+    assert len({*found}) == len(found)
+    assert _keys(library, {"steer": "one", "steer_strength": 0.0}, 12) == [None] * 4
+
+
+def test_what_a_condition_decides_by_the_prompt_is_known_by_its_length() -> None:
+    served = ServedPlan("when", "w", (0,), "all", gated=True)
+    library = Library({"when": served})
+    assert _keys(library, {"steer": "when"}, 9) != _keys(library, {"steer": "when"}, 10)
+
+
+def test_a_users_own_salt_is_kept_beside_what_acts(library: Library) -> None:
+    parts = wire.read({"steer": "one", "steer_positions": "generated"}, library)
+    assert wire.key_of(wire.salt("own", parts, 9), 0, 8) == ("own", None)
+    assert wire.key_of(wire.salt(wire.salt(None, parts, 9), (), 0), 0, 8) == (wire.salt(None, parts, 9), None)
+
+
 def test_a_prompt_decides_what_fields_alone_do_not(library: Library) -> None:
     parts = wire.read({"steer": "one", "steer_positions": "!5 & prompt"}, library)
     wire.check_prompt(parts, [3] * 6, 6)

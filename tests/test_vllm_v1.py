@@ -195,8 +195,11 @@ def test_trap_4_steered_keys_and_values_are_never_shared(engine, truth) -> None:
     again = engine.run(steered)[0]
     assert again.num_cached_tokens > 0, "equal steering must share its cache"
     assert ids(again) == ids(output)
-    for other in (fields(("love", 1.4)), {**fields(("love", 1.5)), "steer_positions": "last"}, fields(("norm", 1.5))):
+    for other in (fields(("love", 1.4)), {**fields(("love", 1.5)), "steer_positions": "1:"}, fields(("norm", 1.5))):
         assert engine.run([(prompt, other)])[0].num_cached_tokens == 0
+    last = engine.run([(prompt, {**fields(("love", 1.5)), "steer_positions": "last"})])[0]
+    assert last.num_cached_tokens > 0, "where nothing acts the unsteered cache is right"
+    assert_like_transformers(engine, truth, last, prompt, [("love", 1.5)], "last")
     back = engine.run(plain)[0]
     assert ids(back) == ids(first)
     # the second turn resends the steered answer; what was generated while steered lies in the cache, too
@@ -206,6 +209,20 @@ def test_trap_4_steered_keys_and_values_are_never_shared(engine, truth) -> None:
     assert reply.num_cached_tokens <= len(first.prompt_token_ids)
     assert_like_transformers(engine, truth, reply, turn, [])
     assert engine.idle()
+
+
+@pytest.mark.parametrize("positions", ["generated", "last", "prompt", "!-1", "all"])
+def test_an_answer_that_comes_back_is_steered_as_a_prompt(engine, truth, positions: str) -> None:
+    """The same plan and selector, and other positions: the keys and values of the answer are those of no prompt."""
+    asked = {**fields(("love", 3.0)), "steer_positions": positions}
+    prompt = "Turn by turn. " + LONG[:200]
+    answer = engine.run([(prompt, asked)], tokens=70)[0]
+    turn = [*answer.prompt_token_ids, *ids(answer)]
+    wanted, likely = truth.generate(turn, [(engine.plans["love"], 3.0, positions)], TOKENS)
+    reply = engine.run([({"prompt_token_ids": turn}, asked)])[0]
+    assert reply.num_cached_tokens >= (64 if positions == "all" else 32), "what is the same is shared"
+    assert ids(reply) == wanted
+    assert (logprobs(reply) - likely).abs().max() < CLOSE
 
 
 def test_preempted_requests_come_back_with_their_steering(engine, truth) -> None:

@@ -38,6 +38,9 @@ STATE = "vllm.v1.engine.output_processor:RequestState"
 ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
 MANAGER = "vllm.v1.engine.utils:CoreEngineProcManager"
 WRAPPER = "vllm.v1.worker.worker_base:WorkerWrapperBase"
+HASHES = "vllm.v1.core.kv_cache_utils"
+POOL = "vllm.v1.core.block_pool"
+KEYS = "generate_block_hash_extra_keys"
 V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 STREAM = "vllm.sequence:IntermediateTensors"
@@ -148,6 +151,9 @@ SEAMS: dict[str, tuple[Form, ...]] = {
         Form(("scheduler_output", "model_runner_output"), ("requests", "kv_transfer_params", "drop_stale_output")),
     ),
     f"{SCHEDULER}._update_request_with_output": (Form(("request", "new_token_ids"), ("stopped",)),),
+    f"{HASHES}:{KEYS}": (Form(("request", "start_token_idx", "end_token_idx"), ("cache_salt",)),),
+    f"{HASHES}:get_request_block_hasher": (Form(names=(KEYS,)),),
+    POOL: (Form(names=(KEYS,)),),
     f"{OUTPUT}s": (Form(names=("outputs",)),),
     STATUS: (Form(names=("FINISHED_STOPPED", "FINISHED_ABORTED")),),
     "vllm.v1.outputs:ModelRunnerOutput": (Form(names=("req_ids", "req_id_to_index", "sampled_token_ids")),),
@@ -157,6 +163,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
             names=(
                 "request_id",
                 "sampling_params",
+                "cache_salt",
                 "all_token_ids",
                 "num_computed_tokens",
                 "num_prompt_tokens",

@@ -1,10 +1,11 @@
-"""Where steering enters vLLM: seven places, of whose every seam (`seam_table.py`) the form is checked before one is touched.
+"""Where steering enters vLLM: eight places, of whose every seam (`seam_table.py`) the form is checked before one is touched.
 
 | seam | what is added |
 |---|---|
 | front end: `InputProcessor.__init__`, `process_inputs` | reads and refuses, salts the prefix cache |
 | API server: `to_sampling_params`, `to_beam_search_params` of the requests | HTTP 400 before a stream begins |
 | API server: `init_entrypoints_middleware` | HTTP 400 where a route would drop the fields |
+| engine core: `generate_block_hash_extra_keys` | keys and values are shared as far as the same acts on them |
 | engine core: `Scheduler.__init__`, `_handle_blocked_waiting_request`, `_free_request` | requests wait until slots are free |
 | worker: `WorkerWrapperBase.init_device` | refuses what splits or reorders tokens; follows the runner it has built |
 | worker: `load_model` and that runner's own methods, on the instance | `worker_seams.py` |
@@ -12,6 +13,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -26,11 +28,11 @@ from .fields import PROBES, short, steer_fields
 from .guards import check_engine
 from .routes import BESIDE, Strays
 from .scores import Desk, ProbeScores
-from .seam_table import PROCESSOR, REQUESTS, SCHEDULER, SERVER, WRAPPER
+from .seam_table import HASHES, KEYS, POOL, PROCESSOR, REQUESTS, SCHEDULER, SERVER, WRAPPER
 from .served import Served
 from .sink import open_sink
 from .slots import Admission
-from .wire import Part, salt
+from .wire import SALT, Part, key_of, salt
 from .wrapping import logger, resolve, spare_llvmlite, wrap
 
 
@@ -55,6 +57,8 @@ def patch() -> None:
     wrap(wrapper, "init_device", worker_seams.init_device)
     read_seams.patch(_observe, _tell)
     capture_seams.patch(_check_early)
+    for name in (HASHES, POOL):
+        wrap(importlib.import_module(name), KEYS, _block_keys)
     spare_llvmlite()
 
 
@@ -100,6 +104,8 @@ def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **
     if (parts or reading or capture) and call.get("resumable"):
         raise served.refusal("steer: a request whose prompt is still to grow cannot be steered; send it whole", given)
     request = original(processor, *args, **kwargs)
+    if not parts and (request.cache_salt or "").startswith(SALT):  # a user's own is not taken for one of ours
+        request.cache_salt = salt(request.cache_salt, (), 0)
     if request.sampling_params is None or not (parts or reading or capture):
         return request
     ids, embeds = request.prompt_token_ids, getattr(request, "prompt_embeds", None)
@@ -189,6 +195,20 @@ def _parts(scheduler: Any, request: Any) -> tuple[Part, ...]:
     if not hasattr(request, "steerfast"):
         request.steerfast = scheduler.steerfast.parts(request.sampling_params)
     return request.steerfast
+
+
+def _block_keys(
+    original: Callable[..., tuple[tuple[Any, ...] | None, int]], request: Any, start: int, stop: int, *args: Any
+) -> tuple[tuple[Any, ...] | None, int]:
+    """`generate_block_hash_extra_keys`: a block of keys and values is known by what acts on it, and behind which blocks it stands."""
+    keys, images = original(request, start, stop, *args)
+    whole = request.cache_salt
+    if not (whole or "").startswith(SALT):
+        return keys, images
+    given, acting = key_of(whole, start, stop)
+    found = [key for key in keys or () if key != ("cache_salt", whole)]
+    found += [("cache_salt", given)] * bool(start == 0 and given) + [("steerfast", acting)] * (acting is not None)
+    return tuple(found) or None, images
 
 
 def _admit(original: Callable[..., bool], scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> bool:

@@ -48,6 +48,11 @@ class Part:
             return (Piece(0, min(self.served.by_token, prompt)),)
         return pieces(self.selector, prompt)
 
+    def acting(self, prompt: int) -> list[Piece]:
+        """The same of each of the plan's interventions, where they differ: one after the other, not disjoint."""
+        by_token = {Piece(0, min(tokens, prompt)) for tokens in self.served.columns if tokens}
+        return [*sorted(by_token), *(() if all(self.served.columns) else self.pieces(prompt))]
+
     def count(self, ids: Sequence[int], computed: int, prompt: int) -> int:
         """How many of the first `computed` tokens it acts on."""
         where = self.pieces(prompt)
@@ -120,10 +125,49 @@ def check_prompt(parts: tuple[Part, ...], ids: Sequence[int] | None, length: int
             raise ValueError(f"steer: {short(part.positions)}: {reason}") from None
 
 
+SALT = "steerfast:"
+"""What the cache salts of steered requests begin with."""
+
+
 def salt(given: str | None, parts: tuple[Part, ...], prompt: int) -> str:
-    """The key under which the engine may share this request's keys and values: its own salt and all that steers it."""
-    steering = [(p.served.fingerprint, p.strength, p.positions, min(p.served.by_token, prompt)) for p in parts]
-    return "steerfast:" + hashlib.sha256(json.dumps([given, steering]).encode()).hexdigest()
+    """The cache salt of a request: its own, and what acts on it where.
+
+    As it is, it lets only those share keys and values who are steered alike to the end, prompts of one length where that matters.
+    `key_of` takes it apart, so that blocks are shared as far as the same acts on them.
+    """
+    acts = [
+        [
+            (part.served.fingerprint, part.strength, prompt if part.served.gated else None),
+            [(first, stop, json.dumps(what, default=str)) for first, stop, *what in part.acting(prompt)],
+        ]
+        for part in parts
+        if part.strength
+    ]
+    return SALT + json.dumps([given, acts])
+
+
+def key_of(salt: str, start: int, stop: int) -> tuple[str | None, str | None]:
+    """A request's own salt, and what acts on positions [start, stop) of it; None for neither."""
+    given, acts = _salted(salt)
+    here = []
+    for who, pieces in acts:
+        inside = [
+            (max(a, start) - start, min(b, stop) - start, what) for a, b, what in pieces if a < stop and b > start
+        ]
+        if inside:
+            here.append((who, tuple(inside)))
+    return given, _digest(tuple(here)) if here else None
+
+
+@lru_cache(maxsize=1024)
+def _salted(salt: str) -> tuple[str | None, list[tuple[tuple[Any, ...], list[Any]]]]:
+    given, acts = json.loads(salt.removeprefix(SALT))
+    return given, [(tuple(who), pieces) for who, pieces in acts]
+
+
+@lru_cache(maxsize=4096)
+def _digest(acting: tuple[Any, ...]) -> str:
+    return hashlib.sha256(json.dumps(acting).encode()).hexdigest()
 
 
 def _check_followed(part: Part) -> None:
