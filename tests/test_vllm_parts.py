@@ -289,7 +289,8 @@ def test_blocks_are_shared_as_far_as_the_same_acts_on_them(library: Library) -> 
     # an answer that was generated under it is a part of the next turn's prompt, where it does not act
     first, second = (_keys(library, {"steer": "one", "steer_positions": "generated"}, prompt) for prompt in (10, 25))
     assert first[0] is second[0] is None, "nothing acts on a prompt: shared with those who are not steered"
-    assert None not in (first[1], first[2]) and second[:3] == [None] * 3
+    assert None not in (first[1], first[2])
+    assert second[:3] == [None] * 3
     assert first[1] != everywhere[1], "it acts on a part of this block"
     assert first[2:] == everywhere[2:], "here it does what it does everywhere, behind other blocks"
     only_prompt = _keys(library, {"steer": "one", "steer_positions": "prompt"}, 16)

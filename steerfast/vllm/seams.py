@@ -200,7 +200,7 @@ def _parts(scheduler: Any, request: Any) -> tuple[Part, ...]:
 def _block_keys(
     original: Callable[..., tuple[tuple[Any, ...] | None, int]], request: Any, start: int, stop: int, *args: Any
 ) -> tuple[tuple[Any, ...] | None, int]:
-    """`generate_block_hash_extra_keys`: a block of keys and values is known by what acts on it, and behind which blocks it stands."""
+    """`generate_block_hash_extra_keys`: a block is known by its tokens, what acts on them, and the blocks before it."""
     keys, images = original(request, start, stop, *args)
     whole = request.cache_salt
     if not (whole or "").startswith(SALT):

@@ -150,10 +150,8 @@ def key_of(salt: str, start: int, stop: int) -> tuple[str | None, str | None]:
     """A request's own salt, and what acts on positions [start, stop) of it; None for neither."""
     given, acts = _salted(salt)
     here = []
-    for who, pieces in acts:
-        inside = [
-            (max(a, start) - start, min(b, stop) - start, what) for a, b, what in pieces if a < stop and b > start
-        ]
+    for who, where in acts:
+        inside = [(max(a, start) - start, min(b, stop) - start, what) for a, b, what in where if a < stop and b > start]
         if inside:
             here.append((who, tuple(inside)))
     return given, _digest(tuple(here)) if here else None
@@ -162,7 +160,7 @@ def key_of(salt: str, start: int, stop: int) -> tuple[str | None, str | None]:
 @lru_cache(maxsize=1024)
 def _salted(salt: str) -> tuple[str | None, list[tuple[tuple[Any, ...], list[Any]]]]:
     given, acts = json.loads(salt.removeprefix(SALT))
-    return given, [(tuple(who), pieces) for who, pieces in acts]
+    return given, [(tuple(who), where) for who, where in acts]
 
 
 @lru_cache(maxsize=4096)
