@@ -82,7 +82,7 @@ def test_what_is_launched_fits_the_shared_memory(name, dtype, rank, n, split_str
 
 def test_a_device_with_room_keeps_its_stages():
     def steps(name: str, dtype: torch.dtype, rank: int) -> tuple[int, int, int]:
-        (_, first), *_ = launches(name, 4096, dtype, rank, split_stream=False)
+        (_, first), *_ = launches(name, 8192, dtype, rank, split_stream=False)
         return first["BLOCK_D"], first["num_stages"], first["SUMS"]
 
     assert steps("sm_90", torch.float32, 64) == (64, 4, 2)
@@ -94,7 +94,7 @@ def test_a_device_with_room_keeps_its_stages():
 
 def test_as_many_threads_whatever_the_lanes_of_a_warp():
     threads = {
-        name: launches(name, 4096, torch.bfloat16, 64, split_stream=False)[0][1]["num_warps"] * device.lanes
+        name: launches(name, 8192, torch.bfloat16, 64, split_stream=False)[0][1]["num_warps"] * device.lanes
         for name, (_, device) in DEVICES.items()
     }
     assert set(threads.values()) == {256}

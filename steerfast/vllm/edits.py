@@ -26,7 +26,7 @@ from steerfast.probes.encoder import Encodes
 
 from .capturing import Captures
 from .gating import Gates
-from .programs import Group, Programs, Rows, fits_no_slot
+from .programs import Group, Programs, StreamRows, fits_no_slot
 from .reading import Readers
 from .table import RowTable
 
@@ -257,7 +257,7 @@ class Places:
         elif len(columns) == 1 and summed is None and not others and len(programs) == 1:
             ((group, tokens, wanted),) = programs
             known = read if read is None or tokens is None else read.among(tokens)
-            _add_(stream, tokens, group.added(Rows(stream, hidden, tokens), wanted, known))
+            _add_(stream, tokens, group.added(StreamRows(stream, hidden, tokens), wanted, known))
         else:
             _edit_columns_(stream, hidden, place, columns, read)
 
@@ -274,7 +274,7 @@ def _edit_columns_(
             _add_(wide, tokens, delta)
             owned[_all(tokens)] = True
         for slot, tokens, weights in others:
-            x = Rows(wide, hidden, tokens)()
+            x = StreamRows(wide, hidden, tokens)()
             edited = torch_backend.edit(place.bank.view(slot), x, weights)
             if hidden is None:
                 wide[_all(tokens)] = edited
@@ -284,7 +284,7 @@ def _edit_columns_(
         for group, tokens, wanted in programs:
             fresh = read and not bool(owned[_all(tokens)].any())
             known = (read if tokens is None else read.among(tokens)) if read and fresh else None
-            _add_(wide, tokens, group.added(Rows(wide, hidden, tokens), wanted, known))
+            _add_(wide, tokens, group.added(StreamRows(wide, hidden, tokens), wanted, known))
             owned[_all(tokens)] = True
     if bool(owned.all()):
         stream.copy_(wide)

@@ -58,7 +58,7 @@ def _is_counted(features: SelectedFeatures) -> bool:
     return features.k > 0 and features.normalisation == "none" and len(features.features) <= ops.MOST_EDITS
 
 
-class Rows:
+class StreamRows:
     """Some rows of a stream, float32 (n, d), made once, where someone asks for them; on a CPU.
 
     Args:
@@ -103,7 +103,7 @@ class Group(Protocol):
         """What `added` needs of rows that all have one of its slots, as long as a batch is the same; on a CPU."""
         ...
 
-    def added(self, rows: Rows, wanted: Any, read: Encodes | None) -> Tensor:
+    def added(self, rows: StreamRows, wanted: Any, read: Encodes | None) -> Tensor:
         """What is added to each of these rows, float32 (n, d); on a CPU."""
         ...
 
@@ -239,7 +239,7 @@ class Chosen(NamedTuple):
     lift: Callable[[Tensor], Tensor]  # these changes -> float32 (n, d), what is added to the rows
     keeps: Tensor | None  # bool (n, 1): rows that keep their length; None: no row does
 
-    def added(self, f: Tensor, rows: Rows, length: Tensor | None) -> Tensor:
+    def added(self, f: Tensor, rows: StreamRows, length: Tensor | None) -> Tensor:
         """What is added to rows whose activations (n, m) are these, of a unit that has this length (n, 1) in the stream.
 
         A row of zeros has no activations, and nothing is added to it.
@@ -333,7 +333,7 @@ class Dictionary:
         """As of every group."""
         return self._features.chosen(slots, weights, self._decoder)
 
-    def added(self, rows: Rows, wanted: Chosen, read: Encodes | None) -> Tensor:
+    def added(self, rows: StreamRows, wanted: Chosen, read: Encodes | None) -> Tensor:
         """As of every group."""
         pair = None if read is None else read.of(self._encoder, self._bias, self._k, self._normalisation)
         length = None if self._normalisation == "none" else normalised(rows(), self._normalisation)[1]
@@ -395,7 +395,7 @@ class Thresholds:
         """As of every group."""
         return self._features.chosen(slots, weights, self._decoder)
 
-    def added(self, rows: Rows, wanted: Chosen, read: Encodes | None) -> Tensor:
+    def added(self, rows: StreamRows, wanted: Chosen, read: Encodes | None) -> Tensor:
         """As of every group."""
         f, length = self._activations(rows(), wanted.numbers)
         return wanted.added(f, rows, length)
@@ -448,7 +448,7 @@ class Alone:
         """As of every group."""
         return weights
 
-    def added(self, rows: Rows, wanted: Tensor, read: Encodes | None) -> Tensor:
+    def added(self, rows: StreamRows, wanted: Tensor, read: Encodes | None) -> Tensor:
         """As of every group."""
         x = rows().to(self._dtype)
         return self._run(x, wanted).float() - x.float()
