@@ -34,6 +34,7 @@ from steerfast.vllm.reading import Readers, Wanted
 from steerfast.vllm.slots import Admission
 from steerfast.vllm.table import EVER, Owner, RowTable
 from steerfast.vllm.wire import read
+from steerfast.vllm.worker_seams import Follower
 from steerfast.vllm.wrapping import wrap
 
 REQUESTS, WIDTH, LAYERS, CALLS = 64, 576, 30, 500
@@ -151,6 +152,7 @@ class Runner:
     def _update_states(self, scheduler_output: Any) -> None: ...
     def _prepare_inputs(self, scheduler_output: Any) -> None: ...
     def sample_tokens(self, grammar_output: Any) -> None: ...
+    def _dummy_run(self, num_tokens: int) -> None: ...
 
 
 class Worker:
@@ -187,7 +189,7 @@ def nobody() -> dict[str, float]:
     config = SimpleNamespace(
         additional_config={}, compilation_config=graph, parallel_config=parallel, speculative_config=None
     )
-    seams._follow(workers[0], config, served)  # type: ignore[arg-type]
+    Follower(workers[0], config, served).attach()  # type: ignore[arg-type]
     wrap(schedulers[0], "update_from_output", read_seams._update)
     wrap(schedulers[0], "make_request_output", partial(read_seams._make_output, lambda *_: None))
     workers[0].load_model()
