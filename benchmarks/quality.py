@@ -35,7 +35,7 @@ from quality_report import DAMAGES, RANDOM
 from quality_scores import Batch, WordClassifier, batches, generate, log_likelihoods, pair_texts, reference_texts
 
 import steerfast as sf
-from steerfast.edits.null import DRAWS
+from steerfast._null import DRAWS
 from steerfast.files.replace import replace_file
 from steerfast.models import demo as demo_model
 from steerfast.models.layers import find_layers
@@ -219,10 +219,10 @@ def measure(
                     rows = [row | own for row, own in zip(rows, own_texts, strict=True)]
                 store.add(rows)
                 print(f"seed {seed}  {concept.name:12} {method.label}", flush=True)
+    firsts = {concept.name: prepared[concept.name][2].take(concept.sampled(0), 0) for concept in concepts}
     for draw in range(draws):
         for concept in concepts:
-            score, _, sample = prepared[concept.name]
-            measure_nulls(store, concept, score, sample.take(concept.sampled(0), 0), methods, draw)
+            measure_nulls(store, concept, prepared[concept.name][0], firsts[concept.name], methods, draw)
 
 
 def measure_nulls(

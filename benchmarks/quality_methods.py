@@ -19,6 +19,10 @@ from torch import Tensor
 
 import steerfast as sf
 from steerfast.barriers.fit import PUBLISHED
+from steerfast.directions.fits.lessons import Pupil, read_lessons, split
+from steerfast.directions.fits.natural import Gradients, neutral_texts
+from steerfast.directions.fits.velocity import DAMPING, RANK, natural_field
+from steerfast.models.texts import TextReader
 
 Edits = dict[tuple[str, int], sf.Intervention]
 ANGLES = (0.1, 0.18, 0.28, 0.45)
@@ -42,6 +46,8 @@ class Sample:
     seed: int
     model: Any
     tokenizer: Any
+    whole: Sample | None = None  # of a null: the sample whose labels were shuffled, and of each of its pairs
+    signs: Sequence[float] = ()  # 1, -1 if its sides are exchanged, 0 if it is left out
 
     @property
     def groups(self) -> list[str]:
@@ -81,16 +87,42 @@ class Sample:
             replace(pair, wanted=pair.unwanted, unwanted=pair.wanted) if turn else pair
             for pair, turn in zip(part.pairs, swap.tolist(), strict=True)
         ]
+        signs = [(group in kept) * (-1.0 if group in turned else 1.0) for group in self.groups]
         pos, neg = _exchanged(part.pos, part.neg, swap)
         heads = {at: _exchanged(x, part.heads_neg[at], swap) for at, x in part.heads_pos.items()}
         sides = ({at: both[i] for at, both in heads.items()} for i in (0, 1))
-        return Sample(self.layer, pos, neg, *sides, pairs, self.seed, self.model, self.tokenizer)
+        return Sample(self.layer, pos, neg, *sides, pairs, self.seed, self.model, self.tokenizer, self, signs)
+
+    @property
+    def contrasts(self) -> list[tuple[str, str, str]]:
+        """Prompt, wanted and unwanted continuation of each pair."""
+        return [(pair.prompt, pair.wanted, pair.unwanted) for pair in self.pairs]
 
     @functools.cached_property
     def velocity(self) -> sf.VelocityField:
-        """The natural gradient of an edit of low rank, with neutral texts that the model writes itself."""
-        texts = [(pair.prompt, pair.wanted, pair.unwanted) for pair in self.pairs]
-        return sf.fit_velocity(self.model, self.tokenizer, texts, self.layer, seed=self.seed)
+        """The natural gradient of an edit of low rank, with neutral texts that the model writes itself.
+
+        Of shuffled labels it is the very field that `fit_velocity` makes of them, from the gradients of the true ones: an
+        exchanged pair has the same with the other sign.
+        """
+        if self.whole is None:
+            given = (self.model, self.tokenizer, self.contrasts, self.layer)
+            return sf.fit_velocity(*given, seed=self.seed, draws=0)
+        gradients, signs = self.whole.gradients, self.signs
+        taught = set(split([i for i, sign in enumerate(signs) if sign])[0])
+        signs = [sign if i in taught else 0.0 for i, sign in enumerate(signs)]
+        with gradients.pupil.taught():
+            return natural_field(gradients, signs, RANK, DAMPING)[0]
+
+    @functools.cached_property
+    def gradients(self) -> Gradients:
+        """What the model's gradients say of the pairs and of neutral text, for all labels that they may be given."""
+        owner, reader = "quality", TextReader.of(self.tokenizer, "quality")
+        pupil = Pupil(owner, self.model, self.layer)
+        lessons = read_lessons(owner, reader, self.contrasts, contrast=True)
+        neutral = neutral_texts(owner, pupil.model, self.tokenizer, reader, None, self.seed)
+        with pupil.taught():
+            return Gradients(pupil, lessons, neutral, self.seed)
 
     def barrier(self, kind: str, **choices: Any) -> sf.Barrier:
         """A barrier fitted with the groups held out together."""

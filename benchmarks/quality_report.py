@@ -18,7 +18,7 @@ from quality_methods import METHODS
 from quality_scores import repetition
 from quality_tradeoff import Run, Summary, compare, reach, read
 
-from steerfast.edits.null import Null
+from steerfast._null import Null
 
 DAMAGES = (0.1, 0.3)  # nats per token: perplexity 11 % and 35 % higher
 AGAINST = "caa"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import steerfast as sf
+from steerfast._null import Null
 from steerfast.barriers.data import Data
 from steerfast.cli.demo_prompts import KIND, KIND_HELD_OUT, UNKIND, UNKIND_HELD_OUT
 from steerfast.directions.fit import ESTIMATORS, PAIRED, settings_of
@@ -21,7 +22,6 @@ from steerfast.directions.fits.linear import transport
 from steerfast.directions.fits.rotations import angle_between
 from steerfast.directions.fits.sides import shuffle
 from steerfast.edits.base import Intervention
-from steerfast.edits.null import Null
 from steerfast.models.collect import Activations
 from steerfast.place import Origin, Place
 

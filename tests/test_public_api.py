@@ -42,7 +42,7 @@ PLACES: dict[str, tuple[str, ...] | None] = {
     "steerfast.plan": ("ModelCard",),
     "steerfast.barriers.barrier": ("BarrierInfo",),
     "steerfast.edits.fitted": ("ConditionInfo", "FitInfo", "LayerFit"),
-    "steerfast.edits.null": ("Null",),
+    "steerfast._null": ("Null",),
     "steerfast.directions.fits.heads": ("HeadFit",),
     "steerfast.models.collect": ("Activations",),
     "steerfast.directions.sets": ("DirectionInfo",),

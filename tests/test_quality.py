@@ -328,6 +328,25 @@ def test_as_many_groups_are_exchanged_as_are_kept() -> None:
     assert len(left_out) > 2
 
 
+def test_the_velocity_of_a_shuffled_sample_is_the_fit_of_its_own_texts() -> None:
+    """From the gradients of the true labels, taken once for all draws."""
+
+    class Opened(Letters):
+        bos_token_id = 1
+
+    model, tokenizer = build("gpt2"), Opened()
+    words = ["good", "poor", "fair", "calm", "loud", "warm", "cold", "kind", "dark", "soft", "new", "old", "big", "wee"]
+    pairs = [concepts.Pair(f"g{i // 2}", f"it was {i}", f" {w}", f" {w[::-1]}") for i, w in enumerate(words)]
+    sides = [torch.ones(len(pairs), 1), -torch.ones(len(pairs), 1)]
+    known = Sample(1, *sides, {}, {}, pairs, 0, model, tokenizer)
+    turned = known.shuffled(1)
+    assert {*turned.signs} == {-1.0, 0.0, 1.0}
+    fitted = sf.fit_velocity(model, tokenizer, turned.contrasts, 1, draws=0)
+    x = torch.randn(3, fitted.width, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(turned.velocity(x), fitted(x), rtol=1e-4, atol=1e-4 * float(fitted(x).abs().max()))
+    assert (turned.velocity(x) - known.velocity(x)).norm() > 0.1 * fitted(x).norm()
+
+
 def test_a_null_is_read_at_the_damage_that_is_asked() -> None:
     unsteered = {"odds": [0.0, 1.0], "reference": [-4.0]}
     rows = [{"concept": "c", "method": "caa", "seed": 0, "strength": s, "odds": [3 * s, 1 + 3 * s], "reference": [-4 - s]}

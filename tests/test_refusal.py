@@ -18,8 +18,8 @@ from test_cli import saved  # noqa: F401  # a fixture
 from torch import Tensor
 
 import steerfast as sf
+from steerfast._null import Null
 from steerfast.cli import main as cli
-from steerfast.edits.null import Null
 from steerfast.tools import Candidate, Refusal, RefusalRules, refusal_rates, select_refusal
 from steerfast.tools.refusal_scores import RefusalScorer, divergence
 

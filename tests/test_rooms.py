@@ -13,7 +13,7 @@ import steerfast
 
 PACKAGE = Path(steerfast.__file__).parent
 ROOMS = (
-    "_names", "_checks", "_positions", "place",
+    "_names", "_checks", "_null", "_positions", "place",
     "files", "ops", "models", "barriers", "probes", "edits", "plan", "bank", "sae",
     "directions", "hooks", "vllm", "integrations", "tools", "cli", "__main__",
 )  # fmt: skip

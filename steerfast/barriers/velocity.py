@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from steerfast._checks import check_orthonormal, one_of, own_tensors
+from steerfast._null import Null
 from steerfast.files import container
 from steerfast.ops.backends import in_full_precision
 from steerfast.ops.solvers import Field
@@ -35,12 +36,14 @@ class VelocityInfo:
         damage: KL(unsteered ‖ steered) of a token of held-out neutral text over a time of 1, in nats: by so much a token that
             the model itself would have written becomes less likely. NaN if not measured.
         settings: What the fit chose or was given, by name.
+        null: The gain `nats` beside that of controls at the same damage; None without draws or held-out pairs.
     """
 
     kind: str = ""
     nats: float = math.nan
     damage: float = math.nan
     settings: Mapping[str, float] = field(default_factory=dict)
+    null: Null | None = None
 
     def numbers(self) -> dict[str, Any]:
         """Its fields, ready for JSON: what is unknown is null."""
@@ -49,8 +52,10 @@ class VelocityInfo:
     @classmethod
     def restore(cls, numbers: Mapping[str, Any]) -> VelocityInfo:
         """The inverse of `numbers`."""
-        known: dict[str, Any] = {name: math.nan if value is None else value for name, value in numbers.items()}
-        return cls(**known)
+        rest = dict(numbers)
+        null = rest.pop("null", None)
+        known: dict[str, Any] = {name: math.nan if value is None else value for name, value in rest.items()}
+        return cls(**known, null=None if null is None else Null.restore(null))
 
 
 @dataclass(frozen=True, eq=False)

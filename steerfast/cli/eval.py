@@ -24,7 +24,7 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `steerfast eval` to a parser."""
-    from steerfast.edits.null import DRAWS
+    from steerfast._null import DRAWS
 
     shared.model_arguments(parser)
     parser.add_argument("--plan", type=Path, metavar="DIR", help="the plan (default: the unsteered model only)")

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from steerfast._checks import one_of, warn_user, whole_number
+from steerfast._null import DRAWS
 from steerfast.barriers.data import Data
 from steerfast.barriers.kernels import scikit_learn
 from steerfast.edits.base import Intervention
 from steerfast.edits.fitted import FitInfo
-from steerfast.edits.null import DRAWS
 from steerfast.place import common_origin, place_of
 from steerfast.probes.fit import data_by_layer
 

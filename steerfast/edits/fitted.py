@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .null import Null
+from steerfast._null import Null
 
 
 @dataclass(frozen=True)

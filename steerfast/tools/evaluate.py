@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import finite_number, positive_integer, whole_number
+from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.edits.base import Intervention
 from steerfast.edits.conditions import When
 from steerfast.edits.linear import Add
-from steerfast.edits.null import DRAWS, Null
 from steerfast.hooks.columns import places_of
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect

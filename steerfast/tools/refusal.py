@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import finite_number, positive_integer, warn_user, whole_number
+from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.directions.direction import Direction
 from steerfast.directions.sets import text_table
 from steerfast.edits.linear import Ablate, Add
-from steerfast.edits.null import DRAWS, Null
 from steerfast.files.replace import replace_file
 from steerfast.models.collect import collect
 from steerfast.models.layers import evaluating, find_layers

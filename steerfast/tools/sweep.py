@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from steerfast._checks import checked_part, finite_number, one_of, positive_integer, whole_number, whole_numbers
+from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.directions.fit import ESTIMATORS, settings_of
-from steerfast.edits.null import DRAWS, Null
 from steerfast.files.replace import replace_file
 from steerfast.models.collect import Activations, collect
 from steerfast.models.layers import evaluating, find_layers

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from steerfast.edits.null import Null
+from steerfast._null import Null
 from steerfast.files.replace import replace_file
 
 SCHEMA = 2

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from steerfast._checks import finite_number, positive_integer, warn_user, whole_number
+from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import Data, seeded
 from steerfast.edits.fitted import FitInfo
 from steerfast.edits.linear import Add
-from steerfast.edits.null import DRAWS, Null
 from steerfast.models.collect import Activations
 from steerfast.place import Place
 from steerfast.plan import Plan

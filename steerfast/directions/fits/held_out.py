@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from steerfast._checks import warn_user
+from steerfast._null import Null
 from steerfast.barriers.data import seeded
 from steerfast.edits.base import Intervention
 from steerfast.edits.linear import Ablate
-from steerfast.edits.null import Null
 
 from .sides import Sides
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ BATCH = 4
 HELD = 5
 """Of so many examples one is held out, from twice as many on."""
 Edit = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def read_lessons(owner: str, reader: TextReader, examples: Any, contrast: bool =
     return lessons
 
 
-def split(lessons: list[Lesson]) -> tuple[list[Lesson], list[Lesson]]:
-    """(taught, held out): of ten or more every fifth is held out."""
+def split(lessons: list[T]) -> tuple[list[T], list[T]]:
+    """(taught, held out) of examples: of ten or more every fifth is held out."""
     held = lessons[::HELD] if len(lessons) >= 2 * HELD else []
     return [lessons[i] for i in range(len(lessons)) if not held or i % HELD], held
 

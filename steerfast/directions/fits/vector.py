@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from steerfast._checks import finite_number, positive_integer, whole_number
+from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.edits.fitted import FitInfo
 from steerfast.edits.linear import Add
-from steerfast.edits.null import DRAWS, Null
 from steerfast.models.texts import TextReader
 
 from .lessons import Edit, Lesson, Pupil, descend, read_lessons, split, steps_and_rate, warn_of_no_gain

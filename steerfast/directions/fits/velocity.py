@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steerfast._checks import finite_number, positive_integer, whole_number
+from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.barriers.velocity import VelocityField, VelocityInfo
 from steerfast.edits.flow import flow
-from steerfast.models.layers import evaluating
 from steerfast.models.texts import TextReader
 
-from .lessons import Lesson, Pupil, read_lessons, split
+from .lessons import Edit, Lesson, Pupil, read_lessons, split
+from .natural import Gradients, Metric, divergence, log_odds, neutral_texts
 
-SAMPLES, TOKENS, BATCH = 48, 48, 16
-"""Neutral texts that the model writes where none are given, their length in tokens, and how many it writes at a time."""
-OPENING = 5
-"""Tokens of a neutral text that count as its prompt; the edit begins at the last of them."""
-SIGNS = 8
-"""Random signs for each neutral text: that many draws of the Fisher information."""
-HELD = 6
-"""Of so many neutral texts one is held out, to measure the damage on."""
+RANK, DAMPING = 3, (3.0, 1.0)
+"""Defaults: terms, and shares of the mean eigenvalues."""
 DAMAGE = 0.1
 """Nats per held-out neutral token that a time of 1 costs: KL(unsteered ‖ steered)."""
 STRIDE, LONGEST = 1.5, 1e6
 """Factor between two times at which that cost is looked for, and how far from the expected one."""
-HALVINGS = 8
-"""Halvings of the interval in which it is found."""
+NEAR, TRIES = 0.99, 12
+"""A time is near enough that costs this share of it or more, and how many times are tried between two that enclose it."""
 
 
 def fit_velocity(
@@ -43,9 +37,10 @@ def fit_velocity(
     layer: int,
     *,
     neutral: Iterable[str] | None = None,
-    rank: int = 3,
-    damping: tuple[float, float] = (3.0, 1.0),
+    rank: int = RANK,
+    damping: tuple[float, float] = DAMPING,
     seed: int = 0,
+    draws: int = DRAWS,
 ) -> VelocityField:
     """Fit an affine velocity field at a block's output that turns a model from unwanted to wanted continuations.
 
@@ -68,15 +63,18 @@ def fit_velocity(
         rank: Terms of M; the field has at most twice that rank.
         damping: Shares of the mean eigenvalue that are added to F and Σ.
         seed: Of what is drawn.
+        draws: Fields of exchanged sides, and random directions, each paced to the same damage, that the gain of held-out
+            pairs stands beside in `info.null`; 0: none. Gradients are taken once: a draw costs a few passes over held-out texts.
 
     Returns:
         The field, paced so that a time of 1 costs 0.1 nats, KL(unsteered ‖ steered), per token of held-out neutral text along
-        ten Euler steps; for `sf.Flow(field, T=1.0)` at positions "last". Its `info` holds what held-out pairs gain, and the
-        damage.
+        ten Euler steps; for `sf.Flow(field, T=1.0)` at positions "last". Its `info` holds what held-out pairs gain, the
+        damage, and the null.
 
     Raises:
         TypeError, ValueError: no examples, one that is not three strings or has a text without tokens, neutral texts too
-            short, an unknown layer, rank > d, damping that is not positive, or no text to begin with where the model is to write.
+            short, an unknown layer, rank > d, damping that is not positive, draws < 0, or no text to begin with where the model
+            is to write.
 
     Reference:
         Amari 1998, Natural gradient works efficiently in learning; Martens and Grosse 2015, K-FAC (arXiv:1503.05671), for the
@@ -93,31 +91,82 @@ def fit_velocity(
     pairs = read_lessons(owner, reader, examples, contrast=True)
     pupil = Pupil(owner, model, layer)
     rank, shares, seed = _numbers(owner, rank, damping, seed, pupil.width)
-    generator = seeded(seed)
-    texts = _neutral(owner, pupil.model, tokenizer, reader, neutral, seed)
-    held_texts, texts = texts[::HELD], [text for i, text in enumerate(texts) if i % HELD]
-    taught, held = split(pairs)
+    whole_number(owner, "draws", draws, 0)
+    texts = neutral_texts(owner, pupil.model, tokenizer, reader, neutral, seed)
+    count = len(pairs)
+    held = split(list(range(count)))[1]
     with pupil.taught():
-        metric = _metric(pupil, texts, generator)
-        field, speed = _natural(metric, _pull(pupil, taught), rank, shares)
-        field = replace(field, origin=pupil.origin)
-        field, damage = _paced(pupil, field, held_texts, math.sqrt(2 * DAMAGE) / speed)
-        before, after = (_odds(pupil, held, edit) for edit in (None, _edit(field, 1.0)))
+        gradients = Gradients(pupil, pairs, texts, seed)
+        signs = [0.0 if i in held else 1.0 for i in range(count)]
+        field, damage = natural_field(gradients, signs, rank, shares)
+        gain = _Gain(gradients, [pairs[i] for i in held])
+        nats = gain(field)
+        null = _null(gradients, signs, rank, shares, gain, nats, draws, seed) if draws and held else None
     settings = {
         "rank": float(rank),
         "damping_fisher": shares[0],
         "damping_rows": shares[1],
-        "examples": float(len(taught)),
+        "examples": float(count - len(held)),
     }
-    return replace(field, info=VelocityInfo("natural", after - before, damage, settings))
+    return replace(field, info=VelocityInfo("natural", nats, damage, settings, null))
 
 
-class _Metric(NamedTuple):
-    """What neutral text says: the Fisher information, the mean row, and the rows' covariance, in float64."""
+def natural_field(
+    gradients: Gradients, signs: Sequence[float], rank: int, shares: tuple[float, float]
+) -> tuple[VelocityField, float]:
+    """The natural gradient's field of examples with these signs, paced, and the damage over a time of 1.
 
-    fisher: Tensor  # (d, d)
-    mean: Tensor  # (d,)
-    covariance: Tensor  # (d, d)
+    Raises:
+        ValueError: the examples pull nowhere, or no time costs enough.
+    """
+    field, speed = _natural(gradients.metric, gradients.pull(signs), rank, shares)
+    return _paced(gradients, replace(field, origin=gradients.pupil.origin), speed)
+
+
+class _Gain:
+    """By how much the log-odds of held-out examples rise over a time of 1."""
+
+    def __init__(self, gradients: Gradients, held: Sequence[Lesson]) -> None:
+        self.pupil, self.held = gradients.pupil, held
+        self.before = log_odds(self.pupil, held, None)
+
+    def __call__(self, field: VelocityField) -> float:
+        return log_odds(self.pupil, self.held, _edit(field, 1.0)) - self.before
+
+
+def _null(
+    gradients: Gradients, signs: Sequence[float], rank: int, shares: tuple[float, float], gain: _Gain, nats: float,
+    draws: int, seed: int,
+) -> Null:  # fmt: skip
+    """What fields do whose examples have a random half of their sides exchanged, and random directions, at the same damage."""
+    generator = seeded(seed)
+    taught = [i for i, sign in enumerate(signs) if sign]
+    half = len(taught) // 2
+    shuffled, random = [], []
+    for _ in range(draws):
+        order = torch.randperm(len(taught), generator=generator, device="cpu").tolist()
+        turned = [0.0] * len(signs)  # of an odd number one stays out: as many are kept as exchanged
+        for place, i in enumerate(order[: 2 * half]):
+            turned[taught[i]] = -1.0 if place < half else 1.0
+        shuffled.append(_tried(lambda: natural_field(gradients, turned, rank, shares)[0], gain))  # noqa: B023
+        drawn = torch.randn(len(gradients.metric.mean), generator=generator, device="cpu", dtype=torch.float64)
+        random.append(_tried(lambda: _shift(gradients, drawn / drawn.norm()), gain))  # noqa: B023
+    return Null.of(nats, shuffled, random)
+
+
+def _tried(make: Callable[[], VelocityField], gain: _Gain) -> float:
+    """The gain of a control; NaN if it comes to nothing."""
+    try:
+        return gain(make())
+    except ValueError:
+        return math.nan
+
+
+def _shift(gradients: Gradients, direction: Tensor) -> VelocityField:
+    """The constant field along a direction (d,), paced."""
+    none = torch.zeros(1, 1)
+    field = VelocityField(direction[None], torch.ones(1), none, none[0], none, origin=gradients.pupil.origin)
+    return _paced(gradients, field, math.sqrt(float(direction @ gradients.metric.fisher @ direction)))[0]
 
 
 def _numbers(owner: str, rank: Any, damping: Any, seed: Any, width: int) -> tuple[int, tuple[float, float], int]:
@@ -135,121 +184,14 @@ def _numbers(owner: str, rank: Any, damping: Any, seed: Any, width: int) -> tupl
     return rank, (fisher, rows), seed
 
 
-def _neutral(
-    owner: str, model: Any, tokenizer: Any, reader: TextReader, neutral: Any, seed: int
-) -> list[tuple[int, ...]]:
-    """Token ids of neutral texts, each longer than its opening."""
-    if neutral is None:
-        return _written(owner, model, tokenizer, seed)
-    if isinstance(neutral, (str, bytes)) or not isinstance(neutral, Iterable):
-        raise TypeError(f"{owner}: neutral is {neutral!r}; expected a list of texts, or None")
-    texts = [tuple(reader.beginning(text)) for text in neutral]
-    if len(texts) < 2 or min(map(len, texts)) <= OPENING:
-        shortest = min(map(len, texts), default=0)
-        raise ValueError(
-            f"{owner}: {len(texts)} neutral texts, the shortest of {shortest} tokens; expected two or more, each of more than "
-            f"{OPENING}"
-        )
-    return texts
-
-
-@contextmanager
-def _drawing(device: torch.device, seed: int) -> Iterator[None]:
-    """Seeded draws on the CPU and on one device; no other device's random numbers move, as `torch.manual_seed` would have it."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng([device] if cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-def _written(owner: str, model: Any, tokenizer: Any, seed: int) -> list[tuple[int, ...]]:
-    """Texts that the model writes from its first token on, sampled; the caller's random numbers stay where they are."""
-    known = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
-    first = next((i for i in known if i is not None), None)
-    if first is None or not hasattr(model, "generate"):
-        raise ValueError(f"{owner}: this model has no first token to write texts from; give neutral=, a list of texts")
-    device = next(model.parameters()).device
-    start = torch.full((BATCH, 1), first, device=device)
-    options = {
-        "attention_mask": torch.ones_like(start), "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
-        "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "pad_token_id": first,
-    }  # fmt: skip
-    found = []
-    with evaluating(model), _drawing(device, seed):
-        for _ in range(SAMPLES // BATCH):
-            found += [tuple(row) for row in model.generate(start, **options).tolist()]
-    return found
-
-
-def _rows(pupil: Pupil, ids: Sequence[int], start: int) -> tuple[Tensor, Tensor]:
-    """The stream at the tokens from `start` - 1 on as a leaf (t, d), and log p of all that may follow each, (t, vocabulary)."""
-    kept: list[Tensor] = []
-
-    def leaf(x: Tensor) -> Tensor:
-        kept.append(x[0, start - 1 : -1].detach().float().requires_grad_())
-        return torch.cat([x[0, : start - 1], kept[0].to(x.dtype), x[0, -1:]])[None]
-
-    logits = pupil.logits(ids, leaf)[start - 1 : -1].float().log_softmax(-1)
-    return kept[0], logits
-
-
-@torch.enable_grad()
-def _pull(pupil: Pupil, lessons: Sequence[Lesson]) -> Callable[[Tensor], Tensor]:
-    """mean ↦ G (d, d + 1): the mean over examples of Σ ∇(log p(wanted) - log p(unwanted))·(a - mean, 1)ᵀ."""
-    rows, gradients = [], []
-    for one in lessons:
-        for continuation, sign in ((one.wanted, 1.0), (one.unwanted, -1.0)):
-            at, logits = _rows(pupil, [*one.prompt, *continuation], len(one.prompt))
-            follows = torch.tensor(continuation, device=logits.device)[:, None]
-            (gradient,) = torch.autograd.grad(logits.gather(1, follows).sum(), at)
-            rows.append(at.detach().double().cpu())
-            gradients.append(sign * gradient.double().cpu())
-    a, g = torch.cat(rows), torch.cat(gradients)
-
-    def pull(mean: Tensor) -> Tensor:
-        return g.T @ torch.cat([a - mean, a.new_ones(len(a), 1)], 1) / len(lessons)
-
-    return pull
-
-
-@torch.enable_grad()
-def _metric(pupil: Pupil, texts: Sequence[Sequence[int]], generator: torch.Generator) -> _Metric:
-    """The Fisher information of a shift that all tokens of a neutral text share, per token, and the rows there.
-
-    With random signs e the gradient of Σ e·log p(token), tokens drawn from the model, has the sum of all tokens' Fisher
-    information as the mean of its outer product.
-    """
-    fisher: Any = 0.0
-    rows = []
-    for ids in texts:
-        at, logits = _rows(pupil, ids, OPENING)
-        rows.append(at.detach().double().cpu())
-        chances = logits.detach().exp().cpu()
-        for i in range(SIGNS):
-            drawn = torch.multinomial(chances, 1, generator=generator)
-            signs = torch.randint(0, 2, (len(chances),), generator=generator, device="cpu") * 2.0 - 1.0
-            total = (logits.gather(1, drawn.to(logits.device))[:, 0] * signs.to(logits.device)).sum()
-            (gradient,) = torch.autograd.grad(total, at, retain_graph=i < SIGNS - 1)
-            shift = gradient.double().sum(0).cpu()
-            fisher = fisher + torch.outer(shift, shift) / len(chances)
-    a = torch.cat(rows)
-    mean = a.mean(0)
-    return _Metric(fisher / (SIGNS * len(texts)), mean, (a - mean).T @ (a - mean) / len(a))
-
-
-def _natural(
-    metric: _Metric, pull: Callable[[Tensor], Tensor], rank: int, shares: tuple[float, float]
-) -> tuple[VelocityField, float]:
+def _natural(metric: Metric, pull: Tensor, rank: int, shares: tuple[float, float]) -> tuple[VelocityField, float]:
     """F⁻¹GΣ⁻¹ cut to its leading terms, as a field; and the root of twice what a time of 1 costs by F and Σ, in nats a token."""
     d = len(metric.mean)
     one = torch.eye(d, dtype=torch.float64, device="cpu")
     fisher = metric.fisher + shares[0] * metric.fisher.trace() / d * one
     covariance = metric.covariance + shares[1] * metric.covariance.trace() / d * one
     left, right = _inverse_root(fisher), torch.block_diag(_inverse_root(covariance), one[:1, :1])
-    u, s, vh = torch.linalg.svd(left @ pull(metric.mean) @ right)
+    u, s, vh = torch.linalg.svd(left @ pull @ right)
     count = min(rank, int((s > 1e-9 * s[0]).sum()))
     if not bool(s.isfinite().all()) or count == 0:
         raise ValueError(
@@ -275,72 +217,48 @@ def _span(rows: Tensor) -> Tensor:
     return vh[s > 1e-6 * s[0]]
 
 
-def _edit(field: VelocityField, T: float) -> Callable[[Tensor], Tensor]:
+def _edit(field: VelocityField, T: float) -> Edit:
     """The flow over a time, on rows."""
     return lambda x: flow(x, field, T=T)
 
 
-def _paced(
-    pupil: Pupil, field: VelocityField, texts: Sequence[Sequence[int]], time: float
-) -> tuple[VelocityField, float]:
-    """The field in units in which a time of 1 costs `DAMAGE`, and what it does cost; `time` is where that is expected.
+def _paced(gradients: Gradients, field: VelocityField, speed: float) -> tuple[VelocityField, float]:
+    """The field in units in which a time of 1 costs `DAMAGE`, and what it does cost; a time t is expected to cost (t·speed)²/2.
 
     The search walks from there in small steps, so that it ends at the first time that costs so much: far behind it ten Euler
     steps may diverge, and the cost go anywhere.
     """
 
     def damage(T: float) -> float:
-        cost = float(torch.cat([_divergence(pupil, ids, _edit(field, T)) for ids in texts]).mean())
+        found = [divergence(gradients.pupil, ids, _edit(field, T)) for ids in gradients.held]
+        cost = float(torch.cat(found).mean())
         return cost if math.isfinite(cost) else math.inf
 
-    low = high = time
-    if damage(time) < DAMAGE:
-        while damage(high) < DAMAGE:
-            low, high = high, STRIDE * high
-            if high > LONGEST * time:
-                raise ValueError(
-                    f"fit_velocity: even {LONGEST:g} times the expected path costs less than {DAMAGE} nats a token of neutral "
-                    "text; check the examples and the neutral texts"
-                )
-    else:
-        while damage(low) >= DAMAGE:
-            low, high = low / STRIDE, low
-    for _ in range(HALVINGS):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if damage(middle) < DAMAGE else (low, middle)
-    return replace(field, outputs=low * field.outputs, bias=low * field.bias), damage(low)
+    start = time = math.sqrt(2 * DAMAGE) / max(speed, 1e-30)
+    low = high = (time, damage(time))
+    while high[1] < DAMAGE:
+        if high[0] > LONGEST * start:
+            raise ValueError(
+                f"fit_velocity: even {LONGEST:g} times the expected path costs less than {DAMAGE} nats a token of neutral "
+                "text; check the examples and the neutral texts"
+            )
+        time = STRIDE * high[0]
+        low, high = high, (time, damage(time))
+    while low[1] >= DAMAGE:
+        time = low[0] / STRIDE
+        low, high = (time, damage(time)), low
+    for _ in range(TRIES):
+        if low[1] >= NEAR * DAMAGE:
+            break
+        time = _between(low, high)
+        cost = damage(time)
+        low, high = ((time, cost), high) if cost < DAMAGE else (low, (time, cost))
+    return replace(field, outputs=low[0] * field.outputs, bias=low[0] * field.bias), low[1]
 
 
-@torch.no_grad()
-def _divergence(pupil: Pupil, ids: Sequence[int], edit: Callable[[Tensor], Tensor]) -> Tensor:
-    """KL(unsteered ‖ steered) of each token of a neutral text after its opening."""
-    p, q = (_chances(pupil, ids, OPENING, way) for way in (None, edit))
-    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).cpu()
-
-
-def _odds(pupil: Pupil, lessons: Sequence[Lesson], edit: Callable[[Tensor], Tensor] | None) -> float:
-    """Mean log p(wanted) - log p(unwanted) of examples; NaN without any."""
-    if not lessons:
-        return math.nan
-    found = [
-        _likelihood(pupil, [*one.prompt, *way], len(one.prompt), edit).sum() * sign
-        for one in lessons
-        for way, sign in ((one.wanted, 1.0), (one.unwanted, -1.0))
-    ]
-    return float(torch.stack(found).sum()) / len(lessons)
-
-
-@torch.no_grad()
-def _likelihood(pupil: Pupil, ids: Sequence[int], start: int, edit: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """log p of each token from `start` on, edited from the token before them on."""
-    rows = _chances(pupil, ids, start, edit)
-    return rows.gather(1, torch.tensor(list(ids[start:]), device=rows.device)[:, None])[:, 0].cpu()
-
-
-def _chances(pupil: Pupil, ids: Sequence[int], start: int, edit: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """log p of all that may stand at each place from `start` on, edited from the token before them on."""
-
-    def late(x: Tensor) -> Tensor:
-        return x if edit is None else torch.cat([x[:, : start - 1], edit(x[:, start - 1 :])], 1)
-
-    return pupil.logits(ids, late)[start - 1 : -1].float().log_softmax(-1)
+def _between(low: tuple[float, float], high: tuple[float, float]) -> float:
+    """The time between two (time, cost) at which a power law through them costs just less than `DAMAGE`."""
+    share = 0.5
+    if low[1] > 0 and math.isfinite(high[1]):
+        share = math.log((1 + NEAR) / 2 * DAMAGE / low[1]) / math.log(high[1] / low[1])
+    return low[0] * (high[0] / low[0]) ** min(max(share, 0.05), 0.95)
