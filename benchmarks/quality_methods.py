@@ -19,10 +19,9 @@ from torch import Tensor
 
 import steerfast as sf
 from steerfast.barriers.fit import PUBLISHED
-from steerfast.directions.fits.lessons import Pupil, read_lessons, split
-from steerfast.directions.fits.natural import Gradients, neutral_texts
-from steerfast.directions.fits.velocity import DAMPING, RANK, natural_field
-from steerfast.models.texts import TextReader
+from steerfast.directions.fits.lessons import split
+from steerfast.directions.fits.natural import Gradients
+from steerfast.directions.fits.velocity import natural_field
 
 Edits = dict[tuple[str, int], sf.Intervention]
 ANGLES = (0.1, 0.18, 0.28, 0.45)
@@ -112,17 +111,12 @@ class Sample:
         taught = set(split([i for i, sign in enumerate(signs) if sign])[0])
         signs = [sign if i in taught else 0.0 for i, sign in enumerate(signs)]
         with gradients.pupil.taught():
-            return natural_field(gradients, signs, RANK, DAMPING)[0]
+            return natural_field(gradients, signs)[0]
 
     @functools.cached_property
     def gradients(self) -> Gradients:
         """What the model's gradients say of the pairs and of neutral text, for all labels that they may be given."""
-        owner, reader = "quality", TextReader.of(self.tokenizer, "quality")
-        pupil = Pupil(owner, self.model, self.layer)
-        lessons = read_lessons(owner, reader, self.contrasts, contrast=True)
-        neutral = neutral_texts(owner, pupil.model, self.tokenizer, reader, None, self.seed)
-        with pupil.taught():
-            return Gradients(pupil, lessons, neutral, self.seed)
+        return Gradients.of("quality", self.model, self.tokenizer, self.contrasts, self.layer, seed=self.seed)
 
     def barrier(self, kind: str, **choices: Any) -> sf.Barrier:
         """A barrier fitted with the groups held out together."""

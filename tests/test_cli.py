@@ -19,6 +19,7 @@ import steerfast as sf
 from steerfast.cli import demo, demo_prompts, shared
 from steerfast.cli import main as cli
 from steerfast.cli.generate import GAP, _Columns
+from steerfast.directions.trained import train
 from steerfast.models.layers import find_layers
 from steerfast.place import Origin
 from steerfast.tools import check as proofs
@@ -328,6 +329,16 @@ def test_fit_by_other_methods(flowing, method: str, tmp_path: Path, capsys: pyte
         ("clamp", ["--layer", "0,1"], "--layer: '0,1' names 2 layers"),
         ("clamp", ["--plot", "x.png"], "--plot: draws a flow, and the method is clamp"),
         ("amplify", [], "--sae: amplify edits features of an SAE; give its path"),
+        ("clamp", ["--sae", "sae"], "--sae: clamp edits no features of an SAE; leave it out"),
+        (
+            "velocity",
+            ["--set", "angle=1"],
+            "--set: velocity has no setting 'angle'; it has neutral, rank, damping, seed, draws",
+        ),
+        ("reps", ["--neutral", "Some text."], "--neutral: reps looks at no neutral text; leave it out"),
+        ("vector", ["--site", "mlp_out"], "--site: got mlp_out, but vector is trained at resid_post"),
+        ("reps", ["--position", "mean"], "--position: got mean, but reps is trained at resid_post"),
+        ("velocity", ["--plot", "x.png"], "--plot: draws a flow, and the method is velocity"),
     ],
 )
 def test_fit_says_what_is_wrong(
@@ -338,6 +349,62 @@ def test_fit_says_what_is_wrong(
     assert cli.main([*argv, *more]) == 2
     assert match in only_line(capsys)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("method", ["vector", "loreft", "lineas"])
+def test_fit_trains(flowing, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the command saves is what the library trains on the same texts."""
+    folder, argv, out = flowing
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    sides = [(tmp_path / f"{side}.txt").read_text().splitlines() for side in ("kind", "rude")]
+    given = {"steps": 3} if method == "lineas" else {"steps": 3, "seed": 2}
+    expected = train(method, model, tokenizer, *sides, 1, **given)
+    argv[1] = method
+    assert cli.main([*argv, "--set", *(f"{name}={value}" for name, value in given.items())]) == 0
+    assert f"{method}: 4 positive and 4 negative texts, resid_post of layer 1" in capsys.readouterr().out
+    plan = sf.Plan.load(out)
+    ((place, (made,)),) = plan.edits.items()
+    assert (place, plan.positions) == (("resid_post", 1), "all")
+    x = torch.randn(5, model.config.hidden_size)
+    torch.testing.assert_close(made.apply(x), expected.apply(x))
+
+
+@pytest.mark.model
+def test_a_velocity_of_the_command_line_steers_a_real_model(
+    smollm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pairs of texts in files, a field with its null, a plan from the last token of the prompt on."""
+    things = ["film", "meal", "trip", "talk", "house", "week", "song", "game", "friend", "news"]
+    words = [("wonderful", "terrible"), ("lovely", "awful")]
+    for side in (0, 1):
+        text = "".join(f"The {thing} was {words[i % 2][side]}.\n" for i, thing in enumerate(things))
+        (tmp_path / f"{side}.txt").write_text(text)
+    sides = ["--positive", f"@{tmp_path / '0.txt'}", "--negative", f"@{tmp_path / '1.txt'}"]
+    neutral = ["The library opens at nine and closes at five.", "He put the keys on the table and went to the hall."]
+    numbers = ["--set", "rank=1", "draws=1", "--neutral", *neutral]
+    assert (
+        cli.main(["fit", "velocity", "demo", *sides, "--layer", "14", *numbers, "--out", str(tmp_path / "plan")]) == 0
+    )
+    shown = capsys.readouterr().out
+    plan = sf.Plan.load(tmp_path / "plan")
+    ((place, (flow,)),) = plan.edits.items()
+    info = flow.barrier.info
+    assert (place, plan.positions, flow.T) == (("resid_post", 14), "last", 1.0)
+    assert info.nats > 1
+    assert (
+        f"pairs move by {info.nats:+.3g} nats of log-odds, at {info.damage:.2g} nats a token of neutral text" in shown
+    )
+    assert f"Null        {info.null}" in shown
+    model, tokenizer = smollm
+    ids = tokenizer("The party was", return_tensors="pt")
+    good, bad = (tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in ("lovely", "awful"))
+    with torch.no_grad():
+        before = model(**ids).logits[0, -1]
+        with sf.steer(model, plan, prompt_length=ids["input_ids"].shape[1]):
+            after = model(**ids).logits[0, -1]
+    assert after[good] - after[bad] > before[good] - before[bad] + 0.5
 
 
 @pytest.mark.model

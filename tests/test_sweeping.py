@@ -17,8 +17,9 @@ import steerfast as sf
 from steerfast.cli.sweep import _next, add_arguments, run
 from steerfast.directions import extract
 from steerfast.directions.fit import ESTIMATORS
+from steerfast.directions.fits import natural
+from steerfast.directions.trained import examples_of
 from steerfast.tools.sweep import Grid, Sweep, sweep
-from steerfast.tools.sweep_lessons import examples_of
 from steerfast.tools.sweep_scores import NEUTRAL, Question
 from steerfast.tools.sweep_store import Cell
 
@@ -252,6 +253,7 @@ def sae() -> sf.SAE:
 MORE = (["abc d", "bcd", "cc", "ccb", "ab"], ["xyz", "zz y", "wxy", "yy", "xw"])
 
 
+PULL_OF = natural.pull_of
 PAIRS = ([f"some {a} zq" for a in "abcd"], [f"some {a} kk" for a in "abcd"])
 
 
@@ -272,6 +274,27 @@ def test_trained_methods_are_swept() -> None:
     affine = sf.fit_lineas(build("llama"), Letters(), *PAIRS, [1])
     assert found["lineas"].effect == pytest.approx(one_by_one(affine)[0], abs=1e-3)
     assert len({round(cell.effect, 4) for cell in found.values()}) == 5
+
+
+class Opened(Letters):
+    bos_token_id = 1
+
+
+def test_a_velocity_is_swept_and_its_null_takes_the_gradients_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along the field that `fit_velocity` makes of all pairs; an exchanged pair has its gradients with the other sign."""
+    taken = []
+    monkeypatch.setattr(natural, "pull_of", lambda *args: taken.append(args[1]) or PULL_OF(*args))
+    monkeypatch.setattr(natural, "SAMPLES", 16)
+    grid = Grid((1,), (1.0,), ("velocity",), "vector", damage=99.0, draws=3)
+    found = sweep(build("llama"), Opened(), PAIRS, QUESTION, grid, progress=False)
+    assert len(taken) == len(PAIRS[0])
+    field = sf.fit_velocity(build("llama"), Opened(), examples_of(*PAIRS), 1, draws=0)
+    (cell,) = found
+    assert cell.effect == pytest.approx(one_by_one({1: sf.Flow(field, T=1.0)})[0], abs=1e-3)
+    assert found.null is not None
+    null = found.null[1]
+    assert len({round(effect, 4) for effect in (null.effect, *null.shuffled)}) > 1
+    assert len(null.shuffled) == len(null.random) == 3
 
 
 def test_an_sae_is_asked_for_before_anything_runs() -> None:

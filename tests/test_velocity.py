@@ -183,12 +183,9 @@ def test_the_fit_is_the_natural_gradient_by_hand(fitted):
     from steerfast.directions.fits.natural import Gradients
 
     model, tokenizer, texts, _ = fitted
-    pupil = module.Pupil("test", model, 14)
-    reader = module.TextReader.of(tokenizer, "test")
-    lessons = module.read_lessons("test", reader, PAIRS[:2], contrast=True)
-    ids = [tuple(reader.beginning(text)) for text in texts[:3]]
-    with pupil.taught():
-        gradients = Gradients(pupil, lessons, ids, 5)
+    gradients = Gradients.of("test", model, tokenizer, PAIRS[:2], 14, texts[:3], seed=5)
+    lessons = gradients.lessons
+    with gradients.pupil.taught(), gradients.pupil.taught():  # once, however often it is said
         pull, metric = gradients.pull([1.0, 1.0]), gradients.metric
         parts = [gradients.pull(signs) for signs in ([1.0, 0.0], [0.0, 1.0], [1.0, -1.0])]
         torch.testing.assert_close(parts[2], (parts[0] - parts[1]) / 2)

@@ -1,4 +1,4 @@
-"""`steerfast fit`: an intervention from two sides of texts, by any method that is fitted on activations."""
+"""`steerfast fit`: an intervention from two sides of texts, by any method that is fitted on activations or trained on a model."""
 
 from __future__ import annotations
 
@@ -9,27 +9,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from steerfast.barriers.velocity import VelocityInfo
+from steerfast.directions import trained
 from steerfast.directions.fit import ESTIMATORS, settings_of
+from steerfast.directions.trained import TRAINED
 
 from . import shared
 
 DESCRIPTION = (
-    "Fit an intervention on the activations of two sides of texts, and save a plan that applies it. Prints what the same "
-    "fit does to texts that it has not seen."
+    "Fit an intervention on the activations of two sides of texts, or train one on the model itself, and save a plan that "
+    "applies it. Prints what the same fit does to texts that it has not seen. What is trained (but lineas) takes the texts in "
+    "pairs, line by line: the words that both begin with are the prompt, what follows is to become likelier, or less likely."
 )
 EXAMPLE = (
     'steerfast fit affine_ablate demo --positive "I love you" "I adore you" --negative "I hate you" "I loathe you" \\\n'
     "    --layer 14 --out love\n"
     "steerfast fit flow demo --positive @kind.txt --negative @rude.txt --layer 14 --set kind=linear angle=0.3 --out kind\n"
+    "steerfast fit velocity demo --positive @kind.txt --negative @rude.txt --layer 14 --out kind\n"
     'steerfast generate demo "I hate you because" --plan love'
 )
 SEVERAL_LAYERS = ("rotate",)
 """Methods that look at all layers to edit one."""
+LAST = ("flow", "velocity")
+"""Methods that steer from the last token of the prompt on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `steerfast fit` to a parser."""
-    parser.add_argument("method", metavar="METHOD", choices=tuple(ESTIMATORS), help=", ".join(ESTIMATORS))
+    methods = f"{', '.join(ESTIMATORS)}; trained on the model: {', '.join(TRAINED)}"
+    parser.add_argument("method", metavar="METHOD", choices=(*ESTIMATORS, *TRAINED), help=methods)
     shared.model_arguments(parser)
     for side, meaning in (("positive", "with the property"), ("negative", "without it")):
         text = f"texts {meaning}; @FILE: one per line"
@@ -43,8 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     numbers = "settings of the method, such as alpha=0.5 or kind=linear; see sf.fit"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=numbers)
+    neutral = "of a velocity: texts that are to stay as likely as they are; @FILE: one per line (default: the model writes 48)"
+    parser.add_argument("--neutral", nargs="+", action="extend", metavar="TEXT", help=neutral)
     parser.add_argument("--sae", type=Path, metavar="PATH", help="the SAE whose features are edited")
-    steered = "tokens that the plan steers, as generated, 0:8 or 'all & !special' (default: all; last for a flow)"
+    steered = "tokens that the plan steers, as generated, 0:8 or 'all & !special' (default: all; last for a flow and a velocity)"
     parser.add_argument("--steer", type=shared.selector, metavar="POSITIONS", help=steered)
     picture = "of a flow: draw h along the path, from the negative texts, and its gain by the number of steps (needs matplotlib)"
     parser.add_argument("--plot", type=Path, metavar="PNG", help=picture)
@@ -61,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
     settings = _settings(args)
     _check_plot(args)
+    if args.method in TRAINED:
+        _check_trained(args)
     positive, negative = shared.texts("--positive", args.positive), shared.texts("--negative", args.negative)
     position = shared.position(args.position)
     model, tokenizer = shared.load(args)
@@ -69,19 +81,21 @@ def run(args: argparse.Namespace) -> int:
     if len(layers) != 1:
         raise ValueError(f"--layer: {args.layer!r} names {len(layers)} layers; an intervention is fitted on one")
     layer = layers[0] + count if layers[0] < 0 else layers[0]
-    read = range(count) if args.method in SEVERAL_LAYERS else layers
-    sides = [
-        collect(model, tokenizer, texts, read, position, args.site, progress=sys.stderr.isatty())
-        for texts in (positive, negative)
-    ]
-    edit = fit(args.method, sides[0], sides[1], layer=layer, **settings)
-    steered = args.steer or ("last" if args.method == "flow" else "all")
+    if args.method in TRAINED:
+        edit = trained.train(args.method, model, tokenizer, positive, negative, layer, **settings)
+    else:
+        read = range(count) if args.method in SEVERAL_LAYERS else layers
+        sides = [
+            collect(model, tokenizer, texts, read, position, args.site, progress=sys.stderr.isatty())
+            for texts in (positive, negative)
+        ]
+        edit = fit(args.method, sides[0], sides[1], layer=layer, **settings)
+    steered = args.steer or ("last" if args.method in LAST else "all")
     known = shared.special(tokenizer, steered)
     saved = Plan({(args.site, layer): edit}, positions=steered, model=model, special=known).save(args.out)
+    typical = "" if edit.origin.typical_norm is None else f", typical activation {edit.origin.typical_norm:.4g}"
     texts = f"{len(positive)} positive and {len(negative)} negative texts"
-    shared.say(
-        f"{args.method}: {texts}, {args.site} of layer {layer}, typical activation {edit.origin.typical_norm:.4g}"
-    )
+    shared.say(f"{args.method}: {texts}, {args.site} of layer {layer}{typical}")
     _say_held_out(edit)
     shared.say(f"Plan        {saved} ({edit!r}, positions {steered})")
     if args.plot is not None and isinstance(edit, Flow):
@@ -92,15 +106,25 @@ def run(args: argparse.Namespace) -> int:
 
 def _say_held_out(edit: Any) -> None:
     """Print what is known of the fit."""
-    if not math.isnan(edit.info.closed):
-        shared.say(
-            f"Held out    closes {edit.info.closed:.1%} of the distance between the sides, at a dose of {edit.info.dose:.2f}"
-        )
-    if edit.info.null is not None:
-        shared.say(f"Null        {edit.info.null}")
+    if (fitted := edit.info) is not None:
+        if not math.isnan(fitted.closed):
+            shared.say(
+                f"Held out    closes {fitted.closed:.1%} of the distance between the sides, at a dose of {fitted.dose:.2f}"
+            )
+        if not math.isnan(fitted.nats):
+            shared.say(f"Held out    continuations become likelier by {fitted.nats:+.3g} nats a token")
+        if fitted.null is not None:
+            shared.say(f"Null        {fitted.null}")
     if (barrier := getattr(edit, "barrier", None)) is None:
         return
     info = barrier.info
+    if isinstance(info, VelocityInfo):
+        if not math.isnan(info.nats):
+            gain = f"{info.nats:+.3g} nats of log-odds"
+            shared.say(f"Held out    pairs move by {gain}, at {info.damage:.2g} nats a token of neutral text")
+        if info.null is not None:
+            shared.say(f"Null        {info.null}")
+        return
     shared.say(f"Barrier     rank {barrier.rank} of {barrier.width}, {info.kind}: accuracy {info.accuracy:.1%}, log-likelihood "
                f"{info.log_likelihood:.3f} per held-out text")  # fmt: skip
     if info.separable:
@@ -111,19 +135,37 @@ def _say_held_out(edit: Any) -> None:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The method's settings from the command line: numbers, true, false, null, or words."""
     settings: dict[str, Any] = {}
+    names = (trained.settings_of if args.method in TRAINED else settings_of)(args.method)
     for item in args.set:
         name, equals, text = item.partition("=")
         if not equals:
-            raise ValueError(f"--set: cannot read {item!r}; write NAME=VALUE, such as {settings_of(args.method)[0]}=1")
+            raise ValueError(f"--set: cannot read {item!r}; write NAME=VALUE, such as {names[0]}=1")
         try:
             settings[name] = json.loads(text)
         except ValueError:
             settings[name] = text
+    if args.neutral is not None:
+        if args.method != "velocity":
+            raise ValueError(f"--neutral: {args.method} looks at no neutral text; leave it out")
+        settings["neutral"] = shared.texts("--neutral", args.neutral)
+    for name in settings if args.method in TRAINED else ():
+        if name not in names:
+            raise ValueError(f"--set: {args.method} has no setting {name!r}; it has {', '.join(names)}")
+    if args.sae is not None and "sae" not in names:
+        raise ValueError(f"--sae: {args.method} edits no features of an SAE; leave it out")
     if args.sae is not None:
         settings["sae"] = shared.sae(args.sae)
-    elif "sae" in settings_of(args.method):
+    elif "sae" in names:
         raise ValueError(f"--sae: {args.method} edits features of an SAE; give its path")
     return settings
+
+
+def _check_trained(args: argparse.Namespace) -> None:
+    """Refuse what a method that is trained on the model does not look at."""
+    for name, usual in (("site", shared.SITES[0]), ("position", "last")):
+        if getattr(args, name) != usual:
+            what = f"{args.method} is trained at {shared.SITES[0]}, on every token of the texts"
+            raise ValueError(f"--{name}: got {getattr(args, name)}, but {what}; leave it out")
 
 
 def _check_plot(args: argparse.Namespace) -> None:

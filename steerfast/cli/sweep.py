@@ -8,11 +8,11 @@ from pathlib import Path
 
 from steerfast.directions import extract
 from steerfast.directions.fit import ESTIMATORS
+from steerfast.directions.trained import TRAINED
 from steerfast.models.layers import find_layers
 from steerfast.place import SITES
 from steerfast.tools.sweep import Grid, Sweep, sweep
 from steerfast.tools.sweep_edits import METHODS, UNITS
-from steerfast.tools.sweep_lessons import TRAINED
 from steerfast.tools.sweep_scores import NEUTRAL, Question
 from steerfast.tools.sweep_store import Cell
 
@@ -23,7 +23,6 @@ DESCRIPTION = (
     "strength, and shows how much likelier wanted continuations became and what it cost in perplexity of neutral text. "
     "Run it again to continue an interrupted sweep."
 )
-PYTHON = {"loreft": "sf.fit_loreft", "lineas": "sf.fit_lineas"}
 EXAMPLE = (
     'steerfast sweep demo --positive "I love you" --negative "I hate you" --layers 4-16 \\\n'
     '    --prompts "I think people are" "My boss is" --wanted " kind" " good" --unwanted " cruel" " bad" --out sweep'
@@ -105,11 +104,8 @@ def run(args: argparse.Namespace) -> int:
         shared.say(f"Best        {best.method}, layer {best.layer}, strength {best.strength:g}: {change}")
         if found.null is not None:
             shared.say(f"Null        {found.null[1]}")
-        if best.method in TRAINED:
-            shared.say(f"Next        in Python: {PYTHON.get(best.method, 'sf.fit_vector')}, at layer {best.layer}")
-            return _say_files(args, found)
         shared.say(f"Next        steerfast {_next(args, best)} --out plan")
-        if best.method in ESTIMATORS and best.method != "flow":
+        if best.method in (*ESTIMATORS, *TRAINED) and best.method != "flow":
             shared.say(
                 f'            steerfast generate {args.model} "Your prompt" --plan plan --strength {best.factor:.4g}'
             )

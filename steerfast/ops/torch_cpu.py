@@ -35,13 +35,14 @@ _one = torch.tensor(1.0, device="cpu")
 
 def is_plain(x: Tensor, directions: Tensor, *others: Tensor | None) -> bool:
     """Whether these are plain CPU tensors of at most 32 bits: no subclass, mode or transform, nobody's trace or gradient."""
-    if type(x) is not Tensor or not x.is_cpu or torch.float64 in (x.dtype, directions.dtype):
+    if type(x) is not Tensor or not x.is_cpu or x.dtype is torch.float64 or directions.dtype is torch.float64:
+        return False
+    records = torch.is_grad_enabled()
+    if records and x.requires_grad:
         return False
     for tensor in (directions, *others):
-        if tensor is not None and type(tensor) is not Tensor:
+        if tensor is not None and (type(tensor) is not Tensor or (records and tensor.requires_grad)):
             return False
-    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, directions, *others)):
-        return False
     return not (transformed() or _modes() or _trace())
 
 

@@ -27,6 +27,7 @@ from steerfast._checks import checked_part, finite_number, one_of, positive_inte
 from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.directions.fit import ESTIMATORS, settings_of
+from steerfast.directions.trained import TRAINED
 from steerfast.files.replace import replace_file
 from steerfast.models.collect import Activations, collect
 from steerfast.models.layers import evaluating, find_layers
@@ -36,7 +37,7 @@ from steerfast.plan import card
 
 from .flow_plot import require_matplotlib
 from .sweep_edits import METHODS, SEVERAL_LAYERS, UNITS, Trial, control
-from .sweep_lessons import TRAINED, Teacher
+from .sweep_lessons import Teacher
 from .sweep_scores import Dose, Question, Scored, measure, sequences_of, several, texts_of
 from .sweep_store import Cell, Store
 
@@ -50,7 +51,8 @@ class Grid:
         strengths: In the given unit; negative ones steer the other way, 0 is the unsteered model.
         methods: Functions of `steerfast.extract` ("mean_difference", "difference", "pca", "logistic"), whose vector is added, and
             methods of `sf.fit` with their default settings; and, trained on the model with the texts as examples, "loreft",
-            "vector", "reft_r1", "reps" and "lineas": the texts are paired row by row, and what a pair begins with is the prompt.
+            "vector", "reft_r1", "reps", "lineas" and "velocity": texts are paired row by row, what a pair begins with is the
+            prompt.
         unit: "stream": the length of the change as a share of the stream's typical (median) norm at that layer, so that layers
             and methods compare; of a flow the angle. What is no addition is multiplied until it would be that long if it grew in
             proportion. "vector": multiples of the edit as it was fitted; of a flow its length.

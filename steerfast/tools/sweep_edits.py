@@ -14,6 +14,7 @@ from steerfast.barriers.barrier import Barrier
 from steerfast.barriers.fit import fit_barrier
 from steerfast.directions import extract
 from steerfast.directions.fit import ESTIMATORS, prepare, settings_of
+from steerfast.directions.trained import TRAINED
 from steerfast.edits.base import Intervention
 from steerfast.edits.flow import Flow
 from steerfast.edits.linear import Add
@@ -21,7 +22,7 @@ from steerfast.models.collect import Activations, typical_norm_of
 from steerfast.place import Place
 from steerfast.plan import Plan
 
-from .sweep_lessons import TRAINED, Teacher
+from .sweep_lessons import Teacher
 from .sweep_scores import Dose
 
 METHODS = (*extract.METHODS, *ESTIMATORS, *TRAINED)

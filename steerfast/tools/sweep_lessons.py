@@ -8,58 +8,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from steerfast.directions.fits.lineas import fit_lineas
-from steerfast.directions.fits.loreft import fit_loreft
-from steerfast.directions.fits.vector import LMObjective, ReFTr1, RePS, fit_vector
+from steerfast.directions.fits.natural import Gradients
+from steerfast.directions.fits.velocity import natural_field
+from steerfast.directions.trained import examples_of, train
 from steerfast.edits.base import Intervention
-
-OBJECTIVES = {"vector": LMObjective, "reft_r1": ReFTr1, "reps": RePS}
-TRAINED = ("loreft", *OBJECTIVES, "lineas")
-"""Methods that are trained on the model itself, at resid_post."""
-
-
-def examples_of(positive: Sequence[str], negative: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(prompt, wanted, unwanted) of texts that are paired row by row.
-
-    The prompt is the words that both begin with, or else the first word of the positive text; the continuations are what
-    follows. Pairs without a continuation on either side are left out.
-
-    Raises:
-        ValueError: none is left.
-    """
-    found = []
-    for mine, other in zip(positive, negative, strict=False):
-        words, against = mine.split(" "), other.split(" ")
-        alike = 0
-        while alike < min(len(words), len(against)) and words[alike] == against[alike]:
-            alike += 1
-        start = max(alike, 1)
-        wanted, unwanted = ("".join(f" {word}" for word in side[start:]) for side in (words, against))
-        if wanted.strip() and unwanted.strip() and words[0]:
-            found.append((" ".join(words[:start]), wanted, unwanted))
-    if not found:
-        raise ValueError("sweep: a trained method needs texts of two words at least, in pairs with the same beginning")
-    return found
+from steerfast.edits.flow import Flow
 
 
 class Teacher:
-    """Trains the methods of `TRAINED` on two sides of texts."""
+    """Trains the methods of `directions.trained` on two sides of texts."""
 
     def __init__(self, model: nn.Module, reader: Any, sides: Sequence[Sequence[str]]) -> None:
         self.model, self.reader, self.sides = model, reader, sides
+        self._gradients: dict[int, Gradients] = {}
 
     def __call__(self, method: str, layer: int, generator: torch.Generator | None) -> Intervention:
         """The edit at a layer; with a generator: on sides whose texts are exchanged by chance, pair by pair."""
+        if method == "velocity":
+            return self._flow(layer, generator)
         positive, negative = self.sides if generator is None else self._mixed(generator)
-        if method == "lineas":
-            ((edit,),) = fit_lineas(self.model, self.reader, positive, negative, [layer]).edits.values()
-            return edit
-        examples = examples_of(positive, negative)
-        plain = [one[:2] for one in examples]
-        if method == "loreft":
-            return fit_loreft(self.model, self.reader, plain, layer)
-        goal: Any = OBJECTIVES[method]()
-        return fit_vector(self.model, self.reader, examples if goal.contrast else plain, layer, goal)
+        return train(method, self.model, self.reader, positive, negative, layer)
+
+    def _flow(self, layer: int, generator: torch.Generator | None) -> Flow:
+        """Along the field of examples whose gradients are taken once: an exchanged one has its own with the other sign."""
+        if layer not in self._gradients:
+            examples = examples_of(*self.sides)
+            self._gradients[layer] = Gradients.of("sweep", self.model, self.reader, examples, layer)
+        known = self._gradients[layer]
+        swapped = torch.zeros(len(known.lessons), device="cpu")
+        if generator is not None:
+            swapped = torch.rand(len(known.lessons), generator=generator, device="cpu")
+        with known.pupil.taught():
+            field = natural_field(known, [-1.0 if one > 0.5 else 1.0 for one in swapped.tolist()])[0]
+        return Flow(field, T=1.0)
 
     def _mixed(self, generator: torch.Generator) -> tuple[list[str], list[str]]:
         positive, negative = (list(side) for side in self.sides)

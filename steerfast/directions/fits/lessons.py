@@ -88,16 +88,22 @@ class Pupil:
         self.origin = Origin(found.name, Place("resid_post", self.layer))
         self._point = found.point(self.layer, caller=owner)
         self._edit: Edit | None = None
+        self._listens = False
 
     @contextmanager
     def taught(self) -> Iterator[Pupil]:
-        """Hold the weights, and listen to the edit; both end with the block."""
+        """Hold the weights, and listen to the edit; both end with the block. Within another such block nothing is left to do."""
+        if self._listens:
+            yield self
+            return
         handle = None
         try:
             with frozen(self.model), evaluating(self.model):
                 handle = self._point.attach(lambda x: None if self._edit is None else self._edit(x))
+                self._listens = True
                 yield self
         finally:
+            self._listens = False
             if handle is not None:
                 handle.remove()
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerfast.barriers.data import seeded
 from steerfast.models.layers import evaluating
 from steerfast.models.texts import TextReader
 
-from .lessons import Edit, Lesson, Pupil
+from .lessons import Edit, Lesson, Pupil, read_lessons
 
 SAMPLES, TOKENS, BATCH = 48, 48, 16
 """Neutral texts that the model writes where none are given, their length in tokens, and how many it writes at a time."""
@@ -35,7 +35,7 @@ class Metric(NamedTuple):
 
 
 class Gradients:
-    """The gradients of examples and the metric of neutral text, computed once for all labels; use it while the pupil is taught.
+    """The gradients of examples and the metric of neutral text, computed once for all labels; `pull` while the pupil is taught.
 
     Attributes:
         pupil: The model, and where it is edited.
@@ -47,8 +47,19 @@ class Gradients:
     def __init__(self, pupil: Pupil, lessons: Sequence[Lesson], neutral: Sequence[tuple[int, ...]], seed: int) -> None:
         self.pupil, self.lessons, self.held = pupil, lessons, neutral[::HELD]
         fitted = [text for i, text in enumerate(neutral) if i % HELD]
-        self.metric = fisher_metric(pupil, fitted, seeded(seed))
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        with pupil.taught():
+            self.metric = fisher_metric(pupil, fitted, seeded(seed))
+
+    @classmethod
+    def of(
+        cls, owner: str, model: nn.Module, tokenizer: Any, examples: Any, layer: int, neutral: Any = None, seed: int = 0
+    ) -> Gradients:
+        """Of texts; the arguments are those of `fit_velocity`."""
+        reader = TextReader.of(tokenizer, owner)
+        lessons = read_lessons(owner, reader, examples, contrast=True)
+        pupil = Pupil(owner, model, layer)
+        return cls(pupil, lessons, neutral_texts(owner, pupil.model, reader, neutral, seed), seed)
 
     def pull(self, signs: Sequence[float]) -> Tensor:
         """G (d, d + 1): the mean over examples of Σ ∇(log p(wanted) - log p(unwanted))·(a - mean, 1)ᵀ.
@@ -71,12 +82,10 @@ class Gradients:
         return self._known[i]
 
 
-def neutral_texts(
-    owner: str, model: Any, tokenizer: Any, reader: TextReader, neutral: Any, seed: int
-) -> list[tuple[int, ...]]:
+def neutral_texts(owner: str, model: Any, reader: TextReader, neutral: Any, seed: int) -> list[tuple[int, ...]]:
     """Token ids of neutral texts, each longer than its opening."""
     if neutral is None:
-        return _written(owner, model, tokenizer, seed)
+        return _written(owner, model, reader.tokenizer, seed)
     if isinstance(neutral, (str, bytes)) or not isinstance(neutral, Iterable):
         raise TypeError(f"{owner}: neutral is {neutral!r}; expected a list of texts, or None")
     texts = [tuple(reader.beginning(text)) for text in neutral]

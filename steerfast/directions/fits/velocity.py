@@ -15,10 +15,9 @@ from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.barriers.velocity import VelocityField, VelocityInfo
 from steerfast.edits.flow import flow
-from steerfast.models.texts import TextReader
 
-from .lessons import Edit, Lesson, Pupil, read_lessons, split
-from .natural import Gradients, Metric, divergence, log_odds, neutral_texts
+from .lessons import Edit, Lesson, Pupil, split
+from .natural import Gradients, Metric, divergence, log_odds
 
 RANK, DAMPING = 3, (3.0, 1.0)
 """Defaults: terms, and shares of the mean eigenvalues."""
@@ -87,19 +86,15 @@ def fit_velocity(
         >>> plan = sf.Plan({12: sf.Flow(field, T=1.0)}, positions="last")
     """
     owner = "fit_velocity"
-    reader = TextReader.of(tokenizer, owner)
-    pairs = read_lessons(owner, reader, examples, contrast=True)
-    pupil = Pupil(owner, model, layer)
-    rank, shares, seed = _numbers(owner, rank, damping, seed, pupil.width)
+    rank, shares, seed = _numbers(owner, rank, damping, seed, Pupil(owner, model, layer).width)
     whole_number(owner, "draws", draws, 0)
-    texts = neutral_texts(owner, pupil.model, tokenizer, reader, neutral, seed)
-    count = len(pairs)
+    gradients = Gradients.of(owner, model, tokenizer, examples, layer, neutral, seed)
+    count = len(gradients.lessons)
     held = split(list(range(count)))[1]
-    with pupil.taught():
-        gradients = Gradients(pupil, pairs, texts, seed)
-        signs = [0.0 if i in held else 1.0 for i in range(count)]
+    signs = [0.0 if i in held else 1.0 for i in range(count)]
+    with gradients.pupil.taught():
         field, damage = natural_field(gradients, signs, rank, shares)
-        gain = _Gain(gradients, [pairs[i] for i in held])
+        gain = _Gain(gradients, [gradients.lessons[i] for i in held])
         nats = gain(field)
         null = _null(gradients, signs, rank, shares, gain, nats, draws, seed) if draws and held else None
     settings = {
@@ -112,7 +107,7 @@ def fit_velocity(
 
 
 def natural_field(
-    gradients: Gradients, signs: Sequence[float], rank: int, shares: tuple[float, float]
+    gradients: Gradients, signs: Sequence[float], rank: int = RANK, shares: tuple[float, float] = DAMPING
 ) -> tuple[VelocityField, float]:
     """The natural gradient's field of examples with these signs, paced, and the damage over a time of 1.
 
