@@ -30,7 +30,7 @@ from typing import Any
 import quality_report
 import torch
 from quality_concepts import NAMES, Concept, own, public, reference
-from quality_methods import GAINS, METHODS, Method, Sample, random_direction, sae
+from quality_methods import GAINS, METHODS, Method, Sample, everywhere, random_direction, sae
 from quality_report import DAMAGES, RANDOM
 from quality_scores import Batch, WordClassifier, batches, generate, log_likelihoods, pair_texts, reference_texts
 
@@ -66,11 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=60, help="training pairs of a public set (default: %(default)s)")
     parser.add_argument("--model", help="folder or GGUF file of another model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--layer", type=int, help="0-based (default: the middle one)")
+    parser.add_argument("--everywhere", action="store_true", help="every layer edited, each by its own fit")
     parser.add_argument("--sae", help="folder of an SAE of that layer, for SAE amplification")
     parser.add_argument("--out", type=Path, help="default: results/quality-MODEL[-data][-quick].json")
     args = parser.parse_args(argv)
     model, tokenizer, name = load(args.model)
-    layer = find_layers(model, "quality").count // 2 - 1 if args.layer is None else args.layer
+    count = find_layers(model, "quality").count
+    layers = range(count) if args.everywhere else [count // 2 - 1 if args.layer is None else args.layer]
     concepts = [own(n) for n in NAMES] if args.data is None else public(args.data, args.pairs)
     if args.concepts is not None:
         unknown = set(args.concepts) - {c.name for c in concepts}
@@ -80,14 +82,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = {key: METHODS[key] for key in args.methods or METHODS if key != "sae"}
     if args.sae is not None:
         methods["sae"] = Method("SAE amplification", sae(args.sae), GAINS)
+    if args.everywhere:
+        methods = everywhere(methods)
     texts, seeds = reference(), args.seeds
     if args.quick:
         concepts, methods, texts = quick(concepts, methods, texts)
         seeds = 1
-    end = ("-data" if args.data else "") + ("-quick" if args.quick else "")
+    end = "".join(f"-{name}" for name in ("everywhere", "data", "quick") if getattr(args, name))
     out = args.out or HERE / "results" / f"quality-{name}{end}.json"
     draws = args.nulls if args.nulls is not None else 0 if args.quick else DRAWS
-    measure(Store(out, name, layer), model, tokenizer, concepts, methods, texts, seeds, draws, writes=not args.quick)
+    store = Store(out, name, "all" if args.everywhere else layers[0])
+    measure(store, layers, model, tokenizer, concepts, methods, texts, seeds, draws, writes=not args.quick)
     quality_report.report(out)
 
 
@@ -118,7 +123,7 @@ def quick(
 class Store:
     """The raw rows, on disk as soon as they are measured."""
 
-    def __init__(self, path: Path, model: str, layer: int) -> None:
+    def __init__(self, path: Path, model: str, layer: int | str) -> None:
         self.path = path
         self.run = {"model": model, "layer": layer}
         self.concepts: dict[str, dict[str, Any]] = {}
@@ -184,7 +189,7 @@ class Scorer:
 
 
 def measure(
-    store: Store, model: Any, tokenizer: Any, concepts: Sequence[Concept], methods: dict[str, Method],
+    store: Store, layers: Sequence[int], model: Any, tokenizer: Any, concepts: Sequence[Concept], methods: dict[str, Method],
     texts: Sequence[str], seeds: int, draws: int, writes: bool,
 ) -> None:  # fmt: skip
     """Run every configuration that the store lacks, training set by training set."""
@@ -196,7 +201,7 @@ def measure(
         prepared[concept.name] = (
             score,
             classifier,
-            activations(model, tokenizer, concept, int(store.run["layer"]), heads="iti" in methods),
+            activations(model, tokenizer, concept, layers, heads="iti" in methods),
         )
         store.concept(concept.name, {
             "groups": [pair.group for pair in concept.test],
@@ -212,7 +217,7 @@ def measure(
                 where = {"concept": concept.name, "method": key, "seed": seed}
                 if store.has(**where, strength=method.strengths[-1]):
                     continue
-                plan = sf.Plan(method.build(part), positions="last", model=model)
+                plan = sf.Plan(method.edits(part), positions="last", model=model)
                 rows = [{**where, "strength": s, **score(plan, s)} for s in method.strengths]
                 if writes and seed == 0:
                     own_texts = written(model, tokenizer, concept, plan, method.strengths, classifier)
@@ -231,9 +236,9 @@ def measure_nulls(
     """One draw of every null that the store lacks: of each method, and of random directions."""
     known = store.concepts[concept.name]
     base, total = sum(known["unsteered"]["reference"]), sum(known["tokens"])
-    builds = {RANDOM: (lambda: random_direction(part, draw), METHODS["caa"].strengths)}
+    builds = {RANDOM: (lambda: random_direction(part, draw), methods.get("caa", METHODS["caa"]).strengths)}
     turned = part.shuffled(draw)
-    builds |= {key: (lambda m=m: m.build(turned), m.strengths) for key, m in methods.items()}
+    builds |= {key: (lambda m=m: m.edits(turned), m.strengths) for key, m in methods.items()}
     for key, (build, strengths) in builds.items():
         where = {"concept": concept.name, "method": key, "draw": draw}
         if any(all(row[name] == value for name, value in where.items()) for row in store.nulls):
@@ -250,18 +255,23 @@ def measure_nulls(
         print(f"null {draw}  {concept.name:12} {key}", flush=True)
 
 
-def activations(model: Any, tokenizer: Any, concept: Concept, layer: int, heads: bool) -> Sample:
-    """The last tokens of the training texts, at a layer and, for a method that needs them, at every head."""
+def activations(model: Any, tokenizer: Any, concept: Concept, layers: Sequence[int], heads: bool) -> Sample:
+    """The last tokens of the training texts, at some layers and, for a method that needs them, at every head."""
     sides = [
         [pair.prompt + (pair.wanted if wanted else pair.unwanted) for pair in concept.train] for wanted in (True, False)
     ]
-    stream = [sf.collect(model, tokenizer, side, [layer], progress=False)[layer] for side in sides]
+    stream = [sf.collect(model, tokenizer, side, layers, progress=False) for side in sides]
     count, each = find_layers(model, "quality").count, model.config.num_attention_heads
     found: list[dict[int, torch.Tensor]] = [{}, {}]
     for i, side in enumerate(sides if heads else ()):
         read = sf.collect(model, tokenizer, side, range(count), site="head_out", progress=False)
         found[i] = {at: x.unflatten(1, (each, -1)) for at, x in read.items()}
-    return Sample(layer, *stream, *found, concept.train, 0, model, tokenizer)
+    first, *others = layers
+
+    def at(layer: int, *more: Any) -> Sample:
+        return Sample(layer, *(side[layer] for side in stream), *found, concept.train, 0, model, tokenizer, *more)
+
+    return at(first, tuple(at(layer) for layer in others))
 
 
 def written(

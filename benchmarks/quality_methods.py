@@ -45,6 +45,7 @@ class Sample:
     seed: int
     model: Any
     tokenizer: Any
+    beside: tuple[Sample, ...] = ()  # the same pairs at the other layers that are edited with this one
     whole: Sample | None = None  # of a null: the sample whose labels were shuffled, and of each of its pairs
     signs: Sequence[float] = ()  # 1, -1 if its sides are exchanged, 0 if it is left out
 
@@ -68,7 +69,10 @@ class Sample:
         rows = torch.tensor(index)
         heads = ({layer: x[rows] for layer, x in side.items()} for side in (self.heads_pos, self.heads_neg))
         pairs = [self.pairs[i] for i in index]
-        return Sample(self.layer, self.pos[rows], self.neg[rows], *heads, pairs, seed, self.model, self.tokenizer)
+        beside = tuple(one.take(index, seed) for one in self.beside)
+        return Sample(
+            self.layer, self.pos[rows], self.neg[rows], *heads, pairs, seed, self.model, self.tokenizer, beside
+        )
 
     def shuffled(self, draw: int) -> Sample:
         """The same texts with the sides of a random half of the groups exchanged: labels that mean nothing.
@@ -90,7 +94,8 @@ class Sample:
         pos, neg = _exchanged(part.pos, part.neg, swap)
         heads = {at: _exchanged(x, part.heads_neg[at], swap) for at, x in part.heads_pos.items()}
         sides = ({at: both[i] for at, both in heads.items()} for i in (0, 1))
-        return Sample(self.layer, pos, neg, *sides, pairs, self.seed, self.model, self.tokenizer, self, signs)
+        beside = tuple(one.shuffled(draw) for one in self.beside)
+        return Sample(self.layer, pos, neg, *sides, pairs, self.seed, self.model, self.tokenizer, beside, self, signs)
 
     @property
     def contrasts(self) -> list[tuple[str, str, str]]:
@@ -135,10 +140,12 @@ def _exchanged(x: Tensor, y: Tensor, swap: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_direction(sample: Sample, draw: int) -> Edits:
-    """A direction that knows nothing, scaled as the mean difference is."""
-    generator = torch.Generator().manual_seed(draw)
-    vector = torch.nn.functional.normalize(torch.randn(sample.pos.shape[1], generator=generator), dim=0)
-    return sample.at(sf.Add(vector, strength=sample.typical))
+    """A direction that knows nothing, scaled as the mean difference is; at each layer another."""
+    generator, found = torch.Generator().manual_seed(draw), {}
+    for one in (sample, *sample.beside):
+        vector = torch.nn.functional.normalize(torch.randn(one.pos.shape[1], generator=generator), dim=0)
+        found |= one.at(sf.Add(vector, strength=one.typical))
+    return found
 
 
 def actadd(sample: Sample) -> Edits:
@@ -211,6 +218,13 @@ class Method:
     build: Callable[[Sample], Edits]
     strengths: tuple[float, ...] = ANGLES
 
+    def edits(self, sample: Sample) -> Edits:
+        """At the layer of a sample, and at those beside it."""
+        found: Edits = {}
+        for one in (sample, *sample.beside):
+            found |= self.build(one)
+        return found
+
 
 METHODS = {
     "caa": Method("CAA (mean difference)", caa),
@@ -228,3 +242,16 @@ METHODS = {
     "natural": Method("flow of the natural gradient", natural("euler"), TIMES),
     "natural-one": Method("the same in one step", natural("one-step"), TIMES),
 }
+ONE_LAYER = ("iti", "natural", "natural-one")
+"""Methods that are not fitted to every layer: ITI chooses its own, and a natural gradient of all of them is a joint fit."""
+SPREAD = {ANGLES: 0.04, SHARES: 0.3}
+"""What a family's strengths are multiplied by where every layer is edited, so that the damage is as large: it adds up."""
+
+
+def everywhere(methods: dict[str, Method]) -> dict[str, Method]:
+    """Those that can be fitted to every layer, at such strengths."""
+    return {
+        key: replace(method, strengths=tuple(round(SPREAD[method.strengths] * s, 6) for s in method.strengths))
+        for key, method in methods.items()
+        if key not in ONE_LAYER and method.strengths in SPREAD
+    }

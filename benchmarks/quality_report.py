@@ -210,7 +210,9 @@ def picture(found: Mapping[str, Any], known: Mapping[str, Sequence[dict[str, Sum
     axes[0, 0].set_ylabel("effect: gain in log-odds (nats)")
     lines, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="lower center", ncol=min(4, 1 + len(concepts)), frameon=False, fontsize=9)
-    figure.suptitle(f"{found['run']['model']}, layer {found['run']['layer']}: effect against damage")
+    layer = found["run"]["layer"]
+    where = "every layer" if layer == "all" else f"layer {layer}"
+    figure.suptitle(f"{found['run']['model']}, {where}: effect against damage")
     figure.tight_layout(rect=(0, 0.07, 1, 0.98))
     figure.savefig(path, dpi=110)
     plt.close(figure)

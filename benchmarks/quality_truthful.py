@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             plan = None
             if method:
-                sample = sample or activations(model, tokenizer, concept, layer, heads="iti" in args.methods)
-                plan = sf.Plan(METHODS[method].build(sample), positions="last", model=model)
+                sample = sample or activations(model, tokenizer, concept, [layer], heads="iti" in args.methods)
+                plan = sf.Plan(METHODS[method].edits(sample), positions="last", model=model)
             scores = asdict(evaluate_choices(model, tokenizer, judged, plan, strength, draws=0))
             damage = (plain - sum(log_likelihoods(neutral, plan, strength))) / tokens
             rows.append(

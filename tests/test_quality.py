@@ -24,7 +24,7 @@ import quality_report as report
 import quality_scores as scores
 import quality_tradeoff as tradeoff
 import quality_truthful as truthful
-from quality_methods import METHODS, Method, Sample
+from quality_methods import METHODS, Method, Sample, everywhere
 from quality_tradeoff import Run
 
 
@@ -267,7 +267,7 @@ def test_a_run_is_continued_and_reported(tmp_path: Path, capsys: pytest.CaptureF
 
     def run(seeds: int, chosen: dict[str, Method], draws: int = 0) -> Any:
         store = quality.Store(out, "tiny", 1)
-        quality.measure(store, model, tokenizer, [concept], chosen, texts, seeds, draws, writes=True)
+        quality.measure(store, [1], model, tokenizer, [concept], chosen, texts, seeds, draws, writes=True)
         return json.loads(out.read_text())
 
     first = run(1, {"caa": methods["caa"]})
@@ -293,8 +293,27 @@ def test_a_run_is_continued_and_reported(tmp_path: Path, capsys: pytest.CaptureF
         quality.Store(out, "tiny", 2)
     with pytest.raises(ValueError, match="other texts"):
         quality.measure(
-            quality.Store(out, "tiny", 1), model, tokenizer, [concept], methods, texts[:2], 1, 0, writes=True
+            quality.Store(out, "tiny", 1), [1], model, tokenizer, [concept], methods, texts[:2], 1, 0, writes=True
         )
+
+
+def test_every_layer_is_edited_by_its_own_fit(tmp_path: Path) -> None:
+    model, tokenizer = build("llama"), Letters()
+    concept = concepts.own("truth")
+    found = quality.activations(model, tokenizer, concept, range(2), heads=False).take(concept.sampled(0), 0)
+    alone = quality.activations(model, tokenizer, concept, [1], heads=False).take(concept.sampled(0), 0)
+    for chosen in (found, found.shuffled(3)):
+        edits = METHODS["caa"].edits(chosen)
+        assert list(edits) == [("resid_post", 0), ("resid_post", 1)]
+        assert not torch.equal(edits["resid_post", 0].vector, edits["resid_post", 1].vector)
+    (only,) = METHODS["caa"].edits(alone).values()
+    assert torch.equal(METHODS["caa"].edits(found)["resid_post", 1].vector, only.vector)
+    (only,) = METHODS["affine"].edits(alone.shuffled(3)).values()
+    both = METHODS["affine"].edits(found.shuffled(3))
+    assert torch.equal(both["resid_post", 1].direction, only.direction)  # the same groups at every layer
+    weak = everywhere(METHODS)
+    assert not {"iti", "natural", "natural-one"} & set(weak)
+    assert all(max(weak[key].strengths) < max(METHODS[key].strengths) for key in weak)
 
 
 def test_a_shuffled_sample_exchanges_both_sides_of_half_of_the_groups_everywhere() -> None:
