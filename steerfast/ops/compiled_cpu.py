@@ -129,7 +129,8 @@ def _run(
         return None
     d = shape[-1]
     step = d * size
-    if x.is_contiguous():
+    dense = x.is_contiguous()
+    if dense:
         n = shape[0] if len(shape) == 2 else x.numel() // d
     elif len(shape) == 2 and x.stride(1) == 1:
         n, step = shape[0], x.stride(0) * size
@@ -147,7 +148,10 @@ def _run(
     first = x.data_ptr()
     if not (first and table[0]) or x.is_neg():  # no rows, no memory, or a view that negates: PyTorch knows what then
         return None
-    out = x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
+    if in_place:
+        out = x
+    else:
+        out = torch.empty_like(x) if dense else torch.empty_like(x, memory_format=torch.contiguous_format)
     arguments = (
         kind, first, step, out.data_ptr(), step if in_place else d * size, n, d, size, *table, *owners, *strengths
     )  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .numba_cache import compiled
@@ -31,6 +32,8 @@ MOST = 64
 """Directions of a slot; of more, a library's products cost less."""
 TILE = 8
 """Directions that share one reading of x."""
+LINE = 64
+"""Bytes of a line of the caches."""
 PITCH = MOST + TILE
 """From one row's y to the next; what is behind it is 0."""
 
@@ -94,6 +97,20 @@ def _write(context, kind, address, index, number):
         return context.get_dummy_value()
 
     return types.void(kind, types.int64, types.int64, types.float32), write
+
+
+@intrinsic
+def _prefetch(context, address):
+    """Have the line at an address brought into the second cache."""
+
+    def prefetched(context, builder, signature, values):
+        word, bytes_at = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [bytes_at, word, word, word])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(fetch, [builder.inttoptr(values[0], bytes_at), word(0), word(2), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), prefetched
 
 
 # --- one row, or a chunk of it ----------------------------------------------------------------------------------------------
@@ -348,23 +365,36 @@ def _lift(w, g, rank, first, step, n):
 
 
 @njit(**_exact)
-def _edit_block(kind, order, m, places, slot, basis, strengths, scratch):
-    """A few rows after one slot: projected chunk by chunk, so that the directions stay in the first cache, and lifted so."""
+def _edit_block(kind, order, ahead, places, slot, basis, strengths, scratch):
+    """A few rows after one slot: projected chunk by chunk, so that the directions stay in the first cache, and lifted so.
+
+    Rows that come later (`ahead`) are asked for meanwhile: the processor's own prefetch falls behind on short runs of memory, of
+    one or two directions alone it does not.
+    """
     x, x_step, out, out_step, d, item = places
     mode, rank, keep_norm, c = slot
+    m = order.shape[0]
     across, lift, step = basis
     scale, scale_step = strengths
     y, w = scratch
     for i in range((m + 1) * PITCH):
         _write(_ZERO, y, i, _ZERO)
+    short = rank > TILE // 4
+    chunk = (
+        CHUNK if short else CHUNK * TILE // max(rank, 1)
+    )  # one or two directions fit into the first cache in longer runs
     if mode != ADD:
-        for j in range(0, d, CHUNK):
+        for j in range(0, d, chunk):
             # the last of an odd number stands in for its second, whose products are not asked for
             for r in range(0, m, 2):
                 both = r + 1 < m
+                for later in ahead[r : r + 2] if short else ahead[:0]:
+                    start = x + later * x_step + j * item
+                    for line in range(start, start + item * min(chunk, d - j), LINE):
+                        _prefetch(line)
                 one, two = x + order[r] * x_step + j * item, x + order[r + both] * x_step + j * item
                 own = y + 4 * r * PITCH
-                _project(kind, one, two, own, own + 4 * PITCH, both, rank, across + 4 * j, step, min(CHUNK, d - j))
+                _project(kind, one, two, own, own + 4 * PITCH, both, rank, across + 4 * j, step, min(chunk, d - j))
     if mode == HINGE:
         _hinge(y, m, rank, c)
     for r in range(m):
@@ -379,7 +409,7 @@ def _edit_block(kind, order, m, places, slot, basis, strengths, scratch):
             _rotate(own, c, weight)
         else:
             _write(_ZERO, own, 0, weight)
-    span = d if keep_norm else CHUNK
+    span = d if keep_norm else chunk
     for j in range(0, d, span):
         n, first = min(span, d - j), lift + 4 * j
         for r in range(m):
@@ -466,10 +496,10 @@ def edit(
             across, lift, step = first, second, 4 * d
         slot = mode, rank, rank > 0 and _whole(headers, 8 * owner + 6) != 0, numbers + 32 * start
         for block in range(begin, stop, ROWS):
-            some = order[block : min(block + ROWS, stop)]
+            some, ahead = order[block : min(block + ROWS, stop)], order[block + ROWS : min(block + 2 * ROWS, end)]
             if rank:
                 _edit_block(
-                    kind, some, some.shape[0], (x, x_step, out, out_step, d, item), slot, (across, lift, step),
+                    kind, some, ahead, (x, x_step, out, out_step, d, item), slot, (across, lift, step),
                     (scale, scale_step), (_place(y), _place(w)),
                 )  # fmt: skip
             else:
