@@ -45,6 +45,14 @@ def shaped() -> Any:
             torch.set_default_dtype(torch.float32)
 
 
+def one_layer(width: int) -> Any:
+    """A model of one layer with random weights, on a CPU: something to run a hook in."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = SMALL | {"hidden_size": width, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+
+
 def twin(model: Any) -> Any:
     """The same weights under modules of their own, so that hooks on one do not reach the other."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}

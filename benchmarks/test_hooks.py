@@ -6,8 +6,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import models
 import numpy
@@ -18,23 +18,12 @@ from torch import nn
 
 import steerfast as sf
 from steerfast.hooks.dispatcher import Dispatcher
-from steerfast.hooks.positions import Pass
-from steerfast.models.points import Point
 
 WIDTH = 576
 IMPORT = (
     "import time, torch\nstart = time.perf_counter()\nimport steerfast\n"
     "print(time.perf_counter() - start)"
 )  # fmt: skip
-
-
-def dispatched(module: nn.Module) -> nn.Module:
-    """Put the library's dispatcher with one `Add` on a module, as `steer` does."""
-    controller: Any = SimpleNamespace(now=Pass(owners=((0, 1.0),)))
-    point, bank = Point(module, "post", "module", WIDTH), sf.Bank(WIDTH, 1, 1)
-    dispatcher = Dispatcher(controller, ("resid_post", 0), point, bank, fixed=False)
-    dispatcher.put({0: sf.Add(torch.ones(WIDTH))}, 1)
-    return module
 
 
 def hooked(hook: Any) -> nn.Module:
@@ -44,22 +33,30 @@ def hooked(hook: Any) -> nn.Module:
 
 
 def test_host_time(race: Any) -> None:
-    """An identity module, so that nothing but the hook is left."""
-    vector = torch.ones(WIDTH)
+    """A real model runs, and inside of its pass the hook of its one layer is called on another module's output."""
+    vector, model, seen, true = torch.ones(WIDTH), models.one_layer(WIDTH), [], Dispatcher.__call__
 
-    def build() -> Case:
-        if PLACE != "cpu":
-            raise NotHere("the hook's host time is measured on the PyTorch backend")
-        at = Stream("cpu", torch.float32, WIDTH)
-        return Case(
-            "hook host time", bytes=3 * 4 * WIDTH, operations=WIDTH, fresh=lambda: (at.rows(1)[None],), captured=False,
-            ours=dispatched(nn.Identity()),
-            judge=same_as(lambda x: x + vector),
-            peers={"hook that adds": lambda: hooked(lambda module, args, output: output + vector)},
-            yardsticks={"bare module": nn.Identity, "empty hook": lambda: hooked(lambda *_: None)},
-        )  # fmt: skip
+    def called(self: Dispatcher, x: torch.Tensor) -> torch.Tensor | None:
+        def build() -> Case:
+            if PLACE == "cuda":
+                raise NotHere("the hook's host time is measured on the PyTorch backend")
+            at = Stream("cpu", torch.float32, WIDTH)
+            return Case(
+                "hook host time", bytes=3 * 4 * WIDTH, operations=WIDTH, fresh=lambda: (at.rows(1)[None],), captured=False,
+                ours=hooked(lambda module, args, output: true(self, output)),
+                judge=same_as(lambda x: x + vector),
+                peers={"hook that adds": lambda: hooked(lambda module, args, output: output + vector)},
+                yardsticks={"bare module": nn.Identity, "empty hook": lambda: hooked(lambda *_: None)},
+            )  # fmt: skip
 
-    race(build)
+        if not seen:
+            seen.append(self)
+            race(build)
+        return true(self, x)
+
+    with sf.steer(model, {0: sf.Add(vector)}), mock.patch.object(Dispatcher, "__call__", called):
+        model(torch.ones(1, 1, dtype=torch.long), use_cache=False)
+    assert seen
 
 
 def test_decode(race: Any) -> None:

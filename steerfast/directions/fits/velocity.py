@@ -159,8 +159,10 @@ def _tried(make: Callable[[], VelocityField], gain: _Gain) -> float:
 
 def _shift(gradients: Gradients, direction: Tensor) -> VelocityField:
     """The constant field along a direction (d,), paced."""
-    none = torch.zeros(1, 1)
-    field = VelocityField(direction[None], torch.ones(1), none, none[0], none, origin=gradients.pupil.origin)
+    none = torch.zeros(1, 1, device="cpu")
+    field = VelocityField(
+        direction[None], torch.ones(1, device="cpu"), none, none[0], none, origin=gradients.pupil.origin
+    )
     return _paced(gradients, field, math.sqrt(float(direction @ gradients.metric.fisher @ direction)))[0]
 
 
