@@ -72,7 +72,8 @@ def bank_of(dtype: torch.dtype, methods: dict = METHODS, d: int = D) -> sf.Bank:
 def test_every_method_in_one_batch(dtype: torch.dtype, wide: torch.dtype) -> None:
     """Owners in any order, rows of nobody and of an empty slot, strengths, and directions of the other dtype."""
     bank, rows = bank_of(wide), torch.randint(-1, len(METHODS) + 1, (131,)).int()
-    for n, owners in ((131, rows), (131, rows[:, None]), (1, rows[:1]), (131, rows[:1].expand(131)), (131, None)):
+    one = torch.zeros(1, dtype=torch.int32)
+    for n, owners in ((131, rows), (131, rows[:, None]), (1, rows[:1]), (131, one.expand(131)), (131, None)):
         x = torch.randn(n, D).to(dtype)
         for scale in (None, torch.rand(n) - 0.2):
             scales = scale if scale is None or owners is None or owners.dim() == 1 else scale[:, None]
@@ -89,6 +90,28 @@ def test_every_method_in_one_batch(dtype: torch.dtype, wide: torch.dtype) -> Non
             twin = x.clone()
             assert compiled_cpu.subspace(twin, bank.tensors, owners, scales, True) is twin
             assert torch.equal(twin, got)
+
+
+@needs_numba
+@pytest.mark.usefixtures("compiled")
+def test_a_library_takes_many_rows_of_one_slot_of_many_directions() -> None:
+    """Its products are faster then; the compiled kernel says so before it has written anything."""
+    for rank, n, owners, serves in (
+        (8, 200, None, True), (9, 31, None, True), (9, 32, None, False), (64, 200, [1] * 200, False),
+        (64, 200, [1, 0] * 100, True), (64, 200, [1] * 199 + [-1], True), (64, 200, [-1] * 200, True),
+    ):  # fmt: skip
+        bank = sf.Bank(D, slots=2, directions=2 * rank)
+        for sign in (1.0, -0.5):
+            bank.register(sf.Amplify(features(rank), sign))
+        x, rows = torch.randn(n, D), None if owners is None else torch.tensor(owners, dtype=torch.int32)
+        kept = x.clone()
+        got = compiled_cpu.subspace(x, bank.tensors, rows, None, True)
+        assert (got is not None) == serves
+        assert serves or torch.equal(x, kept)
+        true = torch_backend.subspace(
+            kept.double(), *(t.double() for t in bank.tensors[:2]), bank.tensors[2], rows, None
+        )
+        torch.testing.assert_close(ops.subspace(kept, *bank.tensors, rows).double(), true, atol=1e-5, rtol=1e-5)
 
 
 @needs_numba
