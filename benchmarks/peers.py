@@ -138,28 +138,51 @@ def flow(steps: int) -> Makers:
     return {"autograd": autograd, "torchdiffeq": torchdiffeq}
 
 
+BY_HAND = "published way, by hand"
+
+
 def published_flow(at: Stream, steps: int = 10, components: int = 8000) -> Makers:
-    """ODESteer's own way: a polynomial count sketch by FFT, its gradient by autograd. Another barrier, so other answers.
+    """ODESteer's own way, a polynomial count sketch by FFT. Another barrier than ours, so other answers.
 
-    h(a) = w · φ(a/‖a‖) with φ = ifft(fft(C₁z) · fft(C₂z)), z = (√γ·x, √c₀), γ = 0.1, c₀ = 1: a sketch of (γ·x·y + c₀)².
+    h(a) = w · φ(a/‖a‖) with φ = ifft(fft(C₁z) · fft(C₂z)), z = (√γ·x, √c₀), γ = 0.1, c₀ = 1: a sketch of (γ·x·y + c₀)². In two
+    forms: its authors', the gradient by autograd through the FFTs; and the best that one writes by hand, ∇ = Σᵢ Cᵢᵀ·ifft(fft(w) ·
+    conj(fft(Cⱼz))), j the other of the two, with fft(w) kept.
     """
+    hashes = torch.randint(0, components, (2, at.d + 1), device=at.device)
+    signs = torch.randint(0, 2, (2, at.d + 1), device=at.device).float() * 2 - 1
+    weight = torch.randn(components, device=at.device)
 
-    def make() -> Function:
-        hashes = torch.randint(0, components, (2, at.d + 1), device=at.device)
-        signs = torch.randint(0, 2, (2, at.d + 1), device=at.device).float() * 2 - 1
-        weight = torch.randn(components, device=at.device)
+    def sketches(x: Tensor) -> Tensor:
+        """fft(Cᵢz) of unit rows, (2, n, components // 2 + 1)."""
+        z = torch.cat([math.sqrt(0.1) * x, torch.ones_like(x[:, :1])], dim=1)
+        zero = z.new_zeros(len(z), components)
+        return torch.fft.rfft(torch.stack([zero.index_add(1, hashes[i], z * signs[i]) for i in (0, 1)]))
 
+    def authors() -> Function:
         def barrier(a: Tensor) -> Tensor:
-            x = a / a.norm(dim=-1, keepdim=True)
-            z = torch.cat([math.sqrt(0.1) * x, torch.ones_like(x[:, :1])], dim=1)
-            sketches = [
-                torch.fft.rfft(z.new_zeros(len(z), components).index_add(1, hashes[i], z * signs[i])) for i in (0, 1)
-            ]
-            return torch.fft.irfft(sketches[0] * sketches[1], n=components) @ weight
+            first, second = sketches(a / a.norm(dim=-1, keepdim=True))
+            return torch.fft.irfft(first * second, n=components) @ weight
 
         return lambda x, *_: _follow(x, steps, barrier)
 
-    return {"published way": make}
+    def by_hand() -> Function:
+        kept = torch.fft.rfft(weight)
+
+        def run(x: Tensor, *_: Tensor) -> Tensor:
+            a = x.float()
+            step = ANGLE / steps * a.norm(dim=-1, keepdim=True)
+            for _i in range(steps):
+                point = a / a.norm(dim=-1, keepdim=True)
+                first, second = torch.fft.irfft(kept * sketches(point).flip(0).conj(), n=components)
+                pulled = first.index_select(1, hashes[0]) * signs[0] + second.index_select(1, hashes[1]) * signs[1]
+                u = pulled[:, :-1]
+                tangent = u - (point * u).sum(-1, keepdim=True) * point
+                a = a + step * (tangent / tangent.norm(dim=-1, keepdim=True))
+            return a.to(x.dtype)
+
+        return run
+
+    return {"published way": authors, BY_HAND: by_hand}
 
 
 def _barrier(a: Tensor, q: Tensor, lam: Tensor, bias: Tensor) -> Tensor:

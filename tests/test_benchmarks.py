@@ -36,6 +36,7 @@ sys.path.append(str(BENCHMARKS))
 import bars  # noqa: E402
 import compare  # noqa: E402
 import fits  # noqa: E402
+import peers  # noqa: E402
 import results  # noqa: E402
 from lab import cases, clock, cpu_cases, memory, pairs, sae_cases  # noqa: E402
 from lab.case import Case, NotHere, Stream, Within, same_as  # noqa: E402
@@ -805,6 +806,14 @@ def test_exponents_and_bends():
 
 
 @pytest.mark.slow
+def test_both_forms_of_the_published_flow_go_the_same_way():
+    at = Stream("cpu", torch.float32, 48)
+    x = torch.randn(5, 48)
+    authors, by_hand = (make()(x) for make in peers.published_flow(at, components=600).values())
+    assert (authors - x).norm() > 0.2 * x.norm()
+    torch.testing.assert_close(by_hand, authors, atol=1e-4, rtol=1e-4)
+
+
 def test_the_report_needs_nothing_beside_it(rehearsed, tmp_path):
     pytest.importorskip("matplotlib")
     import report
