@@ -191,6 +191,7 @@ quality = $(BIN)/python benchmarks/quality.py --seeds 3 $(if $(1),--model $(1))
 truthful = $(BIN)/python benchmarks/quality_truthful.py $(DATA)/TruthfulQA.csv $(if $(1),--model $(1))
 evidence-quality: setup
 	$(call quality)
+	$(call quality) --everywhere
 	$(if $(MODEL),$(call quality,$(MODEL)))
 	$(if $(DATA),$(call quality) --data $(DATA))
 	$(if $(DATA),$(call truthful))

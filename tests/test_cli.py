@@ -333,7 +333,7 @@ def test_fit_by_other_methods(flowing, method: str, tmp_path: Path, capsys: pyte
         (
             "velocity",
             ["--set", "angle=1"],
-            "--set: velocity has no setting 'angle'; it has neutral, rank, damping, seed, draws",
+            "--set: velocity has no setting 'angle'; it has rank, damping, seed, draws",
         ),
         ("reps", ["--neutral", "Some text."], "--neutral: reps looks at no neutral text; leave it out"),
         ("vector", ["--site", "mlp_out"], "--site: got mlp_out, but vector is trained at resid_post"),

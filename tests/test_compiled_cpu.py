@@ -97,8 +97,9 @@ def test_every_method_in_one_batch(dtype: torch.dtype, wide: torch.dtype) -> Non
 def test_a_library_takes_many_rows_of_one_slot_of_many_directions() -> None:
     """Its products are faster then; the compiled kernel says so before it has written anything."""
     for rank, n, owners, serves in (
-        (8, 200, None, True), (9, 31, None, True), (9, 32, None, False), (64, 200, [1] * 200, False),
-        (64, 200, [1, 0] * 100, True), (64, 200, [1] * 199 + [-1], True), (64, 200, [-1] * 200, True),
+        (16, 200, None, True), (17, 63, None, True), (17, 64, None, False), (64, 200, [1] * 200, False),
+        (64, 200, [1, 0] * 100, True), (64, 200, [1] * 199 + [-1], True), (64, 200, [-1] + [1] * 199, True),
+        (64, 200, [-1] * 200, True),
     ):  # fmt: skip
         bank = sf.Bank(D, slots=2, directions=2 * rank)
         for sign in (1.0, -0.5):

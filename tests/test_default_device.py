@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import build, token_ids
 from test_interventions import EXAMPLES
+from test_sweeping import Letters
 
 import steerfast as sf
 
@@ -169,3 +170,30 @@ def test_autocast_rounds_no_op() -> None:
                 ]
             )
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+WORDS = ["good", "poor", "fair", "calm", "loud", "warm", "cold", "kind", "dark", "soft", "new"]
+PAIRS = [(f"it was {i}", f" {word}", f" {word[::-1]}") for i, word in enumerate(WORDS)]
+NEUTRAL = ["the library opens at nine", "he put the keys away", "two lanes lead to town"]
+FITS: dict[str, Callable[[], sf.Intervention]] = {
+    "velocity": lambda: sf.Flow(
+        sf.fit_velocity(build("gpt2"), Letters(), PAIRS, 1, neutral=NEUTRAL, rank=1, draws=1), T=1.0
+    ),
+    "vector": lambda: sf.fit_vector(build("gpt2"), Letters(), [one[:2] for one in PAIRS], 1, steps=2),
+    "reft_r1": lambda: sf.fit_vector(build("gpt2"), Letters(), [one[:2] for one in PAIRS], 1, sf.ReFTr1(), steps=2),
+    "reps": lambda: sf.fit_vector(build("gpt2"), Letters(), PAIRS, 1, sf.RePS(), steps=2),
+    "loreft": lambda: sf.fit_loreft(build("gpt2"), Letters(), [one[:2] for one in PAIRS], 1, rank=2, steps=2),
+}
+
+
+@DEFAULTS
+@pytest.mark.parametrize("name", FITS)
+@pytest.mark.filterwarnings("ignore:.*became no likelier")
+def test_what_is_trained_is_the_same_under_another_default(name: str, default) -> None:
+    """Draws, gradients and nulls stay in float32 where they are."""
+    expected = FITS[name]()
+    with elsewhere(default):
+        found = FITS[name]()
+    assert all(torch.equal(one, found.tensors()[key]) for key, one in expected.tensors().items())
+    infos = [edit.barrier.info if isinstance(edit, sf.Flow) else edit.info for edit in (expected, found)]
+    assert infos[0] == infos[1]

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from steerfast.cli.sweep import _next, add_arguments, run
 from steerfast.directions import extract
 from steerfast.directions.fit import ESTIMATORS
 from steerfast.directions.fits import natural
-from steerfast.directions.trained import examples_of
+from steerfast.directions.trained import examples_of, train
 from steerfast.tools.sweep import Grid, Sweep, sweep
 from steerfast.tools.sweep_scores import NEUTRAL, Question
 from steerfast.tools.sweep_store import Cell
@@ -258,11 +259,13 @@ PAIRS = ([f"some {a} zq" for a in "abcd"], [f"some {a} kk" for a in "abcd"])
 
 
 def test_trained_methods_are_swept() -> None:
-    assert examples_of(("I love you", "good dog", "x"), ("I hate you", "bad cat", "y")) == [
-        ("I", " love you", " hate you"), ("good", " dog", " cat"),
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="needs texts of two words"):
+    with pytest.warns(UserWarning, match="of 3 pairs of texts 1 have no continuation on a side"):
+        found = examples_of(("I love you", "good dog", "x"), ("I hate you", "bad cat", "y"))
+    assert found == [("I", " love you", " hate you"), ("good", " dog", " cat")]
+    with pytest.raises(ValueError, match="no pair of texts has a continuation on either side, as 'x' and 'y'"):
         examples_of(("x",), ("y",))
+    with pytest.raises(ValueError, match="2 positive and 1 negative texts; they are read in pairs"):
+        examples_of(("I love", "I like"), ("I hate",))
     with pytest.raises(ValueError, match="'reps' is trained at resid_post, and site is 'mlp_out'"):
         Grid((1,), (1.0,), ("reps",), site="mlp_out")
     grid = Grid((1,), (1.0,), ("loreft", "vector", "reft_r1", "reps", "lineas"), "vector", draws=0)
@@ -294,6 +297,12 @@ def test_a_velocity_is_swept_and_its_null_takes_the_gradients_once(monkeypatch: 
     assert found.null is not None
     null = found.null[1]
     assert len({round(effect, 4) for effect in (null.effect, *null.shuffled)}) > 1
+    many = [[f"some {a}{i} {side}" for i, a in enumerate("abcdefghijkl")] for side in ("zq", "kk")]
+    (cell,) = sweep(build("llama"), Opened(), many, QUESTION, replace(grid, draws=0), progress=False)
+    flow = train(
+        "velocity", build("llama"), Opened(), *many, 1, draws=0
+    )  # what `steerfast fit` makes: every fifth held out
+    assert cell.effect == pytest.approx(one_by_one({1: flow})[0], abs=1e-3)
     assert len(null.shuffled) == len(null.random) == 3
 
 

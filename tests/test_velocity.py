@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 
 import pytest
 import reference
@@ -276,7 +278,61 @@ def test_the_way_to_it_is_named_where_methods_are_fitted_on_activations() -> Non
         sf.fit("velocity", torch.ones(4, 3), -torch.ones(4, 3))
 
 
+SHORT = ["the library opens at nine", "water boils in the hills", "he put the keys away", "two lanes lead to town"]
+CASES = [(f"the {thing} was", " good", " poor") for thing in ("film", "meal", "trip", "talk")]
+
+
+def test_a_model_that_is_not_finite_is_named_and_nothing_is_searched_for() -> None:
+    """The cost of a path was NaN on a held-out text, and the search for a shorter one never ended."""
+    for place in (0, 1):
+        model = copy.deepcopy(build("gpt2"))
+        texts = [f"{text} Q" if i == place else text for i, text in enumerate(SHORT)]
+        with torch.no_grad():
+            model.transformer.wte.weight[Letters()("Q")["input_ids"][-1]] = torch.nan
+        with pytest.raises(
+            ValueError, match="numbers on a neutral text are not finite; check the text, and the model's weights"
+        ):
+            sf.fit_velocity(model, Letters(), CASES, 1, neutral=texts, draws=0)
+
+
+@pytest.mark.parametrize("examples", [
+    [("the film was", " good", " good")],
+    [("the film was", " good", " poor"), ("the film was", " poor", " good")],
+], ids=["the same", "contradictory"])  # fmt: skip
+def test_examples_that_cancel_out_pull_nowhere(examples) -> None:
+    """What is left of them is rounding, in some direction."""
+    with pytest.raises(ValueError, match="the examples pull nowhere, since what they pull cancels out"):
+        sf.fit_velocity(build("gpt2"), Letters(), examples, 1, neutral=SHORT, draws=0)
+
+
+def test_neutral_texts_of_one_row_are_too_few() -> None:
+    with pytest.raises(
+        ValueError, match="1 neutral texts with 1 rows in all say nothing of the stream; give more or longer"
+    ):
+        sf.fit_velocity(build("gpt2"), Letters(), CASES, 1, neutral=["abcde", "fghij"], draws=0)
+
+
+def test_a_fit_in_inference_mode_is_the_same() -> None:
+    fitted = [sf.fit_velocity(build("gpt2"), Letters(), CASES, 1, neutral=SHORT, draws=0)]
+    with torch.inference_mode():
+        fitted.append(sf.fit_velocity(build("gpt2"), Letters(), CASES, 1, neutral=SHORT, draws=0))
+        vector = sf.fit_vector(build("gpt2"), Letters(), [one[:2] for one in CASES], 1, steps=2)
+    assert torch.equal(fitted[0].outputs, fitted[1].outputs)
+    assert not vector.vector.is_inference()
+
+
+def test_a_field_back_in_time_claims_nothing_of_its_fit() -> None:
+    field = sf.fit_velocity(build("gpt2"), Letters(), CASES * 3, 1, neutral=SHORT, draws=1)
+    assert field.info.null is not None
+    back = (-field).info
+    assert math.isnan(back.nats)
+    assert math.isnan(back.damage)
+    assert back.null is None
+    assert back.settings == field.info.settings
+
+
 BAD = [
+    ({"neutral": ["Some text of several words.", 5]}, TypeError, "neutral holds 5; expected texts"),
     ({"examples": []}, ValueError, "expected a list of"),
     ({"examples": [("a", "b")]}, TypeError, "expected .* three strings"),
     ({"rank": 0}, ValueError, "rank"),

@@ -126,9 +126,10 @@ class VelocityField(LowRank):
         return ((inside if self.activation == "identity" else inside.tanh()) @ outputs + bias) @ basis
 
     def __neg__(self) -> VelocityField:
-        """The field back in time."""
+        """The field back in time; of its fit only the settings hold."""
+        back = VelocityInfo(self.info.kind, settings=self.info.settings)
         return VelocityField(
-            self.basis, -self.bias, self.directions, self.phases, -self.outputs, self.activation, self.info, self.origin
+            self.basis, -self.bias, self.directions, self.phases, -self.outputs, self.activation, back, self.origin
         )
 
     def tensors(self) -> dict[str, Tensor]:

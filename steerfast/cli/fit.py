@@ -108,9 +108,8 @@ def _say_held_out(edit: Any) -> None:
     """Print what is known of the fit."""
     if (fitted := edit.info) is not None:
         if not math.isnan(fitted.closed):
-            shared.say(
-                f"Held out    closes {fitted.closed:.1%} of the distance between the sides, at a dose of {fitted.dose:.2f}"
-            )
+            dose = "" if math.isnan(fitted.dose) else f", at a dose of {fitted.dose:.2f}"
+            shared.say(f"Held out    closes {fitted.closed:.1%} of the distance between the sides{dose}")
         if not math.isnan(fitted.nats):
             shared.say(f"Held out    continuations become likelier by {fitted.nats:+.3g} nats a token")
         if fitted.null is not None:
@@ -136,6 +135,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The method's settings from the command line: numbers, true, false, null, or words."""
     settings: dict[str, Any] = {}
     names = (trained.settings_of if args.method in TRAINED else settings_of)(args.method)
+    names = tuple(name for name in names if name != "neutral")  # an option of its own
     for item in args.set:
         name, equals, text = item.partition("=")
         if not equals:
@@ -144,13 +144,13 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
             settings[name] = json.loads(text)
         except ValueError:
             settings[name] = text
+    for name in settings if args.method in TRAINED else ():
+        if name not in names:
+            raise ValueError(f"--set: {args.method} has no setting {name!r}; it has {', '.join(names)}")
     if args.neutral is not None:
         if args.method != "velocity":
             raise ValueError(f"--neutral: {args.method} looks at no neutral text; leave it out")
         settings["neutral"] = shared.texts("--neutral", args.neutral)
-    for name in settings if args.method in TRAINED else ():
-        if name not in names:
-            raise ValueError(f"--set: {args.method} has no setting {name!r}; it has {', '.join(names)}")
     if args.sae is not None and "sae" not in names:
         raise ValueError(f"--sae: {args.method} edits no features of an SAE; leave it out")
     if args.sae is not None:
@@ -164,7 +164,7 @@ def _check_trained(args: argparse.Namespace) -> None:
     """Refuse what a method that is trained on the model does not look at."""
     for name, usual in (("site", shared.SITES[0]), ("position", "last")):
         if getattr(args, name) != usual:
-            what = f"{args.method} is trained at {shared.SITES[0]}, on every token of the texts"
+            what = f"{args.method} is trained at {shared.SITES[0]}, on the texts themselves"
             raise ValueError(f"--{name}: got {getattr(args, name)}, but {what}; leave it out")
 
 

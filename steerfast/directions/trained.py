@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from steerfast._checks import one_of
+from steerfast._checks import one_of, warn_user
 from steerfast.edits.base import Intervention
 from steerfast.edits.flow import Flow
 
@@ -79,13 +79,18 @@ def examples_of(positive: Sequence[str], negative: Sequence[str]) -> list[tuple[
     """(prompt, wanted, unwanted) of texts that are paired row by row.
 
     The prompt is the words that both begin with, or else the first word of the positive text; the continuations are what
-    follows. Pairs without a continuation on either side are left out.
+    follows. Pairs without a continuation on either side are left out, with a warning.
 
     Raises:
-        ValueError: none is left.
+        ValueError: not as many of one side as of the other, or no pair is left.
     """
+    if len(positive) != len(negative):
+        raise ValueError(
+            f"train: {len(positive)} positive and {len(negative)} negative texts; they are read in pairs, one of each side at a "
+            "time: give as many of both"
+        )
     found = []
-    for mine, other in zip(positive, negative, strict=False):
+    for mine, other in zip(positive, negative, strict=True):
         words, against = mine.split(" "), other.split(" ")
         alike = 0
         while alike < min(len(words), len(against)) and words[alike] == against[alike]:
@@ -95,5 +100,13 @@ def examples_of(positive: Sequence[str], negative: Sequence[str]) -> list[tuple[
         if wanted.strip() and unwanted.strip() and words[0]:
             found.append((" ".join(words[:start]), wanted, unwanted))
     if not found:
-        raise ValueError("train: a trained method needs texts of two words at least, in pairs with the same beginning")
+        raise ValueError(
+            f"train: no pair of texts has a continuation on either side, as {positive[0]!r} and {negative[0]!r}; give texts of "
+            "two words at least that differ, in pairs with the same beginning"
+            if positive
+            else "train: no texts; give one of each side at least"
+        )
+    if len(found) < len(positive):
+        gone = len(positive) - len(found)
+        warn_user(f"train: of {len(positive)} pairs of texts {gone} have no continuation on a side, and are left out")
     return found

@@ -32,8 +32,8 @@ MOST = 64
 """Directions of a slot; of more, a library's products cost less."""
 TILE = 8
 """Directions that share one reading of x."""
-MANY = 32
-"""From so many rows on, all of one slot of more directions than a tile, a library's products cost less."""
+MANY = 64
+"""From so many rows on, all of one slot of more directions than two tiles, a library's products cost less."""
 LINE = 64
 """Bytes of a line of the caches."""
 PITCH = MOST + TILE
@@ -465,7 +465,7 @@ def edit(
     be 0, `narrow`: vectors are bfloat16. 0: done; 1: not served, and nothing was written.
     """
     own = np.empty(n if owners else 0, np.int64)  # read once: another thread may write meanwhile
-    known, changes = -1, 0
+    known, changes = -2, 0  # a number of no owner
     for i in range(n if owners else 1):
         owner = _whole(owners, i * owners_step) if owners else 0
         if owner != known:
@@ -475,7 +475,7 @@ def edit(
             known = owner
         if owners:
             own[i] = owner
-    if n >= MANY and changes == 1 and known >= 0 and _header(headers, known)[1] > TILE:
+    if n >= MANY and changes == 1 and known >= 0 and _header(headers, known)[1] > 2 * TILE:
         return 1
     order = _ordered(own, slots) if owners else np.arange(n)
     y, w, wide = np.empty((ROWS + 1) * PITCH, np.float32), np.empty(d, np.float32), np.empty(0, np.float32)

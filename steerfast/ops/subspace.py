@@ -43,7 +43,7 @@ def subspace(
         A new tensor (..., d) of the dtype of x. A row's result never depends on what the rows beside it hold. On a GPU its
         last bits may depend on how many they are, but for a bank of one mode and up to 3 directions: the order of sums
         changes above 256 rows (above 512 from rank 16 on), and with the height of the tiles at some thousands. Above, several
-        slots of one row round to the dtype of x in between. On a CPU (with numba beyond 8 directions) they may depend on how
+        slots of one row round to the dtype of x in between. On a CPU (with numba beyond 16 directions) they may depend on how
         many rows there are, and how many of them have its slot.
 
     Raises:

@@ -119,5 +119,5 @@ class Trial:
 
 def control(swept: Swept, length: float, generator: torch.Generator) -> Dose:
     """A random direction of a length, at the same place."""
-    drawn = torch.randn(swept.rows.shape[1], generator=generator, device="cpu")
+    drawn = torch.randn(swept.rows.shape[1], generator=generator, device="cpu", dtype=torch.float32)
     return Dose(Plan({swept.place: Add(drawn / drawn.norm())}), length)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from steerfast.directions.fits.lessons import split
 from steerfast.directions.fits.natural import Gradients
 from steerfast.directions.fits.velocity import natural_field
 from steerfast.directions.trained import examples_of, train
@@ -35,16 +36,21 @@ class Teacher:
             examples = examples_of(*self.sides)
             self._gradients[layer] = Gradients.of("sweep", self.model, self.reader, examples, layer)
         known = self._gradients[layer]
-        swapped = torch.zeros(len(known.lessons), device="cpu")
+        signs = [0.0] * len(known.lessons)
+        for i in split(list(range(len(signs))))[0]:  # as `fit_velocity` has it
+            signs[i] = 1.0
         if generator is not None:
-            swapped = torch.rand(len(known.lessons), generator=generator, device="cpu")
+            swapped = torch.rand(len(signs), generator=generator, device="cpu", dtype=torch.float32) < 0.5
+            signs = [-sign if swap else sign for sign, swap in zip(signs, swapped.tolist(), strict=True)]
         with known.pupil.taught():
-            field = natural_field(known, [-1.0 if one > 0.5 else 1.0 for one in swapped.tolist()])[0]
+            field = natural_field(known, signs)[0]
         return Flow(field, T=1.0)
 
     def _mixed(self, generator: torch.Generator) -> tuple[list[str], list[str]]:
         positive, negative = (list(side) for side in self.sides)
-        swapped = torch.rand(min(len(positive), len(negative)), generator=generator, device="cpu") < 0.5
+        swapped = (
+            torch.rand(min(len(positive), len(negative)), generator=generator, device="cpu", dtype=torch.float32) < 0.5
+        )
         for i in swapped.nonzero().flatten().tolist():
             positive[i], negative[i] = negative[i], positive[i]
         return positive, negative

@@ -111,7 +111,7 @@ def _random(sides: Sides, held: Tensor, own: Moved, generator: torch.Generator) 
     """The same rows moved along one random direction, each by as much as the fit moved it."""
     x, positive = sides.data.x[held], sides.data.labels[held]
     edited = torch.ones_like(positive) if len(own.doses) == len(positive) else ~positive
-    drawn = torch.randn(x.shape[1], generator=generator, device="cpu")
-    size = torch.zeros(len(x), device="cpu")
+    drawn = torch.randn(x.shape[1], generator=generator, device="cpu", dtype=torch.float32)
+    size = torch.zeros(len(x), device="cpu", dtype=torch.float32)
     size[edited] = own.doses.float() * x[edited].norm(dim=1)
     return Moved.of(x, x + size[:, None] * drawn / drawn.norm(), positive, edited)

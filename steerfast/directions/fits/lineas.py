@@ -57,6 +57,7 @@ class LinEAS:
                 raise ValueError(f"LinEAS: {name} is {getattr(self, name)}; expected >= 0")
 
 
+@torch.inference_mode(False)
 def fit_lineas(
     model: nn.Module,
     tokenizer: Any,

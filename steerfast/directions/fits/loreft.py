@@ -18,6 +18,7 @@ from steerfast.models.texts import TextReader
 from .lessons import Edit, Lesson, Pupil, descend, read_lessons, split, steps_and_rate, warn_of_no_gain
 
 
+@torch.inference_mode(False)
 def fit_loreft(
     model: nn.Module,
     tokenizer: Any,
@@ -72,8 +73,8 @@ def fit_loreft(
         )
     taught, held = split(read_lessons(owner, TextReader.of(tokenizer, owner), examples))
     generator = seeded(seed)
-    start = torch.linalg.qr(torch.randn(pupil.width, rank, generator=generator, device="cpu")).Q
-    parts = (start, start.T.clone(), torch.zeros(rank, device="cpu"))
+    start = torch.linalg.qr(torch.randn(pupil.width, rank, generator=generator, device="cpu", dtype=torch.float32)).Q
+    parts = (start, start.T.clone(), torch.zeros(rank, device="cpu", dtype=torch.float32))
     edit = _Edit(*(part.to(pupil.device).requires_grad_() for part in parts))
 
     def loss(_: int, part: list[int]) -> Tensor:

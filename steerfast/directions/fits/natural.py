@@ -26,6 +26,11 @@ HELD = 6
 """Of so many neutral texts one is held out, to measure the damage on."""
 
 
+CHECK = "check the text, and the model's weights and dtype"
+NOISE = 1e-5
+"""Share of the lengths of all pulls below which their sum is rounding."""
+
+
 class Metric(NamedTuple):
     """What neutral text says: the Fisher information, the mean row, and the rows' covariance, in float64."""
 
@@ -66,6 +71,9 @@ class Gradients:
 
         Args:
             signs: Of each example 1, -1 to exchange its sides, or 0 to leave it out.
+
+        Raises:
+            ValueError: what the examples pull cancels out, or is not finite.
         """
         rows, gradients = [], []
         for i, sign in enumerate(signs):
@@ -74,7 +82,14 @@ class Gradients:
                 rows.append(a - self.metric.mean)
                 gradients.append(sign * g)
         a, g = torch.cat(rows), torch.cat(gradients)
-        return g.T @ torch.cat([a, a.new_ones(len(a), 1)], 1) / len(rows)
+        a = torch.cat([a, a.new_ones(len(a), 1)], 1)
+        total = g.T @ a
+        if not float(total.norm()) > NOISE * float((g.norm(dim=1) * a.norm(dim=1)).sum()):
+            raise ValueError(
+                f"{self.pupil.owner}: the examples pull nowhere, since what they pull cancels out, or to numbers that are not "
+                "finite; check the continuations"
+            )
+        return total / len(rows)
 
     def _of(self, i: int) -> tuple[Tensor, Tensor]:
         if i not in self._known:
@@ -88,7 +103,11 @@ def neutral_texts(owner: str, model: Any, reader: TextReader, neutral: Any, seed
         return _written(owner, model, reader.tokenizer, seed)
     if isinstance(neutral, (str, bytes)) or not isinstance(neutral, Iterable):
         raise TypeError(f"{owner}: neutral is {neutral!r}; expected a list of texts, or None")
-    texts = [tuple(reader.beginning(text)) for text in neutral]
+    given = list(neutral)
+    odd = next((text for text in given if not isinstance(text, str)), None)
+    if odd is not None:
+        raise TypeError(f"{owner}: neutral holds {odd!r}; expected texts, each one string")
+    texts = [tuple(reader.beginning(text)) for text in given]
     if len(texts) < 2 or min(map(len, texts)) <= OPENING:
         shortest = min(map(len, texts), default=0)
         raise ValueError(
@@ -167,6 +186,8 @@ def fisher_metric(pupil: Pupil, texts: Sequence[Sequence[int]], generator: torch
         at, logits = _rows(pupil, ids, OPENING)
         rows.append(at.detach().double().cpu())
         chances = logits.detach().exp().cpu()
+        if not bool(chances.isfinite().all()):
+            raise ValueError(f"{pupil.owner}: the model's numbers on a neutral text are not finite; {CHECK}")
         for i in range(SIGNS):
             drawn = torch.multinomial(chances, 1, generator=generator)
             signs = torch.randint(0, 2, (len(chances),), generator=generator, device="cpu") * 2.0 - 1.0
@@ -176,13 +197,25 @@ def fisher_metric(pupil: Pupil, texts: Sequence[Sequence[int]], generator: torch
             fisher = fisher + torch.outer(shift, shift) / len(chances)
     a = torch.cat(rows)
     mean = a.mean(0)
-    return Metric(fisher / (SIGNS * len(texts)), mean, (a - mean).T @ (a - mean) / len(a))
+    found = Metric(fisher / (SIGNS * len(texts)), mean, (a - mean).T @ (a - mean) / len(a))
+    if not (float(found.fisher.trace()) > 0 and float(found.covariance.trace()) > 0):
+        raise ValueError(
+            f"{pupil.owner}: {len(texts)} neutral texts with {len(a)} rows in all say nothing of the stream; give more or longer "
+            "ones"
+        )
+    return found
 
 
 @torch.no_grad()
 def divergence(pupil: Pupil, ids: Sequence[int], edit: Edit) -> Tensor:
-    """KL(unsteered ‖ steered) of each token of a neutral text after its opening."""
+    """KL(unsteered ‖ steered) of each token of a neutral text after its opening.
+
+    Raises:
+        ValueError: the unsteered model's own numbers are not finite.
+    """
     p, q = (_chances(pupil, ids, OPENING, way) for way in (None, edit))
+    if bool(p.isnan().any()):
+        raise ValueError(f"{pupil.owner}: the model's numbers on a neutral text are not finite; {CHECK}")
     return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).cpu()
 
 

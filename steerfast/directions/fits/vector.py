@@ -184,6 +184,7 @@ def preference(better: Tensor, worse: Tensor, beta: float) -> Tensor:
     return beta * better.mean() - worse.mean()
 
 
+@torch.inference_mode(False)
 def fit_vector(
     model: nn.Module,
     tokenizer: Any,
@@ -229,11 +230,11 @@ def fit_vector(
     pupil = Pupil(owner, model, layer)
     taught, held = split(read_lessons(owner, TextReader.of(tokenizer, owner), examples, goal.contrast))
     generator = seeded(seed)
-    start = torch.randn(pupil.width, generator=generator, device="cpu")
+    start = torch.randn(pupil.width, generator=generator, device="cpu", dtype=torch.float32)
     w = (start / start.norm()).to(pupil.device).requires_grad_()
 
     def loss(step: int, part: list[int]) -> Tensor:
-        draws = torch.rand(len(part), generator=generator, device="cpu").tolist()
+        draws = torch.rand(len(part), generator=generator, device="cpu", dtype=torch.float32).tolist()
         found = [goal.loss(pupil, w, taught[i], step / steps, draw) for i, draw in zip(part, draws, strict=True)]
         return torch.stack(found).mean()
 
@@ -263,5 +264,8 @@ def _held_out(
         return pupil.nats(held, lambda x: x + v.to(x.dtype)) - before
 
     nats = gain(vector)
-    drawn = [torch.randn(len(vector), generator=generator, device="cpu").to(vector.device) for _ in range(DRAWS)]
+    drawn = [
+        torch.randn(len(vector), generator=generator, device="cpu", dtype=torch.float32).to(vector.device)
+        for _ in range(DRAWS)
+    ]
     return nats, Null.of(nats, (), [gain(v * vector.norm() / v.norm()) for v in drawn])

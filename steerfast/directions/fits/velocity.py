@@ -29,6 +29,7 @@ NEAR, TRIES = 0.99, 12
 """A time is near enough that costs this share of it or more, and how many times are tried between two that enclose it."""
 
 
+@torch.inference_mode(False)
 def fit_velocity(
     model: nn.Module,
     tokenizer: Any,
@@ -242,6 +243,11 @@ def _paced(gradients: Gradients, field: VelocityField, speed: float) -> tuple[Ve
         time = STRIDE * high[0]
         low, high = high, (time, damage(time))
     while low[1] >= DAMAGE:
+        if low[0] < start / LONGEST:
+            raise ValueError(
+                f"fit_velocity: even a {LONGEST:g}th of the expected path costs {DAMAGE} nats a token of neutral text, or more; "
+                "check the examples and the neutral texts"
+            )
         time = low[0] / STRIDE
         low, high = (time, damage(time)), low
     for _ in range(TRIES):
