@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import linecache
 import math
 import multiprocessing
 import os
@@ -483,7 +484,7 @@ def test_compiled_code_is_kept_in_a_folder_and_read_again(tmp_path: Path) -> Non
 
 @needs_numba
 def test_what_differs_is_kept_in_files_of_other_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Another processor, another number of another module, another text of its own."""
+    """Another processor, another number of another module, another text of its own or of a module beside it."""
     monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
     numba_cache = pytest.importorskip("steerfast.ops.numba_cache")
 
@@ -491,9 +492,14 @@ def test_what_differs_is_kept_in_files_of_other_names(monkeypatch: pytest.Monkey
         def function() -> None:
             """Compiled in no time."""
 
-        return numba_cache.compiled(["void()"], (constant,))(function).py_func.__qualname__
+        return numba_cache.compiled(["void()"], (constant,), (str(beside),))(function).py_func.__qualname__
 
+    beside = tmp_path / "beside.py"
+    beside.write_text("first\n")
     names = [name(), name(), name(2.0)]
+    beside.write_text("second\n")
+    linecache.clearcache()
+    names.append(name())
     with monkeypatch.context() as patch:
         patch.setattr(numba_cache, "_PROCESSOR", ("another",))
         names.append(name())
@@ -501,7 +507,7 @@ def test_what_differs_is_kept_in_files_of_other_names(monkeypatch: pytest.Monkey
         patch.setattr(numba_cache.linecache, "getlines", lambda file: ["another"])
         names.append(name())
     assert names[0] == names[1]
-    assert len(set(names)) == 4
+    assert len(set(names)) == 5
 
 
 @needs_numba

@@ -23,16 +23,18 @@ _PROCESSOR = (
 )
 
 
-def compiled(signatures: list[Any], constants: tuple[float, ...], **options: Any) -> Callable[[Any], Any]:
+def compiled(
+    signatures: list[Any], constants: tuple[float, ...], sources: tuple[str, ...], **options: Any
+) -> Callable[[Any], Any]:
     """Compile a function for these signatures, or read what was compiled.
 
-    Its files have a name of their own for each processor, for each text of its module and for the constants that this one
-    takes from others. Of two processes that write to one name at once, numba may file the code of one under the other, or show
-    a third one what was there before.
+    Its files have a name of their own for each processor, for each text of its module and of the sources beside it, and for the
+    constants that these take from others. Of two processes that write to one name at once, numba may file the code of one
+    under the other, or show a third one what was there before.
     """
 
     def compile_now(function: Any) -> Any:
-        text = linecache.getlines(function.__code__.co_filename)
+        text = [linecache.getlines(source) for source in (function.__code__.co_filename, *sources)]
         name = hashlib.sha256(repr((_PROCESSOR, text, constants)).encode()).hexdigest()[:16]
         function.__qualname__ = f"{function.__qualname__}_{name}"
         try:

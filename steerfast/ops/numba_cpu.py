@@ -15,12 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from . import numba_memory
 from .numba_cache import compiled
+from .numba_memory import copied, prefetch, read, whole, write
 from .slots import ADD, HINGE, PUSH, ROTATE
 from .torch_backend import VANISHED
 
@@ -49,70 +48,7 @@ def _entry(numbers: int) -> Callable[..., Any]:
     """Compile now, for float32 and for bfloat16 (as uint16), what takes so many whole numbers; it runs without holding Python."""
     arguments = [types.int64] * numbers
     signatures = [types.int64(kind, *arguments) for kind in (types.float32, types.uint16)]
-    return compiled(signatures, (ADD, HINGE, PUSH, ROTATE, VANISHED), nogil=True, **_exact)
-
-
-# --- numbers in memory ------------------------------------------------------------------------------------------------------
-
-
-def _pointer(builder, kind, address, index):
-    """To number `index` of this kind from an address on."""
-    bits = {types.float32: ir.FloatType(), types.uint16: ir.IntType(16), types.int32: ir.IntType(32)}[kind]
-    return builder.gep(builder.inttoptr(address, bits.as_pointer()), [index])
-
-
-@intrinsic
-def _whole(context, address, index):
-    """The int32 that stands there."""
-    return types.int64(types.int64, types.int64), lambda context, builder, signature, values: builder.sext(
-        builder.load(_pointer(builder, types.int32, *values)), ir.IntType(64)
-    )
-
-
-@intrinsic
-def _read(context, kind, address, index):
-    """Number `index` from an address on, as float32."""
-
-    def read(context, builder, signature, values):
-        number = builder.load(_pointer(builder, kind, *values[1:]))
-        if kind == types.float32:
-            return number
-        word = ir.IntType(32)
-        return builder.bitcast(builder.shl(builder.zext(number, word), word(16)), ir.FloatType())
-
-    return types.float32(kind, types.int64, types.int64), read
-
-
-@intrinsic
-def _write(context, kind, address, index, number):
-    """A float32 as number `index` from an address on: to the nearest, ties to even; NaN stays."""
-
-    def write(context, builder, signature, values):
-        number, word = values[3], ir.IntType(32)
-        if kind == types.uint16:
-            bits = builder.bitcast(number, word)
-            odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-            rounded = builder.lshr(builder.add(builder.add(bits, word(0x7FFF)), odd), word(16))
-            rounded = builder.select(builder.fcmp_ordered("ord", number, number), rounded, word(0x7FC0))
-            number = builder.trunc(rounded, ir.IntType(16))
-        builder.store(number, _pointer(builder, kind, *values[1:3]))
-        return context.get_dummy_value()
-
-    return types.void(kind, types.int64, types.int64, types.float32), write
-
-
-@intrinsic
-def _prefetch(context, address):
-    """Have the line at an address brought into the second cache."""
-
-    def prefetched(context, builder, signature, values):
-        word, bytes_at = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [bytes_at, word, word, word])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(fetch, [builder.inttoptr(values[0], bytes_at), word(0), word(2), word(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), prefetched
+    return compiled(signatures, (ADD, HINGE, PUSH, ROTATE, VANISHED), (numba_memory.__file__,), nogil=True, **_exact)
 
 
 # --- one row, or a chunk of it ----------------------------------------------------------------------------------------------
@@ -133,8 +69,8 @@ def _at(rows, j):
     """Number j of eight rows."""
     r0, r1, r2, r3, r4, r5, r6, r7 = rows
     return (
-        _read(_ZERO, r0, j), _read(_ZERO, r1, j), _read(_ZERO, r2, j), _read(_ZERO, r3, j),
-        _read(_ZERO, r4, j), _read(_ZERO, r5, j), _read(_ZERO, r6, j), _read(_ZERO, r7, j),
+        read(_ZERO, r0, j), read(_ZERO, r1, j), read(_ZERO, r2, j), read(_ZERO, r3, j),
+        read(_ZERO, r4, j), read(_ZERO, r5, j), read(_ZERO, r6, j), read(_ZERO, r7, j),
     )  # fmt: skip
 
 
@@ -145,7 +81,7 @@ def _dots(kind, x, z, first, step, count, n, y, u):
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = _ZERO
     t0 = t1 = t2 = t3 = t4 = t5 = t6 = t7 = _ZERO
     for j in range(n):
-        v, w = _read(kind, x, j), _read(kind, z, j)
+        v, w = read(kind, x, j), read(kind, z, j)
         c0, c1, c2, c3, c4, c5, c6, c7 = _at(rows, j)
         s0, t0 = s0 + v * c0, t0 + w * c0
         s1, t1 = s1 + v * c1, t1 + w * c1
@@ -163,14 +99,14 @@ def _dots(kind, x, z, first, step, count, n, y, u):
 def _collect(y, count, sums):
     for i, s in enumerate(sums):
         if i < count:
-            _write(_ZERO, y, i, _read(_ZERO, y, i) + s)
+            write(_ZERO, y, i, read(_ZERO, y, i) + s)
 
 
 @njit(**_in_lanes)
 def _dot(kind, x, b, n):
     s = _ZERO
     for j in range(n):
-        s += _read(kind, x, j) * _read(_ZERO, b, j)
+        s += read(kind, x, j) * read(_ZERO, b, j)
     return s
 
 
@@ -179,7 +115,7 @@ def _length(kind, x, n):
     """Of a row, as PyTorch takes it: the squares add up in float64."""
     s = 0.0
     for j in range(n):
-        v = np.float64(_read(kind, x, j))
+        v = np.float64(read(kind, x, j))
         s += v * v
     return math.sqrt(s)
 
@@ -202,13 +138,13 @@ def _mixed(g, c, j):
 def _sum(w, begins, g, c, n):
     """w += g·C of eight directions, or = where it begins."""
     for j in range(n):
-        _write(_ZERO, w, j, (_ZERO if begins else _read(_ZERO, w, j)) + _mixed(g, c, j))
+        write(_ZERO, w, j, (_ZERO if begins else read(_ZERO, w, j)) + _mixed(g, c, j))
 
 
 @njit(**_exact)
 def _sum_one(w, begins, g, c, n):
     for j in range(n):
-        _write(_ZERO, w, j, (_ZERO if begins else _read(_ZERO, w, j)) + g * _read(_ZERO, c, j))
+        write(_ZERO, w, j, (_ZERO if begins else read(_ZERO, w, j)) + g * read(_ZERO, c, j))
 
 
 @njit(**_exact)
@@ -216,17 +152,17 @@ def _lifted(kind, x, out, g, c, n):
     """x + g·C of eight directions. Memory that may overlap is taken number by number, so x in its place is said apart."""
     if x == out:
         for j in range(n):
-            _write(kind, out, j, _read(kind, out, j) + _mixed(g, c, j))
+            write(kind, out, j, read(kind, out, j) + _mixed(g, c, j))
     else:
         for j in range(n):
-            _write(kind, out, j, _read(kind, x, j) + _mixed(g, c, j))
+            write(kind, out, j, read(kind, x, j) + _mixed(g, c, j))
 
 
 @njit(**_exact)
 def _plus(kind, x, w, n):
     """w += x."""
     for j in range(n):
-        _write(_ZERO, w, j, _read(_ZERO, w, j) + _read(kind, x, j))
+        write(_ZERO, w, j, read(_ZERO, w, j) + read(kind, x, j))
 
 
 @njit(**_exact)
@@ -234,38 +170,22 @@ def _add(kind, x, weight, of, vector, out, n):
     """x + weight · vector, a vector of that kind."""
     if x == out:
         for j in range(n):
-            _write(kind, out, j, _read(kind, out, j) + weight * _read(of, vector, j))
+            write(kind, out, j, read(kind, out, j) + weight * read(of, vector, j))
     else:
         for j in range(n):
-            _write(kind, out, j, _read(kind, x, j) + weight * _read(of, vector, j))
+            write(kind, out, j, read(kind, x, j) + weight * read(of, vector, j))
 
 
 @njit(**_exact)
 def _scaled(kind, w, ratio, out, n):
     for j in range(n):
-        _write(kind, out, j, ratio * _read(_ZERO, w, j))
-
-
-@intrinsic
-def _copied(context, source, target, size):
-    """Bytes as they are."""
-
-    def copied(context, builder, signature, values):
-        source, target, size = values
-        bytes_at = ir.IntType(8).as_pointer()
-        move = builder.module.declare_intrinsic("llvm.memmove", [bytes_at, bytes_at, ir.IntType(64)])
-        builder.call(
-            move, [builder.inttoptr(target, bytes_at), builder.inttoptr(source, bytes_at), size, ir.IntType(1)(0)]
-        )
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), copied
+        write(kind, out, j, ratio * read(_ZERO, w, j))
 
 
 @njit(**_exact)
 def _widen(x, w, n):
     for j in range(n):
-        _write(_ZERO, w, j, _read(_HALF, x, j))
+        write(_ZERO, w, j, read(_HALF, x, j))
 
 
 # --- rows of a bank ---------------------------------------------------------------------------------------------------------
@@ -287,7 +207,7 @@ def _serves(header, directions, size):
 def _header(table, slot):
     """Mode, rank, first row of B and of C, and of the numbers."""
     at = table + 32 * slot
-    return _whole(at, 0), _whole(at, 1), _whole(at, 2), _whole(at, 3), _whole(at, 4)
+    return whole(at, 0), whole(at, 1), whole(at, 2), whole(at, 3), whole(at, 4)
 
 
 @njit(**_exact)
@@ -301,7 +221,7 @@ def _hinge(y, m, rank, c):
     for k in range(rank):
         c0, c1, c2, c3, c4, c5, c6, c7 = _tile(c, 8 * k + 8)
         for r in range(m):
-            v, g = _read(_ZERO, y, r * PITCH + k), c0
+            v, g = read(_ZERO, y, r * PITCH + k), c0
             if c1 != _ZERO:
                 g += c1 * v
             if c2 != _ZERO:
@@ -310,16 +230,16 @@ def _hinge(y, m, rank, c):
                 g += c4 * _relu(v - c5)
             if c6 != _ZERO:
                 g += c6 if v > c7 else _ZERO
-            _write(_ZERO, y, r * PITCH + k, g)
+            write(_ZERO, y, r * PITCH + k, g)
 
 
 @njit(**_exact)
 def _push(y, rank, c, weight):
     """`torch_backend.push` of one row."""
-    target, total = _read(_ZERO, c, 3), _ZERO
+    target, total = read(_ZERO, c, 3), _ZERO
     for k in range(rank):
-        short = _relu(target - _relu(_read(_ZERO, y, k) + _read(_ZERO, c, 8 * k + 8)))
-        _write(_ZERO, y, k, short)
+        short = _relu(target - _relu(read(_ZERO, y, k) + read(_ZERO, c, 8 * k + 8)))
+        write(_ZERO, y, k, short)
         total += short
     _times(y, rank, weight * target / total if total > _ZERO else _ZERO)
 
@@ -327,17 +247,17 @@ def _push(y, rank, c, weight):
 @njit(**_exact)
 def _rotate(y, c, weight):
     """`torch_backend.rotate` of one row."""
-    y0, y1 = np.float64(_read(_ZERO, y, 0)), np.float64(_read(_ZERO, y, 1))
-    length, angle = math.sqrt(y0 * y0 + y1 * y1), np.float64(weight * _read(_ZERO, c, 3))
-    turns = _read(_ZERO, c, 4) == _ZERO or y0 > 0
-    _write(_ZERO, y, 0, np.float32(length * math.cos(angle) - y0 if turns else 0.0))
-    _write(_ZERO, y, 1, np.float32(length * math.sin(angle) - y1 if turns else 0.0))
+    y0, y1 = np.float64(read(_ZERO, y, 0)), np.float64(read(_ZERO, y, 1))
+    length, angle = math.sqrt(y0 * y0 + y1 * y1), np.float64(weight * read(_ZERO, c, 3))
+    turns = read(_ZERO, c, 4) == _ZERO or y0 > 0
+    write(_ZERO, y, 0, np.float32(length * math.cos(angle) - y0 if turns else 0.0))
+    write(_ZERO, y, 1, np.float32(length * math.sin(angle) - y1 if turns else 0.0))
 
 
 @njit(**_exact)
 def _times(y, rank, weight):
     for k in range(rank):
-        _write(_ZERO, y, k, weight * _read(_ZERO, y, k))
+        write(_ZERO, y, k, weight * read(_ZERO, y, k))
 
 
 @njit(**_exact)
@@ -349,9 +269,9 @@ def _project(kind, x, z, y, u, both, rank, first, step, n):
             _dots(kind, x, z, first + i * step, step, count, n, y + 4 * i, u + 4 * i)
             continue
         for one in range(i, i + count):
-            _write(_ZERO, y, one, _read(_ZERO, y, one) + _dot(kind, x, first + one * step, n))
+            write(_ZERO, y, one, read(_ZERO, y, one) + _dot(kind, x, first + one * step, n))
             if both:
-                _write(_ZERO, u, one, _read(_ZERO, u, one) + _dot(kind, z, first + one * step, n))
+                write(_ZERO, u, one, read(_ZERO, u, one) + _dot(kind, z, first + one * step, n))
 
 
 @njit(**_exact)
@@ -363,7 +283,7 @@ def _lift(w, g, rank, first, step, n):
             _sum(w, i == 0, _tile(g, i), _eight(first + i * step, step, count), n)
         else:
             for one in range(i, i + count):
-                _sum_one(w, one == 0, _read(_ZERO, g, one), first + one * step, n)
+                _sum_one(w, one == 0, read(_ZERO, g, one), first + one * step, n)
 
 
 @njit(**_exact)
@@ -380,7 +300,7 @@ def _edit_block(kind, order, ahead, places, slot, basis, strengths, scratch):
     scale, scale_step = strengths
     y, w = scratch
     for i in range((m + 1) * PITCH):
-        _write(_ZERO, y, i, _ZERO)
+        write(_ZERO, y, i, _ZERO)
     short = rank > TILE // 4
     chunk = (
         CHUNK if short else CHUNK * TILE // max(rank, 1)
@@ -393,16 +313,16 @@ def _edit_block(kind, order, ahead, places, slot, basis, strengths, scratch):
                 for later in ahead[r : r + 2] if short else ahead[:0]:
                     start = x + later * x_step + j * item
                     for line in range(start, start + item * min(chunk, d - j), LINE):
-                        _prefetch(line)
+                        prefetch(line)
                 one, two = x + order[r] * x_step + j * item, x + order[r + both] * x_step + j * item
                 own = y + 4 * r * PITCH
                 _project(kind, one, two, own, own + 4 * PITCH, both, rank, across + 4 * j, step, min(chunk, d - j))
     if mode == HINGE:
         _hinge(y, m, rank, c)
     for r in range(m):
-        own, weight = y + 4 * r * PITCH, _read(_ZERO, c, 2)
+        own, weight = y + 4 * r * PITCH, read(_ZERO, c, 2)
         if scale:
-            weight *= _read(_ZERO, scale, order[r] * scale_step)
+            weight *= read(_ZERO, scale, order[r] * scale_step)
         if mode == HINGE:
             _times(own, rank, weight)
         elif mode == PUSH:
@@ -410,14 +330,14 @@ def _edit_block(kind, order, ahead, places, slot, basis, strengths, scratch):
         elif mode == ROTATE:
             _rotate(own, c, weight)
         else:
-            _write(_ZERO, own, 0, weight)
+            write(_ZERO, own, 0, weight)
     span = d if keep_norm else chunk
     for j in range(0, d, span):
         n, first = min(span, d - j), lift + 4 * j
         for r in range(m):
             at, to, g = x + order[r] * x_step + j * item, out + order[r] * out_step + j * item, y + 4 * r * PITCH
             if rank == 1 and not keep_norm:
-                _add(kind, at, _read(_ZERO, g, 0), _ZERO, first, to, n)
+                _add(kind, at, read(_ZERO, g, 0), _ZERO, first, to, n)
             elif TILE // 2 < rank <= TILE and not keep_norm:
                 _lifted(kind, at, to, _tile(g, 0), _eight(first, step, rank), n)
             else:
@@ -465,10 +385,10 @@ def edit(
     be 0, `narrow`: vectors are bfloat16. 0: done; 1: not served, and nothing was written.
     """
     own = np.empty(n if owners else 0, np.int64)  # read once: another thread may write meanwhile
-    known, changes = -2, 0  # a number of no owner
+    known, changes = 0, 0
     for i in range(n if owners else 1):
-        owner = _whole(owners, i * owners_step) if owners else 0
-        if owner != known:
+        owner = whole(owners, i * owners_step) if owners else 0
+        if i == 0 or owner != known:
             changes += 1
             if owner < -1 or owner >= slots or (owner >= 0 and not _serves(_header(headers, owner), directions, size)):
                 return 1
@@ -499,7 +419,7 @@ def edit(
                 if second != first and mode != ADD:
                     _widen(across + i * step, first + 4 * i * d, d)
             across, lift, step = first, second, 4 * d
-        slot = mode, rank, rank > 0 and _whole(headers, 8 * owner + 6) != 0, numbers + 32 * start
+        slot = mode, rank, rank > 0 and whole(headers, 8 * owner + 6) != 0, numbers + 32 * start
         for block in range(begin, stop, ROWS):
             some, ahead = order[block : min(block + ROWS, stop)], order[block + ROWS : min(block + 2 * ROWS, end)]
             if rank:
@@ -509,7 +429,7 @@ def edit(
                 )  # fmt: skip
             else:
                 for i in some:
-                    _copied(x + i * x_step, out + i * out_step, d * item)
+                    copied(x + i * x_step, out + i * out_step, d * item)
         begin = stop
     _kept(y, w, wide)
     return 0
@@ -521,13 +441,13 @@ def add(
 ):  # fmt: skip
     """x + scale · bank[owners] of rows that have one vector each, or none; the bank is of x's kind. Arguments as of `edit`."""
     for i in range(n):
-        if not -1 <= _whole(owners, i * owners_step) < vectors:
+        if not -1 <= whole(owners, i * owners_step) < vectors:
             return 1
     for i in range(begin, end):
-        at, to, owner = x + i * x_step, out + i * out_step, _whole(owners, i * owners_step)
+        at, to, owner = x + i * x_step, out + i * out_step, whole(owners, i * owners_step)
         if 0 <= owner < vectors:  # written by another thread meanwhile: not followed
-            weight = _read(_ZERO, scale, i * scale_step) if scale else np.float32(1)
+            weight = read(_ZERO, scale, i * scale_step) if scale else np.float32(1)
             _add(kind, at, weight, kind, bank + owner * bank_step, to, d)
         else:
-            _copied(at, to, d * item)
+            copied(at, to, d * item)
     return 0
