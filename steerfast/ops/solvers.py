@@ -298,22 +298,31 @@ def _few_drifts(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | flo
     step = T / steps
     parts = (field.directions, field.outputs, field.phases, field.bias)
     omega, eta, phases, bias = [v.numpy(force=True).astype(np.float64) for v in parts]
-    start = y = (x @ basis.T).numpy().astype(np.float64)
+    q, rows = (
+        basis.numpy(force=True),
+        x.numpy(force=True),
+    )  # of one row all of it in NumPy: the number of calls is what it costs
+    start = y = (q.dot(rows[0])[None] if len(rows) == 1 else (x @ basis.T).numpy()).astype(np.float64)
     if field.act == "identity":
         matrix, constant = omega.T @ eta, phases @ eta + bias
-        if isinstance(step, float):  # the same matrix for all rows
-            matrix *= step
-            matrix.ravel()[:: len(bias) + 1] += 1
-            constant *= step
+        if isinstance(step, float):  # the same matrix for all rows, and with a 1 behind y the constant is a row of it
+            rank = len(bias)
+            wide = np.eye(rank + 1)
+            wide[:rank, :rank] += step * matrix
+            wide[rank, :rank] = step * constant
+            y = np.ones((len(start), rank + 1))
+            y[:, :rank] = start
             for _ in range(steps):
-                y = y @ matrix
-                y += constant
+                y = y.dot(wide)
+            y = y[:, :rank]
         else:
             for _ in range(steps):
                 y = y + step * (y @ matrix + constant)
     else:
         y = _drift(np, y, Field(None, bias, directions=omega, phases=phases, act=field.act, outputs=eta), step, steps)
-    g = (y - start).astype(x.numpy().dtype)
+    g = (y - start).astype(rows.dtype)
+    if len(rows) == 1:
+        return torch.from_numpy((g[0].dot(q) + rows[0] if g.any() else rows[0].copy())[None])
     out = (torch.from_numpy(g) @ basis).add_(x)
     moves = g.any(1)
     return out if moves.all() else torch.where(torch.from_numpy(moves)[:, None], out, x)  # even the sign of a zero
