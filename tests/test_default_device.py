@@ -197,3 +197,15 @@ def test_what_is_trained_is_the_same_under_another_default(name: str, default) -
     assert all(torch.equal(one, found.tensors()[key]) for key, one in expected.tensors().items())
     infos = [edit.barrier.info if isinstance(edit, sf.Flow) else edit.info for edit in (expected, found)]
     assert infos[0] == infos[1]
+
+
+@DEFAULTS
+@pytest.mark.parametrize("objective", [sf.sae.TopK(), sf.sae.JumpReLU()], ids=lambda one: type(one).__name__)
+def test_an_sae_is_trained_to_the_same_under_another_default(objective, default) -> None:
+    rows, config = drawn(2000, 16), sf.sae.TrainConfig(features=32, k=4, tokens=1024, batch=256, objective=objective)
+    expected = sf.sae.train_sae(rows, config)
+    with elsewhere(default):
+        found = sf.sae.train_sae(rows, config)
+    for name in ("w_enc", "b_enc", "w_dec", "b_dec", "threshold"):
+        one, other = getattr(expected, name), getattr(found, name)
+        assert (one is None and other is None) or torch.equal(one, other)

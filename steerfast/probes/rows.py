@@ -57,7 +57,11 @@ class LinearProbe(Probe):
             set_field(self, "bias", finite_number("LinearProbe", "bias", self.bias))
             return
         several = isinstance(self.bias, Tensor) and self.bias.dim() > 0
-        bias = self.bias if several else torch.full((len(rows),), finite_number("LinearProbe", "bias", self.bias))
+        bias = (
+            self.bias
+            if several
+            else torch.full((len(rows),), finite_number("LinearProbe", "bias", self.bias), device="cpu")
+        )
         set_field(self, "weight", rows)
         set_field(self, "bias", float_table("LinearProbe", "bias", as_tensor(bias), (len(rows),)))
 

@@ -133,7 +133,9 @@ class BatchTopK(Objective):
 
     def selection(self, k: int, state: State, features: int, scale: float) -> dict[str, Any]:
         """The threshold."""
-        return {"threshold": torch.full((features,), float(state["least"][0]) * scale)}
+        return {
+            "threshold": torch.full((features,), float(state["least"][0]) * scale, device="cpu", dtype=torch.float32)
+        }
 
 
 @dataclass(frozen=True)

@@ -124,12 +124,12 @@ def _groups(
     def groups() -> Iterator[_Group]:
         row = 0
         for epoch in count():
-            dice = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-            pieces = _run(torch.randperm(len(counts), generator=dice).tolist(), counts, *ends)
+            dice = torch.Generator("cpu").manual_seed(1_000_003 * seed + epoch)
+            pieces = _run(torch.randperm(len(counts), generator=dice, device="cpu").tolist(), counts, *ends)
             for first in range(0, len(pieces), _MIXED_SHARDS):
                 group = pieces[first : first + _MIXED_SHARDS]
                 size = sum(piece.stop - piece.start for piece in group)
-                order = torch.randperm(size, generator=dice)
+                order = torch.randperm(size, generator=dice, device="cpu")
                 if row + size > start:
                     yield _Group(tuple(group), order[max(0, start - row) :])
                 row += size
@@ -182,7 +182,7 @@ def _rows_of(data: Rows, piece: _Piece) -> Tensor:
 
 def _together(pieces: Sequence[_Piece], read: Iterator[Tensor]) -> Tensor:
     """The rows of some pieces in one tensor; each shard is let go when it is copied."""
-    rows, at = torch.empty(0), 0
+    rows, at = torch.empty(0, device="cpu"), 0
     for piece in pieces:
         part = next(read)
         if at == 0:

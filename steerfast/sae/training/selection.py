@@ -123,9 +123,8 @@ def dots(starts: Tensor, features: Tensor, w: Tensor, rows: Tensor) -> Tensor:
     if w.device.type == "cpu":
         ends = torch.cat([starts, starts.new_tensor([len(features)])])
         _quietly()
-        entries = torch.sparse_csr_tensor(
-            ends, features, w.new_zeros(len(features)), (len(rows), len(w)), check_invariants=False
-        )
+        nothing, size = w.new_zeros(len(features)), (len(rows), len(w))
+        entries = torch.sparse_csr_tensor(ends, features, nothing, size, device="cpu", check_invariants=False)
         return torch.sparse.sampled_addmm(entries, rows, w.T, beta=0.0).values()
     with torch.enable_grad():  # what a sum over bags passes back to its weights
         leaf = torch.ones(len(features), dtype=w.dtype, device=w.device, requires_grad=True)
@@ -138,7 +137,7 @@ def _quietly() -> None:
     """Have torch say once, and unheard, that its sparse tensors are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0], [], [], (0, 1), check_invariants=False)
+        torch.sparse_csr_tensor([0], [], [], (0, 1), device="cpu", check_invariants=False)
 
 
 def _pays(encoder: Encoder, k: int) -> bool:

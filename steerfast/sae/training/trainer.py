@@ -123,18 +123,22 @@ class Trainer:
 
     def _first_weights(self, centres: Sequence[Tensor]) -> dict[str, Tensor]:
         """Decoder rows of length 1; the encoder equals them, or is as random where it reads another place."""
-        config, dice = self.config, torch.Generator().manual_seed(self.config.seed)
+        config, dice = self.config, torch.Generator("cpu").manual_seed(self.config.seed)
         first, last = self.split.features(config.features)
         widths = [len(centre) for centre in centres]
         whole = [_random_rows(config.features, width, dice) for width in widths[-1 - self.transcodes :]]
         rows = [
             one.to(self.device) if self.split.world == 1 else one[first:last].clone().to(self.device) for one in whole
         ]
-        weights = {"w_dec": rows[-1], "b_enc": torch.zeros(last - first, device=self.device), "b_dec": centres[-1]}
+        weights = {
+            "w_dec": rows[-1],
+            "b_enc": torch.zeros(last - first, device=self.device, dtype=torch.float32),
+            "b_dec": centres[-1],
+        }
         if not config.tied:
             weights["w_enc"] = rows[0] if self.transcodes else rows[0].clone()
         if isinstance(config.objective, Transcode) and config.objective.skip:
-            weights["w_skip"] = torch.zeros(widths[-1], widths[0], device=self.device)
+            weights["w_skip"] = torch.zeros(widths[-1], widths[0], device=self.device, dtype=torch.float32)
         return weights
 
     def _own_weights(self, sample: Tensor, centre: Tensor) -> dict[str, Tensor]:
@@ -239,7 +243,7 @@ class Trainer:
         weight, (average, square) = self.weights[name][first:last], (part[first:last] for part in self.moments[name])
         if name == "w_dec":
             gradient.addcmul_(torch.linalg.vecdot(gradient, weight)[:, None], weight, value=-1)
-        step = torch.full((), float(self.step), device=self.device)  # adam counts it up
+        step = torch.full((), float(self.step), device=self.device, dtype=torch.float32)  # adam counts it up
         adam(
             [weight], [gradient], [average], [square], [], [step], fused=True, amsgrad=False, maximize=False,
             beta1=0.9, beta2=0.999, lr=self.config.lr_at(self.step), weight_decay=0.0, eps=1e-8,
@@ -276,5 +280,5 @@ def _scale(rows: Tensor) -> float:
 
 
 def _random_rows(count: int, width: int, dice: torch.Generator) -> Tensor:
-    rows = torch.randn(count, width, generator=dice)
+    rows = torch.randn(count, width, generator=dice, device="cpu", dtype=torch.float32)
     return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
