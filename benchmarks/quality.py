@@ -11,17 +11,19 @@ prompt token on:
     repetition  share of the word pairs of a written text that it has had before
 
 The model writes for the first training set only. Beside that set's effects stand two nulls (`--nulls`): the same method
-fitted with the sides of a random half of the groups exchanged, and random directions, at the strengths up to damage 0.3. Every
-configuration is on disk before the next begins: a run that was interrupted continues, also with more seeds or nulls. The table, a
-picture and a summary are made from the file at the end.
+fitted with the sides of a random half of the groups exchanged, and random directions, at the strengths up to damage 0.3. Where
+the least strength of a curve damages more than 0.05, halves of it are measured too, so that no effect is read between it and
+nothing. Every configuration is on disk before the next begins: a run that was interrupted continues, also with more seeds or
+nulls. The table, a picture and a summary are made from the file at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -41,6 +43,8 @@ from steerfast.models import demo as demo_model
 from steerfast.models.layers import find_layers
 
 SCHEMA = 1
+FINE, HALVES = DAMAGES[0] / 2, 8
+"""What the least strength of a curve may damage, and how often it is halved to get there."""
 HERE = Path(__file__).parent
 QUICK = {"train": 0.75, "test": 12, "texts": 6, "strengths": 3}
 
@@ -143,18 +147,25 @@ class Store:
             raise ValueError(f"quality: {self.path} was measured on other texts of {name!r}; choose another --out")
         self.save()
 
-    def has(self, **key: Any) -> bool:
-        """Whether a configuration is done."""
-        return any(all(row[name] == value for name, value in key.items()) for row in self.rows)
+    def curve(self, **key: Any) -> dict[float, float]:
+        """Damage by strength of what is known of a configuration."""
+        rows = [row for row in self.rows if all(row[name] == value for name, value in key.items())]
+        return {row["strength"]: self.damage(key["concept"], row["reference"]) for row in rows}
+
+    def damage(self, concept: str, scores: Sequence[float]) -> float:
+        """What is lost on the neutral texts of a concept, in nats per token."""
+        known = self.concepts[concept]
+        return (sum(known["unsteered"]["reference"]) - sum(scores)) / sum(known["tokens"])
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Keep rows."""
         self.rows += rows
         self.save()
 
-    def add_null(self, row: dict[str, Any]) -> None:
-        """Keep a null."""
-        self.nulls.append(row)
+    def set_null(self, where: dict[str, Any], curve: list[dict[str, Any]]) -> None:
+        """Keep the curve of a null, in place of what was known of it."""
+        self.nulls = [row for row in self.nulls if any(row[name] != value for name, value in where.items())]
+        self.nulls.append({**where, "curve": curve})
         self.save()
 
     def save(self) -> None:
@@ -215,12 +226,15 @@ def measure(
             part = sample.take(concept.sampled(seed), seed)
             for key, method in methods.items():
                 where = {"concept": concept.name, "method": key, "seed": seed}
-                if store.has(**where, strength=method.strengths[-1]):
+                known, rows, plan = store.curve(**where), [], None
+                for s in lacking(method.strengths, known):
+                    plan = plan or sf.Plan(method.edits(part), positions="last", model=model)
+                    rows.append({**where, "strength": s, **score(plan, s)})
+                    known[s] = store.damage(concept.name, rows[-1]["reference"])
+                if not rows:
                     continue
-                plan = sf.Plan(method.edits(part), positions="last", model=model)
-                rows = [{**where, "strength": s, **score(plan, s)} for s in method.strengths]
                 if writes and seed == 0:
-                    own_texts = written(model, tokenizer, concept, plan, method.strengths, classifier)
+                    own_texts = written(model, tokenizer, concept, plan, [row["strength"] for row in rows], classifier)
                     rows = [row | own for row, own in zip(rows, own_texts, strict=True)]
                 store.add(rows)
                 print(f"seed {seed}  {concept.name:12} {method.label}", flush=True)
@@ -230,28 +244,44 @@ def measure(
             measure_nulls(store, concept, prepared[concept.name][0], firsts[concept.name], methods, draw)
 
 
+def lacking(strengths: Sequence[float], known: Mapping[float, float], most: float = math.inf) -> Iterator[float]:
+    """The strengths that a curve lacks, each to be put into `known` with its damage before the next is asked for.
+
+    First those of the method, upwards until one has damaged more than `most`, then halves of the least.
+    """
+    for s in strengths:
+        if s not in known:
+            yield s
+        if known[s] > most:
+            break
+    for _ in range(HALVES):
+        least = min(known)
+        if known[least] <= FINE or least < strengths[0] / 2**HALVES:
+            break
+        yield round(least / 2, 9)
+
+
 def measure_nulls(
     store: Store, concept: Concept, score: Scorer, part: Sample, methods: dict[str, Method], draw: int
 ) -> None:
     """One draw of every null that the store lacks: of each method, and of random directions."""
-    known = store.concepts[concept.name]
-    base, total = sum(known["unsteered"]["reference"]), sum(known["tokens"])
     builds = {RANDOM: (lambda: random_direction(part, draw), methods.get("caa", METHODS["caa"]).strengths)}
     turned = part.shuffled(draw)
     builds |= {key: (lambda m=m: m.edits(turned), m.strengths) for key, m in methods.items()}
     for key, (build, strengths) in builds.items():
         where = {"concept": concept.name, "method": key, "draw": draw}
-        if any(all(row[name] == value for name, value in where.items()) for row in store.nulls):
+        row = next((row for row in store.nulls if all(row[name] == value for name, value in where.items())), None)
+        curve = [] if row is None else row["curve"]
+        known, plan = {one["strength"]: one["damage"] for one in curve}, None
+        for s in lacking(strengths, known, DAMAGES[-1]):
+            plan = plan or sf.Plan(build(), positions="last", model=part.model)
+            found = score(plan, s)
+            known[s] = round(store.damage(concept.name, found["reference"]), 5)
+            curve.append({"strength": s, "damage": known[s], "odds": found["odds"]})
+        if plan is None:
             continue
-        plan = sf.Plan(build(), positions="last", model=part.model)
-        curve = []
-        for strength in strengths:
-            found = score(plan, strength)
-            damage = (base - sum(found["reference"])) / total
-            curve.append({"strength": strength, "damage": round(damage, 5), "odds": found["odds"]})
-            if damage > DAMAGES[-1]:
-                break
-        store.add_null({**where, "curve": curve})
+        curve.sort(key=lambda one: one["strength"])
+        store.set_null(where, curve)
         print(f"null {draw}  {concept.name:12} {key}", flush=True)
 
 

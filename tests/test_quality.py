@@ -255,6 +255,23 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert inside >= 48  # 95 % of 60 is 57; P(< 48) is below 1e-4 even at a true coverage of 90 %
 
 
+def test_a_curve_goes_down_until_its_least_strength_damages_little() -> None:
+    def asked(damage: dict[float, float], known: dict[float, float], most: float = np.inf) -> list[float]:
+        found = []
+        for s in quality.lacking((0.1, 0.2, 0.4), known, most):
+            found.append(s)
+            known[s] = damage.get(s, 4 * s)
+        return found
+
+    assert asked({}, {}) == [0.1, 0.2, 0.4, 0.05, 0.025, 0.0125]
+    assert asked({}, {0.1: 0.4, 0.2: 0.8, 0.4: 1.6}) == [0.05, 0.025, 0.0125]  # of a run before
+    assert asked({}, {0.1: 0.04, 0.2: 0.8, 0.4: 1.6}) == []
+    assert asked({0.1: 0.01}, {}, 0.3) == [0.1, 0.2]
+    assert asked(dict.fromkeys((0.1, *(0.1 / 2**i for i in range(20))), 1.0), {}, 0.3)[1:] == pytest.approx(
+        [0.1 / 2**i for i in range(1, 9)]
+    )  # a damage that does not go away
+
+
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 

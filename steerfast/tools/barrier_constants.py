@@ -22,6 +22,8 @@ from .sweep_scores import Dose, Question, measure, sequences_of
 
 KERNELS: tuple[Any, ...] = (PUBLISHED, "likelihood", (1.0, 1.0), (1.0, 0.1), (0.1, 0.1))
 ANGLES = (0.1, 0.2, 0.4, 0.8)
+HALVES = 8
+"""How often the least angle is halved, at most, until it does less than the damage that effects are read at."""
 
 
 def fit_steering_barrier(
@@ -36,9 +38,10 @@ def fit_steering_barrier(
 ) -> Barrier:
     """Fit a quadratic barrier with the constants whose flow has the most effect at equal damage, on prompts of their own.
 
-    Each candidate's flow is measured at angles of 0.1 to 0.8 rad, steered at all tokens. Its figure is the change of effect
-    where the perplexity of the neutral texts has grown to `damage` times the unsteered one, between two angles in a straight
-    line over the logarithm; of a flow that does less damage everywhere, the largest change of effect.
+    Each candidate's flow is measured at angles of 0.1 to 0.8 rad, steered at all tokens, and at halves of 0.1 until the
+    least does less damage than asked for. Its figure is the change of effect where the perplexity of the neutral texts has
+    grown to `damage` times the unsteered one, between two angles in a straight line over the logarithm; of a flow that does
+    less damage everywhere, the largest change of effect.
 
     Args:
         model: A transformers causal language model, not steered.
@@ -71,12 +74,25 @@ def fit_steering_barrier(
     if place is None:
         raise ValueError(f"{owner}: the activations do not say where they were read; collect them with sf.collect")
     sequences = sequences_of(TextReader.of(tokenizer, owner), question)
-    flows = [Dose(Plan({place: Flow(h, angle=angle)})) for h in barriers for angle in ANGLES]
+    most, plain = math.log(damage), (0.0, 1.0)
+
+    def curve(angles: Sequence[float]) -> list[list[tuple[float, float]]]:
+        """Change of effect and of the logarithm of perplexity under the flow of each candidate, by angle."""
+        flows = [Dose(Plan({place: Flow(h, angle=angle)})) for h in barriers for angle in angles]
+        found = [
+            (effect - plain[0], math.log(perplexity / plain[1]))
+            for effect, perplexity in measure(model, sequences, question, flows, batch_size)
+        ]
+        return [found[i : i + len(angles)] for i in range(0, len(found), len(angles))]
+
     with evaluating(model):
-        (plain, *found) = measure(model, sequences, question, [Dose(), *flows], batch_size)
-    changes = [(effect - plain[0], math.log(perplexity / plain[1])) for effect, perplexity in found]
-    count = len(ANGLES)
-    figures = [effect_at(changes[i : i + count], math.log(damage)) for i in range(0, len(changes), count)]
+        (plain,) = measure(model, sequences, question, [Dose()], batch_size)
+        curves = curve(ANGLES)
+        for half in range(1, HALVES + 1):
+            if all(one[0][1] < most for one in curves):
+                break
+            curves = [[*below, *one] for below, one in zip(curve([ANGLES[0] / 2**half]), curves, strict=True)]
+    figures = [effect_at(one, most) for one in curves]
     best = max(range(len(figures)), key=lambda i: figures[i])
     info = barriers[best].info
     return replace(barriers[best], info=replace(info, settings={**info.settings, "effect": figures[best]}))
