@@ -1,8 +1,9 @@
 """The methods that `quality.py` compares, each a function from activations to a plan at strength 1.
 
 Strengths are in units that make one grid serve a family: a vector is scaled to the stream's typical length, so its strength is
-‖δ‖/‖x‖; a flow's is its angle T/‖a‖ in radians, or the time of a velocity field; an ablation's the share of the projection
-that is taken away; ITI's α counts standard deviations. Methods are compared at equal damage, not at equal strength.
+‖δ‖/‖x‖; a flow's is its angle T/‖a‖ in radians, or T in that typical length, or the time of a velocity field; an ablation's the
+share of the projection that is taken away; ITI's α counts standard deviations. Methods are compared at equal damage, not at equal
+strength.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def affine_ablate(sample: Sample) -> Edits:
 
 def spherical(sample: Sample) -> Edits:
     """The linear barrier along great circles."""
-    return sample.at(sf.Flow(sample.barrier("linear"), angle=1.0, method="geodesic"))
+    return sample.at(sf.Flow(sample.barrier("linear", kernel="likelihood"), angle=1.0, method="geodesic"))
 
 
 def one_step(sample: Sample) -> Edits:
@@ -192,6 +193,11 @@ def one_step(sample: Sample) -> Edits:
 def ode(kind: str, **choices: Any) -> Callable[[Sample], Edits]:
     """Ten Euler steps along a barrier of that kind."""
     return lambda sample: sample.at(sf.Flow(sample.barrier(kind, **choices), angle=1.0, steps=10, method="euler"))
+
+
+def default(kind: str, **choices: Any) -> Callable[[Sample], Edits]:
+    """What `fit_barrier` makes where rows keep their lengths; ten Euler steps over as long a path for each."""
+    return lambda sample: sample.at(sf.Flow(sample.barrier(kind, **choices), T=sample.typical, steps=10))
 
 
 def natural(method: str) -> Callable[[Sample], Edits]:
@@ -232,13 +238,17 @@ METHODS = {
     "iti": Method("ITI (heads)", iti, DEVIATIONS),
     "ablate": Method("ablation", ablate, SHARES),
     "affine": Method("affine ablation", affine_ablate, SHARES),
+    "default": Method("ODE quadratic, default", default("quadratic")),
+    "default-linear": Method("ODE linear, default", default("linear")),
     "spherical": Method("ODE linear (spherical)", spherical),
-    "one-step": Method("ODE quadratic, one step", one_step),
-    "quadratic": Method("ODE quadratic", ode("quadratic", kernel="likelihood")),
-    "published": Method("ODE quadratic, published constants", ode("quadratic", kernel=PUBLISHED)),
+    "one-step": Method("ODE quadratic on the sphere, one step", one_step),
+    "quadratic": Method("ODE quadratic on the sphere", ode("quadratic", kernel="likelihood")),
+    "published": Method("ODE quadratic on the sphere, published constants", ode("quadratic", kernel=PUBLISHED)),
     "sketch": Method("ODE sketch (ODESteer)", ode("sketch")),
     "rff": Method("ODE random features", ode("rff")),
+    "rff-raw": Method("ODE random features, raw", default("rff", raw=True)),
     "mlp": Method("ODE network", ode("mlp")),
+    "mlp-raw": Method("ODE network, raw", default("mlp", raw=True)),
     "natural": Method("flow of the natural gradient", natural("euler"), TIMES),
     "natural-one": Method("the same in one step", natural("one-step"), TIMES),
 }

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from quality_methods import METHODS
 from quality_scores import repetition
-from quality_tradeoff import Run, Summary, compare, reach, read
+from quality_tradeoff import Run, Summary, at_damage, compare, reach, read
 
 from steerfast._null import Null
 
 DAMAGES = (0.1, 0.3)  # nats per token: perplexity 11 % and 35 % higher
 AGAINST = "caa"
 RANDOM = "random"  # the null of random directions, beside those that bear a method's name
+POINTS = 25  # of a curve that is drawn
 TRUSTED = 0.65  # accuracy on held-out texts from which a classifier's verdict is shown
 LABELS = {key: method.label for key, method in METHODS.items()} | {"sae": "SAE amplification"}
 
@@ -190,8 +191,9 @@ def picture(found: Mapping[str, Any], known: Mapping[str, Sequence[dict[str, Sum
         runs, found_here = runs_of(found, concept), known[concept][-1]
         for i, (key, all_runs) in enumerate(runs.items()):
             ones = np.ones(all_runs[0].effects.shape[1]), np.ones(all_runs[0].losses.shape[1])
-            damage, effect = np.mean([run.curve(*ones) for run in all_runs], axis=0)
-            style = {"color": plt.get_cmap("tab20")(i), "marker": "os^vDP*X<>ph"[i % 12], "ms": 5}
+            damage = np.linspace(0.0, min(1.0, *(run.curve(*ones)[0].max() for run in all_runs)), POINTS)
+            effect = [at_damage(all_runs, *ones, float(most)) for most in damage]
+            style = {"color": plt.get_cmap("tab20")(i), "marker": "os^vDP*X<>ph"[i % 12], "ms": 5, "markevery": 3}
             flow = LABELS[key].startswith("ODE") or key.startswith("natural")
             above.plot(damage, effect, ls="-" if flow else "--", lw=1.4, label=LABELS[key], **style)
             one = found_here[key].effect

@@ -142,7 +142,8 @@ def couple(y, norm, weight, head_ptr, constants_ptr, offs_k, mask_k, MODES: tl.c
     if FLOW & MODES:
         if mode == FLOW:
             length = weight * (tl.load(constants_ptr) + tl.load(constants_ptr + 1) * norm)
-            alpha, end = euler(y, norm, constants_ptr + 8, offs_k, mask_k, length, tl.load(head_ptr + 5))
+            raw, steps = tl.load(constants_ptr + 3), tl.load(head_ptr + 5)
+            alpha, end = euler(y, norm, raw, constants_ptr + 8, offs_k, mask_k, length, steps)
             g = end - alpha[:, None] * y
     if SOLVE & MODES:
         if mode == SOLVE:

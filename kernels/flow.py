@@ -56,9 +56,11 @@ def _flow_kernel(
                 if tl.load(head_ptr + 7) > 0:
                     _, z = integrate(z, inside, c_ptr + 8, D, offs_d, mask_d, length, tl.load(head_ptr + 5))
                 else:
-                    _, z = euler(z, inside, c_ptr + 8, offs_d, mask_d, length, tl.load(head_ptr + 5))
+                    _, z = euler(
+                        z, inside, tl.load(c_ptr + 3), c_ptr + 8, offs_d, mask_d, length, tl.load(head_ptr + 5)
+                    )
             else:
-                _, z = euler(z, inside, c_ptr + 8, offs_d, mask_d, length, tl.load(head_ptr + 5))
+                _, z = euler(z, inside, tl.load(c_ptr + 3), c_ptr + 8, offs_d, mask_d, length, tl.load(head_ptr + 5))
             owned = 1
     tl.store(owned_ptr + i_n, owned | stray)
     start = tl.load(z_ptr + offs_d, mask=mask_d, other=0.0)  # again: no register holds it across the steps

@@ -79,14 +79,14 @@ def _outside(y, norm):
 
 
 @triton.jit
-def euler(y, norm, c_ptr, offs_k, mask_k, length, steps):
-    """All steps of Euler on a quadratic barrier: α (BLOCK_N,) and y at the end (BLOCK_N, BLOCK_K)."""
+def euler(y, norm, raw, c_ptr, offs_k, mask_k, length, steps):
+    """All steps of Euler on a quadratic barrier, raw (1) or not (0): α (BLOCK_N,) and y at the end (BLOCK_N, BLOCK_K)."""
     lam = tl.load(c_ptr + offs_k * 8, mask=mask_k, other=0.0)
     bias = tl.load(c_ptr + offs_k * 8 + 1, mask=mask_k, other=0.0)
     rest, alpha = _outside(y, norm)
     step = length / steps
     for _ in range(steps):
-        dy, dalpha, _, _ = _slope(y, alpha, rest, 0.0, lam, bias, c_ptr, 0, 0, 0.0, offs_k, mask_k)
+        dy, dalpha, _, _ = _slope(y, alpha, rest, raw, lam, bias, c_ptr, 0, 0, 0.0, offs_k, mask_k)
         y += step[:, None] * dy
         alpha += step * dalpha
     return tl.where(rest == 0.0, 1.0, alpha), y

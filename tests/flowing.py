@@ -12,7 +12,9 @@ from torch import Tensor
 import steerfast as sf
 from steerfast.barriers.barrier import Ridge
 
-KINDS = ("linear", "raw", "quadratic", "full", "rff", "mlp")
+KINDS = ("linear", "raw", "bent", "quadratic", "full", "rff", "mlp")
+RAW = ("raw", "bent")
+"""Without the sphere: linear, quadratic."""
 
 
 def orthonormal(rank: int, d: int, seed: int = 0) -> Tensor:
@@ -28,13 +30,13 @@ def barrier(kind: str, d: int, rank: int = 3, seed: int = 0) -> sf.Barrier:
     rank = {"linear": 1, "raw": 1, "full": d}.get(kind, rank)
     generator = torch.Generator().manual_seed(seed + 1)
     bias = torch.randn(rank, generator=generator)
-    eigenvalues = torch.randn(rank, generator=generator) if kind in ("quadratic", "full") else torch.zeros(rank)
+    eigenvalues = torch.randn(rank, generator=generator) if kind in ("bent", "quadratic", "full") else torch.zeros(rank)
     ridge = None
     if kind in ("rff", "mlp"):
         omega = 2 * torch.randn(5, rank, generator=generator)
         numbers = torch.randn(2, 5, generator=generator)
         ridge = Ridge(omega, numbers[0], numbers[1] / 2, "cos" if kind == "rff" else "tanh")
-    return sf.Barrier(orthonormal(rank, d, seed), eigenvalues, bias, 0.25, ridge=ridge, raw=kind == "raw")
+    return sf.Barrier(orthonormal(rank, d, seed), eigenvalues, bias, 0.25, ridge=ridge, raw=kind in RAW)
 
 
 def velocity(activation: str, d: int, rank: int = 3, seed: int = 0) -> sf.VelocityField:

@@ -438,7 +438,7 @@ class Slot(NamedTuple):
     def flow(self, x: Tensor, y: Tensor, w: Any) -> Tensor:
         """The flow of a barrier over w·(T + angle·‖x‖); further rows say which barrier and how."""
         length = w * (self.numbers[0] + self.numbers[1] * x.norm())
-        barrier, walk = Barrier(self.table[:, 0], self.table[:, 1]), WALKS["euler"]
+        barrier, walk = Barrier(self.table[:, 0], self.table[:, 1], raw=bool(self.numbers[3])), WALKS["euler"]
         if self.mode == SOLVE:
             barrier, walk = self._barrier(), self._walk()
         moved = follow(x, self.c, barrier, length, self.steps, walk)

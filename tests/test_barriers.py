@@ -106,11 +106,22 @@ def test_h_is_calibrated():
 
 @pytest.mark.parametrize("kernel", ["steer", fitting.PUBLISHED, [0.1, 1.0], [0.1, 1]])
 def test_the_published_kernel_is_the_default_however_it_is_written(kernel, sides):
-    h = sf.fit_barrier(*sides, kind="quadratic", kernel=kernel)
-    assert h.info.settings == {"C": 1.0, "gamma": 0.1, "coef0": 1.0}
+    C = 10 / len(torch.cat(sides))
+    h = sf.fit_barrier(*sides, C=C, kind="quadratic", kernel=kernel, raw=True)
+    assert h.info.settings == {"C": C, "gamma": 0.1, "coef0": 1.0}
     assert torch.equal(h(sides[0]), sf.fit_barrier(*sides, kind="quadratic")(sides[0]))
     chosen = sf.fit_barrier(*sides, kind="quadratic", kernel="likelihood").info
     assert chosen.log_likelihood > h.info.log_likelihood
+
+
+def test_the_default_penalty_weighs_as_much_on_many_rows_as_on_ten(sides):
+    pos, neg = sides
+    for kind in fitting.TUNED:
+        assert sf.fit_barrier(pos[:4], neg[:5], kind=kind).info.settings["C"] == 1.0
+        once, twice = (sf.fit_barrier(pos.repeat(n, 1), neg.repeat(n, 1), kind=kind) for n in (1, 2))
+        assert twice.info.settings["C"] == once.info.settings["C"] / 2
+        torch.testing.assert_close(twice(pos), once(pos), atol=1e-4, rtol=1e-3)
+    assert sf.fit_barrier(*sides, kind="quadratic", kernel=fitting.PUBLISHED).info.settings["C"] == 1.0
 
 
 def test_settings_are_compared_on_both_sides_even_where_one_is_rare(monkeypatch):
@@ -141,7 +152,7 @@ def test_held_out_likelihood_is_of_held_out_rows(sides):
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
 
-    h = sf.fit_barrier(*sides, C=3.0)
+    h = sf.fit_barrier(*sides, C=3.0, raw=False)
     x = torch.cat(sides)
     x, y = x / x.norm(dim=1, keepdim=True), torch.arange(len(x)) < len(sides[0])
     total = 0.0
@@ -151,18 +162,46 @@ def test_held_out_likelihood_is_of_held_out_rows(sides):
     assert h.info.log_likelihood == pytest.approx(total / len(x), abs=1e-4)
 
 
-def test_linear_is_logistic_regression_with_the_prior_taken_out(sides):
+@pytest.mark.parametrize("raw", [True, False])
+def test_linear_is_logistic_regression_with_the_prior_taken_out(raw, sides):
     from sklearn.linear_model import LogisticRegression
 
     pos, neg = sides[0], sides[1][:30]
-    h = sf.fit_barrier(pos, neg, C=2.0)
+    h = sf.fit_barrier(pos, neg, C=2.0, raw=raw)
     x = torch.cat([pos, neg])
-    x = x / x.norm(dim=1, keepdim=True)
-    model = LogisticRegression(C=2.0, tol=1e-8, max_iter=5000).fit(x, torch.arange(len(x)) < len(pos))
-    torch.testing.assert_close(
-        (h.basis[0] * h.bias).double(), torch.from_numpy(model.coef_[0]).double(), atol=2e-3, rtol=2e-3
-    )
+    norms = x.norm(dim=1, keepdim=True)
+    unit = norms.median() if raw else norms
+    model = LogisticRegression(C=2.0, tol=1e-8, max_iter=5000).fit(x / unit, torch.arange(len(x)) < len(pos))
+    true = torch.from_numpy(model.coef_[0]) / (unit if raw else 1)
+    torch.testing.assert_close((h.basis[0] * h.bias).double(), true.double(), atol=2e-3, rtol=2e-3)
     assert h.offset == pytest.approx(float(model.intercept_[0]) - math.log(len(pos) / 30), abs=2e-3)
+    assert h.raw == raw
+
+
+@pytest.mark.parametrize("kind", [kind for kind in fitting.KINDS if kind != "sketch"])
+def test_a_raw_fit_sees_lengths_and_no_unit(kind, sides):
+    """The same in any unit of the stream; and a row twice as long is another row."""
+    h, scaled = (sf.fit_barrier(*(unit * side for side in sides), kind=kind, raw=True) for unit in (1.0, 512.0))
+    x = sides[0][:9]
+    assert h.raw
+    assert h.origin.typical_norm == pytest.approx(torch.cat(sides).norm(dim=1).median().item())
+    torch.testing.assert_close(scaled(512 * x), h(x), atol=1e-4, rtol=1e-4)
+    assert (h(2 * x) - h(x)).abs().min() > 1e-3
+    assert sf.fit_barrier(*sides, kind=kind).raw == (kind in fitting.TUNED)
+    assert h.info.accuracy > 0.55
+
+
+def test_the_defaults_steer_along_the_mean_difference(sides):
+    """What separates is not what moves a model: the constants are weak, and rows keep their lengths."""
+    caa = torch.nn.functional.normalize(sides[0].mean(0) - sides[1].mean(0), dim=0)
+    x = sides[1][:20]
+    for kind in fitting.TUNED:
+        moved = torch.nn.functional.normalize(sf.flow(x, sf.fit_barrier(*sides, kind=kind), T=0.5) - x, dim=1)
+        best = torch.nn.functional.normalize(
+            sf.flow(x, sf.fit_barrier(*sides, kind=kind, kernel="likelihood"), T=0.5) - x, dim=1
+        )
+        assert (moved @ caa).min() > 0.97
+        assert (best @ caa).mean() < (moved @ caa).min()
 
 
 def test_quadratic_is_the_exact_polynomial_kernel(sides):
@@ -366,7 +405,9 @@ def test_bad_activations_are_named(kind, pos, neg, message):
         ({"kind": "quadratic", "kernel": 3}, "expected (γ, c₀)"),
         ({"kind": "quadratic", "kernel": "best"}, "kernel is 'best'; expected one of 'steer', 'likelihood'"),
         ({"kind": "sketch", "kernel": "likelihood"}, "kernel is 'likelihood'; expected one of 'steer'"),
-        ({"kernel": "likelihood"}, "is for quadratic and sketch"),
+        ({"kind": "rff", "kernel": "likelihood"}, "kernel is 'likelihood'; expected one of 'steer'"),
+        ({"kind": "rff", "kernel": (1.0, 1.0)}, "is for quadratic and sketch; 'rff' takes 'steer'"),
+        ({"kind": "sketch", "raw": True}, "the sketch is the published way, on the sphere"),
         ({"groups": [1, 2]}, "groups has 2 labels; expected 4"),
         ({"groups": [0, 0, 0, 0]}, "all rows are in one group"),
     ],
@@ -374,6 +415,11 @@ def test_bad_activations_are_named(kind, pos, neg, message):
 def test_bad_arguments_are_named(numbers, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         sf.fit_barrier(torch.randn(2, D), torch.randn(2, D), **numbers)
+
+
+def test_raw_is_a_switch():
+    with pytest.raises(TypeError, match="raw is 1; expected True, False or None"):
+        sf.fit_barrier(torch.randn(2, D), torch.randn(2, D), raw=1)
 
 
 def test_layers_and_models_must_be_one():
@@ -437,6 +483,7 @@ def test_on_activations_of_a_real_model(smollm, monkeypatch):
         kernel=(cut.info.settings["gamma"], 1.0),
         rank=count,
         groups=groups,
+        raw=True,
     )
     assert full.rank == count > 64
     others = ["I went to the shop and", "In spring the river", "She said that it", "A terrible and cold"]
@@ -468,9 +515,10 @@ def test_barriers_of_sentences_still_point_somewhere_at_the_ends_of_prompts(smol
         h = sf.fit_barrier(pos, neg, kind=kind, groups=groups, **settings)
         return torch.nn.functional.normalize(sf.flow(x, h, angle=1e-5, steps=1) - x, dim=1)
 
-    linear = heading("linear")
+    linear = heading("linear", kernel="likelihood")
     assert (heading("quadratic", kernel="likelihood") * linear).sum(1).mean() > 0.9
-    assert (heading("rff") * linear).sum(1).mean() > 0.7
+    assert (heading("rff", raw=False) * linear).sum(1).mean() > 0.7
     caa = pos[14].double().mean(0) - neg[14].double().mean(0)
-    # The default constants turn the barrier toward the mean difference, which steers better than what separates best.
-    assert (heading("quadratic") @ caa).mean() > 0.9 * caa.norm()
+    # The defaults turn the barrier toward the mean difference, which steers better than what separates best.
+    for kind in ("linear", "quadratic"):
+        assert (heading(kind) @ caa).mean() > 0.98 * caa.norm()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from flowing import KINDS, barrier, by_hand, orthonormal, slerp, velocity
+from flowing import KINDS, RAW, barrier, by_hand, orthonormal, slerp, velocity
 from places import DTYPES, PLACES, assert_exact, backend, runs
 
 import steerfast as sf
@@ -23,7 +23,7 @@ def stream(n: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) ->
 def methods(kind: str, place: str = "cpu") -> list[str]:
     """The solvers that a barrier can take; on the interpreter, which is slow, those that share the least."""
     some = ("euler", "geodesic", "adaptive") if place == "interpreter" else MODES
-    return [method for method in some if kind != "raw" or not SOLVERS[method].geodesic]
+    return [method for method in some if kind not in RAW or not SOLVERS[method].geodesic]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -132,7 +132,7 @@ def test_zero_rows_poles_and_overshoot_are_finite(place, kind):
         for method in methods(kind, place)[-2:] if place == "interpreter" else methods(kind):
             for path in ({"T": 100.0},) if place == "interpreter" else ({"angle": 4.0}, {"T": 100.0}):
                 assert sf.flow(x, h, **path, steps=3, method=method).isfinite().all(), (method, path)
-        if kind not in ("raw",):
+        if kind not in RAW:
             assert torch.equal(sf.flow(x, h, angle=0.5)[0], x[0])  # no direction, so no move
         flat = sf.Barrier(h.basis, torch.zeros(h.rank), torch.zeros(h.rank))
         assert torch.equal(sf.flow(x, flat, T=1.0, method="rk4"), x)  # h is constant

@@ -33,6 +33,7 @@ class Data:
     origin: Origin
     seed: int
     owner: str = "fit_barrier"  # the public function, as errors name it
+    raw: bool = False  # rows keep their lengths
 
     @classmethod
     def of(cls, pos: Any, neg: Any, groups: Iterable[Any] | None, seed: int, owner: str = "fit_barrier") -> Data:
@@ -74,9 +75,10 @@ class Data:
             owner,
         )
 
-    def on_sphere(self) -> Data:
-        """The same rows at length 1."""
-        return replace(self, x=self.x / torch.linalg.vector_norm(self.x, dim=1, keepdim=True))
+    def scaled(self, raw: bool) -> Data:
+        """The same rows at length 1; raw: all in units of the typical length."""
+        norms = torch.linalg.vector_norm(self.x, dim=1, keepdim=True)
+        return replace(self, x=self.x / (norms.median() if raw else norms), raw=raw)
 
     @property
     def prior(self) -> float:

@@ -1,14 +1,15 @@
 """Fits of barriers: h = log p₊/p₋ from positive and negative activations, all but the network by logistic regression.
 
-Rows are scaled to length 1. Every kind but "mlp" is logistic regression on features φ(x̂), solved in the basis of their
-Gram matrix K, where n rows need at most n coordinates however many features there are: w = Φᵀβ. For the quadratic
-barrier K is the exact polynomial kernel (γ·x·y + c₀)² and β gives the polynomial itself,
+Rows are scaled to length 1, or all alike to a typical length of 1. Every kind but "mlp" is logistic regression on features φ(x̂),
+solved in the basis of their Gram matrix K, where n rows need at most n coordinates however many features there are: w = Φᵀβ. For
+the quadratic barrier K is the exact polynomial kernel (γ·x·y + c₀)² and β gives the polynomial itself,
 
     A = γ²·X̂ᵀ diag(β) X̂,   b = 2γc₀·X̂ᵀβ,   c = c₀²·Σβ,
 
 so no feature is ever computed; above `EXACT` rows the kernel is taken on that many landmarks (Nyström).
-The constants are those that steer best as far as that is measured, the published ones; or those of the highest log-likelihood of
-held-out groups, which predict better and steer worse.
+The defaults are those that steer best as far as that is measured: the published constants, on rows that keep their lengths.
+Those of the highest log-likelihood of held-out groups predict better and steer worse; and on the sphere a flow loses what the
+difference of the sides has along the row.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ KINDS = ("linear", "quadratic", "sketch", "rff", "mlp")
 PUBLISHED = (0.1, 1.0)
 """γ and c₀ of ODESteer; its C is 1."""
 RULES = ("steer", "likelihood")
+TUNED = ("linear", "quadratic")
+"""Kinds that have both rules."""
+WEIGHT = 10.0
+"""C times the number of rows, where C is at most 1: more would turn the fit from the mean difference to what separates."""
 COMPONENTS = 8000  # of the count sketch
 RATIOS = (10.0, 1.0, 0.1)  # c₀/γ; with C it is all that the quadratic kernel depends on
 
@@ -45,8 +50,9 @@ def fit_barrier(
     kernel: tuple[float, float] | str = "steer",
     rank: int | str = "auto",
     seed: int = 0,
+    raw: bool | None = None,
 ) -> Barrier:
-    """Fit h(a) = log p₊(a)/p₋(a) on two sets of activations; h sees a only through a/‖a‖.
+    """Fit h(a) = log p₊(a)/p₋(a) on two sets of activations; h sees a as it is (raw), or only through a/‖a‖.
 
     "linear" is logistic regression. "quadratic" is logistic regression with the polynomial kernel (γ·x·y + c₀)², exact,
     cut to the rank that leaves its flow as it is. "sketch" is the published way: the same kernel through a random count
@@ -57,16 +63,21 @@ def fit_barrier(
         pos: Activations on the wanted side, (n, d): a tensor, or what `sf.collect` returns for one layer.
         neg: Activations on the other side, (m, d).
         kind: "linear", "quadratic", "sketch", "rff" or "mlp".
-        C: Inverse strength of the L2 penalty, as in scikit-learn. None: chosen by held-out log-likelihood, but 1 for
-            "sketch" and with the published constants. For "mlp" its inverse is the weight decay.
+        C: Inverse strength of the L2 penalty, as in scikit-learn, for rows of typical length 1. None: with kernel="steer" 10/n
+            on n rows, at most 1, for "linear" and "quadratic", and 1 for "sketch"; else chosen by held-out log-likelihood. For
+            "mlp" its inverse is the weight decay.
         groups: One label per row, those of pos first: rows that share one (such as prompts with the same word) are held
             out together. None: every row by itself, or the rows of one text where `pos` and `neg` know their texts.
-        kernel: γ and c₀ of "quadratic" and "sketch": the pair itself; "steer", the published constants `PUBLISHED` = (0.1, 1),
-            whose flow moves a model more at equal damage (docs/quality.md); or, for "quadratic", "likelihood", those of the
-            highest held-out log-likelihood, whose h is calibrated: for a probe or a gate.
+        kernel: γ and c₀ of "quadratic" and "sketch": the pair itself; or, for "linear" too, a rule: "steer", the published
+            constants `PUBLISHED` = (0.1, 1) and a small C, whose flow moves a model more at equal damage (docs/quality.md);
+            "likelihood" (not for "sketch"), those of the highest held-out log-likelihood, whose h is calibrated: for a probe or
+            a gate.
         rank: k, at most 64 but for "sketch"; "auto": by the displacement error that the cut causes (quadratic), 32 (rff,
             mlp), d (sketch), 1 (linear).
         seed: Of folds, landmarks, hashes and random features.
+        raw: Fit on rows that keep their lengths, in units of the typical one, instead of rows of length 1: the flow then moves
+            along a row too, where one on the sphere cannot. None: raw for "linear" and "quadratic" with kernel="steer", else on
+            the sphere. Not for "sketch".
 
     Returns:
         A `Barrier`, with held-out accuracy and log-likelihood in its `info`.
@@ -86,32 +97,56 @@ def fit_barrier(
         >>> bool((sf.fit_barrier(pos, neg)(pos) > 0).all())
         True
     """
-    data = Data.of(pos, neg, groups, seed).on_sphere()
+    data = Data.of(pos, neg, groups, seed)
     one_of("fit_barrier", "kind", kind, KINDS)
     if C is not None and finite_number("fit_barrier", "C", C) <= 0:
         raise ValueError(
             f"fit_barrier: C is {C}; expected > 0, and finite: separable sides have no optimum without a penalty"
         )
     constants = _constants(kind, kernel)
+    raw = _is_raw(kind, kernel, raw)
     rank = check_rank(kind, rank, *data.x.shape)
-    if C is None and constants == PUBLISHED:
+    if C is None and kind in TUNED and kernel == "steer":
+        C = min(1.0, WEIGHT / len(data.x))
+    elif C is None and constants == PUBLISHED:
         C = 1.0
     fits: dict[str, Any] = {
         "linear": _linear, "quadratic": _quadratic, "sketch": _sketch, "rff": fit_fourier, "mlp": fit_network,
     }  # fmt: skip
-    found: Barrier = fits[kind](data, C, constants, rank)
+    found: Barrier = fits[kind](data.scaled(raw), C, constants, rank)
+    if raw:
+        found = _of_lengths(found, float(data.origin.typical_norm or 1.0))
     return replace(found, origin=data.origin)
+
+
+def _is_raw(kind: str, kernel: Any, raw: Any) -> bool:
+    """Whether rows keep their lengths."""
+    if raw is None:
+        return kind in TUNED and isinstance(kernel, str) and kernel == "steer"
+    if not isinstance(raw, bool):
+        raise TypeError(f"fit_barrier: raw is {raw!r}; expected True, False or None")
+    if raw and kind == "sketch":
+        raise ValueError(
+            "fit_barrier: raw=True, but the sketch is the published way, on the sphere; take kind='quadratic'"
+        )
+    return raw
+
+
+def _of_lengths(found: Barrier, unit: float) -> Barrier:
+    """The raw barrier of rows as they are, from one of rows in units of a length."""
+    ridge = None if found.ridge is None else replace(found.ridge, directions=found.ridge.directions / unit)
+    return replace(found, eigenvalues=found.eigenvalues / unit**2, bias=found.bias / unit, ridge=ridge, raw=True)
 
 
 def _constants(kind: str, kernel: Any) -> tuple[float, float] | None:
     """γ and c₀; None: there are none, or they are to be chosen."""
-    if kind not in ("quadratic", "sketch"):
-        if kernel != "steer":
-            raise ValueError(f"fit_barrier: kernel={kernel!r} is for quadratic and sketch; leave it away for {kind!r}")
-        return None
+    rules = RULES if kind in TUNED else RULES[:1]
     if isinstance(kernel, str):
-        one_of("fit_barrier", "kernel", kernel, RULES if kind == "quadratic" else RULES[:1])
-        return PUBLISHED if kernel == "steer" else None
+        one_of("fit_barrier", "kernel", kernel, rules)
+        return PUBLISHED if kernel == "steer" and kind in ("quadratic", "sketch") else None
+    if kind not in ("quadratic", "sketch"):
+        known = " or ".join(map(repr, rules))
+        raise ValueError(f"fit_barrier: kernel={kernel!r} is for quadratic and sketch; {kind!r} takes {known}")
     pair = kernel if isinstance(kernel, (tuple, list)) else ()
     numbers = tuple(finite_number("fit_barrier", "a number of kernel", value) for value in pair)
     if len(numbers) != 2 or numbers[0] <= 0 or numbers[1] < 0:
@@ -154,7 +189,7 @@ def _quadratic(data: Data, C: float | None, kernel: tuple[float, float] | None, 
     not_flat(torch.cat([A.flatten(), b]))
     h = found.coordinates.double() @ w + intercept
     offset = coef0**2 * float(beta.sum()) + intercept - data.prior
-    cut, eigenvalues, bias = cut_rank(A, b, data.x[order[:128]] @ span, rank)
+    cut, eigenvalues, bias = cut_rank(A, b, data.x[order[:128]] @ span, rank, data.raw)
     info = data.info("quadratic", held, h, {"C": C, "gamma": gamma, "coef0": coef0})
     return Barrier(_orthonormal(cut @ span.double().T), eigenvalues, bias, offset, info)
 

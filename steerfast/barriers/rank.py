@@ -19,10 +19,10 @@ ANGLE, STEPS = 0.4, 10  # of the flow whose displacement is compared
 # --- rank --------------------------------------------------------------------------------------------------------------
 
 
-def cut_rank(A: Tensor, b: Tensor, sample: Tensor, rank: int | str) -> tuple[Tensor, Tensor, Tensor]:
+def cut_rank(A: Tensor, b: Tensor, sample: Tensor, rank: int | str, raw: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(Q, λ, b̃) of h = xᵀAx + bᵀx within a subspace that holds b and the eigenvectors of largest |λ|: Q is (k, r).
 
-    "auto" takes the smallest of 1, 2, 3, 5, 9, … whose flow moves the sampled points as the full one does.
+    "auto" takes the smallest of 1, 2, 3, 5, 9, … whose flow, raw or on the sphere, moves the sampled points as the full one does.
     """
     values, vectors = torch.linalg.eigh(A)
     vectors = vectors[:, values.abs().argsort(descending=True)]
@@ -30,11 +30,11 @@ def cut_rank(A: Tensor, b: Tensor, sample: Tensor, rank: int | str) -> tuple[Ten
     if rank != "auto":
         return _within(A, b, vectors, int(rank))
     start = sample.double()
-    true = _displacement(A, b, torch.eye(len(b), dtype=torch.float64, device=b.device), start)
+    true = _displacement(A, b, torch.eye(len(b), dtype=torch.float64, device=b.device), start, raw)
     size = true.norm(dim=1).clamp(min=1e-12)
     for k in sorted({min(r, full) for r in (1, 2, 3, 5, 9, 17, 25, 33, 49, full)}):
         found = _within(A, b, vectors, k)
-        error = ((_displacement(A, b, found[0], start) - true).norm(dim=1) / size).mean()
+        error = ((_displacement(A, b, found[0], start, raw) - true).norm(dim=1) / size).mean()
         if error <= DISPLACEMENT:
             return found
     warnings.warn(
@@ -57,13 +57,13 @@ def _within(A: Tensor, b: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, T
     return q.T, values, q.T @ b
 
 
-def _displacement(A: Tensor, b: Tensor, q: Tensor, start: Tensor) -> Tensor:
-    """What the flow of the barrier within span(q) adds to points on the sphere."""
+def _displacement(A: Tensor, b: Tensor, q: Tensor, start: Tensor, raw: bool) -> Tensor:
+    """What the flow of the barrier within span(q) adds to points."""
     values, turned = torch.linalg.eigh(q @ A @ q.T)
     q = turned.T @ q
     y = start @ q.T
     norm = torch.linalg.vector_norm(start, dim=1, keepdim=True)
-    alpha, moved = integrate(y, norm, Field(values, q @ b), ANGLE * norm, STEPS)
+    alpha, moved = integrate(y, norm, Field(values, q @ b, raw=raw), ANGLE * norm, STEPS)
     return (alpha - 1) * start + (moved - alpha * y) @ q
 
 

@@ -250,7 +250,8 @@ def _amplify_and_calibrate(demo: Demo) -> None:
 
 def _flow(demo: Demo) -> None:
     layer = LAYER_FEATURES
-    barrier = fit_barrier(demo.activations(KIND, layer), demo.activations(UNKIND, layer), kind="linear", C=BARRIER_C)
+    pos, neg = (demo.activations(texts, layer) for texts in (KIND, UNKIND))
+    barrier = fit_barrier(pos, neg, kind="linear", C=BARRIER_C, raw=False)
     kind, unkind = (barrier(demo.activations(texts, layer)[layer]) for texts in (KIND_HELD_OUT, UNKIND_HELD_OUT))
     right, held_out = int((kind > 0).sum() + (unkind < 0).sum()), len(kind) + len(unkind)
     plan = Plan({layer: Flow(barrier, angle=0.3, steps=10)}, model=demo.model)

@@ -85,7 +85,10 @@ class Flow(Intervention):
         if isinstance(self.barrier, VelocityField):
             self._check_time()
         elif SOLVERS[self.method].geodesic and self.barrier.raw:
-            raise ValueError(f"Flow: method {self.method!r} follows great circles, but the barrier is raw; use 'euler'")
+            raise ValueError(
+                f"Flow: method {self.method!r} follows great circles, but the barrier is raw; use 'euler', or "
+                "fit it with raw=False"
+            )
         if self.level is not None:
             object.__setattr__(self, "level", finite_number("Flow", "level", self.level))
         if finite_number("Flow", "tolerance", self.tolerance) <= 0:
@@ -141,6 +144,8 @@ class Flow(Intervention):
         table[:, 0], table[:, 1] = field.eigenvalues, field.bias
         constants, extra = constants_row(T, angle), pack(field, how)
         mode = FLOW if extra is None else SOLVE
+        if extra is None:
+            constants[3] = float(field.raw)
         return Slot(mode, how.count(self.steps), self.keep_norm, rows, rows, constants, table, extra)
 
     def program(self, device: torch.device) -> Program | None:

@@ -104,10 +104,10 @@ def scheme_rows(field: Field, how: Scheme) -> list[list[float]]:
     """Further rows of a slot that hold its solver: what is common, the ridge terms in short, then p, m, b of every stage.
 
     Row 0: number of stages, geodesic, order, tolerance, level, raw (2: a velocity), offset, 0. Row 1: number of ridge terms,
-    φ as in `ACTS`, factor. Empty for Euler on a quadratic barrier.
+    φ as in `ACTS`, factor. Empty for Euler on a quadratic barrier, whose row of constants says whether it is raw.
     """
     units = 0 if field.directions is None else field.directions.shape[0]
-    if how.plain and not units and not field.raw:
+    if how.plain and not units and field.outputs is None:
         return []
     raw, moving = (field.raw, False) if field.outputs is None else (2, True)
     first = [len(how.stages), how.geodesic, how.order, how.tolerance, how.level, raw, field.offset]
@@ -133,11 +133,11 @@ def pack(field: Field, how: Scheme) -> Tensor | None:
     return torch.cat([rows, torch.cat(padded, 1).reshape(-1, 8)])
 
 
-def unpack(table: Tensor, extra: Tensor | None) -> tuple[Field, Scheme]:
-    """The inverse of `pack`, with λ and b̃ from the slot's numbers per direction (k, 8)."""
+def unpack(table: Tensor, extra: Tensor | None, raw: bool = False) -> tuple[Field, Scheme]:
+    """The inverse of `pack`, with λ and b̃ from the slot's numbers per direction (k, 8), and `raw` where there are no rows."""
     if extra is None:
-        return Field(table[:, 0], table[:, 1]), EULER
-    (count, geodesic, order, tolerance, level, raw, offset, _), (units, code, factor, *_) = extra[:2].tolist()
+        return Field(table[:, 0], table[:, 1], raw=raw), EULER
+    (count, geodesic, order, tolerance, level, is_raw, offset, _), (units, code, factor, *_) = extra[:2].tolist()
     act, moving = ACTS[int(code)]
     stages = int(count)
     how = Scheme(
@@ -148,7 +148,7 @@ def unpack(table: Tensor, extra: Tensor | None) -> tuple[Field, Scheme]:
         tolerance,
         level,
     )
-    plain = Field(table[:, 0], table[:, 1], offset, bool(raw), act=act)
+    plain = Field(table[:, 0], table[:, 1], offset, bool(is_raw), act=act)
     if not units:
         return plain, how
     rows = extra[2 + stages :].reshape(int(units), 1 + moving, -1)
@@ -248,7 +248,7 @@ def are_few(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, 
     """Whether `few_eulers` serves: Euler at low rank, a handful of CPU rows, one dtype, no gradient; quadratic, or a velocity."""
     return (
         how.plain
-        and (field.outputs is not None or (field.directions is None and not field.raw))
+        and (field.outputs is not None or field.directions is None)
         and x.is_cpu
         and x.dtype in (torch.float32, torch.float64)
         and x.dtype == basis.dtype == field.eigenvalues.dtype == field.bias.dtype
@@ -269,6 +269,8 @@ def few_eulers(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | floa
     """
     if field.outputs is not None:
         return _few_drifts(x, basis, field, path, steps)
+    if field.raw:
+        return _few_raw(x, basis, field, path, steps)
     eigenvalues, bias = field.eigenvalues.numpy(force=True), field.bias.numpy(force=True)
     wide = eigenvalues.astype(np.float64), bias.astype(np.float64)
     if x.shape[0] == 1:
@@ -292,17 +294,10 @@ def few_eulers(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | floa
 
 def _few_drifts(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, ...], steps: int) -> Tensor:
     """Rows after Euler steps along a velocity, in float64; an affine one is a matrix, and a step one product."""
-    T, angle = (p.numpy(force=True).reshape(-1, 1) if isinstance(p, Tensor) else p for p in path)
-    if isinstance(angle, np.ndarray) or angle:
-        T = T + angle * torch.linalg.vector_norm(x, dim=-1, keepdim=True).numpy()
-    step = T / steps
+    step = _lengths(x, path) / steps
     parts = (field.directions, field.outputs, field.phases, field.bias)
     omega, eta, phases, bias = [v.numpy(force=True).astype(np.float64) for v in parts]
-    q, rows = (
-        basis.numpy(force=True),
-        x.numpy(force=True),
-    )  # of one row all of it in NumPy: the number of calls is what it costs
-    start = y = (q.dot(rows[0])[None] if len(rows) == 1 else (x @ basis.T).numpy()).astype(np.float64)
+    start = y = _coordinates(x, basis)
     if field.act == "identity":
         matrix, constant = omega.T @ eta, phases @ eta + bias
         if isinstance(step, float):  # the same matrix for all rows, and with a 1 behind y the constant is a row of it
@@ -320,12 +315,49 @@ def _few_drifts(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | flo
                 y = y + step * (y @ matrix + constant)
     else:
         y = _drift(np, y, Field(None, bias, directions=omega, phases=phases, act=field.act, outputs=eta), step, steps)
-    g = (y - start).astype(rows.dtype)
+    return _moved(x, basis, y - start)
+
+
+def _few_raw(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float, ...], steps: int) -> Tensor:
+    """Rows after Euler steps on a raw quadratic barrier, in float64; a linear one is a single step."""
+    length = _lengths(x, path)
+    double, bias = (v.numpy(force=True).astype(np.float64) for v in (2 * field.eigenvalues, field.bias))
+    start = y = _coordinates(x, basis)
+    if not double.any():
+        steps = 1
+    step = length / steps
+    for _ in range(steps):
+        u = y * double
+        u += bias
+        size = np.sqrt(np.einsum("nk,nk->n", u, u))[:, None]
+        y = y + np.where(size > 0, step / size, 0.0 * size) * u
+    return _moved(x, basis, y - start)
+
+
+def _lengths(x: Tensor, path: tuple[Tensor | float, ...]) -> Any:
+    """T + angle·‖x‖ of every row, (n, 1); or T alone, where all have the same."""
+    T, angle = (p.numpy(force=True).reshape(-1, 1) if isinstance(p, Tensor) else p for p in path)
+    if isinstance(angle, np.ndarray) or angle:
+        T = T + angle * torch.linalg.vector_norm(x, dim=-1, keepdim=True).numpy()
+    return T
+
+
+def _coordinates(x: Tensor, basis: Tensor) -> Any:
+    """Qᵀx of rows in float64; of one row all of it in NumPy, since the number of calls is what it costs."""
+    one = x.shape[0] == 1
+    y = basis.numpy(force=True).dot(x.numpy(force=True)[0])[None] if one else (x @ basis.T).numpy()
+    return y.astype(np.float64)
+
+
+def _moved(x: Tensor, basis: Tensor, g: Any) -> Tensor:
+    """x + Qg of rows; one that stays keeps even the sign of a zero."""
+    rows = x.numpy(force=True)
+    g = g.astype(rows.dtype)
     if len(rows) == 1:
-        return torch.from_numpy((g[0].dot(q) + rows[0] if g.any() else rows[0].copy())[None])
+        return torch.from_numpy((g[0].dot(basis.numpy(force=True)) + rows[0] if g.any() else rows[0].copy())[None])
     out = (torch.from_numpy(g) @ basis).add_(x)
     moves = g.any(1)
-    return out if moves.all() else torch.where(torch.from_numpy(moves)[:, None], out, x)  # even the sign of a zero
+    return out if moves.all() else torch.where(torch.from_numpy(moves)[:, None], out, x)
 
 
 def _eulers_of_one(row: Any, q: Any, eigenvalues: Any, bias: Any, T: float, angle: float, steps: int) -> Any:

@@ -313,7 +313,9 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
         out = x + scale * (lift[0] * x + lift[1])
     elif slot.mode in (FLOW, SOLVE):
         T, angle = scale * slot.constants[0].to(x.dtype), scale * slot.constants[1].to(x.dtype)
-        field, how = unpack(slot.coefficients.to(x.dtype), None if slot.extra is None else slot.extra.to(x.dtype))
+        raw = slot.mode == FLOW and bool(slot.constants[3])
+        extra = None if slot.extra is None else slot.extra.to(x.dtype)
+        field, how = unpack(slot.coefficients.to(x.dtype), extra, raw)
         out = _follow(x, lift, field, (T, angle), slot.steps, how)
     else:
         y, table = x @ slot.project.to(x.dtype).T, slot.coefficients.to(x.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from steerfast._checks import finite_number
 from steerfast.barriers.fit import fit_barrier
 from steerfast.edits.flow import Flow
+from steerfast.ops.tableaus import SOLVERS
 
 from .sides import Sides
 
@@ -18,6 +19,8 @@ def flow(
     steps: int = 10,
     method: str = "euler",
     level: float | None = None,
+    kernel: str = "steer",
+    raw: bool | None = None,
 ) -> Flow:
     """A barrier h = log p₊/p₋ of the two sides, and the flow along its gradient; `info` of the barrier tells how good it is.
 
@@ -30,6 +33,8 @@ def flow(
         steps: As of `Flow`.
         method: As of `Flow`.
         level: As of `Flow`.
+        kernel: The rule for the barrier's constants, as in `fit_barrier`.
+        raw: Of the barrier, as in `fit_barrier`; None: on the sphere for "geodesic", which follows its great circles.
 
     Raises:
         ValueError: more than one length, and what `fit_barrier` and `Flow` refuse.
@@ -46,5 +51,7 @@ def flow(
     angle = 0.4 if not given else angle
     x, labels = data.x, data.labels
     groups = [*data.groups[labels].tolist(), *data.groups[~labels].tolist()]
-    barrier = fit_barrier(x[labels], x[~labels], kind, groups=groups, seed=data.seed)
+    if raw is None and method in SOLVERS and SOLVERS[method].geodesic:
+        raw = False
+    barrier = fit_barrier(x[labels], x[~labels], kind, groups=groups, kernel=kernel, seed=data.seed, raw=raw)
     return Flow(barrier, angle=angle, T=T, steps=steps, method=method, level=level)
