@@ -71,7 +71,7 @@ def test_rows_of_a_bank_have_their_own_barrier_solver_length_and_level(place):
             sf.Flow(barrier("quadratic", 40), angle=0.3),
             sf.Flow(barrier("rff", 40, seed=1), T=2.0, steps=3, method="rk4"),
             sf.Flow(barrier("mlp", 40, seed=2), angle=0.5, steps=5, method="geodesic", level=0.5),
-            sf.Flow(barrier("raw", 40, seed=3), T=1.0, steps=1, method="one-step", keep_norm=True),
+            sf.Flow(barrier("bent", 40, seed=3), T=1.0, steps=3, keep_norm=True),
             sf.Flow(barrier("linear", 40, seed=4), angle=0.6, steps=6, method="adaptive"),
         ]
         bank = sf.Bank(40, slots=6, directions=16, device=device)

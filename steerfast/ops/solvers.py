@@ -326,6 +326,15 @@ def _few_raw(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float,
     if not double.any():
         steps = 1
     step = length / steps
+    if len(y) == 1:  # sums as plain floats, in place: the number of calls is what it costs
+        size, one, u = float(np.asarray(step).item()), y[0].copy(), np.empty(len(bias))
+        for _ in range(steps):
+            np.multiply(one, double, u)
+            u += bias
+            square = float(u.dot(u))
+            u *= size / math.sqrt(square) if square > 0 else 0.0 * square
+            one += u
+        return _moved(x, basis, one[None] - start)
     for _ in range(steps):
         u = y * double
         u += bias
