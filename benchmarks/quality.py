@@ -256,7 +256,7 @@ def lacking(strengths: Sequence[float], known: Mapping[float, float], most: floa
             break
     for _ in range(HALVES):
         least = min(known)
-        if known[least] <= FINE or least < strengths[0] / 2**HALVES:
+        if known[least] <= FINE or least <= strengths[0] / 2**HALVES * 1.01:
             break
         yield round(least / 2, 9)
 

@@ -9,7 +9,7 @@ from families import build
 from test_sweeping import MORE, QUESTION, Letters, one_by_one
 
 import steerfast as sf
-from steerfast.tools.barrier_constants import ANGLES, effect_at, fit_steering_barrier
+from steerfast.tools.barrier_constants import ANGLES, KERNELS, effect_at, fit_steering_barrier
 
 
 def test_the_effect_at_a_damage_is_on_the_line_between_two_angles() -> None:
@@ -48,6 +48,13 @@ def test_a_curve_begins_below_the_damage_that_it_is_read_at() -> None:
     assert least < ANGLES[0]
     made = fit_steering_barrier(model, Letters(), pos, neg, QUESTION, [kernel], damage)
     assert made.info.settings["effect"] == pytest.approx(effect_at(curve, math.log(damage)), abs=1e-3)
+
+
+def test_the_default_barrier_is_a_candidate() -> None:
+    assert KERNELS[0] == "steer"
+    model = build("llama")
+    pos, neg = (sf.collect(model, Letters(), side, [1], progress=False) for side in MORE)
+    assert fit_steering_barrier(model, Letters(), pos, neg, QUESTION, KERNELS[:1]).raw
 
 
 def test_bad_input_is_named() -> None:

@@ -124,6 +124,61 @@ def test_the_default_penalty_weighs_as_much_on_many_rows_as_on_ten(sides):
     assert sf.fit_barrier(*sides, kind="quadratic", kernel=fitting.PUBLISHED).info.settings["C"] == 1.0
 
 
+def test_a_few_long_rows_do_not_outweigh_all_others():
+    """The first token of a text may be a hundred times as long as others; who collects every token has it on both sides."""
+    generator = torch.Generator().manual_seed(0)
+    v, sink = torch.nn.functional.normalize(torch.randn(2, 64, generator=generator), dim=1)
+    pos, neg = (torch.randn(100, 64, generator=generator) + side * v / 2 for side in (1, -1))
+    caa = torch.nn.functional.normalize(pos.mean(0) - neg.mean(0), dim=0)
+    x = torch.randn(20, 64, generator=generator)
+    with_sinks = [torch.cat([side, 2400 * sink + torch.randn(5, 64, generator=generator)]) for side in (pos, neg)]
+    longer = pos.clone()
+    longer[0] *= 1000
+    for kind in fitting.TUNED:
+        for sides in (with_sinks, (longer, neg)):
+            with pytest.warns(UserWarning, match="rows are longer than 3 times the typical one"):
+                h = sf.fit_barrier(*sides, kind=kind)
+            moved = torch.nn.functional.normalize(sf.flow(x, h, T=1.0) - x, dim=1)
+            assert (moved @ caa).min() > 0.95
+
+
+@pytest.mark.parametrize("kind", fitting.TUNED)
+def test_what_is_said_of_a_fit_leaves_out_the_share_of_the_classes(kind):
+    """As h does: above 0 is the positive side, however rare it is."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.nn.functional.normalize(torch.randn(32, generator=generator), dim=0)
+    pos, neg = torch.randn(30, 32, generator=generator) + 2 * v, torch.randn(600, 32, generator=generator) - 2 * v
+    h = sf.fit_barrier(pos, neg, kind=kind)
+    right = torch.cat([h(pos) > 0, h(neg) < 0]).float().mean().item()
+    assert h.info.accuracy == pytest.approx(right, abs=0.05)
+    assert (
+        right < 0.9 < sf.fit_barrier(pos, neg, kind=kind, kernel="likelihood").info.accuracy
+    )  # weak, and so not calibrated
+    many = torch.randn(1500, 32, generator=generator) - v / 2
+    rare = sf.fit_barrier(torch.randn(20, 32, generator=generator) + v / 2, many, kind=kind)
+    assert (rare(many) > 0).float().mean() < 0.55  # the intercept has converged, small as h is
+
+
+def test_held_out_figures_are_of_the_weight_that_all_rows_have(monkeypatch):
+    """Where only some rows are searched, C by the number of rows is that of the rows fitted."""
+    monkeypatch.setattr(data, "SEARCHED", 100)
+    generator = torch.Generator().manual_seed(0)
+    v = torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
+    pos, neg = (torch.randn(2000, 16, generator=generator) + side * v for side in (1, -1))
+    h = sf.fit_barrier(pos, neg)
+    assert h.info.settings["C"] == 10 / 4000
+    fresh = torch.cat(
+        [h(torch.randn(4000, 16, generator=generator) + v), -h(torch.randn(4000, 16, generator=generator) - v)]
+    )
+    assert h.info.log_likelihood == pytest.approx(torch.nn.functional.logsigmoid(fresh).mean().item(), abs=0.01)
+
+
+def test_lengths_beyond_all_squares_are_named():
+    for unit in (1e-20, 1e18):
+        with pytest.raises(ValueError, match="the typical row has length"):
+            sf.fit_barrier(unit * torch.randn(4, 8), unit * torch.randn(4, 8))
+
+
 def test_settings_are_compared_on_both_sides_even_where_one_is_rare(monkeypatch):
     monkeypatch.setattr(data, "SEARCHED", 100)
     generator = torch.Generator().manual_seed(0)

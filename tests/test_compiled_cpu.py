@@ -78,7 +78,7 @@ def test_every_method_in_one_batch(dtype: torch.dtype, wide: torch.dtype) -> Non
         x = torch.randn(n, D).to(dtype)
         for scale in (None, torch.rand(n) - 0.2):
             scales = scale if scale is None or owners is None or owners.dim() == 1 else scale[:, None]
-            got = compiled_cpu.subspace(x, bank.tensors, owners, scales, False)
+            got = compiled_cpu.subspace(x, *bank.tensors, owners, scales, False)
             assert got is not None
             true = torch_backend.subspace(
                 x.double(), *(t.double() for t in bank.tensors[:2]), bank.tensors[2], owners, scales
@@ -89,7 +89,7 @@ def test_every_method_in_one_batch(dtype: torch.dtype, wide: torch.dtype) -> Non
                 still = (owners.flatten() < 0) | (owners.flatten() == len(METHODS))
                 assert torch.equal(got[still], x[still])
             twin = x.clone()
-            assert compiled_cpu.subspace(twin, bank.tensors, owners, scales, True) is twin
+            assert compiled_cpu.subspace(twin, *bank.tensors, owners, scales, True) is twin
             assert torch.equal(twin, got)
 
 
@@ -107,7 +107,7 @@ def test_a_library_takes_many_rows_of_one_slot_of_many_directions() -> None:
             bank.register(sf.Amplify(features(rank), sign))
         x, rows = torch.randn(n, D), None if owners is None else torch.tensor(owners, dtype=torch.int32)
         kept = x.clone()
-        got = compiled_cpu.subspace(x, bank.tensors, rows, None, True)
+        got = compiled_cpu.subspace(x, *bank.tensors, rows, None, True)
         assert (got is not None) == serves
         assert serves or torch.equal(x, kept)
         true = torch_backend.subspace(
@@ -152,7 +152,7 @@ def test_rounding_of_bfloat16() -> None:
     bank = sf.Bank(sums.shape[0], slots=1, directions=1)  # float32
     bank.register(sf.Add(torch.ones(sums.shape[0])))
     bank.vectors[0] = sums
-    got = compiled_cpu.subspace(torch.zeros(1, sums.shape[0], dtype=torch.bfloat16), bank.tensors, None, None, False)
+    got = compiled_cpu.subspace(torch.zeros(1, sums.shape[0], dtype=torch.bfloat16), *bank.tensors, None, None, False)
     wanted = (sums + 0.0).bfloat16()
     assert got is not None
     assert torch.equal(got[0].isnan(), wanted.isnan())
@@ -230,15 +230,15 @@ def test_what_it_does_not_serve_it_leaves_alone() -> None:
     x = torch.randn(4, D)
     for owners in ([0, 0, 1, 0], [0, 2, 0, 0], [0, 0, 0, 3], [-2, 0, 0, 0]):
         twin = x.clone()
-        assert compiled_cpu.subspace(twin, bank.tensors, torch.tensor(owners).int(), None, True) is None
+        assert compiled_cpu.subspace(twin, *bank.tensors, torch.tensor(owners).int(), None, True) is None
         assert torch.equal(twin, x)
     rows = torch.zeros(4, dtype=torch.int32)
-    assert compiled_cpu.subspace(x.half(), bank.tensors, rows, None, False) is None
-    assert compiled_cpu.subspace(x, bank.tensors, rows.long(), None, False) is None
+    assert compiled_cpu.subspace(x.half(), *bank.tensors, rows, None, False) is None
+    assert compiled_cpu.subspace(x, *bank.tensors, rows.long(), None, False) is None
     vectors, coefficients, headers = bank.tensors
     for dtype in (torch.float64, torch.bfloat16):
-        assert compiled_cpu.subspace(x, (vectors, coefficients.to(dtype), headers), rows, None, False) is None
-    assert compiled_cpu.subspace(x, bank.tensors, rows, torch.ones(4).double(), False) is None
+        assert compiled_cpu.subspace(x, vectors, coefficients.to(dtype), headers, rows, None, False) is None
+    assert compiled_cpu.subspace(x, *bank.tensors, rows, torch.ones(4).double(), False) is None
     assert compiled_cpu.add(x, bank.vectors.bfloat16(), rows, None, False) is None
     assert compiled_cpu.add(x, bank.vectors, rows + 300, None, True) is None
     assert compiled_cpu.hinged(x, features(65), lambda share: slots.hinge(slope=-share), 1.0, False) is None

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steerfast as sf
 from steerfast import ops
-from steerfast.ops import torch_backend, torch_cpu, torch_encode, torch_slots
+from steerfast.ops import compiled_cpu, torch_backend, torch_cpu, torch_encode, torch_slots
 
 D = 40
 
@@ -230,3 +230,48 @@ def test_a_direct_selection_leaves_ties_and_nan_to_the_walk(monkeypatch: pytest.
         for got, wanted in zip(direct, walked, strict=True):
             torch.testing.assert_close(got, wanted, equal_nan=True)
     assert ops.sae_encode(x[:1], w, None, 5)[1].tolist() == [[0, 8, 4, 12, 1]]
+
+
+@needs_numba
+def test_the_compiled_road_looks_at_everything_itself() -> None:
+    """`ops.subspace` asks it before it checks: what does not fit is left to the checks, whose errors name it."""
+    bank, x = sf.Bank(16, slots=2), torch.randn(3, 16)
+    rows = torch.full((3,), bank.register(sf.Ablate(torch.ones(16))), dtype=torch.int32)
+    vectors, coefficients, headers = bank.tensors
+    ones = torch.ones(3)
+    assert compiled_cpu.subspace(x, vectors, coefficients, headers, rows, ones) is not None
+    assert compiled_cpu.subspace(x, vectors, coefficients, headers, rows[:, None], ones[:, None]) is not None
+    assert compiled_cpu.subspace(x, vectors, coefficients, headers, None, ones[:, None]) is not None
+    for given in (
+        (x[:, :8], *bank.tensors, rows, None),
+        (x[0, 0], *bank.tensors, None, None),
+        (x[:0], *bank.tensors, rows[:0], None),
+        (x.tolist(), *bank.tensors, rows, None),
+        (x, vectors.tolist(), coefficients, headers, rows, None),
+        (x, vectors[0], coefficients, headers, rows, None),
+        (x, vectors, None, headers, rows, None),
+        (x, vectors, coefficients[0], headers, rows, None),
+        (x, vectors, coefficients[:, :4], headers, rows, None),
+        (x, vectors, coefficients.T.contiguous().T, headers, rows, None),
+        (x, vectors, coefficients, headers.long(), rows, None),
+        (x, vectors, coefficients.to("meta"), headers, rows, None),
+        (x, *bank.tensors, rows[None], None),
+        (x, *bank.tensors, rows[:2], None),
+        (x, *bank.tensors, rows[:, None].repeat(1, 2), None),
+        (x, *bank.tensors, rows.to("meta"), None),
+        (x, *bank.tensors, rows, ones[:, None]),
+        (x, *bank.tensors, rows, ones[:2]),
+        (x, *bank.tensors, None, ones[None]),
+        (x, *bank.tensors, rows, ones.to("meta")),
+        (x.clone().requires_grad_(), *bank.tensors, rows, None),
+        (x, vectors.clone().requires_grad_(), coefficients, headers, rows, None),
+        (x, *bank.tensors, rows, ones.clone().requires_grad_()),
+    ):
+        assert compiled_cpu.subspace(*given) is None
+    with pytest.raises(ValueError, match="max_rank is -1"):
+        sf.ops.subspace(x, *bank.tensors, rows, max_rank=-1)
+    with pytest.raises(TypeError, match=r"max_rank is 1\.0"):
+        sf.ops.subspace(x, *bank.tensors, rows, max_rank=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_cpu, "backend_of", lambda x: "triton")
+        assert compiled_cpu.subspace(x, *bank.tensors, rows, None) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -13,7 +14,7 @@ from flowing import KINDS, RAW, barrier, by_hand, formula, unit_gradient
 
 import steerfast as sf
 from steerfast.edits.flow import field_of
-from steerfast.ops import solvers
+from steerfast.ops import few, solvers
 from steerfast.ops.solvers import Field, integrate, pack, scheme, unpack
 from steerfast.ops.tableaus import SOLVERS, Tableau
 
@@ -122,6 +123,7 @@ def test_numpy_and_torch_run_the_same_formulas(kind, monkeypatch):
         small = sf.flow(a, h, angle=0.5, steps=5, method=name, level=1.0)
         with monkeypatch.context() as patch:
             patch.setattr(solvers, "SMALL", 0)
+            patch.setattr(few, "SMALL", 0)
             torch.testing.assert_close(sf.flow(a, h, angle=0.5, steps=5, method=name, level=1.0), small)
 
 
@@ -132,13 +134,12 @@ def test_one_row_and_several_take_the_same_steps(kind, monkeypatch):
     a[2], a[4] = 0.0, 3 * h.basis[0].double()  # a pole of the linear barrier
     calls = []
     with monkeypatch.context() as patch:
-        patch.setattr(
-            solvers, "_eulers_of_one", lambda *args, run=solvers._eulers_of_one: calls.append(1) or run(*args)
-        )
+        patch.setattr(few, "_eulers_of_one", lambda *args, run=few._eulers_of_one: calls.append(1) or run(*args))
         alone = torch.cat([sf.flow(row[None], h, angle=0.4) for row in a])
         together = sf.flow(a, h, angle=0.4)
         assert len(calls) == (0 if h.raw else 6)  # a raw barrier has a way of its own
         patch.setattr(solvers, "SMALL", 0)
+        patch.setattr(few, "SMALL", 0)
         true = sf.flow(a, h, angle=0.4)
     torch.testing.assert_close(together, true, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(alone, true, atol=1e-12, rtol=1e-12)
@@ -175,6 +176,24 @@ def test_a_gradient_reaches_the_strength():
         scale = torch.ones(n, requires_grad=True)
         sf.ops.subspace(x[:n], *bank.tensors, rows[:n], scale, modes=bank.modes).sum().backward()
         assert scale.grad.abs().min() > 0
+
+
+def test_banks_in_a_batch_may_differ_in_whether_they_are_raw():
+    x, h = points(3).float(), barrier("bent", 12)
+    flows = [sf.Flow(dataclasses.replace(h, raw=raw), T=1.0) for raw in (True, False)]
+    slot = flows[0].slot()
+    both = torch.stack([flow.slot().numbers for flow in flows])
+    got = torch.func.vmap(lambda table: sf.ops.subspace(x, slot.directions, table, slot.header().tensor()))(both)
+    torch.testing.assert_close(got, torch.stack([flow.apply(x) for flow in flows]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 3, 2000])
+def test_no_number_as_a_strength_is_no_number_where_h_stands_still(n):
+    h = sf.Barrier(torch.eye(4)[:2], torch.zeros(2), torch.zeros(2), raw=True)
+    bank = sf.Bank(4, slots=1)
+    rows = torch.full((n,), bank.register(sf.Flow(h, T=1.0)), dtype=torch.int32)
+    strengths = torch.full((n,), torch.nan)
+    assert sf.ops.subspace(torch.ones(n, 4), *bank.tensors, rows, strengths)[:, :2].isnan().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,1 +1,1 @@
-"""Barriers h = log p₊/p₋ on the sphere, and their fits."""
+"""Barriers h = log p₊/p₋, raw or on the sphere, and their fits."""

@@ -1,13 +1,13 @@
 """Barriers: h(a) = log p₊(a)/p₋(a), whose gradient a flow follows. `fit_barrier` fits them.
 
-Every barrier is of low rank: it sees an activation only through k numbers z = Qᵀx̂, x̂ = a/‖a‖, Q = basis.T, so its
-gradient lies in span(Q, a) and a whole flow stays there:
+Every barrier is of low rank: it sees an activation only through k numbers z = Qᵀx̂, Q = basis.T, where x̂ is a/‖a‖ or, for a
+*raw* one, a itself. So its gradient lies in span(Q, a) and a whole flow stays there:
 
     h(a) = zᵀΛz + b̃ᵀz + Σⱼ wⱼ·φ(ωⱼᵀz + βⱼ) + c
 
 A linear barrier has k = 1 and Λ = 0; a quadratic one, and the polynomial sketch, have no ridge terms; random Fourier
-features and a network with one hidden layer are the ridge terms with φ = cos and φ = tanh. A *raw* barrier takes
-z = Qᵀa, without the sphere: the linear raw barrier is plain activation addition.
+features and a network with one hidden layer are the ridge terms with φ = cos and φ = tanh. The linear raw barrier is plain
+activation addition.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Sketch:
 
 @dataclass(frozen=True, eq=False)
 class Barrier(LowRank):
-    """A barrier of low rank: h(a) = zᵀΛz + b̃ᵀz + ridge(z) + c, z = Qᵀa/‖a‖, Q = basis.T.
+    """A barrier of low rank: h(a) = zᵀΛz + b̃ᵀz + ridge(z) + c, z = Qᵀa/‖a‖ or Qᵀa (raw), Q = basis.T.
 
     Attributes:
         basis: Orthonormal rows (k, d), float32; k = d for a full-rank one.

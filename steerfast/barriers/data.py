@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steerfast._checks import tensor_of
+from steerfast._checks import tensor_of, warn_user
 from steerfast.models.collect import Activations
 from steerfast.place import NOWHERE, Origin, common_origin
 
@@ -21,6 +21,10 @@ from .barrier import BarrierInfo
 SEARCHED = 1000
 """Rows, drawn by group, on which settings are compared."""
 FOLDS = 5
+LONGEST = 3.0
+"""Times the typical length that a row has at most in a raw fit: the first token of a text may have a hundred."""
+SHORT, LONG = 1e-16, 1e16
+"""Typical lengths between which squares, and their squares, are numbers of float32."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Data:
     seed: int
     owner: str = "fit_barrier"  # the public function, as errors name it
     raw: bool = False  # rows keep their lengths
+    balanced: bool = False  # the share of the classes is taken out of what is fitted
 
     @classmethod
     def of(cls, pos: Any, neg: Any, groups: Iterable[Any] | None, seed: int, owner: str = "fit_barrier") -> Data:
@@ -66,6 +71,10 @@ class Data:
         if groups is not None and len(codes) < 2:
             raise ValueError(f"{owner}: all rows are in one group, so none can be held out; give two groups at least")
         norms = torch.linalg.vector_norm(x, dim=1)
+        if not SHORT < float(norms.median()) < LONG:
+            raise ValueError(
+                f"{owner}: the typical row has length {float(norms.median()):g}; expected {SHORT:g} to {LONG:g}, in another unit"
+            )
         return cls(
             x,
             torch.arange(len(x), device="cpu") < len(sides[0]),
@@ -76,9 +85,17 @@ class Data:
         )
 
     def scaled(self, raw: bool) -> Data:
-        """The same rows at length 1; raw: all in units of the typical length."""
+        """The same rows at length 1; raw: all in units of the typical length, and none longer than `LONGEST` of it."""
         norms = torch.linalg.vector_norm(self.x, dim=1, keepdim=True)
-        return replace(self, x=self.x / (norms.median() if raw else norms), raw=raw)
+        unit = norms
+        if raw:
+            unit = torch.maximum(norms.median(), norms / LONGEST)
+            if count := int((norms > LONGEST * norms.median()).sum()):
+                warn_user(
+                    f"{self.owner}: {count} of {len(norms)} rows are longer than {LONGEST:g} times the typical one, and count as "
+                    "so long; leave out what they are of, such as the first token, or fit with raw=False"
+                )
+        return replace(self, x=self.x / unit, raw=raw, balanced=True)
 
     @property
     def prior(self) -> float:
@@ -123,7 +140,7 @@ class Data:
 
     def info(self, kind: str, held: Held, h: Tensor, settings: dict[str, float]) -> BarrierInfo:
         """What is known after a fit; h are the fitted log-odds of the rows."""
-        separable = bool(((h > 0) == self.labels).all())
+        separable = bool(((h > self.prior) == self.labels).all())
         if math.isnan(held.log_likelihood):
             what, so = (
                 ("separable and too few", "the size of h is set by the penalty alone")

@@ -25,7 +25,7 @@ from steerfast._checks import finite_number, one_of
 
 from .barrier import Barrier, Sketch
 from .data import Data, not_flat, seeded
-from .kernels import EXACT, Kernel, choose, linear_weights, product, regress
+from .kernels import EXACT, Kernel, Strength, choose, linear_weights, product, regress, weak
 from .projected import fit_fourier, fit_network
 from .rank import check_rank, cut_rank
 
@@ -35,8 +35,6 @@ PUBLISHED = (0.1, 1.0)
 RULES = ("steer", "likelihood")
 TUNED = ("linear", "quadratic")
 """Kinds that have both rules."""
-WEIGHT = 10.0
-"""C times the number of rows, where C is at most 1: more would turn the fit from the mean difference to what separates."""
 COMPONENTS = 8000  # of the count sketch
 RATIOS = (10.0, 1.0, 0.1)  # c₀/γ; with C it is all that the quadratic kernel depends on
 
@@ -64,20 +62,21 @@ def fit_barrier(
         neg: Activations on the other side, (m, d).
         kind: "linear", "quadratic", "sketch", "rff" or "mlp".
         C: Inverse strength of the L2 penalty, as in scikit-learn, for rows of typical length 1. None: with kernel="steer" 10/n
-            on n rows, at most 1, for "linear" and "quadratic", and 1 for "sketch"; else chosen by held-out log-likelihood. For
-            "mlp" its inverse is the weight decay.
+            on n rows, at most 1, for "linear" and "quadratic"; 1 for "sketch" and the pair (0.1, 1); else chosen by held-out
+            log-likelihood. For "mlp" its inverse is the weight decay.
         groups: One label per row, those of pos first: rows that share one (such as prompts with the same word) are held
             out together. None: every row by itself, or the rows of one text where `pos` and `neg` know their texts.
-        kernel: γ and c₀ of "quadratic" and "sketch": the pair itself; or, for "linear" too, a rule: "steer", the published
-            constants `PUBLISHED` = (0.1, 1) and a small C, whose flow moves a model more at equal damage (docs/quality.md);
-            "likelihood" (not for "sketch"), those of the highest held-out log-likelihood, whose h is calibrated: for a probe or
-            a gate.
+        kernel: γ and c₀ of "quadratic" and "sketch": the pair itself (on the sphere); or, for "linear" too, a rule: "steer",
+            the published constants `PUBLISHED` = (0.1, 1) and a small C, whose flow moves a model more at equal damage
+            (docs/quality.md); "likelihood" (not for "sketch"), those of the highest held-out log-likelihood, whose h is
+            calibrated: for a probe or a gate.
         rank: k, at most 64 but for "sketch"; "auto": by the displacement error that the cut causes (quadratic), 32 (rff,
             mlp), d (sketch), 1 (linear).
         seed: Of folds, landmarks, hashes and random features.
         raw: Fit on rows that keep their lengths, in units of the typical one, instead of rows of length 1: the flow then moves
             along a row too, where one on the sphere cannot. None: raw for "linear" and "quadratic" with kernel="steer", else on
-            the sphere. Not for "sketch".
+            the sphere. Not for "sketch". A row of more than three times the typical length counts as one of three, with a
+            warning: a few of them would outweigh all others.
 
     Returns:
         A `Barrier`, with held-out accuracy and log-likelihood in its `info`.
@@ -106,14 +105,15 @@ def fit_barrier(
     constants = _constants(kind, kernel)
     raw = _is_raw(kind, kernel, raw)
     rank = check_rank(kind, rank, *data.x.shape)
+    strength: Strength = C
     if C is None and kind in TUNED and kernel == "steer":
-        C = min(1.0, WEIGHT / len(data.x))
+        strength = weak
     elif C is None and constants == PUBLISHED:
-        C = 1.0
+        strength = 1.0
     fits: dict[str, Any] = {
         "linear": _linear, "quadratic": _quadratic, "sketch": _sketch, "rff": fit_fourier, "mlp": fit_network,
     }  # fmt: skip
-    found: Barrier = fits[kind](data.scaled(raw), C, constants, rank)
+    found: Barrier = fits[kind](data.scaled(raw), strength, constants, rank)
     if raw:
         found = _of_lengths(found, float(data.origin.typical_norm or 1.0))
     return replace(found, origin=data.origin)
@@ -159,7 +159,7 @@ def _constants(kind: str, kernel: Any) -> tuple[float, float] | None:
 # --- the kinds ---------------------------------------------------------------------------------------------------------
 
 
-def _linear(data: Data, C: float | None, kernel: None, rank: int | str) -> Barrier:
+def _linear(data: Data, C: Strength, kernel: None, rank: int | str) -> Barrier:
     _, C, held = choose(data, [None], lambda _, rows: rows @ rows.T, C)
     w, intercept = linear_weights(data, C)
     length = not_flat(w)
@@ -174,7 +174,7 @@ def _linear(data: Data, C: float | None, kernel: None, rank: int | str) -> Barri
     )
 
 
-def _quadratic(data: Data, C: float | None, kernel: tuple[float, float] | None, rank: int | str) -> Barrier:
+def _quadratic(data: Data, C: Strength, kernel: tuple[float, float] | None, rank: int | str) -> Barrier:
     kernels = [(1.0 / ratio, 1.0) for ratio in RATIOS] if kernel is None else [kernel]
     (gamma, coef0), C, held = choose(data, kernels, lambda k, rows: (k[0] * (rows @ rows.T) + k[1]) ** 2, C)
     order = torch.randperm(len(data.x), generator=seeded(data.seed))

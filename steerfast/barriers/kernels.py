@@ -15,8 +15,14 @@ from .data import UNKNOWN, Data, Held
 EXACT = 2000
 """Up to this many rows a kernel is exact; above, Nyström with half as many landmarks."""
 NEWTON = 50  # steps at most; five or six are usual
+WEIGHT = 10.0
+"""C times the number of rows, by the rule for steering: more would turn a fit from the mean difference to what separates."""
 STRENGTHS = tuple(10.0**e for e in range(-1, 7))
 """The grid of C, in units that make it comparable over kernels: of the kernel divided by its mean diagonal."""
+
+
+Strength = float | Callable[[int], float] | None
+"""C: a number, a rule by the number of rows, or to be chosen."""
 
 
 # --- logistic regression on a kernel -----------------------------------------------------------------------------------
@@ -44,11 +50,17 @@ class Kernel:
         return self._to @ w.double()
 
 
+def weak(rows: int) -> float:
+    """C of the rule for steering, on so many rows."""
+    return min(1.0, WEIGHT / rows)
+
+
 def regress(features: Tensor, labels: Tensor, C: float) -> tuple[Tensor, float]:
     """(w, intercept) of logistic regression with the penalty ‖w‖²/2C."""
     LogisticRegression = scikit_learn()
     narrow = features.shape[1] <= max(EXACT, 64)
-    solver = LogisticRegression(C=C, solver="newton-cholesky" if narrow else "lbfgs", max_iter=500)
+    how = {"solver": "newton-cholesky", "tol": 1e-10} if narrow else {"solver": "lbfgs"}
+    solver = LogisticRegression(C=C, max_iter=500, **how)
     wide = features.double() if narrow else features
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fold of separable data may stop early; its held-out likelihood shows it
@@ -57,14 +69,19 @@ def regress(features: Tensor, labels: Tensor, C: float) -> tuple[Tensor, float]:
 
 
 def held_out(data: Data, folds: Sequence[Any], odds: Sequence[Tensor]) -> Held:
-    """What the log-odds of the rows that each fold holds out are worth."""
+    """What the log-odds of the rows that each fold holds out are worth.
+
+    A row is on its side by them; where the share of the classes is to be taken out, without that of the rows fitted.
+    """
     if not folds:
         return UNKNOWN
     z = torch.cat(list(odds)).double()
+    shares = [data.take(fold[0]).prior if data.balanced else 0.0 for fold in folds]
+    border = torch.cat([torch.full_like(part, share, dtype=z.dtype) for part, share in zip(odds, shares, strict=True)])
     y = torch.cat([data.labels[fold[1]] for fold in folds])
     each = torch.nn.functional.logsigmoid(torch.where(y, z, -z))
     error = float(each.std()) / math.sqrt(len(each))
-    return Held(float(each.mean()), float(((z > 0) == y).double().mean()), error, area_under_roc(z, y))
+    return Held(float(each.mean()), float(((z > border) == y).double().mean()), error, area_under_roc(z, y))
 
 
 def area_under_roc(scores: Tensor, labels: Tensor) -> float:
@@ -86,26 +103,32 @@ def linear_weights(data: Data, C: float) -> tuple[Tensor, float]:
 
 
 def choose(
-    data: Data, kernels: Sequence[Any], gram: Callable[[Any, Tensor], Tensor], C: float | None
+    data: Data, kernels: Sequence[Any], gram: Callable[[Any, Tensor], Tensor], C: Strength
 ) -> tuple[Any, float, Held]:
-    """The kernel and C with the best held-out log-likelihood, and that; what is given is not searched.
+    """The kernel and C with the best held-out log-likelihood, and that; what is given is not searched, C may be a rule.
 
     All folds and all C share one Gram matrix, and each C starts where the one before it ended.
     """
     part = data.searched()
     if not part.folds:  # nothing can be held out: the published penalty
-        return kernels[0], 1.0 if C is None else C, UNKNOWN
+        return kernels[0], 1.0 if C is None else C(len(data.x)) if callable(C) else C, UNKNOWN
     tried: list[tuple[Any, float, Held]] = []
     for kernel in kernels:
         K = gram(kernel, part.x.double())
-        strengths = [C] if C is not None else [s / float(K.diagonal().mean()) for s in STRENGTHS]
-        paths = [_dual_path(K[fitted][:, fitted], part.labels[fitted], strengths) for fitted, _ in part.folds]
+        strengths = [s / float(K.diagonal().mean()) for s in STRENGTHS] if C is None else [C]
+        paths = [
+            _dual_path(
+                K[fitted][:, fitted], part.labels[fitted], [s(len(fitted)) if callable(s) else s for s in strengths]
+            )
+            for fitted, _ in part.folds
+        ]
         for i, strength in enumerate(strengths):
             odds = [
                 K[held][:, fitted] @ path[i][0] + path[i][1]
                 for (fitted, held), path in zip(part.folds, paths, strict=True)
             ]
-            tried.append((kernel, strength, held_out(part, part.folds, odds)))
+            found = strength(len(data.x)) if callable(strength) else strength
+            tried.append((kernel, found, held_out(part, part.folds, odds)))
     return max(tried, key=lambda found: found[2])
 
 
@@ -145,7 +168,7 @@ def _dual_path(K: Tensor, labels: Tensor, strengths: Sequence[float]) -> list[tu
                 share /= 2
             beta, inside, intercept = beta + share * step, inside + share * bent, intercept + share * turn
             gain, now = now - new, new
-            if gain < 1e-4 * new:
+            if gain < 1e-10 * new:
                 break
         found.append((beta, intercept))
     return found

@@ -79,7 +79,7 @@ def fit(
     | "rotate" | plane of several layers' candidates (Angular Steering, arXiv:2510.26243) | degrees, adaptive |
     | "spherical" | antipodal prototypes (arXiv:2602.08169) | alpha, beta, kappa |
     | "householder" | linear probe and angle net, on pairs (HPR, arXiv:2409.10053) | hidden, C, steps |
-    | "flow" | barrier (ODESteer, arXiv:2602.17560) | kind, angle, T, norms, steps, method, level |
+    | "flow" | barrier (ODESteer, arXiv:2602.17560) | kind, angle, T, norms, steps, method, level, kernel, raw |
     | "edit_features" | contrast of an SAE's mean activations (arXiv:2503.00177) | sae, count, tau, mode |
     | "amplify" | the same features' decoder rows (arXiv:2502.15576) | sae, count, tau, alpha |
     | "calibrate", "deficit_push" | and how active they are on the positive side (arXiv:2502.15576) | sae, count, tau |

@@ -43,7 +43,7 @@ class Flow(Intervention):
         tolerance: Of "adaptive": local error of a step, as a share of ‖a‖.
         keep_norm: Give every row its old length back afterwards.
 
-    Squares of lengths are taken in float32: a row longer than 1.8e19 becomes NaN, one shorter than 1e-24 does not move.
+    Squares of lengths are taken in float32: a row longer than 1.8e19 may become NaN, one shorter than 1e-24 may not move.
 
     Raises:
         TypeError, ValueError: not exactly one of angle and T, a negative or non-finite length, steps out of range, an unknown
@@ -207,7 +207,7 @@ def flow(
     Args:
         x: Residual stream, (..., d).
         barrier: h, of width d; or a velocity field v.
-        angle: T/‖a‖ of each row, in radians. Exactly one of angle and T.
+        angle: T/‖a‖ of each row, on the sphere in radians. Exactly one of angle and T.
         T: Length of the path in units of x; of a velocity field the time.
         steps: Number of steps, ≥ 1.
         method: The solver, as in `Flow`.
@@ -215,9 +215,9 @@ def flow(
         tolerance: Of method "adaptive".
 
     Returns:
-        A new tensor (..., d) of the dtype of x. A zero row and a row at a stationary point of h do not move; along a
-        velocity a row moves wherever v is not 0. On a CPU one row, a few rows and many take three ways through the same steps, so
-        the last bit of a row may depend on their number.
+        A new tensor (..., d) of the dtype of x. A row at a stationary point of h does not move, nor a zero row but along a raw
+        barrier or a velocity, where that is not 0. On a CPU one row, a few rows and many take three ways through the same
+        steps, so the last bit of a row may depend on their number.
 
     Raises:
         TypeError, ValueError: the barrier has another width, or an argument does not fit; the message names it.

@@ -23,6 +23,8 @@ from torch.autograd import forward_ad
 Function = TypeVar("Function", bound=Callable[..., Any])
 _any_autocast = torch._C._is_any_autocast_enabled
 _float32_precision = torch._C._get_fp32_precision_getter
+_modes = torch._C._len_torch_dispatch_stack
+_trace = torch._C._get_tracing_state
 _LIBRARIES = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}  # type: ignore[attr-defined]
 _IEEE = ("ieee", "none")
 _REDUCED_SUMS = (
@@ -162,6 +164,21 @@ def _set(library: Any, wanted: dict[str, Any]) -> Iterator[None]:
 def transformed() -> bool:
     """Whether a transform of torch.func, or forward-mode differentiation, is on: a tensor is then more than its numbers."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_plain(x: Tensor, directions: Tensor, *others: Tensor | None) -> bool:
+    """Whether these are plain CPU tensors of at most 32 bits: no subclass, mode or transform, nobody's trace or gradient."""
+    if type(x) is not Tensor or type(directions) is not Tensor or not x.is_cpu:
+        return False
+    if x.dtype is torch.float64 or directions.dtype is torch.float64:
+        return False
+    records = torch.is_grad_enabled()
+    if records and (x.requires_grad or directions.requires_grad):
+        return False
+    for tensor in others:
+        if tensor is not None and (type(tensor) is not Tensor or (records and tensor.requires_grad)):
+            return False
+    return not (transformed() or _modes() or _trace())
 
 
 @functools.cache

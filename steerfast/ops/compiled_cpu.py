@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backends import note_write
-from .slots import Eight, Tables
+from .backends import backend_of, is_plain, note_write
+from .slots import Eight
 from .tables import hinge_tables
 
 ALONE = 1 << 19
@@ -78,17 +78,44 @@ def _slot(rank: int, numbers: Callable[[float], Eight], number: float) -> tuple[
     return (coefficients.data_ptr(), coefficients.shape[0], slots.data_ptr(), 1), (coefficients, slots)
 
 
-def subspace(x: Tensor, bank: Tables, rows: Tensor | None, scale: Tensor | None, in_place: bool) -> Tensor | None:
-    """`torch_cpu.subspace`: one slot for each row."""
+def subspace(
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    in_place: bool = False,
+) -> Tensor | None:
+    """`torch_cpu.subspace`, one slot for each row, for whatever `ops.subspace` is given outside a compiler's trace.
+
+    It looks at everything itself: of a single row, to look twice costs as much as the kernel.
+    """
     compiled = kernels()
-    if compiled is None:
+    if compiled is None or coefficients is None or slots is None:
         return None
-    vectors, coefficients, slots = bank
+    if not is_plain(x, vectors, coefficients, slots, rows, scale) or backend_of(x) != "torch":
+        return None
+    shape, of_rows, numbers, headers = x.shape, vectors.shape, coefficients.shape, slots.shape
+    if not (
+        shape
+        and len(of_rows) == len(numbers) == len(headers) == 2
+        and numbers[1] == headers[1] == 8
+        and coefficients.dtype is torch.float32
+        and slots.dtype is torch.int32
+        and shape[-1] == of_rows[1]
+        and coefficients.is_contiguous()
+        and slots.is_contiguous()
+        and vectors.is_cpu
+        and coefficients.is_cpu
+        and slots.is_cpu
+    ):
+        return None
     place = _place(vectors)
-    if place is None or coefficients.dtype is not torch.float32:
+    if place is None:
         return None
-    table = (*place, coefficients.data_ptr(), coefficients.shape[0], slots.data_ptr(), slots.shape[0])
-    return _run(compiled.edit, x, table, rows, scale, in_place, bank)
+    table = (*place, coefficients.data_ptr(), numbers[0], slots.data_ptr(), headers[0])
+    return _run(compiled.edit, x, table, rows, scale, in_place, (vectors, coefficients, slots))
 
 
 def add(x: Tensor, bank: Tensor, rows: Tensor, scale: Tensor | None, in_place: bool) -> Tensor | None:
@@ -128,6 +155,8 @@ def _run(
     else:
         return None
     d = shape[-1]
+    if not d:
+        return None
     step = d * size
     dense = x.is_contiguous()
     if dense:
@@ -138,15 +167,19 @@ def _run(
         return None
     owners = strengths = _ABSENT
     if rows is not None:
-        if rows.dtype is not torch.int32:
+        if rows.dtype is not torch.int32 or not rows.is_cpu or not _is_column(rows.shape, n):
             return None
         owners = rows.data_ptr(), rows.stride(0)
     if scale is not None:
-        if scale.dtype is not torch.float32 or scale.is_neg():
+        if scale.dtype is not torch.float32 or scale.is_neg() or not scale.is_cpu or not _is_column(scale.shape, n):
+            return None
+        if rows is not None and rows.shape != scale.shape:
             return None
         strengths = scale.data_ptr(), scale.stride(0)
     first = x.data_ptr()
-    if not (first and table[0]) or x.is_neg():  # no rows, no memory, or a view that negates: PyTorch knows what then
+    if (
+        not (n and first and table[0]) or x.is_neg()
+    ):  # nothing, no memory, or a view that negates: PyTorch knows what then
         return None
     if in_place:
         out = x
@@ -161,6 +194,11 @@ def _run(
     if in_place:
         note_write(x)
     return out
+
+
+def _is_column(shape: torch.Size, n: int) -> bool:
+    """(n,) or (n, 1)."""
+    return (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)) and shape[0] == n
 
 
 def _together(kernel: Any, arguments: tuple[Any, ...], n: int, owners: object) -> int:

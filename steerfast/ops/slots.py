@@ -31,7 +31,7 @@ from torch import Tensor
 
 ADD, HINGE, FLOW, ROTATE, PUSH, SLERP, REFLECT, AFFINE = 1, 2, 4, 8, 16, 32, 64, 128
 KEEP_NORM = 256  # not a mode, but announced with them: some slot restores the length of its rows
-SOLVE = 512  # a flow with further rows: another solver than Euler, a level, ridge terms, a raw barrier
+SOLVE = 512  # a flow with further rows: another solver than Euler, a level, ridge terms, a velocity
 ALL_MODES = ADD | HINGE | FLOW | ROTATE | PUSH | SLERP | REFLECT | AFFINE | KEEP_NORM | SOLVE
 
 Tables = tuple[Tensor, Tensor, Tensor]
@@ -41,7 +41,7 @@ Eight = tuple[float, float, float, float, float, float, float, float]
 
 
 def constants(T: float = 0.0, angle: float = 0.0, strength: float = 1.0) -> Eight:
-    """A slot's row of constants; c₃ … c₇ are the mode's own."""
+    """A slot's row of constants; c₃ … c₇ are the mode's own: of FLOW c₃ is 1 where the barrier is raw."""
     return (T, angle, strength, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .backends import in_full_precision, transformed
+from .few import are_few, few_eulers
 from .slots import ADD, AFFINE, FLOW, HINGE, PUSH, ROTATE, SLERP, SOLVE, Slot, slot_of
-from .solvers import EULER, Field, Scheme, are_few, few_eulers, integrate, unpack
+from .solvers import EULER, Field, Scheme, integrate, unpack
 
 SAE_ROWS = 256  # 16-bit decoder rows that are widened at a time: in float32 they stay in the cache
 TINY = 1e-30  # stands in for the length of a zero row
@@ -313,10 +314,16 @@ def _edit(x: Tensor, slot: Slot, scale: Tensor | float) -> Tensor:
         out = x + scale * (lift[0] * x + lift[1])
     elif slot.mode in (FLOW, SOLVE):
         T, angle = scale * slot.constants[0].to(x.dtype), scale * slot.constants[1].to(x.dtype)
-        raw = slot.mode == FLOW and bool(slot.constants[3])
-        extra = None if slot.extra is None else slot.extra.to(x.dtype)
-        field, how = unpack(slot.coefficients.to(x.dtype), extra, raw)
-        out = _follow(x, lift, field, (T, angle), slot.steps, how)
+        table, extra = slot.coefficients.to(x.dtype), None if slot.extra is None else slot.extra.to(x.dtype)
+
+        def end(raw: bool) -> Tensor:
+            field, how = unpack(table, extra, raw)
+            return _follow(x, lift, field, (T, angle), slot.steps, how)
+
+        if slot.mode == FLOW and transformed():  # whether it is raw is a number that may differ over a batch of banks
+            out = torch.where(slot.constants[3] > 0, end(True), end(False))
+        else:
+            out = end(slot.mode == FLOW and bool(slot.constants[3]))
     else:
         y, table = x @ slot.project.to(x.dtype).T, slot.coefficients.to(x.dtype)
         if slot.mode == HINGE:

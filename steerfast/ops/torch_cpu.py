@@ -15,7 +15,7 @@ from torch import Tensor
 from steerfast._checks import FLOATS
 
 from . import compiled_cpu
-from .backends import apart, backend_of, in_full_precision, transformed
+from .backends import apart, backend_of, in_full_precision, is_plain
 from .slots import ROTATE, Eight, Tables
 from .torch_backend import VANISHED, hinge
 from .torch_slots import How, Reader, Ready, Step, reader_of
@@ -27,23 +27,8 @@ TURNED = 32
 FEW = 4
 """From so many rows on a library of products sums an edit before it adds x; below, it rounds every term to x's precision."""
 
-_modes = torch._C._len_torch_dispatch_stack
-_trace = torch._C._get_tracing_state
 _boundary = torch.tensor(1 / VANISHED, device="cpu")
 _one = torch.tensor(1.0, device="cpu")
-
-
-def is_plain(x: Tensor, directions: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are plain CPU tensors of at most 32 bits: no subclass, mode or transform, nobody's trace or gradient."""
-    if type(x) is not Tensor or not x.is_cpu or x.dtype is torch.float64 or directions.dtype is torch.float64:
-        return False
-    records = torch.is_grad_enabled()
-    if records and x.requires_grad:
-        return False
-    for tensor in (directions, *others):
-        if tensor is not None and (type(tensor) is not Tensor or (records and tensor.requires_grad)):
-            return False
-    return not (transformed() or _modes() or _trace())
 
 
 def is_elementwise(x: Tensor, *vectors: Tensor) -> bool:
@@ -232,9 +217,8 @@ def subspace(
         return None
     if in_place and not apart(x, vectors, scale):
         return None
-    bank = vectors, coefficients, slots
-    out = compiled_cpu.subspace(x, bank, rows, scale, in_place)
-    return _subspace(x, bank, rows, scale, in_place) if out is None else out
+    out = compiled_cpu.subspace(x, vectors, coefficients, slots, rows, scale, in_place)
+    return _subspace(x, (vectors, coefficients, slots), rows, scale, in_place) if out is None else out
 
 
 @in_full_precision

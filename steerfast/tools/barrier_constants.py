@@ -20,7 +20,7 @@ from steerfast.plan import Plan
 
 from .sweep_scores import Dose, Question, measure, sequences_of
 
-KERNELS: tuple[Any, ...] = (PUBLISHED, "likelihood", (1.0, 1.0), (1.0, 0.1), (0.1, 0.1))
+KERNELS: tuple[Any, ...] = ("steer", PUBLISHED, "likelihood", (1.0, 1.0), (1.0, 0.1), (0.1, 0.1))
 ANGLES = (0.1, 0.2, 0.4, 0.8)
 HALVES = 8
 """How often the least angle is halved, at most, until it does less than the damage that effects are read at."""
@@ -49,7 +49,7 @@ def fit_steering_barrier(
         positive: Activations with the property at one layer, such as `sf.collect` returns.
         negative: Activations without it.
         question: What is measured, as of `sf.sweep`; its prompts are none that the activations come from.
-        kernels: Candidates, each what `fit_barrier` takes as `kernel`.
+        kernels: Candidates, each what `fit_barrier` takes as `kernel`: its default "steer" is raw, a pair is on the sphere.
         damage: Perplexity in multiples of the unsteered one, above 1.
         batch_size: Texts per forward.
 

@@ -50,7 +50,11 @@ def plot_flow(edit: Flow, x: Tensor, path: str | os.PathLike[str]) -> Path:
             "plot_flow: the flow follows a velocity field, which has no h to draw; it draws flows of barriers"
         )
     h, start = edit.barrier, x.reshape(-1, x.shape[-1])[:ROWS].double().cpu()
-    length, name = (edit.T, "length") if edit.T is not None else (edit.angle or 0.0, "angle (radians)")
+    length, name = (
+        (edit.T, "length")
+        if edit.T is not None
+        else (edit.angle or 0.0, "share of the length" if edit.barrier.raw else "angle (radians)")
+    )
 
     def end(share: float, steps: int, method: str) -> Tensor:
         path = {"angle": share * length} if edit.T is None else {"T": share * length}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from steerfast._checks import finite_number
 from steerfast.barriers.fit import fit_barrier
 from steerfast.edits.flow import Flow
-from steerfast.ops.tableaus import SOLVERS
 
 from .sides import Sides
 
@@ -27,7 +26,7 @@ def flow(
     Args:
         sides: Both sides.
         kind: Of the barrier, as in `fit_barrier`.
-        angle: Length of the path in radians; 0.4 if none is given.
+        angle: Length of the path as a share of the row's, on the sphere in radians; 0.4 if none is given.
         T: Length in units of the stream.
         norms: Length in multiples of the typical activation's norm.
         steps: As of `Flow`.
@@ -51,7 +50,7 @@ def flow(
     angle = 0.4 if not given else angle
     x, labels = data.x, data.labels
     groups = [*data.groups[labels].tolist(), *data.groups[~labels].tolist()]
-    if raw is None and method in SOLVERS and SOLVERS[method].geodesic:
+    if raw is None and method == "geodesic":
         raw = False
     barrier = fit_barrier(x[labels], x[~labels], kind, groups=groups, kernel=kernel, seed=data.seed, raw=raw)
     return Flow(barrier, angle=angle, T=T, steps=steps, method=method, level=level)
