@@ -1,12 +1,17 @@
 """The table, the picture and the summary of a file of `quality.py`.
 
-python benchmarks/quality_report.py [--against METHOD] FILE
+    python benchmarks/quality_report.py [--against METHOD] FILE …
+    python benchmarks/quality_report.py --into docs/quality.md
+
+The second makes anew what stands in a document between `<!-- tables FILE METHOD -->` or `<!-- counts FILE METHOD -->` and
+`<!-- end -->`, from files beside the results; METHOD is what the others are compared with.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,30 +21,59 @@ from typing import Any
 import numpy as np
 from quality_methods import METHODS
 from quality_scores import repetition
-from quality_tradeoff import Run, Summary, at_damage, compare, reach, read
+from quality_tradeoff import Interval, Run, Summary, at_damage, compare, reach, read
 
 from steerfast._null import Null
+from steerfast.files.replace import replace_file
 
 DAMAGES = (0.1, 0.3)  # nats per token: perplexity 11 % and 35 % higher
 AGAINST = "caa"
 RANDOM = "random"  # the null of random directions, beside those that bear a method's name
 POINTS = 25  # of a curve that is drawn
+LEAST = 0.005  # nats of a difference: less is shown as 0.00
 TRUSTED = 0.65  # accuracy on held-out texts from which a classifier's verdict is shown
 LABELS = {key: method.label for key, method in METHODS.items()} | {"sae": "SAE amplification"}
+
+RESULTS = Path(__file__).parent / "results"
+MARKED = re.compile(r"<!-- (tables|counts) (\S+) (\S+) -->.*?<!-- end -->", re.DOTALL)
 
 Written = tuple[list[float], list[float] | None]  # repetition and classifier by strength, from the unsteered model on
 
 
 def report(path: Path, against: str = AGAINST) -> None:
     """Print the tables of a file, each method beside one of them, and draw its picture beside the file."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    measured = [concept for concept in found["concepts"] if any(row["concept"] == concept for row in found["rows"])]
-    known = {concept: [summaries(found, concept, most, against) for most in DAMAGES] for concept in measured}
-    texts = [table(concept, found, known[concept], against) for concept in known]
-    print("\n\n".join([*texts, overall(known, against)]))
+    found, known = read_file(path, against)
+    print(f"{tables(found, known, against)}\n\n{overall(known, against)}")
     if against == AGAINST:
         picture(found, known, path.with_suffix(".png"))
     print(f"\npicture: {path.with_suffix('.png')}")
+
+
+def into(document: Path) -> None:
+    """Make the tables of a document anew, and the pictures of their files."""
+
+    def made(match: re.Match[str]) -> str:
+        what, name, against = match.groups()
+        found, known = read_file(RESULTS / name, against)
+        if against == AGAINST:
+            picture(found, known, (RESULTS / name).with_suffix(".png"))
+        text = f"{tables(found, known, against)}\n\n" if what == "tables" else ""
+        return f"<!-- {what} {name} {against} -->\n\n{text}{overall(known, against)}\n\n<!-- end -->"
+
+    text = document.read_text(encoding="utf-8")
+    replace_file(document, MARKED.sub(made, text).encode())
+
+
+def read_file(path: Path, against: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Summary]]]]:
+    """A file, and by concept what every method reaches at both damages beside one of them."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    measured = [concept for concept in found["concepts"] if any(row["concept"] == concept for row in found["rows"])]
+    return found, {concept: [summaries(found, concept, most, against) for most in DAMAGES] for concept in measured}
+
+
+def tables(found: Mapping[str, Any], known: Mapping[str, Sequence[dict[str, Summary]]], against: str) -> str:
+    """A table for each concept."""
+    return "\n\n".join(table(concept, found, one, against) for concept, one in known.items())
 
 
 def runs_of(found: Mapping[str, Any], concept: str, what: str = "odds") -> dict[str, list[Run]]:
@@ -117,6 +151,13 @@ def reaches(one: Summary, most: float) -> bool:
     return one.reached > 0.99 * most
 
 
+def side(difference: Interval) -> int:
+    """1, -1: better, worse beyond the interval; 0: not told apart, or by less than tables show."""
+    if abs(difference.value) < LEAST:
+        return 0
+    return (difference.low > 0) - (difference.high < 0)
+
+
 def table(concept: str, found: Mapping[str, Any], known: Sequence[dict[str, Summary]], against: str = AGAINST) -> str:
     """A table of one concept in Markdown, methods in their own order; bold: the interval of the difference excludes 0."""
     low, high = known
@@ -149,7 +190,7 @@ def table(concept: str, found: Mapping[str, Any], known: Sequence[dict[str, Summ
         for most, one in zip(DAMAGES, (low[key], high[key]), strict=True):
             short = "" if reaches(one, most) else f" (damage {one.reached:.2f})"
             difference = one.difference
-            sure = key != against and (difference.low > 0 or difference.high < 0)
+            sure = key != against and side(difference) != 0
             shown = f"**{difference}**" if sure else str(difference)
             if key == against or not (reaches(one, most) and reaches(found_base[most], most)):
                 shown = "–"
@@ -167,8 +208,7 @@ def overall(known: Mapping[str, Sequence[dict[str, Summary]]], against: str = AG
         for key, one in found.items():
             if not (reaches(one, most) and reaches(found[against], most)):
                 continue
-            better, worse = one.difference.low > 0, one.difference.high < 0
-            counts[key][0 if better else 2 if worse else 1] += 1
+            counts[key][1 - side(one.difference)] += 1
     lines = [
         f"| against {LABELS[against]}, all concepts, both damages | better | no difference | worse |",
         "|---|---|---|---|",
@@ -231,11 +271,16 @@ def band(axis: Any, found: Mapping[str, Any], concept: str) -> None:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--into", type=Path, metavar="DOCUMENT", help="make its tables anew")
     parser.add_argument("--against", default=AGAINST, choices=list(LABELS), help="default: %(default)s")
     args = parser.parse_args(argv)
+    if not args.files and args.into is None:
+        parser.error("name files of quality.py, or a document with --into")
     for path in args.files:
         report(path, args.against)
+    if args.into is not None:
+        into(args.into)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class BarrierInfo:
         log_likelihood: Mean log-likelihood per held-out example; NaN if nothing was held out.
         separable: Whether the fitted activations all lie on their own side: the size of h is then set by C alone.
         settings: What the fit chose or was given, by name (C, gamma, coef0, …).
+        distance: ‖μ₊ − μ₋‖ between the means of the fitted activations, in units of the stream: a flow with T = distance moves
+            a row as far as the mean difference does. NaN if it was made by hand, or by a version before 0.2.
     """
 
     kind: str = ""
@@ -55,6 +57,7 @@ class BarrierInfo:
     log_likelihood: float = math.nan
     separable: bool = False
     settings: Mapping[str, float] = field(default_factory=dict)
+    distance: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +275,7 @@ class Barrier(LowRank):
         rest = dict(numbers)
         info = dict(rest.pop("info"))
         origin = Origin.restore(rest.pop("origin")) if "origin" in rest else _old_origin(info)
-        missing = ("accuracy", "log_likelihood")  # what was never measured is null in JSON
+        missing = ("accuracy", "log_likelihood", "distance")  # what was never measured is null in JSON
         known: dict[str, Any] = {k: math.nan if v is None and k in missing else v for k, v in info.items()}
         for owner, kind in (("ridge", Ridge), ("sketch", Sketch)):
             described = rest.pop(owner)

@@ -79,7 +79,8 @@ def fit_barrier(
             warning: a few of them would outweigh all others.
 
     Returns:
-        A `Barrier`, with held-out accuracy and log-likelihood in its `info`.
+        A `Barrier`, with held-out accuracy and log-likelihood in its `info`, and the distance between the means of the sides: the
+        length of a path, T, that carries over layers and models.
 
     Raises:
         TypeError, ValueError: a side has fewer than 2 rows, NaN or a zero row; widths, layers or models differ; the sides are
@@ -116,7 +117,8 @@ def fit_barrier(
     found: Barrier = fits[kind](data.scaled(raw), strength, constants, rank)
     if raw:
         found = _of_lengths(found, float(data.origin.typical_norm or 1.0))
-    return replace(found, origin=data.origin)
+    distance = float((data.x[data.labels].mean(0) - data.x[~data.labels].mean(0)).norm())
+    return replace(found, info=replace(found.info, distance=distance), origin=data.origin)
 
 
 def _is_raw(kind: str, kernel: Any, raw: Any) -> bool:

@@ -8,6 +8,9 @@ from steerfast.edits.flow import Flow
 
 from .sides import Sides
 
+COINCIDE = 1e-6
+"""Of the typical length: means that are nearer than this are the same but for rounding."""
+
 
 def flow(
     sides: Sides,
@@ -26,8 +29,9 @@ def flow(
     Args:
         sides: Both sides.
         kind: Of the barrier, as in `fit_barrier`.
-        angle: Length of the path as a share of the row's, on the sphere in radians; 0.4 if none is given.
-        T: Length in units of the stream.
+        angle: Length of the path as a share of the row's, on the sphere in radians.
+        T: Length in units of the stream. Without any length the distance between the means of the sides, by which the mean
+            difference would move a row.
         norms: Length in multiples of the typical activation's norm.
         steps: As of `Flow`.
         method: As of `Flow`.
@@ -36,7 +40,7 @@ def flow(
         raw: Of the barrier, as in `fit_barrier`; None: on the sphere for "geodesic", which follows its great circles.
 
     Raises:
-        ValueError: more than one length, and what `fit_barrier` and `Flow` refuse.
+        ValueError: more than one length, none where the means coincide, and what `fit_barrier` and `Flow` refuse.
 
     Reference:
         Zhao et al. 2026, ODESteer (arXiv:2602.17560).
@@ -47,10 +51,13 @@ def flow(
         raise ValueError(f"{sides.owner}: got {' and '.join(given)}; give one length")
     if norms is not None:
         T = finite_number(sides.owner, "norms", norms) * float(data.origin.typical_norm or 0.0)
-    angle = 0.4 if not given else angle
     x, labels = data.x, data.labels
     groups = [*data.groups[labels].tolist(), *data.groups[~labels].tolist()]
     if raw is None and method == "geodesic":
         raw = False
     barrier = fit_barrier(x[labels], x[~labels], kind, groups=groups, kernel=kernel, seed=data.seed, raw=raw)
+    if not given:
+        T = barrier.info.distance
+        if COINCIDE * float(data.origin.typical_norm or 0.0) >= T:
+            raise ValueError(f"{sides.owner}: the means of the two sides coincide; give a length: angle, T or norms")
     return Flow(barrier, angle=angle, T=T, steps=steps, method=method, level=level)
