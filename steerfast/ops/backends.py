@@ -25,6 +25,7 @@ _any_autocast = torch._C._is_any_autocast_enabled
 _float32_precision = torch._C._get_fp32_precision_getter
 _modes = torch._C._len_torch_dispatch_stack
 _trace = torch._C._get_tracing_state
+_transform = torch._C._functorch.peek_interpreter_stack
 _LIBRARIES = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}  # type: ignore[attr-defined]
 _IEEE = ("ieee", "none")
 _REDUCED_SUMS = (
@@ -163,7 +164,7 @@ def _set(library: Any, wanted: dict[str, Any]) -> Iterator[None]:
 
 def transformed() -> bool:
     """Whether a transform of torch.func, or forward-mode differentiation, is on: a tensor is then more than its numbers."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or _transform() is not None
 
 
 def is_plain(x: Tensor, directions: Tensor, *others: Tensor | None) -> bool:
