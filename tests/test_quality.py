@@ -25,7 +25,7 @@ import quality_scores as scores
 import quality_tradeoff as tradeoff
 import quality_truthful as truthful
 from quality_methods import METHODS, Method, Sample, everywhere
-from quality_tradeoff import Run
+from quality_tradeoff import Interval, Run
 
 
 class Letters:
@@ -272,10 +272,18 @@ def test_a_curve_goes_down_until_its_least_strength_damages_little() -> None:
     )  # a damage that does not go away
 
 
+def test_a_difference_that_no_table_shows_is_none() -> None:
+    assert [report.side(Interval(*found)) for found in (
+        (0.2, 0.1, 0.3), (-0.2, -0.3, -0.1), (0.2, -0.1, 0.3), (0.004, 0.003, 0.006), (-0.006, -0.01, -0.003),
+    )] == [1, -1, 0, 0, -1]  # fmt: skip
+
+
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_continued_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_continued_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = build("llama"), Letters()
     concept = replace(concepts.own("truth"), openings=("the sun", "a day"))
     concept = replace(concept, test=concept.test[:8])
@@ -306,6 +314,21 @@ def test_a_run_is_continued_and_reported(tmp_path: Path, capsys: pytest.CaptureF
     assert "ODE linear (spherical)" in shown
     assert re.search(r"nulls as good at 0.3: shuffled, random \|.*\n.*\n\| CAA .* \| [012] of 2, [012] of 2", shown)
     assert out.with_suffix(".png").stat().st_size > 10_000
+    page = tmp_path / "page.md"
+    page.write_text(
+        "a\n<!-- tables quality.json caa -->\nold\n<!-- end -->\nb\n<!-- counts quality.json iti -->\n<!-- end -->\nc\n"
+    )
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    report.into(page)
+    made = page.read_text()
+    assert "old" not in made
+    assert re.search(
+        r"a\n<!-- tables quality.json caa -->\n\n\*\*truth\*\*.*<!-- end -->\nb\n<!-- counts .*against ITI.*<!-- end -->\nc\n",
+        made,
+        re.S,
+    )
+    report.into(page)
+    assert page.read_text() == made
     with pytest.raises(ValueError, match="holds another run"):
         quality.Store(out, "tiny", 2)
     with pytest.raises(ValueError, match="other texts"):
