@@ -66,8 +66,9 @@ def hinged(
     place = _place(rows)
     if place is None:
         return None
-    at, tables = _slot(rows.shape[0], numbers, number)
-    return _run(compiled.edit, x, place + at, None, None, in_place, (directions, tables))
+    count = rows.shape[0]
+    at, tables = _slot(count, numbers, number)
+    return _run(compiled.edit, x, x.shape, (*place, count, *at), None, None, in_place, (directions, tables))
 
 
 @functools.lru_cache(maxsize=256)
@@ -114,8 +115,8 @@ def subspace(
     place = _place(vectors)
     if place is None:
         return None
-    table = (*place, coefficients.data_ptr(), numbers[0], slots.data_ptr(), headers[0])
-    return _run(compiled.edit, x, table, rows, scale, in_place, (vectors, coefficients, slots))
+    table = (*place, of_rows[0], coefficients.data_ptr(), numbers[0], slots.data_ptr(), headers[0])
+    return _run(compiled.edit, x, shape, table, rows, scale, in_place, (vectors, coefficients, slots))
 
 
 def add(x: Tensor, bank: Tensor, rows: Tensor, scale: Tensor | None, in_place: bool) -> Tensor | None:
@@ -123,23 +124,24 @@ def add(x: Tensor, bank: Tensor, rows: Tensor, scale: Tensor | None, in_place: b
     compiled = kernels()
     if compiled is None or bank.dtype is not x.dtype or (place := _place(bank)) is None:
         return None
-    at, step, _, count = place
-    return _run(compiled.add, x, (at, step, count), rows, scale, in_place, bank)
+    at, step, _ = place
+    return _run(compiled.add, x, x.shape, (at, step, bank.shape[0]), rows, scale, in_place, bank)
 
 
-def _place(rows: Tensor) -> tuple[int, int, int, int] | None:
-    """Of a table of directions: its address, the bytes from one row to the next, whether it is bfloat16, and its rows."""
+def _place(rows: Tensor) -> tuple[int, int, int] | None:
+    """Of a table of directions: its address, the bytes from one row to the next, and whether it is bfloat16."""
     dtype, (step, beside) = rows.dtype, rows.stride()
     if beside != 1 or rows.is_neg():
         return None
     if dtype is torch.float32:
-        return rows.data_ptr(), 4 * step, 0, rows.shape[0]
-    return (rows.data_ptr(), 2 * step, 1, rows.shape[0]) if dtype is torch.bfloat16 else None
+        return rows.data_ptr(), 4 * step, 0
+    return (rows.data_ptr(), 2 * step, 1) if dtype is torch.bfloat16 else None
 
 
 def _run(
     kernel: Any,
     x: Tensor,
+    shape: torch.Size,
     table: tuple[int, ...],
     rows: Tensor | None,
     scale: Tensor | None,
@@ -147,7 +149,7 @@ def _run(
     bank: object,
 ) -> Tensor | None:
     """A kernel on the rows of x, by one thread or by as many as PyTorch takes; `bank` is what has the memory of the table."""
-    dtype, shape = x.dtype, x.shape
+    dtype = x.dtype
     if dtype is torch.float32:
         kind, size = _FLOAT, 4
     elif dtype is torch.bfloat16:
