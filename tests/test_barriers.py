@@ -134,12 +134,14 @@ def test_a_few_long_rows_do_not_outweigh_all_others():
     with_sinks = [torch.cat([side, 2400 * sink + torch.randn(5, 64, generator=generator)]) for side in (pos, neg)]
     longer = pos.clone()
     longer[0] *= 1000
+    apart = (pos.mean(0) - neg.mean(0)).norm().item()
     for kind in fitting.TUNED:
         for sides in (with_sinks, (longer, neg)):
             with pytest.warns(UserWarning, match="rows are longer than 3 times the typical one"):
                 h = sf.fit_barrier(*sides, kind=kind)
             moved = torch.nn.functional.normalize(sf.flow(x, h, T=1.0) - x, dim=1)
             assert (moved @ caa).min() > 0.95
+            assert h.info.distance == pytest.approx(apart, rel=0.3)
 
 
 @pytest.mark.parametrize("kind", fitting.TUNED)

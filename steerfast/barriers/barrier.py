@@ -48,8 +48,9 @@ class BarrierInfo:
         log_likelihood: Mean log-likelihood per held-out example; NaN if nothing was held out.
         separable: Whether the fitted activations all lie on their own side: the size of h is then set by C alone.
         settings: What the fit chose or was given, by name (C, gamma, coef0, …).
-        distance: ‖μ₊ − μ₋‖ between the means of the fitted activations, in units of the stream: a flow with T = distance moves
-            a row as far as the mean difference does. NaN if it was made by hand, or by a version before 0.2.
+        distance: ‖μ₊ − μ₋‖ between the means of the fitted activations, in units of the stream, where a row of more than three
+            typical lengths counts as one of three: a flow with T = distance moves a row as far as the mean difference does.
+            NaN if it was made by hand, or by a version before 0.2.
     """
 
     kind: str = ""

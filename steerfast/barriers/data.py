@@ -84,18 +84,22 @@ class Data:
             owner,
         )
 
-    def scaled(self, raw: bool) -> Data:
-        """The same rows at length 1; raw: all in units of the typical length, and none longer than `LONGEST` of it."""
+    @functools.cached_property
+    def bounded(self) -> Tensor:
+        """The rows, those of more than `LONGEST` typical lengths cut to it: a few of them would outweigh all others."""
         norms = torch.linalg.vector_norm(self.x, dim=1, keepdim=True)
-        unit = norms
-        if raw:
-            unit = torch.maximum(norms.median(), norms / LONGEST)
-            if count := int((norms > LONGEST * norms.median()).sum()):
-                warn_user(
-                    f"{self.owner}: {count} of {len(norms)} rows are longer than {LONGEST:g} times the typical one, and count as "
-                    "so long; leave out what they are of, such as the first token, or fit with raw=False"
-                )
-        return replace(self, x=self.x / unit, raw=raw, balanced=True)
+        return self.x / (norms / (LONGEST * norms.median())).clamp(min=1)
+
+    def scaled(self, raw: bool) -> Data:
+        """The same rows at length 1; raw: all in units of the typical length, and bounded."""
+        norms = torch.linalg.vector_norm(self.x, dim=1, keepdim=True)
+        count = int((norms > LONGEST * norms.median()).sum())
+        if raw and count:
+            warn_user(
+                f"{self.owner}: {count} of {len(norms)} rows are longer than {LONGEST:g} times the typical one, and count as "
+                "so long; leave out what they are of, such as the first token, or fit with raw=False"
+            )
+        return replace(self, x=self.bounded / norms.median() if raw else self.x / norms, raw=raw, balanced=True)
 
     @property
     def prior(self) -> float:

@@ -117,7 +117,8 @@ def fit_barrier(
     found: Barrier = fits[kind](data.scaled(raw), strength, constants, rank)
     if raw:
         found = _of_lengths(found, float(data.origin.typical_norm or 1.0))
-    distance = float((data.x[data.labels].mean(0) - data.x[~data.labels].mean(0)).norm())
+    rows = data.bounded
+    distance = float((rows[data.labels].mean(0) - rows[~data.labels].mean(0)).norm())
     return replace(found, info=replace(found.info, distance=distance), origin=data.origin)
 
 

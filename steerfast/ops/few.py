@@ -97,7 +97,7 @@ def _few_raw(x: Tensor, basis: Tensor, field: Field, path: tuple[Tensor | float,
     if not double.any():
         steps = 1
     step = length / steps
-    y = y + 0 * step  # no number of steps from a point where h stands still makes a length out of NaN
+    y = y + 0 * step  # a length that is NaN stays so where h stands still, too
     if len(y) == 1:  # sums as plain floats, in place: the number of calls is what it costs
         size, one, u = float(np.asarray(step).item()), y[0].copy(), np.empty(len(bias))
         for _ in range(steps):
