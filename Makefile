@@ -191,9 +191,12 @@ quality = $(BIN)/python benchmarks/quality.py --seeds 3 $(if $(1),--model $(1))
 truthful = $(BIN)/python benchmarks/quality_truthful.py $(DATA)/TruthfulQA.csv $(if $(1),--model $(1))
 evidence-quality: setup
 	$(call quality)
+	$(call quality) --fields --concepts sentiment formality
 	$(call quality) --everywhere
 	$(if $(MODEL),$(call quality,$(MODEL)))
+	$(if $(MODEL),$(call quality,$(MODEL)) --fields --concepts sentiment formality)
 	$(if $(DATA),$(call quality) --data $(DATA))
+	$(if $(DATA),$(call quality) --data $(DATA) --pairs 0 --nulls 0)
 	$(if $(DATA),$(call truthful))
 	$(if $(and $(DATA),$(MODEL)),$(call quality,$(MODEL)) --data $(DATA))
 	$(if $(and $(DATA),$(MODEL)),$(call truthful,$(MODEL)))

@@ -32,7 +32,7 @@ from typing import Any
 import quality_report
 import torch
 from quality_concepts import NAMES, Concept, own, public, reference
-from quality_methods import GAINS, METHODS, Method, Sample, everywhere, random_direction, sae
+from quality_methods import FIELDS, GAINS, METHODS, Method, Sample, everywhere, random_direction, sae
 from quality_report import DAMAGES, RANDOM
 from quality_scores import Batch, WordClassifier, batches, generate, log_likelihoods, pair_texts, reference_texts
 
@@ -61,29 +61,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--concepts", nargs="+", default=None, help=f"default: {' '.join(NAMES)}, or all sets of --data"
     )
     parser.add_argument(
-        "--methods", nargs="+", default=None, choices=[*METHODS, "sae"], help="default: all that are here"
+        "--methods", nargs="+", default=None, choices=[*METHODS, "sae"], help="default: all but velocity fields"
     )
     parser.add_argument(
         "--nulls", type=int, default=None, help=f"draws of each kind of null (default: {DRAWS}; --quick: none)"
     )
     parser.add_argument("--data", type=Path, help="folder of public sets (caa/, TruthfulQA.csv, xstest_prompts.csv)")
-    parser.add_argument("--pairs", type=int, default=60, help="training pairs of a public set (default: %(default)s)")
+    parser.add_argument(
+        "--pairs", type=int, default=60, help="training pairs of a public set; 0: all (default: %(default)s)"
+    )
     parser.add_argument("--model", help="folder or GGUF file of another model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--layer", type=int, help="0-based (default: the middle one)")
     parser.add_argument("--everywhere", action="store_true", help="every layer edited, each by its own fit")
+    parser.add_argument(
+        "--fields",
+        action="store_true",
+        help="CAA and affine ablation beside velocity fields, of which each takes minutes to fit",
+    )
     parser.add_argument("--sae", help="folder of an SAE of that layer, for SAE amplification")
-    parser.add_argument("--out", type=Path, help="default: results/quality-MODEL[-data][-quick].json")
+    parser.add_argument("--out", type=Path, help="default: a file in results/ named after the model and these choices")
     args = parser.parse_args(argv)
     model, tokenizer, name = load(args.model)
     count = find_layers(model, "quality").count
     layers = range(count) if args.everywhere else [count // 2 - 1 if args.layer is None else args.layer]
-    concepts = [own(n) for n in NAMES] if args.data is None else public(args.data, args.pairs)
+    concepts = [own(n) for n in NAMES] if args.data is None else public(args.data, args.pairs or None)
     if args.concepts is not None:
         unknown = set(args.concepts) - {c.name for c in concepts}
         if unknown:
             parser.error(f"unknown concept {min(unknown)!r}; there are {', '.join(c.name for c in concepts)}")
         concepts = [c for c in concepts if c.name in args.concepts]
-    methods = {key: METHODS[key] for key in args.methods or METHODS if key != "sae"}
+    usual = ("caa", "affine", *FIELDS) if args.fields else [key for key in METHODS if key not in FIELDS]
+    methods = {key: METHODS[key] for key in args.methods or usual if key != "sae"}
     if args.sae is not None:
         methods["sae"] = Method("SAE amplification", sae(args.sae), GAINS)
     if args.everywhere:
@@ -92,8 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         concepts, methods, texts = quick(concepts, methods, texts)
         seeds = 1
+    start = "quality-velocity" if args.fields else "quality"
     end = "".join(f"-{name}" for name in ("everywhere", "data", "quick") if getattr(args, name))
-    out = args.out or HERE / "results" / f"quality-{name}{end}.json"
+    out = args.out or HERE / "results" / f"{start}-{name}{end}{'' if args.pairs else '-whole'}.json"
     draws = args.nulls if args.nulls is not None else 0 if args.quick else DRAWS
     store = Store(out, name, "all" if args.everywhere else layers[0])
     measure(store, layers, model, tokenizer, concepts, methods, texts, seeds, draws, writes=not args.quick)
@@ -207,7 +216,7 @@ def measure(
     prepared = {}
     for concept in concepts:
         neutral = reference_texts(tokenizer, texts)
-        score = Scorer(batches(model, pair_texts(tokenizer, concept)), batches(model, neutral))
+        score = Scorer(*(batches(model, texts, min(layers)) for texts in (pair_texts(tokenizer, concept), neutral)))
         classifier = None if concept.classifier is None else WordClassifier(*concept.classifier)
         prepared[concept.name] = (
             score,

@@ -57,12 +57,11 @@ def reference() -> tuple[str, ...]:
     return tuple(json.loads((OWN / "reference.json").read_text(encoding="utf-8")))
 
 
-def public(folder: Path, pairs: int) -> list[Concept]:
-    """The public sets that a folder holds, at most `pairs` training pairs and half as many held-out ones of each."""
+def public(folder: Path, pairs: int | None) -> list[Concept]:
+    """The public sets that a folder holds, at most `pairs` training pairs and half as many held-out ones of each; None: all."""
     found = []
     for path in sorted(folder.glob("caa/*/train.json")):
-        train, test = (_behaviour(path.with_name(f"{part}.json"))[:most]
-                       for part, most in (("train", pairs), ("test", pairs // 2)))  # fmt: skip
+        train, test = (_behaviour(path.with_name(f"{part}.json"))[:most] for part, most in _sizes(pairs).items())
         found.append(_concept(path.parent.name, train, test))
     for name, read in (("TruthfulQA.csv", _truthful), ("xstest_prompts.csv", _safe)):
         if (folder / name).is_file():
@@ -112,13 +111,19 @@ def _safe(table: list[dict[str, str]]) -> list[Pair]:
     ]
 
 
-def _held_out(name: str, pairs: list[Pair], most: int) -> Concept:
+def _sizes(pairs: int | None) -> dict[str, int | None]:
+    """Most pairs of each part."""
+    return {"train": pairs, "test": None if pairs is None else pairs // 2}
+
+
+def _held_out(name: str, pairs: list[Pair], most: int | None) -> Concept:
     """A third of the groups is held out; pairs are drawn evenly from what is there."""
     groups = sorted({pair.group for pair in pairs})
     held = set(random.Random(0).sample(groups, len(groups) // 3))
     parts = [[pair for pair in pairs if (pair.group in held) is side] for side in (False, True)]
     train, test = (
-        random.Random(0).sample(part, min(size, len(part))) for part, size in zip(parts, (most, most // 2), strict=True)
+        random.Random(0).sample(part, len(part) if size is None else min(size, len(part)))
+        for part, size in zip(parts, _sizes(most).values(), strict=True)
     )
     return _concept(name, train, test)
 

@@ -252,7 +252,9 @@ METHODS = {
     "natural": Method("flow of the natural gradient", natural("euler"), TIMES),
     "natural-one": Method("the same in one step", natural("one-step"), TIMES),
 }
-ONE_LAYER = ("iti", "natural", "natural-one")
+FIELDS = ("natural", "natural-one")
+"""Velocity fields: a fit takes minutes."""
+ONE_LAYER = ("iti", *FIELDS)
 """Methods that are not fitted to every layer: ITI chooses its own, and a natural gradient of all of them is a joint fit."""
 SPREAD = {ANGLES: 0.04, SHARES: 0.3}
 """What a family's strengths are multiplied by where every layer is edited, so that the damage is as large: it adds up."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from quality_concepts import Concept
-from torch import Tensor, nn
+from torch import Tensor
 
 import steerfast as sf
+from steerfast.models.layers import find_layers
 
 TOKENS = 16  # generated
 REFERENCE_PROMPT = 6  # tokens of a reference text that count as its prompt
@@ -43,50 +45,83 @@ def reference_texts(tokenizer: Any, texts: Sequence[str]) -> list[Text]:
 
 
 class Batch:
-    """Texts of which all but the last prompt token and the continuation is read once: steering at "last" never edits it."""
+    """Texts whose unsteered part is computed once.
+
+    That is all but the last prompt token and the continuation, since steering at "last" never edits it, and of these the blocks
+    up to `layer`, if no edit is below its output (-1: none). Logits are made of the scored tokens alone.
+    """
 
     @torch.inference_mode()
-    def __init__(self, model: nn.Module, texts: Sequence[Text]) -> None:
-        self.model, self.texts = model, texts
+    def __init__(self, model: Any, texts: Sequence[Text], layer: int = -1) -> None:
+        self.model, self.texts, self.layer = model, texts, layer
         if min(text.start for text in texts) < 2:
             raise ValueError("quality: a prompt has one token; expected at least two, one of them read before the edit")
         self.prompt = max(text.start for text in texts)
-        self.longest = max(len(text.ids) - text.start for text in texts)
+        self.lengths = [len(text.ids) - text.start for text in texts]
+        longest = max(self.lengths)
         rows = [
-            [0] * (self.prompt - text.start) + list(text.ids) + [0] * (self.longest - len(text.ids) + text.start)
-            for text in texts
+            [0] * (self.prompt - text.start) + list(text.ids) + [0] * (longest - length)
+            for text, length in zip(texts, self.lengths, strict=True)
         ]
         self.ids = torch.tensor(rows)
         padding = torch.tensor([self.prompt - text.start for text in texts])[:, None]
         places = torch.arange(self.ids.shape[1])[None]
         self.mask = (places >= padding).long()  # what follows a continuation is never looked back at
         self.positions = (places - padding).clamp(min=0)
-        self.cache: Any = self._forward(slice(0, self.prompt - 1), None).past_key_values
+        self.scored = torch.arange(longest)[None] < torch.tensor(self.lengths)[:, None]
+        self.blocks = find_layers(model, "quality").blocks[: layer + 1]
+        self.kept: list[Any] = []
+        self.cache: Any = self._forward(slice(0, self.prompt - 1), None, logits_to_keep=1).past_key_values
+        for block in self.blocks[-1:]:
+            with block.register_forward_hook(lambda _, __, out: self.kept.append(copy.deepcopy(out))):
+                self._logits()
 
-    def _forward(self, span: slice, cache: Any) -> Any:
+    def _forward(self, span: slice, cache: Any, **given: Any) -> Any:
         return self.model(
             input_ids=self.ids[:, span], attention_mask=self.mask[:, : span.stop], position_ids=self.positions[:, span],
-            past_key_values=cache, use_cache=True,
+            past_key_values=cache, use_cache=True, **given,
         )  # fmt: skip
+
+    def _logits(self) -> Tensor:
+        """Of the scored tokens of one text after another."""
+        head = self.model.get_output_embeddings()
+        with head.register_forward_pre_hook(lambda _, args: (args[0][self.scored][None],)):
+            span = slice(self.prompt - 1, self.ids.shape[1] - 1)
+            logits: Tensor = self._forward(span, copy.deepcopy(self.cache)).logits[0]
+        return logits
+
+    @contextmanager
+    def _known(self, plan: sf.Plan | None) -> Iterator[None]:
+        """Blocks below every edit give what they gave before."""
+        places = [] if plan is None else plan.edits
+        blocks = self.blocks if all(site == "resid_post" and at >= self.layer for site, at in places) else []
+        try:
+            for block in blocks:
+                block.forward = lambda *_, **__: copy.deepcopy(self.kept[0])
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
 
     @torch.inference_mode()
     def log_likelihoods(self, plan: sf.Plan | None, strength: float = 1.0) -> list[float]:
         """Σ log p of the scored tokens of each text, in nats."""
-        with ExitStack() as stack:
-            if plan is not None:
-                stack.enter_context(sf.steer(self.model, plan, strength, prompt_length=self.prompt))
-            span = slice(self.prompt - 1, self.ids.shape[1] - 1)
-            logits: Tensor = self._forward(span, self.cache).logits
-            self.cache.crop(span.start - span.stop)  # the prompts alone again
-        own = torch.gather(logits.float().log_softmax(-1), 2, self.ids[:, self.prompt :, None])[..., 0].double()
-        return [float(row[: len(text.ids) - text.start].sum()) for row, text in zip(own, self.texts, strict=True)]
+        with self._known(plan):
+            if plan is None:
+                logits = self._logits()
+            else:
+                with sf.steer(self.model, plan, strength, prompt_length=self.prompt):
+                    logits = self._logits()
+        wanted = self.ids[:, self.prompt :][self.scored]
+        own = logits.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0].double()
+        return [float(part.sum()) for part in own.split(self.lengths)]
 
 
-def batches(model: nn.Module, texts: Sequence[Text], rows: int = 24) -> list[tuple[list[int], Batch]]:
-    """The texts, with their indices, by length of what is computed anew each time."""
+def batches(model: Any, texts: Sequence[Text], layer: int = -1, rows: int = 24) -> list[tuple[list[int], Batch]]:
+    """The texts, with their indices, by length of what is computed anew each time; no edit is below the output of `layer`."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids) - texts[i].start)
     parts = [order[i : i + rows] for i in range(0, len(order), rows)]
-    return [(part, Batch(model, [texts[i] for i in part])) for part in parts]
+    return [(part, Batch(model, [texts[i] for i in part], layer)) for part in parts]
 
 
 def log_likelihoods(

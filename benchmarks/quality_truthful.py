@@ -24,14 +24,14 @@ import torch
 from quality import HERE, activations, load
 from quality_concepts import Concept, Pair, reference
 from quality_methods import METHODS
-from quality_scores import batches, log_likelihoods, reference_texts
+from quality_scores import Text, batches, log_likelihoods, reference_texts
 
 import steerfast as sf
 from steerfast.files.replace import replace_file
 from steerfast.models.layers import find_layers
-from steerfast.tools.evaluate import Choice, evaluate_choices, read_choices
+from steerfast.tools.evaluate import Choice, ChoiceScores, read_choices
 
-CHOSEN = ("caa", "iti", "affine", "spherical", "one-step", "published", "sketch")
+CHOSEN = ("caa", "affine", "default-linear", "default", "published", "sketch", "iti")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = {"model": name, "layer": layer, "questions": args.questions}
     rows = _known(out, run)
     texts = reference_texts(tokenizer, reference())
-    neutral, tokens = batches(model, texts), sum(len(text.ids) - text.start for text in texts)
+    neutral, tokens = batches(model, texts, layer), sum(len(text.ids) - text.start for text in texts)
     plain = sum(log_likelihoods(neutral, None))
     for half, (fitted, judged) in enumerate(halves(args.questions_file, args.questions)):
         concept = Concept("truthfulqa", fitted, (), ())
-        sample = None
+        sample = asked = None
         for method, strength in [("", 0.0), *((key, s) for key in args.methods for s in METHODS[key].strengths)]:
             where = {"half": half, "method": method, "strength": strength}
             if any(all(row[key] == value for key, value in where.items()) for row in rows):
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if method:
                 sample = sample or activations(model, tokenizer, concept, [layer], heads="iti" in args.methods)
                 plan = sf.Plan(METHODS[method].edits(sample), positions="last", model=model)
-            scores = asdict(evaluate_choices(model, tokenizer, judged, plan, strength, draws=0))
+            asked = asked or batches(model, [text for one in judged for text in answers(tokenizer, one)], layer)
+            scores = asdict(score(judged, log_likelihoods(asked, plan, strength)))
             damage = (plain - sum(log_likelihoods(neutral, plan, strength))) / tokens
             rows.append(
                 {**where, **{key: scores[key] for key in ("count", "first", "mass", "log_odds")}, "damage": damage}
@@ -86,6 +87,22 @@ def halves(path: Path, most: int | None) -> Iterator[tuple[tuple[Pair, ...], lis
         )
         kept = judge if most is None else random.Random(0).sample(judge, min(most, len(judge)))
         yield pairs, [questions[i] for i in sorted(kept)]
+
+
+def answers(tokenizer: Any, question: Choice) -> list[Text]:
+    """The matching answers behind the prompt, then the others."""
+    head = tokenizer(question.prompt)["input_ids"]
+    tails = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in (*question.matching, *question.others))
+    return [Text((*head, *tail), len(head)) for tail in tails]
+
+
+def score(questions: Sequence[Choice], found: Sequence[float]) -> ChoiceScores:
+    """From log p of the answers of one question after another."""
+    given, parts = iter(found), []
+    for one in questions:
+        sides = ([next(given) for _ in side] for side in (one.matching, one.others))
+        parts.append(tuple(torch.tensor(side, dtype=torch.float64) for side in sides))
+    return ChoiceScores.of(parts)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

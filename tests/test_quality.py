@@ -16,6 +16,7 @@ import torch
 from families import build
 
 import steerfast as sf
+from steerfast.models.layers import find_layers
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import quality
@@ -137,17 +138,24 @@ def test_the_classifier_tells_its_own_sides_apart_and_is_judged_on_held_out_text
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("known", [-1, 0, 1, 2])  # the plan begins at 1, and for 0 has another site
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("strength", [None, 1.0, -0.5])
-def test_scores_are_those_of_plain_passes_text_by_text(strength: float | None) -> None:
-    model, tokenizer = build("llama"), Letters()
+def test_scores_are_those_of_plain_passes_text_by_text(strength: float | None, family: str, known: int) -> None:
+    model, tokenizer = build(family), Letters()
     vector = torch.randn(48)
-    plan = None if strength is None else sf.Plan({1: sf.Add(vector, 3.0), ("head_out", 2): sf.Add(vector)}, "last")
+    places = {1: sf.Add(vector, 3.0), ("resid_post" if known > 0 else "attn_out", 2): sf.Add(vector)}
+    plan = None if strength is None else sf.Plan(places, "last")
     pairs = [concepts.Pair("g", p, a, b) for p, a, b in (("some prompt", " good", " a bad one"), ("no", " x", " yz"))]
     texts = [*scores.pair_texts(tokenizer, concepts.Concept("c", (), tuple(pairs), ())),
              *scores.reference_texts(tokenizer, ["a neutral text", "another of them"])]  # fmt: skip
-    found = scores.log_likelihoods(scores.batches(model, texts, rows=4), plan, strength or 0.0)
-    again = scores.log_likelihoods(parts := scores.batches(model, texts, rows=4), plan, strength or 0.0)
-    assert again == scores.log_likelihoods(parts, plan, strength or 0.0) == found
+    found = scores.log_likelihoods(scores.batches(model, texts, known, rows=4), plan, strength or 0.0)
+    again = scores.log_likelihoods(parts := scores.batches(model, texts, known, rows=4), plan, strength or 0.0)
+    ran = []
+    with find_layers(model).blocks[0].mlp.register_forward_hook(lambda *_: ran.append(1)):
+        assert again == scores.log_likelihoods(parts, plan, strength or 0.0) == found
+    assert bool(ran) is (known == -1 or (plan is not None and known != 1))
+    assert not any("forward" in vars(block) for block in find_layers(model).blocks)
     for text, score in zip(texts, found, strict=True):
         ids = torch.tensor([text.ids])
         with torch.no_grad():
@@ -476,6 +484,11 @@ def test_truthful_questions_are_judged_and_go_on_where_they_were_cut(
     assert all(r["count"] == 4 and 0 <= r["mass"] <= 1 for r in rows)
     assert rows[0]["damage"] == 0.0
     assert len({r["mass"] for r in rows[:5]}) == 5
+    _, judged = next(truthful.halves(path, None))
+    plain = sf.tools.evaluate_choices(build("llama"), Letters(), judged)
+    assert [rows[0][key] for key in ("first", "mass", "log_odds")] == pytest.approx(
+        [plain.first, plain.mass, plain.log_odds], abs=1e-4
+    )
     capsys.readouterr()
     out.write_text(json.dumps({**json.loads(out.read_text()), "rows": rows[:4]}))
     truthful.main(command)
