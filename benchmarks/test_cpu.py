@@ -49,7 +49,7 @@ def test_op(race: Any, name: str, road: str, n: int, at: Stream) -> None:
 @every_count
 @every_road
 def test_op_in_place(race: Any, road: str, n: int, at: Stream) -> None:
-    race(lambda: cpu_cases.on(road, cpu_cases.op_in_place(at, n, "amplify")))
+    race(lambda: cpu_cases.on(road, cpu_cases.op_in_place(at, n)))
 
 
 @every_stream

@@ -171,13 +171,13 @@ def _run(
     if rows is not None:
         if rows.dtype is not torch.int32 or not rows.is_cpu or not _is_column(rows.shape, n):
             return None
-        owners = rows.data_ptr(), rows.stride(0)
+        owners = rows.data_ptr(), rows.stride()[0]
     if scale is not None:
         if scale.dtype is not torch.float32 or scale.is_neg() or not scale.is_cpu or not _is_column(scale.shape, n):
             return None
         if rows is not None and rows.shape != scale.shape:
             return None
-        strengths = scale.data_ptr(), scale.stride(0)
+        strengths = scale.data_ptr(), scale.stride()[0]
     first = x.data_ptr()
     if (
         not (n and first and table[0]) or x.is_neg()
@@ -200,7 +200,7 @@ def _run(
 
 def _is_column(shape: torch.Size, n: int) -> bool:
     """(n,) or (n, 1)."""
-    return (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)) and shape[0] == n
+    return shape == (n,) or shape == (n, 1)
 
 
 def _together(kernel: Any, arguments: tuple[Any, ...], n: int, owners: object) -> int:

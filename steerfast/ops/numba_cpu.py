@@ -159,6 +159,27 @@ def _lifted(kind, x, out, g, c, n):
 
 
 @njit(**_exact)
+def _both_lifted(kind, x, z, out, to, g, h, c, n):
+    """`_lifted` of two rows, x with g and z with h: a direction is loaded once for both."""
+    h0, h1, h2, h3, h4, h5, h6, h7 = h
+    g0, g1, g2, g3, g4, g5, g6, g7 = g
+    if x == out and z == to:
+        for j in range(n):
+            c0, c1, c2, c3, c4, c5, c6, c7 = _at(c, j)
+            a = g0 * c0 + g1 * c1 + g2 * c2 + g3 * c3 + g4 * c4 + g5 * c5 + g6 * c6 + g7 * c7
+            b = h0 * c0 + h1 * c1 + h2 * c2 + h3 * c3 + h4 * c4 + h5 * c5 + h6 * c6 + h7 * c7
+            write(kind, out, j, read(kind, out, j) + a)
+            write(kind, to, j, read(kind, to, j) + b)
+    else:
+        for j in range(n):
+            c0, c1, c2, c3, c4, c5, c6, c7 = _at(c, j)
+            a = g0 * c0 + g1 * c1 + g2 * c2 + g3 * c3 + g4 * c4 + g5 * c5 + g6 * c6 + g7 * c7
+            b = h0 * c0 + h1 * c1 + h2 * c2 + h3 * c3 + h4 * c4 + h5 * c5 + h6 * c6 + h7 * c7
+            write(kind, out, j, read(kind, x, j) + a)
+            write(kind, to, j, read(kind, z, j) + b)
+
+
+@njit(**_exact)
 def _plus(kind, x, w, n):
     """w += x."""
     for j in range(n):
@@ -332,9 +353,14 @@ def _edit_block(kind, order, ahead, places, slot, basis, strengths, scratch):
         else:
             write(_ZERO, own, 0, weight)
     span = d if keep_norm else chunk
+    pairs = m - m % 2 if TILE // 2 < rank <= TILE and not keep_norm else 0
     for j in range(0, d, span):
         n, first = min(span, d - j), lift + 4 * j
-        for r in range(m):
+        for r in range(0, pairs, 2):
+            at, to, g = x + order[r] * x_step + j * item, out + order[r] * out_step + j * item, y + 4 * r * PITCH
+            two, there = x + order[r + 1] * x_step + j * item, out + order[r + 1] * out_step + j * item
+            _both_lifted(kind, at, two, to, there, _tile(g, 0), _tile(g, PITCH), _eight(first, step, rank), n)
+        for r in range(pairs, m):
             at, to, g = x + order[r] * x_step + j * item, out + order[r] * out_step + j * item, y + 4 * r * PITCH
             if rank == 1 and not keep_norm:
                 _add(kind, at, read(_ZERO, g, 0), _ZERO, first, to, n)
@@ -397,7 +423,7 @@ def edit(
             own[i] = owner
     if n >= MANY and changes == 1 and known >= 0 and _header(headers, known)[1] > 2 * TILE:
         return 1
-    order = _ordered(own, slots) if owners else np.arange(n)
+    order = _ordered(own, slots) if changes > 1 else np.arange(n)
     y, w, wide = np.empty((ROWS + 1) * PITCH, np.float32), np.empty(d, np.float32), np.empty(0, np.float32)
     while begin < end:
         owner = own[order[begin]] if owners else 0
