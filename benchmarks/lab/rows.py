@@ -62,9 +62,12 @@ def _ask(*command: str, cwd: Path) -> str | None:
 
 
 def _processor() -> str:
+    """Its name, and what its instructions were held to."""
     info = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return named[1].strip() if named else platform.processor() or platform.machine()
+    name = named[1].strip() if named else platform.processor() or platform.machine()
+    held = [os.environ[limit] for limit in ("ATEN_CPU_CAPABILITY", "NUMBA_CPU_NAME") if os.environ.get(limit)]
+    return f"{name} held to {', '.join(held)}" if held else name
 
 
 def file_of(folder: Path, origin: dict[str, Any]) -> Path:
