@@ -44,7 +44,7 @@ from lab.clock import QUICK, REHEARSAL, Effort, HostClock, HostRunner, Pair, Pea
 from lab.goals import GOALS  # noqa: E402
 from lab.methods import METHODS  # noqa: E402
 from lab.pairs import AGAIN, OURS, Race, interval, is_calm, paired  # noqa: E402
-from lab.rows import append_row  # noqa: E402
+from lab.rows import append_row, circumstances, file_of  # noqa: E402
 
 PEAKS = Peaks(1e9, 1e10)
 AT = Stream("cpu", torch.float32, 24)
@@ -711,11 +711,38 @@ def template(name: str) -> str:
     return re.sub(r"(?<==)[\w]+", "#", re.sub(r"steps=\d+|(?<=flow )\w+", "#", name)).replace("fp32", "bf16")
 
 
+def test_rows_of_a_processor_held_to_fewer_instructions_have_a_name_and_a_file_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for limit in ("ATEN_CPU_CAPABILITY", "NUMBA_CPU_NAME"):
+        monkeypatch.delenv(limit, raising=False)
+    free = circumstances("cpu") | {"series": "2026-11-30T00:00:00+00:00"}
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    held = circumstances("cpu") | {"series": "2026-11-30T00:00:00+00:00"}
+    assert held["device"] == f"{free['device']} held to avx2"
+    assert file_of(tmp_path, held).name == file_of(tmp_path, free).name.replace(".jsonl", "-held-to-avx2.jsonl")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_edit_in_place_does_the_same_work_again_on_what_it_left(dtype: torch.dtype) -> None:
+    case = cpu_cases.op_in_place(replace(AT, dtype=dtype), 5)
+    inputs = (*case.fresh(), *case.fixed)
+    before = inputs[0].clone()
+    judge = case.judge(inputs)
+    first = case.ours(*inputs)
+    assert first is inputs[0]
+    assert not torch.equal(first, before)
+    assert judge(first) <= 1
+    assert judge(case.ours(*inputs)) <= case.slack
+    for name, make in case.peers.items():
+        assert judge(make()(*inputs)) <= case.slack, name
+
+
 def test_every_bar_names_a_case_that_is_measured():
     """By the form of its name: the sizes of a GPU's cases cannot be built here."""
     forms = {template(build().name) for build in CASES.values()}
     compiled = [
-        cpu_cases.add_with_rows(AT, 3), cpu_cases.op(AT, 3, "amplify"), cpu_cases.op_in_place(AT, 3, "amplify"),
+        cpu_cases.add_with_rows(AT, 3), cpu_cases.op(AT, 3, "amplify"), cpu_cases.op_in_place(AT, 3),
         cpu_cases.bank(AT, 3, "ablate", 1), cpu_cases.bank(AT, 3, "amplify", 8), cpu_cases.owners(AT, 3, 8),
     ]  # fmt: skip
     forms |= {template(f"{case.name} compiled") for case in compiled}
