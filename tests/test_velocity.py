@@ -15,6 +15,7 @@ from places import DTYPES, PLACES, assert_exact, backend, runs
 from test_sweeping import Letters
 
 import steerfast as sf
+from steerfast.directions.fits import natural
 from steerfast.models import demo
 
 KINDS = ("identity", "tanh")
@@ -319,6 +320,24 @@ def test_a_fit_in_inference_mode_is_the_same() -> None:
         vector = sf.fit_vector(build("gpt2"), Letters(), [one[:2] for one in CASES], 1, steps=2)
     assert torch.equal(fitted[0].outputs, fitted[1].outputs)
     assert not vector.vector.is_inference()
+
+
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_the_unsteered_model_is_asked_once_where_there_is_room(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return x.roll(1, -1)
+
+    monkeypatch.setattr(natural, "ROOM", room)
+    model, asked = build("gpt2"), []
+    gradients = natural.Gradients.of("test", model, Letters(), CASES, 1, SHORT)
+    with gradients.pupil.taught():
+        plain = [gradients.damage(edit) for edit in (torch.clone, turned)]
+        with model.register_forward_hook(lambda *_: asked.append(1)):
+            again = gradients.damage(turned)
+    assert len(asked) == len(gradients.held) * (1 if room else 2)
+    assert torch.equal(plain[1], again)
+    assert plain[0].abs().max() < 1e-6 < plain[1].min()
+    assert len(again) == sum(len(ids) - natural.OPENING for ids in gradients.held)
 
 
 def test_a_field_back_in_time_claims_nothing_of_its_fit() -> None:

@@ -24,7 +24,8 @@ SIGNS = 8
 """Random signs for each neutral text: that many draws of the Fisher information."""
 HELD = 6
 """Of so many neutral texts one is held out, to measure the damage on."""
-
+ROOM = 1 << 30
+"""Bytes that the unsteered model's numbers on these may take while fits are paced."""
 
 CHECK = "check the text, and the model's weights and dtype"
 NOISE = 1e-5
@@ -53,6 +54,7 @@ class Gradients:
         self.pupil, self.lessons, self.held = pupil, lessons, neutral[::HELD]
         fitted = [text for i, text in enumerate(neutral) if i % HELD]
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._unsteered: dict[int, Tensor] = {}
         with pupil.taught():
             self.metric = fisher_metric(pupil, fitted, seeded(seed))
 
@@ -91,10 +93,34 @@ class Gradients:
             )
         return total / len(rows)
 
+    @torch.no_grad()
+    def damage(self, edit: Edit) -> Tensor:
+        """KL(unsteered ‖ steered) of each token of the held-out neutral texts after their openings.
+
+        Raises:
+            ValueError: the unsteered model's own numbers are not finite.
+        """
+        found = []
+        for i, ids in enumerate(self.held):
+            p, q = self._chances(i), _chances(self.pupil, ids, OPENING, edit)
+            found.append(torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).cpu())
+        return torch.cat(found)
+
     def _of(self, i: int) -> tuple[Tensor, Tensor]:
         if i not in self._known:
             self._known[i] = pull_of(self.pupil, self.lessons[i])
         return self._known[i]
+
+    def _chances(self, i: int) -> Tensor:
+        """log p of the unsteered model on a held-out neutral text, kept where there is room: every pacing asks for it again."""
+        if i in self._unsteered:
+            return self._unsteered[i]
+        found = _chances(self.pupil, self.held[i], OPENING, None)
+        if bool(found.isnan().any()):
+            raise ValueError(f"{self.pupil.owner}: the model's numbers on a neutral text are not finite; {CHECK}")
+        if found.nbytes + sum(kept.nbytes for kept in self._unsteered.values()) <= ROOM:
+            self._unsteered[i] = found
+        return found
 
 
 def neutral_texts(owner: str, model: Any, reader: TextReader, neutral: Any, seed: int) -> list[tuple[int, ...]]:
@@ -204,19 +230,6 @@ def fisher_metric(pupil: Pupil, texts: Sequence[Sequence[int]], generator: torch
             "ones"
         )
     return found
-
-
-@torch.no_grad()
-def divergence(pupil: Pupil, ids: Sequence[int], edit: Edit) -> Tensor:
-    """KL(unsteered ‖ steered) of each token of a neutral text after its opening.
-
-    Raises:
-        ValueError: the unsteered model's own numbers are not finite.
-    """
-    p, q = (_chances(pupil, ids, OPENING, way) for way in (None, edit))
-    if bool(p.isnan().any()):
-        raise ValueError(f"{pupil.owner}: the model's numbers on a neutral text are not finite; {CHECK}")
-    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).cpu()
 
 
 def log_odds(pupil: Pupil, lessons: Sequence[Lesson], edit: Edit | None) -> float:

@@ -17,7 +17,7 @@ from steerfast.barriers.velocity import VelocityField, VelocityInfo
 from steerfast.edits.flow import flow
 
 from .lessons import Edit, Lesson, Pupil, split
-from .natural import Gradients, Metric, divergence, log_odds
+from .natural import Gradients, Metric, log_odds
 
 RANK, DAMPING = 3, (3.0, 1.0)
 """Defaults: terms, and shares of the mean eigenvalues."""
@@ -228,8 +228,7 @@ def _paced(gradients: Gradients, field: VelocityField, speed: float) -> tuple[Ve
     """
 
     def damage(T: float) -> float:
-        found = [divergence(gradients.pupil, ids, _edit(field, T)) for ids in gradients.held]
-        cost = float(torch.cat(found).mean())
+        cost = float(gradients.damage(_edit(field, T)).mean())
         return cost if math.isfinite(cost) else math.inf
 
     start = time = math.sqrt(2 * DAMAGE) / max(speed, 1e-30)
