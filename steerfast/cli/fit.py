@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     position = shared.position(args.position)
     model, tokenizer = shared.load(args)
     count = find_layers(model, "fit").count
-    layers = shared.layers(args.layer, count)
+    layers = shared.layers(args.layer, count, "--layer")
     if len(layers) != 1:
         raise ValueError(f"--layer: {args.layer!r} names {len(layers)} layers; an intervention is fitted on one")
     layer = layers[0] + count if layers[0] < 0 else layers[0]

@@ -110,7 +110,7 @@ def sae(path: Path) -> Any:
     return SAE.load(path)
 
 
-def layers(spec: str, count: int) -> list[int]:
+def layers(spec: str, count: int, option: str = "--layers") -> list[int]:
     """Layers of "8", "-1", "6,8", "6-12", "all" or "middle"."""
     if spec == "middle":
         return [count // 2]
@@ -122,9 +122,9 @@ def layers(spec: str, count: int) -> list[int]:
         try:
             found += range(int(first), int(last) + 1) if dash and first else [int(part)]
         except ValueError:
-            raise ValueError(f"--layers: cannot read {spec!r}; write 8, -1, 6,8, 6-12, all or middle") from None
+            raise ValueError(f"{option}: cannot read {spec!r}; write 8, -1, 6,8, 6-12, all or middle") from None
     if not found:
-        raise ValueError(f"--layers: {spec!r} names no layer; the first comes before the last")
+        raise ValueError(f"{option}: {spec!r} names no layer; the first comes before the last")
     return found
 
 
