@@ -1,6 +1,7 @@
 """Does it pay? What steering methods buy (effect) at the price of what they break (damage), on a real model.
 
-    python benchmarks/quality.py [--quick] [--seeds 3] [--data DIR] [--model PATH] [--sae PATH] [--out FILE]
+    python benchmarks/quality.py [--quick] [--seeds 3] [--data DIR [--pairs N]] [--model PATH] [--out FILE]
+        [--fields | --everywhere]
 
 For every concept, method, training set and strength, on held-out pairs and neutral texts, steered at one layer from the last
 prompt token on:
@@ -46,6 +47,7 @@ SCHEMA = 1
 FINE, HALVES = DAMAGES[0] / 2, 8
 """What the least strength of a curve may damage, and how often it is halved to get there."""
 HERE = Path(__file__).parent
+PAIRS = 60  # of a public set that methods are fitted on
 QUICK = {"train": 0.75, "test": 12, "texts": 6, "strengths": 3}
 
 
@@ -61,14 +63,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--concepts", nargs="+", default=None, help=f"default: {' '.join(NAMES)}, or all sets of --data"
     )
     parser.add_argument(
-        "--methods", nargs="+", default=None, choices=[*METHODS, "sae"], help="default: all but velocity fields"
+        "--methods",
+        nargs="+",
+        default=None,
+        choices=[*METHODS, "sae"],
+        help="default: all but velocity fields, or those of --fields",
     )
     parser.add_argument(
         "--nulls", type=int, default=None, help=f"draws of each kind of null (default: {DRAWS}; --quick: none)"
     )
     parser.add_argument("--data", type=Path, help="folder of public sets (caa/, TruthfulQA.csv, xstest_prompts.csv)")
     parser.add_argument(
-        "--pairs", type=int, default=60, help="training pairs of a public set; 0: all (default: %(default)s)"
+        "--pairs", type=int, default=PAIRS, help="training pairs of a public set; 0: all (default: %(default)s)"
     )
     parser.add_argument("--model", help="folder or GGUF file of another model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--layer", type=int, help="0-based (default: the middle one)")
@@ -79,8 +85,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="CAA and affine ablation beside velocity fields, of which each takes minutes to fit",
     )
     parser.add_argument("--sae", help="folder of an SAE of that layer, for SAE amplification")
-    parser.add_argument("--out", type=Path, help="default: a file in results/ named after the model and these choices")
+    parser.add_argument(
+        "--out", type=Path, help="default: results/quality[-velocity]-MODEL[-everywhere][-data][-quick][-whole].json"
+    )
     args = parser.parse_args(argv)
+    if args.pairs < 0 or (args.data is None and args.pairs != PAIRS):
+        parser.error(
+            f"--pairs is {args.pairs}; expected training pairs of the public sets in --data, 0 for all of them"
+        )
+    if args.fields and (args.everywhere or args.methods):
+        parser.error(
+            "--fields names its methods itself, and fits them to one layer; leave --methods and --everywhere out"
+        )
     model, tokenizer, name = load(args.model)
     count = find_layers(model, "quality").count
     layers = range(count) if args.everywhere else [count // 2 - 1 if args.layer is None else args.layer]
@@ -96,13 +112,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         methods["sae"] = Method("SAE amplification", sae(args.sae), GAINS)
     if args.everywhere:
         methods = everywhere(methods)
+    if not methods:
+        parser.error(f"none of {', '.join(args.methods)} is left to be measured; see --sae, and --everywhere")
     texts, seeds = reference(), args.seeds
     if args.quick:
         concepts, methods, texts = quick(concepts, methods, texts)
         seeds = 1
-    start = "quality-velocity" if args.fields else "quality"
+    start = "quality-velocity" if set(methods) & set(FIELDS) else "quality"
     end = "".join(f"-{name}" for name in ("everywhere", "data", "quick") if getattr(args, name))
-    out = args.out or HERE / "results" / f"{start}-{name}{end}{'' if args.pairs else '-whole'}.json"
+    out = args.out or HERE / "results" / f"{start}-{name}{end}{'-whole' * (args.pairs == 0)}.json"
     draws = args.nulls if args.nulls is not None else 0 if args.quick else DRAWS
     store = Store(out, name, "all" if args.everywhere else layers[0])
     measure(store, layers, model, tokenizer, concepts, methods, texts, seeds, draws, writes=not args.quick)

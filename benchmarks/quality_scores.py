@@ -48,7 +48,8 @@ class Batch:
     """Texts whose unsteered part is computed once.
 
     That is all but the last prompt token and the continuation, since steering at "last" never edits it, and of these the blocks
-    up to `layer`, if no edit is below its output (-1: none). Logits are made of the scored tokens alone.
+    up to `layer`, if no edit is below its output (-1: none). Logits are made of the scored tokens alone. A model whose upper
+    blocks take more from the lower ones than the stream, such as their keys, has none of its blocks left out.
     """
 
     @torch.inference_mode()
@@ -74,7 +75,9 @@ class Batch:
         self.cache: Any = self._forward(slice(0, self.prompt - 1), None, logits_to_keep=1).past_key_values
         for block in self.blocks[-1:]:
             with block.register_forward_hook(lambda _, __, out: self.kept.append(copy.deepcopy(out))):
-                self._logits()
+                plain = self._logits()
+            if not self._is_replayed(plain):
+                self.blocks = ()
 
     def _forward(self, span: slice, cache: Any, **given: Any) -> Any:
         return self.model(
@@ -90,11 +93,26 @@ class Batch:
             logits: Tensor = self._forward(span, copy.deepcopy(self.cache)).logits[0]
         return logits
 
+    def _is_replayed(self, plain: Tensor) -> bool:
+        """Whether the logits are the same if the lower blocks compute nothing."""
+        try:
+            with self._known(None):
+                return torch.equal(self._logits(), plain)
+        except (
+            AttributeError,
+            KeyError,
+            RuntimeError,
+            TypeError,
+        ):  # of a block that asks for what a lower one would have left
+            return False
+
     @contextmanager
     def _known(self, plan: sf.Plan | None) -> Iterator[None]:
-        """Blocks below every edit give what they gave before."""
-        places = [] if plan is None else plan.edits
-        blocks = self.blocks if all(site == "resid_post" and at >= self.layer for site, at in places) else []
+        """Blocks up to `layer`, if no edit is below its output or reads there, only hand on what the last of them gave before."""
+        edits = {} if plan is None else plan.edits
+        above = all(site == "resid_post" and at >= self.layer for site, at in edits)
+        reads = any(isinstance(edit, sf.When) for chain in edits.values() for edit in chain)
+        blocks = self.blocks if above and not reads else ()
         try:
             for block in blocks:
                 block.forward = lambda *_, **__: copy.deepcopy(self.kept[0])

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import build
+import transformers
+from families import build, randomise
 
 import steerfast as sf
 from steerfast.models.layers import find_layers
@@ -167,6 +168,77 @@ def test_scores_are_those_of_plain_passes_text_by_text(strength: float | None, f
         odds = logits[0].double().log_softmax(-1)
         own = sum(float(odds[i - 1, text.ids[i]]) for i in range(text.start, len(text.ids)))
         assert score == pytest.approx(own, abs=2e-4)
+
+
+def shared_keys() -> torch.nn.Module:
+    """A model whose upper blocks take the keys and values of lower ones."""
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this transformers has no Gemma 4")
+    sizes = dict.fromkeys(("head_dim", "global_head_dim"), 16) | dict.fromkeys(
+        ("vocab_size", "vocab_size_per_layer_input"), 128
+    )
+    config = transformers.Gemma4TextConfig(
+        **sizes, hidden_size=48, intermediate_size=80, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=64, max_position_embeddings=128, hidden_size_per_layer_input=8, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 3, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    randomise(model)
+    return model.float().eval()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_cannot_be_left_out_is_computed(shared: bool) -> None:
+    model, place = (shared_keys(), 3) if shared else (build("llama"), 2)
+    edit = sf.Add(torch.randn(48), 3.0)
+    if not shared:
+        edit = sf.WhenToken(sf.Condition(torch.randn(48), 0.0), edit, layer=0)
+    plan = sf.Plan({place: edit}, "last")
+    texts = [scores.Text(tuple(range(5, 5 + n)), start) for n, start in ((9, 4), (6, 3), (16, 12))]
+    plain, kept = (scores.log_likelihoods(scores.batches(model, texts, layer), plan) for layer in (-1, place))
+    assert kept == pytest.approx(plain, abs=1e-5)
+    assert scores.log_likelihoods(scores.batches(model, texts), None) != pytest.approx(plain, abs=1e-2)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """What `quality.main` would measure, and the file that it would report."""
+    found: list[Any] = []
+    monkeypatch.setattr(quality, "load", lambda path: (build("llama"), Letters(), "tiny"))
+    monkeypatch.setattr(quality, "measure", lambda *given, **_: found.append(list(given[5])))
+    monkeypatch.setattr(quality.quality_report, "report", lambda path: found.append(path.name))
+    monkeypatch.setattr(quality, "HERE", tmp_path)
+    return found
+
+
+@pytest.mark.parametrize(("argv", "methods", "name"), [
+    (["--fields"], ["caa", "affine", "natural", "natural-one"], "quality-velocity-tiny.json"),
+    (["--methods", "natural"], ["natural"], "quality-velocity-tiny.json"),
+    (["--methods", "caa", "--everywhere"], ["caa"], "quality-tiny-everywhere.json"),
+    ([], [key for key in METHODS if not key.startswith("natural")], "quality-tiny.json"),
+])  # fmt: skip
+def test_what_is_measured_has_the_name_of_its_file(
+    asked: list[Any], argv: list[str], methods: list[str], name: str
+) -> None:
+    quality.main(argv)
+    assert asked == [methods, name]
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--pairs", "0"], "--pairs is 0; expected training pairs of the public sets in --data"),
+    (["--pairs", "-3", "--data", "."], "--pairs is -3"),
+    (["--fields", "--everywhere"], "--fields names its methods itself"),
+    (["--fields", "--methods", "caa"], "--fields names its methods itself"),
+    (["--methods", "natural", "--everywhere"], "none of natural is left"),
+    (["--methods", "sae"], "none of sae is left"),
+])  # fmt: skip
+def test_options_that_name_nothing_are_refused(
+    asked: list[Any], capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(argv)
+    assert message in capsys.readouterr().err
+    assert asked == []
 
 
 def test_texts_written_at_several_strengths_in_one_batch_are_those_written_alone() -> None:
