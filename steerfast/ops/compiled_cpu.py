@@ -95,7 +95,9 @@ def subspace(
     compiled = kernels()
     if compiled is None or coefficients is None or slots is None:
         return None
-    if not is_plain(x, vectors, coefficients, slots, rows, scale) or backend_of(x) != "torch":
+    if not is_plain(x, vectors, coefficients, scale) or backend_of(x) != "torch":
+        return None
+    if type(slots) is not Tensor or (rows is not None and type(rows) is not Tensor):  # whole numbers take no gradient
         return None
     shape, of_rows, numbers, headers = x.shape, vectors.shape, coefficients.shape, slots.shape
     if not (
@@ -188,10 +190,10 @@ def _run(
     else:
         out = torch.empty_like(x) if dense else torch.empty_like(x, memory_format=torch.contiguous_format)
     arguments = (
-        kind, first, step, out.data_ptr(), step if in_place else d * size, n, d, size, *table, *owners, *strengths
+        kind, first, step, out.data_ptr(), step if in_place else d * size, n, d, size, *table, *owners, *strengths, 0, n
     )  # fmt: skip
     alone = n * d <= ALONE or torch.get_num_threads() == 1
-    if kernel(*arguments, 0, n) if alone else _together(kernel, arguments, n, (x, out, rows, scale, bank)):
+    if kernel(*arguments) if alone else _together(kernel, arguments[:-2], n, (x, out, rows, scale, bank)):
         return None
     if in_place:
         note_write(x)
