@@ -127,11 +127,17 @@ def _tile(g, i):
 
 
 @njit(**_exact)
+def _weighed(g, c):
+    """The sum of eight numbers, each times its weight."""
+    g0, g1, g2, g3, g4, g5, g6, g7 = g
+    c0, c1, c2, c3, c4, c5, c6, c7 = c
+    return g0 * c0 + g1 * c1 + g2 * c2 + g3 * c3 + g4 * c4 + g5 * c5 + g6 * c6 + g7 * c7
+
+
+@njit(**_exact)
 def _mixed(g, c, j):
     """g·C at one place."""
-    g0, g1, g2, g3, g4, g5, g6, g7 = g
-    c0, c1, c2, c3, c4, c5, c6, c7 = _at(c, j)
-    return g0 * c0 + g1 * c1 + g2 * c2 + g3 * c3 + g4 * c4 + g5 * c5 + g6 * c6 + g7 * c7
+    return _weighed(g, _at(c, j))
 
 
 @njit(**_exact)
@@ -161,22 +167,16 @@ def _lifted(kind, x, out, g, c, n):
 @njit(**_exact)
 def _both_lifted(kind, x, z, out, to, g, h, c, n):
     """`_lifted` of two rows, x with g and z with h: a direction is loaded once for both."""
-    h0, h1, h2, h3, h4, h5, h6, h7 = h
-    g0, g1, g2, g3, g4, g5, g6, g7 = g
     if x == out and z == to:
         for j in range(n):
-            c0, c1, c2, c3, c4, c5, c6, c7 = _at(c, j)
-            a = g0 * c0 + g1 * c1 + g2 * c2 + g3 * c3 + g4 * c4 + g5 * c5 + g6 * c6 + g7 * c7
-            b = h0 * c0 + h1 * c1 + h2 * c2 + h3 * c3 + h4 * c4 + h5 * c5 + h6 * c6 + h7 * c7
-            write(kind, out, j, read(kind, out, j) + a)
-            write(kind, to, j, read(kind, to, j) + b)
+            some = _at(c, j)
+            write(kind, out, j, read(kind, out, j) + _weighed(g, some))
+            write(kind, to, j, read(kind, to, j) + _weighed(h, some))
     else:
         for j in range(n):
-            c0, c1, c2, c3, c4, c5, c6, c7 = _at(c, j)
-            a = g0 * c0 + g1 * c1 + g2 * c2 + g3 * c3 + g4 * c4 + g5 * c5 + g6 * c6 + g7 * c7
-            b = h0 * c0 + h1 * c1 + h2 * c2 + h3 * c3 + h4 * c4 + h5 * c5 + h6 * c6 + h7 * c7
-            write(kind, out, j, read(kind, x, j) + a)
-            write(kind, to, j, read(kind, z, j) + b)
+            some = _at(c, j)
+            write(kind, out, j, read(kind, x, j) + _weighed(g, some))
+            write(kind, to, j, read(kind, z, j) + _weighed(h, some))
 
 
 @njit(**_exact)
