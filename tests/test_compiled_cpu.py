@@ -241,7 +241,7 @@ def test_what_it_does_not_serve_it_leaves_alone() -> None:
     assert compiled_cpu.subspace(x, *bank.tensors, rows, torch.ones(4).double(), False) is None
     assert compiled_cpu.add(x, bank.vectors.bfloat16(), rows, None, False) is None
     assert compiled_cpu.add(x, bank.vectors, rows + 300, None, True) is None
-    assert compiled_cpu.hinged(x, features(65), lambda share: slots.hinge(slope=-share), 1.0, False) is None
+    assert compiled_cpu.hinged(x, features(65), 65, lambda share, _: slots.hinge(slope=-share), 1.0, False) is None
 
 
 @needs_numba

@@ -179,6 +179,48 @@ def test_few_calls_say_what_the_formula_says(name: str, n: int) -> None:
     torch.testing.assert_close(twin, got, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+SINGLE = {
+    "ablate": sf.Ablate,
+    "amplify": lambda v: sf.Amplify(v, 0.7),
+    "calibrate": lambda v: sf.Calibrate(v, beta=2.0),
+    "affine ablation": lambda v: sf.AffineAblate(v[0], 0.4),
+    "clamp": lambda v: sf.Clamp(v[0], low=-0.1, high=0.2),
+    "clamp, norm kept": lambda v: sf.Clamp(v[0], low=0.1, keep_norm=True),
+    "push": lambda v: sf.DeficitPush(v, target=0.5, bias=torch.tensor([0.1])),
+    "loreft": lambda v: sf.LoReFT(v, torch.randn(1, D) / 6, torch.ones(1)),
+}
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_single_row_along_a_single_direction(name: str, dtype: torch.dtype) -> None:
+    """In every form that a row can have, with a strength and without: values, dtype and shape of the general road."""
+    v = torch.linalg.qr(torch.randn(D, 3))[0].T.contiguous()
+    bank = sf.Bank(D, slots=2, dtype=dtype)
+    own = torch.tensor([bank.register(SINGLE[name](v[:1]))], dtype=torch.int32)
+    wide = torch.randn(3, 2 * D).to(dtype)
+    for x in (wide[:1, :D], wide[1, ::2], wide[None, None, 2:, D:], torch.full((1, D), torch.nan, dtype=dtype)):
+        for scale in (None, torch.tensor([0.6])):
+            rows = own if scale is None else None
+            got, wanted = (
+                torch_cpu.subspace(x, *bank.tensors, rows, scale),
+                torch_backend.subspace(x, *bank.tensors, rows, scale),
+            )
+            assert got is not None
+            assert got.dtype == dtype
+            assert got.shape == x.shape
+            assert got.is_contiguous()
+            torch.testing.assert_close(got, wanted, rtol=2 * torch.finfo(dtype).eps, atol=3e-6, equal_nan=True)
+            twin = x.clone()
+            assert torch_cpu.subspace(twin, *bank.tensors, rows, scale, in_place=True) is twin
+            torch.testing.assert_close(twin, got, rtol=torch.finfo(dtype).eps, atol=1e-6, equal_nan=True)
+    for x in (torch.full((1, D), 3e38), torch.full((1, D), torch.inf)):
+        torch.testing.assert_close(
+            ops.amplify(x, v[0], 5.0), torch_backend.hinged(x, v[0], lambda y: 5.0 * y.relu()), equal_nan=True
+        )
+
+
 @both
 @pytest.mark.parametrize(
     "header", [(2, 99, 0, 0, 0), (2, 1, 0, 10**6, 0), (2, 1, 0, 0, 10**6), (2, 1, -1, 0, 0), (2, 1, 0, 0, -3)]
@@ -232,16 +274,16 @@ def test_a_direct_selection_leaves_ties_and_nan_to_the_walk(monkeypatch: pytest.
     assert ops.sae_encode(x[:1], w, None, 5)[1].tolist() == [[0, 8, 4, 12, 1]]
 
 
-@needs_numba
-def test_the_compiled_road_looks_at_everything_itself() -> None:
+@both
+def test_a_quick_road_looks_at_everything_itself() -> None:
     """`ops.subspace` asks it before it checks: what does not fit is left to the checks, whose errors name it."""
     bank, x = sf.Bank(16, slots=2), torch.randn(3, 16)
     rows = torch.full((3,), bank.register(sf.Ablate(torch.ones(16))), dtype=torch.int32)
     vectors, coefficients, headers = bank.tensors
     ones = torch.ones(3)
-    assert compiled_cpu.subspace(x, vectors, coefficients, headers, rows, ones) is not None
-    assert compiled_cpu.subspace(x, vectors, coefficients, headers, rows[:, None], ones[:, None]) is not None
-    assert compiled_cpu.subspace(x, vectors, coefficients, headers, None, ones[:, None]) is not None
+    assert torch_cpu.subspace(x, vectors, coefficients, headers, rows, ones) is not None
+    assert torch_cpu.subspace(x, vectors, coefficients, headers, rows[:, None], ones[:, None]) is not None
+    assert torch_cpu.subspace(x, vectors, coefficients, headers, None, ones[:, None]) is not None
     for given in (
         (x[:, :8], *bank.tensors, rows, None),
         (x[0, 0], *bank.tensors, None, None),
@@ -249,6 +291,11 @@ def test_the_compiled_road_looks_at_everything_itself() -> None:
         (x.tolist(), *bank.tensors, rows, None),
         (x, vectors.tolist(), coefficients, headers, rows, None),
         (x, vectors[0], coefficients, headers, rows, None),
+        (x.double(), *bank.tensors, rows, None),
+        (x.int(), *bank.tensors, rows, None),
+        (x, vectors.int(), coefficients, headers, rows, None),
+        (x, *bank.tensors, rows.long(), None),
+        (x, *bank.tensors, rows, ones.double()),
         (x, vectors, None, headers, rows, None),
         (x, vectors, coefficients[0], headers, rows, None),
         (x, vectors, coefficients[:, :4], headers, rows, None),
@@ -267,11 +314,12 @@ def test_the_compiled_road_looks_at_everything_itself() -> None:
         (x, vectors.clone().requires_grad_(), coefficients, headers, rows, None),
         (x, *bank.tensors, rows, ones.clone().requires_grad_()),
     ):
-        assert compiled_cpu.subspace(*given) is None
+        assert torch_cpu.subspace(*given) is None
     with pytest.raises(ValueError, match="max_rank is -1"):
         sf.ops.subspace(x, *bank.tensors, rows, max_rank=-1)
     with pytest.raises(TypeError, match=r"max_rank is 1\.0"):
         sf.ops.subspace(x, *bank.tensors, rows, max_rank=1.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_cpu, "backend_of", lambda x: "triton")
-        assert compiled_cpu.subspace(x, *bank.tensors, rows, None) is None
+        for road in (compiled_cpu, torch_cpu):
+            patch.setattr(road, "backend_of", lambda x: "triton")
+        assert torch_cpu.subspace(x, *bank.tensors, rows, None) is None

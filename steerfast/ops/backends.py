@@ -124,6 +124,13 @@ def in_full_precision(function: Function) -> Function:
     return cast(Function, exact)
 
 
+def exactly(function: Callable[..., Any], *args: Any) -> Any:
+    """A function of tensors on a CPU, as `in_full_precision` runs it; outside a compiler's trace."""
+    if _any_autocast() or _is_reduced("cpu"):
+        return in_full_precision(function)(*args)
+    return function(*args)
+
+
 def in_full_sums(function: Function) -> Function:
     """`in_full_precision`, and products of 16-bit tensors add up in float32, whatever the process allows."""
     within = in_full_precision(function)

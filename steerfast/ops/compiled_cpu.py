@@ -56,9 +56,9 @@ def kernels() -> ModuleType | None:
 
 
 def hinged(
-    x: Tensor, directions: Tensor, numbers: Callable[[float], Eight], number: float, in_place: bool
+    x: Tensor, directions: Tensor, count: int, numbers: Callable[[float, int], Eight], number: float, in_place: bool
 ) -> Tensor | None:
-    """x + act(xBᵀ)B, with the rows B = directions, for the eight numbers of a number; plain tensors of at most 32 bits."""
+    """x + act(xBᵀ)B, with the rows B = directions, so many, for the eight numbers of a number; tensors of at most 32 bits."""
     compiled = kernels()
     if compiled is None:
         return None
@@ -66,16 +66,15 @@ def hinged(
     place = _place(rows)
     if place is None:
         return None
-    count = rows.shape[0]
     at, tables = _slot(count, numbers, number)
     return _run(compiled.edit, x, x.shape, (*place, count, *at), None, None, in_place, (directions, tables))
 
 
 @functools.lru_cache(maxsize=256)
-def _slot(rank: int, numbers: Callable[[float], Eight], number: float) -> tuple[tuple[int, ...], Any]:
+def _slot(rank: int, numbers: Callable[[float, int], Eight], number: float) -> tuple[tuple[int, ...], Any]:
     """The numbers and the header of a bank of one slot: where they stand, and they."""
     with torch.inference_mode(False):
-        coefficients, slots = hinge_tables(rank, numbers(number), torch.device("cpu"))
+        coefficients, slots = hinge_tables(rank, numbers(number, rank), torch.device("cpu"))
     return (coefficients.data_ptr(), coefficients.shape[0], slots.data_ptr(), 1), (coefficients, slots)
 
 

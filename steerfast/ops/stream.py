@@ -49,10 +49,17 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
     """
     if rows is None and scale is None and torch_cpu.is_elementwise(x, vectors):
         return torch.add(x, vectors)
+    compiles = torch.compiler.is_compiling()
+    if rows is not None and not compiles:
+        quick = torch_cpu.add(x, vectors, rows, scale)
+        if quick is not None:
+            return quick
     check_op("add", x, "vectors", vectors, rows, scale)
-    if torch.compiler.is_compiling():
+    if compiles:
         return torch.ops.steerfast.add(x, vectors, rows, scale)
     backend = backend_of(x)
+    if backend == "torch":
+        return torch_backend.add(x, vectors, rows, scale)
     if needs_gradient(backend, x, vectors, scale):
         return torch.ops.steerfast.add(x, vectors, rows, scale)
     return calls.add(backend, x, vectors, rows, scale)
@@ -92,14 +99,12 @@ def ablate(x: Tensor, basis: Tensor) -> Tensor:
         >>> sf.ops.ablate(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]))
         tensor([[0., 4.]])
     """
-    check_op("ablate", x, "basis", basis)
-    return _hinged(x, basis, _ABLATE, 1.0)
+    return _hinged("ablate", x, "basis", basis, _ABLATE, 1.0)
 
 
 def ablate_(x: Tensor, basis: Tensor) -> Tensor:
     """`ablate`, written into x."""
-    check_op("ablate_", x, "basis", basis, in_place=True)
-    return _hinged(x, basis, _ABLATE, 1.0, in_place=True)
+    return _hinged("ablate_", x, "basis", basis, _ABLATE, 1.0, in_place=True)
 
 
 def amplify(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
@@ -124,14 +129,13 @@ def amplify(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
         >>> sf.ops.amplify(torch.tensor([[2.0, -1.0]]), torch.eye(2), alpha=0.5)
         tensor([[ 3., -1.]])
     """
-    check_op("amplify", x, "features", features)
-    return _hinged(x, features, _AMPLIFY, finite_number("amplify", "alpha", alpha))
+    return _hinged("amplify", x, "features", features, _AMPLIFY, finite_number("amplify", "alpha", alpha))
 
 
 def amplify_(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
     """`amplify`, written into x."""
-    check_op("amplify_", x, "features", features, in_place=True)
-    return _hinged(x, features, _AMPLIFY, finite_number("amplify_", "alpha", alpha), in_place=True)
+    share = finite_number("amplify_", "alpha", alpha)
+    return _hinged("amplify_", x, "features", features, _AMPLIFY, share, in_place=True)
 
 
 def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
@@ -156,16 +160,13 @@ def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
         >>> sf.ops.calibrate(torch.tensor([[2.0, -1.0]]), torch.eye(2), beta=2.0)
         tensor([[1., 0.]])
     """
-    check_op("calibrate", x, "features", features)
-    share = finite_number("calibrate", "beta", beta) * features.shape[-1] / features.numel()
-    return _hinged(x, features, _CALIBRATE, share)
+    return _hinged("calibrate", x, "features", features, _CALIBRATE, finite_number("calibrate", "beta", beta))
 
 
 def calibrate_(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
     """`calibrate`, written into x."""
-    check_op("calibrate_", x, "features", features, in_place=True)
-    share = finite_number("calibrate_", "beta", beta) * features.shape[-1] / features.numel()
-    return _hinged(x, features, _CALIBRATE, share, in_place=True)
+    share = finite_number("calibrate_", "beta", beta)
+    return _hinged("calibrate_", x, "features", features, _CALIBRATE, share, in_place=True)
 
 
 def flow(
@@ -363,41 +364,49 @@ def _affine_bank(x: Tensor, weight: Tensor, bias: Tensor) -> Tables:
 
 
 class _Hinge(NamedTuple):
-    """g = act(Bx) of a number, in three ways: as eight numbers, as a formula that is differentiable, and in few calls."""
+    """g = act(Bx) of a number and k directions: as eight numbers, as a formula that is differentiable, and in few calls."""
 
-    numbers: Callable[[float], Eight]
+    numbers: Callable[[float, int], Eight]
     act: Callable[[float, Tensor], Tensor]
-    how: Callable[[float], How]
+    how: Callable[[float, int], How]
 
 
 _ABLATE = _Hinge(
-    lambda share: hinge(slope=-share),
+    lambda share, _: hinge(slope=-share),
     lambda share, y: -share * y,
-    functools.lru_cache(lambda share: How(-share)),
+    functools.lru_cache(lambda share, _: How(-share)),
 )
 _AMPLIFY = _Hinge(
-    lambda alpha: hinge(bend=alpha),
+    lambda alpha, _: hinge(bend=alpha),
     lambda alpha, y: alpha * torch.relu(y),
-    functools.lru_cache(lambda alpha: How(alpha, torch.relu_)),
+    functools.lru_cache(lambda alpha, _: How(alpha, torch.relu_)),
 )
 _CALIBRATE = _Hinge(
-    lambda share: hinge(share, bend=-1.0),
-    lambda share, y: share - torch.relu(y),
-    functools.lru_cache(lambda share: How(-1.0, bent(0.0, -share))),
+    lambda beta, k: hinge(beta / max(1, k), bend=-1.0),
+    lambda beta, y: beta / max(1, y.shape[-1]) - torch.relu(y),
+    functools.lru_cache(lambda beta, k: How(-1.0, bent(0.0, -beta / max(1, k)))),
 )
 
 
-def _hinged(x: Tensor, directions: Tensor, edit: _Hinge, number: float, in_place: bool = False) -> Tensor:
+def _hinged(
+    op: str, x: Tensor, name: str, directions: Tensor, edit: _Hinge, number: float, in_place: bool = False
+) -> Tensor:
     """x + Bᵀg, perhaps written into x."""
+    compiles = torch.compiler.is_compiling()
+    if in_place:
+        check_op(op, x, name, directions, in_place=True)
+    if not compiles:  # it looks by itself: of few rows a second look would tell
+        quick = torch_cpu.hinged(x, directions, edit.numbers, edit.how, number, in_place)
+        if quick is not None:
+            return quick
+    if not in_place:
+        check_op(op, x, name, directions)
     backend = backend_of(x)
     if backend == "torch":
-        if not torch.compiler.is_compiling():
-            quick = torch_cpu.hinged(x, directions, edit.numbers, edit.how, number, in_place)
-            if quick is not None:
-                return quick
         out = torch_backend.hinged(x, directions, functools.partial(edit.act, number))
         return x.copy_(out) if in_place else out
-    bank = _hinge_bank(x, directions, edit.numbers(number))
+    count = directions.numel() // directions.shape[-1]
+    bank = _hinge_bank(x, directions, edit.numbers(number, count))
     return (edited_ if in_place else edited)(backend, x, bank, HINGE, bank[0].shape[0])
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from steerfast._checks import check_stream, check_table, check_width, fits
 
-from . import calls, compiled_cpu
+from . import calls, torch_backend, torch_cpu
 from .backends import backend_of
 from .slots import ALL_MODES, HINGE
 
@@ -56,9 +56,9 @@ def subspace(
         >>> sf.ops.subspace(torch.tensor([[3.0, 4.0]]), *bank.tensors)
         tensor([[0., 4.]])
     """
-    quick = None  # of one row the looks that follow would cost more than the kernel
+    quick = None  # of one row the looks that follow would cost more than the edit
     if (max_rank is None or (type(max_rank) is int and max_rank >= 0)) and not torch.compiler.is_compiling():
-        quick = compiled_cpu.subspace(x, vectors, coefficients, slots, rows, scale)
+        quick = torch_cpu.subspace(x, vectors, coefficients, slots, rows, scale)
     if quick is not None:
         return quick
     if max_rank is None:
@@ -67,6 +67,8 @@ def subspace(
     if torch.compiler.is_compiling():
         return torch.ops.steerfast.subspace(x, vectors, coefficients, slots, rows, scale, modes, max_rank)
     backend = backend_of(x)
+    if backend == "torch":
+        return torch_backend.subspace(x, vectors, coefficients, slots, rows, scale)
     if needs_gradient(backend, x, vectors, coefficients, scale):
         return torch.ops.steerfast.subspace(x, vectors, coefficients, slots, rows, scale, modes, max_rank)
     return calls.subspace(backend, x, vectors, coefficients, slots, rows, scale, modes, max_rank)

@@ -15,10 +15,10 @@ from torch import Tensor
 from steerfast._checks import FLOATS
 
 from . import compiled_cpu
-from .backends import apart, backend_of, in_full_precision, is_plain
+from .backends import apart, backend_of, exactly, is_plain
 from .slots import ROTATE, Eight, Tables
 from .torch_backend import VANISHED, hinge
-from .torch_slots import How, Reader, Ready, Step, reader_of
+from .torch_slots import Batch, How, Reader, Ready, reader_of, stand_together
 
 BLOCK = 1 << 18
 """Numbers of a block: a megabyte in float32."""
@@ -31,37 +31,67 @@ _boundary = torch.tensor(1 / VANISHED, device="cpu")
 _one = torch.tensor(1.0, device="cpu")
 
 
-def is_elementwise(x: Tensor, *vectors: Tensor) -> bool:
+def is_elementwise(x: Tensor, vector: Tensor, other: Tensor | None = None) -> bool:
     """Whether x (..., d) and vectors (d,) are CPU tensors of one floating dtype: PyTorch's own arithmetic then rounds once."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or not x.is_cpu or backend_of(x) != "torch":
+    if type(x) is not Tensor or type(vector) is not Tensor or torch.compiler.is_compiling():
         return False
-    width, dtype = x.shape[-1:], x.dtype
-    for vector in vectors:
-        if type(vector) is not Tensor or vector.dtype is not dtype or vector.shape != width or not vector.is_cpu:
-            return False
-    return dtype in FLOATS and width != () and width[0] > 0
+    dtype, shape, width = x.dtype, x.shape, vector.shape
+    if vector.dtype is not dtype or len(width) != 1 or not shape or not shape[-1] == width[0] > 0:
+        return False
+    if not (x.is_cpu and vector.is_cpu and (dtype is torch.float32 or dtype in FLOATS)) or backend_of(x) != "torch":
+        return False
+    return other is None or (type(other) is Tensor and other.dtype is dtype and other.shape == width and other.is_cpu)
 
 
 def hinged(
     x: Tensor,
     directions: Tensor,
-    numbers: Callable[[float], Eight],
-    how: Callable[[float], How],
+    numbers: Callable[[float, int], Eight],
+    how: Callable[[float, int], How],
     number: float,
     in_place: bool = False,
 ) -> Tensor | None:
-    """x + share · act(xBᵀ)B of a number, with the rows B = directions; what it does as eight numbers, and in few calls."""
-    if not is_plain(x, directions) or (in_place and not apart(x, directions)):
+    """x + share · act(xBᵀ)B of a number, with the rows B = directions; what it does as eight numbers, and in few calls.
+
+    It looks at everything itself, but for rows of x that share memory.
+    """
+    if not is_plain(x, directions) or backend_of(x) != "torch":
         return None
-    out = compiled_cpu.hinged(x, directions, numbers, number, in_place)
+    shape, of_rows = x.shape, directions.shape
+    count = of_rows[0] if len(of_rows) == 2 else 1
+    if not (shape and of_rows and len(of_rows) <= 2 and shape[-1] == of_rows[-1] and shape[-1] and directions.is_cpu):
+        return None
+    if x.dtype not in FLOATS or directions.dtype not in FLOATS or (in_place and not apart(x, directions)):
+        return None
+    out = compiled_cpu.hinged(x, directions, count, numbers, number, in_place)
     # `how` is asked here: what is kept must be no mode's tensor
-    return _hinged(x, directions, how(number), in_place) if out is None else out
+    return exactly(_hinged, x, directions, how(number, count), in_place) if out is None else out
 
 
-@in_full_precision
 def _hinged(x: Tensor, directions: Tensor, how: How, in_place: bool) -> Tensor | None:
-    rows = directions if directions.dim() == 2 else directions[None]
-    return _edited(x, rows.T, rows, how, None, in_place)
+    if directions.dim() == 1:
+        if x.numel() == directions.shape[0]:
+            return _single(x, (directions, directions), how, None, in_place)
+        directions = directions[None]
+    return _edited(x, directions.T, directions, how, None, in_place)
+
+
+def _single(x: Tensor, pair: tuple[Tensor, Tensor], how: How, scale: Tensor | None, in_place: bool) -> Tensor | None:
+    """A single row after an edit of one direction, x + scale · share · act(x·b)·c: a product of two vectors, and one sum."""
+    dtype, (b, c) = x.dtype, pair
+    wide = x if dtype is torch.float32 else x.float()
+    row = b if b.dtype is torch.float32 else b.float()
+    lift = row if c is b else c if c.dtype is torch.float32 else c.float()
+    y = wide.mv(row) if wide.dim() == 2 else wide.reshape(-1).dot(row)
+    if how.act is not None:
+        y = how.act(y)
+    if scale is not None:
+        y = y.mul_(scale.view(()))
+    if dtype is torch.float32:
+        out = torch.addcmul(x, y, lift, value=how.share, out=x if in_place else None)
+        return out if in_place else out.contiguous()
+    wide.addcmul_(y, lift, value=how.share)
+    return x.copy_(wide) if in_place else _narrow(wide, dtype)
 
 
 def _edited(
@@ -76,10 +106,11 @@ def _edited(
             across = lift.T if across.data_ptr() == narrow.data_ptr() else across.float()
     if in_place and x.dim() != 2 and not x.is_contiguous():
         return None
-    if dtype is torch.float32:
+    n, d = flat.shape
+    wide = dtype is torch.float32
+    if wide and (n * d <= 4 * BLOCK or across is None):
         out = _moved(flat, across, lift, how, scale, flat if in_place else None)
         return x if in_place else out if x.dim() == 2 else out.view(x.shape)
-    n, d = flat.shape
     if not in_place and n * d <= 2 * BLOCK:
         out = _narrow(_moved(flat.float(), across, lift, how, scale), dtype)
         return out if x.dim() == 2 else out.view(x.shape)
@@ -88,8 +119,10 @@ def _edited(
     into = (out if x.dim() == 2 else out.view(-1, d)).split(step)
     weights = (None,) * len(into) if scale is None else scale.split(step)
     for block, target, weight in zip(flat.split(step), into, weights, strict=True):
-        wide = block.float()
-        target.copy_(_moved(wide, across, lift, how, weight, wide))
+        rows = block.float()
+        moved = _moved(rows, across, lift, how, weight, target if wide else rows)
+        if not wide:
+            target.copy_(moved)
     return out
 
 
@@ -129,17 +162,33 @@ def _with_norm(out: Tensor, before: Tensor) -> Tensor:
 
 
 def add(x: Tensor, vectors: Tensor, rows: Tensor, scale: Tensor | None, in_place: bool = False) -> Tensor | None:
-    """x + scale · vectors[rows] where every row of x has one vector, or none."""
-    if (rows.dim() == 2 and rows.shape[1] != 1) or not is_plain(x, vectors, rows, scale) or not x.numel():
+    """x + scale · vectors[rows] where every row of x has one vector, or none; it looks at all but rows that share memory."""
+    if not is_plain(x, vectors, scale) or type(rows) is not Tensor or backend_of(x) != "torch":
+        return None
+    shape, of_rows, size = x.shape, vectors.shape, x.numel()
+    if not (size and shape and of_rows and len(of_rows) <= 2 and shape[-1] == of_rows[-1] and vectors.is_cpu):
+        return None
+    if x.dtype not in FLOATS or vectors.dtype not in FLOATS or not _are_columns(rows, scale, size // shape[-1]):
         return None
     if in_place and not apart(x, vectors, scale):
         return None
-    bank = vectors if vectors.dim() == 2 else vectors[None]
+    bank = vectors if len(of_rows) == 2 else vectors[None]
     out = compiled_cpu.add(x, bank, rows, scale, in_place)
-    return _add(x, bank, rows if rows.dim() == 1 else rows[:, 0], scale, in_place) if out is None else out
+    return exactly(_add, x, bank, rows if rows.dim() == 1 else rows[:, 0], scale, in_place) if out is None else out
 
 
-@in_full_precision
+def _are_columns(rows: Tensor | None, scale: Tensor | None, n: int) -> bool:
+    """Whether a slot and a strength are given for each of n rows, or for all in common."""
+    if rows is not None:
+        shape = rows.shape
+        if not (rows.dtype is torch.int32 and rows.is_cpu and (shape == (n,) or shape == (n, 1))):
+            return False
+        return scale is None or (scale.dtype is torch.float32 and scale.is_cpu and scale.shape == shape)
+    return scale is None or (
+        scale.dtype is torch.float32 and scale.is_cpu and (scale.shape == (n,) or scale.shape == (n, 1))
+    )
+
+
 def _add(x: Tensor, bank: Tensor, owners: Tensor, scale: Tensor | None, in_place: bool) -> Tensor | None:
     least, most = _ends(owners)
     if least < -1 or most >= bank.shape[0]:
@@ -210,22 +259,32 @@ def subspace(
     scale: Tensor | None,
     in_place: bool = False,
 ) -> Tensor | None:
-    """Project → act → lift where every row has one slot, or none."""
-    if rows is not None and rows.dim() == 2 and rows.shape[1] != 1:
-        return None
-    if not is_plain(x, vectors, coefficients, slots, rows, scale) or not x.numel():
-        return None
+    """Project → act → lift where every row has one slot, or none, for whatever `ops.subspace` is given outside a trace.
+
+    It looks at everything itself: of a single row, to look twice costs as much as the edit.
+    """
     if in_place and not apart(x, vectors, scale):
         return None
     out = compiled_cpu.subspace(x, vectors, coefficients, slots, rows, scale, in_place)
-    return _subspace(x, (vectors, coefficients, slots), rows, scale, in_place) if out is None else out
-
-
-@in_full_precision
-def _subspace(x: Tensor, bank: Tables, rows: Tensor | None, scale: Tensor | None, in_place: bool) -> Tensor | None:
-    reader, owner = reader_of(bank), 0
-    if reader is None:
+    if out is not None:
+        return out
+    if not is_plain(x, vectors, coefficients, scale) or backend_of(x) != "torch":
         return None
+    if coefficients is None or type(slots) is not Tensor or (rows is not None and type(rows) is not Tensor):
+        return None
+    bank = vectors, coefficients, slots
+    shape, reader, size = x.shape, reader_of(bank), x.numel()
+    if reader is None or not (size and shape and shape[-1] == reader.width and x.dtype in FLOATS):
+        return None
+    if not _are_columns(rows, scale, size // shape[-1]):
+        return None
+    return exactly(_subspace, x, bank, reader, rows, scale, in_place)
+
+
+def _subspace(
+    x: Tensor, bank: Tables, reader: Reader, rows: Tensor | None, scale: Tensor | None, in_place: bool
+) -> Tensor | None:
+    owner = 0
     if rows is not None:
         rows = rows if rows.dim() == 1 else rows[:, 0]
         owners = rows.tolist() if rows.stride(0) else rows[:1].tolist()
@@ -239,9 +298,11 @@ def _subspace(x: Tensor, bank: Tables, rows: Tensor | None, scale: Tensor | None
 
 def _with_slot(x: Tensor, ready: Ready, scale: Tensor | None, in_place: bool = False) -> Tensor | None:
     """Every row after one slot."""
-    how, across, lift, mode = ready
+    how, across, lift, mode, pair = ready
     if how is None or (scale is not None and mode == ROTATE):
         return None
+    if pair is not None and x.numel() == lift.shape[1] and not how.keep_norm:
+        return _single(x, pair, how, scale, in_place)
     return _edited(x, across, lift, how, None if scale is None else scale.reshape(-1, 1), in_place)
 
 
@@ -253,17 +314,23 @@ def _by_owners(
     if steps is None:
         return None
     weights = None if scale is None else scale.reshape(-1, 1)
-    ordered, place = rows.sort(stable=True)
-    if sorts := ordered.tolist() != owners:
+    place = None
+    if owners != sorted(owners):
+        place = rows.argsort(stable=True)
         flat = flat.index_select(0, place)
         weights = None if weights is None else weights.index_select(0, place)
     out = torch.empty_like(flat, memory_format=torch.contiguous_format)
     start = steps.idle
     if start:
         out[:start] = flat[:start]
-    if steps.every is not None:
-        _batched(flat[start:], out[start:], bank, steps.every, None if weights is None else weights[start:])
-        return torch.empty_like(out).index_copy_(0, place, out) if sorts else out
+    if steps.batch is not None:
+        parts = (
+            (flat, out, weights)
+            if not start
+            else (flat[start:], out[start:], None if weights is None else weights[start:])
+        )
+        _batched(bank, steps.batch, *parts)
+        return out if place is None else torch.empty_like(out).index_copy_(0, place, out)
     for owner, count in steps.found:
         some, ready = slice(start, start + count), reader.ready(bank, owner)
         moved = None if ready is None else _with_slot(flat[some], ready, None if weights is None else weights[some])
@@ -271,32 +338,47 @@ def _by_owners(
             return None
         out[some] = moved
         start += count
-    return torch.empty_like(out).index_copy_(0, place, out) if sorts else out
+    return out if place is None else torch.empty_like(out).index_copy_(0, place, out)
 
 
-def _batched(flat: Tensor, out: Tensor, bank: Tables, steps: list[Step], scale: Tensor | None) -> None:
-    """Hinges of one rank, every row with its own directions, (b, k, d): read where they stand, or gathered a block at a time."""
-    vectors, first = bank[0], steps[0]
-    together = vectors.dtype is torch.float32 and _stand_together([step.lift for step in steps], first.rank)
-    block = len(steps) if together else max(1, 2 * BLOCK // (flat.shape[1] * first.rank))
-    how = first.how if all(step.how is first.how for step in steps) else None
-    for begin in range(0, len(steps), block):
-        part, some = steps[begin : begin + block], slice(begin, begin + block)
-        lift = _directions(vectors, [step.lift for step in part], first.rank)
-        project = lift if first.project == first.lift else _directions(vectors, [s.project for s in part], first.rank)
-        x = flat[some].float()
-        y = torch.bmm(x[:, None], project.mT)[:, 0]  # the other way round it takes 10 times as long
-        if how is None:
-            y = _own_hinges(y, bank[1], [step.start for step in part])
-        elif how.act is not None:
-            y = how.act(y)
-        if scale is not None:
-            y.mul_(scale[some])
-        moved = torch.bmm(y[:, None], lift)[:, 0]
-        torch.add(x, moved, alpha=1.0 if how is None else how.share, out=moved)
-        if first.how is not None and first.how.keep_norm:
-            _with_norm(moved, torch.linalg.vector_norm(x, dim=-1, keepdim=True))
-        out[some] = moved
+def _batched(bank: Tables, batch: Batch, flat: Tensor, out: Tensor, scale: Tensor | None) -> None:
+    """Every row with its own directions, (b, k, d): read where they stand, or gathered a block at a time."""
+    size, vectors = len(batch.lift), bank[0]
+    if batch.is_run and vectors.dtype is torch.float32:
+        _batched_block(bank, batch, flat, out, scale)
+        return
+    block = max(1, 2 * BLOCK // (flat.shape[1] * batch.rank))
+    for some in (slice(begin, begin + block) for begin in range(0, size, block)):
+        part = batch._replace(
+            project=None if batch.project is None else batch.project[some],
+            lift=batch.lift[some],
+            start=batch.start[some],
+        )
+        _batched_block(bank, part, flat[some], out[some], None if scale is None else scale[some])
+
+
+def _batched_block(bank: Tables, batch: Batch, flat: Tensor, out: Tensor, scale: Tensor | None) -> None:
+    x, how = flat.float(), batch.how
+    lift = _directions(bank[0], batch.lift, batch.rank)
+    project = lift if batch.project is None else _directions(bank[0], batch.project, batch.rank)
+    y = torch.bmm(x[:, None], project.mT)[:, 0]  # the other way round it takes 10 times as long
+    if how is None:
+        y = _own_hinges(y, bank[1], batch.start)
+    elif how.act is not None:
+        y = how.act(y)
+    if scale is not None:
+        y.mul_(scale)
+    share, into = 1.0 if how is None else how.share, out if out.dtype is torch.float32 else x
+    if batch.keep_norm:
+        before = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if batch.rank == 1:
+        torch.addcmul(x, y, lift[:, 0], value=share, out=into)
+    else:
+        torch.add(x, torch.bmm(y[:, None], lift)[:, 0], alpha=share, out=into)
+    if batch.keep_norm:
+        _with_norm(into, before)
+    if into is not out:
+        out.copy_(into)
 
 
 def _own_hinges(y: Tensor, coefficients: Tensor, starts: list[int]) -> Tensor:
@@ -308,14 +390,9 @@ def _own_hinges(y: Tensor, coefficients: Tensor, starts: list[int]) -> Tensor:
     return hinge(y.reshape(-1), coefficients.index_select(0, places)).view(y.shape).mul_(gains[:, None])
 
 
-def _stand_together(first: list[int], rank: int) -> bool:
-    """Whether rows that begin there, so many each, follow one after another."""
-    return first == list(range(first[0], first[0] + rank * len(first), rank))
-
-
 def _directions(vectors: Tensor, first: list[int], rank: int) -> Tensor:
     """The rows of several slots, (b, k, d) in float32: a view where they stand together."""
-    if _stand_together(first, rank):
+    if stand_together(first, rank):
         found = vectors[first[0] : first[-1] + rank]
     else:
         places = torch.tensor(first, device="cpu")

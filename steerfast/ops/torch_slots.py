@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from steerfast._checks import FLOATS
+
 from .slots import ADD, HINGE, PUSH, ROTATE, Tables
 from .torch_backend import TINY
 
@@ -48,6 +50,7 @@ class Ready(NamedTuple):
     across: Tensor | None  # Bᵀ, (d, k); None: nothing is projected
     lift: Tensor  # C, (k, d)
     mode: int
+    pair: tuple[Tensor, Tensor] | None  # b and c, (d,), of a slot of one direction; the same object where they are one
 
 
 class Step(NamedTuple):
@@ -61,12 +64,24 @@ class Step(NamedTuple):
     how: How | None
 
 
+class Batch(NamedTuple):
+    """Hinges of one rank, a slot for each row: where their rows stand, and what they do with what these project."""
+
+    rank: int
+    project: list[int] | None  # None: the rows of the lift
+    lift: list[int]
+    start: list[int]
+    how: How | None  # None: it is not the same for all
+    keep_norm: bool
+    is_run: bool  # whether the rows of the lifts follow one after another
+
+
 class Steps(NamedTuple):
     """The slots of the rows of a batch."""
 
     idle: int  # rows of none
     found: list[tuple[int, int]]  # a slot's number and how many rows it has, in the order of these numbers
-    every: list[Step] | None  # of each row, in that order, where one batched product serves
+    batch: Batch | None  # of all rows, in that order, where one batched product serves
 
 
 class _Known(NamedTuple):
@@ -89,15 +104,16 @@ class Reader:
 
     def __init__(self, bank: Tables, end: Callable[[object], object]) -> None:
         vectors, coefficients, slots = bank
+        self.width = vectors.shape[1]
         self._tables = weakref.ref(vectors), weakref.ref(coefficients), weakref.ref(slots, end)
-        self._forms = _forms(vectors, coefficients, slots)
+        self._forms = _forms(*bank)
         self._known: dict[int, _Known] = {}
 
-    def is_of(self, vectors: Tensor, coefficients: Tensor, slots: Tensor) -> bool:
+    def is_of(self, bank: Tables) -> bool:
         """Whether these are the tables, still in their places, and of the form that they had there."""
+        vectors, coefficients, slots = bank
         a, b, c = self._tables
-        same = a() is vectors and b() is coefficients and c() is slots
-        return same and self._forms == _forms(vectors, coefficients, slots)
+        return a() is vectors and b() is coefficients and c() is slots and self._forms == _forms(*bank)
 
     def ready(self, bank: Tables, owner: int) -> Ready | None:
         """A slot; None where the bank has no such one, an empty one, or one that points outside its tables."""
@@ -116,7 +132,11 @@ class Reader:
         was = first, numbers.raw
         step, rows = _decoded(*was), vectors.data  # a view of the table itself would keep it
         across = None if step.mode == ADD else rows[project : project + rank].T
-        ready = Ready(step.how, across, rows[lift : lift + rank], step.mode)
+        pair = None
+        if rank == 1 and across is not None:
+            one = rows[lift]
+            pair = one if project == lift else rows[project], one
+        ready = Ready(step.how, across, rows[lift : lift + rank], step.mode, pair)
         self._known[owner] = _Known(header, numbers, was, step, ready)
         return ready
 
@@ -141,14 +161,18 @@ _readers: dict[int, Reader] = {}  # by the object of the table of headers
 
 
 def reader_of(bank: Tables) -> Reader | None:
-    """What reads the slots of a bank; None where its tables are not rows of eight numbers."""
-    vectors, coefficients, slots = bank
-    key = id(slots)
+    """What reads the slots of a bank; None where its tables are not those of a bank on a CPU, or of more than 32 bits."""
+    key = id(bank[2])
     reader = _readers.get(key)
-    if reader is not None and reader.is_of(vectors, coefficients, slots):
+    if reader is not None and reader.is_of(bank):
         return reader
-    for table, dtype in ((coefficients, torch.float32), (slots, torch.int32)):
-        if table.dtype is not dtype or not table.is_cpu or not table.is_contiguous():
+    if not all(table.dim() == 2 and table.is_cpu for table in bank):
+        return None
+    vectors, *tables = bank
+    if not vectors.shape[1] or vectors.dtype not in FLOATS:
+        return None
+    for table, dtype in zip(tables, (torch.float32, torch.int32), strict=True):
+        if table.dtype is not dtype or table.shape[1] != 8 or not table.is_contiguous():
             return None
     # bound now: when Python ends, a bank may go after the names of this module; pop takes the reference for its default
     forget = functools.partial(_readers.pop, key)
@@ -208,9 +232,24 @@ def _counted(owners: Sequence[int], step_of: Callable[[int], Step | None]) -> St
         if step is not None:
             found.append((owner, counts[owner], step))
     kinds = {(s.rank, s.project == s.lift, s.mode, s.how is None or s.how.keep_norm) for _, _, s in found}
-    batched = len(kinds) == 1 and found[0][2].mode == HINGE and len(owners) - counts[-1] < SHARED * len(found)
-    every = [step for _, count, step in found for _ in range(count)] if batched else None
-    return Steps(counts[-1], [(owner, count) for owner, count, _ in found], every)
+    serves = len(kinds) == 1 and found[0][2].mode == HINGE and len(owners) - counts[-1] < SHARED * len(found)
+    batch = _batch([step for _, count, step in found for _ in range(count)]) if serves else None
+    return Steps(counts[-1], [(owner, count) for owner, count, _ in found], batch)
+
+
+def _batch(steps: list[Step]) -> Batch:
+    first, lift = steps[0], [step.lift for step in steps]
+    project = None if first.project == first.lift else [step.project for step in steps]
+    how = first.how if all(step.how is first.how for step in steps) else None
+    keep_norm = first.how is not None and first.how.keep_norm
+    return Batch(
+        first.rank, project, lift, [step.start for step in steps], how, keep_norm, stand_together(lift, first.rank)
+    )
+
+
+def stand_together(first: list[int], rank: int) -> bool:
+    """Whether rows that begin there, so many each, follow one after another."""
+    return first == list(range(first[0], first[0] + rank * len(first), rank))
 
 
 def _decoded(header: bytes, numbers: bytes) -> Step:
