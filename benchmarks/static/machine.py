@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -106,6 +107,7 @@ def tensor_instructions(compiled: Any, target: str) -> str:
     return "MFMA" if re.search(r"\bv_mfma", compiled.asm["amdgcn"]) else ""
 
 
+@functools.lru_cache(maxsize=8)
 def disassemble(cubin: bytes) -> Code:
     """Instructions, where they come from, and loops: what lies between a label and a later branch back to it."""
     code, labels, jumps = Code(), dict[str, int](), list[tuple[int, str]]()
