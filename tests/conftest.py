@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +13,12 @@ import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    from interpreted import quicken
+
+    quicken()
 
 
 @pytest.fixture(scope="session", autouse=True)

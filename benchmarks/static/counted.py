@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from interpreted import quicken
 from triton.runtime import interpreter
 
 from .cases import EVERY
@@ -98,6 +99,7 @@ def _reach(t: torch.Tensor) -> int:
 
 def count(call: Callable[[], object]) -> list[dict[str, Any]]:
     """The launches of a call: grid, tensors, and what a program did."""
+    quicken()
     found: list[dict[str, Any]] = []
 
     def sampled(kernel: Any, *, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
@@ -124,32 +126,6 @@ def _zeros(*shape: Any, **options: Any) -> torch.Tensor:
     return torch.zeros(*shape, **options)
 
 
-_reduced_singly = interpreter.ReduceOps.generic_reduce
-
-
-def _reduced(self: Any, values: tuple[Any, ...]) -> list[Any]:
-    """A reduction by a function of ours, one half with the other: the same counts as number by number, sooner."""
-    if self.axis is None:
-        return _reduced_singly(self, values)
-    axis = self.axis
-    parts = [np.moveaxis(value.handle.data, axis, 0) for value in values]
-    while (size := len(parts[0])) > 1:
-        half = size // 2
-        sides = (
-            self.to_tensor(part[some], value.dtype)
-            for some in (slice(half), slice(half, 2 * half))
-            for part, value in zip(parts, values, strict=True)
-        )
-        found = self.combine_fn.fn(*sides)
-        found = found if isinstance(found, tuple) else (found,)
-        parts = [np.concatenate([f.handle.data, part[2 * half :]]) for f, part in zip(found, parts, strict=True)]
-    outputs = []
-    for part, value in zip(parts, values, strict=True):
-        data = np.moveaxis(part, 0, axis) if self.keep_dims else part[0]
-        outputs.append(self.to_tensor(data.item() if data.ndim == 0 else data, value.dtype))
-    return outputs
-
-
 def _run(kernel: Any, grid: tuple[int, ...], i: int, arguments: dict[str, Any], watch: Watch) -> Program:
     """Interpret program i of a grid, numbered in the order in which a GPU starts them."""
     builder, kind = interpreter.interpreter_builder, interpreter.InterpreterBuilder
@@ -174,7 +150,6 @@ def _run(kernel: Any, grid: tuple[int, ...], i: int, arguments: dict[str, Any], 
         mock.patch.object(kind, "create_masked_load", seen_load),
         mock.patch.object(kind, "create_masked_store", seen_store),
         mock.patch.object(kind, "create_atomic_rmw", seen_rmw),
-        mock.patch.object(interpreter.ReduceOps, "generic_reduce", _reduced),
         mock.patch.object(builder, "set_grid_dim", side_effect=lambda *_: set_size(*grid)),
         mock.patch.object(builder, "set_grid_idx", side_effect=lambda *_: set_index(x, y, z)),
         np.errstate(all="ignore"),
