@@ -187,6 +187,7 @@ SINGLE = {
     "clamp": lambda v: sf.Clamp(v[0], low=-0.1, high=0.2),
     "clamp, norm kept": lambda v: sf.Clamp(v[0], low=0.1, keep_norm=True),
     "push": lambda v: sf.DeficitPush(v, target=0.5, bias=torch.tensor([0.1])),
+    "next to nothing": lambda v: sf.Amplify(v, 1e-4),
     "loreft": lambda v: sf.LoReFT(v, torch.randn(1, D) / 6, torch.ones(1)),
 }
 
@@ -219,6 +220,122 @@ def test_a_single_row_along_a_single_direction(name: str, dtype: torch.dtype) ->
         torch.testing.assert_close(
             ops.amplify(x, v[0], 5.0), torch_backend.hinged(x, v[0], lambda y: 5.0 * y.relu()), equal_nan=True
         )
+
+
+@both
+@pytest.mark.parametrize("shape", [(D,), (1, D), (1, 1, D)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_numbers_of_one_direction_serve_a_row_of_any_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Hinges of every term, and a push that keeps no length: numbers that no intervention writes, but a bank may hold."""
+    x = torch.randn(shape).to(dtype)
+    for edit, written in (
+        (sf.Amplify(torch.eye(D)[:1]), (0.3, -0.2, 0.5, 0.1, -0.4, 0.2, 0.6, 0.05)),
+        (sf.Amplify(torch.eye(D)[:1]), (0.3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
+        (sf.DeficitPush(torch.eye(D)[:1], target=0.5), (0.3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
+    ):
+        bank = sf.Bank(D, slots=1, dtype=dtype)
+        bank.register(edit)
+        _, coefficients, slots = bank.tensors
+        coefficients[int(slots[0, 4]) + 1] = torch.tensor(written)
+        slots[0, 6] = 0
+        for scale in (None, torch.tensor([0.5])):
+            got = torch_cpu.subspace(x, *bank.tensors, None, scale)
+            assert got is not None
+            close(got, torch_backend.subspace(x, *bank.tensors, None, scale))
+
+
+@both
+def test_an_edit_in_place_under_a_transform_is_what_it_is_without() -> None:
+    bank, x = sf.Bank(D, slots=1), torch.randn(5, 1, D)
+    bank.register(sf.Ablate(torch.randn(D)))
+    wanted = ops.subspace(x, *bank.tensors)
+    close(torch.func.vmap(lambda x: ops.subspace_(x.clone(), *bank.tensors))(x), wanted)
+    close(torch.func.jvp(lambda x: ops.subspace_(x.clone(), *bank.tensors), (x,), (x,))[0], wanted)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_view_that_negates_is_read_and_written_as_what_it_says(dtype: torch.dtype) -> None:
+    """Whole numbers and tables of a bank, too."""
+    memory, v = torch.randn(3, D).to(dtype), torch.randn(D)
+    bank = sf.Bank(D, slots=2)
+    slot = bank.register(sf.Add(v))
+    vectors, coefficients, slots = bank.tensors
+    negated = torch._neg_view
+    rows = torch.full((3,), slot, dtype=torch.int32)
+    for x, tables, own in (
+        (negated(memory.clone()), (coefficients, slots), rows),
+        (memory, (negated(-coefficients), slots), rows),
+        (memory, (coefficients, negated(-slots)), rows),
+        (memory, (coefficients, slots), negated(-rows)),
+    ):
+        plain = tuple(table.resolve_neg() for table in tables)
+        wanted = torch_backend.subspace(x.resolve_neg(), vectors, *plain, rows)
+        close(ops.subspace(x, vectors, *tables, own), wanted)
+        twin = negated(x.neg().clone()) if x.is_neg() else x.clone()
+        close(ops.subspace_(twin, vectors, *tables, own).resolve_neg(), wanted)
+        close(ops.add(x, vectors[int(slots[slot, 3]) :].to(dtype), 0 * own), x + v.to(dtype))
+
+
+@both
+def test_memory_that_begins_before_x_and_reaches_into_it_is_not_written_over() -> None:
+    """Tensors that know nothing of each other, such as those of one array; and a bank whose own numbers are edited."""
+    memory = torch.randn(5 * D).numpy()
+    v, x = torch.from_numpy(memory[:D]), torch.from_numpy(memory[D // 2 : 4 * D + D // 2]).view(4, D)
+    wanted = ops.ablate(x.clone(), v.clone())
+    close(ops.ablate_(x, v), wanted)
+    bank = sf.Bank(8, slots=3)
+    rows = torch.tensor([bank.register(sf.Amplify(torch.randn(8), 2.0 + i)) for i in range(3)], dtype=torch.int32)
+    vectors, coefficients, slots = (table.clone() for table in bank.tensors)
+    x = coefficients[: len(rows)]
+    wanted = ops.subspace(x.clone(), vectors, coefficients.clone(), slots, rows)
+    close(ops.subspace_(x, vectors, coefficients, slots, rows), wanted)
+
+
+@both
+def test_what_cannot_be_edited_in_place_is_refused() -> None:
+    memory, b = torch.randn(2 * D), torch.randn(2, D)
+    for x in (memory.as_strided((3, D), (D // 2, 1)), memory.as_strided((D, 3), (1, 1))[:, :1].expand(D, D)):
+        with pytest.raises(ValueError, match="share memory"):
+            ops.ablate_(x, b[0])
+    strided = memory.view(D, 2).T  # of every second number: rows beside each other
+    wanted = ops.ablate(strided.clone(), b[0])
+    close(ops.ablate_(strided, b[0]), wanted)
+    with torch.inference_mode():
+        x = torch.randn(3, D)
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        ops.amplify_(x, b)
+
+
+@both
+def test_numbers_and_dtypes_that_do_not_fit_are_said() -> None:
+    x, b = torch.randn(3, D), torch.randn(2, D)
+    for call in (ops.amplify, ops.amplify_, ops.calibrate, ops.calibrate_):
+        with pytest.raises(ValueError, match="float32 holds"):
+            call(x, b, 1e39)
+    close(ops.ablate(x, b.double()), ops.ablate(x, b))
+    assert ops.calibrate(x.double(), b, 0.5).dtype is torch.float64
+    torch.testing.assert_close(
+        ops.calibrate(x.double(), b, 0.5), ops.calibrate(x, b, 0.5).double(), rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(ops.calibrate(x, b[:0]), x)
+
+
+@both
+def test_an_op_that_a_compiler_calls_has_the_strides_that_the_compiler_was_told() -> None:
+    """Rows one after another, whatever those of x: Inductor asserts it."""
+    bank, x = sf.Bank(8, slots=1), torch.randn(8, 5).T
+    bank.register(sf.Amplify(torch.randn(8)))
+    v, rows = torch.randn(1, 8), torch.zeros(5, dtype=torch.int32)
+    for name, arguments in (
+        ("subspace", (x, *bank.tensors, None, None, bank.modes, 1)),
+        ("add", (x, v, None, None)),
+        ("add", (x, v, rows, None)),
+    ):
+        op = getattr(torch.ops.steerfast, name)
+        with FakeTensorMode() as fake:
+            told = op(*(fake.from_tensor(each) if isinstance(each, Tensor) else each for each in arguments))
+        assert op(*arguments).stride() == told.stride(), name
 
 
 @both

@@ -27,6 +27,7 @@ _modes = torch._C._len_torch_dispatch_stack
 _trace = torch._C._get_tracing_state
 _transform = torch._C._functorch.peek_interpreter_stack
 _LIBRARIES = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}  # type: ignore[attr-defined]
+_STRIDED = torch.strided
 _IEEE = ("ieee", "none")
 _REDUCED_SUMS = (
     "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation",
@@ -175,8 +176,10 @@ def transformed() -> bool:
 
 
 def is_plain(x: Tensor, directions: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are plain CPU tensors of at most 32 bits: no subclass, mode or transform, nobody's trace or gradient."""
+    """Whether these are dense CPU tensors of at most 32 bits: no subclass, mode or transform, nobody's trace or gradient."""
     if type(x) is not Tensor or type(directions) is not Tensor or not x.is_cpu:
+        return False
+    if x.layout is not _STRIDED or directions.layout is not _STRIDED:
         return False
     if x.dtype is torch.float64 or directions.dtype is torch.float64:
         return False
@@ -228,14 +231,20 @@ def _valid(name: str, argument: str) -> str:
     return name
 
 
-def apart(x: Tensor, vectors: Tensor, scale: Tensor | None = None) -> bool:
-    """Whether neither begins in the memory that x is of: a kernel that writes into x would change what it reads."""
+def apart(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel may write into x while it reads the others: they lie in other memory, and x is no view that negates."""
+    if x.is_neg():
+        return False
     memory = x.untyped_storage()
     first = memory.data_ptr()
     last = first + memory.nbytes()
-    if first <= vectors.data_ptr() < last:
-        return False
-    return scale is None or not first <= scale.data_ptr() < last
+    for other in others:
+        if other is not None:
+            beside = other.untyped_storage()
+            start = beside.data_ptr()
+            if start < last and first < start + beside.nbytes():
+                return False
+    return True
 
 
 def note_write(x: Tensor) -> None:

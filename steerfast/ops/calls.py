@@ -53,7 +53,7 @@ def subspace_(backend: str, x: Tensor, *edit: Unpack[Edit]) -> None:
     if backend == "torch":
         if torch_cpu.subspace(x, *edit[:5], in_place=True) is None:
             x.copy_(torch_backend.subspace(x, *edit[:5]))
-    elif not (_dense(x) and apart(x, edit[0], edit[4])) or _to_widen(x, edit[0]):
+    elif not (_dense(x) and apart(x, *edit[:2], edit[4])) or _to_widen(x, edit[0]):
         x.copy_(subspace(backend, x, *edit))
     else:
         _launched(x, *edit)(x, *edit, out=x)
@@ -82,7 +82,7 @@ def subspace_split_(backend: str, hidden: Tensor, residual: Tensor, *edit: Unpac
         subspace_split_(backend, hidden.float(), out, edit[0].float(), *edit[1:])
         residual.copy_(out)
         return
-    in_place = _dense(residual) and apart(residual, edit[0], edit[4])
+    in_place = _dense(residual) and apart(residual, *edit[:2], edit[4])
     out = residual if in_place else residual.clone(memory_format=torch.contiguous_format)
     kernels("subspace").subspace(out, *edit, out=out, hidden=hidden)
     if out is residual:

@@ -108,6 +108,8 @@ def subspace(
         and shape[-1] == of_rows[1]
         and coefficients.is_contiguous()
         and slots.is_contiguous()
+        and not coefficients.is_neg()
+        and not slots.is_neg()
         and vectors.is_cpu
         and coefficients.is_cpu
         and slots.is_cpu
@@ -170,7 +172,7 @@ def _run(
         return None
     owners = strengths = _ABSENT
     if rows is not None:
-        if rows.dtype is not torch.int32 or not rows.is_cpu or not _is_column(rows.shape, n):
+        if rows.dtype is not torch.int32 or rows.is_neg() or not rows.is_cpu or not _is_column(rows.shape, n):
             return None
         owners = rows.data_ptr(), rows.stride()[0]
     if scale is not None:
@@ -185,6 +187,8 @@ def _run(
     ):  # nothing, no memory, or a view that negates: PyTorch knows what then
         return None
     if in_place:
+        if x.is_inference() and not torch.is_inference_mode_enabled():  # PyTorch refuses, and says why
+            return None
         out = x
     else:
         out = torch.empty_like(x) if dense else torch.empty_like(x, memory_format=torch.contiguous_format)

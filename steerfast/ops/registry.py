@@ -116,8 +116,14 @@ _library = torch.library.Library("steerfast", "DEF")
 
 
 def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any], by: int = 0) -> None:
-    """Register an op of `calls`, whose argument number `by` decides about the backend."""
-    _register(schema, lambda *args: function(backend_of(args[by]), *args), fake)
+    """Register an op of `calls`, whose argument number `by` decides about the backend; what it returns is contiguous."""
+    _register(schema, lambda *args: _contiguous(function(backend_of(args[by]), *args)), fake)
+
+
+def _contiguous(found: Any) -> Any:
+    if isinstance(found, tuple):
+        return tuple(map(_contiguous, found))
+    return found if found is None else found.contiguous()
 
 
 def _register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -119,7 +119,7 @@ def amplify(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
         A new tensor (..., d) of the dtype of x.
 
     Raises:
-        TypeError, ValueError: a dtype, width or device does not fit, or α is not finite; the message names it.
+        TypeError, ValueError: a dtype, width or device does not fit, or α is not finite in float32; the message names it.
 
     Reference:
         Wu et al. 2025, mutual-information explanations of sparse autoencoders (arXiv:2502.15576).
@@ -129,12 +129,12 @@ def amplify(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
         >>> sf.ops.amplify(torch.tensor([[2.0, -1.0]]), torch.eye(2), alpha=0.5)
         tensor([[ 3., -1.]])
     """
-    return _hinged("amplify", x, "features", features, _AMPLIFY, finite_number("amplify", "alpha", alpha))
+    return _hinged("amplify", x, "features", features, _AMPLIFY, _strength("amplify", "alpha", alpha))
 
 
 def amplify_(x: Tensor, features: Tensor, alpha: float = 1.0) -> Tensor:
     """`amplify`, written into x."""
-    share = finite_number("amplify_", "alpha", alpha)
+    share = _strength("amplify_", "alpha", alpha)
     return _hinged("amplify_", x, "features", features, _AMPLIFY, share, in_place=True)
 
 
@@ -150,7 +150,7 @@ def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
         A new tensor (..., d) of the dtype of x.
 
     Raises:
-        TypeError, ValueError: a dtype, width or device does not fit, or β is not finite; the message names it.
+        TypeError, ValueError: a dtype, width or device does not fit, or β is not finite in float32; the message names it.
 
     Reference:
         Wu et al. 2025, mutual-information explanations of sparse autoencoders (arXiv:2502.15576).
@@ -160,12 +160,12 @@ def calibrate(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
         >>> sf.ops.calibrate(torch.tensor([[2.0, -1.0]]), torch.eye(2), beta=2.0)
         tensor([[1., 0.]])
     """
-    return _hinged("calibrate", x, "features", features, _CALIBRATE, finite_number("calibrate", "beta", beta))
+    return _hinged("calibrate", x, "features", features, _CALIBRATE, _strength("calibrate", "beta", beta))
 
 
 def calibrate_(x: Tensor, features: Tensor, beta: float = 1.0) -> Tensor:
     """`calibrate`, written into x."""
-    share = finite_number("calibrate_", "beta", beta)
+    share = _strength("calibrate_", "beta", beta)
     return _hinged("calibrate_", x, "features", features, _CALIBRATE, share, in_place=True)
 
 
@@ -363,6 +363,9 @@ def _affine_bank(x: Tensor, weight: Tensor, bias: Tensor) -> Tables:
     return torch.stack([weight.to(wide) - 1, bias.to(wide)]), *affine_tables(x.device)
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 class _Hinge(NamedTuple):
     """g = act(Bx) of a number and k directions: as eight numbers, as a formula that is differentiable, and in few calls."""
 
@@ -386,6 +389,13 @@ _CALIBRATE = _Hinge(
     lambda beta, y: beta / max(1, y.shape[-1]) - torch.relu(y),
     functools.lru_cache(lambda beta, k: How(-1.0, bent(0.0, -beta / max(1, k)))),
 )
+
+
+def _strength(op: str, name: str, value: float) -> float:
+    number = finite_number(op, name, value)
+    if abs(number) > _LARGEST:
+        raise ValueError(f"{op}: {name} is {number}; expected a number that float32 holds, up to {_LARGEST:.3g}")
+    return number
 
 
 def _hinged(

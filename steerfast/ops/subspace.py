@@ -295,11 +295,20 @@ def check_in_place(op: str, x: Tensor, *others: Tensor | None) -> None:
                 raise RuntimeError(
                     f"{op}: {name} needs a gradient, which an in-place edit would break; use {op.rstrip('_')} instead"
                 )
-    steps = x.stride()
-    if 0 in steps and any(step == 0 and size > 1 for size, step in zip(x.shape, steps, strict=True)):
+    if not x.is_contiguous() and _overlaps(x):
         raise ValueError(
             f"{op}: x is an expanded view, several of whose rows share memory; use {op.rstrip('_')}, or x.contiguous()"
         )
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two numbers of a view may have one place: a step is no longer than what the smaller steps reach."""
+    reached = 0
+    for step, size in sorted((abs(step), size) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if step <= reached:
+            return True
+        reached += step * (size - 1)
+    return False
 
 
 def _check_bank(

@@ -56,6 +56,8 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
 def hinged(x: Tensor, directions: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
     """x + act(xBᵀ)B, with the rows B = directions."""
     flat, rows = _rows(x), _rows(directions)
+    if flat.dtype is not rows.dtype:
+        flat, rows = flat.double(), rows.double()
     return _lift(flat, act(flat @ rows.T), rows).to(x.dtype).view_as(x)
 
 

@@ -82,11 +82,11 @@ def _single(x: Tensor, pair: tuple[Tensor, Tensor], how: How, scale: Tensor | No
     wide = x if dtype is torch.float32 else x.float()
     row = b if b.dtype is torch.float32 else b.float()
     lift = row if c is b else c if c.dtype is torch.float32 else c.float()
-    y = wide.mv(row) if wide.dim() == 2 else wide.reshape(-1).dot(row)
+    y = (wide if wide.dim() == 2 else wide.reshape(1, -1)).mv(row)
     if how.act is not None:
         y = how.act(y)
     if scale is not None:
-        y = y.mul_(scale.view(()))
+        y = y.mul_(scale.view(1))
     if dtype is torch.float32:
         out = torch.addcmul(x, y, lift, value=how.share, out=x if in_place else None)
         return out if in_place else out.contiguous()
@@ -181,7 +181,7 @@ def _are_columns(rows: Tensor | None, scale: Tensor | None, n: int) -> bool:
     """Whether a slot and a strength are given for each of n rows, or for all in common."""
     if rows is not None:
         shape = rows.shape
-        if not (rows.dtype is torch.int32 and rows.is_cpu and (shape == (n,) or shape == (n, 1))):
+        if not (rows.dtype is torch.int32 and rows.is_cpu and not rows.is_neg() and (shape == (n,) or shape == (n, 1))):
             return False
         return scale is None or (scale.dtype is torch.float32 and scale.is_cpu and scale.shape == shape)
     return scale is None or (
@@ -263,7 +263,7 @@ def subspace(
 
     It looks at everything itself: of a single row, to look twice costs as much as the edit.
     """
-    if in_place and not apart(x, vectors, scale):
+    if in_place and not (is_plain(x, vectors) and apart(x, vectors, coefficients, scale)):
         return None
     out = compiled_cpu.subspace(x, vectors, coefficients, slots, rows, scale, in_place)
     if out is not None:

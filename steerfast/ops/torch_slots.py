@@ -166,13 +166,13 @@ def reader_of(bank: Tables) -> Reader | None:
     reader = _readers.get(key)
     if reader is not None and reader.is_of(bank):
         return reader
-    if not all(table.dim() == 2 and table.is_cpu for table in bank):
+    if not all(table.dim() == 2 and table.is_cpu and table.layout is torch.strided for table in bank):
         return None
     vectors, *tables = bank
     if not vectors.shape[1] or vectors.dtype not in FLOATS:
         return None
     for table, dtype in zip(tables, (torch.float32, torch.int32), strict=True):
-        if table.dtype is not dtype or table.shape[1] != 8 or not table.is_contiguous():
+        if table.dtype is not dtype or table.shape[1] != 8 or not table.is_contiguous() or table.is_neg():
             return None
     # bound now: when Python ends, a bank may go after the names of this module; pop takes the reference for its default
     forget = functools.partial(_readers.pop, key)
