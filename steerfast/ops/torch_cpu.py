@@ -57,11 +57,13 @@ def hinged(
     """
     if not is_plain(x, directions) or backend_of(x) != "torch":
         return None
-    shape, of_rows = x.shape, directions.shape
+    shape, of_rows, dtype, kind = x.shape, directions.shape, x.dtype, directions.dtype
     count = of_rows[0] if len(of_rows) == 2 else 1
     if not (shape and of_rows and len(of_rows) <= 2 and shape[-1] == of_rows[-1] and shape[-1] and directions.is_cpu):
         return None
-    if x.dtype not in FLOATS or directions.dtype not in FLOATS or (in_place and not apart(x, directions)):
+    if not (dtype is kind is torch.float32 or (dtype in FLOATS and kind in FLOATS)):
+        return None
+    if in_place and not apart(x, directions):
         return None
     out = compiled_cpu.hinged(x, directions, count, numbers, number, in_place)
     # `how` is asked here: what is kept must be no mode's tensor
@@ -87,9 +89,8 @@ def _single(x: Tensor, pair: tuple[Tensor, Tensor], how: How, scale: Tensor | No
         y = how.act(y)
     if scale is not None:
         y = y.mul_(scale.view(1))
-    if dtype is torch.float32:
-        out = torch.addcmul(x, y, lift, value=how.share, out=x if in_place else None)
-        return out if in_place else out.contiguous()
+    if wide is x:
+        return x.addcmul_(y, lift, value=how.share) if in_place else x.addcmul(y, lift, value=how.share).contiguous()
     wide.addcmul_(y, lift, value=how.share)
     return x.copy_(wide) if in_place else _narrow(wide, dtype)
 
@@ -98,6 +99,8 @@ def _edited(
     x: Tensor, across: Tensor | None, lift: Tensor, how: How, scale: Tensor | None, in_place: bool = False
 ) -> Tensor | None:
     """x + scale · share · act(x·across)·lift; scale is (n, 1), and without a projection the act is 1."""
+    if x.dim() == 2 and x.dtype is torch.float32 is lift.dtype and x.numel() <= 4 * BLOCK:
+        return _moved(x, across, lift, how, scale, x if in_place else None)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     dtype = flat.dtype
     if lift.dtype is not torch.float32:
