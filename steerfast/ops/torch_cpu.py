@@ -24,6 +24,8 @@ BLOCK = 1 << 18
 """Numbers of a block: a megabyte in float32."""
 TURNED = 32
 """From so many rows on xBᵀ costs less as (Bxᵀ)ᵀ: a library of products packs its larger operand once."""
+NARROW = 640
+"""Rows of fewer numbers cost less as xBᵀ, unless they lie in the cache."""
 FEW = 4
 """From so many rows on a library of products sums an edit before it adds x; below, it rounds every term to x's precision."""
 
@@ -115,7 +117,7 @@ def _edited(
         out = _moved(flat, across, lift, how, scale, flat if in_place else None)
         return x if in_place else out if x.dim() == 2 else out.view(x.shape)
     if not in_place and n * d <= 2 * BLOCK:
-        out = _narrow(_moved(flat.float(), across, lift, how, scale), dtype)
+        out = _narrow(_moved(flat.float(), across, lift, how, scale, near=True), dtype)
         return out if x.dim() == 2 else out.view(x.shape)
     out = x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
     step = max(1, BLOCK // d)
@@ -123,16 +125,22 @@ def _edited(
     weights = (None,) * len(into) if scale is None else scale.split(step)
     for block, target, weight in zip(flat.split(step), into, weights, strict=True):
         rows = block.float()
-        moved = _moved(rows, across, lift, how, weight, target if wide else rows)
+        moved = _moved(rows, across, lift, how, weight, target if wide else rows, near=not wide)
         if not wide:
             target.copy_(moved)
     return out
 
 
 def _moved(
-    x: Tensor, across: Tensor | None, lift: Tensor, how: How, scale: Tensor | None, out: Tensor | None = None
+    x: Tensor,
+    across: Tensor | None,
+    lift: Tensor,
+    how: How,
+    scale: Tensor | None,
+    out: Tensor | None = None,
+    near: bool = False,
 ) -> Tensor:
-    """These rows, perhaps into x itself."""
+    """These rows, perhaps into x itself; `near`: they lie in the cache."""
     before = torch.linalg.vector_norm(x, dim=-1, keepdim=True) if how.keep_norm else None
     share, act, n = how.share, how.act, x.shape[0]
     if across is None:
@@ -143,7 +151,8 @@ def _moved(
         )
         return moved if before is None else _with_norm(moved, before)
     rank = lift.shape[0]
-    y = torch.mm(x, across) if n < TURNED or rank == 1 else torch.mm(across.T, x.T).T
+    turns = n >= TURNED and rank > 1 and (near or x.shape[1] >= NARROW)
+    y = torch.mm(across.T, x.T).T if turns else torch.mm(x, across)
     if act is not None:
         y = act(y)
     if scale is not None:
