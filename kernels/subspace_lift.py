@@ -41,15 +41,17 @@ def _product(
 def _walk(
     x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
     high, low, g_ptr, size, alpha, unit, gain, offs_n, mask_n, offs_k, rank, first, last,
-    IS_AFFINE: tl.constexpr, MEASURES: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, STEP_K: tl.constexpr,
+    backwards, IS_AFFINE: tl.constexpr, MEASURES: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    STEP_K: tl.constexpr,
 ):  # fmt: skip
-    """Write x' of a tile from column first to last; or, where it MEASURES, only return the sum of its squares.
+    """Write x' of a tile from column first to last, or from last to first; or, where it MEASURES, only sum its squares.
 
     x' = gain·(s·x + unit·(C·g)), g in two parts where C has 16 bits, or gain·(x + unit·(C₀ ⊙ x + C₁)).
     """
     after = tl.zeros(alpha.shape, tl.float32)
+    turn = first + first + (last - first - 1) // BLOCK_D * BLOCK_D
     for d in tl.range(first, last, BLOCK_D, num_stages=STAGES):
-        offs_d = d + tl.arange(0, BLOCK_D)
+        offs_d = tl.where(backwards, turn - d, d) + tl.arange(0, BLOCK_D)
         mask_d = offs_d < last
         mask = mask_n[:, None] & mask_d[None, :]
         if STEP_K > 0 and not IS_AFFINE:
@@ -85,20 +87,21 @@ def _walk(
 def walk(
     x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
     high, low, g_ptr, size, alpha, unit, gain, offs_n, mask_n, offs_k, rank, first, last, mode,
-    MODES: tl.constexpr, MEASURES: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, STEP_K: tl.constexpr,
+    backwards, MODES: tl.constexpr, MEASURES: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    STEP_K: tl.constexpr,
 ):  # fmt: skip
     """`_walk` of a slot of this mode."""
     if (AFFINE & MODES) and mode == AFFINE:
         after = _walk(
             x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
             high, low, g_ptr, size, alpha, unit, gain, offs_n, mask_n, offs_k, rank, first, last,
-            True, MEASURES, BLOCK_D, STAGES, STEP_K,
+            backwards, True, MEASURES, BLOCK_D, STAGES, STEP_K,
         )  # fmt: skip
     else:
         after = _walk(
             x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
             high, low, g_ptr, size, alpha, unit, gain, offs_n, mask_n, offs_k, rank, first, last,
-            False, MEASURES, BLOCK_D, STAGES, STEP_K,
+            backwards, False, MEASURES, BLOCK_D, STAGES, STEP_K,
         )  # fmt: skip
     return after
 
@@ -189,7 +192,7 @@ def lift_kernel(
             after = walk(
                 x_ptr, stride_x_n, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
                 high, low, g_ptr, size, alpha, unit, gain, offs_n, mine, offs_k, rank, first, stop, mode,
-                MODES, MEASURES, BLOCK_D, STAGES, STEP_K,
+                False, MODES, MEASURES, BLOCK_D, STAGES, STEP_K,
             )  # fmt: skip
             if MEASURES:
                 tl.store(after_ptr + i_c * N + offs_n, after, mask=mine)

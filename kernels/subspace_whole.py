@@ -1,7 +1,7 @@
 """Project → act → lift by tiles of tokens in one launch: a program edits its tokens, column after column of the tables.
 
-A program reads x of its tile for y, acts, and reads x again for x' (once more between, where a length is restored). The tiles
-that are under way at a time stay in L2, so memory sees x once.
+A program reads x of its tile for y, acts, and reads x again for x' (once more between, where a length is restored), each time the
+other way round, since what was read last is there still. The tiles that are under way at a time stay in L2 for the greater part.
 Bytes a token: reads |x|·d, again from L2, writes |x|·d; B and C once per tile and owner (from L2).
 """
 
@@ -83,18 +83,21 @@ def whole_kernel(
             high = g.to(vectors_ptr.dtype.element_ty)
             low = (g - high.to(tl.float32)).to(high.dtype)
             gain = tl.full(alpha.shape, 1.0, tl.float32)
+            backwards = True
             if KEEP_NORM & MODES:
-                if tl.load(head_ptr + 6) != 0:
+                keep = tl.load(head_ptr + 6)
+                backwards = keep == 0
+                if keep != 0:
                     after = walk(
                         from_ptr, stride_from, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
                         high, low, None, 0, alpha, unit, gain, offs_n, mine, offs_k, rank, 0, D, mode,
-                        MODES, True, LIFT_D, STAGES, 0,
+                        True, MODES, True, LIFT_D, STAGES, 0,
                     )  # fmt: skip
                     gain = restore(square, after)
             walk(
                 from_ptr, stride_from, hidden_ptr, stride_hidden_n, out_ptr, stride_out_n, c_ptr, stride_v,
                 high, low, None, 0, alpha, unit, gain, offs_n, mine, offs_k, rank, 0, D, mode,
-                MODES, False, LIFT_D, STAGES, 0,
+                backwards, MODES, False, LIFT_D, STAGES, 0,
             )  # fmt: skip
             owner, slot = next_owner(owner, slot, 1)
         from_ptr, stride_from, limit = out_ptr, stride_out_n, -1

@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton")
@@ -104,6 +105,21 @@ def test_a_product_is_counted_whole(quick: dict[str, Row]) -> None:
         kernel.walk.product * kernel.programs for kernel in quick["hinge k=64"].kernels if kernel.walk is not None
     ]
     assert [product / (2 * 8192 * 4096 * 64) for product in products] == [4]
+
+
+def test_what_is_read_again_is_near_or_far_by_what_came_between() -> None:
+    """Three columns of a row read, then read backwards and written; directions that all programs share are no distance."""
+    from static.counted import Program, _reuse
+
+    program, x, out, shared = Program(), ("x", "read"), ("out", "write"), ("b", "read")
+    columns = [np.arange(8 * i, 8 * i + 8) for i in range(3)]  # 256 bytes each
+    for column in columns:
+        program.touched += [(x, column), (shared, 900 + column)]
+    for column in reversed(columns):
+        program.touched += [(shared, 900 + column), (x, column), (out, 500 + column)]
+    assert _reuse(program, {shared}) == {x: [(0, 256), (512, 256), (1024, 256)]}
+    program.touched = [(x, column) for column in 2 * columns]
+    assert _reuse(program, {shared}) == {x: [(512, 768)]}
 
 
 def test_a_prediction_is_a_range_around_no_point(quick: dict[str, Row]) -> None:

@@ -36,6 +36,7 @@ class Program:
     def __init__(self) -> None:
         self.moved: Counter[tuple[str, str]] = Counter()  # (tensor, read or write) -> bytes in whole sectors
         self.sectors: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
+        self.touched: list[tuple[tuple[str, str], np.ndarray]] = []  # the same, in the order in which they were asked for
         self.lines: Counter[tuple[str, int]] = Counter()  # (file, line) -> times reached
         self.calls: Counter[str] = Counter()  # function -> times entered
         self.accesses: dict[str, dict[str, Any]] = {}  # statement -> tensor and bytes of one load or store
@@ -69,6 +70,7 @@ class Watch:
             sectors = np.unique(addresses // SECTOR)
             self.program.moved[name, kind] += SECTOR * len(sectors)
             self.program.sectors[name, kind].append(sectors)
+            self.program.touched.append(((name, kind), sectors))
             frame = sys._getframe(2)
             while frame is not None and not is_kernel(frame.f_code.co_filename):
                 frame = frame.f_back
@@ -167,6 +169,8 @@ def _summary(
     kernel: Any, grid: tuple[int, ...], tensors: dict[str, torch.Tensor], programs: list[Program]
 ) -> dict[str, Any]:
     keys = sorted({key for program in programs for key in program.moved})
+    shared = {key for key in keys if _shared(programs, key)}
+    again = _reuse(programs[0], shared)
     return {
         "kernel": kernel.__name__,
         "grid": grid,
@@ -177,7 +181,8 @@ def _summary(
                 "size": _reach(tensors[name]) if name in tensors else 0,
                 "moved": _mean(p.moved[name, kind] for p in programs),
                 "distinct": _mean(_distinct(p, (name, kind)) for p in programs),
-                "shared": _shared(programs, (name, kind)),
+                "shared": (name, kind) in shared,
+                "again": again[name, kind],
             }
             for name, kind in keys
         },
@@ -185,6 +190,28 @@ def _summary(
         "calls": programs[0].calls,
         "accesses": programs[0].accesses,
     }
+
+
+def _reuse(program: Program, shared: set[tuple[str, str]]) -> dict[tuple[str, str], list[tuple[int, int]]]:
+    """What a program reads again of its own: (bytes of other memory of its own that it has touched meanwhile, bytes) for each tensor.
+
+    What all programs share stays in L2 and is left out.
+    """
+    own = [(key, sectors) for key, sectors in program.touched if key not in shared]
+    found: dict[tuple[str, str], Counter[int]] = defaultdict(Counter)
+    places = np.unique(np.concatenate([sectors for _, sectors in own])) if own else np.empty(0)
+    last = np.full(len(places), -1)
+    alive = np.zeros(len(own) + 1, dtype=np.int64)  # sectors that were last touched at each time
+    for now, (key, sectors) in enumerate(own):
+        here = np.searchsorted(places, sectors)
+        times, counts = np.unique(last[here], return_counts=True)
+        for before, count in zip(times.tolist(), counts.tolist(), strict=True):
+            if before >= 0:
+                found[key][SECTOR * int(alive[before + 1 : now].sum())] += SECTOR * count
+                alive[before] -= count
+        last[here] = now
+        alive[now] += len(here)
+    return defaultdict(list, {key: sorted(each.items()) for key, each in found.items()})
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -151,9 +151,11 @@ def _memory(tensor: dict[str, Any], programs: int, resident: int, share: float, 
     first = min(touched, tensor["size"]) if kept else touched
     if tensor["reads"] and _bytes_since(tensor, so_far) <= share * c.L2_SIZE:
         first = 0.0  # an earlier launch of the call has left it in L2
-    at_once = min(tensor["size"], tensor["distinct"] * resident)
-    again = (tensor["moved"] - tensor["distinct"]) * programs
-    return first + (again if at_once > share * c.L2_SIZE else 0.0)
+    room = share * c.L2_SIZE
+    if tensor["shared"]:
+        again = tensor["moved"] - tensor["distinct"]
+        return first + (programs * again if min(tensor["size"], tensor["distinct"] * resident) > room else 0.0)
+    return first + programs * sum(size for between, size in tensor["again"] if between * resident > room)
 
 
 def _bytes_since(tensor: dict[str, Any], so_far: list[Counted]) -> float:
