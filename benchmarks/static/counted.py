@@ -193,7 +193,7 @@ def _summary(
 
 
 def _reuse(program: Program, shared: set[tuple[str, str]]) -> dict[tuple[str, str], list[tuple[int, int]]]:
-    """What a program reads again of its own: (bytes of other memory of its own that it has touched meanwhile, bytes) for each tensor.
+    """What a program reads again of its own, for each tensor: (bytes of its own memory touched meanwhile, bytes).
 
     What all programs share stays in L2 and is left out.
     """
