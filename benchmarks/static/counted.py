@@ -36,7 +36,9 @@ class Program:
     def __init__(self) -> None:
         self.moved: Counter[tuple[str, str]] = Counter()  # (tensor, read or write) -> bytes in whole sectors
         self.sectors: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
-        self.touched: list[tuple[tuple[str, str], np.ndarray]] = []  # the same, in the order in which they were asked for
+        self.touched: list[
+            tuple[tuple[str, str], np.ndarray]
+        ] = []  # the same, in the order in which they were asked for
         self.lines: Counter[tuple[str, int]] = Counter()  # (file, line) -> times reached
         self.calls: Counter[str] = Counter()  # function -> times entered
         self.accesses: dict[str, dict[str, Any]] = {}  # statement -> tensor and bytes of one load or store
