@@ -741,11 +741,12 @@ def test_an_edit_in_place_does_the_same_work_again_on_what_it_left(dtype: torch.
 def test_every_bar_names_a_case_that_is_measured():
     """By the form of its name: the sizes of a GPU's cases cannot be built here."""
     forms = {template(build().name) for build in CASES.values()}
-    compiled = [
+    on_a_cpu = [
         cpu_cases.add_with_rows(AT, 3), cpu_cases.op(AT, 3, "amplify"), cpu_cases.op_in_place(AT, 3),
         cpu_cases.bank(AT, 3, "ablate", 1), cpu_cases.bank(AT, 3, "amplify", 8), cpu_cases.owners(AT, 3, 8),
     ]  # fmt: skip
-    forms |= {template(f"{case.name} compiled") for case in compiled}
+    forms |= {template(f"{case.name}{road}") for case in on_a_cpu for road in ("", " compiled")}
+    forms |= {template(case.name) for case in (cpu_cases.add(AT, 3), cpu_cases.affine(AT, 3))}
     source = "\n".join(path.read_text() for path in BENCHMARKS.glob("*.py"))
     for bar in bars.bars():
         sign, limit = bar.limit.split()
