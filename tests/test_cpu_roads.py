@@ -255,20 +255,21 @@ def test_an_edit_in_place_under_a_transform_is_what_it_is_without() -> None:
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_view_that_negates_is_read_and_written_as_what_it_says(dtype: torch.dtype) -> None:
-    """Whole numbers and tables of a bank, too."""
+def test_a_view_that_negates_is_read_and_written_as_what_it_says(road: str, dtype: torch.dtype) -> None:
+    """By PyTorch's calls whole numbers and tables of a bank, too; none of PyTorch's public calls makes such views of them."""
     memory, v = torch.randn(3, D).to(dtype), torch.randn(D)
     bank = sf.Bank(D, slots=2)
     slot = bank.register(sf.Add(v))
     vectors, coefficients, slots = bank.tensors
     negated = torch._neg_view
     rows = torch.full((3,), slot, dtype=torch.int32)
-    for x, tables, own in (
+    views = [
         (negated(memory.clone()), (coefficients, slots), rows),
         (memory, (negated(-coefficients), slots), rows),
         (memory, (coefficients, negated(-slots)), rows),
         (memory, (coefficients, slots), negated(-rows)),
-    ):
+    ]
+    for x, tables, own in views if road == "cpu" else views[:1]:
         plain = tuple(table.resolve_neg() for table in tables)
         wanted = torch_backend.subspace(x.resolve_neg(), vectors, *plain, rows)
         close(ops.subspace(x, vectors, *tables, own), wanted)

@@ -108,8 +108,6 @@ def subspace(
         and shape[-1] == of_rows[1]
         and coefficients.is_contiguous()
         and slots.is_contiguous()
-        and not coefficients.is_neg()
-        and not slots.is_neg()
         and vectors.is_cpu
         and coefficients.is_cpu
         and slots.is_cpu
@@ -172,7 +170,8 @@ def _run(
         return None
     owners = strengths = _ABSENT
     if rows is not None:
-        if rows.dtype is not torch.int32 or rows.is_neg() or not rows.is_cpu or not _is_column(rows.shape, n):
+        size_of = rows.shape  # a function that looks at it would tell, of one row
+        if rows.dtype is not torch.int32 or not rows.is_cpu or (size_of != (n,) and size_of != (n, 1)):
             return None
         owners = rows.data_ptr(), rows.stride()[0]
     if scale is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from steerfast._checks import check_stream, check_table, check_width, fits
 
-from . import calls, torch_backend, torch_cpu
+from . import calls, compiled_cpu, torch_backend, torch_cpu
 from .backends import backend_of
 from .slots import ALL_MODES, HINGE
 
@@ -56,11 +56,13 @@ def subspace(
         >>> sf.ops.subspace(torch.tensor([[3.0, 4.0]]), *bank.tensors)
         tensor([[0., 4.]])
     """
-    quick = None  # of one row the looks that follow would cost more than the edit
     if (max_rank is None or (type(max_rank) is int and max_rank >= 0)) and not torch.compiler.is_compiling():
-        quick = torch_cpu.subspace(x, vectors, coefficients, slots, rows, scale)
-    if quick is not None:
-        return quick
+        # before the looks that follow, which would cost more than the edit of one row
+        quick = compiled_cpu.subspace(x, vectors, coefficients, slots, rows, scale)
+        if quick is None:
+            quick = torch_cpu.subspace_by_calls(x, vectors, coefficients, slots, rows, scale)
+        if quick is not None:
+            return quick
     if max_rank is None:
         modes |= HINGE  # no promise that the one slot is a flow of full rank
     max_rank = _check_bank("subspace", x, vectors, coefficients, slots, rows, scale, max_rank)

@@ -271,15 +271,26 @@ def subspace(
     scale: Tensor | None,
     in_place: bool = False,
 ) -> Tensor | None:
-    """Project → act → lift where every row has one slot, or none, for whatever `ops.subspace` is given outside a trace.
-
-    It looks at everything itself: of a single row, to look twice costs as much as the edit.
-    """
+    """Project → act → lift where every row has one slot, or none, by whichever road serves."""
     if in_place and not (is_plain(x, vectors) and apart(x, vectors, coefficients, scale)):
         return None
     out = compiled_cpu.subspace(x, vectors, coefficients, slots, rows, scale, in_place)
-    if out is not None:
-        return out
+    return subspace_by_calls(x, vectors, coefficients, slots, rows, scale, in_place) if out is None else out
+
+
+def subspace_by_calls(
+    x: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    in_place: bool = False,
+) -> Tensor | None:
+    """`subspace` by PyTorch's calls, for whatever `ops.subspace` is given outside a trace.
+
+    It looks at everything itself: of a single row, to look twice costs as much as the edit.
+    """
     if not is_plain(x, vectors, coefficients, scale) or backend_of(x) != "torch":
         return None
     if coefficients is None or type(slots) is not Tensor or (rows is not None and type(rows) is not Tensor):
