@@ -251,6 +251,9 @@ def test_an_edit_in_place_under_a_transform_is_what_it_is_without() -> None:
     wanted = ops.subspace(x, *bank.tensors)
     close(torch.func.vmap(lambda x: ops.subspace_(x.clone(), *bank.tensors))(x), wanted)
     close(torch.func.jvp(lambda x: ops.subspace_(x.clone(), *bank.tensors), (x,), (x,))[0], wanted)
+    v = torch.randn(D)
+    close(torch.func.vmap(lambda x: ops.add_(x.clone(), v))(x), ops.add(x, v))
+    close(torch.func.vmap(lambda x: ops.affine_(x.clone(), v, v))(x), ops.affine(x, v, v))
 
 
 @both
@@ -281,10 +284,17 @@ def test_a_view_that_negates_is_read_and_written_as_what_it_says(road: str, dtyp
 @both
 def test_memory_that_begins_before_x_and_reaches_into_it_is_not_written_over() -> None:
     """Tensors that know nothing of each other, such as those of one array; and a bank whose own numbers are edited."""
-    memory = torch.randn(5 * D).numpy()
-    v, x = torch.from_numpy(memory[:D]), torch.from_numpy(memory[D // 2 : 4 * D + D // 2]).view(4, D)
-    wanted = ops.ablate(x.clone(), v.clone())
-    close(ops.ablate_(x, v), wanted)
+    rows, one = torch.zeros(4, dtype=torch.int32), torch.ones(D)
+    for edit, edit_in_place in (
+        (ops.ablate, ops.ablate_),
+        (ops.add, ops.add_),
+        (lambda x, v: ops.add(x, v[None], rows), lambda x, v: ops.add_(x, v[None], rows)),
+        (lambda x, v: ops.affine(x, v, one), lambda x, v: ops.affine_(x, v, one)),
+    ):
+        memory = torch.randn(5 * D).numpy()
+        v, x = torch.from_numpy(memory[:D]), torch.from_numpy(memory[D // 2 : 4 * D + D // 2]).view(4, D)
+        wanted = edit(x.clone(), v.clone())
+        close(edit_in_place(x, v), wanted)
     bank = sf.Bank(8, slots=3)
     rows = torch.tensor([bank.register(sf.Amplify(torch.randn(8), 2.0 + i)) for i in range(3)], dtype=torch.int32)
     vectors, coefficients, slots = (table.clone() for table in bank.tensors)

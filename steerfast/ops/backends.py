@@ -189,8 +189,7 @@ def is_plain(x: Tensor, directions: Tensor, *others: Tensor | None) -> bool:
     for tensor in others:
         if tensor is not None and (type(tensor) is not Tensor or (records and tensor.requires_grad)):
             return False
-    # `transformed` as it stands there: of one row a call would tell
-    return not (forward_ad._current_level >= 0 or _transform() is not None or _modes() or _trace())
+    return not (transformed() or _modes() or _trace())
 
 
 @functools.cache

@@ -170,8 +170,7 @@ def _run(
         return None
     owners = strengths = _ABSENT
     if rows is not None:
-        size_of = rows.shape  # a function that looks at it would tell, of one row
-        if rows.dtype is not torch.int32 or not rows.is_cpu or (size_of != (n,) and size_of != (n, 1)):
+        if rows.dtype is not torch.int32 or not rows.is_cpu or not _is_column(rows.shape, n):
             return None
         owners = rows.data_ptr(), rows.stride()[0]
     if scale is not None:

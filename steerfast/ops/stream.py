@@ -12,7 +12,7 @@ from torch import Tensor
 from steerfast._checks import finite_number, one_of, path_length, step_count
 
 from . import calls, torch_backend, torch_cpu
-from .backends import backend_of, kernels
+from .backends import apart, backend_of, kernels, transformed
 from .slots import AFFINE, FLOW, HINGE, SOLVE, Eight, Tables, hinge
 from .solvers import Field, Scheme, scheme
 from .subspace import check_in_place, check_op, edited, edited_, needs_gradient
@@ -68,7 +68,13 @@ def add(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | 
 def add_(x: Tensor, vectors: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """`add`, written into x."""
     check_op("add_", x, "vectors", vectors, rows, scale, in_place=True)
-    if rows is None and scale is None and torch_cpu.is_elementwise(x, vectors):
+    if (
+        rows is None
+        and scale is None
+        and torch_cpu.is_elementwise(x, vectors)
+        and not transformed()
+        and apart(x, vectors)
+    ):
         return x.add_(vectors)
     if torch.compiler.is_compiling():
         torch.ops.steerfast.add_(x, vectors, rows, scale)
@@ -311,7 +317,7 @@ def affine_(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`affine`, written into x."""
     _check_affine("affine_", x, weight, bias)
     check_in_place("affine_", x, weight, bias)
-    if torch_cpu.is_elementwise(x, weight, bias):
+    if torch_cpu.is_elementwise(x, weight, bias) and not transformed() and apart(x, weight, bias):
         return torch.addcmul(bias, weight, x, out=x)
     backend = backend_of(x)
     if backend == "torch":
