@@ -47,7 +47,7 @@ def _walk(
     Blocks are walked in the order of their features, so that an entry that only equals the k-th value so far has lost its
     tie already; few entries of a block survive that comparison, and only these are sorted (stably).
     """
-    flat = widened(x.reshape(-1, x.shape[-1]))
+    flat = widened(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
     flat = _as(flat, torch.promote_types(flat.dtype, w_enc.dtype))
     n, features, shape = flat.shape[0], w_enc.shape[0], (*x.shape[:-1], k)
     if transformed():
@@ -56,16 +56,22 @@ def _walk(
     best, active = None, []
     width = max(SAE_BLOCK, SAE_CELLS // max(n, 1) // SAE_GROUP * SAE_GROUP)
     for start in range(0, features if n else 0, width):
-        some = slice(start, start + width)
-        pre = pre_activations(flat, w_enc[some], None if b_enc is None else b_enc[some])
+        some = slice(start, start + width) if width < features else None
+        pre = pre_activations(flat, _part(w_enc, some), None if b_enc is None else _part(b_enc, some))
         if threshold is not None:
-            silent = pre <= threshold[some].to(flat.dtype)  # NaN is active
+            silent = pre <= _part(threshold, some).to(flat.dtype)  # NaN is active
             active.append(pre.shape[1] - silent.sum(1))
             pre = pre.masked_fill_(silent, 0)
         direct = _best(pre, k) if n * features <= SAE_DIRECT else None
         best = _merge(*(best or _nothing(flat, k)), pre, start) if direct is None else direct
     values, indices = best or _nothing(flat, k)
-    return values.contiguous().view(shape), indices.int().view(shape), active
+    values, indices = values.contiguous(), indices.int()
+    return (values, indices, active) if x.dim() == 2 else (values.view(shape), indices.view(shape), active)
+
+
+def _part(table: Tensor, some: slice | None) -> Tensor:
+    """Some rows of a table, or itself: a view costs as much as a small sum."""
+    return table if some is None else table[some]
 
 
 def _nothing(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -112,8 +118,7 @@ def _best(pre: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     values, indices = pre.topk(min(k + 1, pre.shape[1]))
     least = torch.inf
     for row in values.tolist():  # of a few numbers sooner than by calls of PyTorch
-        active = [value for value in row if value > 0]
-        if len(set(active)) < len(active) or row[0] != row[0]:
+        if row[0] != row[0] or (_repeats(row) and _repeats([value for value in row if value > 0])):
             return None
         least = min(least, row[k - 1])
     values, indices = values[:, :k], indices[:, :k]
@@ -121,6 +126,10 @@ def _best(pre: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         return values, indices
     nothing = values <= 0
     return values.masked_fill(nothing, 0), indices.masked_fill(nothing, 0)
+
+
+def _repeats(numbers: list[float]) -> bool:
+    return len(set(numbers)) < len(numbers)
 
 
 def _merge(values: Tensor, indices: Tensor, pre: Tensor, start: int) -> tuple[Tensor, Tensor]:
