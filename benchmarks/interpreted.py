@@ -1,7 +1,13 @@
-"""Triton's interpreter, in less time: the xor of an axis, which every step of a sort asks for, it takes number by number."""
+"""Triton's interpreter, in less time, and to the same bits.
+
+The xor of an axis, which every step of a sort asks for, it takes number by number. And whenever one function calls another, it
+looks through all that `triton.language` holds for what it has to replace, which a third of its time goes into.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import numpy as np
@@ -12,8 +18,11 @@ _apply = interpreter.ReduceOps.apply_impl
 
 
 def quicken() -> None:
-    """From here on this process takes xor in one call: the same bits, and a sort of 2048 keys in a twentieth of the time."""
+    """From here on this process takes xor in one call, a sort of 2048 keys in a twentieth of the time, and keeps the names."""
     interpreter.ReduceOps.apply_impl = _apply_impl
+    for owner in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base):
+        _builtins(owner)
+    interpreter._patch_builtin = _patch_builtin
 
 
 def _apply_impl(self: Any, values: tuple[Any, ...]) -> Any:
@@ -21,3 +30,16 @@ def _apply_impl(self: Any, values: tuple[Any, ...]) -> Any:
         return _apply(self, values)
     (value,) = values
     return [self.to_tensor(np.bitwise_xor.reduce(value.handle.data, self.axis, keepdims=self.keep_dims), value.dtype)]
+
+
+@functools.cache
+def _builtins(owner: Any) -> tuple[str, ...]:
+    """The names of what the interpreter replaces in a module or class; none of it is replaced yet."""
+    return tuple(name for name, member in inspect.getmembers(owner) if tl.core.is_builtin(member))
+
+
+def _patch_builtin(owner: Any, builder: Any, scope: Any) -> None:
+    for name in _builtins(owner):
+        member = getattr(owner, name)
+        if tl.core.is_builtin(member):
+            interpreter._patch_attr(owner, name, member, builder, scope)
