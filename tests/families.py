@@ -8,12 +8,16 @@ the rest is breadth.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from steerfast.models.layers import find_layers
 
 VOCAB = 101
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
@@ -228,3 +232,30 @@ class Counter:
     def __call__(self, graph: Any, inputs: Any) -> Any:
         self.graphs += 1
         return graph.forward
+
+
+@contextmanager
+def edited(model: Any, layer: int = 1) -> Iterator[list[list[str]]]:
+    """Of each pass and row, the columns where what leaves a block is not what the block has made."""
+    block, own, found = find_layers(model).blocks[layer], [], []  # type: ignore[var-annotated]
+    forward = block.forward
+
+    def first(output: Any) -> torch.Tensor:
+        return output[0] if isinstance(output, tuple) else output
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        own.append(first(output).detach().clone())
+        return output
+
+    def compare(module: Any, args: Any, output: Any) -> None:
+        differs = (first(output) != own.pop()).any(-1)
+        found.append(["".join(str(int(bit)) for bit in row) for row in differs])
+
+    block.forward = note
+    hook = block.register_forward_hook(compare)
+    try:
+        yield found
+    finally:
+        hook.remove()
+        del block.forward

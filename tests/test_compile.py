@@ -320,3 +320,60 @@ def test_a_pass_that_a_compiler_leaves_is_followed_and_counted():
     with torch.no_grad(), sf.steer(compiled, plan) as handle:
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
     assert handle.stats() == [18]
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 counts a static cache from its keys")
+@pytest.mark.parametrize("width", [6, 16], ids=["the text", "the cache"])
+def test_a_mask_as_wide_as_a_static_cache_is_read_where_the_tokens_are(width):
+    eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 7, 0)
+    sf.prepare(model, layers=[1], room=sf.Room(batch=2, length=16))
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    mask = torch.zeros(2, 16, dtype=torch.long)
+    mask[:, :7] = 1
+    mask[1, :2] = 0  # padded on the left
+    found = []
+    for one in (eager, model):
+        cache = transformers.StaticCache(config=eager.config, max_cache_len=16)
+        with torch.no_grad(), sf.steer(one, {1: sf.Add(vector(), 3.0)}) as handle:
+            parts = [(ids[:, :6], mask[:, :width]), (ids[:, 6:], mask[:, : width + (width == 6)])]
+            logits = [one(part, attention_mask=shown, past_key_values=cache).logits for part, shown in parts]
+            found.append((torch.cat(logits, 1), handle.stats()))
+    torch.testing.assert_close(found[0][0][0], found[1][0][0], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(found[0][0][1, 2:], found[1][0][1, 2:], atol=2e-5, rtol=2e-5)
+    assert found[0][1] == found[1][1] == [12]
+
+
+@pytest.mark.parametrize("positions", ["0:2", "-1", "last", "prompt & !0:1"])
+def test_a_mask_hides_from_a_graph_which_tokens_of_a_prompt_are_counted(positions):
+    model, ids = copy_of("llama"), token_ids(2, 6, 0)
+    sf.prepare(model, layers=[1], room=sf.Room(batch=2, length=8))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    plan = sf.Plan({1: sf.Add(vector(), 3.0)}, positions)
+    with torch.no_grad(), sf.steer(model, plan, prompt_length=6):
+        compiled(ids, use_cache=False)
+        with pytest.raises(Exception, match="counts a prompt's real tokens"):
+            compiled(ids, attention_mask=mask, use_cache=False)
+    torch._dynamo.reset()
+    eager = build("llama")
+    with torch.no_grad(), sf.steer(model, plan, prompt_length=[6, 4]), sf.steer(eager, plan, prompt_length=[6, 4]):
+        got, wanted = (one(ids, attention_mask=mask, use_cache=False).logits for one in (compiled, eager))
+    torch.testing.assert_close(got[0], wanted[0], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(got[1, :4], wanted[1, :4], atol=2e-5, rtol=2e-5)
+
+
+def test_a_graph_says_of_rows_that_no_plan_names_that_they_are_wrong():
+    model, count = copy_of("llama"), Counter()
+    sf.prepare(model, layers=[1], room=sf.Room(batch=4, length=8))
+    compiled = torch.compile(model, fullgraph=True, backend=count, dynamic=False)
+    with torch.no_grad():
+        clean = compiled(token_ids(3, 6, 0), use_cache=False).logits
+        with sf.steer(model, [{1: sf.Add(vector())}, None]) as handle:
+            found = compiled(token_ids(3, 6, 0), use_cache=False).logits
+        assert not torch.equal(found[0], clean[0])
+        assert torch.equal(found[1], clean[1])
+        assert bool(found[2].isnan().all())
+        assert torch.equal(compiled(token_ids(3, 6, 0), use_cache=False).logits, clean)
+    assert handle.stats() == [6, 0]
+    assert count.graphs == 1

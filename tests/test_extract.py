@@ -24,6 +24,7 @@ from steerfast.models.collect import _WINDOW, Activations, collect
 from steerfast.models.layers import find_layers
 from steerfast.place import SITES, Origin, Place
 from steerfast.plan import card
+from steerfast.tools.sweep_scores import Dose, Scored, log_likelihoods
 
 METHODS = (difference, mean_difference, pca, logistic)
 TEXTS = ["w3 w4 w5 w6 w7 w8 w9", "w10", "w11 w12 w13", "w14 w15 w16 w17 w18", "w19 w20", "w21 w22 w23 w24"]
@@ -237,6 +238,24 @@ def test_a_steered_model_gives_steered_activations() -> None:
     finally:
         handle.remove()
     close(steered[1], plain[1] + 3.0)
+
+
+def test_texts_keep_the_order_of_the_rows_that_have_plans() -> None:
+    """A batch is a batch of the caller's then: its rows are not sorted by length."""
+    model, v = build("llama"), 3 * torch.randn(48, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(4, max(len(TOKENIZER(text)["input_ids"]) for text in TEXTS[:4]), dtype=torch.bool)
+    mask[2] = True
+    plain = collect(model, TOKENIZER, TEXTS[:4], [1], progress=False)[1]
+    for steered in (
+        lambda: sf.steer(model, [None, None, {1: sf.Add(v)}, None]),
+        lambda: sf.steer(model, sf.Plan({1: sf.Add(v)}, mask)),
+    ):
+        with steered():
+            found = collect(model, TOKENIZER, TEXTS[:4], [1], progress=False)[1]
+            with pytest.raises(ValueError, match="steered or read row by row"):
+                log_likelihoods(model, [Scored((5, 6, 7), 1)], [Dose()], 1)
+        close(found[2], plain[2] + v)
+        close(found[[0, 1, 3]], plain[[0, 1, 3]])
 
 
 def test_half_precision_is_stored_as_float32() -> None:

@@ -321,3 +321,50 @@ def test_a_manager_of_continuous_batching_does_not_carry_a_plan_over(llama: Any)
     with sf.steer(llama, add):
         assert batched(llama, PROMPTS, persistent_manager=True) != plain
     assert batched(llama, PROMPTS) == plain
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 shares no keys and values between requests")
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_manager_of_ones_own_gives_no_request_the_keys_and_values_of_another_plan(llama: Any, sharing: bool) -> None:
+    """A prompt of two blocks and more: requests of the same tokens would share the first two."""
+    prompt, steps = token_ids(1, 40, 0), {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    plan = {LAYER: sf.Add(vector(48), 3.0)}
+
+    def alone(strength: float) -> list[int]:
+        if not strength:
+            return llama.generate(prompt, eos_token_id=None, **steps)[0, 40:].tolist()
+        with sf.steer(llama, plan, strength=strength):
+            return llama.generate(prompt, eos_token_id=None, **steps)[0, 40:].tolist()
+
+    wanted = {strength: alone(strength) for strength in (0.0, 1.0, -1.0)}
+    assert len({tuple(text) for text in wanted.values()}) == 3
+
+    def manager() -> Any:
+        found = llama.init_continuous_batching(
+            generation_config=transformers.GenerationConfig(eos_token_id=-1, **steps),
+            continuous_batching_config=transformers.ContinuousBatchingConfig(
+                page_size=16, num_blocks=16, max_batch_tokens=64, allow_block_sharing=sharing
+            ),
+        )
+        found.start()
+        return found
+
+    def ask(running: Any, name: str) -> list[int]:
+        running.add_request(prompt[0].tolist(), request_id=name, max_new_tokens=6)
+        return list(running.get_result(request_id=name, timeout=60).generated_tokens)
+
+    older = manager()
+    assert ask(older, "before") == wanted[0.0]
+    with sf.steer(llama, plan) as handle:
+        newer = manager()
+        assert ask(newer, "inside") == wanted[1.0]
+        handle.strength = -1.0
+        assert ask(newer, "turned") == wanted[-1.0]
+        if not sharing:
+            assert ask(older, "inside the older") == wanted[-1.0]
+    assert ask(newer, "after") == wanted[0.0]
+    newer.stop(block=True, timeout=30)
+    if sharing:
+        with sf.steer(llama, plan):
+            assert ask(older, "refused") == []
+    older.stop(block=True, timeout=30)

@@ -52,6 +52,21 @@ def offloaded(folder: Path) -> Any:
     return model
 
 
+def on_disk(folder: Path) -> Any:
+    """All of it on disk, the embedding that takes the inputs, too."""
+    pytest.importorskip("accelerate")
+    return _load(folder, device_map={"": "disk"}, offload_folder=str(folder / "offload"))
+
+
+def brought_by_parts(folder: Path) -> Any:
+    """Every weight is brought for the part that holds it, and no block has a hook of its own."""
+    accelerate = pytest.importorskip("accelerate")
+    model = _load(folder)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert not hasattr(model.model.layers[1], "_hf_hook")
+    return model
+
+
 def torchao_int8(folder: Path) -> Any:
     quantization = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
@@ -96,8 +111,9 @@ def _load(folder: Path, **how: Any) -> Any:
 
 
 PACKED = {bitsandbytes_nf4: {False}, bitsandbytes_nf4_packed: {True}}  # what `packed` says after a pass
+HOOKED = (spread, offloaded, on_disk, brought_by_parts)  # by accelerate; its hooks break graphs
 CHANGED = {torchao_int8, bitsandbytes_int8, *PACKED}  # other weights than those that were saved
-WAYS = [mapped, spread, offloaded, torchao_int8, bitsandbytes_int8, *PACKED]
+WAYS = [mapped, spread, offloaded, on_disk, brought_by_parts, torchao_int8, bitsandbytes_int8, *PACKED]
 
 # Packed layers round to bfloat16, whose values lie 2**-8 apart. Where two sums in another order fall on either side of an
 # edge, the next layers carry that step on: in 5 of 600 comparisons on 300 seeds, by 0.0052 of 1 + |logit| at most.
@@ -166,6 +182,16 @@ def test_it_is_steered_as_by_a_hook_of_ones_own_and_comes_back_bit_for_bit(way: 
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_its_activations_are_collected(way: Callable, saved: Path) -> None:
+    model, ids = way(saved), token_ids(2, 6, 0)
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False, output_hidden_states=True).hidden_states[2].float().flatten(0, 1)
+    found = sf.collect(model, layers=[1], inputs=[{"input_ids": ids}], position="all", progress=False)[1]
+    allowed = {bitsandbytes_int8: 0.3, bitsandbytes_nf4_packed: BFLOAT16}.get(way, 2e-4)
+    torch.testing.assert_close(found, wanted, atol=allowed, rtol=allowed)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_every_site_is_where_it_should_be(way: Callable, saved: Path) -> None:
     """What leaves the MLP leaves the block, what leaves a block enters the next, and nothing is said twice."""
     model, ids, v = way(saved), token_ids(2, 6, 0), vector()
@@ -203,7 +229,7 @@ def test_generate_over_a_cache_follows_the_positions(way: Callable, saved: Path,
     assert packed(model) == PACKED.get(way, set())
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in (spread, offloaded)])  # their hooks break graphs
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in HOOKED])
 def test_compiled_once_it_follows_every_plan_row_and_strength(way: Callable, saved: Path) -> None:
     model, eager, ids, count = way(saved), way(saved), token_ids(2, 6, 0), Counter()
     sf.prepare(model, room=sf.Room(batch=2, length=16))

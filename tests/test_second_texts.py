@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from families import build, token_ids
+from families import build, edited, token_ids
 from transformers import LlamaForCausalLM, LogitsProcessorList, StaticCache
 
 import steerfast as sf
@@ -37,33 +36,6 @@ def plan(positions: Any = "all") -> sf.Plan:
 @pytest.fixture
 def llama() -> Any:
     return copy.deepcopy(build("llama"))
-
-
-@contextmanager
-def edited(model: Any, layer: int = 1) -> Iterator[list[list[str]]]:
-    """Of each pass and row, the columns where what leaves a block is not what the block has made."""
-    block, own, found = find_layers(model).blocks[layer], [], []  # type: ignore[var-annotated]
-    forward = block.forward
-
-    def first(output: Any) -> torch.Tensor:
-        return output[0] if isinstance(output, tuple) else output
-
-    def note(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        own.append(first(output).detach().clone())
-        return output
-
-    def compare(module: Any, args: Any, output: Any) -> None:
-        differs = (first(output) != own.pop()).any(-1)
-        found.append(["".join(str(int(bit)) for bit in row) for row in differs])
-
-    block.forward = note
-    hook = block.register_forward_hook(compare)
-    try:
-        yield found
-    finally:
-        hook.remove()
-        del block.forward
 
 
 def run(model: Any, positions: Any, what: Callable[[], Any]) -> tuple[list[str], int]:

@@ -15,6 +15,7 @@ import torch
 
 from steerfast.edits.features import Amplify, Calibrate, EditFeatures
 from steerfast.hooks.steer import steer
+from steerfast.models.layers import home
 from steerfast.plan import Plan
 from steerfast.sae.detection import Detection, detect
 from steerfast.sae.documents import read_documents
@@ -86,7 +87,7 @@ def _eval(args: argparse.Namespace) -> int:
     sae = SAE.load(args.sae)
     model, tokenizer = shared.load(args)
     found = evaluate_sae(
-        sae.to(model.device),
+        sae.to(home(model)),
         model,
         tokenizer,
         texts,

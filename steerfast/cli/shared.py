@@ -54,10 +54,11 @@ def prompt(tokenizer: Any, text: str, model: Any, *, chat: bool = False) -> dict
     """
     import torch
 
+    from steerfast.models.layers import home
     from steerfast.models.texts import TextReader
 
     reader = TextReader.of(tokenizer, "prompt")
-    ids = torch.tensor([reader.bare(text) if chat else reader.beginning(text)], dtype=torch.long, device=model.device)
+    ids = torch.tensor([reader.bare(text) if chat else reader.beginning(text)], dtype=torch.long, device=home(model))
     if ids.shape[1] == 0:
         raise ValueError("the prompt has no tokens; give it content")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from steerfast._positions import Selector, beyond, parse
 from steerfast.edits.base import Intervention
 from steerfast.edits.columns import Column
@@ -50,6 +52,16 @@ class Attachment:
         return {"before": 0, "": 1, "after": 2}[self.reads]
 
     @property
+    def by_row(self) -> bool:
+        """Whether the rows of a batch have a plan, a mask or a length each, or are read: which is which then counts."""
+        masks = any(isinstance(rule, Tensor) and rule.dim() == 2 and len(rule) > 1 for rule in self._rules)
+        return self.per_row or masks or bool(self.reads) or len(self.prompt_length or ()) > 1
+
+    @property
+    def _rules(self) -> list[Selector | Tensor]:
+        return [rule_of(plan) for plan in self.plans if plan is not None]
+
+    @property
     def recorders(self) -> list[Intervention]:
         """What notes the stream for it."""
         plans = [plan for plan in self.plans if plan is not None and self.reads]
@@ -57,12 +69,11 @@ class Attachment:
 
     def check_order(self, reorders: bool) -> None:
         """Refuse to read what beams hand from row to row."""
-        for plan in self.plans if self.reads and reorders else ():
-            rule = None if plan is None else rule_of(plan)
+        for rule in self._rules if self.reads and reorders else ():
             if isinstance(rule, Selector) and beyond(rule) is not False:
                 raise ValueError(
-                    f"read: positions={str(rule)!r} name generated tokens, and beam search hands rows from one to the other; "
-                    'sample instead, or read positions="prompt"'
+                    f"read: positions={str(rule)!r} name generated tokens, and beam search hands rows from one to the other, "
+                    'as a cache does that is reordered; sample instead, or read positions="prompt"'
                 )
 
     @property

@@ -26,6 +26,7 @@ class Call:
         gates: What the conditions have decided.
         thread: What else that thread runs.
         now: The running pass.
+        running: Whether that pass is in the decoder.
         shape: (rows, tokens) of the stream in it.
         prompt: The batch of prompts; None: none is known.
         table: Its owners.
@@ -41,6 +42,7 @@ class Call:
     gates: Gates
     thread: Thread
     now: Pass = IDLE
+    running: bool = False
     shape: tuple[int, int] = (0, 0)
     prompt: Prompt | None = None
     table: Table | None = None

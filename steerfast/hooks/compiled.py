@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import whole_number
-from steerfast.plan import needs_prompt
+from steerfast._positions import Index, Selector, Window, Word
+from steerfast.plan import needs_prompt, rule_of
 
 from .attachment import Attachment
 from .fixed import Announced, FixedText
 from .positions import Pass, Table
 from .prompts import Prompt
 
+_LAST = Word("last")
 _library = torch.library.Library("steerfast", "FRAGMENT")
 _library.define("unplaced(Tensor rows) -> Tensor")
 
@@ -77,7 +79,8 @@ class FixedTable:
         self.scale = torch.ones(room.batch, room.columns, dtype=torch.float32, device=device)
         self.text = FixedText(room.batch, room.length, room.slots, device)
         self.unplaced = False  # the positions need a prompt that only generate would show
-        self.by_token = False  # they count from each row's first real token, of which a bare pass shows the mask alone
+        self.counts = False  # they count a row's real tokens, of which a bare pass shows the mask alone
+        self._nobody = room.slots  # beyond every bank, so that a row that is given it becomes NaN
 
     @property
     def batch(self) -> int:
@@ -94,6 +97,10 @@ class FixedTable:
         self.rows.fill_(-1)
         self.scale.fill_(1.0)
 
+    def settle(self) -> None:
+        """Bare passes are asked nothing: generate announces its batch, or nothing is attached."""
+        self.unplaced = self.counts = False
+
     def publish(self, table: Table, copies: int, told: Announced | None = None) -> None:
         """Copy a batch's table in, each of its rows `copies` times; `told`: what generate says of it.
 
@@ -108,6 +115,7 @@ class FixedTable:
                 f"made room for batch={room[0]}, length={room[1] - 1} and columns={room[2]}: unprepare, and prepare for more"
             )
         self.clear()
+        self.rows[batch * copies :].fill_(self._nobody)  # of a larger batch than was announced
         rows = table.rows.repeat_interleave(copies, 0).to(self.rows.device)
         self.rows[: batch * copies, :span, :columns] = rows
         self.rows[: batch * copies, span:, :columns] = rows[:, -1:]
@@ -118,16 +126,18 @@ class FixedTable:
     def publish_unprompted(self, attachments: Sequence[Attachment]) -> None:
         """Fill the buffers for bare passes: what prompt_length, or positions="all", says without a prompt."""
         self.clear()
+        self.settle()
         if self.text:
             self.text.announce(None, None)
         given = next((one.prompt_length for one in attachments if one.prompt_length is not None), None)
         plans = [plan for one in attachments for plan in one.plans if plan is not None]
         latched = any(one.latched for one in attachments)
         self.unplaced = given is None and (latched or any(map(needs_prompt, plans)))
-        self.by_token = any(one.by_token for one in attachments)
+        self.counts = (given is None or len(set(given)) == 1) and any(map(_counts, attachments))
         if self.unplaced or not attachments:
             return
-        rows = next((len(one.plans) for one in attachments if one.per_row), self.batch)
+        per_row = [len(one.plans) for one in attachments if one.per_row]
+        rows = next(iter(per_row), self.batch if given is None or len(given) == 1 else len(given))
         lengths = None if given is None else lengths_per_row(given, rows)
         valid = torch.ones(rows, 0 if lengths is None else int(lengths.max()), dtype=torch.bool, device="cpu")
         layers = [one.layer(rows) for one in attachments]
@@ -135,10 +145,11 @@ class FixedTable:
 
     def trace(self, start: Any, tokens: Tensor, mask: Any) -> Pass:
         """The pass over `tokens` (batch, tokens, …) as a part of the graph."""
-        if self.by_token and mask is not None:
+        if mask is not None and self.counts:
             raise RuntimeError(
-                "steer: a compiled pass outside generate counts a prompt's first tokens from position 0, where a row that is "
-                "padded on the left has none: leave attention_mask out, or use generate"
+                "steer: what is attached counts a prompt's real tokens, and a compiled pass outside generate does not see which "
+                "of them its attention_mask leaves out: leave the mask out where nothing is padded, give a prompt_length= for "
+                "each row that is padded on the right, or use generate"
             )
         batch, count = tokens.shape[:2]
         if self.text:
@@ -153,7 +164,7 @@ class FixedTable:
         batch, count = tokens.shape[:2]
         shows = isinstance(mask, Tensor) and mask.dim() == 2
         whole = torch.ones(batch, count, dtype=torch.bool, device=self.rows.device)
-        self.text.begin(start, tokens, mask[:, -count:] != 0 if shows else whole)
+        self.text.begin(start, tokens, _shown(mask, start, count) if shows else whole)
 
     def gather(self, start: Any, batch: int, tokens: int, mask: Tensor | None) -> Pass:
         """The pass over positions [start, start + tokens) as a part of the graph; padding in a 2-D mask is left out."""
@@ -162,9 +173,25 @@ class FixedTable:
         position = start + torch.arange(tokens, device=self.rows.device)
         rows = self.rows[:batch, position.clamp(max=self.rows.shape[1] - 1)]
         if mask is not None:
-            rows = torch.where(mask[:, -tokens:, None] != 0, rows, -1)
+            rows = torch.where(_shown(mask, start, tokens)[..., None], rows, -1)
         scale = self.scale[:batch, None].expand(batch, tokens, self.columns)
         return Pass(None, rows.reshape(-1, self.columns), scale.reshape(-1, self.columns))
+
+
+def _counts(one: Attachment) -> bool:
+    """Whether what is attached counts the real tokens of a prompt."""
+    rules = (rule_of(plan) for plan in one.plans if plan is not None)
+    leaves = {leaf for rule in rules if isinstance(rule, Selector) for leaf in rule.leaves}
+    return bool(one.by_token or one.latched) or any(
+        isinstance(leaf, (Index, Window)) or leaf == _LAST for leaf in leaves
+    )
+
+
+def _shown(mask: Tensor, start: Any, tokens: int) -> Tensor:
+    """bool (batch, tokens): which tokens of a pass a mask shows, of its whole text, of all that a cache holds, or of itself."""
+    most = mask.shape[1] - tokens
+    first = start.clamp(max=most) if isinstance(start, Tensor) else min(start, most)
+    return mask.index_select(1, first + torch.arange(tokens, device=mask.device)) != 0
 
 
 def lengths_per_row(lengths: tuple[int, ...], batch: int) -> Tensor:

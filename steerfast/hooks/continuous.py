@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,20 @@ GRAPHS = (
 )
 
 
-def pass_for_all(attachments: Sequence[Attachment], gated: bool, tokens: Tensor, last: Pass) -> Pass:
+SHARED = (
+    "steer: this manager of continuous batching was made before the model was steered, and gives a request the keys and values "
+    "that another has computed for the same tokens, under whatever plan; make it while the plan is active, or pass "
+    "continuous_batching_config=ContinuousBatchingConfig(allow_block_sharing=False)"
+)
+
+
+def pass_for_all(
+    attachments: Sequence[Attachment], gated: bool, inputs: Mapping[str, Any], tokens: Tensor, last: Pass
+) -> Pass:
     """A pass over (1, tokens) of all requests: everybody is steered alike. `last` is returned while nothing changes."""
     check_paged(attachments, gated)
+    if any(getattr(value, "use_prefix_sharing", False) is True for value in inputs.values()):
+        raise RuntimeError(SHARED)
     if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(GRAPHS)
     owners = tuple((slot, one.strengths[0]) for one in attachments for slot in one.slots[0] if one.strengths[0] != 0.0)
@@ -55,7 +67,7 @@ def check_paged(attachments: Sequence[Attachment], gated: bool) -> None:
 
 
 def new_manager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on_cuda: bool) -> Any:
-    """What the model's own entry makes; one that a plan could not follow is refused."""
+    """What the model's own entry makes, whose requests share no keys and values; one that a plan could not follow is refused."""
     if cached_manager(model) is not None:
         raise RuntimeError(
             "steer: a cached manager of continuous batching keeps keys and values of requests that ran under another "
@@ -65,6 +77,10 @@ def new_manager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     manager = kind.init_continuous_batching(model, *args, **kwargs)
     if on_cuda and _uses_graphs(manager):
         raise RuntimeError(GRAPHS)
+    config = getattr(manager, "continuous_batching_config", None)
+    if getattr(config, "allow_block_sharing", False):  # a strength may change, and the manager outlive the plan
+        manager.continuous_batching_config = copy.copy(config)
+        manager.continuous_batching_config.allow_block_sharing = False
     return manager
 
 

@@ -137,6 +137,11 @@ class Dispatcher:
         doubtful = backward_pass() != thread.task or (thread.tracked and not plainly_recorded())
         if doubtful and not self.passes.recomputing.runs_anew(self.point.path):
             return None
+        if not call.running and self.passes.attachments:
+            raise RuntimeError(
+                f"steer: {self.point.path} runs outside a pass of its decoder, so whose tokens these are cannot be said; call "
+                "the model, or its decoder as a whole"
+            )
         found = self._found
         if (
             found.now is call.now and not self.judges and not self.probes
@@ -207,7 +212,7 @@ class Dispatcher:
         return (rows if fixed is None or not fixed.text.opens else fixed.text.close(rows)), scale
 
     def _judge(self, x: Tensor, call: Call, after: bool) -> None:
-        if call.now.owners != () or call.gates.remembers:
+        if call.now.owners != () or call.gates.asks:
             call.gates.judge(self.place, x, call.scored, after)
 
     def _look(self, now: Pass, x: Tensor, call: Call | None) -> _Found:

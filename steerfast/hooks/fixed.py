@@ -168,7 +168,7 @@ class FixedText:
         # rows, reached, announced, first, passes, and how many there were before this text
         self._seen = torch.zeros(6, dtype=torch.int64, device=device)
         self._serial = torch.zeros((), dtype=torch.int64, device=device)  # of what generate has announced; 0: nothing
-        self._gate_of = torch.zeros(slots + 1, dtype=torch.int64, device=device)  # slot + 1 -> gate
+        self._gate_of = torch.zeros(slots + 2, dtype=torch.int64, device=device)  # slot + 1 -> gate
         self._announced: tuple[int, Announced] | None = None
 
     def __bool__(self) -> bool:

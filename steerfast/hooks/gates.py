@@ -48,9 +48,14 @@ Conditions = dict[int, tuple[When, Place]]
 
 
 class Gates:
-    """What the conditions of a model have decided in the passes of one thread."""
+    """What the conditions of a model have decided in the passes of one thread.
+
+    Attributes:
+        asks: Whether conditions are read in the running pass, even if nobody is edited in it.
+    """
 
     def __init__(self, conditions: Conditions) -> None:
+        self.asks = False
         self._conditions = conditions
         self._known: dict[int, Gate] = {}
         self._pass: tuple[Table, int | Tensor, int, int] | None = None
@@ -76,6 +81,7 @@ class Gates:
         self._pass = table, start, tokens, batch
         for gate in self._gates.values():
             gate.open = None
+        self.asks = self.remembers or (table.prompt.starts is not None and table.ends_in(start, tokens))
 
     @torch.no_grad()
     def judge(self, place: Place, x: Tensor, scored: Scored, after: bool = False) -> None:
@@ -131,15 +137,15 @@ class Gates:
 
     def _remembered(self, gate: Gate, table: Table, start: int | Tensor, batch: int, device: torch.device) -> Memory:
         prompt, memory = table.prompt, gate.memory
-        known = memory is not None and gate.prompt is prompt and memory.open.shape[0] == batch
+        known = memory is not None and prompt.is_text_of(gate.prompt) and memory.open.shape[0] == batch
         if memory is None or not known or (isinstance(start, int) and start == 0):
             if prompt.reorders:
                 raise ValueError(
                     f"steer: {gate.when!r} must know the tokens before each one, and beam search hands rows from one to the "
-                    "other; sample instead, or leave release out"
+                    "other, as a cache does that is reordered; sample instead, or leave release out"
                 )
-            gate.prompt = prompt
             memory = gate.memory = Memory(torch.zeros(batch, 1, dtype=torch.bool, device=device), 0)
+        gate.prompt = prompt
         first = start if isinstance(start, int) else (int(start) if not memory.reached else 0)
         if first > memory.reached:
             raise ValueError(
@@ -174,18 +180,21 @@ class Gates:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """What was latched before, the rows that this pass decides (None: only the device knows), where prompts end."""
         ends = table.ends.repeat_interleave(batch // table.prompt.batch)
-        if gate.prompt is not table.prompt or gate.latch is None or gate.latch.shape[0] != batch:
-            gate.prompt = table.prompt
+        if not table.prompt.is_text_of(gate.prompt) or gate.latch is None or gate.latch.shape[0] != batch:
             gate.latch = torch.zeros(batch, dtype=torch.bool, device=device)
             gate.decided = torch.zeros(batch, dtype=torch.bool, device="cpu")
-        if not isinstance(start, int) or gate.decided is None:
-            gate.decided = None
-            return gate.latch, None, ends
-        here = ((ends >= start) & (ends < start + tokens)).nonzero().flatten()
-        gate.decided[here] = True
-        if not bool(gate.decided[ends < start].all()):
-            raise ValueError(
-                f"steer: {gate.when!r} is decided at the last prompt token, which lies before this forward pass; run "
-                "the prompt while the plan is active, or use WhenToken"
-            )
-        return gate.latch, here, ends
+            start = int(start)  # of a static cache once a text: it may hold a prompt that nobody has asked about
+        gate.prompt = table.prompt
+        if gate.decided is not None and isinstance(start, int):
+            here = ((ends >= start) & (ends < start + tokens)).nonzero().flatten()
+            gate.decided[here] = True
+            if bool((~gate.decided & (ends < start) & (ends >= 0)).any()):  # -1: a row without a token decides nothing
+                moved = ", or rows of its cache have changed places since" if table.prompt.reorders else ""
+                raise ValueError(
+                    f"steer: {gate.when!r} is decided at the last prompt token, which lies before this forward pass{moved}; run "
+                    "the prompt while the plan is active, or use WhenToken"
+                )
+            if isinstance(self._pass[1], int):  # type: ignore[index]  # a pass is running
+                return gate.latch, here, ends
+        gate.decided = None
+        return gate.latch, None, ends

@@ -26,19 +26,20 @@ from steerfast.models.proof import Proof
 from steerfast.plan import needs_prompt
 
 from .attachment import Attachment
+from .bare import BareTexts
 from .bookkeeping import bookkeeping, refuse_tracing
 from .call import UNSEEN, Call, Calls
-from .compiled import FixedTable, lengths_per_row
+from .compiled import FixedTable
 from .continuous import pass_for_all
 from .counts import Counts
 from .fixed import Announced
 from .gates import Conditions, Gates
-from .generation import Announcement, by_name, tokens_of, valid_tokens
+from .generation import Announcement, by_name, tokens_of
 from .positions import IDLE, Owners, Pass, Table
 from .prompts import Prompt
 from .recomputing import THREADS, Recomputing
 from .records import Log
-from .texts import Batch, Filled, Texts, carried, mark_of, unmoved
+from .texts import Batch, Texts, carried
 from .watched import Watched
 
 
@@ -78,9 +79,7 @@ class Passes:
         self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
         self._version = 0
         self._decided = False  # the running pass began outside of any graph, whatever of it a compiler took up
-        self._prompts: weakref.WeakKeyDictionary[Any, Filled] = (
-            weakref.WeakKeyDictionary()
-        )  # by the cache that a bare pass filled
+        self._texts = BareTexts(model, proof)
         self._broadcasts: dict[Owners, tuple[Tensor, Tensor]] = {}
 
     def __reduce__(self) -> Any:
@@ -121,10 +120,10 @@ class Passes:
         self._version += 1
         self.threads = Calls(self.conditions)
         self._broadcasts.clear()
-        self._prompts.clear()
+        self._texts.clear()
         self.traced = IDLE
         if self.fixed is not None:
-            self.fixed.unplaced = self.fixed.by_token = False
+            self.fixed.settle()
             self.fixed.clear()
 
     @bookkeeping
@@ -197,7 +196,7 @@ class Passes:
     def _publish(self, call: Call) -> None:
         """A prepared model's buffers hold the announced batch."""
         if self.fixed is not None and call.batch is not None and call.table is not None:
-            self.fixed.unplaced = self.fixed.by_token = False
+            self.fixed.settle()
             told = call.batch.told
             held = 0 if told.cache is None else int(told.cache.get_seq_length())
             announced = None if told.prompt is None else Announced(told.prompt, told.copies, (told.eos, told.pad), held)
@@ -257,6 +256,7 @@ class Passes:
         if torch.compiler.is_compiling() or not self.attachments:
             return
         inputs, call = by_name(names, args, kwargs), self.threads.call
+        call.running = False
         call.given_mask = inputs.get("attention_mask")
         ids = inputs.get("input_ids")
         call.given_ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
@@ -274,6 +274,8 @@ class Passes:
         self._decided = True
         call = self.latest = self.threads.call
         call.ran.clear()
+        if call.running:  # the last pass was broken off where no hook runs behind it
+            call.running, call.given_mask, call.given_ids = False, UNSEEN, None
         if not self.attachments:
             call.now = self.traced = IDLE
             self._unattached(by_name(self._names, args, kwargs))
@@ -287,7 +289,8 @@ class Passes:
         call.shape = batch, count = tokens.shape[0], tokens.shape[1]
         ids = given if tokens.is_floating_point() else tokens
         if inputs.keys() >= PAGED:
-            call.now = pass_for_all(self.attachments, bool(self.conditions), tokens, call.now)
+            call.now = pass_for_all(self.attachments, bool(self.conditions), inputs, tokens, call.now)
+            call.running = True
             return
         if self.generating not in (None, threading.get_ident()):
             raise RuntimeError(
@@ -324,7 +327,7 @@ class Passes:
             self._follow(call, table, ids, None if found is None else found[1])
         if self.fixed is not None and self.fixed.text:
             self.fixed.text.begin(start, tokens, table.real(start, count, batch))
-        self.threads.call = call
+        self.threads.call, call.running = call, True
 
     def _unattached(self, inputs: dict[str, Any]) -> None:
         """A pass that nobody steers or reads begins; the probes of a prepared model run in it, and need its shape."""
@@ -368,6 +371,7 @@ class Passes:
         if (torch.compiler.is_compiling() and not decided) or not self.attachments:
             return
         call = self.threads.call
+        call.running = False
         if self.conditions or self.recorders:
             call.scored.clear()  # it holds the stream
         if call.ran or self.fixed is not None:  # compiled blocks do not say that they ran
@@ -382,7 +386,7 @@ class Passes:
         if call.batch is not None:  # a cache that the decoder has made itself
             call.batch.caches[id(found[1])] = found[1]
         else:
-            self._prompts[found[1]] = Filled(call.prompt, mark_of(found[1].get_seq_length()))
+            self._texts.keep(call.prompt, found[1])
 
     def _trace(self, inputs: dict[str, Any]) -> Pass:
         """The pass as a part of the compiled graph: a gather from the table that `announce` or `refresh` fills."""
@@ -435,36 +439,9 @@ class Passes:
                 "earlier one does not show where it begins, as read and release= must know; use generate, or run the whole text "
                 "at once"
             )
-        (batch, count), found = call.shape, cache_in(inputs)
-        filled = None if found is None else self._prompts.get(found[1])
-        known = filled.prompt if filled is not None and filled.prompt.batch == batch else None
-        if isinstance(start, Tensor):  # read once per prompt: a static cache that we have not seen may be empty or not
-            still = known is not None and filled is not None and unmoved(start, filled.mark, count)
-            start = start.clone() if still else int(start)
-        call.start, call.seen = start, 0
-        if known is not None and (isinstance(start, Tensor) or start > 0):
-            return self._table_for(call, known)
-        start = int(start)
-        virtual = self._proof.virtual if start == 0 and call.given_ids is not None else 0
-        if isinstance(mask, Tensor) and mask.dim() == 2 and virtual and mask.shape[1] == start + count:
-            mask = mask[:, virtual:]
-        valid = valid_tokens(mask, batch, start + count - virtual)
-        texts = call.texts if found is None and ids is not None and not virtual else None
-        longer = None if texts is None or ids is None else texts.find(ids, valid)
-        if longer is not None:
-            prompt, call.seen = longer
+        prompt = self._texts.prompt(call, self.attachments, inputs, mask, ids, start, self._remembers())
+        if call.prompt is not None and prompt.is_text_of(call.prompt):
             return self._table_for(call, prompt)
-        given = next((one.prompt_length for one in self.attachments if one.prompt_length is not None), None)
-        if given is None:
-            here = torch.arange(1, valid.shape[1] + 1, device="cpu")
-            lengths = None if start > 0 else torch.where(valid, here, 0).amax(1)
-        else:
-            lengths = lengths_per_row(given, batch)
-            valid = nn.functional.pad(valid, (0, max(0, int(lengths.max()) - valid.shape[1])), value=True)
-        prompt = Prompt(valid, lengths, reorders=call.reorders)
-        prompt = prompt.behind(virtual) if virtual else prompt
-        if texts is not None and ids is not None:
-            texts.keep(ids, prompt)
         keeps = bool(self.conditions or self.recorders)  # what is decided and read of one text is not another's
         again = not keeps and call.table is not None and not call.table.remembers and _same(call.table.prompt, prompt)
         return self._table_for(call, call.table.prompt if again else prompt)  # type: ignore[union-attr]

@@ -121,6 +121,7 @@ class Table:
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}
         self._later: dict[tuple[int, int], Pass] = {}
         self._ends: Tensor | None = None
+        self._reach: tuple[int, int] | None = None  # the first and the last of `ends`
 
     @property
     def span(self) -> int:
@@ -139,6 +140,15 @@ class Table:
             here = torch.arange(self.prompt.valid.shape[1], device="cpu")
             self._ends = torch.where(self.prompt.valid & (here < starts[:, None]), here, -1).amax(1)
         return self._ends
+
+    def ends_in(self, start: int | Tensor, tokens: int) -> bool:
+        """Whether a prompt may end in a pass over [start, start + tokens): where only a device knows the start, it may."""
+        if not isinstance(start, int):
+            return True
+        if self._reach is None:
+            self._reach = int(self.ends.amin()), int(self.ends.amax())
+        first, last = self._reach
+        return first < start + tokens and last >= start
 
     @property
     def remembers(self) -> bool:
@@ -265,7 +275,7 @@ class Readings:
             if prompt.reorders and isinstance(left, Selector) and left.remembers:
                 raise ValueError(
                     f"steer: positions={str(selector)!r} must know the tokens before each one, and beam search hands rows "
-                    "from one to the other; sample instead, or name single tokens with ids:"
+                    "from one to the other, as a cache does that is reordered; sample instead, or name single tokens with ids:"
                 )
         self._prompt, self._readings, self._device = prompt, readings, device
         self._fixed: dict[int, dict[Leaf, Tensor]] = {}

@@ -60,7 +60,7 @@ class Prompt:
         starts: int64 (batch,), the first generated position of each row; None if the prompt's length is unknown.
         ids: The tokens of a prompt that was announced before any of it ran; None: they are seen as they run.
         reorders: Whether rows may change places after the prompt, as beams do.
-        memories: What selectors remember of its tokens, by leaf and number of rows.
+        memories: What selectors remember of its tokens, by leaf and number of rows; by it a text is known.
         virtual: Positions in front that hold no token of the text (soft prompts): "all" has them, the prompt does not.
     """
 
@@ -75,6 +75,10 @@ class Prompt:
     def batch(self) -> int:
         """Rows of the batch."""
         return self.valid.shape[0]
+
+    def is_text_of(self, other: Prompt | None) -> bool:
+        """Whether the other is the same batch of texts, of which more or less of the padding is known."""
+        return other is not None and self.memories is other.memories
 
     def behind(self, virtual: int) -> Prompt:
         """The same prompt behind so many virtual tokens."""

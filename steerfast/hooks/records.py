@@ -149,7 +149,8 @@ class Log:
 
     def follows(self, prompt: Prompt, start: int | Tensor, batch: int) -> bool:
         """Whether a pass goes on with this text."""
-        return self.prompt is prompt and self.batch == batch and (isinstance(start, Tensor) or start > 0)
+        goes_on = prompt.is_text_of(self.prompt) and self.batch == batch
+        return goes_on and (isinstance(start, Tensor) or start > 0)
 
     def reads(self, recorder: Recorder) -> bool:
         """Whether a pass of this text has begun since a recorder came."""

@@ -8,7 +8,6 @@ or if it runs the batch's own tokens; every other one is a text by itself, and i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +17,6 @@ from .generation import Announcement, valid_tokens
 from .prompts import Prompt
 
 _PLAIN = (Tensor, bool, int, float, str, type(None))
-
-
-@dataclass(frozen=True, eq=False)
-class Filled:
-    """Whose text a cache holds."""
-
-    prompt: Prompt
-    mark: tuple[int, int] | None  # of its counter, where that is a tensor
 
 
 def mark_of(counter: int | Tensor) -> tuple[int, int] | None:

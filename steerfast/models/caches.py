@@ -26,6 +26,13 @@ def cache_in(values: Mapping[str, Any]) -> tuple[str, Any] | None:
     return None
 
 
+def first_keys(cache: Any) -> Tensor | None:
+    """The keys of the first layer of a cache that holds any; a cache whose rows change places gets other ones."""
+    own = getattr(cache, "self_attention_cache", cache)
+    found = (getattr(layer, "keys", None) for layer in getattr(own, "layers", ()))
+    return next((keys for keys in found if isinstance(keys, Tensor)), None)
+
+
 def keeps_cache(model: nn.Module, decoder: nn.Module) -> bool:
     """Whether a model hands its decoder a cache that counts its tokens, as signatures and configuration show.
 

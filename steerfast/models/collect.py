@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from steerfast._checks import positive_integer, whole_number, whole_numbers
 from steerfast.place import Origin, Place
 
-from .layers import Layers, evaluating, find_layers, gathers_weights, is_ours
+from .layers import Layers, evaluating, find_layers, gathers_weights, home, is_ours, refuse_rows, steered_by_row
 from .points import Point
 from .proof import known_proof, prove, refuse_split, shape_refusal
 from .texts import TextReader, short_text
@@ -334,13 +334,15 @@ def _read_texts(reading: _Reading, tokens: Iterator[list[int]], batch_size: int,
 
 
 def _read_window(reading: _Reading, window: list[list[int]], batch_size: int, bar: Any) -> dict[int, Tensor]:
-    """The rows of a window of texts, in their own order; they run in batches of similar length."""
+    """The rows of a window of texts, in their own order; they run in batches of similar length, but where rows have plans."""
     if known_proof(reading.model).virtual:  # such a model may take padding for text (CPM-Ant)
         batch_size = 1
-    by_length = sorted(range(len(window)), key=lambda i: len(window[i]))
+    order = list(range(len(window)))
+    if not steered_by_row(reading.model):
+        order.sort(key=lambda i: len(window[i]))
     pieces: dict[int, dict[int, Tensor]] = {layer: {} for layer in reading.points}
     for start in range(0, len(window), batch_size):
-        batch = by_length[start : start + batch_size]
+        batch = order[start : start + batch_size]
         for layer, parts in _read_padded(reading, [window[i] for i in batch]).items():
             pieces[layer].update(zip(batch, parts, strict=True))
         bar.update(len(batch))
@@ -359,7 +361,7 @@ def _read_inputs(reading: _Reading, inputs: Iterable[Any], bar: Any) -> _Parts:
                     f"{reading.caller}: inputs {number}: row {row} has no tokens; its attention_mask is all zero"
                 )
             reading.check_length(f"row {row} of inputs {number}", count)
-        moved = {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in given.items()}
+        moved = {name: v.to(home(model)) if isinstance(v, Tensor) else v for name, v in given.items()}
         rows = _run(reading, moved, mask, f"inputs {number} ({', '.join(given)})")
         yield (
             {layer: torch.cat(parts) for layer, parts in rows.items()},
@@ -405,6 +407,7 @@ def read_batch(
     model: Any, points: Mapping[_Key, Point], batch: list[list[int]], position: str | int
 ) -> dict[_Key, list[Tensor]]:
     """One forward; for each point and text the rows of its position, (rows, width), float32 on the CPU."""
+    refuse_rows(model, "collect")
     return _read_padded(_Reading("collect", model, points, position), batch)
 
 
@@ -412,7 +415,7 @@ def _read_padded(reading: _Reading, batch: list[list[int]]) -> dict[Any, list[Te
     """One forward over texts, padded on the right."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(text, device="cpu") for text in batch], batch_first=True)
     mask = torch.arange(ids.shape[1], device="cpu") < torch.tensor([len(text) for text in batch], device="cpu")[:, None]
-    device = reading.model.device
+    device = home(reading.model)
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device, torch.int64)}
     return _run(reading, inputs, mask, "token ids alone")
 
@@ -422,7 +425,7 @@ def _run(reading: _Reading, inputs: dict[str, Any], mask: Tensor, what: str) -> 
     model, accepted = reading.model, inspect.signature(reading.model.forward).parameters
     if "token_type_ids" in accepted and hasattr(model.config, "vision_config") and "token_type_ids" not in inputs:
         # PaliGemma attends both ways without them where a batch has no padding, and else not
-        inputs["token_type_ids"] = torch.zeros(mask.shape, dtype=torch.int64, device=model.device)
+        inputs["token_type_ids"] = torch.zeros(mask.shape, dtype=torch.int64, device=home(model))
     try:
         return _read_forward(reading, inputs, mask)
     except _UNFIT as error:

@@ -23,6 +23,8 @@ from .points import Point, Unresolved, added_point, has_matrix, head_point
 
 IDS = ((5, 6, 7), (5, 6, 8))
 """What a short forward reads: two rows of three tokens, so that axes tell each other apart; the rows differ in the last."""
+CONTROLLER = "_steerfast"
+"""Under this name a model that is steered holds what its hooks know of it."""
 _UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors of a model that is given token ids and wants something else."""
 _MACHINE = re.compile(
@@ -166,8 +168,7 @@ def read_ids(model: nn.Module, modules: Sequence[Any], caller: str) -> bool:
         RuntimeError: hooks of steerfast stand on them already, and refuse this pass.
         Exception: an error that does not say that they take none: no memory, a device's own, a run that a hook stopped.
     """
-    device = next(model.parameters()).device
-    ids = torch.tensor(IDS, device=torch.device("cpu") if device.type == "meta" else device)
+    ids = torch.tensor(IDS, device=home(model))
     for module in modules:
         try:
             with evaluating(model):
@@ -279,15 +280,48 @@ def stream_storage(block: nn.Module, model: nn.Module) -> tuple[torch.dtype, tor
     """dtype and device of the stream at a block."""
     for parameter in block.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            device: Any = parameter.device
-            if device.type == "meta":  # accelerate keeps the weights elsewhere until the block runs
-                device = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
-                if device is None:
-                    raise ValueError(f"steer: {type(model).__name__} has weights on the meta device; load them first")
-            return parameter.dtype, torch.device(device)
+            device = _brought_to(block) if parameter.is_meta else parameter.device
+            if device is None:
+                raise ValueError(f"steer: {type(model).__name__} has weights on the meta device; load them first")
+            return parameter.dtype, device
     raise ValueError(
         f"steer: {type(block).__name__} of {type(model).__name__} holds no floating parameter that shows the stream's dtype"
     )
+
+
+def home(module: nn.Module) -> torch.device:
+    """Where a module, such as a whole model, takes its inputs."""
+    first = next(module.parameters())
+    return (_brought_to(module) or torch.device("cpu")) if first.is_meta else first.device
+
+
+def _brought_to(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings weights that it keeps elsewhere until a part of a module runs; None: nowhere."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device: Any = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
+
+
+def steered_by_row(model: Any) -> bool:
+    """Whether the rows of a batch have plans, positions or lengths of their own, or are read: their order then counts."""
+    return bool(getattr(vars(getattr(model, "_orig_mod", model)).get(CONTROLLER), "by_row", False))
+
+
+def refuse_rows(model: Any, caller: str) -> None:
+    """Refuse a model whose rows have plans of their own, where texts are put into batches here.
+
+    Raises:
+        ValueError: it is such a model.
+    """
+    if steered_by_row(model):
+        raise ValueError(
+            f"{caller}: the model is steered or read row by row (a plan, a mask or a prompt_length for each row), and here texts "
+            "are put into batches of their own; remove that handle first"
+        )
 
 
 def _decoder_roots(model: Any) -> Iterator[nn.Module]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from steerfast._checks import whole_number
 from steerfast.files.replace import replace_file
 from steerfast.models.collect import read_batch
-from steerfast.models.layers import evaluating
+from steerfast.models.layers import evaluating, home
 from steerfast.models.points import Point
 
 from .belonging import point_of
@@ -253,7 +253,7 @@ class _Losses:
 
     def add(self, contexts: Tensor, keep: Tensor) -> None:
         """Three forwards on contexts, whose real tokens are kept."""
-        ids, which = contexts.long().to(self.model.device), keep.to(self.model.device)
+        ids, which = contexts.long().to(home(self.model)), keep.to(home(self.model))
         predicted = which[:, 1:]
         self.count += int(predicted.sum())
         for name, new in self.edits.items():

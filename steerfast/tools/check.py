@@ -16,7 +16,7 @@ from torch import Tensor
 from steerfast.edits.linear import Add
 from steerfast.hooks.steer import steer
 from steerfast.models.caches import cache_in
-from steerfast.models.layers import Layers, evaluating, find_layers
+from steerfast.models.layers import Layers, evaluating, find_layers, home
 from steerfast.models.proof import Proof, prove, refuse_split, sum_error
 from steerfast.models.texts import TextReader
 from steerfast.plan import Plan
@@ -94,7 +94,7 @@ def check(model: Any, tokenizer: Any, plan: Plan | None = None) -> Iterator[Find
     ids = torch.tensor([TextReader.of(tokenizer, "check").ids("The quick brown fox jumps over the lazy dog")[:12]])
     if ids.shape[1] < 3:
         raise ValueError(f"check: the tokenizer made {ids.shape[1]} tokens of a sentence; at least 3 are needed")
-    subject = _Subject(model, layers, ids.to(model.device), plan, found)
+    subject = _Subject(model, layers, ids.to(home(model)), plan, found)
     proofs: list[tuple[str, Callable[[_Subject], str]]] = [
         ("prefill: every prompt token moves by v", _prefill),
         ("cached decode: the new token moves by v", _decode),

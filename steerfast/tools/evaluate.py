@@ -28,7 +28,7 @@ from steerfast.edits.linear import Add
 from steerfast.hooks.columns import places_of
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
-from steerfast.models.layers import evaluating, find_layers
+from steerfast.models.layers import evaluating, find_layers, home
 from steerfast.models.texts import TextReader
 from steerfast.place import Place
 from steerfast.plan import Plan
@@ -225,7 +225,7 @@ def evaluate_text(
     if not given:
         raise ValueError(f"{owner}: prompts is empty; give at least one")
     reader = TextReader.of(tokenizer, owner)
-    device = next(model.parameters()).device
+    device = home(model)
     texts = []
     for prompt in given:
         ids = torch.tensor([_head(reader, prompt)], dtype=torch.long, device=device)

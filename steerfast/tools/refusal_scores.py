@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.hooks.steer import steer
+from steerfast.models.layers import home, refuse_rows
 from steerfast.models.texts import TextReader
 from steerfast.plan import Plan
 
@@ -83,6 +84,7 @@ class RefusalScorer:
     @torch.no_grad()
     def _read(self, prompts: Sequence[Sequence[int]], plan: Plan | None, read: Callable[[Tensor], Tensor]) -> Tensor:
         found: list[Tensor] = [torch.empty(0, device="cpu")] * len(prompts)
+        refuse_rows(self.model, "refusal")
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for first in range(0, len(order), self.batch_size):
             part = order[first : first + self.batch_size]
@@ -92,7 +94,7 @@ class RefusalScorer:
         return torch.stack(found)
 
     def _forward(self, prompts: list[Sequence[int]], plan: Plan | None) -> Tensor:
-        device = next(self.model.parameters()).device
+        device = home(self.model)
         ids = nn.utils.rnn.pad_sequence([torch.tensor(row, device="cpu") for row in prompts], batch_first=True)
         lengths = torch.tensor([len(row) for row in prompts], device="cpu")
         mask = (torch.arange(ids.shape[1], device="cpu") < lengths[:, None]).long()

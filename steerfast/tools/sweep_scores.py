@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.hooks.steer import steer
+from steerfast.models.layers import home, refuse_rows
 from steerfast.models.texts import TextReader
 from steerfast.plan import Plan
 
@@ -104,6 +105,7 @@ def log_likelihoods(
     model: nn.Module, sequences: Sequence[Scored], doses: Sequence[Dose], batch_size: int
 ) -> list[float]:
     """Σ log p of the scored tokens of each sequence, in nats, under its own dose."""
+    refuse_rows(model, "sweep")
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # little padding
     scores = [0.0] * len(sequences)
     for first in range(0, len(order), batch_size):
@@ -117,7 +119,7 @@ def log_likelihoods(
 @torch.no_grad()
 def _forward(model: nn.Module, batch: list[Scored], doses: list[Dose]) -> list[float]:
     """Σ log p of the scored tokens of each row of one batch."""
-    device = next(model.parameters()).device
+    device = home(model)
     ids = nn.utils.rnn.pad_sequence([torch.tensor(s.ids, device="cpu") for s in batch], batch_first=True)
     mask = (
         torch.arange(ids.shape[1], device="cpu") < torch.tensor([len(s.ids) for s in batch], device="cpu")[:, None]

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from steerfast._checks import FLOATS
 from steerfast.edits.base import Intervention, untrained
 from steerfast.edits.linear import Ablate, Add
-from steerfast.models.layers import Layers, evaluating, find_layers, gathers_weights, is_distributed, refuse_flat
+from steerfast.models.layers import Layers, evaluating, find_layers, gathers_weights, home, is_distributed, refuse_flat
 from steerfast.models.points import Point
 from steerfast.plan import Plan, as_plan
 
@@ -249,7 +249,7 @@ class _Proof:
         ids = torch.arange(3, 3 + _PROBE)[None] % vocabulary
         try:
             with evaluating(self.model):
-                self.model(input_ids=ids.to(next(self.model.parameters()).device), use_cache=False)
+                self.model(input_ids=ids.to(home(self.model)), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import finite_number, positive_integer
-from steerfast.models.layers import evaluating, find_layers, stream_storage
+from steerfast.models.layers import evaluating, find_layers, home, stream_storage
 from steerfast.models.texts import TextReader
 from steerfast.place import Origin, Place
 
@@ -109,7 +109,7 @@ class Pupil:
 
     def logits(self, ids: Sequence[int], edit: Edit | None) -> Tensor:
         """The logits of one text under an edit, (tokens, vocabulary); it runs by itself, without padding."""
-        given = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
+        given = torch.tensor([list(ids)], device=home(self.model))
         self._edit = edit
         try:
             found: Tensor = self.model(input_ids=given, attention_mask=torch.ones_like(given)).logits

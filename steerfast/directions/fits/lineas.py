@@ -16,7 +16,7 @@ from steerfast.barriers.data import seeded
 from steerfast.edits.fitted import FitInfo
 from steerfast.edits.linear import Affine
 from steerfast.models.collect import Activations, collect
-from steerfast.models.layers import evaluating, find_layers
+from steerfast.models.layers import evaluating, find_layers, home
 from steerfast.models.texts import TextReader
 from steerfast.plan import Plan
 
@@ -205,7 +205,7 @@ class _Pass:
         """Layer to the pooled activations of the texts, (n, d); each text runs by itself, without padding."""
         rows: dict[int, list[Tensor]] = {layer: [] for layer in self.points}
         for text in texts:
-            ids = torch.tensor([self.reader.ids(text)], device=next(self.model.parameters()).device)
+            ids = torch.tensor([self.reader.ids(text)], device=home(self.model))
             self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
             for layer, x in self.seen.items():
                 rows[layer].append(x[0].float().mean(0) if self.pool == "mean" else x[0, -1].float())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.barriers.data import seeded
-from steerfast.models.layers import evaluating
+from steerfast.models.layers import evaluating, home
 from steerfast.models.texts import TextReader
 
 from .lessons import Edit, Lesson, Pupil, read_lessons
@@ -161,7 +161,7 @@ def _written(owner: str, model: Any, tokenizer: Any, seed: int) -> list[tuple[in
     first = next((i for i in known if i is not None), None)
     if first is None or not hasattr(model, "generate"):
         raise ValueError(f"{owner}: this model has no first token to write texts from; give neutral=, a list of texts")
-    device = next(model.parameters()).device
+    device = home(model)
     start = torch.full((BATCH, 1), first, device=device)
     options = {
         "attention_mask": torch.ones_like(start), "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
