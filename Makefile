@@ -106,7 +106,7 @@ test-newest: $(VENV_NEWEST)/quantised/.installed
 	$(call run_tests,PYTHONPATH=$(abspath $(<D)) $(VENV_NEWEST))
 
 # What depends on the version of transformers or triton; the rest is the same code in both environments.
-OLDEST := $(addprefix tests/test_,ahead_of_time.py compile.py conditions.py demo_model.py extract.py families.py hooks.py layers.py \
+OLDEST := $(addprefix tests/test_,ahead_of_time.py bare.py compile.py conditions.py demo_model.py extract.py families.py hooks.py layers.py \
 	ops.py robustness.py sae_ops.py)
 test-oldest: $(VENV_OLDEST)/.installed
 	$(call run_tests,$(VENV_OLDEST),$(OLDEST))
