@@ -13,6 +13,7 @@ output is not what the block adds; see `steering_vectors`). With coefficient c, 
 | add | x + c·v | `Add(c·v)` |
 | clamp | x + (c − v̂·(x − b))·v̂ | `Clamp(v, low=t, high=t)`, t = c + v̂·b |
 
+lm-eval 0.4.13 itself refuses every "add" row of a CSV, and of two rows for one hookpoint it takes the last; a .pt serves both.
 A clamp is no direction: `read` and `load_directions` refuse it, `read_plan` reads both. Single heads are refused.
 """
 
