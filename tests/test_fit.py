@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,34 @@ def test_groups_are_held_out_together() -> None:
     assert together.info.closed < 0.1
     assert together.info.groups == 24
     assert torch.equal(alone.vector, together.vector)
+
+
+GROUPINGS = {
+    "tensor": lambda labels: torch.tensor(labels),
+    "array": lambda labels: np.array(labels),
+    "list of tensors": lambda labels: list(torch.tensor(labels)),
+    "list of arrays": lambda labels: [np.array(label) for label in labels],
+    "generator": lambda labels: (label for label in labels),
+}
+
+
+@pytest.mark.parametrize("form", GROUPINGS)
+def test_groups_are_the_same_in_whatever_form_they_are_given(form: str) -> None:
+    x, labels = drawn(60, D, seed=5), [i // 5 for i in range(60)]
+    pos, neg = {1: x[:30], 2: x[:30]}, {1: x[30:], 2: x[30:]}
+
+    def told(groups: Callable[[], Any]) -> tuple[Any, ...]:
+        heads = sf.fit_heads(pos, neg, 1, groups=groups(), draws=0)
+        condition = sf.fit_condition(pos, neg, groups=groups()).info
+        return (
+            sf.fit("add", pos, neg, layer=1, groups=groups(), draws=2).info.numbers(),
+            sf.fit_probe(pos, neg, groups=groups())[2].info.numbers(),
+            (condition.groups, condition.held_out_f1),
+            [float(row) for row in heads.accuracy.values()],
+            sf.fit_barrier(x[:30], x[30:], groups=groups()).info.accuracy,
+        )
+
+    assert told(lambda: GROUPINGS[form](labels)) == told(lambda: labels)
 
 
 def test_tensors_may_say_their_layer() -> None:

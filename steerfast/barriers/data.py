@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +59,7 @@ class Data:
             raise identical(owner)
         x = torch.cat(sides)
         if groups is not None:
-            names: list[Any] = list(groups.tolist() if isinstance(groups, Tensor) else groups)
+            names: list[Any] = labels_of(groups)
         elif pos_texts is not None and neg_texts is not None:
             names = [(0, t) for t in pos_texts.tolist()] + [(1, t) for t in neg_texts.tolist()]
         else:
@@ -163,6 +164,18 @@ class Data:
             separable=separable,
             settings=settings,
         )
+
+
+def labels_of(groups: Iterable[Any]) -> list[Any]:
+    """One label per row, of an array, a tensor, or an iterable of whatever: two that are equal are one key of a dict.
+
+    A tensor is a key by its identity, so tensors of one number in a list become numbers.
+    """
+
+    def plain(value: Any) -> Any:
+        return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+
+    return [plain(label) for label in plain(groups)]
 
 
 class Held(NamedTuple):

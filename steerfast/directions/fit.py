@@ -122,7 +122,7 @@ def fit(
         >>> plan = sf.Plan([edit])
     """
     whole_number("fit", "draws", draws, 0)
-    make, sides = prepare(method, positive, negative, layer, None if groups is None else list(groups), seed, settings)
+    make, sides = prepare(method, positive, negative, layer, groups, seed, settings)
     edit, owner = make(sides), sides.owner
     closed, dose, null = held_out(make, sides, draws)
     data = sides.data
@@ -139,7 +139,7 @@ def prepare(
     positive: Any,
     negative: Any,
     layer: int | None = None,
-    groups: list[Any] | None = None,
+    groups: Iterable[Any] | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[Make, Sides]:
@@ -171,7 +171,9 @@ def _known(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _sides(owner: str, positive: Any, negative: Any, layer: int | None, groups: list[Any] | None, seed: int) -> Sides:
+def _sides(
+    owner: str, positive: Any, negative: Any, layer: int | None, groups: Iterable[Any] | None, seed: int
+) -> Sides:
     """Both sides of one layer, and of those beside it."""
     layers = data_by_layer(owner, positive, negative, groups, seed)
     if not isinstance(positive, Mapping):

@@ -76,8 +76,7 @@ def fit_condition(
                 f"fit_condition: {name} is a {type(side).__name__}; expected a dict of layer -> activations, such as "
                 "sf.collect returns"
             )
-    labels = None if groups is None else list(groups)
-    layers = data_by_layer("fit_condition", positive, negative, labels, seed)
+    layers = data_by_layer("fit_condition", positive, negative, groups, seed)
     cuts = {layer: _cut(data, data, similarity) for layer, data in layers.items()}
     found = {layer: cut for layer, cut in cuts.items() if cut is not None}
     if not found:

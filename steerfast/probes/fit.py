@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from steerfast._checks import finite_number, one_of, warn_user
-from steerfast.barriers.data import Data, identical, not_flat
+from steerfast.barriers.data import Data, identical, labels_of, not_flat
 from steerfast.barriers.kernels import choose, linear_weights, scikit_learn
 from steerfast.models.collect import Activations, check_same_origin
 from steerfast.place import place_of
@@ -69,8 +69,7 @@ def fit_probe(
         strength = finite_number("fit_probe", "C", C)
         if strength <= 0:
             raise ValueError(f'fit_probe: C is {C}; expected > 0, or "auto"')
-    labels = None if groups is None else list(groups)
-    sides = data_by_layer("fit_probe", positive, negative, labels, seed)
+    sides = data_by_layer("fit_probe", positive, negative, groups, seed)
     if None in sides:
         return _fitted(sides[None], strength)
     found = {layer: _fitted(data, strength) for layer, data in sides.items()}
@@ -82,7 +81,9 @@ def fit_probe(
     return {layer: replace(probe, info=replace(probe.info, best_layer=best)) for layer, probe in found.items()}
 
 
-def data_by_layer(owner: str, positive: Any, negative: Any, groups: list[Any] | None, seed: int) -> dict[Any, Data]:
+def data_by_layer(
+    owner: str, positive: Any, negative: Any, groups: Iterable[Any] | None, seed: int
+) -> dict[Any, Data]:
     """Layer -> both sides there, checked, with their origin; two tensors are those of layer None.
 
     Raises:
@@ -96,6 +97,7 @@ def data_by_layer(owner: str, positive: Any, negative: Any, groups: list[Any] | 
             "activations or both as tensors"
         )
     check_same_origin(owner, positive, negative, paired=False)
+    groups = None if groups is None else labels_of(groups)  # read once: it may be a generator
     found: dict[Any, Data] = {}
     for layer in positive:
         pos, neg = (one.only(layer) if isinstance(one, Activations) else one[layer] for one in (positive, negative))

@@ -106,7 +106,7 @@ def fit_heads(
         raise ValueError(f'{owner}: the activations are of {positive.site}; collect with site="head_out"')
     heads, alpha = positive_integer(owner, "heads", heads), finite_number(owner, "alpha", alpha)
     whole_number(owner, "draws", draws, 0)
-    layers = data_by_layer(owner, positive, negative, None if groups is None else list(groups), seed)
+    layers = data_by_layer(owner, positive, negative, groups, seed)
     first = next(iter(layers.values()))
     for layer, data in layers.items():
         if data.x.shape[1] % heads:
