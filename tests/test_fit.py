@@ -336,6 +336,18 @@ def test_features_are_those_that_the_sides_differ_in() -> None:
     assert float(pushed.bias) == -5.0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_are_not_rounded_to_the_dtype_of_an_sae(dtype: torch.dtype) -> None:
+    """Beside an entry a thousand times as large, the sides differ by less than its 16 bits hold, or lie where they end."""
+    middle = 70_000.0 if dtype == torch.float16 else 1000.0
+    pos, neg = (middle + sign + 0.1 * drawn(40, D, seed=sign + 2) for sign in (1, -1))
+    wide = sf.SAE(torch.eye(D), torch.eye(D), threshold=torch.zeros(D))
+    for mode in ("set", "add"):
+        a, b = (sf.fit("edit_features", pos, neg, sae=one, mode=mode, draws=0) for one in (wide, wide.to(dtype=dtype)))
+        assert a.values == b.values
+    assert min(a.values.values()) > 1.9
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------------
 
 POS, NEG = (x.float() for x in rows_of("householder"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from steerfast.place import Origin
 from steerfast.sae import explanation as module
 from steerfast.sae.explanation import Explanations, explain, vocabulary_of
 from steerfast.sae.model import SAE
+from steerfast.sae.relations import relate
 
 
 @pytest.mark.parametrize("ranking", module.RANKINGS)
@@ -71,6 +73,24 @@ def test_a_vocabulary_of_ones_own(smollm) -> None:
         explain(sae, model, tokenizer, words, words=1, ranking="best")
     with pytest.raises(ValueError, match="width 12"):
         explain(SAE(torch.eye(12), torch.eye(12), k=1), model, tokenizer, words, words=1)
+
+
+@pytest.mark.model
+def test_a_model_in_16_bits_explains_as_the_same_numbers_in_32(smollm) -> None:
+    """The decoder rows are not rounded on their way to the words, nor are their norms."""
+    model, tokenizer = smollm
+    narrow = copy.deepcopy(model).bfloat16()
+    wide = copy.deepcopy(narrow).float()
+    rows = torch.randn(60, 576)
+    sae = SAE(rows, rows, k=1)
+    a, b = (explain(sae, network, tokenizer, vocabulary_of(tokenizer, 500), words=5) for network in (narrow, wide))
+    assert a.words == b.words
+    assert torch.equal(a.scores, b.scores)
+    a, b = (relate(sae, network, tokenizer, 5) for network in (narrow, wide))
+    assert (a.raised, a.lowered) == (b.raised, b.lowered)
+    assert torch.equal(a.raised_by, b.raised_by)
+    assert torch.equal(a.lowered_by, b.lowered_by)
+    assert next(narrow.model.norm.parameters()).dtype == torch.bfloat16  # the model is as it was
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_neox", "falcon", "bloom", "olmo2"])

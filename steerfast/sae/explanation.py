@@ -13,6 +13,7 @@ Reference: Wu et al. 2025, mutual-information explanations of sparse autoencoder
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -190,7 +191,7 @@ def explain(
         )
     warn_of_another_model("explain", sae, type(model).__name__)
     with torch.no_grad():
-        features = norm(sae.w_dec.to(output.device, output.dtype)).float()
+        features = normed_rows(sae, norm, output.device)
         meanings = _word_rows(tokenizer, names, output)
         scores, places = _rank(features, meanings, words, ranking)
     chosen = tuple(tuple(names[place] for place in row) for row in places.tolist())
@@ -259,6 +260,11 @@ def _word_rows(tokenizer: Any, names: list[str], output: Tensor) -> Tensor:
         offsets = torch.tensor([0, *[len(ids) for ids in tokens[:-1]]], device=output.device).cumsum(0)
         rows.append(nn.functional.embedding_bag(flat, output.float(), offsets, mode="mean"))
     return torch.cat(rows)
+
+
+def normed_rows(sae: SAE, norm: nn.Module, device: torch.device) -> Tensor:
+    """e_c, float32 (F, d): the norm of the decoder rows, neither rounded to the 16 bits that the model may be stored in."""
+    return copy.deepcopy(norm).float()(sae.w_dec.to(device).float())
 
 
 def final_head(owner: str, model: Any) -> tuple[Tensor, nn.Module]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from steerfast._checks import whole_number
 
 from .belonging import warn_of_another_model
-from .explanation import final_head
+from .explanation import final_head, normed_rows
 from .model import SAE
 
 _ELEMENTS = 1 << 24  # of a product at once: 64 MB
@@ -75,7 +75,7 @@ def relate(sae: SAE, model: nn.Module, tokenizer: Any, count: int = 8) -> Relati
     warn_of_another_model("relate", sae, type(model).__name__)
     tokens = output[: len(tokenizer)].float()  # what is behind them only fills the matrix up
     with torch.no_grad():
-        directions = norm(sae.w_dec.to(output.device, output.dtype)).float()
+        directions = normed_rows(sae, norm, output.device)
         raised_by, raised, lowered_by, lowered = _extremes(directions, tokens, count)
         cosines, neighbours = _nearest(nn.functional.normalize(sae.w_dec.float(), dim=1), count)
     shown = {token: tokenizer.decode([token]) for token in torch.cat([raised, lowered]).unique().tolist()}

@@ -90,7 +90,7 @@ def _activity(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
     total = often = torch.zeros(sae.features, dtype=torch.float64, device="cpu")
     for part in x.float().split(_ROWS):
         with torch.no_grad():
-            found = sae.encode(part.to(sae.w_enc.device, sae.w_enc.dtype)).double().cpu()
+            found = sae.encode(part.to(sae.w_enc.device)).double().cpu()
         total, often = total + found.sum(0), often + (found > 0).sum(0)
     return total / len(x), often / len(x)
 
