@@ -370,6 +370,25 @@ def test_bad_sides_are_named(method: str, sides: tuple[Tensor, Tensor], match: s
             sf.fit(method, pos, neg, **settings(method))
 
 
+LAYERED: list[Callable[..., Any]] = [
+    sf.fit_probe,
+    sf.fit_condition,
+    lambda pos, neg: sf.fit("rotate", pos, neg, layer=1),
+    lambda pos, neg: sf.fit_heads(pos, neg, 1),
+]
+
+
+@pytest.mark.parametrize("fit", LAYERED)
+def test_layers_of_different_rows_are_refused(fit: Callable[..., Any]) -> None:
+    """Rows of one number are those of one text in every layer, or what is held out is not what is looked at."""
+    few, many = POS[:20], POS[:40]
+    said = (
+        r"numbers of rows of pos and of neg differ from layer to layer, \{1: \(20, 40\), 2: \(40, 20\)\}; collect all"
+    )
+    with pytest.raises(ValueError, match=said):
+        fit({1: few, 2: many}, {1: NEG[:40], 2: NEG[:20]})
+
+
 BAD: list[tuple[str, tuple[Any, Any], dict[str, Any], type[Exception], str]] = [
     ("nudge", (POS, NEG), {}, ValueError, "method is 'nudge'; expected one of 'add'"),
     ("loreft", (POS, NEG), {}, ValueError, "use sf.fit_loreft"),
@@ -385,7 +404,7 @@ BAD: list[tuple[str, tuple[Any, Any], dict[str, Any], type[Exception], str]] = [
     ("clamp", (POS, NEG), {"low": None}, ValueError, "give low, high or both"),
     ("rotate", (POS, NEG), {}, ValueError, "candidates of several layers, and 1 was given"),
     ("rotate", ({1: POS, 2: POS}, {1: NEG, 2: NEG}), {"layer": 1}, ValueError, "vary along one line only"),
-    ("rotate", ({1: POS, 2: POS[1:]}, {1: NEG, 2: NEG}), {"layer": 1}, ValueError, r"the layers have \[119, 120\] rows"),
+    ("rotate", ({1: POS, 2: POS[1:]}, {1: NEG, 2: NEG}), {"layer": 1}, ValueError, "rows of pos and of neg differ"),
     ("householder", (POS, NEG[1:]), {}, ValueError, "needs pairs, and pos has 60 rows and neg 59"),
     ("householder", (POS, NEG), {"hidden": 121}, ValueError, "hidden is 121 and there are 120 rows"),
     ("householder", (POS, NEG), {"C": 0}, ValueError, "C is 0.0; expected > 0"),

@@ -187,9 +187,6 @@ def _sides(
     chosen = next(iter(layers)) if layer is None else whole_number(owner, "layer", layer)
     if chosen not in layers:
         raise ValueError(f"{owner}: layer is {layer}; the sides hold layers {sorted(layers)}")
-    counts = {len(data.x) for data in layers.values()}
-    if len(counts) > 1:
-        raise ValueError(f"{owner}: the layers have {sorted(counts)} rows; collect all layers on the same texts")
     return Sides(layers[chosen], layers)
 
 

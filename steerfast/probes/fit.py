@@ -45,8 +45,8 @@ def fit_probe(
         `info` holds what held-out rows say (five folds, of 1000 rows at most), and `info.best_layer`.
 
     Raises:
-        TypeError, ValueError: a side has fewer than 2 rows, NaN or a zero row; widths, layers or models differ; the sides are
-            identical; C is not positive.
+        TypeError, ValueError: a side has fewer than 2 rows, NaN or a zero row; widths, layers or models differ, or the
+            numbers of rows of two layers; the sides are identical; C is not positive.
         ModuleNotFoundError: scikit-learn is not installed.
 
     Warns:
@@ -81,13 +81,11 @@ def fit_probe(
     return {layer: replace(probe, info=replace(probe.info, best_layer=best)) for layer, probe in found.items()}
 
 
-def data_by_layer(
-    owner: str, positive: Any, negative: Any, groups: Iterable[Any] | None, seed: int
-) -> dict[Any, Data]:
+def data_by_layer(owner: str, positive: Any, negative: Any, groups: Iterable[Any] | None, seed: int) -> dict[Any, Data]:
     """Layer -> both sides there, checked, with their origin; two tensors are those of layer None.
 
     Raises:
-        TypeError, ValueError: as `fit_probe` says; one side only is a dict.
+        TypeError, ValueError: as `fit_probe` says; one side only is a dict; the layers have not the same rows.
     """
     if not isinstance(positive, Mapping) and not isinstance(negative, Mapping):
         return {None: Data.of(positive, negative, groups, seed, owner)}
@@ -104,6 +102,12 @@ def data_by_layer(
         data = Data.of(pos, neg, groups, seed, f"{owner}: layer {layer}")
         place = data.origin.place or place_of(owner, layer)
         found[layer] = replace(data, origin=replace(data.origin, place=place))
+    counts = {layer: (int(data.labels.sum()), int((~data.labels).sum())) for layer, data in found.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"{owner}: the numbers of rows of pos and of neg differ from layer to layer, {counts}; collect all layers on the "
+            "same texts"
+        )
     return found
 
 

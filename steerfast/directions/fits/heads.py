@@ -111,10 +111,6 @@ def fit_heads(
     for layer, data in layers.items():
         if data.x.shape[1] % heads:
             raise ValueError(f"{owner}: layer {layer} has width {data.x.shape[1]}, which {heads} heads do not divide")
-        if len(data.x) != len(first.x):
-            raise ValueError(
-                f"{owner}: layer {layer} has {len(data.x)} rows and others {len(first.x)}; collect all alike"
-            )
     total = heads * len(layers)
     count = max(1, round(SHARE * total)) if count is None else positive_integer(owner, "count", count)
     if count > total:
