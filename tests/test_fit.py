@@ -418,6 +418,14 @@ BAD: list[tuple[str, tuple[Any, Any], dict[str, Any], type[Exception], str]] = [
     ("edit_features", (POS, NEG), {"sae": sae(), "mode": "min"}, ValueError, "mode is 'min'"),
     ("edit_features", (-POS.abs(), NEG), {"sae": sae()}, ValueError, "no feature is active in more than 0.5"),
     ("amplify", planted(), {"sae": sae(("resid_post", 7)), "layer": 4}, ValueError, "place"),
+    *(
+        (method, (POS, NEG), {"sae": sf.sae.Transcoder(torch.eye(D), torch.eye(D))}, ValueError, "sae is a transcoder, which")
+        for method in ("edit_features", "amplify", "calibrate", "deficit_push")
+    ),
+    *(
+        ("deficit_push", (POS, NEG), {"sae": sf.SAE(torch.eye(D), torch.eye(D), normalisation=how)}, ValueError, how)
+        for how in ("constant_norm_rescale", "layer_norm")
+    ),
 ]  # fmt: skip
 
 

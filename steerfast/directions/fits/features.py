@@ -17,6 +17,7 @@ from steerfast._checks import finite_number, one_of, positive_integer
 from steerfast.edits.features import Amplify, Calibrate, DeficitPush, EditFeatures
 from steerfast.place import common_origin
 from steerfast.sae.model import SAE
+from steerfast.sae.transcoder import Transcoder
 
 from .sides import Sides
 
@@ -56,11 +57,16 @@ def contrast(sides: Sides, sae: Any, count: int = 8, tau: float = 0.5) -> Contra
         tau: τ, 0 to 1: a feature is active in more than this share of the positive rows.
 
     Raises:
-        TypeError, ValueError: no `SAE`, another width or place, more features than the SAE has, τ out of range, or no feature
-            that is active often enough and more active on the positive side.
+        TypeError, ValueError: no `SAE`, or a `Transcoder`; another width or place, more features than the SAE has, τ out of
+            range, or no feature that is active often enough and more active on the positive side.
     """
     if not isinstance(sae, SAE):
         raise TypeError(f"{sides.owner}: sae must be an SAE, such as sf.SAE.load gives; got {type(sae).__name__}")
+    if isinstance(sae, Transcoder):
+        raise ValueError(
+            f"{sides.owner}: sae is a transcoder, which reads one place and writes another, so the stream that would be edited "
+            "does not show its features; give an SAE, or add its directions where it writes, sf.Add(transcoder.w_dec[i], …)"
+        )
     if sae.d != sides.data.x.shape[1]:
         raise ValueError(f"{sides.owner}: the SAE has width {sae.d} and the rows {sides.data.x.shape[1]}")
     common_origin(f"{sides.owner}: the sides and the SAE", [sides.data.origin, sae.origin])
@@ -157,10 +163,16 @@ def deficit_push(sides: Sides, sae: Any, count: int = 8, tau: float = 0.5) -> De
         tau: As of `contrast`.
 
     Raises:
-        ValueError: the decoder rows read nothing on the positive side, and what `contrast` refuses.
+        ValueError: the SAE normalises each row, so that b, which is of rows at that length, has another value for each row of
+            the stream; the decoder rows read nothing on the positive side; and what `contrast` refuses.
 
     Reference:
         The released code of Wu et al. 2025 (arXiv:2502.15576); the features by contrast, as above.
     """
     found = contrast(sides, sae, count, tau)
+    if sae.normalisation != "none":
+        raise ValueError(
+            f"{sides.owner}: the SAE normalises each row ({sae.normalisation}), and its b_dec is in units of such rows, which no "
+            'one bias is for rows of the stream; fit "edit_features" or "amplify"'
+        )
     return DeficitPush(found.rows, float(found.read(sides.positive).mean()), found.bias)
