@@ -150,6 +150,24 @@ def test_a_tied_sae_is_written_once(tmp_path):
     assert back.w_dec.data_ptr() == back.w_enc.data_ptr()
 
 
+SQUARE, WIDE = torch.randn(8, 8), torch.randn(50, 16)
+VIEWS = [(SQUARE, SQUARE.T), (WIDE[:, :8], WIDE.view(100, 8)[:50])]
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), VIEWS)
+def test_two_matrices_in_one_memory_are_not_tied(encoder, decoder, tmp_path):
+    """Two views that begin at one address are two matrices; a file that lost one of them is refused."""
+    made = sf.SAE(encoder, decoder, k=3)
+    back = sf.SAE.load(made.save(tmp_path))
+    assert torch.equal(back.w_dec, made.w_dec)
+    assert back.fingerprint == made.fingerprint
+    sf.SAE(encoder, encoder, k=3).save(tmp_path)
+    text = json.loads((tmp_path / "sae.json").read_text())
+    (tmp_path / "sae.json").write_text(json.dumps(text | {"fingerprint": made.fingerprint}))
+    with pytest.raises(ValueError, match=r"SAE.load: .*sae.safetensors lacks w_dec, which was not w_enc in the SAE"):
+        sf.SAE.load(tmp_path)
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     first, second = make(7), make(5)
     first.save(tmp_path)

@@ -13,7 +13,7 @@ from steerfast.sae.transcoder import Transcoder
 
 def save(sae: SAE, directory: Path) -> Path:
     """Write an SAE into a directory, both files or neither; returns the directory. Tied matrices are written once."""
-    tied = sae.w_dec.data_ptr() == sae.w_enc.data_ptr()
+    tied = sae.w_dec.is_set_to(sae.w_enc)  # not a transpose or another view of its memory
     text: dict[str, Any] = {
         "features": sae.features,
         "width": sae.d,
@@ -30,9 +30,10 @@ def save(sae: SAE, directory: Path) -> Path:
 
 
 def read(directory: Path) -> SAE:
-    """An SAE that `save` wrote; a file without w_dec is tied."""
+    """An SAE that `save` wrote; a file without w_dec is tied, which its fingerprint has to confirm."""
     text, tensors = container.read(container.SAE, directory)
-    if "w_dec" not in tensors and "w_enc" in tensors:
+    tied = "w_dec" not in tensors and "w_enc" in tensors
+    if tied:
         tensors["w_dec"] = tensors["w_enc"]
     features, d = text["features"], text["width"]
     over, out = text.get("transcoder"), d
@@ -54,9 +55,13 @@ def read(directory: Path) -> SAE:
             "origin": origin,
             "source": source,
         }
-        if over is None:
-            return SAE(**made)
-        return Transcoder(**made, reads=Origin.restore(over["reads"]))
+        sae = SAE(**made) if over is None else Transcoder(**made, reads=Origin.restore(over["reads"]))
+    if tied and text.get("fingerprint", sae.fingerprint) != sae.fingerprint:
+        raise ValueError(
+            f"{container.SAE.reader}: {directory / container.SAE.tensors_name} lacks w_dec, which was not w_enc in the SAE that "
+            "was saved: its fingerprint is another one; save that SAE again"
+        )
+    return sae
 
 
 def _known(text: dict[str, Any]) -> tuple[Origin, Source]:
