@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import steerfast as sf
+from steerfast.barriers import kernels
 from steerfast.directions import extract
 from steerfast.directions.direction import Direction
 from steerfast.directions.extract import difference, logistic, mean_difference, pca
@@ -388,10 +389,9 @@ def test_methods_against_float64(method: Any, shape: Any) -> None:
     pos, neg, _ = sides(shape[0], shape[0], shape[1])
     expected = REFERENCES[method](pos.double().numpy(), neg.double().numpy())
     direction = method(pos, neg)
-    # logistic: scikit-learn stops at a gradient of 1e-4; the others differ by the final rounding to float32
-    tolerance = 2e-3 if method is logistic else 2e-7
-    np.testing.assert_allclose(direction.vector.numpy(), expected, rtol=0, atol=tolerance * np.linalg.norm(expected))
-    assert direction.norm == pytest.approx(np.linalg.norm(expected), rel=tolerance)
+    # they differ by the final rounding to float32
+    np.testing.assert_allclose(direction.vector.numpy(), expected, rtol=0, atol=2e-7 * np.linalg.norm(expected))
+    assert direction.norm == pytest.approx(np.linalg.norm(expected), rel=2e-7)
     assert direction.vector.dtype == torch.float32
     assert direction.method == method.__name__
     assert direction.origin.typical_norm == pytest.approx(torch.cat([pos, neg]).norm(dim=1).median().item())
@@ -524,6 +524,20 @@ def test_direction_errors(method: Any, pos: Any, neg: Any, message: Any) -> None
         method(pos, neg)
 
 
+@pytest.mark.parametrize("exact", [2000, 5])  # columns up to which the Hessian is factored
+@pytest.mark.parametrize("C", [0.01, 1.0, 1000.0])
+@pytest.mark.parametrize("shape", [(40, 19), (7, 19)])
+def test_logistic_is_at_its_minimum_whatever_the_penalty(
+    C: float, shape: tuple[int, int], exact: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(kernels, "EXACT", exact)
+    pos, neg, _ = sides(shape[0], shape[0] + 3, shape[1])
+    pos[:, 4] *= 30  # one entry outweighs the others
+    expected = reference_logistic(pos.double().numpy(), neg.double().numpy(), C)
+    found = logistic(pos, neg, C=C).vector.numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.linalg.norm(expected))
+
+
 def test_more_direction_errors(monkeypatch: Any) -> None:
     pos, neg, _ = sides()
     with pytest.raises(ValueError, match=r"^pca: project_out has width 5, pos and neg 19"):
@@ -542,9 +556,7 @@ def test_more_direction_errors(monkeypatch: Any) -> None:
         difference(*tokens)
     assert mean_difference(*tokens).origin.position == "all"
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
-    with pytest.raises(
-        ImportError, match="logistic: needs scikit-learn; pip install scikit-learn, or use mean_difference"
-    ):
+    with pytest.raises(ModuleNotFoundError, match="logistic needs scikit-learn: pip install"):
         logistic(pos, neg)
 
 

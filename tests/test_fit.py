@@ -300,6 +300,20 @@ def test_householder_turns_mirror_images_into_each_other() -> None:
     assert made.info.closed > 0.9
 
 
+@pytest.mark.parametrize("C", [0.01, 1.0, 1000.0])
+def test_the_normal_of_householder_is_a_logistic_regression_without_intercept(C: float) -> None:
+    pos, neg = (x[:N] + 3 for x in rows_of("householder"))
+    x = torch.cat([pos, neg])
+    x, y = x / x.square().mean().sqrt(), torch.arange(2 * N) < N
+    w = torch.zeros(D, dtype=x.dtype)
+    for _ in range(50):
+        p = torch.sigmoid(x @ w)
+        bend = x.T @ (x * (p * (1 - p))[:, None]) + torch.eye(D, dtype=x.dtype) / C
+        w = w - torch.linalg.solve(bend, x.T @ (p - y.double()) + w / C)
+    made = sf.fit("householder", pos, neg, C=C, steps=1, draws=0)
+    torch.testing.assert_close(made.normal.double(), unit(w), rtol=0, atol=1e-6)
+
+
 def test_flow_follows_the_barrier_of_the_sides() -> None:
     pos, neg = rows_of()
     made = fitted("flow", kind="linear", norms=0.25, steps=4, method="heun")

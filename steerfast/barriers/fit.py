@@ -164,7 +164,7 @@ def _constants(kind: str, kernel: Any) -> tuple[float, float] | None:
 
 def _linear(data: Data, C: Strength, kernel: None, rank: int | str) -> Barrier:
     _, C, held = choose(data, [None], lambda _, rows: rows @ rows.T, C)
-    w, intercept = linear_weights(data, C)
+    w, intercept = linear_weights(data.x, data.labels, C)
     length = not_flat(w)
     h = data.x.double() @ w + intercept
     info = data.info("linear", held, h, {"C": C})

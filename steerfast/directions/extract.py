@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from steerfast.barriers.kernels import linear_weights, scikit_learn
 from steerfast.models.collect import Activations, check_same_origin, collect, typical_norm_of
 from steerfast.models.texts import TextReader
 from steerfast.place import Origin, place_of
@@ -221,7 +222,7 @@ def logistic(pos: Side, neg: Side, *, C: float = 1.0, normalize: bool = False, p
         The direction; for activations of several layers a dict of layer -> direction.
 
     Raises:
-        ImportError: scikit-learn is not installed.
+        ModuleNotFoundError: scikit-learn is not installed.
         ValueError: C not positive; sides that do not match, without rows, with NaN or Inf, or that do not differ.
 
     Reference:
@@ -234,17 +235,14 @@ def logistic(pos: Side, neg: Side, *, C: float = 1.0, normalize: bool = False, p
     """
     if not C > 0 or float("inf") == C:
         raise ValueError(f"logistic: C must be positive and finite, got {C!r}")
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError("logistic: needs scikit-learn; pip install scikit-learn, or use mean_difference") from error
+    scikit_learn("logistic")
 
     def weight(p: Tensor, n: Tensor) -> Tensor:
         x = torch.cat([p, n])
         x = x - x.mean(0)
         scale = x.square().mean().sqrt()
-        fit = LogisticRegression(C=C, max_iter=1000).fit((x / scale).numpy(), [1] * len(p) + [0] * len(n))
-        return torch.from_numpy(fit.coef_[0]) / scale
+        labels = torch.arange(len(x), device="cpu") < len(p)
+        return linear_weights(x / scale, labels, C)[0] / scale
 
     return _extract("logistic", weight, pos, neg, normalize, project_out)
 

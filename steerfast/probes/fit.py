@@ -120,7 +120,7 @@ def _fitted(data: Data, C: float | None) -> LogisticProbe:
         raise identical(data.owner)
     scaled = replace(data, x=((x - middle) / size).float())
     _, C, held = choose(scaled, [None], lambda _, rows: rows @ rows.T, C)
-    w, intercept = linear_weights(scaled, C)
+    w, intercept = linear_weights(scaled.x, scaled.labels, C)
     not_flat(w, data.owner)
     weight = (w / size).float()
     bias = intercept - float(weight.double() @ middle)

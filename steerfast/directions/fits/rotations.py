@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from steerfast._checks import finite_number, positive_integer
 from steerfast.barriers.data import Data, not_flat, seeded
-from steerfast.barriers.kernels import scikit_learn
+from steerfast.barriers.kernels import linear_weights
 from steerfast.directions.direction import ROUNDING
 from steerfast.edits.rotations import Householder, Rotate, Spherical
 
@@ -122,8 +122,9 @@ def householder(sides: Sides, hidden: int | None = None, C: float = 1.0, steps: 
     if C <= 0:
         raise ValueError(f"{sides.owner}: C is {C}; expected > 0")
     size = x.square().mean().sqrt()
-    probe = scikit_learn("fit")(C=C, fit_intercept=False, max_iter=1000)
-    normal = torch.from_numpy(probe.fit((x / size).numpy(), sides.data.labels.numpy()).coef_[0])
+    # beside their mirror images, with the other label and half the weight each, the rows have a fit whose intercept is zero
+    mirrored, labels = torch.cat([x, -x]) / size, sides.data.labels
+    normal, _ = linear_weights(mirrored, torch.cat([labels, ~labels]), C / 2)
     not_flat(normal, sides.owner)
     angles = torch.cat([torch.zeros(len(positive), dtype=x.dtype, device="cpu"), angle_between(negative, positive)])
     steps = positive_integer(sides.owner, "steps", steps)
