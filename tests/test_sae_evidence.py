@@ -153,6 +153,24 @@ def test_words_by_use_are_found_and_foretell(seen: Evidence, smollm) -> None:
 
 
 @pytest.mark.model
+def test_the_scores_by_use_are_their_formula(seen: Evidence) -> None:
+    found = explain_use(seen, 2, kinds=("word",))
+    names = np.array([word.casefold() for word in seen.words])
+    feature, word, count = seen.word_counts
+    for number in range(5):
+        of_word = np.bincount(word[feature == number], count[feature == number], len(names))
+        terms = {}
+        for name in set(names[1:]):
+            share, half = of_word[names == name].sum() / of_word.sum(), 0.5 / of_word.sum()
+            if share > 3 * half:  # fired twice at least
+                of_all = seen.word_tokens[names == name].sum() / seen.word_tokens.sum()
+                terms[name] = share * np.log((share - half) / of_all)
+        best = sorted((score for score in terms.values() if score > 0), reverse=True)[:2]
+        assert found.scores[number].tolist() == pytest.approx(best + [0.0] * (2 - len(best)), rel=1e-5)
+        assert [terms[name.casefold()] for name in found[number]] == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.model
 def test_firings_on_no_word_count_as_firings(smollm) -> None:
     """A feature of line ends that fires now and then on a word is not explained by that word."""
     model, tokenizer = smollm

@@ -1,13 +1,14 @@
 """What the features of an SAE mean, by the words that they fire on: mutual information estimated from real activations.
 
-With p(w|c) the share of a feature's firings that happen on word w, and p(w) the word's share of all tokens, words are ranked
-by the same pointwise term as in `explanation`,
+With p(w|c) the share of a feature's N firings that happen on word w, and p(w) the word's share of all tokens, words are ranked
+by the same pointwise term as in `explanation`, with half a firing taken off inside the logarithm,
 
-    p(w|c)·log(p(w|c)/p(w)),    p(w|c)/p(w) = p(c|w)/p(c)
+    p(w|c)·log((p(w|c) - 1/2N)/p(w)),    p(w|c)/p(w) = p(c|w)/p(c)
 
-but on what the feature does instead of what its decoder row points at. The words of a feature are chosen one after another,
-each by what it says of the firings that the ones before it leave unexplained, so that ten words say ten things. Besides single
-words there are families (`words`): a feature of past tenses is `*ed`, not ten verbs.
+since a few firings on a rare word are weak evidence, and on what the feature does instead of what its decoder row points at. The
+words of a feature are chosen one after another, each by what it says of the firings that the ones before it leave unexplained,
+so that ten words say ten things. Besides single words there are families (`words`): a feature of past tenses is `*ed`, not ten
+verbs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ _LEAST = 2  # firings that a word needs
 
 
 def explain_use(evidence: Evidence, words: int = 10, *, kinds: Iterable[str] = KINDS) -> Explanations:
-    """Explain every feature by the words that it fires on, of the training side of a corpus.
+    """Explain every feature by the words that it fires on, twice at least, of the training side of a corpus.
+
+        p(w|c)·log((p(w|c) - 1/2N)/p(w)),   N = firings of feature c, N·p(w|c) of them on word w, p(w) of all tokens are w
+
+    The second word is ranked by what the first one leaves of the N·p(w|c) firings and of the tokens, and so on.
 
     Args:
         evidence: What `observe` returned.
