@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ._checks import finite_number, one_of, whole_number
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_out")
@@ -127,6 +129,16 @@ def _only(owner: str, name: str, values: list[Any], same: Callable[[Any, Any], b
                 "different spaces (dataclasses.replace(v, origin=steerfast.place.Origin()) forgets where v comes from)"
             )
     return found[0] if found else None
+
+
+def typical_norm_of(rows: Tensor) -> float:
+    """The median length of the rows (n, d)."""
+    return median_of(rows.norm(dim=1))
+
+
+def median_of(values: Tensor) -> float:
+    """The median; of an even number of values the mean of the two in the middle, of which `Tensor.median` is the lower one."""
+    return (float(values.median()) - float((-values).median())) / 2
 
 
 def family(model: str) -> str:

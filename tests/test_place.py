@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,18 @@ from families import build
 
 import steerfast as sf
 from steerfast.barriers.barrier import BarrierInfo
-from steerfast.place import HOOKS, NOWHERE, SITES, Origin, Place, common_origin, family, place_of
+from steerfast.place import (
+    HOOKS,
+    NOWHERE,
+    SITES,
+    Origin,
+    Place,
+    common_origin,
+    family,
+    median_of,
+    place_of,
+    typical_norm_of,
+)
 
 D = 48
 V = torch.linspace(-1, 1, D)
@@ -152,12 +164,22 @@ def test_another_model_is_warned_about_and_another_class_of_it_is_not() -> None:
     assert family("LlamaModel") == family("llama")
 
 
+def test_the_median_of_an_even_number_lies_between_the_two_in_the_middle() -> None:
+    rows = torch.tensor([[3.0, 4.0], [300.0, 400.0]])
+    assert typical_norm_of(rows) == 252.5
+    assert sf.extract.mean_difference(rows[:1], rows[1:]).origin.typical_norm == 252.5
+    for count in (1, 4, 5):
+        values = torch.arange(count, dtype=torch.float64).square()
+        assert median_of(values) == float(values.quantile(0.5))
+    assert math.isnan(median_of(torch.tensor([])))
+
+
 def test_a_fitted_barrier_knows_the_median_length(tmp_path: Path) -> None:
     torch.manual_seed(0)
     pos, neg = torch.randn(40, 8) + 1, torch.randn(40, 8) - 1
     pos[0] *= 1000  # one massive token
     h = sf.fit_barrier(pos, neg, kind="linear")
-    assert h.origin.typical_norm == pytest.approx(torch.cat([pos, neg]).norm(dim=1).median().item())
+    assert h.origin.typical_norm == pytest.approx(torch.cat([pos, neg]).norm(dim=1).quantile(0.5).item())
     assert sf.Barrier.load(h.save(tmp_path / "h")).origin == h.origin
     assert (-h).origin == h.origin
     assert isinstance(h.info, BarrierInfo)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steerfast._checks import tensor_of, warn_user
 from steerfast.models.collect import Activations
-from steerfast.place import NOWHERE, Origin, common_origin
+from steerfast.place import NOWHERE, Origin, common_origin, median_of, typical_norm_of
 
 from .barrier import BarrierInfo
 
@@ -71,16 +71,16 @@ class Data:
         codes = {name: i for i, name in enumerate(dict.fromkeys(names))}
         if groups is not None and len(codes) < 2:
             raise ValueError(f"{owner}: all rows are in one group, so none can be held out; give two groups at least")
-        norms = torch.linalg.vector_norm(x, dim=1)
-        if not SHORT < float(norms.median()) < LONG:
+        typical = typical_norm_of(x)
+        if not SHORT < typical < LONG:
             raise ValueError(
-                f"{owner}: the typical row has length {float(norms.median()):g}; expected {SHORT:g} to {LONG:g}, in another unit"
+                f"{owner}: the typical row has length {typical:g}; expected {SHORT:g} to {LONG:g}, in another unit"
             )
         return cls(
             x,
             torch.arange(len(x), device="cpu") < len(sides[0]),
             torch.tensor([codes[name] for name in names], device="cpu"),
-            replace(origin, typical_norm=float(norms.median())),
+            replace(origin, typical_norm=typical),
             seed,
             owner,
         )
@@ -89,18 +89,19 @@ class Data:
     def bounded(self) -> Tensor:
         """The rows, those of more than `LONGEST` typical lengths cut to it: a few of them would outweigh all others."""
         norms = torch.linalg.vector_norm(self.x, dim=1, keepdim=True)
-        return self.x / (norms / (LONGEST * norms.median())).clamp(min=1)
+        return self.x / (norms / (LONGEST * median_of(norms))).clamp(min=1)
 
     def scaled(self, raw: bool) -> Data:
         """The same rows at length 1; raw: all in units of the typical length, and bounded."""
         norms = torch.linalg.vector_norm(self.x, dim=1, keepdim=True)
-        count = int((norms > LONGEST * norms.median()).sum())
+        typical = median_of(norms)
+        count = int((norms > LONGEST * typical).sum())
         if raw and count:
             warn_user(
                 f"{self.owner}: {count} of {len(norms)} rows are longer than {LONGEST:g} times the typical one, and count as "
                 "so long; leave out what they are of, such as the first token, or fit with raw=False"
             )
-        return replace(self, x=self.bounded / norms.median() if raw else self.x / norms, raw=raw, balanced=True)
+        return replace(self, x=self.bounded / typical if raw else self.x / norms, raw=raw, balanced=True)
 
     @property
     def prior(self) -> float:

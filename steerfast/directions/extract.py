@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.barriers.kernels import linear_weights, scikit_learn
-from steerfast.models.collect import Activations, check_same_origin, collect, typical_norm_of
+from steerfast.models.collect import Activations, check_same_origin, collect
 from steerfast.models.texts import TextReader
-from steerfast.place import Origin, place_of
+from steerfast.place import Origin, place_of, typical_norm_of
 
 from .direction import ROUNDING, Direction, direction_matrix, orthogonal_to
 

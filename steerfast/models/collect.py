@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import positive_integer, whole_number, whole_numbers
-from steerfast.place import Origin, Place
+from steerfast.place import Origin, Place, typical_norm_of
 
 from .layers import Layers, evaluating, find_layers, gathers_weights, home, is_ours, refuse_rows, steered_by_row
 from .points import Point
@@ -509,8 +509,3 @@ def _selector(position: str | int, mask: Tensor) -> tuple[Callable[[Tensor], Ten
         chosen = lengths.cumsum(0) - lengths + index + lengths * (index < 0)
         text, token, counts = text[chosen], token[chosen], [1] * len(mask)
     return lambda x: x[text.to(x.device), token.to(x.device)], counts
-
-
-def typical_norm_of(rows: Tensor) -> float:
-    """The median length of the rows."""
-    return float(rows.norm(dim=1).median())

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from steerfast._checks import whole_number
 from steerfast.files.replace import replace_file
+from steerfast.place import median_of
 
 from .counting import Sample
 from .evidence import Evidence
@@ -75,14 +76,14 @@ class Detection:
         return {
             "features": int(self.scored.sum()),
             "passages": list(self.passages),
-            "detection_median": float(accuracy.median()),
+            "detection_median": median_of(accuracy),
             "detection_mean": float(accuracy.mean()),
             "detection_quantiles": dict(
                 zip(("10", "25", "50", "75", "90"), accuracy.quantile(share).tolist(), strict=True)
             ),
             "detection_at_least_0.75": float((accuracy >= 0.75).double().mean()),
             "recall_by_fifth": self.recall[self.scored].double().mean(0).tolist(),
-            "intruder_median": float(intruder.median()),
+            "intruder_median": median_of(intruder),
             "intruder_mean": float(intruder.mean()),
         }
 

@@ -17,6 +17,7 @@ from steerfast.files.replace import replace_file
 from steerfast.models.collect import read_batch
 from steerfast.models.layers import evaluating, home
 from steerfast.models.points import Point
+from steerfast.place import typical_norm_of
 
 from .belonging import point_of
 from .contexts import packed, real_tokens
@@ -222,7 +223,7 @@ class _Quality:
     def _begin(self) -> None:
         rows = torch.cat(self.first)
         self.first.clear()
-        self.bound = _TYPICAL * float(torch.linalg.vector_norm(rows.float(), dim=1).median())
+        self.bound = _TYPICAL * typical_norm_of(rows.float())
         self.centre = rows.double().mean(0)  # near the mean of all, so that nothing cancels in the sums
         self._sum(rows)
 

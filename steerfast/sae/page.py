@@ -21,6 +21,7 @@ import torch
 
 from steerfast._checks import whole_number
 from steerfast.files.replace import replace_file
+from steerfast.place import median_of
 
 from .detection import Detection
 from .evidence import Evidence, Passage
@@ -114,7 +115,7 @@ def _about(found: Explanations, evidence: Evidence | None, detection: Detection 
     parts += [f"{place[0]} of layer {place[1]}"] if place else []
     parts += [f"{evidence.tokens} tokens of {sum(evidence.documents)} documents"] if evidence else []
     if detection is not None and bool(detection.scored.any()):
-        parts += [f"median detection {float(detection.accuracy.nanmedian()):.2f} (chance 0.5)"]
+        parts += [f"median detection {median_of(detection.accuracy[detection.scored]):.2f} (chance 0.5)"]
     return " · ".join(part for part in parts if part)
 
 

@@ -19,6 +19,7 @@ from steerfast.models.caches import cache_in
 from steerfast.models.layers import Layers, evaluating, find_layers, home
 from steerfast.models.proof import Proof, prove, refuse_split, sum_error
 from steerfast.models.texts import TextReader
+from steerfast.place import typical_norm_of
 from steerfast.plan import Plan
 
 ROUNDING = 8.0
@@ -278,7 +279,7 @@ def _vector(subject: _Subject, layer: int) -> tuple[Tensor, Tensor]:
     stream = _stream(subject, layer, lambda: subject.model(subject.ids, use_cache=False))
     generator = torch.Generator().manual_seed(layer)
     vector = torch.randn(subject.layers.d, generator=generator)
-    length = float(stream.float().reshape(-1, subject.layers.d).norm(dim=1).median())
+    length = typical_norm_of(stream.float().reshape(-1, subject.layers.d))
     vector = vector * (length / vector.norm())
     return vector.to(stream.dtype).float(), stream
 

@@ -19,7 +19,7 @@ from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
 from steerfast.models.layers import find_layers
 from steerfast.models.texts import TextReader
-from steerfast.place import SITES
+from steerfast.place import SITES, median_of
 from steerfast.plan import Plan, as_plan
 
 LARGE_DOSE = 0.5
@@ -202,10 +202,10 @@ def _layer_dose(
     return LayerDose(
         *place,
         tuple(type(edit).__name__ for edit in chain),
-        float(norms.median()),
-        float(change.median()),
-        float((change[kept] / norms[kept]).median()),
-        float((total[kept] / norms[kept]).median()),
+        median_of(norms),
+        median_of(change),
+        median_of(change[kept] / norms[kept]),
+        median_of(total[kept] / norms[kept]),
     )
 
 

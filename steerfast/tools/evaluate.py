@@ -30,7 +30,7 @@ from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
 from steerfast.models.layers import evaluating, find_layers, home
 from steerfast.models.texts import TextReader
-from steerfast.place import Place
+from steerfast.place import Place, median_of
 from steerfast.plan import Plan
 
 from .sweep_scores import Dose, Scored, log_likelihoods
@@ -412,4 +412,4 @@ def _parts(chain: tuple[Intervention, ...], x: Tensor, strength: float) -> list[
 def _length(x: Tensor, moved: Tensor) -> float:
     """Median change of the rows that are moved; 0 if none is."""
     change = (moved - x).norm(dim=1)
-    return float(change[change > 0].median()) if bool((change > 0).any()) else 0.0
+    return median_of(change[change > 0]) if bool((change > 0).any()) else 0.0

@@ -32,7 +32,7 @@ from steerfast.edits.linear import Ablate, Add
 from steerfast.files.replace import replace_file
 from steerfast.models.collect import collect
 from steerfast.models.layers import evaluating, find_layers
-from steerfast.place import Origin, Place
+from steerfast.place import Origin, Place, typical_norm_of
 from steerfast.plan import Plan
 
 from .bake import everywhere
@@ -370,7 +370,7 @@ def _differences(
         for layer in layers:
             vector = sides[0][layer].double().mean(0) - sides[1][layer].double().mean(0)
             # at the first block's input every prompt has the same token here, and a difference is rounding
-            if float(vector.norm()) > 1e-6 * float(sides[1][layer].norm(dim=1).median()):
+            if float(vector.norm()) > 1e-6 * typical_norm_of(sides[1][layer]):
                 found[position, layer] = vector.float()
     if not found:
         raise ValueError("select_refusal: harmful and harmless prompts have the same activations; check the prompts")
@@ -399,7 +399,7 @@ def _complete(
     vector, place = vectors[best.position, best.layer], Place("resid_pre", best.layer)
     sides = [_read(scorer, side, [best.layer], best.position, False)[best.layer] for side in taught]
     rows = torch.cat(sides)
-    typical = float(rows.norm(dim=1).median())
+    typical = typical_norm_of(rows)
     origin = Origin(find_layers(scorer.model, "select_refusal").name, place, best.position, typical)
     found.direction = Direction(vector, "select_refusal", float(vector.norm()), origin)
     found.ablate, found.induce = _plans(scorer.model, found.direction, best.layer)

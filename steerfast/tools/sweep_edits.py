@@ -18,8 +18,8 @@ from steerfast.directions.trained import TRAINED
 from steerfast.edits.base import Intervention
 from steerfast.edits.flow import Flow
 from steerfast.edits.linear import Add
-from steerfast.models.collect import Activations, typical_norm_of
-from steerfast.place import Place
+from steerfast.models.collect import Activations
+from steerfast.place import Place, typical_norm_of
 from steerfast.plan import Plan
 
 from .sweep_lessons import Teacher
@@ -62,7 +62,7 @@ class Swept:
             return abs(factor) * (self.typical if self.unit == "stream" else 1.0)
         if isinstance(self.edit, Add):
             return abs(factor * self.edit.strength) * float(self.edit.tensors()["vector"].norm())
-        return float((self.edit.apply(self.rows, factor) - self.rows).norm(dim=1).median())
+        return typical_norm_of(self.edit.apply(self.rows, factor) - self.rows)
 
     def dose(self, strength: float) -> Dose:
         """The plan of a cell; a flow down a barrier is one up its negative."""

@@ -18,6 +18,7 @@ from steerfast.edits.linear import Affine
 from steerfast.models.collect import Activations, collect
 from steerfast.models.layers import evaluating, find_layers, home
 from steerfast.models.texts import TextReader
+from steerfast.place import typical_norm_of
 from steerfast.plan import Plan
 
 from .lessons import frozen, steps_and_rate
@@ -150,7 +151,7 @@ class _Map:
 
     def __init__(self, positive: Tensor, negative: Tensor) -> None:
         rows = torch.cat([positive, negative])
-        self.size = rows.std(0).clamp(min=1e-6 * float(rows.norm(dim=1).median()))
+        self.size = rows.std(0).clamp(min=1e-6 * typical_norm_of(rows))
         self.middle = negative.mean(0)
         self.v, self.c = (torch.zeros_like(self.size).requires_grad_() for _ in range(2))
 

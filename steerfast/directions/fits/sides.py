@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steerfast.barriers.data import Data
 from steerfast.directions.direction import ROUNDING
+from steerfast.place import typical_norm_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def mean_difference(data: Data) -> Tensor:
     """
     x = data.x.double()
     found = x[data.labels].mean(0) - x[~data.labels].mean(0)
-    typical = float(x.norm(dim=1).median())
+    typical = typical_norm_of(x)
     if not float(found.norm()) > ROUNDING * typical:
         raise ValueError(
             f"{data.owner}: the means of pos and neg do not differ (by {float(found.norm()):.3g} at a typical norm of "
