@@ -156,6 +156,12 @@ def test_the_plans_do_what_was_scored(tmp_path: Path) -> None:
     assert not model._forward_hooks
 
 
+def test_the_share_of_the_last_layers_is_exact() -> None:
+    for tenths in range(10):
+        for count in range(1, 101):
+            assert RefusalRules(late=tenths / 10).layers(count) == range(count * (10 - tenths) // 10), (tenths, count)
+
+
 def test_the_limits_and_the_last_layers_drop_candidates() -> None:
     every = selected()
     late = selected(rules=RefusalRules(("i", "s"), 9.0, -99.0, late=0.3, filtered=False, draws=0))

@@ -79,6 +79,10 @@ class RefusalRules:
             raise ValueError(f"RefusalRules: late is {self.late}; expected a share of the layers, 0 <= late < 1")
         whole_number("RefusalRules", "draws", self.draws, 0)
 
+    def layers(self, count: int) -> range:
+        """The layers that give candidates, in a model of so many."""
+        return range(int(round(count * (1 - self.late), 9)))  # 30·(1 - 0.9) is just below 3
+
     def fallen(self, bypass: float, induction: float, divergence: float) -> str:
         """Why a candidate with these scores falls; "": it stays."""
         if math.isnan(bypass + induction + divergence):
@@ -284,8 +288,7 @@ def select_refusal(
         sides = [_filtered(scorer, sides[0], True, rules), _filtered(scorer, sides[1], False, rules)]
         held = [scorer.ids(side[::HELD]) for side in sides]
         taught = [[text for i, text in enumerate(side) if i % HELD] for side in sides]
-        last = find_layers(model, owner).count
-        layers = range(int(last * (1 - rules.late)))
+        layers = rules.layers(find_layers(model, owner).count)
         differences = _differences(scorer, taught, layers, progress)
         plain = [scorer.logits(ids) for ids in held]
         unsteered = (float(scorer.refusal(plain[0]).mean()), float(scorer.refusal(plain[1]).mean()))
