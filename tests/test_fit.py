@@ -384,6 +384,13 @@ def test_bad_sides_are_named(method: str, sides: tuple[Tensor, Tensor], match: s
             sf.fit(method, pos, neg, **settings(method))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("fit", [sf.fit_probe, sf.fit_barrier, lambda pos, neg: sf.fit("add", pos, neg)])
+def test_rows_that_are_no_floating_point_are_refused(fit: Callable[..., Any], dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"neg has dtype {dtype}; expected a floating dtype"):
+        fit(POS, NEG.to(dtype))
+
+
 LAYERED: list[Callable[..., Any]] = [
     sf.fit_probe,
     sf.fit_condition,

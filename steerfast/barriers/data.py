@@ -204,7 +204,10 @@ def _activations(owner: str, name: str, value: Any) -> Tensor:
         if len(value) != 1:
             raise ValueError(f"{owner}: {name} holds {len(value)} layers; pass one of them, such as acts[14]")
         value = next(iter(value.values()))
-    rows = tensor_of(value).detach().float().cpu()
+    rows = tensor_of(value)
+    if not rows.is_floating_point():
+        raise TypeError(f"{owner}: {name} has dtype {rows.dtype}; expected a floating dtype")
+    rows = rows.detach().float().cpu()
     if rows.dim() != 2 or rows.shape[0] == 0:
         raise ValueError(f"{owner}: {name} has shape {tuple(rows.shape)}; expected (n, d) with n >= 1")
     bad = (~rows.isfinite()).any(1) | (rows == 0).all(1)

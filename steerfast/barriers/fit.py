@@ -83,8 +83,8 @@ def fit_barrier(
         length of a path, T, that carries over layers and models.
 
     Raises:
-        TypeError, ValueError: a side has fewer than 2 rows, NaN or a zero row; widths, layers or models differ; the sides are
-            identical; an argument does not fit the kind.
+        TypeError, ValueError: a side is no floating point, has fewer than 2 rows, NaN or a zero row; widths, layers or models
+            differ; the sides are identical; an argument does not fit the kind.
         ModuleNotFoundError: scikit-learn is not installed.
 
     Reference:

@@ -106,8 +106,9 @@ def fit(
         beside its null: as many draws of either kind, one fold each.
 
     Raises:
-        TypeError, ValueError: an unknown method, layer or setting; a side has fewer than 2 rows, NaN or a zero row; widths,
-            layers or models differ; the sides, or their means, do not differ; fewer rows than the method has directions.
+        TypeError, ValueError: an unknown method, layer or setting; a side is no floating point, has fewer than 2 rows, NaN or
+            a zero row; widths, layers or models differ; the sides, or their means, do not differ; fewer rows than the method has
+            directions.
         ModuleNotFoundError: scikit-learn is not installed.
 
     Warns:

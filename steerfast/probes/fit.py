@@ -45,8 +45,8 @@ def fit_probe(
         `info` holds what held-out rows say (five folds, of 1000 rows at most), and `info.best_layer`.
 
     Raises:
-        TypeError, ValueError: a side has fewer than 2 rows, NaN or a zero row; widths, layers or models differ, or the
-            numbers of rows of two layers; the sides are identical; C is not positive.
+        TypeError, ValueError: a side is no floating point, has fewer than 2 rows, NaN or a zero row; widths, layers or models
+            differ, or the numbers of rows of two layers; the sides are identical; C is not positive.
         ModuleNotFoundError: scikit-learn is not installed.
 
     Warns:
