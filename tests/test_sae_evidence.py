@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sys
@@ -260,6 +261,22 @@ def test_families_of_words() -> None:
     assert members["*ing"] == [1, 3]
     assert members["walk*"] == [1, 2]
     assert members["walking"] == [1]
+
+
+@pytest.mark.model
+def test_a_tokenizer_may_have_more_tokens_than_the_model(smollm) -> None:
+    """Such as that of Gemma 3, whose last one stands for an image: what occurs counts."""
+    model, tokenizer = smollm
+    longer = copy.deepcopy(tokenizer)
+    longer.add_tokens(["<extra>"], special_tokens=True)
+    assert len(longer) > model.get_input_embeddings().weight.shape[0]
+    sae, config = colour_sae(model, tokenizer), ObserveConfig(passage=12)
+    one, other = (observe(sae, model, which, documents(5), config) for which in (tokenizer, longer))
+    assert torch.equal(one.fired, other.fired)
+    with pytest.raises(
+        ValueError, match=r"^observe: document 5 has the token id 49152, beyond the vocabulary of Llama"
+    ):
+        observe(sae, model, longer, [*documents(5), "A red <extra> one."], config)
 
 
 @pytest.mark.model

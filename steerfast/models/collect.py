@@ -257,17 +257,26 @@ def _source(caller: str, tokenizer: Any, texts: Any, inputs: Any) -> Iterable[An
 
 def _tokens(reading: _Reading, reader: TextReader, texts: Iterable[Any]) -> Iterator[list[int]]:
     """Token ids of each text, checked one at a time."""
-    known = _known_ids(reading.model)
+    check = check_of_ids(reading.caller, reading.model)
     for number, text in enumerate(texts):
         ids, what = _token_ids(reader, text, number), f"text {number} ({short_text(text)})"
         reading.check_length(what, len(ids))
+        check(what, ids)
+        yield ids
+
+
+def check_of_ids(caller: str, model: Any) -> Callable[[str, Iterable[int]], None]:
+    """A check of a text's token ids, given what to call the text: a model has an embedding for each of them."""
+    known = _known_ids(model)
+
+    def check(what: str, ids: Iterable[int]) -> None:
         if unknown := [one for one in ids if not known(one)]:
             raise ValueError(
-                f"{reading.caller}: {what} has the token id {unknown[0]}, beyond the vocabulary of "
-                f"{type(reading.model).__name__}; is the tokenizer another model's, or has it tokens that the model was not "
-                "resized for?"
+                f"{caller}: {what} has the token id {unknown[0]}, beyond the vocabulary of {type(model).__name__}; is the "
+                "tokenizer another model's, or has it tokens that the model was not resized for?"
             )
-        yield ids
+
+    return check
 
 
 def _known_ids(model: Any) -> Callable[[int], bool]:

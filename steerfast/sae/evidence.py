@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import finite_number, whole_number
-from steerfast.models.collect import read_batch
+from steerfast.models.collect import check_of_ids, read_batch
 from steerfast.models.layers import evaluating
 from steerfast.models.points import Point
 from steerfast.models.texts import TextReader
@@ -179,7 +179,7 @@ def observe(
 
     Raises:
         TypeError: documents is one string, or one of them is none.
-        ValueError: no place, another width, more tokens than the model knows; no token to read; activations are NaN or Inf.
+        ValueError: no place, another width, a token that the model does not know; no token to read; activations are NaN or Inf.
 
     Warns:
         UserWarning: the SAE comes from a model of another family.
@@ -196,16 +196,14 @@ def observe(
     config = config or ObserveConfig()
     layer, point = point_of("observe", sae, model)
     network: Any = getattr(model, "_orig_mod", model)
-    known = network.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > known:
-        raise ValueError(
-            f"observe: the tokenizer has {len(tokenizer)} tokens and the model {known}; is it another model's?"
-        )
     wide = sae.to(dtype=torch.float32)  # the same numbers; rows are not rounded to the 16 bits of its file
     gathering = _Gathering(wide, config)
     source = _contexts(TextReader.of(tokenizer, "observe"), documents, config)
+    check = check_of_ids("observe", network)
     with evaluating(network):
         for number, batch in enumerate(_batches(source)):
+            for context in batch:
+                check(f"document {context.document}", context.ids)
             gathering.add(batch, _rows(network, layer, point, batch))
             if progress is not None and number % 16 == 0:
                 progress(f"read {gathering.tokens} tokens of {sum(gathering.documents)} documents")
