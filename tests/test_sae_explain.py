@@ -67,6 +67,9 @@ def test_a_vocabulary_of_ones_own(smollm) -> None:
     found = explain(sae, model, tokenizer, words, words=4)
     assert found.vocabulary == 4
     assert all(sorted(row) == ["Massachusetts", "antidisestablishment", "love", "war"] for row in found.words)
+    for empty in ("", " "):
+        with pytest.raises(ValueError, match="explain: word 2 of the vocabulary is empty; leave it out"):
+            explain(sae, model, tokenizer, [*words[:2], empty, *words[2:]], words=1)
     with pytest.raises(ValueError, match="expected 1 to 4"):
         explain(sae, model, tokenizer, words, words=5)
     with pytest.raises(ValueError, match="ranking"):

@@ -167,7 +167,8 @@ def explain(
         The words and their scores, an `Explanations`.
 
     Raises:
-        ValueError: widths do not fit; fewer words than asked for; an unknown ranking; no final norm or output embedding.
+        ValueError: widths do not fit; an empty word, or fewer words than asked for; an unknown ranking; no final norm or output
+            embedding.
 
     Reference:
         Wu et al. 2025 (arXiv:2502.15576).
@@ -180,7 +181,10 @@ def explain(
         (('music',), ('war',), ('water',))
     """
     one_of("explain", "ranking", ranking, RANKINGS)
-    names = vocabulary_of(tokenizer) if vocabulary is None else list(dict.fromkeys(word.strip() for word in vocabulary))
+    given = vocabulary_of(tokenizer) if vocabulary is None else [word.strip() for word in vocabulary]
+    if "" in given:
+        raise ValueError(f"explain: word {given.index('')} of the vocabulary is empty; leave it out")
+    names = list(dict.fromkeys(given))
     words = whole_number("explain", "words", words)
     if not 1 <= words <= len(names):
         raise ValueError(f"explain: words is {words}; expected 1 to {len(names)}, the size of the vocabulary")
