@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from typing import Any
 
 import pytest
@@ -155,10 +156,22 @@ def test_a_condition_that_was_decided_stays_so_while_padding_comes(llama: Any) -
     assert found == [["00001"] * 2, ["11111", "11100"]]
 
 
-def test_a_cache_cut_into_its_prompt_holds_another_text(llama: Any) -> None:
+def static(config: Any) -> Any:
+    return StaticCache(config=config, max_cache_len=32)
+
+
+def dynamic(config: Any) -> Any:
+    return DynamicCache(config=config)
+
+
+CACHES = [dynamic, pytest.param(static, marks=pytest.mark.skipif(not V5, reason="transformers 4 cuts no static cache"))]
+
+
+@pytest.mark.parametrize("cache_of", CACHES)
+def test_a_cache_cut_into_its_prompt_says_no_more_where_that_ends(llama: Any, cache_of: Any) -> None:
     whole = torch.ones(2, 13, dtype=torch.long)
     for positions in ("all", "generated"):
-        cache = DynamicCache(config=llama.config)
+        cache = cache_of(llama.config)
         with torch.no_grad(), sf.steer(llama, plan(positions)), edited(llama) as found:
             llama(IDS, attention_mask=PADDED, past_key_values=cache, use_cache=True)
             cache.crop(-4 if V5 else 6)
@@ -168,6 +181,38 @@ def test_a_cache_cut_into_its_prompt_holds_another_text(llama: Any) -> None:
             else:
                 llama(IDS[:, :7], attention_mask=whole, past_key_values=cache, use_cache=True)
                 assert found[1] == ["1" * 7] * 2  # columns 8 and 9 were padding of the text before
+
+
+def test_what_a_cut_cache_still_holds_is_still_known(llama: Any) -> None:
+    ids, probe = IDS.clone(), sf.probes.LinearProbe(v(2), place=1)
+    ids[0, 2] = 50
+    cache = DynamicCache(config=llama.config)
+    with torch.no_grad(), sf.steer(llama, plan("after:ids:50")), sf.read(llama, probe) as read, edited(llama) as found:
+        llama(ids, past_key_values=cache, use_cache=True)
+        cache.crop(-4 if V5 else 6)
+        llama(ids[:, :3], past_key_values=cache, use_cache=True)
+    assert found == [["0001111111", "0000000000"], ["111", "000"]]
+    assert torch.equal(read["probe"].read, torch.ones(2, 9, dtype=torch.bool))
+
+
+def test_a_padded_second_turn_moves_no_end_of_the_prompt(llama: Any) -> None:
+    cache = DynamicCache(config=llama.config)
+    with torch.no_grad(), sf.steer(llama, plan("generated")), edited(llama) as found:
+        llama(IDS[:, :5], past_key_values=cache, use_cache=True)
+        llama(IDS[:, 5:], attention_mask=PADDED, past_key_values=cache, use_cache=True)
+        cache.crop(-3 if V5 else 7)
+        llama(IDS[:, 7:9], attention_mask=torch.ones(2, 9), past_key_values=cache, use_cache=True)
+    assert found == [["00000"] * 2, ["11111", "11100"], ["11"] * 2]
+
+
+@pytest.mark.parametrize("positions", ["-1", "last", "-2:", "when"])
+def test_an_end_that_has_been_passed_by_is_refused(llama: Any, positions: str) -> None:
+    """That a row ended in the first pass shows only in the second."""
+    cache = DynamicCache(config=llama.config)
+    with torch.no_grad(), sf.steer(llama, always() if positions == "when" else plan(positions), prompt_length=10):
+        llama(IDS[:, :8], attention_mask=PADDED[:, :8], past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match=r"prompt 1 has ended before this pass.* prompt_length= for each"):
+            llama(IDS[:, 8:], attention_mask=PADDED, past_key_values=cache, use_cache=True)
 
 
 def test_tokens_behind_the_prompt_may_be_taken_back(llama: Any) -> None:
@@ -180,20 +225,58 @@ def test_tokens_behind_the_prompt_may_be_taken_back(llama: Any) -> None:
     assert found == [["0" * 6] * 2, ["111"] * 2, ["11"] * 2]
 
 
-@pytest.mark.parametrize("positions", ["after:ids:50", "between:ids:50..51", "when", "read"])
-def test_rows_that_change_places_are_refused_where_it_matters_which_is_which(llama: Any, positions: str) -> None:
-    cache = DynamicCache(config=llama.config)
-    probe = sf.probes.LinearProbe(v(2), place=1)
+@pytest.mark.parametrize("cache_of", CACHES)
+@pytest.mark.parametrize("cut", [0, 2])
+@pytest.mark.parametrize("positions", ["after:ids:50", "between:ids:50..51", "when", "read", "rows", "lengths"])
+def test_rows_that_change_places_are_refused_where_it_matters_which_is_which(
+    llama: Any, positions: str, cut: int, cache_of: Any
+) -> None:
+    cache, probe = cache_of(llama.config), sf.probes.LinearProbe(v(2), place=1)
     steered = {
         "when": lambda: sf.steer(llama, always()),
         "read": lambda: sf.read(llama, probe),
+        "rows": lambda: sf.steer(llama, [plan(), None]),
+        "lengths": lambda: sf.steer(llama, plan("generated"), prompt_length=[10, 8]),
     }.get(positions, lambda: sf.steer(llama, plan(positions)))
     with torch.no_grad(), steered():
         llama(IDS, past_key_values=cache, use_cache=True)
-        llama(IDS[:, :1], past_key_values=cache, use_cache=True)
-        cache.reorder_cache(torch.tensor([1, 0]))
-        with pytest.raises(ValueError, match=r"reordered|rows of its cache have changed places"):
+        for _ in range(3):
             llama(IDS[:, :1], past_key_values=cache, use_cache=True)
+        if cut:
+            cache.crop(-cut if V5 else 13 - cut)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(ValueError, match=r"reordered|rows of this cache have changed places"):
+            llama(IDS[:, :1], past_key_values=cache, use_cache=True)
+
+
+def test_a_probe_of_prompts_keeps_what_it_read_of_rows_that_change_places(llama: Any) -> None:
+    cache, probe = DynamicCache(config=llama.config), sf.probes.LinearProbe(v(2), place=1)
+    with torch.no_grad(), sf.read(llama, probe, positions="prompt") as read:
+        llama(IDS, past_key_values=cache, use_cache=True)
+        before = read["probe"].last()
+        cache.reorder_cache(torch.tensor([1, 0]))
+        llama(IDS[:, :1], past_key_values=cache, use_cache=True)
+        assert torch.equal(read["probe"].last(), before)
+
+
+def test_keys_that_were_copied_are_still_those_of_their_rows(llama: Any) -> None:
+    ids, cache = IDS.clone(), DynamicCache(config=llama.config)
+    ids[0, 2] = 50
+    with torch.no_grad(), sf.steer(llama, plan("after:ids:50")), edited(llama) as found:
+        llama(ids, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        llama(ids[:, :2], past_key_values=cache, use_cache=True)
+        with llama.model.layers[2].register_forward_pre_hook(_fail), pytest.raises(MemoryError):
+            llama(ids[:, :3], past_key_values=cache, use_cache=True)
+        for layer in cache.layers:  # the pass had reached two of three layers
+            layer.keys, layer.values = layer.keys[:, :, :12], layer.values[:, :, :12]
+        llama(ids[:, :1], past_key_values=cache, use_cache=True)
+    assert [found[0], found[1], found[-1]] == [["0001111111", "0" * 10], ["11", "00"], ["1", "0"]]
+
+
+def _fail(*_: Any) -> None:
+    raise MemoryError
 
 
 def test_rows_that_change_places_are_steered_alike(llama: Any) -> None:
@@ -224,6 +307,8 @@ def test_packed_documents_are_refused_where_a_token_counts_in_its_text(llama: An
             llama(IDS[:1], use_cache=False, position_ids=AT)
     with torch.no_grad(), steered(), pytest.raises(ValueError, match="holds several documents"):
         llama(IDS[:1], use_cache=False, cu_seq_lens_q=torch.tensor([0, 4, 10]))
+    with torch.no_grad(), steered():  # beside a cache, position ids tell no documents apart
+        llama(IDS[:1], position_ids=AT)
 
 
 @pytest.mark.parametrize("positions", ["all", f"ids:{int(IDS[0, 1])},{int(IDS[0, 6])}"])
@@ -248,6 +333,66 @@ def test_a_generate_taken_before_the_plan_is_refused_where_its_prompt_counts(lla
     assert not torch.equal(announced, everywhere)
     with sf.steer(llama, plan()):
         assert torch.equal(llama.generate(IDS[:1], **GREEDY), everywhere)
+    with sf.steer(llama, plan("generated"), prompt_length=10):
+        assert torch.equal(kept(IDS[:1]), announced)
+
+
+def test_a_processor_steers_its_own_passes_inside_an_unsteered_generate(llama: Any) -> None:
+    class Asked(transformers.LogitsProcessor):
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            with sf.steer(llama, plan("generated"), prompt_length=10):
+                first = llama(ids, use_cache=False).logits[:, -1]
+            with sf.steer(llama, plan("!0:10")):
+                assert torch.equal(llama(ids, use_cache=False).logits[:, -1], first)
+            return first
+
+    with sf.steer(llama, plan("generated")):
+        wanted = llama.generate(IDS[:1], **GREEDY)
+    found = llama.generate(IDS[:1], logits_processor=transformers.LogitsProcessorList([Asked()]), **GREEDY)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_a_pass_that_began_before_the_plan_stays_as_it_was(llama: Any, threads: bool) -> None:
+    handles: list[Any] = []
+
+    def attach(*_: Any) -> None:
+        if handles:
+            return
+        if threads:
+            other = threading.Thread(target=lambda: handles.append(sf.steer(llama, plan())))
+            other.start()
+            other.join()
+        else:
+            handles.append(sf.steer(llama, plan()))
+
+    sf.steer(llama, plan()).remove()  # what the model does is known
+    with torch.no_grad(), llama.model.layers[0].register_forward_hook(attach):
+        plain = llama(IDS, use_cache=False).logits
+        steered = llama(IDS, use_cache=False).logits
+        handles[0].remove()
+        assert torch.equal(llama(IDS, use_cache=False).logits, plain)
+    assert not torch.equal(steered, plain)
+
+
+def test_a_pass_inside_a_pass_leaves_the_outer_one_as_it_was(llama: Any) -> None:
+    other, inner = token_ids(3, 4, 5), []
+
+    def run(*_: Any) -> None:
+        if not inner:
+            inner.append(None)
+            inner[0] = llama(other, use_cache=False).logits
+
+    cache = DynamicCache(config=llama.config)
+    with torch.no_grad(), sf.steer(llama, plan("last")) as handle:
+        alone, wanted = llama(other, use_cache=False).logits, llama(IDS, use_cache=False).logits
+        with llama.model.layers[0].register_forward_hook(run):
+            found = llama(IDS, past_key_values=cache, use_cache=True).logits
+        assert torch.equal(inner[0], alone)
+        torch.testing.assert_close(found, wanted)
+        before = handle.stats()
+        llama(IDS[:, :1], past_key_values=cache, use_cache=True)
+        assert handle.stats() == [before[0] + 2]
 
 
 def test_blocks_without_their_decoder_are_refused(llama: Any) -> None:

@@ -277,7 +277,7 @@ def test_a_prepared_model_eager_and_compiled(name: str) -> None:
         with sf.steer(model, plan, prompt_length=8):
             torch.testing.assert_close(whole(ids, use_cache=False).logits, bare, **CLOSE)
             assert count.graphs == 1
-            with pytest.raises(RuntimeError, match="counts a prompt's real tokens"):
+            with pytest.raises(RuntimeError, match="leaves out tokens of a prompt whose real tokens"):
                 whole(ids, attention_mask=mask, use_cache=False)
         with sf.steer(model, plan), pytest.raises(RuntimeError, match="pass prompt_length= to steer"):
             whole(ids, use_cache=False)

@@ -247,6 +247,7 @@ def test_texts_keep_the_order_of_the_rows_that_have_plans() -> None:
     mask = torch.zeros(4, max(len(TOKENIZER(text)["input_ids"]) for text in TEXTS[:4]), dtype=torch.bool)
     mask[2] = True
     plain = collect(model, TOKENIZER, TEXTS[:4], [1], progress=False)[1]
+    close(collect(model.model, TOKENIZER, TEXTS[:4], [1], progress=False)[1], plain)
     for steered in (
         lambda: sf.steer(model, [None, None, {1: sf.Add(v)}, None]),
         lambda: sf.steer(model, sf.Plan({1: sf.Add(v)}, mask)),
@@ -257,6 +258,9 @@ def test_texts_keep_the_order_of_the_rows_that_have_plans() -> None:
                 log_likelihoods(model, [Scored((5, 6, 7), 1)], [Dose()], 1)
         close(found[2], plain[2] + v)
         close(found[[0, 1, 3]], plain[[0, 1, 3]])
+    with sf.steer(model, [None, None, {1: sf.Add(v)}, None]):  # a part of the model, or a wrapper, has the same rows
+        found = collect(model.model, TOKENIZER, TEXTS[:4], [1], progress=False)[1]
+    close(found[2], plain[2] + v)
 
 
 def test_half_precision_is_stored_as_float32() -> None:

@@ -37,6 +37,7 @@ class Call:
         outer: Of that one, while it runs: the call to come back to.
         log: What probes have read of its text.
         scored: What probes have found in the running pass.
+        held: What passes of the same thread were doing when another began inside of them, the latest last.
     """
 
     gates: Gates
@@ -51,6 +52,7 @@ class Call:
     other: Call | None = None
     log: Log | None = None
     scored: Scored = field(default_factory=Scored)
+    held: list[tuple[Any, ...]] = field(default_factory=list)
     texts: Texts | None = None
     outer: Call | None = None
     start: int | Tensor = 0  # position of the running pass's first token
@@ -61,6 +63,18 @@ class Call:
     given_ids: Tensor | None = (
         None  # as that model was given them; None: it was given none, or the decoder is the model
     )
+
+    def hold(self) -> None:
+        """Another pass begins inside the running one."""
+        state = self.now, self.shape, self.prompt, self.table, self.start, self.seen, self.log, {*self.ran}
+        self.held.append((*state, self.gates.state()))
+
+    def go_on(self) -> None:
+        """That pass has ended."""
+        *state, gates = self.held.pop()
+        self.now, self.shape, self.prompt, self.table, self.start, self.seen, self.log, self.ran = state
+        self.gates.go_on(gates)
+        self.running = True
 
     @property
     def text(self) -> Log | None:

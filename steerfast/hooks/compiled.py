@@ -29,6 +29,24 @@ def _refuse(rows: Tensor) -> Tensor:
 
 _library.impl("unplaced", _refuse, "CompositeExplicitAutograd")
 torch.library.register_fake("steerfast::unplaced", torch.empty_like, lib=_library)
+_library.define("placed(Tensor rows, Tensor hidden, int nobody) -> Tensor")
+
+
+def _placed(rows: Tensor, hidden: Tensor, nobody: int) -> Tensor:
+    """Rows (batch, tokens, columns) of which none may be nobody's: on a CPU an error, on a device, which cannot raise, NaN."""
+    rows = torch.where(hidden[:, None, None], nobody, rows)
+    if rows.is_cpu and bool((rows == nobody).any()):
+        raise RuntimeError(
+            "steer: the attention_mask of this compiled pass leaves out tokens of a prompt whose real tokens are counted, which "
+            "a graph cannot follow: give a prompt_length= for each row that is padded on the right, or use generate"
+            if bool(hidden.any())
+            else "steer: this compiled pass has more rows than have been given plans, or lengths, or were announced"
+        )
+    return rows
+
+
+_library.impl("placed", _placed, "CompositeExplicitAutograd")
+torch.library.register_fake("steerfast::placed", lambda rows, hidden, nobody: torch.empty_like(rows), lib=_library)
 
 
 @dataclass(frozen=True)
@@ -79,8 +97,9 @@ class FixedTable:
         self.scale = torch.ones(room.batch, room.columns, dtype=torch.float32, device=device)
         self.text = FixedText(room.batch, room.length, room.slots, device)
         self.unplaced = False  # the positions need a prompt that only generate would show
-        self.counts = False  # they count a row's real tokens, of which a bare pass shows the mask alone
         self._nobody = room.slots  # beyond every bank, so that a row that is given it becomes NaN
+        # of each row the first tokens, and all of its prompt, in which padding would move what is counted from either end
+        self._front, self._whole = torch.zeros(2, room.batch, 1, dtype=torch.int64, device=device)
 
     @property
     def batch(self) -> int:
@@ -99,7 +118,9 @@ class FixedTable:
 
     def settle(self) -> None:
         """Bare passes are asked nothing: generate announces its batch, or nothing is attached."""
-        self.unplaced = self.counts = False
+        self.unplaced = False
+        self._front.zero_()
+        self._whole.zero_()
 
     def publish(self, table: Table, copies: int, told: Announced | None = None) -> None:
         """Copy a batch's table in, each of its rows `copies` times; `told`: what generate says of it.
@@ -133,7 +154,6 @@ class FixedTable:
         plans = [plan for one in attachments for plan in one.plans if plan is not None]
         latched = any(one.latched for one in attachments)
         self.unplaced = given is None and (latched or any(map(needs_prompt, plans)))
-        self.counts = (given is None or len(set(given)) == 1) and any(map(_counts, attachments))
         if self.unplaced or not attachments:
             return
         per_row = [len(one.plans) for one in attachments if one.per_row]
@@ -142,15 +162,13 @@ class FixedTable:
         valid = torch.ones(rows, 0 if lengths is None else int(lengths.max()), dtype=torch.bool, device="cpu")
         layers = [one.layer(rows) for one in attachments]
         self.publish(Table(Prompt(valid, lengths), layers, self.rows.device), copies=1)
+        if lengths is not None:
+            self._front[:rows] = max(map(counted_from_the_front, attachments))
+            if any(map(counts_from_the_end, attachments)):
+                self._whole[:rows, 0] = lengths.to(self._whole.device)
 
     def trace(self, start: Any, tokens: Tensor, mask: Any) -> Pass:
         """The pass over `tokens` (batch, tokens, …) as a part of the graph."""
-        if mask is not None and self.counts:
-            raise RuntimeError(
-                "steer: what is attached counts a prompt's real tokens, and a compiled pass outside generate does not see which "
-                "of them its attention_mask leaves out: leave the mask out where nothing is padded, give a prompt_length= for "
-                "each row that is padded on the right, or use generate"
-            )
         batch, count = tokens.shape[:2]
         if self.text:
             self.follow(start, tokens, mask)
@@ -172,19 +190,39 @@ class FixedTable:
             raise ValueError(f"steer: a batch of {batch}; prepare made room for {self.batch}")
         position = start + torch.arange(tokens, device=self.rows.device)
         rows = self.rows[:batch, position.clamp(max=self.rows.shape[1] - 1)]
-        if mask is not None:
+        if mask is None:
+            hidden = torch.zeros(batch, dtype=torch.bool, device=rows.device)
+        else:
             rows = torch.where(_shown(mask, start, tokens)[..., None], rows, -1)
+            column, real = torch.arange(mask.shape[1], device=rows.device), mask != 0
+            hidden = (~real & (column < self._front[:batch])).any(1)
+            ended = real[:, :-1] & ~real[:, 1:] & (column[1:] < self._whole[:batch])
+            hidden = hidden | ended.any(1)
+        rows = torch.ops.steerfast.placed(rows, hidden, self._nobody)
         scale = self.scale[:batch, None].expand(batch, tokens, self.columns)
         return Pass(None, rows.reshape(-1, self.columns), scale.reshape(-1, self.columns))
 
 
-def _counts(one: Attachment) -> bool:
-    """Whether what is attached counts the real tokens of a prompt."""
-    rules = (rule_of(plan) for plan in one.plans if plan is not None)
+def counted_from_the_front(one: Attachment) -> int:
+    """How many of a prompt's first real tokens are told apart."""
+    tokens = (len(slots) for slots in one.by_token.values())
+    return max([0, *tokens, *(number + 1 for number in _bounds(one) if number >= 0)])
+
+
+def counts_from_the_end(one: Attachment) -> bool:
+    """Whether what is attached counts a prompt's real tokens from the last one back."""
+    return bool(one.latched) or any(number < 0 for number in _bounds(one))
+
+
+def _bounds(one: Attachment) -> list[int]:
+    """The indices, and the ends of windows, that positions name; "last" is -1, and a window that begins with 0 with no token."""
+    rules = [rule_of(plan) for plan in one.plans if plan is not None]
     leaves = {leaf for rule in rules if isinstance(rule, Selector) for leaf in rule.leaves}
-    return bool(one.by_token or one.latched) or any(
-        isinstance(leaf, (Index, Window)) or leaf == _LAST for leaf in leaves
-    )
+    found = [leaf.at for leaf in leaves if isinstance(leaf, Index)]
+    for leaf in leaves:
+        if isinstance(leaf, Window):
+            found += [number for number in (leaf.first or None, leaf.stop) if number is not None]
+    return [*found, -1] if _LAST in leaves else found
 
 
 def _shown(mask: Tensor, start: Any, tokens: int) -> Tensor:

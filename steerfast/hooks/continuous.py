@@ -22,7 +22,7 @@ GRAPHS = (
 
 SHARED = (
     "steer: this manager of continuous batching was made before the model was steered, and gives a request the keys and values "
-    "that another has computed for the same tokens, under whatever plan; make it while the plan is active, or pass "
+    "that another has computed for the same tokens, under whatever plan; make another while the plan is active, or pass "
     "continuous_batching_config=ContinuousBatchingConfig(allow_block_sharing=False)"
 )
 

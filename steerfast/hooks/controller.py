@@ -18,7 +18,7 @@ from steerfast.bank import Bank, Runs
 from steerfast.edits.base import Intervention
 from steerfast.edits.columns import numbered
 from steerfast.edits.conditions import When
-from steerfast.models.layers import CONTROLLER, Layers, find_layers, refuse_flat, stream_storage
+from steerfast.models.layers import Layers, find_layers, refuse_flat, stream_storage
 from steerfast.models.proof import Proof, prove, refuse_split
 from steerfast.ops.backends import STEP_SIZES
 from steerfast.place import Place
@@ -35,6 +35,7 @@ from .fixed import FixedProbe
 from .generation import announced
 from .passes import Passes
 
+_ATTRIBUTE = "_steerfast"
 _COMPILED = "{}: the model is already compiled, so a new hook would be ignored; call prepare(model) before that"
 
 LOCK = threading.RLock()
@@ -44,7 +45,7 @@ LOCK = threading.RLock()
 def known_controller(model: nn.Module) -> Controller | None:
     """The controller of a model that is steered or prepared; None for any other."""
     inner = getattr(model, "_orig_mod", model)
-    return vars(inner).get(CONTROLLER) if isinstance(inner, nn.Module) else None
+    return vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
 
 
 def controller_of(model: nn.Module, caller: str = "steer") -> Controller:
@@ -83,11 +84,6 @@ class Controller:
         """Whether the model has its dispatchers for good, so that a compiled graph may hold them."""
         return self.passes.fixed is not None
 
-    @property
-    def by_row(self) -> bool:
-        """Whether something attached tells the rows of a batch apart."""
-        return any(one.by_row for one in self.attachments)
-
     # --- plans come and go -------------------------------------------------------------------------------------------
 
     def check(self, plan: Plan, caller: str = "steer") -> None:
@@ -113,7 +109,7 @@ class Controller:
         """Give each plan its slots, the same in every layer, and start steering."""
         layouts = [layout_of(plan, self.layers) for plan in new.plans]
         wanted: dict[Place, dict[int, Intervention]] = {}
-        vars(self.model)[CONTROLLER] = self
+        vars(self.model)[_ATTRIBUTE] = self
         try:
             for columns in layouts:
                 width = sum(column.slots for column in columns)
@@ -186,7 +182,7 @@ class Controller:
             dispatcher.hook.remove()
         self.dispatchers.clear()
         self.passes.unwatch()
-        vars(self.model).pop(CONTROLLER, None)
+        vars(self.model).pop(_ATTRIBUTE, None)
 
     def _shadow(self) -> None:
         """Put our entries of generation in front of the model's, on the instance."""
@@ -250,7 +246,7 @@ class Controller:
         self.passes.fixed = fixed
         self.passes.counts.make_room(room.slots + 2, self.passes.device)
         self.passes.watch()
-        vars(self.model)[CONTROLLER] = self
+        vars(self.model)[_ATTRIBUTE] = self
 
     def _read_by(self, name: str, probe: Probe) -> Place:
         """Where a probe of `prepare` is read."""

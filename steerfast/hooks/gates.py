@@ -76,6 +76,16 @@ class Gates:
         """Whether some condition must see every token."""
         return any(when.condition.release is not None for when, _ in self._conditions.values())
 
+    def state(self) -> tuple[Any, ...]:
+        """What the running pass has come to."""
+        return self._pass, self.asks, {slot: gate.open for slot, gate in self._known.items()}
+
+    def go_on(self, state: tuple[Any, ...]) -> None:
+        """Come back to a pass."""
+        self._pass, self.asks, opened = state
+        for slot, gate in self._known.items():
+            gate.open = opened.get(slot)
+
     def begin(self, table: Table, start: int | Tensor, tokens: int, batch: int) -> None:
         """A forward pass over positions [start, start + tokens) of every row begins."""
         self._pass = table, start, tokens, batch
@@ -140,11 +150,10 @@ class Gates:
         known = memory is not None and prompt.is_text_of(gate.prompt) and memory.open.shape[0] == batch
         if memory is None or not known or (isinstance(start, int) and start == 0):
             if prompt.reorders:
-                raise ValueError(
-                    f"steer: {gate.when!r} must know the tokens before each one, and beam search hands rows from one to the "
-                    "other, as a cache does that is reordered; sample instead, or leave release out"
-                )
+                raise _reordered(gate)
             memory = gate.memory = Memory(torch.zeros(batch, 1, dtype=torch.bool, device=device), 0)
+        if prompt.moved:
+            raise _reordered(gate)
         gate.prompt = prompt
         first = start if isinstance(start, int) else (int(start) if not memory.reached else 0)
         if first > memory.reached:
@@ -180,6 +189,8 @@ class Gates:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """What was latched before, the rows that this pass decides (None: only the device knows), where prompts end."""
         ends = table.ends.repeat_interleave(batch // table.prompt.batch)
+        if table.prompt.moved:
+            raise _reordered(gate)
         if not table.prompt.is_text_of(gate.prompt) or gate.latch is None or gate.latch.shape[0] != batch:
             gate.latch = torch.zeros(batch, dtype=torch.bool, device=device)
             gate.decided = torch.zeros(batch, dtype=torch.bool, device="cpu")
@@ -189,12 +200,18 @@ class Gates:
             here = ((ends >= start) & (ends < start + tokens)).nonzero().flatten()
             gate.decided[here] = True
             if bool((~gate.decided & (ends < start) & (ends >= 0)).any()):  # -1: a row without a token decides nothing
-                moved = ", or rows of its cache have changed places since" if table.prompt.reorders else ""
                 raise ValueError(
-                    f"steer: {gate.when!r} is decided at the last prompt token, which lies before this forward pass{moved}; run "
+                    f"steer: {gate.when!r} is decided at the last prompt token, which lies before this forward pass; run "
                     "the prompt while the plan is active, or use WhenToken"
                 )
             if isinstance(self._pass[1], int):  # type: ignore[index]  # a pass is running
                 return gate.latch, here, ends
         gate.decided = None
         return gate.latch, None, ends
+
+
+def _reordered(gate: Gate) -> ValueError:
+    return ValueError(
+        f"steer: {gate.when!r} must know which row is which, and beam search hands rows from one to the other, as a cache "
+        "does that is reordered; sample instead, or use WhenToken without release"
+    )

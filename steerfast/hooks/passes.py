@@ -33,6 +33,7 @@ from .compiled import FixedTable
 from .continuous import pass_for_all
 from .counts import Counts
 from .fixed import Announced
+from .frames import is_inside
 from .gates import Conditions, Gates
 from .generation import Announcement, by_name, tokens_of
 from .positions import IDLE, Owners, Pass, Table
@@ -89,6 +90,11 @@ class Passes:
     def device(self) -> torch.device:
         """Where the stream enters the first block, and where tables are needed."""
         return stream_storage(self._layers.blocks[0], self._model)[1]
+
+    @property
+    def by_row(self) -> bool:
+        """Whether something attached tells the rows of a batch apart."""
+        return any(one.by_row for one in self.attachments)
 
     @property
     def width(self) -> int:
@@ -256,7 +262,7 @@ class Passes:
         if torch.compiler.is_compiling() or not self.attachments:
             return
         inputs, call = by_name(names, args, kwargs), self.threads.call
-        call.running = False
+        call.running = call.running and is_inside(self.decoder)
         call.given_mask = inputs.get("attention_mask")
         ids = inputs.get("input_ids")
         call.given_ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
@@ -273,9 +279,8 @@ class Passes:
             return
         self._decided = True
         call = self.latest = self.threads.call
+        self._set_aside(call)
         call.ran.clear()
-        if call.running:  # the last pass was broken off where no hook runs behind it
-            call.running, call.given_mask, call.given_ids = False, UNSEEN, None
         if not self.attachments:
             call.now = self.traced = IDLE
             self._unattached(by_name(self._names, args, kwargs))
@@ -342,6 +347,10 @@ class Passes:
             for one in self.attachments:
                 one.check_order(table.prompt.reorders)
             call.log = Log(table.prompt, batch, self.device, ((), None) if told is None else (told.eos, told.pad))
+        elif table.prompt.moved and not call.log.prompt.moved:
+            for one in self.attachments:
+                one.check_order(reorders=True)
+        call.log.prompt = table.prompt
         if cache is not None:
             call.log.cache = weakref.ref(cache)
         call.log.begin(start, count, ids, self.recorders)
@@ -371,13 +380,31 @@ class Passes:
         if (torch.compiler.is_compiling() and not decided) or not self.attachments:
             return
         call = self.threads.call
-        call.running = False
+        try:
+            self._close(call, output)
+        finally:
+            call.running = False
+            if call.outer is not None:
+                call, call.outer = call.outer, None
+            self.threads.call = call
+            if call.held:
+                call.go_on()
+
+    def _set_aside(self, call: Call) -> None:
+        """A pass is about to begin: is another one of this thread still running around it?"""
+        if call.running and is_inside(self.decoder):
+            call.hold()
+            return
+        if call.running:  # the last pass was broken off where no hook runs behind it
+            call.running, call.given_mask, call.given_ids = False, UNSEEN, None
+        call.held.clear()
+
+    def _close(self, call: Call, output: Any) -> None:
+        """A pass has ended."""
         if self.conditions or self.recorders:
             call.scored.clear()  # it holds the stream
         if call.ran or self.fixed is not None:  # compiled blocks do not say that they ran
             self._count(call)
-        if call.outer is not None:
-            self.threads.call, call.outer = call.outer, None
         if call.prompt is None or (call.batch is not None and call.batch.caches):
             return
         found = cache_in(output) if isinstance(output, Mapping) else None
@@ -386,7 +413,7 @@ class Passes:
         if call.batch is not None:  # a cache that the decoder has made itself
             call.batch.caches[id(found[1])] = found[1]
         else:
-            self._texts.keep(call.prompt, found[1])
+            self._texts.keep(call, call.prompt, found[1])
 
     def _trace(self, inputs: dict[str, Any]) -> Pass:
         """The pass as a part of the compiled graph: a gather from the table that `announce` or `refresh` fills."""
@@ -443,7 +470,9 @@ class Passes:
         if call.prompt is not None and prompt.is_text_of(call.prompt):
             return self._table_for(call, prompt)
         keeps = bool(self.conditions or self.recorders)  # what is decided and read of one text is not another's
-        again = not keeps and call.table is not None and not call.table.remembers and _same(call.table.prompt, prompt)
+        again = (
+            not keeps and call.table is not None and not call.table.remembers and prompt.looks_like(call.table.prompt)
+        )
         return self._table_for(call, call.table.prompt if again else prompt)  # type: ignore[union-attr]
 
     def _remembers(self) -> bool:
@@ -485,11 +514,3 @@ def _mask(inputs: dict[str, Any], given: Any) -> Any:
     if given is UNSEEN or (isinstance(mask, Tensor) and mask.dim() == 2):
         return mask
     return given  # handed on as a prepared mask, or not at all
-
-
-def _same(one: Prompt, other: Prompt) -> bool:
-    if (one.starts is None) != (other.starts is None) or one.virtual != other.virtual:
-        return False
-    if not torch.equal(one.valid, other.valid):
-        return False
-    return one.starts is None or other.starts is None or torch.equal(one.starts, other.starts)

@@ -34,7 +34,7 @@ from steerfast._positions import (
 )
 
 from .bookkeeping import bookkeeping
-from .prompts import Memory, Prompt, Rule, allowed, by_token, copies_of, real_tokens, with_later
+from .prompts import Memory, Prompt, Rule, allowed, by_token, copies_of, last_tokens, real_tokens, with_later
 
 Owners = tuple[tuple[int, float], ...]
 """(slot, scale) applied to a token, left to right."""
@@ -132,13 +132,11 @@ class Table:
     def ends(self) -> Tensor:
         """int64 (batch,): the position of each prompt's last real token."""
         if self._ends is None:
-            starts = self.prompt.starts
-            if starts is None:
+            if self.prompt.starts is None:
                 raise ValueError(
                     "steer: a condition needs the prompt's length; pass prompt_length= to steer, or use generate"
                 )
-            here = torch.arange(self.prompt.valid.shape[1], device="cpu")
-            self._ends = torch.where(self.prompt.valid & (here < starts[:, None]), here, -1).amax(1)
+            self._ends = last_tokens(self.prompt)
         return self._ends
 
     def ends_in(self, start: int | Tensor, tokens: int) -> bool:

@@ -61,6 +61,7 @@ class Prompt:
         ids: The tokens of a prompt that was announced before any of it ran; None: they are seen as they run.
         reorders: Whether rows may change places after the prompt, as beams do.
         memories: What selectors remember of its tokens, by leaf and number of rows; by it a text is known.
+        moved: Whether rows have changed places since, each with the text of another.
         virtual: Positions in front that hold no token of the text (soft prompts): "all" has them, the prompt does not.
     """
 
@@ -70,6 +71,7 @@ class Prompt:
     reorders: bool = False
     memories: dict[tuple[Leaf, int], Memory] = field(default_factory=dict)
     virtual: int = 0
+    moved: bool = False
 
     @property
     def batch(self) -> int:
@@ -79,6 +81,14 @@ class Prompt:
     def is_text_of(self, other: Prompt | None) -> bool:
         """Whether the other is the same batch of texts, of which more or less of the padding is known."""
         return other is not None and self.memories is other.memories
+
+    def looks_like(self, other: Prompt) -> bool:
+        """Whether all positions mean in the other what they mean here."""
+        if (self.starts is None) != (other.starts is None) or self.virtual != other.virtual:
+            return False
+        if not torch.equal(self.valid, other.valid):
+            return False
+        return self.starts is None or other.starts is None or torch.equal(self.starts, other.starts)
 
     def behind(self, virtual: int) -> Prompt:
         """The same prompt behind so many virtual tokens."""
@@ -153,6 +163,14 @@ def by_token(prompt: Prompt, row: int, slots: tuple[int, ...]) -> Tensor:
     owners = torch.full((prompt.valid.shape[1] + 1,), -1, dtype=torch.int32, device="cpu")
     owners[real] = torch.tensor(slots[: len(real)], dtype=torch.int32, device="cpu")
     return owners
+
+
+def last_tokens(prompt: Prompt) -> Tensor:
+    """int64 (batch,): the position of each prompt's last real token; -1 where it has none, or its length is not known."""
+    if prompt.starts is None:
+        return torch.full((prompt.batch,), -1, device="cpu")
+    here = torch.arange(prompt.valid.shape[1], device="cpu")
+    return torch.where(prompt.valid & (here < prompt.starts[:, None]), here, -1).amax(1)
 
 
 def _check_indices(prompt: Prompt, row: int, rule: Selector) -> None:

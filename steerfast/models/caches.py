@@ -29,8 +29,9 @@ def cache_in(values: Mapping[str, Any]) -> tuple[str, Any] | None:
 def first_keys(cache: Any) -> Tensor | None:
     """The keys of the first layer of a cache that holds any; a cache whose rows change places gets other ones."""
     own = getattr(cache, "self_attention_cache", cache)
-    found = (getattr(layer, "keys", None) for layer in getattr(own, "layers", ()))
-    return next((keys for keys in found if isinstance(keys, Tensor)), None)
+    found = [getattr(layer, "keys", None) for layer in getattr(own, "layers", ())]
+    found += getattr(own, "key_cache", ())  # hybrids of transformers 4; an empty tensor where a layer has none
+    return next((keys for keys in found if isinstance(keys, Tensor) and keys.dim() > 1), None)
 
 
 def keeps_cache(model: nn.Module, decoder: nn.Module) -> bool:

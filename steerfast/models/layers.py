@@ -23,8 +23,6 @@ from .points import Point, Unresolved, added_point, has_matrix, head_point
 
 IDS = ((5, 6, 7), (5, 6, 8))
 """What a short forward reads: two rows of three tokens, so that axes tell each other apart; the rows differ in the last."""
-CONTROLLER = "_steerfast"
-"""Under this name a model that is steered holds what its hooks know of it."""
 _UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors of a model that is given token ids and wants something else."""
 _MACHINE = re.compile(
@@ -308,7 +306,8 @@ def _brought_to(module: nn.Module) -> torch.device | None:
 
 def steered_by_row(model: Any) -> bool:
     """Whether the rows of a batch have plans, positions or lengths of their own, or are read: their order then counts."""
-    return bool(getattr(vars(getattr(model, "_orig_mod", model)).get(CONTROLLER), "by_row", False))
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any(getattr(getattr(hook, "__self__", None), "by_row", False) for hook in hooks)
 
 
 def refuse_rows(model: Any, caller: str) -> None:
