@@ -283,7 +283,8 @@ def copied(name: str, tmp_path: Path) -> Path:
 def test_an_old_sweep_is_not_measured_again(idle: nn.Module, tmp_path: Path) -> None:
     # an old file holds no null, which would be drawn now
     grid = dataclasses.replace(GRID, draws=0)
-    found = sf.sweep(idle, Letters(), SIDES, PROBE, grid, out=copied("sweep", tmp_path), progress=False)
+    with pytest.warns(UserWarning, match="does not say its model's weights and dtype"):
+        found = sf.sweep(idle, Letters(), SIDES, PROBE, grid, out=copied("sweep", tmp_path), progress=False)
     assert_same(found, "sweep")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -195,7 +197,7 @@ def test_another_sweep_or_a_damaged_file_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"with other probe, unit"):
         swept(out=tmp_path, question=Question(("other",), (" a",), (" b",)), grid=Grid((0,), (1.0,), unit="vector"))
     assert (tmp_path / "sweep.json").read_bytes() == before
-    for content, message in ((b"{", "is not JSON"), (b'{"kind": "other"}', "is no sweep of schema 1 to 2")):
+    for content, message in ((b"{", "is not JSON"), (b'{"kind": "other"}', "is no sweep of schema 1 to 3")):
         (tmp_path / "sweep.json").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             swept(out=tmp_path)
@@ -214,6 +216,23 @@ def test_another_sae_of_the_same_shape_is_another_sweep(tmp_path: Any) -> None:
     assert repr(other) == repr(grid.sae)
     with pytest.raises(ValueError, match="measured with other sae"):
         swept(out=tmp_path, grid=dataclasses.replace(grid, sae=other), sides=MORE)
+
+
+def test_another_models_cells_are_not_taken(tmp_path: Any) -> None:
+    """Models of one class, size and name differ in their weights, or in their dtype."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    swept(out=whole)
+    swept(out=part, grid=dataclasses.replace(GRID, part=(1, 2)))
+    other = copy.deepcopy(build("llama"))
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    for folder in (whole, part):
+        with pytest.raises(ValueError, match="was measured with other weights; choose another directory"):
+            sweep(other, Letters(), SIDES, QUESTION, GRID, folder, progress=False)
+    exact = copy.deepcopy(build("llama")).bfloat16().float()  # the same numbers in either dtype
+    sweep(exact, Letters(), SIDES, QUESTION, GRID, tmp_path / "dtype", progress=False)
+    with pytest.raises(ValueError, match="was measured with other dtype; choose another directory"):
+        sweep(exact.bfloat16(), Letters(), SIDES, QUESTION, GRID, tmp_path / "dtype", progress=False)
 
 
 def test_a_part_without_cells(tmp_path: Any) -> None:
@@ -341,11 +360,15 @@ def test_a_file_without_nulls_is_continued(tmp_path: Any) -> None:
     file = tmp_path / "sweep.json"
     text = json.loads(file.read_text())
     text["schema"] = 1
+    asked = {name: value for name, value in text["question"].items() if name not in ("weights", "dtype")}
+    text["question"] = asked
+    text["key"] = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     del text["null"]
     for entry in [text["baseline"], *text["cells"]]:
         del entry["factor"]
     file.write_text(json.dumps(text))
-    again = swept(out=tmp_path)
+    with pytest.warns(UserWarning, match="does not say its model's weights and dtype; they count as these"):
+        again = swept(out=tmp_path)
     assert [(c.method, c.layer, c.strength, c.effect) for c in again] == [
         (c.method, c.layer, c.strength, c.effect) for c in found
     ]

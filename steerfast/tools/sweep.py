@@ -34,6 +34,7 @@ from steerfast.models.layers import evaluating, find_layers
 from steerfast.models.texts import TextReader
 from steerfast.place import SITES
 from steerfast.plan import card
+from steerfast.sae.place_reader import weights_digest
 
 from .flow_plot import require_matplotlib
 from .sweep_edits import METHODS, SEVERAL_LAYERS, UNITS, Trial, control
@@ -217,8 +218,9 @@ def sweep(
         question: What is measured.
         grid: What is tried.
         out: Directory of `sweep.json`, to which every finished cell is added; a directory that holds an unfinished
-            sweep of the same texts is continued, also with a larger grid. Parts have files of their own there; the whole
-            grid then takes what they hold, and measures what is missing. None: nothing is written.
+            sweep of the same texts and the same model, its weights and dtype, is continued, also with a larger grid. Parts have
+            files of their own there; the whole grid then takes what they hold, and measures what is missing. None: nothing is
+            written.
         batch_size: Texts per forward; cells share a batch.
         progress: Show a progress bar on stderr.
 
@@ -246,7 +248,7 @@ def sweep(
         raise ValueError(f"sweep: sides must be (texts with the property, texts without it), got {len(sides)} items")
     both = [texts_of("sweep", "sides", side) for side in sides]
     # Files of schema 1 name the question "probe".
-    origin = {"site": grid.site, "model": vars(card(model))}
+    origin = {"site": grid.site, "model": vars(card(model)), "weights": weights_digest(model), "dtype": _dtype(model)}
     settings = {"sides": both, "probe": asdict(question), "unit": grid.unit, **origin}
     if grid.sae is not None:
         settings["sae"] = grid.sae.fingerprint
@@ -331,6 +333,11 @@ def _nulled(store: Store, run: _Run, trial: Trial, best: Cell, grid: Grid) -> tu
     null = Null.of(best.effect - baseline, effects[: grid.draws], effects[grid.draws :])
     store.keep_null(best, null)
     return best, null
+
+
+def _dtype(model: nn.Module) -> str:
+    """The dtypes of a model's weights."""
+    return ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}))
 
 
 def _bar(total: int, done: int, progress: bool) -> Any:

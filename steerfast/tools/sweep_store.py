@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from steerfast._checks import warn_user
 from steerfast._null import Null
 from steerfast.files.replace import replace_file
 
-SCHEMA = 2
-"""Files of schema 1 hold no nulls and no factors."""
+SCHEMA = 3
+"""Files of schema 1 hold no nulls and no factors; before schema 3 none says of which weights, in which dtype, its cells are."""
 KIND = "steerfast.sweep"
 
 
@@ -52,7 +53,7 @@ class Store:
         name = "sweep.json" if part == (1, 1) else f"sweep.{part[0]}of{part[1]}.json"
         self.path = None if folder is None else folder / name
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        self.key = _key(self.settings)
         self.cells: dict[tuple[str, int, float], Cell] = {}
         self.baseline: Cell | None = None
         self.null: tuple[Cell, Null] | None = None
@@ -91,15 +92,18 @@ class Store:
             text = json.loads(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"sweep: {path} is not JSON ({error}); choose another directory") from None
-        if not isinstance(text, dict) or text.get("kind") != KIND or text.get("schema") not in (1, SCHEMA):
+        if not isinstance(text, dict) or text.get("kind") != KIND or text.get("schema") not in range(1, SCHEMA + 1):
             raise ValueError(f"sweep: {path} is no sweep of schema 1 to {SCHEMA}; choose another directory")
-        if text.get("key") != self.key:
+        asked = {n: v for n, v in self.settings.items() if text["schema"] == SCHEMA or n not in ("weights", "dtype")}
+        if text.get("key") != _key(asked):
             old = text.get("question")
-            differs = [
-                name for name, value in self.settings.items() if not isinstance(old, dict) or old.get(name) != value
-            ]
+            differs = [name for name, value in asked.items() if not isinstance(old, dict) or old.get(name) != value]
             raise ValueError(
                 f"sweep: {path} was measured with other {', '.join(differs) or 'texts'}; choose another directory"
+            )
+        if asked != self.settings:
+            warn_user(
+                f"sweep: {path}, of an older version, does not say its model's weights and dtype; they count as these"
             )
         try:
             self.baseline = self.baseline if text["baseline"] is None else _cell(text["baseline"])
@@ -108,6 +112,10 @@ class Store:
                 self.null = _cell(null["cell"]), Null.restore(null["null"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"sweep: {path} is damaged ({error!r}); delete it, or choose another directory") from None
+
+
+def _key(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _numbers(cell: Cell) -> dict[str, Any]:
