@@ -20,7 +20,7 @@ from steerfast.cli import demo, demo_prompts, shared
 from steerfast.cli import main as cli
 from steerfast.cli.generate import GAP, _Columns
 from steerfast.directions.trained import train
-from steerfast.models.layers import find_layers
+from steerfast.models.layers import Layers, find_layers
 from steerfast.place import Origin
 from steerfast.tools import check as proofs
 
@@ -184,10 +184,10 @@ def test_texts_come_from_files(saved, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
-    [("8", [8]), ("-1", [-1]), ("6,8", [6, 8]), ("6-9", [6, 7, 8, 9]), ("middle", [5]), ("all", list(range(10)))],
+    [("8", [8]), ("-1", [9]), ("6,8", [6, 8]), ("6-9", [6, 7, 8, 9]), ("middle", [5]), ("all", list(range(10)))],
 )
 def test_layers_are_read(spec: str, expected: list[int]) -> None:
-    assert shared.layers(spec, 10) == expected
+    assert shared.layers(spec, Layers((torch.nn.Identity(),) * 10, "layers", 8, "Ten")) == expected
 
 
 def test_generate_streams_both_texts(saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,6 +327,12 @@ def test_fit_by_other_methods(flowing, method: str, tmp_path: Path, capsys: pyte
         ("clamp", ["--set", "low"], "--set: cannot read 'low'; write NAME=VALUE, such as low=1"),
         ("clamp", ["--set", "level=1"], "'clamp' has no setting 'level'; it has low, high, keep_norm"),
         ("clamp", ["--layer", "0,1"], "--layer: '0,1' names 2 layers"),
+        (
+            "clamp",
+            ["--layer", "-4"],
+            "--layer: layer -4 is out of range; this model (LlamaForCausalLM) has 3 layers, 0 to 2",
+        ),
+        ("loreft", ["--layer", "-4"], "--layer: layer -4 is out of range; this model (LlamaForCausalLM) has 3 layers"),
         ("clamp", ["--plot", "x.png"], "--plot: draws a flow, and the method is clamp"),
         ("amplify", [], "--sae: amplify edits features of an SAE; give its path"),
         ("clamp", ["--sae", "sae"], "--sae: clamp edits no features of an SAE; leave it out"),

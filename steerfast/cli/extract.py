@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from steerfast.models.layers import find_layers
     from steerfast.plan import Plan
 
-    layers = shared.layers(args.layers, find_layers(model, "extract").count)
+    layers = shared.layers(args.layers, find_layers(model, "extract"))
     sides = [
         collect(model, tokenizer, texts, layers, position, args.site, progress=sys.stderr.isatty())
         for texts in (positive, negative)

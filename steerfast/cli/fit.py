@@ -76,15 +76,15 @@ def run(args: argparse.Namespace) -> int:
     positive, negative = shared.texts("--positive", args.positive), shared.texts("--negative", args.negative)
     position = shared.position(args.position)
     model, tokenizer = shared.load(args)
-    count = find_layers(model, "fit").count
-    layers = shared.layers(args.layer, count, "--layer")
+    blocks = find_layers(model, "fit")
+    layers = shared.layers(args.layer, blocks, "--layer")
     if len(layers) != 1:
         raise ValueError(f"--layer: {args.layer!r} names {len(layers)} layers; an intervention is fitted on one")
-    layer = layers[0] + count if layers[0] < 0 else layers[0]
+    (layer,) = layers
     if args.method in TRAINED:
         edit = trained.train(args.method, model, tokenizer, positive, negative, layer, **settings)
     else:
-        read = range(count) if args.method in SEVERAL_LAYERS else layers
+        read = range(blocks.count) if args.method in SEVERAL_LAYERS else layers
         sides = [
             collect(model, tokenizer, texts, read, position, args.site, progress=sys.stderr.isatty())
             for texts in (positive, negative)

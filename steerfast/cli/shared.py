@@ -111,12 +111,12 @@ def sae(path: Path) -> Any:
     return SAE.load(path)
 
 
-def layers(spec: str, count: int, option: str = "--layers") -> list[int]:
-    """Layers of "8", "-1", "6,8", "6-12", "all" or "middle"."""
+def layers(spec: str, blocks: Any, option: str = "--layers") -> list[int]:
+    """0-based layers of "8", "-1", "6,8", "6-12", "all" or "middle", of what `find_layers` gives."""
     if spec == "middle":
-        return [count // 2]
+        return [blocks.count // 2]
     if spec == "all":
-        return list(range(count))
+        return list(range(blocks.count))
     found: list[int] = []
     for part in spec.split(","):
         first, dash, last = part.strip().rpartition("-")
@@ -126,7 +126,7 @@ def layers(spec: str, count: int, option: str = "--layers") -> list[int]:
             raise ValueError(f"{option}: cannot read {spec!r}; write 8, -1, 6,8, 6-12, all or middle") from None
     if not found:
         raise ValueError(f"{option}: {spec!r} names no layer; the first comes before the last")
-    return found
+    return [blocks.resolve(layer, option) for layer in found]
 
 
 def position(value: str) -> str | int:

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     question = Question(tuple(read["prompts"]), tuple(read["wanted"]), tuple(read["unwanted"]), neutral)
     sae = None if args.sae is None else shared.sae(args.sae)
     model, tokenizer = shared.load(args)
-    layers = shared.layers(args.layers, find_layers(model, "sweep").count)
+    layers = shared.layers(args.layers, find_layers(model, "sweep"))
     grid = Grid(
         tuple(layers), tuple(args.strengths), tuple(args.methods), args.unit, args.site, sae, args.damage, args.draws,
         args.part,
