@@ -16,8 +16,12 @@ from transformers import PreTrainedTokenizerFast
 
 import steerfast as sf
 from steerfast.cli import shared
+from steerfast.cli.refusal import _xstest
 from steerfast.models.texts import TextReader
 from steerfast.sae.contexts import Contexts
+from steerfast.sae.documents import read_documents
+from steerfast.sae.training.corpus import read_texts
+from steerfast.tools.evaluate import read_choices
 
 TEXTS = ["w3 w4 w5 w6 w7", "w8 w9", "w10 w11 w12"]
 TEMPLATE = "<s> {% for m in messages %}{{ m['content'] }} w99 {% endfor %}{% if add_generation_prompt %}w98{% endif %}"
@@ -162,6 +166,51 @@ def test_smollm2_adds_none_and_nothing_changes() -> None:
         for text in (chat, "<|im_start|><|im_start|>user", "I hate you", " 1234<|im_end|>"):
             assert reader.ids(text) == tokenizer(text)["input_ids"] == reader.beginning(text)
             assert reader.own([text]) == [tokenizer(text)["input_ids"]]
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+def test_text_files_are_read_by_one_rule(tmp_path: Path) -> None:
+    """Without a byte order mark; a line ends with \\n or \\r\\n and nowhere else, and stands as it is."""
+    file = tmp_path / "a.txt"
+    for raw, lines in (
+        (BOM + b"one\r\ntwo\r\n", ["one", "two"]),
+        (b" kind\n good \n \n\nbad", [" kind", " good ", "bad"]),
+        ("a\u2028b\nc\x85d\x0ce\rf\n".encode(), ["a\u2028b", "c\x85d\x0ce\rf"]),
+    ):
+        file.write_bytes(raw)
+        assert shared.texts("--wanted", [f"@{file}"]) == lines
+        assert next(iter(read_documents(file))).split("\n")[0] == lines[0].strip()
+    file.write_bytes(BOM + b"one\r\nmore\r\n\r\ntwo\r\n")
+    assert list(read_documents(file)) == read_texts(file) == ["one\nmore", "two"]
+    (tmp_path / "a.jsonl").write_bytes(BOM + '"a\u2028b"\r\n{"text": "c"}'.encode())
+    assert list(read_documents(tmp_path / "a.jsonl")) == ["a\u2028b", "c"]
+    pair = b'[{"question": "Q", "answer_matching_behavior": "A", "answer_not_matching_behavior": "B"}]'
+    (tmp_path / "a.json").write_bytes(BOM + pair)
+    assert [one.matching for one in read_choices(tmp_path / "a.json")] == [(" A",)]
+    (tmp_path / "a.csv").write_bytes(
+        BOM + b'Question,Best Answer,Correct Answers,Incorrect Answers\r\n"two\r\nlines",a,b,c\r\n'
+    )
+    assert [one.prompt for one in read_choices(tmp_path / "a.csv")] == ["Q: two\nlines\nA:"]
+    (tmp_path / "x.csv").write_bytes(BOM + b"prompt,label\r\nhow,safe\r\n")
+    assert _xstest(tmp_path / "x.csv") == {"safe": ["how"]}
+
+
+@pytest.mark.parametrize("raw", [b"caf\xe9\n", "love".encode("utf-16")])
+def test_a_file_that_is_no_utf_8_is_named(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(raw)
+    for owner, read in {
+        "--wanted": lambda file: shared.texts("--wanted", [f"@{file}"]),
+        "--xstest": _xstest,
+        "read_choices": read_choices,
+        "texts": read_texts,
+        "documents": lambda file: list(read_documents(file)),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{owner}: .*a\.csv is not UTF-8 \(.*; save it as UTF-8$"):
+            read(tmp_path / "a.csv")
+        with pytest.raises(FileNotFoundError, match=rf"^{owner}: .*none\.csv does not exist; .* file of"):
+            read(tmp_path / "none.csv")
 
 
 def test_a_processor_is_not_a_tokenizer(model: Any) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import sys
 from pathlib import Path
 from typing import Any
+
+from steerfast.files.text import text_of
 
 from . import shared
 
@@ -98,10 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _xstest(file: Path) -> dict[str, list[str]]:
     """Label to prompts of XSTest's file."""
-    if not file.is_file():
-        raise FileNotFoundError(f"--xstest: {file} does not exist; give the CSV file of XSTest's prompts")
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
+    rows = list(csv.DictReader(io.StringIO(text_of("--xstest", file, "give the CSV file of XSTest"))))
     if not rows or not {"prompt", "label"} <= set(rows[0]):
         raise ValueError(
             f"--xstest: {file} has columns {', '.join(rows[0]) if rows else 'none'}; expected prompt and label"

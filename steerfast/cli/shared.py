@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from steerfast.files.text import lines_of
+
 METHODS = ("mean_difference", "difference", "pca", "logistic")
 SITES = ("resid_post", "resid_pre", "attn_out", "mlp_out", "head_out")
 COLUMNS = 100
@@ -89,14 +91,12 @@ def folder(model: str) -> str:
 
 
 def texts(option: str, values: Iterable[str]) -> list[str]:
-    """Texts as given; @file stands for the lines of a file that are not empty."""
+    """Texts as given; @file stands for the lines of a file as they are, without those of white space alone."""
     texts: list[str] = []
     for value in values:
         if value.startswith("@"):
-            file = Path(value[1:]).expanduser()
-            if not file.is_file():
-                raise FileNotFoundError(f"{option}: {file} does not exist; after @ comes a file of texts, one a line")
-            texts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = lines_of(option, value[1:], "after @ comes a file of texts, one a line")
+            texts += [line for line in lines if line.strip()]
         else:
             texts.append(value)
     if not texts:

