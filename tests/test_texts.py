@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 from families import VOCAB, build
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import steerfast as sf
 from steerfast.cli import shared
 from steerfast.cli.refusal import _xstest
+from steerfast.directions.fits.lessons import read_lessons
 from steerfast.models.texts import TextReader
 from steerfast.sae.contexts import Contexts
 from steerfast.sae.documents import read_documents
 from steerfast.sae.training.corpus import read_texts
-from steerfast.tools.evaluate import read_choices
+from steerfast.tools.evaluate import Choice, _sequences, read_choices
+from steerfast.tools.sweep_scores import Question, sequences_of
 
 TEXTS = ["w3 w4 w5 w6 w7", "w8 w9", "w10 w11 w12"]
 TEMPLATE = "<s> {% for m in messages %}{{ m['content'] }} w99 {% endfor %}{% if add_generation_prompt %}w98{% endif %}"
@@ -152,6 +154,50 @@ def test_a_text_that_goes_on_has_no_end() -> None:
     reader = TextReader(words("<s> $A </s>"), "generate")
     assert reader.ids("w3 w4") == [1, 3, 4, 2]
     assert reader.beginning("w3 w4") == [1, 3, 4]
+
+
+def llama_2() -> Any:
+    """A tokenizer that puts ▁ in front of what it reads, as that of Llama 2 does."""
+    names = ["<unk>", "<s>", "▁", *(f"▁{word}" for word in ("is", "it", "day", "yes", "no")), "no", "?", ":", "[/I]"]
+    backend = Tokenizer(models.Unigram([(name, -1.0) for name in names], unk_id=0))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
+    made.chat_template = "<s> {{ messages[0]['content'] }}[/I]"
+    return made
+
+
+def test_a_continuation_has_the_tokens_of_running_text() -> None:
+    """Also of a tokenizer that reads " yes" alone as "▁", "▁yes"."""
+    tokenizer = llama_2()
+    reader = TextReader(tokenizer, "sweep")
+    prompt = "is it day?:"
+    assert tokenizer.convert_ids_to_tokens(reader.bare(" yes")) == ["▁", "▁yes"]
+    running = {answer: tuple(tokenizer(prompt + answer)["input_ids"]) for answer in (" yes", " no", "no")}
+    assert len(running[" yes"]) == 7
+    found = sequences_of(reader, Question((prompt,), (" yes",), (" no", "no"), ("it is",)))
+    assert [(one.ids, one.start) for one in found[:3]] == [(ids, 6) for ids in running.values()]
+    (lesson,) = read_lessons("fit_loreft", reader, [(prompt, " yes", "no")], contrast=True)
+    assert [(*lesson.prompt, *lesson.wanted), (*lesson.prompt, *lesson.unwanted)] == [running[" yes"], running["no"]]
+    chat = [{"role": "user", "content": "it is"}]
+    for asked, text in ((prompt, prompt), (chat, tokenizer.apply_chat_template(chat, tokenize=False))):
+        choice = Choice(asked, (" yes",), ("no",))
+        whole = [
+            tuple(tokenizer(text + answer, add_special_tokens=text == prompt)["input_ids"]) for answer in (" yes", "no")
+        ]
+        assert [one.ids for one in _sequences(reader, choice)] == whole
+    assert reader.following("is it ", "no") == reader.bare("no")  # one token spans both: "▁no"
+
+
+@pytest.mark.model
+def test_continuations_of_smollm2_are_as_they_read_alone() -> None:
+    from steerfast.models import demo
+
+    reader = TextReader(demo.load()[1], "sweep")
+    chat = reader.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    for before in ("I think people are", "Q: Why?\nA:", "Is it day? (A) Yes (B) No\n\nAnswer:", chat, "so ", "don"):
+        for text in (" kind", " (A)", "(A)", " No, it is not.", "Yes", "\n", "'t", " déjà vu", "  two", "<|im_end|>"):
+            assert reader.following(before, text) == reader.bare(text)
 
 
 @pytest.mark.model

@@ -59,6 +59,15 @@ class TextReader:
         """Token ids of a text as it stands: nothing is added, nothing left out."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def following(self, before: str, text: str) -> list[int]:
+        """Token ids of a text as it follows another: what both together have behind the tokens of the first.
+
+        A tokenizer of Llama 2's kind begins whatever it reads alone with a token of a space, which running text has not. Where
+        the first text's tokens do not begin both together, as one token spans the two, the text is read alone.
+        """
+        own, both = self.bare(before), self.bare(before + text)
+        return both[len(own) :] if both[: len(own)] == own else self.bare(text)
+
     def own(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text without what the tokenizer adds around it, for a caller who adds his own."""
         found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

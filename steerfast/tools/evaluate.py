@@ -230,7 +230,7 @@ def evaluate_text(
     device = home(model)
     texts = []
     for prompt in given:
-        ids = torch.tensor([_head(reader, prompt)], dtype=torch.long, device=device)
+        ids = torch.tensor([_head(reader, prompt)[1]], dtype=torch.long, device=device)
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "do_sample": False}
         if getattr(model.generation_config, "pad_token_id", None) is None:
             options["pad_token_id"] = 0
@@ -322,21 +322,22 @@ class _Asked:
         return ChoiceScores.of([(part[:size], part[size:]) for part, size in zip(parts, sizes, strict=True)])
 
 
-def _head(reader: TextReader, prompt: Any) -> list[int]:
-    """Token ids of a prompt, a string or a chat."""
+def _head(reader: TextReader, prompt: Any) -> tuple[str, list[int]]:
+    """A prompt, a string or a chat, as text, and its token ids."""
     if isinstance(prompt, str):
-        ids = reader.beginning(prompt)
+        text, ids = prompt, reader.beginning(prompt)
     else:
-        ids = reader.bare(reader.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+        text = reader.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = reader.bare(text)
     if not ids:
         raise ValueError(f"{reader.owner}: the prompt {prompt!r} has no tokens; give it content")
-    return ids
+    return text, ids
 
 
 def _sequences(reader: TextReader, choice: Choice) -> list[Scored]:
-    head, found = _head(reader, choice.prompt), []
+    (text, head), found = _head(reader, choice.prompt), []
     for answer in (*choice.matching, *choice.others):
-        tail = reader.bare(answer)
+        tail = reader.following(text, answer)
         if not tail:
             raise ValueError(f"{reader.owner}: the answer {answer!r} has no tokens; give it content")
         found.append(Scored((*head, *tail), len(head)))

@@ -67,7 +67,7 @@ def sequences_of(reader: TextReader, question: Question) -> list[Scored]:
     for prompt in question.prompts:
         head = _filled("prompts", prompt, reader.beginning(prompt))
         for continuation in (*question.wanted, *question.unwanted):
-            tail = _filled("wanted and unwanted", continuation, reader.bare(continuation))
+            tail = _filled("wanted and unwanted", continuation, reader.following(prompt, continuation))
             found.append(Scored((*head, *tail), len(head)))
     for text in question.neutral:
         ids = _filled("neutral", text, reader.ids(text))

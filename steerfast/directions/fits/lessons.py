@@ -58,7 +58,7 @@ def read_lessons(owner: str, reader: TextReader, examples: Any, contrast: bool =
             raise TypeError(
                 f"{owner}: {one!r} is no example; expected {what}, {'three' if contrast else 'two'} strings"
             )
-        parts = [tuple(reader.beginning(one[0])), *(tuple(reader.bare(text)) for text in one[1:])]
+        parts = [tuple(reader.beginning(one[0])), *(tuple(reader.following(one[0], text)) for text in one[1:])]
         if not all(parts):
             raise ValueError(f"{owner}: {one!r} has a text without tokens; give both content")
         lessons.append(Lesson(*parts))
