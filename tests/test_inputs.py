@@ -173,6 +173,65 @@ def test_ready_dicts_as_texts_and_models_that_demand_an_image() -> None:
         sf.collect(blip(), inputs=[without], layers=0, progress=False)
 
 
+class Letters:
+    """A tokenizer: one token per letter, beyond the model's vocabulary for é, and one special token in front."""
+
+    all_special_ids = (1,)
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [ord(letter) - 29 for letter in text]}
+
+
+LONG = "x" * 140
+READERS: dict[str, Any] = {
+    "collect": lambda model, text: sf.collect(model, Letters(), [text], 1, progress=False),
+    "dose": lambda model, text: sf.dose(model, Letters(), sf.Plan({1: sf.Add(torch.ones(48))}), [text]),
+    "evaluate_choices": lambda model, text: sf.tools.evaluate_choices(
+        model, Letters(), [sf.tools.Choice(text, (" y",), (" n",))]
+    ),
+    "evaluate_text": lambda model, text: sf.tools.evaluate_text(model, Letters(), [text], tokens=3),
+    "sweep": lambda model, text: sf.sweep(
+        model,
+        Letters(),
+        (["ab"], ["ef"]),
+        sf.tools.Question(("a",), (" b",), (text,)),
+        sf.tools.Grid((1,)),
+        progress=False,
+    ),
+    "sweep ": lambda model, text: sf.sweep(
+        model, Letters(), (["a"], ["e"]), sf.tools.Question(("a",), (" b",), (" c",), (text,)), sf.tools.Grid((1,))
+    ),
+    "fit_loreft": lambda model, text: sf.fit_loreft(model, Letters(), [("b", " c"), (text, " a")], 1),
+    "fit_vector": lambda model, text: sf.fit_vector(model, Letters(), [("b", text)], 1),
+    "fit_velocity": lambda model, text: sf.fit_velocity(
+        model, Letters(), [("a", " b", text)], 1, neutral=["some text"] * 2
+    ),
+    "fit_velocity ": lambda model, text: sf.fit_velocity(
+        model, Letters(), [("a", " b", " c")], 1, neutral=["some text", text]
+    ),
+    "fit_lineas": lambda model, text: sf.fit_lineas(model, Letters(), ["ab", "cd"], ["ef", text], [1]),
+    "select_refusal": lambda model, text: sf.tools.select_refusal(
+        model, Letters(), [text] * 9, ["ab"] * 9, template="{instruction}:", progress=False
+    ),
+}
+"""By who reads a text, for the messages."""
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("owner", READERS)
+def test_texts_beyond_a_models_context_or_vocabulary_are_refused(owner: str, kind: str) -> None:
+    name = owner.strip()
+    with pytest.raises(ValueError, match=rf"^{name}: .*has 14\d tokens; this model reads at most 128; shorten it"):
+        READERS[owner](build(kind), LONG)
+    with pytest.raises(ValueError, match=rf"^{name}: .* has the token id 204, beyond the vocabulary of"):
+        READERS[owner](build(kind), "aé")
+
+
+def test_a_text_and_what_is_written_behind_it_fit_the_model() -> None:
+    with pytest.raises(ValueError, match=r"'x+\.\.\. with 40 new tokens has 140 tokens; this model reads at most 128"):
+        sf.tools.evaluate_text(build("llama"), Letters(), ["x" * 100], tokens=40)
+
+
 def test_a_tokenizer_that_is_larger_than_the_model() -> None:
     """The cause is the text's id, whatever the model says of it; an id that its config names may stand for an image."""
     model = deepcopy(build("llama"))

@@ -175,9 +175,9 @@ def test_a_continuation_has_the_tokens_of_running_text() -> None:
     assert tokenizer.convert_ids_to_tokens(reader.bare(" yes")) == ["▁", "▁yes"]
     running = {answer: tuple(tokenizer(prompt + answer)["input_ids"]) for answer in (" yes", " no", "no")}
     assert len(running[" yes"]) == 7
-    found = sequences_of(reader, Question((prompt,), (" yes",), (" no", "no"), ("it is",)))
+    found = sequences_of(build("llama"), reader, Question((prompt,), (" yes",), (" no", "no"), ("it is",)))
     assert [(one.ids, one.start) for one in found[:3]] == [(ids, 6) for ids in running.values()]
-    (lesson,) = read_lessons("fit_loreft", reader, [(prompt, " yes", "no")], contrast=True)
+    (lesson,) = read_lessons("fit_loreft", build("llama"), reader, [(prompt, " yes", "no")], contrast=True)
     assert [(*lesson.prompt, *lesson.wanted), (*lesson.prompt, *lesson.unwanted)] == [running[" yes"], running["no"]]
     chat = [{"role": "user", "content": "it is"}]
     for asked, text in ((prompt, prompt), (chat, tokenizer.apply_chat_template(chat, tokenize=False))):
@@ -185,7 +185,7 @@ def test_a_continuation_has_the_tokens_of_running_text() -> None:
         whole = [
             tuple(tokenizer(text + answer, add_special_tokens=text == prompt)["input_ids"]) for answer in (" yes", "no")
         ]
-        assert [one.ids for one in _sequences(reader, choice)] == whole
+        assert [one.ids for one in _sequences(build("llama"), reader, choice)] == whole
     assert reader.following("is it ", "no") == reader.bare("no")  # one token spans both: "▁no"
 
 

@@ -16,13 +16,13 @@ from steerfast._checks import positive_integer, whole_number, whole_numbers
 from steerfast.place import Origin, Place, typical_norm_of
 
 from .layers import Layers, evaluating, find_layers, gathers_weights, home, is_ours, refuse_rows, steered_by_row
+from .limits import Limits
 from .points import Point
 from .proof import known_proof, prove, refuse_split, shape_refusal
 from .texts import TextReader, short_text
 
 POSITIONS = ("last", "mean", "all")
 _MEDIA = re.compile(r"pixel|image|video|audio|patches|input_features")
-_PLACEHOLDER = re.compile(r"token_(id|index)$")
 _UNFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 _WINDOW = 16  # batches that are sorted by length together: little padding, and only so many texts in memory
 
@@ -191,17 +191,8 @@ class _Reading:
     points: Mapping[Any, Point]
     position: str | int
 
-    @property
-    def longest(self) -> int | None:
-        """Number of tokens that the model was built for, None if its config does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
-    def check_length(self, what: str, count: int) -> None:
-        """Refuse a text that is too long, or too short for the position."""
-        if self.longest is not None and count > self.longest:
-            raise ValueError(
-                f"{self.caller}: {what} has {count} tokens; this model reads at most {self.longest}; shorten it"
-            )
+    def check_position(self, what: str, count: int) -> None:
+        """Refuse a text that is too short for the position."""
         if isinstance(self.position, int) and not -count <= self.position < count:
             raise ValueError(
                 f"{self.caller}: position {self.position} is out of range for {what}, which has {count} tokens, {-count} "
@@ -257,39 +248,12 @@ def _source(caller: str, tokenizer: Any, texts: Any, inputs: Any) -> Iterable[An
 
 def _tokens(reading: _Reading, reader: TextReader, texts: Iterable[Any]) -> Iterator[list[int]]:
     """Token ids of each text, checked one at a time."""
-    check = check_of_ids(reading.caller, reading.model)
+    limits = Limits(reading.caller, reading.model)
     for number, text in enumerate(texts):
         ids, what = _token_ids(reader, text, number), f"text {number} ({short_text(text)})"
-        reading.check_length(what, len(ids))
-        check(what, ids)
+        limits.check(what, ids)
+        reading.check_position(what, len(ids))
         yield ids
-
-
-def check_of_ids(caller: str, model: Any) -> Callable[[str, Iterable[int]], None]:
-    """A check of a text's token ids, given what to call the text: a model has an embedding for each of them."""
-    known = _known_ids(model)
-
-    def check(what: str, ids: Iterable[int]) -> None:
-        if unknown := [one for one in ids if not known(one)]:
-            raise ValueError(
-                f"{caller}: {what} has the token id {unknown[0]}, beyond the vocabulary of {type(model).__name__}; is the "
-                "tokenizer another model's, or has it tokens that the model was not resized for?"
-            )
-
-    return check
-
-
-def _known_ids(model: Any) -> Callable[[int], bool]:
-    """Whether a model has an embedding for an id, or its config names it: the mark of an image stands for others."""
-    size = getattr(model.config.get_text_config(), "vocab_size", None)
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embedding = None
-    if size is not None and isinstance(embedding, nn.Module):  # of more than one table in Idefics and Molmo
-        size = max(size, sum(table.shape[0] for table in embedding.parameters() if table.dim() == 2))
-    named = {v for name, v in vars(model.config).items() if _PLACEHOLDER.search(name) and isinstance(v, int)}
-    return lambda one: size is None or 0 <= one < size or one in named
 
 
 def _token_ids(reader: TextReader, text: Any, number: int) -> list[int]:
@@ -360,16 +324,17 @@ def _read_window(reading: _Reading, window: list[list[int]], batch_size: int, ba
 
 def _read_inputs(reading: _Reading, inputs: Iterable[Any], bar: Any) -> _Parts:
     """A dict at a time, each one forward."""
-    model, known = reading.model, _known_ids(reading.model)
+    model, limits = reading.model, Limits(reading.caller, reading.model)
     for number, given in enumerate(inputs):
-        mask = _mask_of(reading.caller, given, number, known)
+        mask = _mask_of(reading.caller, given, number, limits)
         counts = mask.sum(1).tolist()
         for row, count in enumerate(counts):
             if not count:
                 raise ValueError(
                     f"{reading.caller}: inputs {number}: row {row} has no tokens; its attention_mask is all zero"
                 )
-            reading.check_length(f"row {row} of inputs {number}", count)
+            limits.check_length(f"row {row} of inputs {number}", count)
+            reading.check_position(f"row {row} of inputs {number}", count)
         moved = {name: v.to(home(model)) if isinstance(v, Tensor) else v for name, v in given.items()}
         rows = _run(reading, moved, mask, f"inputs {number} ({', '.join(given)})")
         yield (
@@ -379,7 +344,7 @@ def _read_inputs(reading: _Reading, inputs: Iterable[Any], bar: Any) -> _Parts:
         bar.update(1)
 
 
-def _mask_of(caller: str, given: Any, number: int, known: Callable[[int], bool]) -> Tensor:
+def _mask_of(caller: str, given: Any, number: int, limits: Limits) -> Tensor:
     """Which tokens of a dict of inputs are real: bool (rows, tokens), on the CPU."""
     where = f"{caller}: inputs {number}"
     if not isinstance(given, Mapping):
@@ -396,7 +361,7 @@ def _mask_of(caller: str, given: Any, number: int, known: Callable[[int], bool])
         raise TypeError(
             f"{where}: input_ids has dtype {ids.dtype}; expected int64, token ids; embeddings are inputs_embeds"
         )
-    if unknown := [one for one in ids.unique().tolist() if not known(one)]:
+    if unknown := limits.unknown(ids.unique().tolist()):
         raise ValueError(
             f"{where}: input_ids has the id {unknown[0]}, beyond the model's vocabulary; is it another model's?"
         )
@@ -415,8 +380,15 @@ _Key = TypeVar("_Key", bound=Hashable)
 def read_batch(
     model: Any, points: Mapping[_Key, Point], batch: list[list[int]], position: str | int
 ) -> dict[_Key, list[Tensor]]:
-    """One forward; for each point and text the rows of its position, (rows, width), float32 on the CPU."""
+    """One forward; for each point and text the rows of its position, (rows, width), float32 on the CPU.
+
+    Raises:
+        ValueError: a text is longer than the model reads, or an id beyond its vocabulary.
+    """
     refuse_rows(model, "collect")
+    limits = Limits("collect", model)
+    for ids in batch:
+        limits.check("a text", ids)
     return _read_padded(_Reading("collect", model, points, position), batch)
 
 

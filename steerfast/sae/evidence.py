@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import finite_number, whole_number
-from steerfast.models.collect import check_of_ids, read_batch
+from steerfast.models.collect import read_batch
 from steerfast.models.layers import evaluating
+from steerfast.models.limits import Limits
 from steerfast.models.points import Point
 from steerfast.models.texts import TextReader
 
@@ -199,11 +200,11 @@ def observe(
     wide = sae.to(dtype=torch.float32)  # the same numbers; rows are not rounded to the 16 bits of its file
     gathering = _Gathering(wide, config)
     source = _contexts(TextReader.of(tokenizer, "observe"), documents, config)
-    check = check_of_ids("observe", network)
+    limits = Limits("observe", network)
     with evaluating(network):
         for number, batch in enumerate(_batches(source)):
             for context in batch:
-                check(f"document {context.document}", context.ids)
+                limits.check(f"document {context.document}", context.ids)
             gathering.add(batch, _rows(network, layer, point, batch))
             if progress is not None and number % 16 == 0:
                 progress(f"read {gathering.tokens} tokens of {sum(gathering.documents)} documents")

@@ -73,7 +73,7 @@ def fit_steering_barrier(
     place = barriers[0].origin.place
     if place is None:
         raise ValueError(f"{owner}: the activations do not say where they were read; collect them with sf.collect")
-    sequences = sequences_of(TextReader.of(tokenizer, owner), question)
+    sequences = sequences_of(model, TextReader.of(tokenizer, owner), question)
     most, plain = math.log(damage), (0.0, 1.0)
 
     def curve(angles: Sequence[float]) -> list[list[tuple[float, float]]]:

@@ -31,7 +31,8 @@ from steerfast.hooks.columns import places_of
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
 from steerfast.models.layers import evaluating, find_layers, home
-from steerfast.models.texts import TextReader
+from steerfast.models.limits import Limits
+from steerfast.models.texts import TextReader, short_text
 from steerfast.place import Place, median_of
 from steerfast.plan import Plan
 
@@ -166,7 +167,7 @@ def evaluate_choices(
         A `ChoiceScores`.
 
     Raises:
-        TypeError, ValueError: no questions, one without tokens, or a plan that does not fit the model.
+        TypeError, ValueError: no questions, one without tokens or longer than the model reads, or a plan that does not fit it.
 
     Reference:
         Rimsky et al. 2024, CAA (arXiv:2312.06681), for A/B; Lin et al. 2022, TruthfulQA (arXiv:2109.07958), for MC1 and MC2.
@@ -186,7 +187,7 @@ def evaluate_choices(
     asked = _Asked(
         model,
         questions,
-        [_sequences(reader, one) for one in questions],
+        [_sequences(model, reader, one) for one in questions],
         positive_integer(owner, "batch_size", batch_size),
     )
     with evaluating(model):
@@ -219,18 +220,24 @@ def evaluate_text(
         A `TextScores`.
 
     Raises:
-        TypeError, ValueError: no prompts, or one without tokens.
+        TypeError, ValueError: no prompts, one without tokens, or with its new ones more than the model reads.
     """
     owner = "evaluate_text"
     tokens = positive_integer(owner, "tokens", tokens)
     given = [prompts] if isinstance(prompts, str) else list(prompts)
     if not given:
         raise ValueError(f"{owner}: prompts is empty; give at least one")
-    reader = TextReader.of(tokenizer, owner)
+    reader, limits = TextReader.of(tokenizer, owner), Limits(owner, model)
+    heads = [_head(reader, prompt) for prompt in given]
+    for text, head in heads:
+        limits.check(short_text(text), head)
+        limits.check_length(
+            f"{short_text(text)} with {tokens} new tokens", len(head) + tokens - 1
+        )  # the last is not read
     device = home(model)
     texts = []
-    for prompt in given:
-        ids = torch.tensor([_head(reader, prompt)[1]], dtype=torch.long, device=device)
+    for _, head in heads:
+        ids = torch.tensor([head], dtype=torch.long, device=device)
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "do_sample": False}
         if getattr(model.generation_config, "pad_token_id", None) is None:
             options["pad_token_id"] = 0
@@ -334,12 +341,13 @@ def _head(reader: TextReader, prompt: Any) -> tuple[str, list[int]]:
     return text, ids
 
 
-def _sequences(reader: TextReader, choice: Choice) -> list[Scored]:
-    (text, head), found = _head(reader, choice.prompt), []
+def _sequences(model: nn.Module, reader: TextReader, choice: Choice) -> list[Scored]:
+    (text, head), found, limits = _head(reader, choice.prompt), [], Limits(reader.owner, model)
     for answer in (*choice.matching, *choice.others):
         tail = reader.following(text, answer)
         if not tail:
             raise ValueError(f"{reader.owner}: the answer {answer!r} has no tokens; give it content")
+        limits.check(short_text(text + answer), (*head, *tail))
         found.append(Scored((*head, *tail), len(head)))
     return found
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from steerfast.hooks.steer import steer
 from steerfast.models.layers import home, refuse_rows
-from steerfast.models.texts import TextReader
+from steerfast.models.limits import Limits
+from steerfast.models.texts import TextReader, short_text
 from steerfast.plan import Plan
 
 EPSILON, EPSILON_KL = 1e-8, 1e-6
@@ -62,8 +63,8 @@ class RefusalScorer:
         return self.template.replace("{instruction}", instruction)
 
     def ids(self, instructions: Iterable[str]) -> list[list[int]]:
-        """Token ids of whole prompts, as `collect` reads them."""
-        found = []
+        """Token ids of whole prompts, as `collect` reads them; what the model cannot read is refused."""
+        found, limits = [], Limits(self.reader.owner, self.model)
         for instruction in instructions:
             text = self.text(instruction)
             if isinstance(text, str):
@@ -71,6 +72,7 @@ class RefusalScorer:
             else:
                 chat = self.reader.tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
                 found.append(self.reader.bare(chat))
+            limits.check(short_text(instruction), found[-1])
         return found
 
     def logits(self, prompts: Sequence[Sequence[int]], plan: Plan | None = None) -> Tensor:

@@ -253,7 +253,7 @@ def sweep(
     if grid.sae is not None:
         settings["sae"] = grid.sae.fingerprint
     store = Store(None if out is None else Path(out), settings, grid.part)
-    run = _Run(model, question, sequences_of(tokenizer, question), batch_size)
+    run = _Run(model, question, sequences_of(model, tokenizer, question), batch_size)
     cells = [(m, layer, s) for m in grid.methods for layer in chosen for s in grid.strengths]
     number, parts = grid.part
     # A part holds neighbours: few layers, few fits.

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from steerfast.hooks.steer import steer
 from steerfast.models.layers import home, refuse_rows
-from steerfast.models.texts import TextReader
+from steerfast.models.limits import Limits
+from steerfast.models.texts import TextReader, short_text
 from steerfast.plan import Plan
 
 NEUTRAL = (
@@ -61,18 +62,20 @@ class Scored:
     start: int
 
 
-def sequences_of(reader: TextReader, question: Question) -> list[Scored]:
-    """Prompts with each continuation, prompt by prompt, then the neutral texts."""
-    found = []
+def sequences_of(model: nn.Module, reader: TextReader, question: Question) -> list[Scored]:
+    """Prompts with each continuation, prompt by prompt, then the neutral texts; what the model cannot read is refused."""
+    found, limits = [], Limits(reader.owner, model)
     for prompt in question.prompts:
         head = _filled("prompts", prompt, reader.beginning(prompt))
         for continuation in (*question.wanted, *question.unwanted):
             tail = _filled("wanted and unwanted", continuation, reader.following(prompt, continuation))
+            limits.check(short_text(prompt + continuation), (*head, *tail))
             found.append(Scored((*head, *tail), len(head)))
     for text in question.neutral:
         ids = _filled("neutral", text, reader.ids(text))
         if len(ids) < 2:
             raise ValueError(f"sweep: {text!r} in neutral has one token; perplexity needs at least two")
+        limits.check(short_text(text), ids)
         found.append(Scored(ids, 1))
     return found
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from steerfast._checks import finite_number, positive_integer
 from steerfast.models.layers import evaluating, find_layers, home, stream_storage
-from steerfast.models.texts import TextReader
+from steerfast.models.limits import Limits
+from steerfast.models.texts import TextReader, short_text
 from steerfast.place import Origin, Place
 
 BATCH = 4
@@ -34,23 +35,26 @@ class Lesson:
     unwanted: tuple[int, ...] = ()
 
 
-def read_lessons(owner: str, reader: TextReader, examples: Any, contrast: bool = False) -> list[Lesson]:
+def read_lessons(
+    owner: str, model: nn.Module, reader: TextReader, examples: Any, contrast: bool = False
+) -> list[Lesson]:
     """Examples as tokens.
 
     Args:
         owner: Who trains, for the messages.
+        model: What is to read them.
         reader: What reads the texts.
         examples: (prompt, continuation), strings; with `contrast` (prompt, wanted, unwanted).
         contrast: Whether each has an unwanted continuation.
 
     Raises:
-        TypeError, ValueError: none, one that is no tuple of strings, or a text without tokens.
+        TypeError, ValueError: none, one that is no tuple of strings, a text without tokens, or one that the model cannot read.
     """
     what = "(prompt, wanted, unwanted)" if contrast else "(prompt, continuation)"
     given = None if isinstance(examples, (str, bytes)) or not isinstance(examples, Iterable) else list(examples)
     if not given:
         raise ValueError(f"{owner}: examples is {examples!r}; expected a list of {what}, one at least")
-    lessons = []
+    lessons, limits = [], Limits(owner, model)
     for one in given:
         if (
             isinstance(one, str) or not isinstance(one, Sequence) or [type(text) for text in one] != [str] * (2 + contrast)
@@ -61,6 +65,8 @@ def read_lessons(owner: str, reader: TextReader, examples: Any, contrast: bool =
         parts = [tuple(reader.beginning(one[0])), *(tuple(reader.following(one[0], text)) for text in one[1:])]
         if not all(parts):
             raise ValueError(f"{owner}: {one!r} has a text without tokens; give both content")
+        for text, ids in zip(one[1:], parts[1:], strict=True):
+            limits.check(short_text(one[0] + text), (*parts[0], *ids))
         lessons.append(Lesson(*parts))
     return lessons
 

@@ -17,7 +17,8 @@ from steerfast.edits.fitted import FitInfo
 from steerfast.edits.linear import Affine
 from steerfast.models.collect import Activations, collect
 from steerfast.models.layers import evaluating, find_layers, home
-from steerfast.models.texts import TextReader
+from steerfast.models.limits import Limits
+from steerfast.models.texts import TextReader, short_text
 from steerfast.place import typical_norm_of
 from steerfast.plan import Plan
 
@@ -184,6 +185,7 @@ class _Pass:
 
     def __init__(self, model: nn.Module, reader: TextReader, points: dict[int, Any], pool: str) -> None:
         self.model, self.reader, self.points, self.pool = model, reader, points, pool
+        self.limits = Limits(reader.owner, model)
         self.seen: dict[int, Tensor] = {}
 
     @contextmanager
@@ -206,7 +208,9 @@ class _Pass:
         """Layer to the pooled activations of the texts, (n, d); each text runs by itself, without padding."""
         rows: dict[int, list[Tensor]] = {layer: [] for layer in self.points}
         for text in texts:
-            ids = torch.tensor([self.reader.ids(text)], device=home(self.model))
+            own = self.reader.ids(text)
+            self.limits.check(short_text(text), own)
+            ids = torch.tensor([own], device=home(self.model))
             self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
             for layer, x in self.seen.items():
                 rows[layer].append(x[0].float().mean(0) if self.pool == "mean" else x[0, -1].float())

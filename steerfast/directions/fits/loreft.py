@@ -71,7 +71,7 @@ def fit_loreft(
         raise ValueError(
             f"{owner}: rank is {rank} and the stream has width {pupil.width}; at most that many are independent"
         )
-    taught, held = split(read_lessons(owner, TextReader.of(tokenizer, owner), examples))
+    taught, held = split(read_lessons(owner, model, TextReader.of(tokenizer, owner), examples))
     generator = seeded(seed)
     start = torch.linalg.qr(torch.randn(pupil.width, rank, generator=generator, device="cpu", dtype=torch.float32)).Q
     parts = (start, start.T.clone(), torch.zeros(rank, device="cpu", dtype=torch.float32))

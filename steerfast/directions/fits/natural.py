@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from steerfast.barriers.data import seeded
 from steerfast.models.layers import evaluating, home
-from steerfast.models.texts import TextReader
+from steerfast.models.limits import Limits
+from steerfast.models.texts import TextReader, short_text
 
 from .lessons import Edit, Lesson, Pupil, read_lessons
 
@@ -64,7 +65,7 @@ class Gradients:
     ) -> Gradients:
         """Of texts; the arguments are those of `fit_velocity`."""
         reader = TextReader.of(tokenizer, owner)
-        lessons = read_lessons(owner, reader, examples, contrast=True)
+        lessons = read_lessons(owner, model, reader, examples, contrast=True)
         pupil = Pupil(owner, model, layer)
         return cls(pupil, lessons, neutral_texts(owner, pupil.model, reader, neutral, seed), seed)
 
@@ -133,7 +134,9 @@ def neutral_texts(owner: str, model: Any, reader: TextReader, neutral: Any, seed
     odd = next((text for text in given if not isinstance(text, str)), None)
     if odd is not None:
         raise TypeError(f"{owner}: neutral holds {odd!r}; expected texts, each one string")
-    texts = [tuple(reader.beginning(text)) for text in given]
+    texts, limits = [tuple(reader.beginning(text)) for text in given], Limits(owner, model)
+    for text, ids in zip(given, texts, strict=True):
+        limits.check(short_text(text), ids)
     if len(texts) < 2 or min(map(len, texts)) <= OPENING:
         shortest = min(map(len, texts), default=0)
         raise ValueError(

@@ -228,7 +228,7 @@ def fit_vector(
     steps, lr = steps_and_rate(owner, steps, lr)
     whole_number(owner, "seed", seed)
     pupil = Pupil(owner, model, layer)
-    taught, held = split(read_lessons(owner, TextReader.of(tokenizer, owner), examples, goal.contrast))
+    taught, held = split(read_lessons(owner, model, TextReader.of(tokenizer, owner), examples, goal.contrast))
     generator = seeded(seed)
     start = torch.randn(pupil.width, generator=generator, device="cpu", dtype=torch.float32)
     w = (start / start.norm()).to(pupil.device).requires_grad_()
