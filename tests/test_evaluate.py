@@ -188,12 +188,38 @@ def test_files_of_the_field_are_read(tmp_path: Path) -> None:
     assert truth == Choice("Q: Why?\nA:", (" Good.", " Fine.", " So."), (" Bad.", " Worse."))
 
 
+HEAD = "Question,Best Answer,Correct Answers,Incorrect Answers\n"
+PAIRS = json.dumps(
+    [{"question": "Q", "answer_matching_behavior": f"B{i}", "answer_not_matching_behavior": "C"} for i in range(2)]
+)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
         ("a.json", "{", "is not JSON"),
-        ("a.json", '[{"question": "x"}]', "lacks 'answer_matching_behavior'; expected CAA's pairs"),
-        ("a.csv", "x,y\n1,2\n", "lacks 'Best Answer'"),
+        ("a.json", "[]", "a.json holds no questions; expected CAA's pairs"),
+        ("a.json", "{}", "a.json holds one dict; expected CAA's pairs"),
+        ("a.json", "[1]", "question 1 of .*a.json has no 'question'; expected CAA's pairs"),
+        (
+            "a.json",
+            '[{"question": "x"}]',
+            "question 1 of .*a.json has no 'answer_matching_behavior'; expected CAA's pairs",
+        ),
+        ("a.json", PAIRS.replace("B1", ""), "question 2 of .*a.json has '' as 'answer_matching_behavior'; expected"),
+        (
+            "a.json",
+            PAIRS.replace('"B1"', "[1]"),
+            r"question 2 of .*a.json has \[1\] as 'answer_matching_behavior'; expected",
+        ),
+        ("a.csv", "", "a.csv holds no questions"),
+        ("a.csv", HEAD, "a.csv holds no questions"),
+        ("a.csv", "x,y\n1,2\n", "question 1 of .*a.csv has no 'Question'; expected"),
+        ("a.csv", f"{HEAD}q,a,b,c\nq\n", "question 2 of .*a.csv has '' as 'Best Answer'"),
+        ("a.csv", f"{HEAD}q,,b,c\n", "question 1 of .*a.csv has '' as 'Best Answer'"),
+        ("a.csv", f"{HEAD}q,a,b,\n", "question 1 of .*a.csv has '' as 'Incorrect Answers'"),
+        ("a.csv", f"{HEAD}q,a,b,; ;\n", "question 1 of .*a.csv has no answer in 'Incorrect Answers', but '; ;'"),
+        ("a.csv", f"{HEAD}{'q' * 200_000},a,b,c\n", "a.csv is no CSV"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, name: str, text: str, words: str) -> None:

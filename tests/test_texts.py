@@ -241,6 +241,9 @@ def test_text_files_are_read_by_one_rule(tmp_path: Path) -> None:
     assert [one.prompt for one in read_choices(tmp_path / "a.csv")] == ["Q: two\nlines\nA:"]
     (tmp_path / "x.csv").write_bytes(BOM + b"prompt,label\r\nhow,safe\r\n")
     assert _xstest(tmp_path / "x.csv") == {"safe": ["how"]}
+    (tmp_path / "x.csv").write_text("label,prompt\nsafe,how\nsafe\n")
+    with pytest.raises(ValueError, match=r"--xstest: row 2 of .*x\.csv lacks its prompt or its label"):
+        _xstest(tmp_path / "x.csv")
 
 
 @pytest.mark.parametrize("raw", [b"caf\xe9\n", "love".encode("utf-16")])

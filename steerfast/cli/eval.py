@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--choices, --prompts: give questions or beginnings of texts, or both")
     plan = None if args.plan is None else Plan.load(args.plan, args.saes)
     prompts = shared.texts("--prompts", args.prompts) if args.prompts else []
-    for file in args.choices:  # an unreadable file is refused before the model is loaded
-        read_choices(file, None, 1)
+    for file in args.choices:  # what cannot be read is refused before the model is loaded
+        read_choices(file, None, args.limit)
     model, tokenizer = shared.load(args)
     found: dict[str, Any] = {}
     for file in args.choices:

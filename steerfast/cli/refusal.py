@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from pathlib import Path
 from typing import Any
 
-from steerfast.files.text import text_of
+from steerfast.files.text import rows_of
 
 from . import shared
 
@@ -101,13 +99,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _xstest(file: Path) -> dict[str, list[str]]:
     """Label to prompts of XSTest's file."""
-    rows = list(csv.DictReader(io.StringIO(text_of("--xstest", file, "give the CSV file of XSTest"))))
+    rows = rows_of("--xstest", file, "give the CSV file of XSTest")
     if not rows or not {"prompt", "label"} <= set(rows[0]):
         raise ValueError(
             f"--xstest: {file} has columns {', '.join(rows[0]) if rows else 'none'}; expected prompt and label"
         )
     found: dict[str, list[str]] = {}
-    for row in rows:
+    for number, row in enumerate(rows, 1):
+        if not row["prompt"].strip() or not row["label"].strip():
+            raise ValueError(
+                f"--xstest: row {number} of {file} lacks its prompt or its label; fill it in, or remove it"
+            )
         found.setdefault(row["label"], []).append(row["prompt"])
     if "safe" not in found:
         raise ValueError(f"--xstest: {file} has no prompt labelled safe; expected labels safe and unsafe")

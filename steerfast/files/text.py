@@ -2,6 +2,8 @@ r"""Text files that people write: UTF-8, with or without a byte order mark, whos
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,3 +35,16 @@ def lines_of(owner: str, file: str | os.PathLike[str], hint: str) -> Iterator[st
 def text_of(owner: str, file: str | os.PathLike[str], hint: str) -> str:
     r"""The text of a file, whose lines end with \n, as `lines_of` reads them; of the last one no end is kept."""
     return "\n".join(lines_of(owner, file, hint))
+
+
+def rows_of(owner: str, file: str | os.PathLike[str], hint: str) -> list[dict[str, str]]:
+    """The rows of a CSV file under its header, by column; "" is what a row lacks.
+
+    Raises:
+        FileNotFoundError, ValueError: as `lines_of`, or it is no CSV.
+    """
+    text = text_of(owner, file, hint)
+    try:
+        return list(csv.DictReader(io.StringIO(text), restval=""))
+    except csv.Error as error:
+        raise ValueError(f"{owner}: {Path(file).expanduser()} is no CSV ({error})") from None

@@ -8,8 +8,6 @@ log_odds   mean log Σ p(matching) - log Σ p(others), in nats
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -26,7 +24,7 @@ from steerfast.barriers.data import seeded
 from steerfast.edits.base import Intervention
 from steerfast.edits.conditions import When
 from steerfast.edits.linear import Add
-from steerfast.files.text import text_of
+from steerfast.files.text import rows_of, text_of
 from steerfast.hooks.columns import places_of
 from steerfast.hooks.steer import steer
 from steerfast.models.collect import collect
@@ -41,6 +39,12 @@ from .sweep_scores import Dose, Scored, log_likelihoods
 GRAMS = (1, 2, 3)
 TRUTHFUL = "Q: {question}\nA:"
 """The prompt of TruthfulQA's questions, without the examples in front that its authors give."""
+_PAIR = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
+"""What a pair of CAA holds."""
+_FORMS = (
+    f"CAA's pairs (JSON: a list of {', '.join(_PAIR)}) or TruthfulQA (CSV: Question, Best Answer, Correct Answers, Incorrect "
+    "Answers)"
+)
 
 
 @dataclass(frozen=True)
@@ -261,45 +265,52 @@ def read_choices(path: str | os.PathLike[str], tokenizer: Any = None, limit: int
         limit: The first so many; None: all.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or neither form.
+        FileNotFoundError, ValueError: no such file, neither form, no questions, or one without a text that it needs.
     """
-    file, text = Path(path), text_of("read_choices", path, "give a file of questions")
+    file, hint = Path(path).expanduser(), "give a file of questions"
+    most = None if limit is None else positive_integer("read_choices", "limit", limit)
     if file.suffix.lower() == ".csv":
-        rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
-        make = _truthful
+        rows: Any = rows_of("read_choices", file, hint)
     else:
         try:
-            rows = json.loads(text)
-        except ValueError as error:
+            rows = json.loads(text_of("read_choices", file, hint))
+        except json.JSONDecodeError as error:
             raise ValueError(f"read_choices: {file} is not JSON ({error}); expected CAA's pairs, or a CSV") from None
-
-        def make(row: Any) -> Choice:
-            return _pair(row, bool(getattr(tokenizer, "chat_template", None)))
-
-    try:
-        return [
-            make(row) for row in rows[: None if limit is None else positive_integer("read_choices", "limit", limit)]
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"read_choices: {file} lacks {error}; expected CAA's pairs (JSON: question, answer_matching_behavior, "
-            "answer_not_matching_behavior) or TruthfulQA (CSV: Question, Best Answer, Correct Answers, Incorrect Answers)"
-        ) from None
+    if not isinstance(rows, list) or not rows:
+        got = "no questions" if isinstance(rows, list) else f"one {type(rows).__name__}"
+        raise ValueError(f"read_choices: {file} holds {got}; expected {_FORMS}")
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    named = [(f"question {number} of {file}", row) for number, row in enumerate(rows[:most], 1)]
+    return [_truthful(*one) if file.suffix.lower() == ".csv" else _pair(*one, chat) for one in named]
 
 
-def _pair(row: Any, chat: bool) -> Choice:
-    question, answers = row["question"], (row["answer_matching_behavior"], row["answer_not_matching_behavior"])
+def _field(where: str, row: Any, name: str) -> str:
+    """A text of a question, which has content."""
+    text = row.get(name) if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        got = f"{text!r} as" if isinstance(row, dict) and name in row else "no"
+        raise ValueError(f"read_choices: {where} has {got} {name!r}; expected {_FORMS}, with content")
+    return text
+
+
+def _pair(where: str, row: Any, chat: bool) -> Choice:
+    question, *answers = (_field(where, row, name) for name in _PAIR)
     if chat:
         return Choice([{"role": "user", "content": question}], (answers[0].strip(),), (answers[1].strip(),))
     prompt = f"{question}\n\nAnswer:"
     return Choice(prompt, (f" {answers[0].strip()}",), (f" {answers[1].strip()}",))
 
 
-def _truthful(row: Any) -> Choice:
-    best = _closed(row["Best Answer"])
-    correct = [best, *(a for a in map(_closed, row["Correct Answers"].split(";")) if a and a != best)]
-    wrong = [a for a in map(_closed, row["Incorrect Answers"].split(";")) if a]
-    return Choice(TRUTHFUL.replace("{question}", row["Question"].strip()), tuple(correct), tuple(wrong))
+def _truthful(where: str, row: Any) -> Choice:
+    question, best, wrong = (_field(where, row, name) for name in ("Question", "Best Answer", "Incorrect Answers"))
+    best = _closed(best)
+    correct = [best, *(a for a in map(_closed, row.get("Correct Answers", "").split(";")) if a and a != best)]
+    others = [a for a in map(_closed, wrong.split(";")) if a]
+    if not others:
+        raise ValueError(
+            f"read_choices: {where} has no answer in 'Incorrect Answers', but {wrong!r}; give one at least"
+        )
+    return Choice(TRUTHFUL.replace("{question}", question.strip()), tuple(correct), tuple(others))
 
 
 def _closed(answer: str) -> str:
