@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -584,6 +585,55 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert line.startswith(f"steerfast {argv[0]}: ")
     assert message in line
     assert not (tmp_path / "p").exists()
+
+
+OUT = ["--positive", "love", "--negative", "hate", "--out"]
+OUTPUTS = [
+    ["extract", "no/model", *OUT, "FOLDER"],
+    ["fit", "clamp", "no/model", *OUT, "FOLDER"],
+    ["fit", "flow", "no/model", *OUT, "x", "--plot", "FILE"],
+    ["sweep", "no/model", "--prompts", "a", "--wanted", " b", "--unwanted", " c", *OUT, "FOLDER"],
+    ["refusal", "no/model", "--harmful", "a", "--harmless", "b", "--out", "FOLDER"],
+    ["eval", "no/model", "--prompts", "a", "--out", "FILE"],
+    ["demo", "--out", "FOLDER"],
+    ["bench", "--out", "FILE"],
+    ["plan", "convert", "no/plan", "FILE", "--to", "gguf"],
+    ["sae", "collect", "no/model", "--text", "no.txt", "--at", "1", "--out", "FOLDER"],
+    ["sae", "train", "no/model", "--text", "no.txt", "--layer", "1", "--out", "FOLDER"],
+    ["sae", "train", "no/model", "--text", "no.txt", "--layer", "1", "--out", "x", "--cache", "FOLDER"],
+    ["sae", "eval", "no/sae", "no/model", "--text", "no.txt", "--out", "FILE"],
+    ["sae", "info", "no/sae", "--save", "FOLDER"],
+    *(["sae", "explain", "no/sae", "no/model", option, "FILE"] for option in ("--scores", "--html", "--save")),
+]
+
+
+@pytest.mark.parametrize("argv", OUTPUTS, ids=" ".join)
+def test_where_nothing_can_be_written_nothing_runs(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("a file")
+    Path("folder").mkdir()
+    bad = {"FOLDER": ["taken", "taken/below"], "FILE": ["folder", "taken/below"]}
+    (kind,) = {*argv} & {*bad}
+    for path in bad[kind]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([path if word == kind else word for word in argv])
+        assert stopped.value.code == 2
+        assert f"{path.split('/')[0]} " in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "taken"]
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steerfast.files.replace.os.access", lambda path, mode: False)
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{tmp_path} may not be written into; give another folder"):
+        shared.out_file(str(tmp_path / "a" / "b.json"))
+
+
+def test_missing_folders_of_files_are_made(saved, tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "scores.json"
+    assert cli.main(["eval", saved("llama"), "--prompts", "i love", "--tokens", "2", "--out", str(file)]) == 0
+    assert json.loads(file.read_text())["kind"] == "steerfast.eval"
 
 
 def test_a_model_without_tokenizer_is_one_line(saved, capsys: pytest.CaptureFixture[str]) -> None:

@@ -865,7 +865,7 @@ def test_a_tokenizer_of_another_model(smollm, tmp_path: Path) -> None:
     model, tokenizer = smollm
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["lighthouse"])
-    with pytest.raises(ValueError, match="no embedding for one of the token ids; give its own tokenizer"):
+    with pytest.raises(ValueError, match="beyond the vocabulary of LlamaForCausalLM; is the tokenizer another"):
         cache_activations(model, other, TEXTS, ("resid_post", 0), tmp_path, context=32)
 
 

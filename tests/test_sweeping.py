@@ -235,6 +235,20 @@ def test_another_models_cells_are_not_taken(tmp_path: Any) -> None:
         sweep(exact.bfloat16(), Letters(), SIDES, QUESTION, GRID, tmp_path / "dtype", progress=False)
 
 
+def test_what_a_method_refuses_is_said_before_anything_is_measured(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("the model was measured"))
+    with pytest.raises(ValueError, match="expected at least 2 on each side"):
+        swept(
+            out=tmp_path, sides=(["ab"], ["xy"]), grid=dataclasses.replace(GRID, methods=("mean_difference", "clamp"))
+        )
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ValueError, match=r"sweep: out: .*taken is a file; give a folder"):
+        swept(out=tmp_path / "taken")
+
+
 def test_a_part_without_cells(tmp_path: Any) -> None:
     grid = dataclasses.replace(GRID, draws=0, part=(1, 40))
     assert list(swept(out=tmp_path, grid=grid)) == []

@@ -115,7 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=shared.positive, metavar="D", help="(default: 4096 on a GPU, else 576)")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="(default: bfloat16 on a GPU)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the time for each")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append the raw rows to this file, one JSON a line")
+    parser.add_argument(
+        "--out", type=shared.out_file, metavar="FILE", help="append the raw rows to this file, one JSON a line"
+    )
 
 
 @torch.no_grad()
@@ -148,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
                 traceback.print_exc()
         shared.say(f"{row['case']:52}{text}")
         if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
     return min(bad, 1)

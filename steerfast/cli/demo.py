@@ -331,7 +331,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `steerfast demo` to a parser."""
     default = Path("steerfast-demo")
     out = "directory of the results (default: %(default)s)"
-    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=out)
+    parser.add_argument("--out", type=shared.out_folder, default=default, metavar="DIR", help=out)
     sae = "SAE of this model (default: the one of the repository)"
     parser.add_argument("--sae", type=Path, metavar="DIR", help=sae)
     parser.add_argument("--tokens", type=shared.positive, default=20, help="new tokens per text (default: %(default)s)")

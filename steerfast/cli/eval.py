@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="answers per forward (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, metavar="JSON", help="file of all scores")
+    parser.add_argument("--out", type=shared.out_file, metavar="JSON", help="file of all scores")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from . import shared
@@ -64,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = f"texts {meaning}; @FILE: one per line"
         parser.add_argument(f"--{side}", nargs="+", action="extend", required=True, metavar="TEXT", help=text)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="directory of the plan and the directions"
+        "--out", type=shared.out_folder, required=True, metavar="DIR", help="directory of the plan and the directions"
     )
     layers = "8, -1 (the last), 6,8, 6-12, all or middle (default: %(default)s)"
     parser.add_argument("--layers", "--layer", default="middle", metavar="SPEC", help=layers)

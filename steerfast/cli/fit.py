@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for side, meaning in (("positive", "with the property"), ("negative", "without it")):
         text = f"texts {meaning}; @FILE: one per line"
         parser.add_argument(f"--{side}", nargs="+", action="extend", required=True, metavar="TEXT", help=text)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the plan")
+    parser.add_argument("--out", type=shared.out_folder, required=True, metavar="DIR", help="directory of the plan")
     parser.add_argument("--layer", default="middle", metavar="L", help="one layer, or middle (default: %(default)s)")
     position = "token that is read: last, mean, all, or an index (default: %(default)s)"
     parser.add_argument("--position", default="last", metavar="TOKEN", help=position)
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steered = "tokens that the plan steers, as generated, 0:8 or 'all & !special' (default: all; last for a flow and a velocity)"
     parser.add_argument("--steer", type=shared.selector, metavar="POSITIONS", help=steered)
     picture = "of a flow: draw h along the path, from the negative texts, and its gain by the number of steps (needs matplotlib)"
-    parser.add_argument("--plot", type=Path, metavar="PNG", help=picture)
+    parser.add_argument("--plot", type=shared.out_file, metavar="PNG", help=picture)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     other = actions.add_parser("convert", help=text, description=textwrap.fill(f"{text}; {formats}", 100))
     other.add_argument("source", metavar="FROM", help="directory of a plan, or vectors of any known format")
-    other.add_argument("target", metavar="TARGET", help="directory or file to write; must not exist")
+    other.add_argument(
+        "target", type=shared.out_new, metavar="TARGET", help="directory or file to write; must not exist"
+    )
     other.add_argument("--to", choices=FORMATS, required=True, help="the format")
     other.add_argument(
         "--strength", type=float, default=1.0, metavar="C", help="multiplies every vector (default: %(default)s)"

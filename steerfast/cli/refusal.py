@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = f"instructions that the model {meaning}; @FILE: one per line"
         parser.add_argument(f"--{side}", nargs="+", action="extend", required=True, metavar="TEXT", help=text)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="directory of the plans, table and picture"
+        "--out", type=shared.out_folder, required=True, metavar="DIR", help="directory of the plans, table and picture"
     )
     words = f"a refusal begins with the first token of one of these (default: {' '.join(RefusalRules.words)})"
     parser.add_argument("--words", nargs="+", metavar="WORD", default=list(RefusalRules.words), help=words)
@@ -71,7 +71,6 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = shared.load(args)
     shown = sys.stderr.isatty()
     found = select_refusal(model, tokenizer, sides[0], sides[1], rules, template, args.batch_size, shown)
-    args.out.mkdir(parents=True, exist_ok=True)
     shared.say(f"{found!r}\n")
     shared.say(
         f"Prompts     {found.prompts[0]} harmful of {len(sides[0])}, {found.prompts[1]} harmless of {len(sides[1])}"

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluated.add_argument(
         "--loss-tokens", type=shared.positive, default=20_000, metavar="N", help="default: %(default)s"
     )
-    evaluated.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON, too")
+    evaluated.add_argument("--out", type=shared.out_file, metavar="FILE", help="write the numbers as JSON, too")
     _explain_arguments(
         _action(actions, "explain", "say what the features mean: words, evidence, and a score that can fail")
     )
@@ -276,7 +276,9 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the matrices (default: the file's)"
     )
-    parser.add_argument("--save", type=Path, metavar="DIR", help="write it in our format, for the other actions")
+    parser.add_argument(
+        "--save", type=shared.out_folder, metavar="DIR", help="write it in our format, for the other actions"
+    )
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -300,7 +302,7 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of a scored passage (default: %(default)s)",
     )
-    parser.add_argument("--scores", type=Path, metavar="FILE", help="write the scores as JSON, too")
+    parser.add_argument("--scores", type=shared.out_file, metavar="FILE", help="write the scores as JSON, too")
     parser.add_argument(
         "--judge", metavar="URL", help="also ask a model over OpenAI's API, such as http://localhost:8000/v1"
     )
@@ -316,8 +318,10 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
         "--count", type=shared.positive, default=10, metavar="N", help="words per feature (default: 10)"
     )
     parser.add_argument("--find", nargs="+", metavar="WORD", help="show the features that these words explain")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of features")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the words as JSON; `steer` reads it")
+    parser.add_argument("--html", type=shared.out_file, metavar="FILE", help="write a page of features")
+    parser.add_argument(
+        "--save", type=shared.out_file, metavar="FILE", help="write the words as JSON; `steer` reads it"
+    )
 
 
 def _steer_arguments(parser: argparse.ArgumentParser) -> None:

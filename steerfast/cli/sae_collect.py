@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, paragraphs apart by empty lines")
     places = "SITE:LAYER or LAYER, such as resid_post:8 mlp_out:-1 12; all are read in one forward"
     parser.add_argument("--at", nargs="+", required=True, type=place, metavar="PLACE", help=places)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="each place gets DIR/SITE-LAYER")
+    parser.add_argument(
+        "--out", type=shared.out_folder, required=True, metavar="DIR", help="each place gets DIR/SITE-LAYER"
+    )
     parser.add_argument(
         "--context", type=shared.positive, default=256, metavar="N", help="tokens of a context (default: 256)"
     )

@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = next(action for action in parser._actions if action.dest == "model")
     model.nargs, model.required = "?", False  # a preset names it
     parser.add_argument("--preset", choices=tuple(PRESETS), help="a whole run: model, place, texts and numbers")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the SAE and its checkpoints")
+    parser.add_argument(
+        "--out", type=shared.out_folder, required=True, metavar="DIR", help="of the SAE and its checkpoints"
+    )
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text, paragraphs apart by empty lines")
     rows = "train on what was collected instead, by `collect`, an engine, or as Parquet or Arrow; of a transcoder two"
     parser.add_argument("--rows", nargs="+", metavar="PATH", help=rows)
@@ -80,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", default="topk", choices=tuple(_KINDS), help="default: %(default)s")
     reads = "where in the layer a transcoder reads (default: %(default)s); it writes --site"
     parser.add_argument("--reads", default=SITES[0], choices=SITES, help=reads)
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="activations (default: DIR/activations)")
+    parser.add_argument("--cache", type=shared.out_folder, metavar="DIR", help="activations (default: DIR/activations)")
     parser.add_argument(
         "--context", type=shared.positive, default=256, metavar="N", help="tokens of a context (default: 256)"
     )

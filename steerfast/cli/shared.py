@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import textwrap
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from steerfast.files.replace import no_file, no_folder
 from steerfast.files.text import lines_of
 
 METHODS = ("mean_difference", "difference", "pca", "logistic")
@@ -178,6 +180,28 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
+
+
+def out_folder(text: str) -> Path:
+    """A folder that a command writes into, as an argument."""
+    return _out(Path(text), no_folder(Path(text)))
+
+
+def out_file(text: str) -> Path:
+    """A file that a command writes, as an argument."""
+    return _out(Path(text), no_file(Path(text)))
+
+
+def out_new(text: str) -> Path:
+    """A folder or file that a command makes, as an argument."""
+    exists = f"{text} exists; choose another name, or remove it" if os.path.exists(text) else None
+    return _out(Path(text), exists or no_folder(Path(text).parent))
+
+
+def _out(path: Path, refused: str | None) -> Path:
+    if refused is not None:
+        raise argparse.ArgumentTypeError(refused)
+    return path
 
 
 PART = "do part I of N, I from 1; the parts may run at the same time, on several machines (default: all)"

@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parts = f"{shared.PART}; the same command without it merges them"
     parser.add_argument("--part", type=shared.part, default=(1, 1), metavar="I/N", help=parts)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of sweep.json and sweep.png")
+    parser.add_argument(
+        "--out", type=shared.out_folder, required=True, metavar="DIR", help="directory of sweep.json and sweep.png"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

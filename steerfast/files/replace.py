@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and whether they can be."""
 
 from __future__ import annotations
 
@@ -11,18 +11,32 @@ _LOCK = threading.Lock()
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename it."""
+    """Write a file under a temporary name beside it, then rename it; a folder that is missing is made."""
     replace_files(path.parent, {path.name: content})
 
 
 def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files of a folder by name: all of them, or, if that fails, none.
+    """Write files of a folder, which is made if need be, by name: all of them, or, if that fails, none.
 
     All are written under temporary names before the first is renamed, so a full disk changes nothing; if a rename fails,
     the old files come back. Threads write one after another, so that files of two of them are never mixed.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with _LOCK:
         _replace(folder, contents)
+
+
+def no_folder(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, in words, before it is tried; None: it is there, or can be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        return f"{there} is a file; give a folder, which need not exist"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} may not be written into; give another folder"
+
+
+def no_file(file: Path) -> str | None:
+    """Why a file cannot be written, as `no_folder`."""
+    return f"{file} is a folder; give a file" if os.path.isdir(file) else no_folder(file.parent)
 
 
 def _replace(folder: Path, contents: Mapping[str, bytes]) -> None:

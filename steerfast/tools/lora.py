@@ -88,7 +88,6 @@ def write_lora(
             part.refuse_for_any()
     adapter = _Adapter(parts, any(part.bias is not None for part in parts))
     adapter.refuse_bias_beside_parameters()
-    target.mkdir(parents=True)
     replace_file(target / WEIGHTS, save(adapter.tensors(), {"format": "pt"}))
     replace_file(target / CONFIG, json.dumps(adapter.config(unwrapped(model)), indent=2).encode())
     return target

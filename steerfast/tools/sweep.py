@@ -270,6 +270,9 @@ def sweep(
 
     trial = Trial(collected, Teacher(model, tokenizer, both), grid.site, grid.unit, grid.sae)
     with evaluating(model), _bar(len(wanted), len(wanted) - len(missing), progress) as bar:
+        for method in grid.methods:  # what a method refuses is said before anything is measured
+            for layer in [layer for one, layer, _ in missing if one == method][:1]:
+                trial.fit(method, layer)
         if store.baseline is None:
             ((effect, perplexity),) = run([Dose()])
             store.add(Cell("none", -1, 0.0, 0.0, effect, perplexity))

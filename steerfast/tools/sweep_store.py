@@ -11,7 +11,7 @@ from typing import Any
 
 from steerfast._checks import warn_user
 from steerfast._null import Null
-from steerfast.files.replace import replace_file
+from steerfast.files.replace import no_folder, replace_file
 
 SCHEMA = 3
 """Files of schema 1 hold no nulls and no factors; before schema 3 none says of which weights, in which dtype, its cells are."""
@@ -46,7 +46,7 @@ class Store:
     What any file of the folder holds counts as done, so that a whole sweep is merged from its parts.
 
     Raises:
-        ValueError: a file is of another sweep, or damaged.
+        ValueError: a file is of another sweep, or damaged, or the folder is none.
     """
 
     def __init__(self, folder: Path | None, settings: dict[str, Any], part: tuple[int, int] = (1, 1)) -> None:
@@ -58,6 +58,8 @@ class Store:
         self.baseline: Cell | None = None
         self.null: tuple[Cell, Null] | None = None
         if folder is not None:
+            if (refused := no_folder(folder)) is not None:
+                raise ValueError(f"sweep: out: {refused}")
             for file in (*sorted(folder.glob("sweep.*of*.json")), folder / "sweep.json"):
                 if file.exists():
                     self._read(file)
@@ -79,7 +81,6 @@ class Store:
         """Write all that is known, whole or not at all."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         baseline = None if self.baseline is None else _numbers(self.baseline)
         cells = [_numbers(one) for one in self.cells.values()]
         text = {"schema": SCHEMA, "kind": KIND, "key": self.key, "question": self.settings}

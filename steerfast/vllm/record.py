@@ -36,7 +36,6 @@ def write(version: str, folder: Path | None = None) -> Path:
         OSError: it cannot be written there.
     """
     file = (folder or _folder()) / _name(version)
-    file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, json.dumps(_content(version), indent=1).encode())
     return file
 

@@ -42,7 +42,6 @@ def save_saelens(sae: SAE, directory: str | os.PathLike[str]) -> Path:
 
     config, tensors = _as_saelens(sae, "save_saelens")
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
     blob, text = save_tensors(tensors), json.dumps(config, indent=2).encode()
     replace_files(target, {"sae_weights.safetensors": blob, "cfg.json": text})
     return target

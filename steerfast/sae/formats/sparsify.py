@@ -98,7 +98,6 @@ def save_sparsify(sae: SAE, directory: str | os.PathLike[str]) -> Path:
         "multi_topk": False, "skip_connection": "w_skip" in wide, "transcode": over is not None, "d_in": sae.d,
     }  # fmt: skip
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
     blob = save_tensors({name: value.clone().contiguous() for name, value in tensors.items()})
     replace_files(target, {"sae.safetensors": blob, "cfg.json": json.dumps(config, indent=2).encode()})
     return target
