@@ -218,6 +218,14 @@ def positive_integer(owner: str, name: str, value: Any) -> int:
     return number
 
 
+def seed_number(owner: str, value: Any) -> int:
+    """A seed that whatever draws takes, NumPy, scikit-learn and PyTorch: 0 to 2**32 - 1."""
+    seed = whole_number(owner, "seed", value, 0)
+    if seed >= 2**32:
+        raise ValueError(f"{owner}: seed is {seed}; expected a whole number from 0 to 2**32 - 1")
+    return seed
+
+
 def whole_numbers(owner: str, name: str, value: Any, count: int) -> list[int]:
     """Python ints of one whole number or several: an iterable, an array, a tensor, or a slice of `count` of them.
 

@@ -548,12 +548,19 @@ def test_more_direction_errors(monkeypatch: Any) -> None:
         pca(pos, neg, project_out=torch.ones(5))
     with pytest.raises(ValueError, match=r"^mean_difference: nothing is left after project_out"):
         mean_difference(pos, neg, project_out=torch.eye(19))
+    with pytest.raises(
+        TypeError, match=r"^pca: project_out must be numbers of shape \(n, d\) or \(d,\), got list; several"
+    ):
+        pca(pos, neg, project_out=[torch.ones(19), torch.ones(19)])
     opposite = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     with pytest.raises(ValueError, match=r"^difference: the differences of pos and neg cancel to zero; try pca"):
         difference(opposite, opposite.flip(0))
     for C in (0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"^logistic: C must be positive and finite"):
+        with pytest.raises(ValueError, match=r"^logistic: C must be (positive|finite)"):
             logistic(pos, neg, C=C)
+    for word in ("auto", None):
+        with pytest.raises(TypeError, match=rf"^logistic: C must be a number; got {word!r}"):
+            logistic(pos, neg, C=word)
     ragged = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
     tokens = [activations({0: pos[:3] + i}, position="all", text_index=index) for i, index in enumerate(ragged)]
     with pytest.raises(ValueError, match=r"^difference: needs pairs, but the texts of pos and neg differ in length"):

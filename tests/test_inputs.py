@@ -232,6 +232,68 @@ def test_a_text_and_what_is_written_behind_it_fit_the_model() -> None:
         sf.tools.evaluate_text(build("llama"), Letters(), ["x" * 100], tokens=40)
 
 
+ROWS = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), torch.ones(8, 5)
+SEEDED: dict[str, Any] = {
+    "fit: add": lambda seed: sf.fit("add", *ROWS, seed=seed),
+    "fit_barrier": lambda seed: sf.fit_barrier(*ROWS, seed=seed),
+    "fit_probe": lambda seed: sf.fit_probe(*ROWS, seed=seed),
+    "fit_condition: layer 1": lambda seed: sf.fit_condition({1: ROWS[0]}, {1: ROWS[1]}, seed=seed),
+    "fit_heads: layer 1": lambda seed: sf.fit_heads({1: ROWS[0]}, {1: ROWS[1]}, 1, seed=seed),
+    "fit_loreft": lambda seed: sf.fit_loreft(build("llama"), Letters(), [("a", " b")], 1, seed=seed),
+    "fit_vector": lambda seed: sf.fit_vector(build("llama"), Letters(), [("a", " b")], 1, seed=seed),
+    "fit_lineas": lambda seed: sf.fit_lineas(build("llama"), Letters(), ["a", "b"], ["c", "d"], [1], seed=seed),
+    "fit_velocity": lambda seed: sf.fit_velocity(build("llama"), Letters(), [("a", " b", " c")], 1, seed=seed),
+    "RefusalRules": lambda seed: sf.tools.RefusalRules(seed=seed),
+    "TrainConfig": lambda seed: sf.sae.TrainConfig(seed=seed),
+}
+
+
+@pytest.mark.parametrize("owner", SEEDED)
+def test_seeds_are_what_all_that_draws_takes(owner: str) -> None:
+    for seed, error, says in (
+        (-1, ValueError, "seed is -1; expected a whole number"),
+        (2**40, ValueError, rf"seed is {2**40}; expected a whole number from 0 to 2\*\*32 - 1"),
+        (1.5, TypeError, "seed"),
+    ):
+        with pytest.raises(error, match=f"^{owner}: {says}"):
+            SEEDED[owner](seed)
+
+
+def test_a_half_of_a_character_is_named_with_its_text() -> None:
+    model, tokenizer = build("llama"), words()
+    says = r"the text 'w3 \\ud800 w4' holds '\\ud800' as character 3, half a character \(a lone surrogate\)"
+    for owner, run in {
+        "collect": lambda text: sf.collect(model, tokenizer, ["w3", text], 1, progress=False),
+        "fit_loreft": lambda text: sf.fit_loreft(model, tokenizer, [("w3", " w4"), (text, " w4")], 1),
+        "pack": lambda text: Contexts(tokenizer, ["w3", text], 8),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{owner}: {says}"):
+            run("w3 \ud800 w4")
+
+
+@pytest.mark.parametrize(
+    ("chat", "says"),
+    [
+        ([{"content": "w3"}], "message 0 has None as its role; expected a word such as 'user' or 'assistant'"),
+        ([{"role": "user", "content": "w3"}, {"role": 7, "content": "w3"}], "message 1 has 7 as its role"),
+        (
+            [{"role": "martian", "content": "w3"}],
+            r"is no chat that this tokenizer's template takes \(TemplateError: who\?\)",
+        ),
+    ],
+)
+def test_what_is_no_chat_is_refused_in_our_words(chat: Any, says: str) -> None:
+    tokenizer = words()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'martian' %}{{ raise_exception('who?') }}{% endif %}{{ m['content'] }} w9"
+        "{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=f"^collect: text 1.*{says}"):
+        sf.collect(build("llama"), tokenizer, ["w3", chat], 1, progress=False)
+    with pytest.raises(ValueError, match=f"^evaluate_choices: the prompt .*{says}"):
+        sf.tools.evaluate_choices(build("llama"), tokenizer, [sf.tools.Choice(chat, ("w3",), ("w4",))])
+
+
 def test_a_tokenizer_that_is_larger_than_the_model() -> None:
     """The cause is the text's id, whatever the model says of it; an id that its config names may stand for an image."""
     model = deepcopy(build("llama"))

@@ -258,7 +258,7 @@ def test_a_file_that_is_no_utf_8_is_named(tmp_path: Path, raw: bytes) -> None:
     }.items():
         with pytest.raises(ValueError, match=rf"^{owner}: .*a\.csv is not UTF-8 \(.*; save it as UTF-8$"):
             read(tmp_path / "a.csv")
-        with pytest.raises(FileNotFoundError, match=rf"^{owner}: .*none\.csv does not exist; .* file of"):
+        with pytest.raises(FileNotFoundError, match=rf"^{owner}: .*none\.csv does not exist; .* file"):
             read(tmp_path / "none.csv")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerfast._checks import tensor_of, warn_user
+from steerfast._checks import seed_number, tensor_of, warn_user
 from steerfast.models.collect import Activations
 from steerfast.place import NOWHERE, Origin, common_origin, median_of, typical_norm_of
 
@@ -44,6 +44,7 @@ class Data:
     @classmethod
     def of(cls, pos: Any, neg: Any, groups: Iterable[Any] | None, seed: int, owner: str = "fit_barrier") -> Data:
         """Check both sides and put them together."""
+        seed = seed_number(owner, seed)
         (first, pos_texts), (second, neg_texts) = _origin(pos), _origin(neg)
         sides = [_activations(owner, "pos", pos), _activations(owner, "neg", neg)]
         if sides[0].shape[1] != sides[1].shape[1]:

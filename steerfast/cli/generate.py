@@ -30,8 +30,11 @@ GAP = "  │  "
 
 def run(args: argparse.Namespace) -> int:
     """Run `steerfast generate`; returns the exit code."""
+    from steerfast._checks import seed_number
+    from steerfast.models.texts import TextReader
     from steerfast.plan import Plan
 
+    seed_number("--seed", args.seed)
     plan = Plan.load(args.plan, args.saes)
     model, tokenizer = shared.load(args)
     prompt = args.prompt
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("--chat: this tokenizer has no chat template; leave --chat away")
         chat = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        prompt = TextReader.of(tokenizer, "--chat").chat(chat, "the prompt")
     inputs = shared.prompt(tokenizer, prompt, model, chat=args.chat)
     shared.say(f"{args.prompt}\n")
     if sys.stdout.isatty() and shutil.get_terminal_size().columns >= shared.COLUMNS:

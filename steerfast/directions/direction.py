@@ -195,7 +195,13 @@ def _factor(method: str) -> str:
 
 def direction_matrix(name: str, argument: str, side: Any) -> Tensor:
     """The rows (n, d) of one argument in float64 on the CPU, checked."""
-    rows = tensor_of(getattr(side, "vector", side))
+    try:
+        rows = tensor_of(getattr(side, "vector", side))
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name}: {argument} must be numbers of shape (n, d) or (d,), got {type(side).__name__}; several vectors become one "
+            "tensor by torch.stack"
+        ) from None
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2 or not rows.is_floating_point():
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from steerfast._checks import finite_number
 from steerfast.barriers.kernels import linear_weights, scikit_learn
 from steerfast.models.collect import Activations, check_same_origin, collect
 from steerfast.models.texts import TextReader
@@ -223,7 +224,8 @@ def logistic(pos: Side, neg: Side, *, C: float = 1.0, normalize: bool = False, p
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
-        ValueError: C not positive; sides that do not match, without rows, with NaN or Inf, or that do not differ.
+        TypeError, ValueError: C is no positive number; sides that do not match, without rows, with NaN or Inf, or that do not
+            differ.
 
     Reference:
         Li et al. 2023, Inference-Time Intervention, arXiv:2306.03341.
@@ -233,8 +235,9 @@ def logistic(pos: Side, neg: Side, *, C: float = 1.0, normalize: bool = False, p
         >>> neg = sf.collect(model, tokenizer, false_statements, layers=[12])
         >>> v = sf.extract.logistic(pos, neg, C=0.1, normalize=True)
     """
-    if not C > 0 or float("inf") == C:
-        raise ValueError(f"logistic: C must be positive and finite, got {C!r}")
+    C = finite_number("logistic", "C", C)
+    if C <= 0:
+        raise ValueError(f"logistic: C must be positive, got {C}")
     scikit_learn("logistic")
 
     def weight(p: Tensor, n: Tensor) -> Tensor:

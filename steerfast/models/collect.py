@@ -267,20 +267,7 @@ def _token_ids(reader: TextReader, text: Any, number: int) -> list[int]:
         return ids
     if isinstance(text, Mapping) and "input_ids" in text:
         raise TypeError(f"{reader.owner}: text {number} is a dict with input_ids; pass ready dicts as inputs=[…]")
-    if not isinstance(text, Sequence) or not all(isinstance(message, Mapping) for message in text):
-        raise TypeError(
-            f"{reader.owner}: text {number} must be a string or a list of chat messages, got {type(text).__name__}"
-        )
-    if not text:
-        raise ValueError(f"{reader.owner}: text {number} is a chat without messages; remove it or give it content")
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"{reader.owner}: text {number} is a chat, but the tokenizer has no chat template; set one or pass strings"
-        )
-    prompt = tokenizer.apply_chat_template(
-        text, tokenize=False, add_generation_prompt=text[-1].get("role") != "assistant"
-    )
-    ids = reader.bare(prompt)  # a template brings its own special tokens
+    ids = reader.bare(reader.chat(text, f"text {number}"))  # a template brings its own special tokens
     if not ids:
         raise ValueError(
             f"{reader.owner}: text {number} ({short_text(text)}) has no tokens after its chat template; give it content"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steerfast._checks import warn_user
@@ -57,7 +58,7 @@ class TextReader:
 
     def bare(self, text: str) -> list[int]:
         """Token ids of a text as it stands: nothing is added, nothing left out."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(self._whole(text), add_special_tokens=False)["input_ids"])
 
     def following(self, before: str, text: str) -> list[int]:
         """Token ids of a text as it follows another: what both together have behind the tokens of the first.
@@ -70,7 +71,9 @@ class TextReader:
 
     def own(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text without what the tokenizer adds around it, for a caller who adds his own."""
-        found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        found = self.tokenizer([self._whole(text) for text in texts], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         return [self._without(text, list(ids)) for text, ids in zip(texts, found, strict=True)]
 
     def located(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -84,15 +87,58 @@ class TextReader:
                 f"{self.owner}: {type(self.tokenizer).__name__} does not say where in a text its tokens stand; load a fast one "
                 "(AutoTokenizer.from_pretrained(name))"
             )
-        read = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        read = self.tokenizer(self._whole(text), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, spans = list(read["input_ids"]), [(int(first), int(behind)) for first, behind in read["offset_mapping"]]
         front = self._added()[0]
         start = len(front) if front and ids[: len(front)] == front else 0
         own = self._without(text, ids)
         return own, spans[start : start + len(own)]
 
+    def chat(self, messages: Any, what: str) -> str:
+        """The text that the chat template makes, with the generation prompt unless the assistant has the last word.
+
+        Args:
+            messages: Of a chat, each with "role" and, but for calls of tools, "content".
+            what: They are, for the messages of errors.
+
+        Raises:
+            TypeError, ValueError: they are no chat, or the template does not take them; there is no template.
+        """
+        where = f"{self.owner}: {what}"
+        if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+            raise TypeError(f"{where} must be a string or a list of chat messages, got {type(messages).__name__}")
+        if not messages:
+            raise ValueError(f"{where} is a chat without messages; remove it or give it content")
+        for number, message in enumerate(messages):
+            if not isinstance(message.get("role"), str):
+                raise ValueError(
+                    f"{where}: message {number} has {message.get('role')!r} as its role; expected a word such as 'user' or "
+                    "'assistant'"
+                )
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(f"{where} is a chat, but the tokenizer has no chat template; set one or pass strings")
+        goes_on = messages[-1]["role"] != "assistant"
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=goes_on))
+        except Exception as error:  # a template is a program, which refuses in its own words
+            raise ValueError(
+                f"{where} is no chat that this tokenizer's template takes ({type(error).__name__}: {error}); mind the roles, "
+                "their order and the contents"
+            ) from error
+
+    def _whole(self, text: str) -> str:
+        """A text without halves of characters, which no tokenizer reads."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{self.owner}: the text {short_text(text)} holds {text[error.start]!r} as character {error.start}, half "
+                "a character (a lone surrogate); read its source as UTF-8, or leave the character out"
+            ) from None
+        return text
+
     def _read(self, text: str, end: list[int]) -> list[int]:
-        ids = list(self.tokenizer(text)["input_ids"])
+        ids = list(self.tokenizer(self._whole(text))["input_ids"])
         front, behind = self._added()
         stop = len(ids) - len(behind)
         if stop < len(front) or ids[: len(front)] != front or ids[stop:] != behind:

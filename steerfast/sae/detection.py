@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerfast._checks import whole_number
+from steerfast._checks import seed_number, whole_number
 from steerfast.files.replace import replace_file
 from steerfast.place import median_of
 
@@ -142,7 +142,7 @@ def detect(
     words = _Words(explanations, evidence)
     accuracy = np.full(len(evidence), np.nan, dtype=np.float32)
     recall, intruder = np.full((len(evidence), _PARTS), np.nan, dtype=np.float32), accuracy.copy()
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed_number("detect", seed))
     for feature in np.flatnonzero(scored).tolist():
         training, held_out = words.scores(feature)
         threshold = _threshold(training, evidence.training.firing(feature)[0])

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
-from steerfast._checks import finite_number, whole_number, whole_numbers
+from steerfast._checks import finite_number, seed_number, whole_number, whole_numbers
 
 from .evidence import Evidence
 from .explanation import Explanations
@@ -121,7 +121,7 @@ def judged_detection(
     """
     half = whole_number("judged_detection", "passages", passages, 2) // 2
     chosen = whole_numbers("judged_detection", "features", features, len(evidence))
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed_number("judged_detection", seed))
     found = {}
     for feature in chosen:
         if not 0 <= feature < len(evidence):

@@ -345,7 +345,7 @@ def _head(reader: TextReader, prompt: Any) -> tuple[str, list[int]]:
     if isinstance(prompt, str):
         text, ids = prompt, reader.beginning(prompt)
     else:
-        text = reader.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = reader.chat(prompt, f"the prompt {short_text(prompt)}")
         ids = reader.bare(text)
     if not ids:
         raise ValueError(f"{reader.owner}: the prompt {prompt!r} has no tokens; give it content")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import finite_number, positive_integer, warn_user, whole_number
+from steerfast._checks import finite_number, positive_integer, seed_number, warn_user, whole_number
 from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.directions.direction import Direction
@@ -78,6 +78,7 @@ class RefusalRules:
         if not 0 <= self.late < 1:
             raise ValueError(f"RefusalRules: late is {self.late}; expected a share of the layers, 0 <= late < 1")
         whole_number("RefusalRules", "draws", self.draws, 0)
+        object.__setattr__(self, "seed", seed_number("RefusalRules", self.seed))
 
     def layers(self, count: int) -> range:
         """The layers that give candidates, in a model of so many."""

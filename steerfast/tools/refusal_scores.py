@@ -70,8 +70,7 @@ class RefusalScorer:
             if isinstance(text, str):
                 found.append(self.reader.ids(text))
             else:
-                chat = self.reader.tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-                found.append(self.reader.bare(chat))
+                found.append(self.reader.bare(self.reader.chat(text, f"the instruction {short_text(instruction)}")))
             limits.check(short_text(instruction), found[-1])
         return found
 

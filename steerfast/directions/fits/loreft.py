@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast import ops
-from steerfast._checks import positive_integer
+from steerfast._checks import positive_integer, seed_number
 from steerfast.barriers.data import seeded
 from steerfast.edits.fitted import FitInfo
 from steerfast.edits.linear import LoReFT
@@ -64,6 +64,7 @@ def fit_loreft(
         >>> plan = sf.Plan([edit])
     """
     owner = "fit_loreft"
+    seed = seed_number(owner, seed)
     pupil = Pupil(owner, model, layer)
     steps, lr = steps_and_rate(owner, steps, lr)
     rank = positive_integer(owner, "rank", rank)

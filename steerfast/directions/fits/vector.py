@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from steerfast._checks import finite_number, positive_integer, whole_number
+from steerfast._checks import finite_number, positive_integer, seed_number
 from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.edits.fitted import FitInfo
@@ -226,7 +226,7 @@ def fit_vector(
     owner = "fit_vector"
     goal: Objective = LMObjective() if objective is None else objective
     steps, lr = steps_and_rate(owner, steps, lr)
-    whole_number(owner, "seed", seed)
+    seed = seed_number(owner, seed)
     pupil = Pupil(owner, model, layer)
     taught, held = split(read_lessons(owner, model, TextReader.of(tokenizer, owner), examples, goal.contrast))
     generator = seeded(seed)

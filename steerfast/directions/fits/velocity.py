@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import finite_number, positive_integer, whole_number
+from steerfast._checks import finite_number, positive_integer, seed_number, whole_number
 from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.barriers.velocity import VelocityField, VelocityInfo
@@ -169,7 +169,7 @@ def _shift(gradients: Gradients, direction: Tensor) -> VelocityField:
 
 def _numbers(owner: str, rank: Any, damping: Any, seed: Any, width: int) -> tuple[int, tuple[float, float], int]:
     """Checked numbers of a fit."""
-    rank, seed = positive_integer(owner, "rank", rank), whole_number(owner, "seed", seed, 0)
+    rank, seed = positive_integer(owner, "rank", rank), seed_number(owner, seed)
     if rank > width:
         raise ValueError(f"{owner}: rank is {rank} and the stream has width {width}; expected at most that")
     if isinstance(damping, (str, bytes)) or not isinstance(damping, Sequence) or len(damping) != 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from steerfast._checks import finite_number, whole_number
+from steerfast._checks import finite_number, seed_number, whole_number
 from steerfast.place import Place
 
 from .objectives import Objective, TopK, Transcode
@@ -61,8 +61,8 @@ class TrainConfig:
             raise ValueError("TrainConfig: tied is set, and a transcoder reads and writes two places; leave tied away")
         for name in ("features", "k", "tokens", "batch", "dead_after"):
             self._whole(name, 1)
-        for name in ("aux_k", "seed"):
-            self._whole(name, 0)
+        self._whole("aux_k", 0)
+        object.__setattr__(self, "seed", seed_number("TrainConfig", self.seed))
         if self.k > self.features:
             raise ValueError(f"TrainConfig: k is {self.k}; expected 1 to features = {self.features}")
         if self.k_start is not None:

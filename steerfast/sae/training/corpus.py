@@ -96,7 +96,7 @@ def read_texts(file: str | os.PathLike[str]) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: it is empty, or not UTF-8.
     """
-    content = text_of("texts", file, "give a file of UTF-8 text, its texts apart by empty lines")
+    content = text_of("texts", file, "give a UTF-8 text file, its texts apart by empty lines")
     texts = [text.strip() for text in content.split("\n\n") if text.strip()]
     if not texts:
         raise ValueError(f"texts: {file} holds no text; give a file with content")
