@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from interpreted import quicken
+from interpreted import quicken, roomy
 from triton.runtime import interpreter
 
 from .cases import EVERY
@@ -121,7 +121,7 @@ def count(call: Callable[[], object]) -> list[dict[str, Any]]:
         mock.patch.object(interpreter.InterpretedFunction, "run", sampled),
         mock.patch.object(torch, "empty", _zeros),
     ):
-        call()
+        roomy(call)
     return found
 
 
