@@ -413,14 +413,17 @@ def test_blocks_without_their_decoder_are_refused(llama: Any) -> None:
         hand(IDS)
 
 
-def test_an_interrupted_pass_leaves_no_mask_behind(llama: Any) -> None:
+@pytest.mark.parametrize("where", ["model.layers.2", "lm_head"])
+def test_an_interrupted_pass_leaves_no_mask_behind(llama: Any, where: str) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    part = llama.get_submodule(where)
     with torch.no_grad(), sf.steer(llama, plan()):
-        with llama.model.layers[2].register_forward_pre_hook(stop), pytest.raises(KeyboardInterrupt):
-            llama(IDS, attention_mask=PADDED, use_cache=False)
+        with part.register_forward_pre_hook(stop), pytest.raises(KeyboardInterrupt):
+            llama(IDS[:, :8], attention_mask=PADDED[:, :8] * 0 + (torch.arange(8) > 2), use_cache=False)
         with edited(llama) as found:
             llama.model(IDS, use_cache=False)
-            llama.model(IDS[:1], use_cache=False)
-    assert found == [["1" * 10] * 2, ["1" * 10]]
+            llama.model(IDS[:1], attention_mask=torch.ones(1, 10), use_cache=False)
+            llama(IDS, attention_mask=PADDED, use_cache=False)
+    assert found == [["1" * 10] * 2, ["1" * 10], ["1" * 10, "1" * 8 + "00"]]

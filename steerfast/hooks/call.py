@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,13 @@ class Call:
     given_ids: Tensor | None = (
         None  # as that model was given them; None: it was given none, or the decoder is the model
     )
+
+    def mask_of(self, inputs: Mapping[str, Any]) -> Any:
+        """The mask of a pass in the form that shows padding, if any form of it does."""
+        mask, given = inputs.get("attention_mask"), self.given_mask
+        if given is UNSEEN or (isinstance(mask, Tensor) and mask.dim() == 2):
+            return mask
+        return given  # handed on as a prepared mask, or not at all
 
     def hold(self) -> None:
         """Another pass begins inside the running one."""

@@ -33,7 +33,7 @@ def is_in_its_generate(model: nn.Module) -> bool:
 
 
 def _is_forward_of(frame: FrameType, module: nn.Module) -> bool:
-    return frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module
+    return "forward" in frame.f_code.co_name and frame.f_locals.get("self") is module
 
 
 def _frames() -> Iterator[FrameType]:

@@ -289,7 +289,8 @@ class Passes:
         refuse_tracing()
         self.watched.check()
         inputs = by_name(self._names, args, kwargs)
-        mask = _mask(inputs, call.given_mask)
+        self._drop_stale(call, inputs)
+        mask = call.mask_of(inputs)
         tokens, given = tokens_of(inputs), call.given_ids
         call.shape = batch, count = tokens.shape[0], tokens.shape[1]
         ids = given if tokens.is_floating_point() else tokens
@@ -333,6 +334,13 @@ class Passes:
         if self.fixed is not None and self.fixed.text:
             self.fixed.text.begin(start, tokens, table.real(start, count, batch))
         self.threads.call, call.running = call, True
+
+    def _drop_stale(self, call: Call, inputs: dict[str, Any]) -> None:
+        """What the whole model was given is not the decoder's once a call has been broken off where no hook runs behind it."""
+        other = call.given_ids is not None and call.given_ids is not inputs.get("input_ids")
+        hidden = isinstance(call.given_mask, Tensor) and inputs.get("attention_mask") is None
+        if (other or hidden) and not is_inside(self._model):
+            call.given_mask, call.given_ids = UNSEEN, None
 
     def _unattached(self, inputs: dict[str, Any]) -> None:
         """A pass that nobody steers or reads begins; the probes of a prepared model run in it, and need its shape."""
@@ -506,11 +514,3 @@ class Passes:
         every = not call.ran or len(call.ran) >= self.dispatchers
         slots = None if every else {slot for dispatcher in call.ran for slot in dispatcher.edits}
         self.counts.add(call.now, call.shape, skipped, slots)
-
-
-def _mask(inputs: dict[str, Any], given: Any) -> Any:
-    """The mask of a pass in the form that shows padding, if any form of it does."""
-    mask = inputs.get("attention_mask")
-    if given is UNSEEN or (isinstance(mask, Tensor) and mask.dim() == 2):
-        return mask
-    return given  # handed on as a prepared mask, or not at all
