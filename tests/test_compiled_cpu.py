@@ -9,6 +9,7 @@ import linecache
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -473,13 +474,20 @@ EDIT = """
 """
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of compiled code, made by a first edit."""
+    folder = tmp_path_factory.mktemp("compiled")
+    assert run(EDIT, NUMBA_CACHE_DIR=str(folder)) == "[[0.0, 4.0]] True"
+    return folder
+
+
 @needs_numba
-def test_compiled_code_is_kept_in_a_folder_and_read_again(tmp_path: Path) -> None:
-    assert run(EDIT, NUMBA_CACHE_DIR=str(tmp_path)) == "[[0.0, 4.0]] True"
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
+def test_compiled_code_is_kept_in_a_folder_and_read_again(filled: Path) -> None:
+    kept = {path: path.stat().st_mtime_ns for path in filled.rglob("*.nbc")}
     assert kept
-    assert run(EDIT, NUMBA_CACHE_DIR=str(tmp_path)) == "[[0.0, 4.0]] True"
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == kept
+    assert run(EDIT, NUMBA_CACHE_DIR=str(filled)) == "[[0.0, 4.0]] True"
+    assert {path: path.stat().st_mtime_ns for path in filled.rglob("*.nbc")} == kept
 
 
 @needs_numba
@@ -511,13 +519,16 @@ def test_what_differs_is_kept_in_files_of_other_names(monkeypatch: pytest.Monkey
 
 
 @needs_numba
-def test_a_damaged_file_in_the_folder_is_said_and_does_no_harm(tmp_path: Path) -> None:
-    folder = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    run("from steerfast.ops import compiled_cpu; compiled_cpu.kernels()", **folder)
-    for path in tmp_path.rglob("numba_cpu.add_*.nbi"):
+def test_a_damaged_file_in_the_folder_is_said_and_does_no_harm(filled: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(filled, tmp_path / "damaged")
+    damaged = list(folder.rglob("numba_cpu.add_*.nbi"))
+    assert damaged
+    for path in damaged:
         path.write_bytes(b"")
-    said = EDIT.replace('"error"', '"always"')
-    assert run(said, **folder) == "[[0.0, 4.0]] True"
+    heard = "warnings.showwarning = lambda message, *_: print(str(message)[:46])"
+    said, got = run(EDIT.replace('warnings.simplefilter("error")', heard), NUMBA_CACHE_DIR=str(folder)).splitlines()
+    assert said == "steerfast: numba cannot use its folder of comp"
+    assert got == "[[0.0, 4.0]] True"
 
 
 @needs_numba
