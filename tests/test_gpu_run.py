@@ -328,7 +328,9 @@ def test_what_was_chosen_is_where_the_next_choice_begins():
 def test_every_choice_of_a_launcher_is_touched_by_some_case(monkeypatch: pytest.MonkeyPatch):
     import tune
 
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # nothing is written, much allocated
+    monkeypatch.setattr(
+        torch.utils.deterministic, "fill_uninitialized_memory", False
+    )  # nothing is written, much allocated
     with tune.Chooser({}).installed() as chooser:
         knobs = tune.discover(chooser, tune.CASES)
     assert {knob.name for knob in knobs if knob.touched} == tune.in_source()
