@@ -278,3 +278,26 @@ def test_a_file_that_names_a_feature_too_many_is_refused(tmp_path: Path) -> None
     )
     with pytest.raises(ValueError, match=r"does not describe a plan: SAE: feature 40 is out of range"):
         sf.Plan.load(saved, make())
+
+
+# --- features that were picked before ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "normalisation"), [(K, "none"), (30, "layer_norm"), (None, "layer_norm"), (None, "none")]
+)
+def test_picked_features_are_numbered_by_their_place(k: int | None, normalisation: str, tmp_path: Path) -> None:
+    """Whatever selects: `sae.rows([5, 7])` has the features 0 and 1, in any order, alone or together, and in a file."""
+    sae, x = make(k=k, normalisation=normalisation), torch.randn(9, D)
+    picked = sae.rows([5, 7])
+    for own, values in (
+        ({0: 1.0, 1: 2.0}, {5: 1.0, 7: 2.0}),
+        ({1: 2.0, 0: 1.0}, {5: 1.0, 7: 2.0}),
+        ({1: 2.0}, {7: 2.0}),
+    ):
+        edit, right = sf.EditFeatures(picked, own), sf.EditFeatures(sae, values).apply(x)
+        assert torch.allclose(edit.apply(x), right, atol=1e-6)
+        back = sf.Plan.load(sf.Plan({1: edit}).save(tmp_path / f"{len(own)}{next(iter(own))}"), saes=sae)
+        assert torch.equal(back.edits["resid_post", 1][0].apply(x), edit.apply(x))
+    with pytest.raises(ValueError, match="EditFeatures: feature 5 is out of range; there are 2, from 0"):
+        sf.EditFeatures(picked, {5: 1.0})

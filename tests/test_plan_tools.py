@@ -11,6 +11,7 @@ import torch
 
 import steerfast as sf
 from steerfast.cli.plan import add_arguments, run
+from steerfast.directions.direction import Direction
 from steerfast.place import Origin
 from steerfast.plan import ModelCard
 from steerfast.tools import convert as plan_tools
@@ -74,6 +75,14 @@ def test_strength_multiplies(plan: Any, tmp_path: Any) -> None:
     assert [edit.strength for (edit,) in scaled.edits.values()] == [6.0, -1.5]
     vectors = sf.load_directions(convert(plan, tmp_path / "d", "directions", strength=3.0))
     assert sorted(float(d.norm) for d in vectors.values()) == pytest.approx([1.5 * 5**0.5, 30.0])
+
+
+def test_strength_keeps_where_a_vector_comes_from(tmp_path: Any) -> None:
+    origin = Origin("LlamaForCausalLM", ("resid_post", 1), "last", 12.0)
+    saved = sf.Plan({1: sf.Add(Direction(V, "pca", 5.0, origin), 2.0)}).save(tmp_path / "saved")
+    (edit,) = sf.Plan.load(convert(saved, tmp_path / "p", "plan", strength=3.0)).edits["resid_post", 1]
+    (direction,) = sf.load_directions(convert(saved, tmp_path / "d", "directions", strength=3.0)).values()
+    assert edit.origin == direction.origin == origin
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from steerfast.directions.fits.lessons import read_lessons
 from steerfast.models.texts import TextReader
 from steerfast.sae.contexts import Contexts
 from steerfast.sae.documents import read_documents
+from steerfast.sae.explanation import _word_rows
 from steerfast.sae.training.corpus import read_texts
 from steerfast.tools.evaluate import Choice, _sequences, read_choices
 from steerfast.tools.sweep_scores import Question, sequences_of
@@ -187,6 +188,13 @@ def test_a_continuation_has_the_tokens_of_running_text() -> None:
         ]
         assert [one.ids for one in _sequences(build("llama"), reader, choice)] == whole
     assert reader.following("is it ", "no") == reader.bare("no")  # one token spans both: "▁no"
+
+
+def test_a_word_is_explained_by_its_tokens_in_running_text() -> None:
+    tokenizer, rows = llama_2(), torch.randn(12, 5)
+    found = _word_rows(tokenizer, ["yes", "day?"], rows)
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ("▁yes", "▁day", "?")]
+    assert torch.allclose(found, torch.stack([rows[ids[0]], rows[ids[1:]].mean(0)]))
 
 
 @pytest.mark.model

@@ -258,6 +258,7 @@ class EditFeatures(Intervention):
         sae = self._rows.sae
         if sae is None:
             return {**numbers, "selection": self._rows.numbers()}
+        numbers["features"] = self._rows.features.tolist()  # as the SAE counts them
         return {**numbers, "sae": {"fingerprint": sae.fingerprint, "about": repr(sae)}}
 
     @classmethod

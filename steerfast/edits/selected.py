@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,8 +75,22 @@ class SelectedFeatures:
             raise ValueError(f"SelectedFeatures: a feature is out of range; there are {rows}, from 0")
 
     def rows(self, indices: list[int]) -> SelectedFeatures:
-        """Itself, so that an edit can be rebuilt from its own features."""
-        return self
+        """Some of them, by their places among themselves; of Top-K the encoder stays whole.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        outside = [index for index in indices if not 0 <= index < len(self.features)]
+        if outside:
+            raise ValueError(
+                f"EditFeatures: feature {outside[0]} is out of range; there are {len(self.features)}, from 0"
+            )
+        features, decoder = self.features[indices], self.decoder[indices]
+        if self.threshold is None:
+            return replace(self, decoder=decoder, features=features)
+        encoder, bias, threshold = (part[features.long()] for part in (self.encoder, self.bias, self.threshold))
+        numbers = torch.arange(len(indices), dtype=torch.int32, device="cpu")
+        return SelectedFeatures(encoder, bias, decoder, numbers, threshold, 0, self.normalisation, self.origin)
 
     def program(self, mode: str, values: list[float], keep_norm: bool, device: torch.device) -> Program:
         """The edit of these features to or by `values` as a function of the stream, with its tensors on a device."""

@@ -39,6 +39,7 @@ from .words import names_of
 SCHEMA = 1
 RANKINGS = ("information", "released")
 _ELEMENTS = 1 << 24  # of z at once: 64 MB
+_BEFORE = "a"  # what a word follows, so that its tokens are those of running text
 _NORM = re.compile(r"norm|^ln(_|$)|(_|^)ln\d*$", re.IGNORECASE)
 
 
@@ -256,10 +257,10 @@ def _word_rows(tokenizer: Any, names: list[str], output: Tensor) -> Tensor:
     """e_w, float32 (V, d): the mean output-embedding row of a word's tokens, as it stands inside a text."""
     rows, reader = [], TextReader.of(tokenizer, "explain")
     for start in range(0, len(names), 4096):
-        part = [f" {name}" for name in names[start : start + 4096]]
-        tokens = reader.own(part)
+        part = names[start : start + 4096]
+        tokens = [reader.following(_BEFORE, f" {name}") for name in part]
         if empty := [name for name, ids in zip(part, tokens, strict=True) if not ids]:
-            raise ValueError(f"explain: the word {empty[0].strip()!r} has no tokens; remove it from the vocabulary")
+            raise ValueError(f"explain: the word {empty[0]!r} has no tokens; remove it from the vocabulary")
         flat = torch.tensor([token for ids in tokens for token in ids], device=output.device)
         offsets = torch.tensor([0, *[len(ids) for ids in tokens[:-1]]], device=output.device).cumsum(0)
         rows.append(nn.functional.embedding_bag(flat, output.float(), offsets, mode="mean"))

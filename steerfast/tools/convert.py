@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +131,7 @@ def _scaled(plan: Plan, strength: float) -> Plan:
                 raise ValueError(
                     f"convert: {type(edit).__name__} at {place[0]} {place[1]} has no strength to multiply; use 1"
                 )
-            edits.setdefault(place, []).append(Add(edit.vector, edit.strength * strength, edit.keep_norm))
+            edits.setdefault(place, []).append(replace(edit, strength=edit.strength * strength))
     return Plan(edits, plan.positions, plan.model, plan.special)
 
 
