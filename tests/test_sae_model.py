@@ -104,6 +104,17 @@ def test_a_normalised_row_is_not_decoded_without_itself():
         sae.decode_topk(*sae.topk(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_rows_of_16_bits_are_rebuilt_in_the_numbers_of_the_sae(normalisation, dtype):
+    sae, x = make(7, normalisation, torch.float32), (torch.randn(50, 24) + 3).to(dtype)
+    _, rebuilt = naive(sae.to(dtype=F64), x.double())
+    for out in (sae(x), sae.decode(sae.encode(x), x)):
+        torch.testing.assert_close(out.double(), rebuilt, atol=1e-4, rtol=1e-5)
+    narrow = sae.to(dtype=dtype)
+    assert narrow(x).dtype == dtype
+
+
 def test_the_approximate_form_differs_only_in_its_selection():
     sae, x = make(7), torch.randn(50, 24, dtype=F64)
     theta = sae.topk(x)[0][:, -1].mean().item()

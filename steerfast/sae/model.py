@@ -400,8 +400,10 @@ class SAE:
             return out
         if x is None:
             raise ValueError(f"{owner}: this SAE normalises each row ({self.normalisation}); pass the rows as x=")
-        out = out * as_tensor(self._normalise(owner, x)[1])
-        return out + x.mean(dim=-1, keepdim=True) if self.normalisation == "layer_norm" else out
+        wide = out * as_tensor(self._normalise(owner, x)[1])
+        if self.normalisation == "layer_norm":  # a mean in 16 bits would be rounded before it is added
+            wide = wide + _wide(x, self.w_dec).mean(dim=-1, keepdim=True)
+        return wide.to(out.dtype)
 
 
 def _wide(x: Tensor, weights: Tensor) -> Tensor:
