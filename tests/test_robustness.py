@@ -272,6 +272,21 @@ def test_a_removed_handle_is_of_no_more_use(model):
         pass
 
 
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_handle_goes_also_where_what_it_counted_does_not_come(model, reads, monkeypatch):
+    def broken_off(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    probe = sf.probes.LinearProbe(v(), place=1)
+    handle = sf.read(model, probe) if reads else sf.steer(model, {1: sf.Add(v())})
+    model(token_ids(1, 4, 0))
+    monkeypatch.setattr(handle, "_look" if reads else "stats", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        handle.remove()
+    assert untouched(model)
+    handle.remove()
+
+
 def test_a_handle_made_in_inference_mode_is_removed_outside(model):
     ids, mask = padded()
     with torch.inference_mode():

@@ -170,7 +170,7 @@ class Reading:
         """
         if name not in self.probes:
             raise KeyError(f"read: there is no probe {name!r}; there are {', '.join(self.probes)}")
-        found = self._look(name) if self._kept is None else self._kept[name]
+        found = self._look(name) if self._kept is None else self._kept.get(name)
         if found is None:
             raise RuntimeError("read: the model has not run while this handle was there, so nothing was read")
         if isinstance(found, ValueError):
@@ -229,9 +229,12 @@ class Reading:
         if self._kept is not None:
             return
         with LOCK:
-            self._kept = {name: self._look(name) for name in self.probes}
-            for one in self._source.attached:
-                self._source.controller.detach(one)
+            self._kept = {}
+            try:
+                self._kept |= {name: self._look(name) for name in self.probes}
+            finally:  # what was read may not come, as where Ctrl-C is pressed: the model is itself again
+                for one in self._source.attached:
+                    self._source.controller.detach(one)
 
     def __enter__(self) -> Reading:
         if self._kept is not None:

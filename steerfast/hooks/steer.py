@@ -287,9 +287,11 @@ class Steering:
         if not self._active:
             return False
         with LOCK:
-            self._counts, self._decisions = self.stats(), self.decisions()
-            self._active = False
-            self._controller.detach(self._attachment)
+            try:
+                self._counts, self._decisions = self.stats(), self.decisions()
+            finally:  # they may not come, as where Ctrl-C is pressed: the model is itself again
+                self._active = False
+                self._controller.detach(self._attachment)
         return True
 
     def _check_active(self) -> None:
