@@ -69,6 +69,15 @@ class TextReader:
         own, both = self.bare(before), self.bare(before + text)
         return both[len(own) :] if both[: len(own)] == own else self.bare(text)
 
+    def each_following(self, before: str, texts: list[str]) -> list[list[int]]:
+        """`following` of each text, in one call of the tokenizer."""
+        whole = [self._whole(before + text) for text in texts]
+        own, found = self.bare(before), self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        return [
+            list(ids[len(own) :]) if list(ids[: len(own)]) == own else self.bare(text)
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
     def own(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text without what the tokenizer adds around it, for a caller who adds his own."""
         found = self.tokenizer([self._whole(text) for text in texts], add_special_tokens=False, verbose=False)[

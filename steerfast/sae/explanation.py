@@ -258,7 +258,7 @@ def _word_rows(tokenizer: Any, names: list[str], output: Tensor) -> Tensor:
     rows, reader = [], TextReader.of(tokenizer, "explain")
     for start in range(0, len(names), 4096):
         part = names[start : start + 4096]
-        tokens = [reader.following(_BEFORE, f" {name}") for name in part]
+        tokens = reader.each_following(_BEFORE, [f" {name}" for name in part])
         if empty := [name for name, ids in zip(part, tokens, strict=True) if not ids]:
             raise ValueError(f"explain: the word {empty[0]!r} has no tokens; remove it from the vocabulary")
         flat = torch.tensor([token for ids in tokens for token in ids], device=output.device)
