@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import VOCAB, build
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import steerfast as sf
@@ -21,7 +21,7 @@ from steerfast.directions.fits.lessons import read_lessons
 from steerfast.models.texts import TextReader
 from steerfast.sae.contexts import Contexts
 from steerfast.sae.documents import read_documents
-from steerfast.sae.explanation import _word_rows
+from steerfast.sae.explanation import _word_rows, vocabulary_of
 from steerfast.sae.training.corpus import read_texts
 from steerfast.tools.evaluate import Choice, _sequences, read_choices
 from steerfast.tools.sweep_scores import Question, sequences_of
@@ -195,6 +195,11 @@ def test_a_word_is_explained_by_its_tokens_in_running_text() -> None:
     found = _word_rows(tokenizer, ["yes", "day?"], rows)
     ids = [tokenizer.convert_tokens_to_ids(token) for token in ("▁yes", "▁day", "?")]
     assert torch.allclose(found, torch.stack([rows[ids[0]], rows[ids[1:]].mean(0)]))
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    assert tokenizer.decode([tokenizer.convert_tokens_to_ids("▁yes")]) == "yes"
+    assert vocabulary_of(tokenizer) == ["day", "yes"]
 
 
 @pytest.mark.model

@@ -218,8 +218,11 @@ def vocabulary_of(tokenizer: Any, limit: int = 10_000) -> list[str]:
         ValueError: no token begins with a space.
     """
     words: dict[str, None] = {}
+    # behind another token: of Llama 2's kind a text that is alone loses the space that its first token begins with
+    before = TextReader.of(tokenizer, "explain").bare(_BEFORE)
+    start = len(tokenizer.decode(before))
     for token in range(len(tokenizer)):
-        text = tokenizer.decode([token])
+        text = tokenizer.decode([*before, token])[start:]
         word = text.strip()
         if text.startswith(" ") and len(word) >= 3 and word.isalpha() and unicodedata.is_normalized("NFC", word):
             words.setdefault(word)
