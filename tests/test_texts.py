@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import steerfast as sf
 from steerfast.cli import shared
 from steerfast.cli.refusal import _xstest
+from steerfast.directions.extract import _padding_token
 from steerfast.directions.fits.lessons import read_lessons
 from steerfast.models.texts import TextReader
 from steerfast.sae.contexts import Contexts
@@ -24,6 +25,7 @@ from steerfast.sae.documents import read_documents
 from steerfast.sae.explanation import _word_rows, vocabulary_of
 from steerfast.sae.training.corpus import read_texts
 from steerfast.tools.evaluate import Choice, _sequences, read_choices
+from steerfast.tools.refusal_scores import RefusalScorer
 from steerfast.tools.sweep_scores import Question, sequences_of
 
 TEXTS = ["w3 w4 w5 w6 w7", "w8 w9", "w10 w11 w12"]
@@ -188,6 +190,15 @@ def test_a_continuation_has_the_tokens_of_running_text() -> None:
         ]
         assert [one.ids for one in _sequences(build("llama"), reader, choice)] == whole
     assert reader.following("is it ", "no") == reader.bare("no")  # one token spans both: "▁no"
+
+
+def test_what_begins_with_a_space_has_the_tokens_of_running_text() -> None:
+    """Of a refusal's first word, whose first token is scored, and of the space that a shorter prompt is filled up with."""
+    tokenizer = llama_2()
+    ids = tokenizer.convert_tokens_to_ids
+    scorer = RefusalScorer(build("llama"), tokenizer, (" yes", "no"), "is it {instruction}?:", 1)
+    assert scorer.refusing == sorted([ids("▁yes"), ids("▁no")])
+    assert _padding_token(TextReader(tokenizer, "prompt_difference")) == ids("▁")
 
 
 def test_a_word_is_explained_by_its_tokens_in_running_text() -> None:

@@ -129,7 +129,7 @@ def prompt_difference(
 
 def _padding_token(reader: TextReader) -> int:
     """The token of a space, or the tokenizer's own padding."""
-    space = reader.bare(" ")
+    space = reader.inside(" ")
     if len(space) == 1:
         return space[0]
     for name in ("pad_token_id", "eos_token_id"):

@@ -9,6 +9,8 @@ from steerfast._checks import warn_user
 
 _PROBES = ("a", "0", ".")
 """Texts of one token or so, of which one at least has a token in any vocabulary."""
+WORD = "a"
+"""What a text follows that begins with a space, so that its tokens are those of running text."""
 _OTHER_PARTS = ("image_processor", "feature_extractor", "video_processor")
 """What a processor has beside its tokenizer."""
 
@@ -59,6 +61,10 @@ class TextReader:
     def bare(self, text: str) -> list[int]:
         """Token ids of a text as it stands: nothing is added, nothing left out."""
         return list(self.tokenizer(self._whole(text), add_special_tokens=False)["input_ids"])
+
+    def inside(self, text: str) -> list[int]:
+        """Token ids of a text as it stands inside another one: what begins with a space follows a word."""
+        return self.following(WORD, text) if text[:1].isspace() else self.bare(text)
 
     def following(self, before: str, text: str) -> list[int]:
         """Token ids of a text as it follows another: what both together have behind the tokens of the first.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from steerfast._checks import one_of, whole_number
 from steerfast.files.replace import replace_file
 from steerfast.models.layers import find_layers
-from steerfast.models.texts import TextReader
+from steerfast.models.texts import WORD, TextReader
 
 from .belonging import warn_of_another_model
 from .model import SAE
@@ -39,7 +39,6 @@ from .words import names_of
 SCHEMA = 1
 RANKINGS = ("information", "released")
 _ELEMENTS = 1 << 24  # of z at once: 64 MB
-_BEFORE = "a"  # what a word follows, so that its tokens are those of running text
 _NORM = re.compile(r"norm|^ln(_|$)|(_|^)ln\d*$", re.IGNORECASE)
 
 
@@ -219,7 +218,7 @@ def vocabulary_of(tokenizer: Any, limit: int = 10_000) -> list[str]:
     """
     words: dict[str, None] = {}
     # behind another token: of Llama 2's kind a text that is alone loses the space that its first token begins with
-    before = TextReader.of(tokenizer, "explain").bare(_BEFORE)
+    before = TextReader.of(tokenizer, "explain").bare(WORD)
     start = len(tokenizer.decode(before))
     for token in range(len(tokenizer)):
         text = tokenizer.decode([*before, token])[start:]
@@ -261,7 +260,7 @@ def _word_rows(tokenizer: Any, names: list[str], output: Tensor) -> Tensor:
     rows, reader = [], TextReader.of(tokenizer, "explain")
     for start in range(0, len(names), 4096):
         part = names[start : start + 4096]
-        tokens = reader.each_following(_BEFORE, [f" {name}" for name in part])
+        tokens = reader.each_following(WORD, [f" {name}" for name in part])
         if empty := [name for name, ids in zip(part, tokens, strict=True) if not ids]:
             raise ValueError(f"explain: the word {empty[0]!r} has no tokens; remove it from the vocabulary")
         flat = torch.tensor([token for ids in tokens for token in ids], device=output.device)

@@ -38,7 +38,7 @@ class RefusalScorer:
         self.tokens = self._behind()
 
     def _first(self, word: str) -> int:
-        ids = self.reader.bare(word)
+        ids = self.reader.inside(word)
         if not ids:
             raise ValueError(f"select_refusal: the word {word!r} has no tokens; give another")
         return ids[0]
