@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +156,32 @@ TEXTS = [
     "The old lighthouse stood at the end of the pier, and nobody had climbed its stairs since the storm of 1953.",
     "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there.",
 ] * 4
+
+
+def test_what_is_collected_is_the_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a server's default steers every request that says nothing, each context says that it is not steered."""
+    from steerfast.vllm import hidden_states, plans, probes, scores, wire
+
+    sf.Plan({1: sf.Add(torch.ones(16))}).save(tmp_path / "plans" / "love")
+    sf.probes.LinearProbe(torch.ones(16), place=1).save(tmp_path / "probes" / "seen")
+    library, _ = plans.load(tmp_path / "plans", 16, 2)
+    read, _ = probes.load_probes(tmp_path / "probes", 16, 2, library)
+    default = wire.read({"steer": "love"}, library), scores.read_probes({"steer_read": "seen"}, read, None)
+    asked: list[dict] = []
+
+    class Engine:
+        def generate(self, prompts: list[dict], params: list[SimpleNamespace], use_tqdm: bool) -> None:
+            for one in params:
+                asked.append(one.extra_args)
+                save_file({"x": torch.ones(1)}, one.extra_args["kv_transfer_params"]["hidden_states_path"])
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
+    hidden_states._extract(Engine(), torch.ones(3, 4, dtype=torch.int32).numpy(), tmp_path, [0, 2], None)
+    assert len(asked) == 2
+    for fields in asked:
+        assert wire.read(fields, library, default[0]) == ()
+        assert scores.read_probes(fields, read, default[1]) is None
+        assert wire.read(fields, plans.Library()) == ()  # an engine without plans
 
 
 @needs_vllm

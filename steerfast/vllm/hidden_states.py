@@ -20,6 +20,8 @@ from steerfast.sae.hidden_states import MANIFEST, Extraction
 
 _AT_A_TIME = 256  # contexts that an engine is given together
 _PATIENCE = 60.0  # seconds in which a file must be whole after its request has ended
+_PLAIN: dict[str, list[str]] = {"steer": [], "steer_read": []}
+"""What every context says: a default of the machine's server (STEERFAST_DEFAULT) is not what is collected."""
 
 
 def collect_hidden_states(
@@ -114,7 +116,7 @@ def _extract(
     for start in range(0, len(numbers), _AT_A_TIME):
         some = numbers[start : start + _AT_A_TIME]
         paths = [{"kv_transfer_params": {"hidden_states_path": str(_file(folder, n))}} for n in some]
-        wishes = [SamplingParams(max_tokens=1, temperature=0.0, extra_args=path) for path in paths]
+        wishes = [SamplingParams(max_tokens=1, temperature=0.0, extra_args=path | _PLAIN) for path in paths]
         prompts = [{"prompt_token_ids": contexts[n : n + 1][0].tolist()} for n in some]
         engine.generate(prompts, wishes, use_tqdm=False)
         for file in (_file(folder, n) for n in some):
