@@ -106,3 +106,18 @@ def test_what_fails_is_not_recorded_and_a_pass_that_cannot_be_recorded_fails(mon
         cache.unlink()
         assert [finding.outcome for finding in proof.prove("model")] == ["ok"] * 3
         assert len([*cache.rglob("*.json")]) == 1
+
+
+def test_nothing_of_a_server_on_the_machine_is_read_or_written(monkeypatch, tmp_path: Path) -> None:
+    """A check's scores do not go into the server's file, nor its rows into the server's folder."""
+    from steerfast.tools import check_vllm as proof
+
+    names = ("PLANS", "PROBES", "DEFAULT", "SLOTS", "COLUMNS", "SCORES", "CAPTURE", "SAES", "CACHE")
+    own = {f"STEERFAST_{name}": str(tmp_path / name) for name in names}
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(proof, "_prove", lambda *_: iter(seen.update(os.environ) or ()))
+    with environment(**own):
+        list(proof.prove("model"))
+        assert {name: os.environ.get(name) for name in own} == own
+    left = {name for name in own if seen.get(name) == own[name]}
+    assert left == {"STEERFAST_SAES", "STEERFAST_CACHE"}  # a plan may name an SAE

@@ -23,7 +23,10 @@ from .check import Finding
 PROMPTS = ("The quick brown fox jumps over", "Once upon a time", "The capital of France is", "One, two, three,")
 TOKENS = 6
 _CACHE = 1 << 30  # bytes for keys and values: enough for these prompts, whatever else runs on the machine
-_SETTINGS = ("STEERFAST_PLANS", "STEERFAST_PROBES", "STEERFAST_DEFAULT", "STEERFAST_SLOTS")
+_SETTINGS = tuple(
+    f"STEERFAST_{name}" for name in ("PLANS", "PROBES", "DEFAULT", "SLOTS", "COLUMNS", "SCORES", "CAPTURE")
+)
+"""Of a server on this machine: they speak of other plans, and name its own files."""
 _TURN = (
     1e4  # v is far longer than any row: with its length kept, a row becomes v's direction, whatever the model's scale
 )
@@ -56,7 +59,7 @@ def prove(model: str, plan: Plan | None = None, dtype: str = "auto") -> Iterator
     except ImportError:
         raise RuntimeError("check: vLLM is not installed here; install it, or leave out --engine vllm") from None
     with tempfile.TemporaryDirectory(prefix="steerfast-check-") as folder:
-        before = {name: os.environ.pop(name, None) for name in _SETTINGS}  # the user's own would get in the way
+        before = {name: os.environ.pop(name, None) for name in _SETTINGS}
         os.environ |= {"STEERFAST_PLANS": f"{folder}/plans", "STEERFAST_PROBES": f"{folder}/probes"}
         failed = False
         try:
