@@ -56,6 +56,8 @@ def check_table(op: str, rows: Tensor | None, scale: Tensor | None, x: Tensor) -
     for name, table, dtype in (("rows", rows, torch.int32), ("scale", scale, torch.float32)):
         if table is None:
             continue
+        if not isinstance(table, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor of {dtype}; got {type(table).__name__}")
         if table.dtype != dtype:
             raise TypeError(f"{op}: {name} has dtype {table.dtype}; expected {dtype}")
         if table.dim() not in (1, 2) or table.shape[0] != n:
@@ -92,10 +94,12 @@ def fits(x: Tensor, directions: Tensor, rows: Tensor | None = None, scale: Tenso
         )
     if not _is_table(rows, torch.int32, x.numel() // d, device):
         return False
-    return scale is None or (scale.dtype == torch.float32 and scale.shape == rows.shape and scale.device == device)
+    return scale is None or (_is_table(scale, torch.float32, x.numel() // d, device) and scale.shape == rows.shape)
 
 
-def _is_table(table: Tensor, dtype: torch.dtype, n: int, device: torch.device) -> bool:
+def _is_table(table: Any, dtype: torch.dtype, n: int, device: torch.device) -> bool:
+    if not isinstance(table, Tensor):
+        return False
     shape = table.shape
     if table.dtype != dtype or table.device != device or not shape or shape[0] != n:
         return False
@@ -112,6 +116,8 @@ def check_dictionary(op: str, name: str, weights: Tensor, bias_name: str, bias: 
         raise ValueError(f"{op}: {name} has shape {tuple(weights.shape)}; expected (F, d), one row per feature")
     if bias is None:
         return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{op}: {bias_name} must be a tensor; got {type(bias).__name__}")
     if bias.dtype not in FLOATS:
         raise TypeError(f"{op}: {bias_name} has dtype {bias.dtype}; expected a floating dtype")
     if bias.shape != (weights.shape[bias_axis],):

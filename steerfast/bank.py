@@ -189,6 +189,10 @@ class Bank:
 
     def _fits(self, intervention: Intervention) -> Slot:
         """The slot of an intervention in this bank's dtype, or the reason why it has none here."""
+        if not isinstance(intervention, Intervention):
+            raise TypeError(
+                f"Bank.register: expected an intervention such as sf.Add(v); got {type(intervention).__name__}"
+            )
         spec = slot_in("Bank.register", self.vectors.dtype, intervention)
         if spec.lift.shape[-1] != self.width:
             raise ValueError(

@@ -46,6 +46,8 @@ def test_a_full_bank_refuses_and_is_unchanged():
     bank.register(sf.Ablate(rows(3)))
     with pytest.raises(RuntimeError, match="all 2 slots are taken"):
         bank.register(sf.Add(rows(1)[0]))
+    with pytest.raises(TypeError, match=r"Bank.register: expected an intervention such as sf.Add\(v\); got Tensor"):
+        bank.register(rows(1)[0])
 
 
 def test_a_released_slot_edits_nothing_and_is_used_again():

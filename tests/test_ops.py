@@ -460,6 +460,7 @@ BAD = [
     ),
     (lambda x: sf.ops.add(x, x[0].long()), TypeError, "vectors has dtype torch.int64"),
     (lambda x: sf.ops.add(x, x, rows=torch.zeros(3)), TypeError, "rows has dtype torch.float32; expected torch.int32"),
+    (lambda x: sf.ops.add(x, x, rows=[0, 1, 0]), TypeError, "add: rows must be a tensor of torch.int32; got list"),
     (
         lambda x: sf.ops.add(x, x, rows=torch.zeros(2, dtype=torch.int32)),
         ValueError,

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steerfast as sf
+from steerfast.barriers.fit import KINDS
+from steerfast.sae import explanation, relations
 
 D, F = 24, 64
 cublas, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
@@ -139,3 +141,25 @@ def test_a_flow_of_full_rank_adds_up_in_float32(place, op):
         assert all(seen[1] == [False] * 3 for seen in spy.seen)
         assert not INTERPRETED or {seen[0] for seen in spy.seen} == {"ieee"}
         assert settings() == before
+
+
+SIDES = torch.randn(60, D), torch.randn(60, D) + 0.3
+RELU = sf.SAE(*torch.randn(2, F, D), torch.randn(F), torch.randn(D), threshold=torch.rand(F))
+SKIP = sf.sae.Transcoder(*torch.randn(2, F, D), k=3, w_skip=torch.randn(D, D))
+UNDER_AUTOCAST: dict[str, Callable[[Tensor], Tensor]] = {
+    "encode": RELU.encode,
+    "decode": lambda x: RELU.decode(x[:, :1].expand(-1, F)),
+    "skip": SKIP,
+    "relations": lambda x: torch.cat(relations._nearest(x, 3)),
+    "explanations": lambda x: explanation._rank(x, torch.eye(D), 3, "information")[0],
+    **{f"fit {kind}": lambda x, kind=kind: sf.fit_barrier(*SIDES, kind)(x) for kind in KINDS},
+}
+
+
+@pytest.mark.parametrize("name", UNDER_AUTOCAST)
+def test_autocast_changes_no_sae_and_no_fit(name):
+    x = torch.randn(9, D)
+    with backend("cpu"):
+        alone = UNDER_AUTOCAST[name](x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(UNDER_AUTOCAST[name](x), alone)

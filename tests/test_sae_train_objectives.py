@@ -143,6 +143,18 @@ def test_the_gradient_is_that_of_the_papers_loss(objective: Objective) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=[one.kind for one in OBJECTIVES])
+def test_autocast_around_a_run_changes_nothing(objective: Objective) -> None:
+    """It is for the model that gives the rows."""
+    data = data_of(objective, 2000)
+    config = config_of(objective, k=3, tokens=4000, batch=400, dead_after=500, aux_k=16)
+    source = data if isinstance(objective, Transcode) else data[0]
+    alone = sf.sae.train_sae(source, config).tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sf.sae.train_sae(source, config).tensors()
+    assert all(torch.equal(value, found[name]) for name, value in alone.items())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=[one.kind for one in OBJECTIVES])
 def test_every_kind_learns_and_its_file_says_what_it_learnt(objective: Objective, tmp_path: Path) -> None:
     reports: list[TrainReport] = []
     config = config_of(objective, k=3, tokens=100_000, batch=400, dead_after=5000, k_start=8, aux_k=16)

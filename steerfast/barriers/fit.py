@@ -14,7 +14,7 @@ difference of the sides has along the row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from steerfast._checks import finite_number, one_of
+from steerfast.ops.backends import in_full_precision
 
 from .barrier import Barrier, Sketch
 from .data import Data, not_flat, seeded
@@ -114,12 +115,18 @@ def fit_barrier(
     fits: dict[str, Any] = {
         "linear": _linear, "quadratic": _quadratic, "sketch": _sketch, "rff": fit_fourier, "mlp": fit_network,
     }  # fmt: skip
-    found: Barrier = fits[kind](data.scaled(raw), strength, constants, rank)
+    found = _exactly(data.x, fits[kind], data.scaled(raw), strength, constants, rank)
     if raw:
         found = _of_lengths(found, float(data.origin.typical_norm or 1.0))
     rows = data.bounded
     distance = float((rows[data.labels].mean(0) - rows[~data.labels].mean(0)).norm())
     return replace(found, info=replace(found.info, distance=distance), origin=data.origin)
+
+
+@in_full_precision
+def _exactly(_: Tensor, fit: Callable[..., Barrier], *arguments: Any) -> Barrier:
+    """A fit under autocast, too: a matrix of products in 16 bits has no factors."""
+    return fit(*arguments)
 
 
 def _is_raw(kind: str, kernel: Any, raw: Any) -> bool:

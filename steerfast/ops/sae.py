@@ -315,8 +315,9 @@ def _check_codes(op: str, values: Tensor, indices: Tensor, w_dec: Tensor) -> Non
         raise TypeError(f"{op}: values must be a floating tensor (..., k); got {got}")
     if values.dim() < 1 or values.shape[-1] < 1:
         raise ValueError(f"{op}: values has shape {tuple(values.shape)}; expected (..., k) with k >= 1")
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: indices has dtype {indices.dtype}; expected torch.int32 or torch.int64")
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+        what = f"has dtype {indices.dtype}" if isinstance(indices, Tensor) else f"is {type(indices).__name__}"
+        raise TypeError(f"{op}: indices {what}; expected a tensor of torch.int32 or torch.int64")
     if indices.shape != values.shape:
         raise ValueError(
             f"{op}: indices has shape {tuple(indices.shape)} and values {tuple(values.shape)}; expected one shape"

@@ -31,6 +31,7 @@ from steerfast._checks import one_of, whole_number
 from steerfast.files.replace import replace_file
 from steerfast.models.layers import find_layers
 from steerfast.models.texts import WORD, TextReader
+from steerfast.ops.backends import in_full_precision
 
 from .belonging import warn_of_another_model
 from .model import SAE
@@ -232,6 +233,7 @@ def vocabulary_of(tokenizer: Any, limit: int = 10_000) -> list[str]:
     return list(words)
 
 
+@in_full_precision
 def _rank(features: Tensor, meanings: Tensor, words: int, ranking: str) -> tuple[Tensor, Tensor]:
     """The best words of every feature: scores and places in the vocabulary, (F, words)."""
     count = len(features)

@@ -32,6 +32,7 @@ from steerfast._checks import (
 )
 from steerfast.edits.features import Features
 from steerfast.edits.selected import SelectedFeatures
+from steerfast.ops.backends import in_full_precision
 from steerfast.place import NOWHERE, Origin, Place
 from steerfast.probes.encoder import normalised
 
@@ -104,7 +105,12 @@ class SAE:
         check_dictionary("SAE", "w_enc", self.w_enc, "b_enc", self.b_enc, bias_axis=0)
         check_dictionary("SAE", "w_dec", self.w_dec, "b_dec", self.b_dec, bias_axis=1)
         self._check_shapes()
-        features = self.features
+        features, theta = self.features, self.threshold
+        if theta is not None and (not isinstance(theta, Tensor) or not theta.is_floating_point()):
+            got = f"has dtype {theta.dtype}" if isinstance(theta, Tensor) else f"is {type(theta).__name__}"
+            raise TypeError(
+                f"SAE: threshold {got}; expected a floating tensor (F,): torch.full((F,), θ) for a single one"
+            )
         for name, tensor in self.tensors().items():
             if tensor.device != self.w_enc.device:
                 raise ValueError(f"SAE: {name} is on {tensor.device} and w_enc on {self.w_enc.device}; move one")
@@ -205,7 +211,7 @@ class SAE:
         for start in range(0, self.features, BLOCK_F):
             part = slice(start, start + BLOCK_F)
             w, b, threshold = (as_tensor(t)[part].to(flat.dtype) for t in (self.w_enc, self.b_enc, self.threshold))
-            h = torch.addmm(b, flat, w.T)
+            h = product(flat, w.T, b)
             dense[:, part] = torch.where(h <= threshold, 0, h)  # NaN stays
         return dense.view(*x.shape[:-1], self.features)
 
@@ -249,13 +255,26 @@ class SAE:
         return self._denormalise("SAE.decode_topk", ops.sae_decode(values, indices, self.w_dec, self.b_dec), x)
 
     def decode(self, features: Tensor, x: Tensor | None = None) -> Tensor:
-        """The reconstruction from all features: features·W_dec + b_dec, (..., F) -> (..., d); x as in `decode_topk`."""
+        """The reconstruction from all features, features·W_dec + b_dec, in their dtype: (..., F) -> (..., d).
+
+        Args:
+            features: Feature activations, (..., F).
+            x: As of `decode_topk`.
+
+        Raises:
+            TypeError: the features are no floating tensor.
+            ValueError: there are not F, or as of `decode_topk`.
+        """
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            got = f"has dtype {features.dtype}" if isinstance(features, Tensor) else f"is {type(features).__name__}"
+            raise TypeError(f"SAE.decode: features {got}; expected a floating tensor (..., F): features.float()")
         if features.shape[-1:] != (self.features,):
             raise ValueError(
                 f"SAE.decode: features has shape {tuple(features.shape)}; expected (..., F) with F = {self.features}"
             )
         w, b = self.w_dec.to(features.dtype), as_tensor(self.b_dec).to(features.dtype)
-        return self._denormalise("SAE.decode", features @ w + b, x)
+        out = product(features.reshape(-1, self.features), w, b).view(*features.shape[:-1], w.shape[1])
+        return self._denormalise("SAE.decode", out, x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The reconstruction decode(encode(x)) by way of the active features, (..., d) -> (..., d), in the dtype of w_dec."""
@@ -404,6 +423,12 @@ class SAE:
         if self.normalisation == "layer_norm":  # a mean in 16 bits would be rounded before it is added
             wide = wide + _wide(x, self.w_dec).mean(dim=-1, keepdim=True)
         return wide.to(out.dtype)
+
+
+@in_full_precision
+def product(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """x·w + b, (n, a) by (a, c) to (n, c), all of one dtype, under autocast, too."""
+    return torch.addmm(b, x, w)
 
 
 def _wide(x: Tensor, weights: Tensor) -> Tensor:

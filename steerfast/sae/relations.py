@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast._checks import whole_number
+from steerfast.ops.backends import in_full_precision
 
 from .belonging import warn_of_another_model
 from .explanation import final_head, normed_rows
@@ -83,6 +84,7 @@ def relate(sae: SAE, model: nn.Module, tokenizer: Any, count: int = 8) -> Relati
     return Relations(up, down, raised_by.cpu(), lowered_by.cpu(), neighbours.cpu(), cosines.cpu())
 
 
+@in_full_precision
 def _extremes(rows: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The largest and smallest products of each row: values and places of both."""
     found = []
@@ -94,6 +96,7 @@ def _extremes(rows: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor,
     return a, b, c, d
 
 
+@in_full_precision
 def _nearest(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest cosines of each row with the others, and where they are."""
     values, places, start = [], [], 0

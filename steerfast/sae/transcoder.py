@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from steerfast.ops.backends import in_full_precision
 from steerfast.place import NOWHERE, Origin
 
 from .model import SAE
@@ -106,4 +107,9 @@ class Transcoder(SAE):
         if x is None:
             raise ValueError(f"{owner}: this transcoder has a skip connection; pass the rows that it read as x=")
         wide = torch.promote_types(torch.promote_types(x.dtype, self.w_skip.dtype), torch.float32)
-        return (out.to(wide) + x.to(wide) @ self.w_skip.to(wide).T).to(out.dtype)
+        return (out.to(wide) + _passed(x.to(wide), self.w_skip.to(wide))).to(out.dtype)
+
+
+@in_full_precision
+def _passed(x: Tensor, w_skip: Tensor) -> Tensor:
+    return x @ w_skip.T

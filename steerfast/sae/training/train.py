@@ -175,7 +175,8 @@ class _Run:
         first = beginning(data, SAMPLE).to(device=device)
         widths = list(getattr(data, "widths", (first.shape[1],)))
         self.parts = [[widths.pop(0) for _ in range(count)] for count in places]
-        self.trainers = [Trainer(c, rows, split) for c, rows in zip(configs, self._taken(first), strict=True)]
+        with _plain(first):
+            self.trainers = [Trainer(c, rows, split) for c, rows in zip(configs, self._taken(first), strict=True)]
 
     def go(self, directory: str | os.PathLike[str] | None, checkpoint_every: int, progress: Progress | None) -> None:
         """Train to the end, from the last checkpoint on."""
@@ -201,7 +202,8 @@ class _Run:
         with closing(batches):
             while lead.step < config.steps:
                 for trainer, rows in zip(self.trainers, self._taken(next(batches)), strict=True):
-                    trainer.train_on(*rows)
+                    with _plain(rows[0]):
+                        trainer.train_on(*rows)
                 if lead.step % every and lead.step < config.steps:
                     continue
                 speed = (lead.step - seen) * config.batch / (time.perf_counter() - clock)
@@ -217,6 +219,11 @@ class _Run:
         """The columns of each trainer."""
         columns = iter(rows.split([width for part in self.parts for width in part], dim=1))
         return [tuple(next(columns) for _ in part) for part in self.parts]
+
+
+def _plain(rows: Tensor) -> torch.autocast:
+    """Without the autocast that a model's forward may stand in: a step takes float32."""
+    return torch.autocast(rows.device.type, enabled=False)
 
 
 def _fingerprint(configs: Sequence[TrainConfig], data: Rows) -> str:

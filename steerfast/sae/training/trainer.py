@@ -107,7 +107,7 @@ class Trainer:
             return SAE(**tensors, **chosen, origin=origin)
         if "w_skip" in full:
             skip = full["w_skip"]
-            tensors["b_dec"] = written * (full["b_dec"] - skip @ centre)
+            tensors["b_dec"] = (written * (full["b_dec"].double() - skip.double() @ centre.double())).float()
             tensors["w_skip"] = skip * (written / read)
         return Transcoder(**tensors, **chosen, origin=origin, reads=reads or Origin())
 
