@@ -94,6 +94,20 @@ def test_counts_come_from_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(read) == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_column_may_have_the_name_of_a_hook(kind: str, tmp_path: Path) -> None:
+    """`blocks.1.hook_resid_post`, as SAELens writes them: no path into a column "blocks", which may stand there, too."""
+    rows, others = KINDS[kind](ROWS), lists(np.zeros((600, 2), np.float32))
+    name, count = "blocks.1.hook_resid_post", len(rows)
+    about = arrow.array([{"a": 1, "b": {"c": "", "d": [1]}}] * count)
+    columns = {"about": about, "blocks": others[:count], "blocks.1": others[:count], name: rows}
+    parquet.write_table(arrow.table(columns), tmp_path / "a.parquet", row_group_size=20)
+    assert torch.equal(
+        all_rows(TableRows(tmp_path, name)), torch.from_numpy(np.float16(ROWS) if kind == "half" else ROWS).float()
+    )
+    assert not all_rows(TableRows(tmp_path, "blocks")).any()
+
+
 @pytest.mark.parametrize("format", ["parquet", "stream"])
 def test_an_address_of_fsspec(format: str, tmp_path: Path) -> None:
     write(tmp_path / "a", contexts(ROWS), format)

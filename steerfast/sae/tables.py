@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -119,15 +120,19 @@ class TableRows:
         def groups(first: int, last: int) -> list[Any]:
             with folder.open(file) as opened:
                 wanted = list(range(first, last))
-                return list(parquet.ParquetFile(opened).read_row_groups(wanted, columns=[column]).column(0).chunks)
+                return list(parquet.ParquetFile(opened).read_row_groups(wanted, columns=[column]).column(column).chunks)
 
         with folder.open(file) as opened:
             table = parquet.ParquetFile(opened)
             column = self._chosen(table.schema_arrow, file)
-            counts = [_leaves_of_group(table.metadata.row_group(i), column) for i in range(table.num_row_groups)]
+            leaf = sum(
+                _leaves(field.type) for field in takewhile(lambda field: field.name != column, table.schema_arrow)
+            )
+            groups_about = map(table.metadata.row_group, range(table.num_row_groups))
+            counts = [group.column(leaf).num_values for group in groups_about]
             if not any(counts):
                 return
-            self._check(next(table.iter_batches(1, columns=[column])).column(0), file)
+            self._check(next(table.iter_batches(1, columns=[column])).column(column), file)
         for first, last, leaves in _grouped(counts, SHARD_ROWS * self.d):
             yield _Shard(partial(groups, first, last), leaves, f"row groups {first} to {last - 1} of {file}")
 
@@ -255,10 +260,10 @@ def _matrix(array: Any, d: int, where: str) -> NDArray[Any]:
     return np.array(numbers.to_numpy(zero_copy_only=False)).reshape(-1, d)
 
 
-def _leaves_of_group(group: Any, column: str) -> int:
-    """Numbers of a column in a row group, from its metadata."""
-    columns = (group.column(i) for i in range(group.num_columns))
-    return sum(one.num_values for one in columns if one.path_in_schema.split(".")[0] == column)
+def _leaves(kind: Any) -> int:
+    """How many columns of numbers, texts and the like a Parquet file keeps of a type."""
+    kind = _storage(kind)
+    return sum(_leaves(kind.field(i).type) for i in range(kind.num_fields)) or 1
 
 
 def _grouped(counts: Sequence[int], least: int) -> Iterator[tuple[int, int, int]]:
