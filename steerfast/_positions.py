@@ -144,6 +144,12 @@ class Selector:
         return any(isinstance(leaf, (Word, Index, Window)) and leaf != ALL for leaf in self.leaves)
 
     @property
+    def needs_end(self) -> bool:
+        """Whether it means other tokens of a text where more of it is the prompt; a place counted from the start does not."""
+        counted = [leaf for leaf in self.leaves if isinstance(leaf, (Word, Index, Window)) and leaf != ALL]
+        return any(not isinstance(leaf, Index) or leaf.at < 0 for leaf in counted)
+
+    @property
     def reads_tokens(self) -> bool:
         """Whether it looks at token ids."""
         return any(isinstance(leaf, (Ids, Special, After, Between)) for leaf in self.leaves)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -312,6 +313,30 @@ def test_an_aborted_request_gives_its_slots_back(engine) -> None:
     inner.abort_request(["waits"])
     inner.abort_request(["runs"])
     assert engine.idle()
+
+
+def test_a_default_steers_a_beam_search_where_it_means_the_same_tokens(engine, truth, monkeypatch) -> None:
+    """Each step of it is a request of its own, whose prompt is a beam: "generated" would mean nothing, "prompt" everything."""
+    from vllm.sampling_params import BeamSearchParams
+
+    from steerfast.vllm import seams
+    from steerfast.vllm.served import Served
+    from steerfast.vllm.wire import read
+
+    def search(**more: Any) -> list[int]:
+        default = property(lambda served: read(fields(("love", 1.0)) | more, served.library))
+        monkeypatch.setattr(Served, "default", default, raising=False)  # of front end, scheduler and worker
+        params = BeamSearchParams(beam_width=1, max_tokens=TOKENS, ignore_eos=True)
+        return engine.llm.beam_search([{"prompt": PROMPT}], params)[0].sequences[0].tokens[-TOKENS:]
+
+    for positions in ("all", "!0", "after:ids:346"):
+        wanted = truth.generate(PROMPT, [(engine.plans["love"], 1.0, positions)], TOKENS)[0]
+        assert search(steer_positions=positions) == wanted, positions
+    for positions in ("generated", "prompt", "last", "!-1", "0:8"):
+        with pytest.raises(ValueError, match="beam search sends its beams as prompts"):
+            search(steer_positions=positions)
+        with pytest.raises(ValueError, match="beam search sends its beams as prompts"):  # over HTTP
+            seams._to_beam_search_params(len, SimpleNamespace(vllm_xargs=None))
 
 
 def test_the_counters_say_what_was_asked_and_done(engine) -> None:

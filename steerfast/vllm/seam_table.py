@@ -59,6 +59,8 @@ REQUESTS = {
 }
 """Every class of requests over HTTP that makes sampling parameters, and whether it also makes those of a beam search."""
 
+BEAMS = "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin"
+
 STREAMS = {
     "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator": (
         "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionStreamResponse"
@@ -141,6 +143,7 @@ SEAMS: dict[str, tuple[Form, ...]] = {
     f"{_MESSAGES}.serving:AnthropicServingMessages._build_base_request": (
         Form(names=("ChatCompletionRequest", "vllm_xargs")),
     ),
+    f"{BEAMS}.beam_search": (Form(names=("llm_engine", "input_processor")),),
     # engine core
     f"{SCHEDULER}.__init__": (Form(("vllm_config",)),),
     f"{SCHEDULER}.schedule": (Form(names=("_handle_blocked_waiting_request", "finished_req_ids", "SchedulerOutput")),),

@@ -1,9 +1,10 @@
-"""Where steering enters vLLM: eight places, of whose every seam (`seam_table.py`) the form is checked before one is touched.
+"""Where steering enters vLLM: nine places, of whose every seam (`seam_table.py`) the form is checked before one is touched.
 
 | seam | what is added |
 |---|---|
 | front end: `InputProcessor.__init__`, `process_inputs` | reads and refuses, salts the prefix cache |
 | API server: `to_sampling_params`, `to_beam_search_params` of the requests | HTTP 400 before a stream begins |
+| Python: `LLM.beam_search` | refuses, too |
 | API server: `init_entrypoints_middleware` | HTTP 400 where a route would drop the fields |
 | engine core: `generate_block_hash_extra_keys` | keys and values are shared as far as the same acts on them |
 | engine core: `Scheduler.__init__`, `_handle_blocked_waiting_request`, `_free_request` | requests wait until slots are free |
@@ -28,7 +29,7 @@ from .fields import PROBES, short, steer_fields
 from .guards import check_engine
 from .routes import BESIDE, Strays
 from .scores import Desk, ProbeScores
-from .seam_table import HASHES, KEYS, POOL, PROCESSOR, REQUESTS, SCHEDULER, SERVER, WRAPPER
+from .seam_table import BEAMS, HASHES, KEYS, POOL, PROCESSOR, REQUESTS, SCHEDULER, SERVER, WRAPPER
 from .served import Served
 from .sink import open_sink
 from .slots import Admission
@@ -81,6 +82,8 @@ def _read_library(original: Callable[..., None], processor: Any, vllm_config: An
         wrap(request, "to_sampling_params", _to_sampling_params)
         if searches:
             wrap(request, "to_beam_search_params", _to_beam_search_params)
+    if BEAMS.partition(":")[0] in sys.modules:  # an `LLM` of Python
+        wrap(resolve(BEAMS), "beam_search", _beam_search)
     server = sys.modules.get(SERVER)
     if server is not None:  # where there is no server, there are no routes
         wrap(server, "init_entrypoints_middleware", _init_middleware)
@@ -176,7 +179,14 @@ def _to_beam_search_params(original: Callable[..., Any], request: Any, *args: An
             "steer: beam search drops the fields of a request; sample instead, or use STEERFAST_DEFAULT",
             request.vllm_xargs,
         )
+    if _served is not None:
+        _served.check_beams()
     return original(request, *args, **kwargs)
+
+
+def _beam_search(original: Callable[..., Any], llm: Any, *args: Any, **kwargs: Any) -> Any:
+    llm.llm_engine.input_processor.steerfast.check_beams()
+    return original(llm, *args, **kwargs)
 
 
 # --- engine core -------------------------------------------------------------------------------------------------------

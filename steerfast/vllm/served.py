@@ -141,6 +141,21 @@ class Served:
         except ValueError as error:
             raise self.refusal(str(error), params.extra_args) from None
 
+    def check_beams(self) -> None:
+        """Refuse a beam search where the default would steer other tokens than it says: each step sends a beam as a prompt.
+
+        Raises:
+            VLLMValidationError: as of `accept`.
+        """
+        for part in self.default:
+            where = "each of a prompt's first tokens" if part.served.by_token else short(part.positions)
+            if part.served.by_token or part.selector.needs_end:
+                raise self.refusal(
+                    f"steer: beam search sends its beams as prompts, so what STEERFAST_DEFAULT does to {where} would be done to "
+                    "other tokens; sample instead, or let it act on all",
+                    None,
+                )
+
     def refusal(self, text: str, given: Any) -> Exception:
         """The exception that becomes HTTP 400 in the server and is a ValueError in Python."""
         named = steer_fields(given).get("steer")
