@@ -147,6 +147,21 @@ def test_what_an_engine_cannot_read_and_heads_that_are_split_are_refused(
         served(None, 2).accept({"steer": "heads"})
 
 
+def test_a_default_leaves_no_pooling_request_unsteered_in_silence() -> None:
+    """It has no sampling parameters that could say what acts on it, and is run as if there were no plans."""
+    pooled = SimpleNamespace(cache_salt=None, sampling_params=None)
+    served = SimpleNamespace(
+        accept=lambda given: ((object(),), None, None), refusal=lambda text, given: ValueError(text)
+    )
+    params = SimpleNamespace(extra_kwargs=None)
+    with pytest.raises(ValueError, match="pooling requests cannot be steered, as STEERFAST_DEFAULT says"):
+        seams._process_inputs(lambda self, params: pooled, SimpleNamespace(steerfast=served), params=params)
+    served.accept = lambda given: ((), None, None)
+    assert (
+        seams._process_inputs(lambda self, params: pooled, SimpleNamespace(steerfast=served), params=params) is pooled
+    )
+
+
 @pytest.mark.parametrize("servers", ["one", "several"])
 def test_the_metrics_of_one_and_of_several_api_servers_add_up_what_all_processes_counted(
     monkeypatch, tmp_path: Path, servers: str

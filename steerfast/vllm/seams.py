@@ -109,8 +109,12 @@ def _process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **
     request = original(processor, *args, **kwargs)
     if not parts and (request.cache_salt or "").startswith(SALT):  # a user's own is not taken for one of ours
         request.cache_salt = salt(request.cache_salt, (), 0)
-    if request.sampling_params is None or not (parts or reading or capture):
+    if not (parts or reading or capture):
         return request
+    if request.sampling_params is None:
+        raise served.refusal(
+            "steer: pooling requests cannot be steered, as STEERFAST_DEFAULT says; start this engine without it", None
+        )
     ids, embeds = request.prompt_token_ids, getattr(request, "prompt_embeds", None)
     length = len(ids) if ids is not None else 0 if embeds is None else len(embeds)
     shown = ids if embeds is None else None
