@@ -62,6 +62,17 @@ def _count(model: Any) -> int:
     return model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_autocast_around_it_changes_no_weight(name: str) -> None:
+    """Neither the products that are written, nor what is taken for a writer."""
+    alone, other = (deepcopy(build(name)) for _ in range(2))
+    plan = everywhere(alone, sf.Ablate(directions()))
+    bake(alone, plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        bake(other, plan)
+    assert all(torch.equal(weight, other.state_dict()[key]) for key, weight in alone.state_dict().items())
+
+
 def test_the_direction_never_arises_in_the_stream() -> None:
     model, r = deepcopy(build("gpt2")), directions(1)[0]
     bake(model, everywhere(model, sf.Ablate(r)))

@@ -25,6 +25,7 @@ from steerfast.edits.base import Intervention, untrained
 from steerfast.edits.linear import Ablate, Add
 from steerfast.models.layers import Layers, evaluating, find_layers, gathers_weights, home, is_distributed, refuse_flat
 from steerfast.models.points import Point
+from steerfast.ops.backends import in_full_precision
 from steerfast.plan import Plan, as_plan
 
 EMBEDDING = ("resid_pre", 0)
@@ -88,8 +89,15 @@ def changes(
     plan = as_plan(owner, plan)
     _check_model(owner, model, layers, plan)
     edits = _by_writer(owner, plan, layers)
-    writers = _Proof(owner, model, layers, [place for place in edits if place != EMBEDDING]).writers(list(edits))
+    writers = _proved(next(model.parameters()), owner, model, layers, list(edits))
     return [(place, chain, writers[place]) for place, chain in edits.items()]
+
+
+@in_full_precision
+def _proved(
+    _: Tensor, owner: str, model: nn.Module, layers: Layers, places: list[tuple[str, int]]
+) -> dict[tuple[str, int], list[Writer]]:
+    return _Proof(owner, model, layers, [place for place in places if place != EMBEDDING]).writers(places)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -97,6 +105,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+@in_full_precision
 def project(rows: Tensor, basis: Tensor) -> None:
     """rows ← rows - rows·VᵀV in place, a part at a time, rounded once to the rows' dtype."""
     if rows.ndim == 1:
