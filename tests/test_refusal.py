@@ -142,6 +142,24 @@ def test_every_candidate_has_the_scores_of_the_authors_hooks(name: str) -> None:
     assert found.direction.origin.position == best[0]
 
 
+class Ending(Letters):
+    """One that puts a token behind each text, too, as tokenizers with `add_eos_token` do."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": super().__call__(text, add_special_tokens)["input_ids"] + [2] * add_special_tokens}
+
+
+def test_the_answer_begins_behind_the_template_not_behind_an_end_of_text_token() -> None:
+    plain, ending = (
+        select_refusal(build("llama"), tokenizer, HARMFUL, HARMLESS, EASY, TEMPLATE, progress=False)
+        for tokenizer in (Letters(), Ending())
+    )
+    assert ending.tokens == plain.tokens
+    assert (ending.unsteered, list(ending)) == (plain.unsteered, list(plain))
+    rates = [refusal_rates(build("llama"), tok, HARMFUL, [None], EASY, TEMPLATE) for tok in (Letters(), Ending())]
+    assert rates[0] == rates[1]
+
+
 def test_the_plans_do_what_was_scored(tmp_path: Path) -> None:
     found, model = selected(), build("llama")
     scorer = RefusalScorer(model, Letters(), EASY.words, TEMPLATE, 8)

@@ -30,7 +30,6 @@ from steerfast.directions.direction import Direction
 from steerfast.directions.sets import text_table
 from steerfast.edits.linear import Ablate, Add
 from steerfast.files.replace import replace_file
-from steerfast.models.collect import collect
 from steerfast.models.layers import evaluating, find_layers
 from steerfast.place import Origin, Place, typical_norm_of
 from steerfast.plan import Plan
@@ -370,7 +369,7 @@ def _differences(
         raise ValueError("select_refusal: rules.late drops every layer; make it smaller")
     found = {}
     for position in scorer.tokens:
-        sides = [_read(scorer, side, layers, position, progress) for side in taught]
+        sides = [scorer.collect(side, layers, position, progress) for side in taught]
         for layer in layers:
             vector = sides[0][layer].double().mean(0) - sides[1][layer].double().mean(0)
             # at the first block's input every prompt has the same token here, and a difference is rounding
@@ -381,27 +380,13 @@ def _differences(
     return found
 
 
-def _read(scorer: RefusalScorer, texts: Sequence[str], layers: Any, position: int, progress: bool) -> Any:
-    read = [scorer.text(text) for text in texts]
-    return collect(
-        scorer.model,
-        scorer.reader,
-        read,
-        layers,
-        position,
-        "resid_pre",
-        batch_size=scorer.batch_size,
-        progress=progress,
-    )
-
-
 def _complete(
     found: Refusal, best: Candidate, scorer: RefusalScorer, prompts: Any, vectors: Mapping[Any, Tensor], rules: RefusalRules
 ) -> None:  # fmt: skip
     """Add direction, plans and nulls of the best candidate; prompts: taught, held out, and the latter's unsteered logits."""
     taught, held, plain = prompts
     vector, place = vectors[best.position, best.layer], Place("resid_pre", best.layer)
-    sides = [_read(scorer, side, [best.layer], best.position, False)[best.layer] for side in taught]
+    sides = [scorer.collect(side, [best.layer], best.position, False)[best.layer] for side in taught]
     rows = torch.cat(sides)
     typical = typical_norm_of(rows)
     origin = Origin(find_layers(scorer.model, "select_refusal").name, place, best.position, typical)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfast.hooks.steer import steer
+from steerfast.models.collect import Activations, collect
 from steerfast.models.layers import home, refuse_rows
 from steerfast.models.limits import Limits
 from steerfast.models.texts import TextReader, short_text
@@ -56,23 +57,23 @@ class RefusalScorer:
         decode = getattr(self.reader.tokenizer, "decode", str)
         return {at: decode([probes[0][at]]) for at in range(-shared, 0)}
 
-    def text(self, instruction: str) -> Any:
-        """What `collect` reads: the template's text, or a chat."""
-        if self.template is None:
-            return [{"role": "user", "content": instruction}]
-        return self.template.replace("{instruction}", instruction)
-
     def ids(self, instructions: Iterable[str]) -> list[list[int]]:
-        """Token ids of whole prompts, as `collect` reads them; what the model cannot read is refused."""
+        """Token ids of whole prompts, behind which the answer begins; what the model cannot read is refused."""
         found, limits = [], Limits(self.reader.owner, self.model)
         for instruction in instructions:
-            text = self.text(instruction)
-            if isinstance(text, str):
-                found.append(self.reader.ids(text))
+            if self.template is None:
+                chat = [{"role": "user", "content": instruction}]
+                found.append(self.reader.bare(self.reader.chat(chat, f"the instruction {short_text(instruction)}")))
             else:
-                found.append(self.reader.bare(self.reader.chat(text, f"the instruction {short_text(instruction)}")))
+                found.append(self.reader.beginning(self.template.replace("{instruction}", instruction)))
             limits.check(short_text(instruction), found[-1])
         return found
+
+    def collect(self, instructions: Iterable[str], layers: Any, position: int, progress: bool) -> Activations:
+        """The blocks' input at a position of whole prompts, by layer."""
+        prompts = self.ids(instructions)
+        parts = [_padded(prompts[i : i + self.batch_size]) for i in range(0, len(prompts), self.batch_size)]
+        return collect(self.model, self.reader, None, layers, position, "resid_pre", inputs=parts, progress=progress)
 
     def logits(self, prompts: Sequence[Sequence[int]], plan: Plan | None = None) -> Tensor:
         """Logits of the first token of each answer, float64 (n, V) on the CPU."""
@@ -96,21 +97,26 @@ class RefusalScorer:
 
     def _forward(self, prompts: list[Sequence[int]], plan: Plan | None) -> Tensor:
         device = home(self.model)
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row, device="cpu") for row in prompts], batch_first=True)
-        lengths = torch.tensor([len(row) for row in prompts], device="cpu")
-        mask = (torch.arange(ids.shape[1], device="cpu") < lengths[:, None]).long()
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+        inputs = {name: part.to(device) for name, part in _padded(prompts).items()}
         if plan is None:
-            logits = self.model(**inputs).logits
+            logits = self.model(**inputs, use_cache=False).logits
         else:
             with steer(self.model, plan):
-                logits = self.model(**inputs).logits
-        return logits[torch.arange(len(prompts), device="cpu"), lengths - 1]
+                logits = self.model(**inputs, use_cache=False).logits
+        last = torch.tensor([len(row) - 1 for row in prompts], device="cpu")
+        return logits[torch.arange(len(prompts), device="cpu"), last]
 
     def refusal(self, logits: Tensor) -> Tensor:
         """log Σ p(refusing) - log (1 - Σ p(refusing)) of each row, (n,)."""
         share = logits.softmax(-1)[:, self.refusing].sum(-1)
         return torch.log(share + EPSILON) - torch.log(1 - share + EPSILON)
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """What a forward takes, on the CPU: prompts with padding on the right."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row, device="cpu") for row in prompts], batch_first=True)
+    lengths = torch.tensor([len(row) for row in prompts], device="cpu")
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1], device="cpu") < lengths[:, None]).long()}
 
 
 def divergence(unsteered: Tensor, steered: Tensor) -> float:
