@@ -196,6 +196,21 @@ def test_few_rows_warn_and_hold_nothing_out(tmp_path: Path) -> None:
     assert math.isnan(again.info.dose)
 
 
+def test_held_out_sides_of_one_mean_are_left_out() -> None:
+    a, b, c, d = (row[None] for row in torch.tensor([[1.0, 2.0], [3.0, -1.0], [-2.0, 4.0], [5.0, 7.0]]))
+    made = sf.fit("add", torch.cat([a, b, c, d]), torch.cat([a, b, -c, -d]), groups=[0, 1, 2, 3] * 2, draws=4)
+    assert math.isfinite(made.info.closed)
+    assert (len(made.info.null.shuffled), len(made.info.null.random)) == (
+        4,
+        4,
+    )  # none of them on a fold without a figure
+    pos, neg = torch.cat([a, a, b, c]), torch.cat([a, b, b, c])
+    with pytest.warns(UserWarning, match="or the sides that were held out have one mean"):
+        made = sf.fit("add", pos, neg, groups=[0, 0, 1, 2, 0, 1, 1, 2])
+    assert math.isnan(made.info.closed)
+    torch.testing.assert_close(made.vector, pos.mean(0) - neg.mean(0))
+
+
 # --- the formulas --------------------------------------------------------------------------------------------------------
 
 

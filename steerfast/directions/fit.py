@@ -112,7 +112,7 @@ def fit(
         ModuleNotFoundError: scikit-learn is not installed.
 
     Warns:
-        UserWarning: the rows are too few to hold some out.
+        UserWarning: the rows are too few, or too alike, to hold some out.
 
     Example:
         >>> pos = sf.collect(model, tokenizer, kind_texts, layers=[14])
@@ -128,7 +128,10 @@ def fit(
     closed, dose, null = held_out(make, sides, draws)
     data = sides.data
     if math.isnan(closed):
-        warn_user(f"{owner}: the {len(data.x)} rows are too few, or in too few groups, to hold some out; give more")
+        warn_user(
+            f"{owner}: the {len(data.x)} rows are too few, or in too few groups, to hold some out, or the sides that were held "
+            "out have one mean; give more"
+        )
     positives = int(data.labels.sum())
     info = FitInfo(method, closed, dose, positives, len(data.x) - positives, len(data.groups.unique()), null=null)
     origin = common_origin(owner, [data.origin, replace(edit.origin, typical_norm=None)])

@@ -62,9 +62,12 @@ def held_out(make: Make, sides: Sides, draws: int) -> tuple[float, float, Null |
     for fold in sides.data.folds:
         if _usable(sides, fold):
             try:
-                done.append((fold, _moved(make, sides, fold)))
+                moved = _moved(make, sides, fold)
             except ValueError as reason:
                 failed.append(str(reason))
+                continue
+            if moved.gap:  # where the held-out means are one, nothing can be closed
+                done.append((fold, moved))
     if failed:
         warn_user(
             f"{failed[0]} (in {len(failed)} of {len(sides.data.folds)} folds, which the held-out figures leave out)"
