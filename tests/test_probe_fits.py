@@ -148,6 +148,25 @@ def f1(met: Tensor, y: Tensor) -> float:
     return 2 * hits / (int(met.sum()) + int(y.sum()))
 
 
+def test_rows_along_one_line_have_a_threshold_within_the_bounds_of_a_cosine() -> None:
+    found = 0
+    for seed in range(40):  # rounding puts some of these similarities an ulp above 1
+        generator = torch.Generator().manual_seed(seed)
+        line, aside = torch.randn(24, generator=generator), 1e-5 * torch.randn(24, generator=generator)
+        pos, neg = (
+            s * torch.rand(9, 1, generator=generator) * line + torch.randn(9, 1, generator=generator) * aside
+            for s in (1, -1)
+        )
+        made = sf.fit_condition({3: pos}, {3: neg})
+        assert 0 <= made.threshold <= 1
+        met = made(torch.cat([pos, neg]))
+        assert made.info.f1 == pytest.approx(2 * int(met[:9].sum()) / max(int(met.sum()) + 9, 1))
+        found += bool((made.probe(torch.cat([pos, neg])) > 1).any())
+    assert found
+    with pytest.raises(ValueError, match="all rows have one projection similarity"):
+        sf.fit_condition({3: torch.tensor([[1.0, 0.0], [2.0, 0.0]])}, {3: torch.tensor([[-1.0, 0.0], [-3.0, 0.0]])})
+
+
 def test_the_best_threshold_is_the_best_of_all() -> None:
     for seed in range(30):
         scores = drawn(40, seed=seed).round(decimals=1)

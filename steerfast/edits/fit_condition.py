@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steerfast._checks import one_of, warn_user
-from steerfast.barriers.data import Data, identical
+from steerfast.barriers.data import Data
 from steerfast.probes.fit import data_by_layer
 from steerfast.probes.rows import SIMILARITIES, SimilarityProbe
 
@@ -80,7 +80,10 @@ def fit_condition(
     cuts = {layer: _cut(data, data, similarity) for layer, data in layers.items()}
     found = {layer: cut for layer, cut in cuts.items() if cut is not None}
     if not found:
-        raise identical("fit_condition")
+        raise ValueError(
+            f"fit_condition: all rows have one {similarity} similarity with the direction of their layer, so no threshold tells "
+            "them apart: the sides are identical, or all rows lie along one line"
+        )
     held, overall = _held_out(layers, similarity)
     table = tuple(
         LayerFit(layer, cut.condition.threshold, cut.condition.above, cut.f1, held.get(layer, math.nan))
@@ -127,7 +130,8 @@ def _cut(data: Data, whole: Data, similarity: str) -> Cut | None:
     """The best condition on the rows of one layer; None: all have one score."""
     direction = contrast_component(data.x[data.labels], data.x[~data.labels])
     probe = SimilarityProbe(direction, similarity, origin=whole.origin)
-    found = best_threshold(probe(data.x), data.labels)
+    scores = probe(data.x).clamp(*probe.bounds)  # a cosine may end an ulp beyond 1, where no threshold lies
+    found = best_threshold(scores, data.labels)
     if found is None:
         return None
     threshold, above, gap = found
