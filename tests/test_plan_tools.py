@@ -70,6 +70,14 @@ def test_every_format_and_back_keeps_the_vectors(plan: Any, tmp_path: Any, to: s
     assert "resid_post" in show(there)
 
 
+def test_a_bound_or_a_number_of_zero_is_shown(tmp_path: Any) -> None:
+    v = torch.tensor([3.0, 4.0])
+    chain = [sf.Clamp(v, low=0.0), sf.Clamp(v, high=0.0), sf.AffineAblate(v), sf.Rotate(torch.eye(2), degrees=0.0)]
+    lines = show(sf.Plan({1: chain}).save(tmp_path / "plan")).splitlines()[-4:]
+    said = [line.rpartition("  ")[2] for line in lines]
+    assert said == ["low=0", "high=0", "baseline=0, offset=0", "degrees=0"]
+
+
 def test_strength_multiplies(plan: Any, tmp_path: Any) -> None:
     scaled = sf.Plan.load(convert(plan, tmp_path / "p", "plan", strength=3.0))
     assert [edit.strength for (edit,) in scaled.edits.values()] == [6.0, -1.5]

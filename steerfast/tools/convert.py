@@ -183,7 +183,7 @@ def _numbers(edit: Intervention) -> str:
     numbers = [
         f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
         for k, v in edit.numbers().items()
-        if v not in (None, False) and k != "sae"
+        if v is not None and v is not False and k != "sae"  # a bound of 0 equals False
     ]
     if isinstance(sae := edit.numbers().get("sae"), dict):
         numbers.append(f"{sae['about']} {sae['fingerprint'][:12]}…")
