@@ -105,6 +105,18 @@ def test_an_addition_at_the_embedding_is_one_more_rank(tmp_path: Path) -> None:
     )  # one of its two embeddings carries it
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "granite", "opt"])
+def test_an_embedding_that_multiplies_or_counts_by_itself_is_written_as_it_reaches_the_stream(
+    name: str, tmp_path: Path
+) -> None:
+    """Gemma's multiplies its rows, and PEFT what it adds to them; Granite's are multiplied outside; OPT's count positions."""
+    model, (u, r) = build(name), directions()
+    check(model, {("resid_pre", 0): [sf.Add(u, 3.0), sf.Ablate(r), sf.Add(u)]}, tmp_path / "both", "peft")
+    check(model, {("resid_pre", 0): sf.Add(u, 2.0)}, tmp_path / "added", "any")
+    if name != "opt":
+        check(model, {("resid_pre", 0): sf.Ablate(r)}, tmp_path / "ablated", "any")
+
+
 def test_a_scaled_residual_keeps_the_vector_whole(tmp_path: Path) -> None:
     check(build("granite"), {1: sf.Add(directions()[0], 2.0)}, tmp_path / "adapter", "peft")
 
@@ -197,6 +209,12 @@ REFUSED = [
     ("gpt_oss", {("mlp_out", 1): sf.Ablate(directions())}, "peft", r"each expert of .* has a bias \(down_proj_bias\)"),
     ("llava", {("resid_pre", 0): sf.Ablate(directions())}, "any", "images enter the stream"),
     ("llama", {("attn_out", 1): sf.Ablate(directions())}, "vllm", "engine"),
+    (
+        "opt",
+        {("resid_pre", 0): sf.Ablate(directions())},
+        "any",
+        "embed_positions takes other rows than its input names",
+    ),
 ]
 
 

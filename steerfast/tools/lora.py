@@ -55,7 +55,8 @@ def write_lora(
         folder: Where `adapter_config.json` and `adapter_model.safetensors` are written, float32; it must not exist.
         engine: "any": weights alone, which every engine reads; `Add` behind a block, ablations of a projection that has a
             bias, and experts in one tensor are refused. "peft": all of these, for PEFT alone. Beside a bias PEFT takes no
-            change of an embedding, so the file then holds the edited embedding whole.
+            change of an embedding, so the file then holds the edited embedding whole; so it does, always, where an embedding
+            takes other rows than its input names (OPT's positions), which "any" refuses.
 
     Returns:
         The folder.
@@ -79,10 +80,11 @@ def write_lora(
         raise FileExistsError(f"lora: {target} exists; choose another name, or remove it")
     found, stacked = changes("lora", model, plan), _stacked(model)
     parts = [
-        _part(place, chain, writer, stacked, first=i == 0)
+        _part(place, chain, writer, stacked, first=writer is next((one for one in writers if one.looks_up), writers[0]))
         for place, chain, writers in found
-        for i, writer in enumerate(_told(place, chain, writers))
+        for writer in _told(place, chain, writers)
     ]
+    parts = [part for part in parts if part.rank or not part.embeds]  # one embedding of several carries an addition
     if engine == "any":
         for part in sorted(parts, key=lambda part: part.writer.rows().ndim, reverse=True):  # the experts first
             part.refuse_for_any()
@@ -145,7 +147,16 @@ class _Part:
         change = self.shift if given is None else self.shift - self.left @ (self.right @ given.to(self.shift))
         return change if bool(change.any()) else None
 
+    def whole(self, biased: bool) -> bool:
+        """Whether the file holds the edited weight: of an embedding beside biases, or whose rows its input does not name."""
+        return self.embeds and (biased or not self.writer.looks_up)
+
     def refuse_for_any(self) -> None:
+        if self.whole(biased=False):
+            raise ValueError(
+                f"lora: {self.where}: {self.writer.path} takes other rows than its input names, which an adapter does not; the "
+                f"file would hold it whole, {_ONLY_PEFT}"
+            )
         if self.writer.rows().ndim > 2:
             raise ValueError(
                 f"lora: {self.where}: {self.writer.path} holds all experts in one tensor, whose adapter is a target_parameter, "
@@ -262,7 +273,7 @@ class _Adapter:
         rank = self.rank
         for part in self.parts:
             name = _PREFIX + part.writer.path
-            if part.embeds and self.biased:
+            if part.whole(self.biased):
                 found[f"{name}.weight"] = self._whole(part)
                 continue
             a, b = _filled(*part.factors(), rank)
@@ -283,7 +294,7 @@ class _Adapter:
 
     def config(self, model: nn.Module) -> dict[str, Any]:
         wrapped = [part.writer for part in self.parts if part.wrapped]
-        kept = [part.writer.path for part in self.parts if part.embeds and self.biased]
+        kept = [part.writer.path for part in self.parts if part.whole(self.biased)]
         targets = [p.writer.path for p in self.parts if p.writer.path not in kept and not p.wrapped]
         settings: Any = model.config
         return {

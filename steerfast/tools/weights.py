@@ -43,7 +43,8 @@ class Writer:
         weight: Name of its weight (d_out, d_in), (d_in, d_out), (tokens, d), or of one matrix for each expert.
         axis: The weight's axis that is the stream's.
         bias: Name of its bias (d,), or of one row for each expert, (experts, d); None if it has none.
-        scale: What the block multiplies the map's output with.
+        scale: What the block multiplies the map's output with; of an embedding what the stream has of its rows.
+        looks_up: Of an embedding: whether the rows are those that its input names, so that an adapter finds them, too.
     """
 
     module: nn.Module
@@ -52,6 +53,7 @@ class Writer:
     axis: int
     bias: str | None
     scale: float
+    looks_up: bool = True
 
     def rows(self) -> Tensor:
         """The weight, a view with the stream's axis last."""
@@ -216,6 +218,9 @@ class _Call:
     module: nn.Module
     output: Tensor
     plain: bool  # the output is that of the weight and bias alone
+    factor: (
+        float  # of an embedding: what it multiplies the rows with that its input names; 0: its output is no such rows
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,7 +285,9 @@ class _Proof:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and output.shape[-1:] == (d,) and output.is_floating_point():
                 flat = output.clone().reshape(-1, d).float()
-                self.calls.append(_Call(path, module, flat, _is_plain(module, args, output)))
+                self.calls.append(
+                    _Call(path, module, flat, _is_plain(module, args, output), _looked_up(module, args, flat))
+                )
 
         return after
 
@@ -325,7 +332,10 @@ class _Proof:
                 f"{self.owner}: what enters the first block of {layers.name} is not the sum of its embeddings (a norm or "
                 "projection follows them), so no weights keep a direction out of it; use steer"
             )
-        return [Writer(call.module, call.path, "weight", 1, None, factor) for call in found]
+        return [
+            Writer(call.module, call.path, "weight", 1, None, factor * (call.factor or 1.0), bool(call.factor))
+            for call in found
+        ]
 
     def _check_shared(self, writers: list[Writer]) -> None:
         """Refuse a weight that other modules use as well; a head may share the embedding's."""
@@ -438,6 +448,17 @@ def _is_plain(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> bool:
     x, bias = args[0], getattr(module, "bias", None)
     expected = nn.functional.linear(x, weight.T if hasattr(module, "nf") else weight, bias)
     return expected.shape == output.shape and _same(output.float(), expected.float(), output.dtype)
+
+
+def _looked_up(module: nn.Module, args: tuple[Any, ...], flat: Tensor) -> float:
+    """The factor of an embedding whose output (tokens, d) is that times the rows that its input names; 0 of any other."""
+    ids = args[0].flatten() if args and isinstance(args[0], Tensor) and not args[0].is_floating_point() else None
+    weight: Any = module.weight
+    if not isinstance(module, nn.Embedding) or ids is None or len(ids) != len(flat) or int(ids.max()) >= len(weight):
+        return 0.0  # as of OPT's positions, which counts them from the mask that it is given
+    rows = weight[ids].float()
+    factor = float((rows * flat).sum() / rows.square().sum())
+    return factor if _same(rows * factor, flat, weight.dtype) else 0.0
 
 
 def _same(a: Tensor, b: Tensor, dtype: torch.dtype, terms: Tensor | None = None) -> bool:
