@@ -278,6 +278,25 @@ def test_weights_that_others_share_are_refused() -> None:
         bake(model, {("mlp_out", 1): sf.Ablate(directions())})
 
 
+def test_embeddings_that_later_blocks_read_too_are_refused_at_the_embedding() -> None:
+    """As in Zamba and Gemma 4: a hook on the stream does not reach what the second block reads of them."""
+    model, plan = deepcopy(build("llama")), {("resid_pre", 0): sf.Ablate(directions())}
+    read: list[torch.Tensor] = []
+    model.model.rotary_emb.register_forward_pre_hook(lambda _, args: read.append(args[0]))  # is given the embeddings
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 0.1 * read[-1], *args[1:]))
+    before = logits(model)
+    with pytest.raises(ValueError, match="the embeddings of LlamaForCausalLM reach more than its first block"):
+        bake(model, plan)
+    assert torch.equal(logits(model), before)
+
+
+def test_an_embedding_that_norms_its_rows_is_refused() -> None:
+    model = deepcopy(build("llama"))
+    model.model.embed_tokens.register_forward_hook(lambda _, __, output: nn.functional.normalize(output, dim=-1))
+    with pytest.raises(ValueError, match="is not the sum of its embeddings"):
+        bake(model, {("resid_pre", 0): sf.Ablate(directions())})
+
+
 def test_a_model_with_images_is_refused_at_the_embedding() -> None:
     model = build("llava")
     with pytest.raises(ValueError, match="images enter the stream beside the embeddings"):

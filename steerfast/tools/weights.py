@@ -30,6 +30,9 @@ from steerfast.plan import Plan, as_plan
 
 EMBEDDING = ("resid_pre", 0)
 _PROBE = 8  # tokens of the forward that proves the places
+_NOISE = (
+    0.01  # of what a change of the embeddings does, what may come by another way: two passes may differ in last bits
+)
 _CHUNK = 1 << 14  # rows of an embedding that are projected at once
 
 
@@ -259,14 +262,18 @@ class _Proof:
         for path, module in self.model.named_modules():
             if isinstance(module, nn.Embedding) or (_is_map(module) and path.startswith(tuple(inside))):
                 handles.append(module.register_forward_hook(self._watch_map(path)))
-        vocabulary = _config(self.model).get_text_config().vocab_size
-        ids = torch.arange(3, 3 + _PROBE)[None] % vocabulary
+        self._run(handles)
+
+    def _run(self, handles: list[Any]) -> Tensor:
+        """What the model makes of a few tokens with these hooks, which are then removed."""
+        ids = torch.arange(3, 3 + _PROBE)[None] % _config(self.model).get_text_config().vocab_size
         try:
             with evaluating(self.model):
-                self.model(input_ids=ids.to(home(self.model)), use_cache=False)
+                found: Tensor = self.model(input_ids=ids.to(home(self.model)), use_cache=False)[0]
         finally:
             for handle in handles:
                 handle.remove()
+        return found
 
     def _watch_point(self, place: tuple[str, int], point: Point) -> list[Any]:
         called: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -285,9 +292,9 @@ class _Proof:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and output.shape[-1:] == (d,) and output.is_floating_point():
                 flat = output.clone().reshape(-1, d).float()
-                self.calls.append(
-                    _Call(path, module, flat, _is_plain(module, args, output), _looked_up(module, args, flat))
-                )
+                factor = _looked_up(module, args, flat) if isinstance(module, nn.Embedding) else 0.0
+                plain = bool(factor) or _is_plain(module, args, output)
+                self.calls.append(_Call(path, module, flat, plain, factor))
 
         return after
 
@@ -332,10 +339,28 @@ class _Proof:
                 f"{self.owner}: what enters the first block of {layers.name} is not the sum of its embeddings (a norm or "
                 "projection follows them), so no weights keep a direction out of it; use steer"
             )
+        if self._lead_elsewhere([call.module for call in found]):
+            raise ValueError(
+                f"{self.owner}: the embeddings of {layers.name} reach more than its first block (later ones read them, too), "
+                "which an edit of the stream does not touch and one of the weights does; use steer"
+            )
         return [
             Writer(call.module, call.path, "weight", 1, None, factor * (call.factor or 1.0), bool(call.factor))
             for call in found
         ]
+
+    def _lead_elsewhere(self, embeddings: list[nn.Module]) -> bool:
+        """Whether turning embeddings around still acts where the first block is given what it had before, as in Zamba."""
+        entered: list[Tensor] = []
+        point = self.points[EMBEDDING]
+
+        def turned() -> list[Any]:
+            return [module.register_forward_hook(lambda _, __, output: output.flip(-1)) for module in embeddings]
+
+        plain = self._run([point.attach(lambda x: entered.append(x.clone()))])
+        whole = self._run(turned()) - plain
+        beside = self._run([*turned(), point.attach(lambda _: entered[0])]) - plain
+        return not float(beside.abs().max()) <= _NOISE * float(whole.abs().max())
 
     def _check_shared(self, writers: list[Writer]) -> None:
         """Refuse a weight that other modules use as well; a head may share the embedding's."""
@@ -443,19 +468,20 @@ def _is_plain(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> bool:
     weight: Any = module.weight
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or not args:
         return False
-    if isinstance(module, nn.Embedding):
-        return weight.shape[-1] == output.shape[-1]
+    if isinstance(module, nn.Embedding):  # rows of its own choice, as OPT's positions are, and no norm of them
+        flat = output.reshape(-1, output.shape[-1]).to(weight)
+        return weight.shape[-1] == flat.shape[-1] and all(bool((weight == row).all(1).any()) for row in flat)
     x, bias = args[0], getattr(module, "bias", None)
     expected = nn.functional.linear(x, weight.T if hasattr(module, "nf") else weight, bias)
     return expected.shape == output.shape and _same(output.float(), expected.float(), output.dtype)
 
 
-def _looked_up(module: nn.Module, args: tuple[Any, ...], flat: Tensor) -> float:
+def _looked_up(module: nn.Embedding, args: tuple[Any, ...], flat: Tensor) -> float:
     """The factor of an embedding whose output (tokens, d) is that times the rows that its input names; 0 of any other."""
     ids = args[0].flatten() if args and isinstance(args[0], Tensor) and not args[0].is_floating_point() else None
-    weight: Any = module.weight
-    if not isinstance(module, nn.Embedding) or ids is None or len(ids) != len(flat) or int(ids.max()) >= len(weight):
-        return 0.0  # as of OPT's positions, which counts them from the mask that it is given
+    weight = module.weight
+    if ids is None or len(ids) != len(flat) or weight.shape[-1] != flat.shape[-1] or int(ids.max()) >= len(weight):
+        return 0.0  # as of OPT's positions, which are counted from the mask that it is given
     rows = weight[ids].float()
     factor = float((rows * flat).sum() / rows.square().sum())
     return factor if _same(rows * factor, flat, weight.dtype) else 0.0
