@@ -30,9 +30,8 @@ from steerfast.plan import Plan, as_plan
 
 EMBEDDING = ("resid_pre", 0)
 _PROBE = 8  # tokens of the forward that proves the places
-_NOISE = (
-    0.01  # of what a change of the embeddings does, what may come by another way: two passes may differ in last bits
-)
+_NOISE = 0.01
+"""Of what a change of the embeddings does, what may come by another way: two passes may differ in last bits."""
 _CHUNK = 1 << 14  # rows of an embedding that are projected at once
 
 
@@ -221,9 +220,7 @@ class _Call:
     module: nn.Module
     output: Tensor
     plain: bool  # the output is that of the weight and bias alone
-    factor: (
-        float  # of an embedding: what it multiplies the rows with that its input names; 0: its output is no such rows
-    )
+    factor: float  # of an embedding: what it multiplies the rows with that its input names; 0 where it gives others
 
 
 @dataclass(frozen=True, eq=False)
