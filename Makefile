@@ -176,7 +176,7 @@ evidence: setup
 
 # The quality study, resumed where it was cut off. DATA is a folder of public sets; MODEL another model, a folder or GGUF file.
 quality = $(BIN)/python benchmarks/quality.py --seeds 3 $(if $(1),--model $(1))
-truthful = $(BIN)/python benchmarks/quality_truthful.py $(DATA)/TruthfulQA.csv --questions 100 $(if $(1),--model $(1))
+truthful = $(BIN)/python benchmarks/quality_truthful.py $(DATA)/TruthfulQA.csv $(if $(1),--model $(1))
 evidence-quality: setup
 	$(call quality)
 	$(call quality) --fields --concepts sentiment formality
