@@ -38,15 +38,14 @@ p.note { color: #52606d }
 PLACES = {"cuda": "GPU", "cpu": "CPU", "tiny": "Rehearsal: no figure counts"}
 
 
-def page(rows: dict[tuple[str, str], Row], quality: Sequence[Path], folder: Path) -> str:
-    """The page; its pictures are also written as PNGs into a folder. Those of the quality study are taken as they are."""
-    parts = []
+def page(every: Sequence[Row], quality: Sequence[Path], folder: Path) -> str:
+    """The page of these rows; its pictures are written into a folder, too. Those of the quality study are taken as they are."""
+    parts, rows = [], newest(every)
     for place, title in PLACES.items():
         mine = [row for (_, p), row in rows.items() if p == place]
         if mine:
             parts += _place(place, title, mine, folder)
-    found = [bars.judge(bar, rows) for bar in bars.bars()]
-    shown = [_verdict(v) for v in sorted(found, key=lambda v: v.outcome == "not measured yet")]
+    shown = [_verdict(v) for v in sorted(bars.verdicts(every), key=lambda v: v.outcome == "not measured yet")]
     parts += ["<h2>Bars: wanted, measured, met or not</h2>", _table(bars.HEAD, shown, numbers=())]
     for path in quality:
         picture = base64.b64encode(path.read_bytes()).decode()
@@ -152,15 +151,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("rows", type=Path, nargs="*", default=[FOLDER], help="files or folders of rows")
     parser.add_argument("--out", type=Path, default=FOLDER, metavar="FOLDER", help="(default: benchmarks/results)")
     options = parser.parse_args(argv)
-    rows = newest(read(options.rows))
-    if not rows:
+    rows = read(options.rows)
+    if not newest(rows):
         print("report: no measured rows; run `make bench` first", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     quality = sorted({path for source in options.rows if source.is_dir() for path in source.glob("quality*.png")})
     file = options.out / "report.html"
     replace_file(file, page(rows, quality, options.out).encode())
-    print(f"{len(rows)} cases: {file}")
+    print(f"{len(newest(rows))} cases: {file}")
     return 0
 
 

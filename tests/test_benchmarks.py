@@ -633,9 +633,8 @@ def test_few_rounds_are_calm_if_all_are():
 
 
 def test_the_committed_results_can_be_read():
-    found = results.newest(results.read([results.FOLDER]))
-    verdicts = [bars.judge(bar, found) for bar in bars.bars()]
-    assert sum(verdict.value is not None for verdict in verdicts) > 10
+    found = bars.verdicts(results.read([results.FOLDER]))
+    assert sum(verdict.value is not None for verdict in found) > 10
 
 
 def test_results_of_the_long_runs_are_rows_too(tmp_path):
@@ -643,9 +642,9 @@ def test_results_of_the_long_runs_are_rows_too(tmp_path):
     seconds = {"steerfast": [1.0], "sparsify": [2.0]}
     (tmp_path / "sae_training.json").write_text(json.dumps({**head, "missing": {"SAELens": "no"}, "seconds": seconds}))
     (tmp_path / "sae_defence.json").write_text("{}")
-    found = results.newest(results.read([tmp_path]))
-    assert set(found) == {("sae trainer", "cpu")}
-    outcomes = {v.bar.words: (v.outcome, v.value[0]) for bar in bars.bars() if (v := bars.judge(bar, found)).value}
+    found = results.read([tmp_path])
+    assert set(results.newest(found)) == {("sae trainer", "cpu")}
+    outcomes = {v.bar.words: (v.outcome, v.value[0]) for v in bars.verdicts(found) if v.value}
     assert outcomes["training: sparsify's time over ours"] == ("met", 2.0)
 
 
@@ -705,6 +704,21 @@ def test_a_bar_without_its_row_peer_or_place_is_not_measured_yet():
         assert bars.judge(bars.Bar("1", "cpu", case, measure, "<= 1", "w"), rows).outcome == "not measured yet"
     with pytest.raises(ValueError, match="unknown measure"):
         bars.samples(row("a"), "colour: red")
+
+
+def test_a_bar_holds_on_the_worse_of_the_processors_that_measured_it_of_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(device: str, seconds: float, day: int) -> results.Row:
+        run = RUN | {"device": device, "date": f"2026-01-{day:02}T00:00:00+00:00"}
+        return row("a", run=run, times={"ours": [seconds] * 3, "eager": [1.0] * 3})
+
+    rows = [measured("one", 0.7, 9), measured("one", 0.5, 10), measured("two", 0.6, 12), measured("three", 0.9, 2)]
+    for limit, value, device in (("<= 0.55", 0.6, "two"), (">= 0.55", 0.5, "one")):
+        monkeypatch.setattr(
+            bars, "bars", lambda limit=limit: [bars.Bar("1", "cpu", "a", "over: ours | eager", limit, "w")]
+        )
+        (verdict,) = bars.verdicts(rows)
+        assert (verdict.outcome, verdict.value[0], verdict.device) == ("MISSED", value, device)
+    assert bars.verdicts([])[0].outcome == "not measured yet"
 
 
 def template(name: str) -> str:

@@ -62,10 +62,12 @@ def _ask(*command: str, cwd: Path) -> str | None:
 
 
 def _processor() -> str:
-    """Its name, and what its instructions were held to."""
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    name = named[1].strip() if named else platform.processor() or platform.machine()
+    """Its name, family and model (a virtual one is named after its whole series), and what its instructions were held to."""
+    text = info.read_text() if (info := Path("/proc/cpuinfo")).is_file() else ""
+    said = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", text, re.MULTILINE))
+    name = said.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in said and "model" in said:
+        name += f" (family {said['cpu family']} model {said['model']})"
     held = [os.environ[limit] for limit in ("ATEN_CPU_CAPABILITY", "NUMBA_CPU_NAME") if os.environ.get(limit)]
     return f"{name} held to {', '.join(held)}" if held else name
 
