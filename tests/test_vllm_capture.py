@@ -17,6 +17,7 @@ import pytest
 import torch
 from vllm_engines import (
     ENVIRONMENT,
+    NO_SAVED_FUNCTION,
     PROMPT,
     WIDTH,
     Transformers,
@@ -109,6 +110,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         probe.save(folder / "probes" / name)
     with environment(
         **ENVIRONMENT,
+        **NO_SAVED_FUNCTION,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         STEERFAST_PLANS=str(folder / "plans"),
         STEERFAST_PROBES=str(folder / "probes"),

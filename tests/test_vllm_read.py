@@ -15,6 +15,7 @@ from vllm_engines import (
     CLOSE_SCORE,
     ENVIRONMENT,
     LAYERS,
+    NO_SAVED_FUNCTION,
     PROMPT,
     WIDTH,
     Transformers,
@@ -119,6 +120,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("read")
     with environment(
         **ENVIRONMENT,
+        **NO_SAVED_FUNCTION,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         STEERFAST_PLANS=str(folder / "plans"),
         STEERFAST_PROBES=str(folder / "probes"),
