@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import threading
+import warnings
 
 import pytest
 import torch
@@ -166,6 +169,68 @@ def test_generate_with_a_static_cache_and_its_own_compile(positions):
         graphs.append(count.graphs)
     if transformers.__version__ >= "5":  # transformers 4 traces once more in its second call
         assert graphs[0] == graphs[1] <= 2  # one graph for the prompt, one for the decode step; no plan adds one
+
+
+def _stronger(model, handle):
+    handle.strength = 3.0
+
+
+def _stronger_from_another_thread(model, handle):
+    thread = threading.Thread(target=_stronger, args=(model, handle))
+    thread.start()
+    thread.join()
+
+
+def _without_the_last(model, handle):
+    sf.active(model)[-1].remove()
+
+
+def _with_one_more(model, handle):
+    sf.steer(model, sf.Plan({2: sf.Add(vector(2))}, positions="last"))
+
+
+def test_what_changes_while_generate_runs_holds_from_the_next_pass_on():
+    """A graph runs no Python: its buffers are written when the change comes, of the text that runs, whoever makes it."""
+    eager, model, ids = copy_of("llama"), copy_of("llama"), token_ids(2, 6, 0)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"cache_implementation": "static", "disable_compile": True}
+    sf.prepare(model, room=sf.Room(batch=4, length=32, columns=3))
+    model.forward = torch.compile(model.forward, backend="eager")
+    changes = [_stronger, _stronger_from_another_thread, _without_the_last, _with_one_more]
+    for positions, change in itertools.product(["all", "generated", "0:3"], changes):
+        found = []
+        for one in (eager, model):
+            passes = []
+
+            def processor(_, scores, one=one, passes=passes, change=change):
+                passes.append(scores)
+                if len(passes) == 3:
+                    change(one, sf.active(one)[0])
+                return scores
+
+            sf.steer(one, sf.Plan({1: sf.Add(vector(), 2.0)}, positions=positions))
+            sf.steer(one, sf.Plan({1: sf.Add(vector(1))}))
+            one.generate(ids, attention_mask=mask, logits_processor=[processor], **options)
+            found.append(torch.stack(passes))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                sf.reset(one)
+        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5, msg=f"{positions}, {change.__name__}")
+
+
+def test_a_graph_follows_a_strength_that_changes_behind_a_pass_outside_of_it():
+    eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
+    sf.prepare(model, room=sf.Room(batch=2, length=8))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad(), sf.steer(model, {1: sf.Add(vector())}) as handle:
+        compiled(ids, use_cache=False)
+        model(ids, use_cache=False)  # this one is not compiled
+        handle.strength = 3.0
+        with sf.steer(eager, {1: sf.Add(vector(), 3.0)}):
+            expected = eager(ids, use_cache=False).logits
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_default_compiler_gives_the_same():

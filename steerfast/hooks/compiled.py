@@ -14,7 +14,8 @@ from steerfast._positions import Index, Selector, Window, Word
 from steerfast.plan import needs_prompt, rule_of
 
 from .attachment import Attachment
-from .fixed import Announced, FixedText
+from .fixed import FixedText
+from .generation import Announcement
 from .positions import Pass, Table
 from .prompts import Prompt
 
@@ -122,8 +123,26 @@ class FixedTable:
         self._front.zero_()
         self._whole.zero_()
 
-    def publish(self, table: Table, copies: int, told: Announced | None = None) -> None:
-        """Copy a batch's table in, each of its rows `copies` times; `told`: what generate says of it.
+    @staticmethod
+    def check(told: Announcement, attachments: Sequence[Attachment]) -> None:
+        """Refuse a call of generate that a compiled graph cannot follow.
+
+        Raises:
+            ValueError: it runs a second text, or takes back tokens that are read.
+        """
+        if told.guided:
+            raise ValueError(
+                "steer: guidance_scale runs a second text beside each prompt, which a compiled graph cannot tell from the first; "
+                "steer a model that has not been prepared"
+            )
+        if told.drafts and any(one.reads for one in attachments):
+            raise ValueError(
+                "read: assisted generation takes tokens back, which a compiled graph does not see; generate without drafts, or "
+                "read a model that has not been prepared"
+            )
+
+    def publish(self, table: Table, copies: int) -> None:
+        """Copy a batch's table in, each of its rows `copies` times, whole: a pass of another thread sees the old or the new one.
 
         Raises:
             ValueError: the batch takes more room than what `prepare` made room for; nothing has been written.
@@ -135,33 +154,34 @@ class FixedTable:
                 f"steer: {batch * copies} rows, {span - 1} prompt tokens and {columns} interventions in a row; prepare "
                 f"made room for batch={room[0]}, length={room[1] - 1} and columns={room[2]}: unprepare, and prepare for more"
             )
-        self.clear()
-        self.rows[batch * copies :].fill_(self._nobody)  # of a larger batch than was announced
-        rows = table.rows.repeat_interleave(copies, 0).to(self.rows.device)
-        self.rows[: batch * copies, :span, :columns] = rows
-        self.rows[: batch * copies, span:, :columns] = rows[:, -1:]
-        self.scale[: batch * copies, :columns] = table.scale.repeat_interleave(copies, 0).to(self.scale.device)
-        if self.text:
-            self.text.announce(told, None if table.prompt.starts is None else table.ends.repeat_interleave(copies))
+        whole, scale = torch.full_like(self.rows, -1), torch.ones_like(self.scale)
+        whole[batch * copies :] = self._nobody  # of a larger batch than was announced
+        rows = table.rows.repeat_interleave(copies, 0).to(whole.device)
+        whole[: batch * copies, :span, :columns] = rows
+        whole[: batch * copies, span:, :columns] = rows[:, -1:]
+        scale[: batch * copies, :columns] = table.scale.repeat_interleave(copies, 0).to(scale.device)
+        self.scale.copy_(scale)
+        self.rows.copy_(whole)
 
     def publish_unprompted(self, attachments: Sequence[Attachment]) -> None:
         """Fill the buffers for bare passes: what prompt_length, or positions="all", says without a prompt."""
-        self.clear()
         self.settle()
-        if self.text:
-            self.text.announce(None, None)
         given = next((one.prompt_length for one in attachments if one.prompt_length is not None), None)
         plans = [plan for one in attachments for plan in one.plans if plan is not None]
         latched = any(one.latched for one in attachments)
         self.unplaced = given is None and (latched or any(map(needs_prompt, plans)))
         if self.unplaced or not attachments:
+            self.clear()
+            self.text.announce(None)
             return
         per_row = [len(one.plans) for one in attachments if one.per_row]
         rows = next(iter(per_row), self.batch if given is None or len(given) == 1 else len(given))
         lengths = None if given is None else lengths_per_row(given, rows)
         valid = torch.ones(rows, 0 if lengths is None else int(lengths.max()), dtype=torch.bool, device="cpu")
         layers = [one.layer(rows) for one in attachments]
-        self.publish(Table(Prompt(valid, lengths), layers, self.rows.device), copies=1)
+        table = Table(Prompt(valid, lengths), layers, self.rows.device)
+        self.publish(table, copies=1)
+        self.text.announce(table)
         if lengths is not None:
             self._front[:rows] = max(map(counted_from_the_front, attachments))
             if any(map(counts_from_the_end, attachments)):

@@ -20,6 +20,7 @@ from steerfast.probes.probe import Probe
 
 from .attachment import Attachment
 from .bookkeeping import bookkeeping
+from .generation import Announcement
 from .positions import Table
 from .prompts import Prompt
 from .records import NEVER, Scores, over, scores_of
@@ -36,6 +37,12 @@ class Announced:
     copies: int
     ends: tuple[tuple[int, ...], int | None]
     held: int  # tokens in the cache that it began with
+
+    @classmethod
+    def of(cls, told: Announcement) -> Announced | None:
+        """What generate has just announced; None: its arguments do not show the prompt."""
+        held = 0 if told.cache is None else int(told.cache.get_seq_length())
+        return None if told.prompt is None else cls(told.prompt, told.copies, (told.eos, told.pad), held)
 
 
 class Window:
@@ -177,26 +184,36 @@ class FixedText:
     # --- before passes -------------------------------------------------------------------------------------------------
 
     @bookkeeping
-    def announce(self, told: Announced | None, ends: Tensor | None) -> None:
-        """Generate runs a batch now, whose prompts end at `ends` (batch,); None: it does not, or nothing is known."""
+    def announce(self, table: Table | None, told: Announced | None = None) -> None:
+        """A text comes whose prompts end where a table says; `told`: generate runs it, and says this of it.
+
+        Without a table nothing is known of what comes.
+        """
+        if not self:
+            return
         self.ends.fill_(-1)
         self.valid.fill_(True)
-        if ends is not None:
+        if table is not None and table.prompt.starts is not None:
+            ends = table.ends.repeat_interleave(1 if told is None else told.copies)
             self.ends[: len(ends)] = ends.to(self.device)
         if told is None:
             self._serial.zero_()
             return
-        if told.prompt.reorders and any(one.slots and one.rule and one.rule[1] is not None for one in self.probes):
-            raise ValueError(
-                "steer: a condition with release must know the tokens before each one, and beam search hands rows from one to "
-                "the other; sample instead"
-            )
+        self.check_order(told.prompt)
         valid = told.prompt.valid.repeat_interleave(told.copies, 0).to(self.device)
         self.valid[: len(valid), : valid.shape[1]] = valid
         serial = 1 if self._announced is None else self._announced[0] + 1
         self._announced = serial, told
         self._stopped.fill_(NEVER)
         self._serial.fill_(serial)
+
+    def check_order(self, prompt: Prompt) -> None:
+        """Refuse a condition that goes by a text's earlier tokens where rows change places."""
+        if prompt.reorders and any(one.slots and one.rule and one.rule[1] is not None for one in self.probes):
+            raise ValueError(
+                "steer: a condition with release must know the tokens before each one, and beam search hands rows from one to "
+                "the other; sample instead"
+            )
 
     def find(self, probe: Probe, place: Place, caller: str) -> FixedProbe:
         """The prepared probe that another object is.

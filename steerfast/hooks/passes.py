@@ -75,6 +75,7 @@ class Passes:
         self.keeps_cache = keeps_cache(model, self.decoder)
         self.threads = Calls(self.conditions)
         self.latest = self.threads.call  # of any thread
+        self._announced: Call | None = None  # what generate runs, in whatever thread
         self._model, self._layers, self._proof = model, layers, proof
         self._names = list(inspect.signature(self.decoder.forward).parameters)
         self._hooks: list[RemovableHandle] = []  # on the decoder, and on the model around it
@@ -124,7 +125,7 @@ class Passes:
     def forget(self) -> None:
         """Nothing is attached any more: no prompt, no table."""
         self._version += 1
-        self.threads = Calls(self.conditions)
+        self.threads, self._announced = Calls(self.conditions), None
         self._broadcasts.clear()
         self._texts.clear()
         self.traced = IDLE
@@ -140,10 +141,16 @@ class Passes:
         self.recorders = [recorder for one in self.attachments for recorder in one.recorders]
         slots = (slot for one in self.attachments for slot in one.all_slots)
         self.counts.make_room(2 + max(slots, default=0), self.device)
-        call = self.threads.call
-        self._renew(call)
-        if call.prompt is None and self.fixed is not None:
+        self._renew(self.threads.call)
+        if self.fixed is None:
+            return
+        call = self._announced
+        if call is None or call.table is None:
             self.fixed.publish_unprompted(self.attachments)
+        else:  # a compiled graph sees the buffers alone, whatever thread it runs in
+            self._renew(call)
+            self.fixed.text.check_order(call.table.prompt)
+            self.fixed.publish(call.table, call.batch.told.copies)  # type: ignore[union-attr]  # generate runs it
 
     def shares(self, told: Announcement) -> bool:
         """Whether a call of generate inside generate runs the text that this thread has announced."""
@@ -164,17 +171,9 @@ class Passes:
 
     @bookkeeping
     def _announce(self, told: Announcement) -> None:
-        call = self.threads.call = Call(Gates(self.conditions), THREADS.own, batch=Batch(told))
-        if self.fixed is not None and told.guided:
-            raise ValueError(
-                "steer: guidance_scale runs a second text beside each prompt, which a compiled graph cannot tell from the first; "
-                "steer a model that has not been prepared"
-            )
-        if self.fixed is not None and told.drafts and any(one.reads for one in self.attachments):
-            raise ValueError(
-                "read: assisted generation takes tokens back, which a compiled graph does not see; generate without drafts, or "
-                "read a model that has not been prepared"
-            )
+        call = self.threads.call = self._announced = Call(Gates(self.conditions), THREADS.own, batch=Batch(told))
+        if self.fixed is not None:
+            self.fixed.check(told, self.attachments)
         if self.fixed is not None and told.prompt is None:
             self.fixed.publish_unprompted(self.attachments)
             if self.fixed.unplaced:
@@ -192,7 +191,7 @@ class Passes:
         if (log := self.threads.call.text) is not None:
             log.settle()  # its cache is not kept
         self.threads.call = Call(Gates(self.conditions), THREADS.own) if before is None else before
-        self.traced = IDLE
+        self.traced, self._announced = IDLE, before
         if before is not None:
             self.latest = before
             self._publish(before)
@@ -202,11 +201,10 @@ class Passes:
     def _publish(self, call: Call) -> None:
         """A prepared model's buffers hold the announced batch."""
         if self.fixed is not None and call.batch is not None and call.table is not None:
+            self._renew(call)
             self.fixed.settle()
-            told = call.batch.told
-            held = 0 if told.cache is None else int(told.cache.get_seq_length())
-            announced = None if told.prompt is None else Announced(told.prompt, told.copies, (told.eos, told.pad), held)
-            self.fixed.publish(call.table, told.copies, announced)
+            self.fixed.publish(call.table, call.batch.told.copies)
+            self.fixed.text.announce(call.table, Announced.of(call.batch.told))
 
     # --- what dispatchers and handles ask ----------------------------------------------------------------------------
 
@@ -312,8 +310,7 @@ class Passes:
         if call.batch is not None and not call.batch.owns(inputs, tokens, ids, mask, start):
             call = self._aside(call)
             call.shape, call.given_ids = (batch, count), given
-        if call.version != self._version:
-            self._renew(call)
+        self._renew(call)
         if call.batch is not None:
             table = self._generated(call, start, count)
         else:
@@ -492,7 +489,7 @@ class Passes:
 
     def _renew(self, call: Call) -> None:
         """The table of a call's last text, for what is attached now; a text of other rows than there are plans is over."""
-        if call.prompt is None:
+        if call.prompt is None or call.version == self._version:
             return
         rows = {len(one.plans) for one in self.attachments if one.per_row}
         if call.batch is None and rows - {call.prompt.batch}:
