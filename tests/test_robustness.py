@@ -385,3 +385,47 @@ def test_expanded_views_are_not_written(model):
         sf.ops.add_(torch.zeros(1, 48).expand(4, 48), v())
     with pytest.raises(RuntimeError, match="needs a gradient"):
         sf.ops.add_(torch.zeros(4, 48), v().requires_grad_())
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_model_that_is_converted_while_steered_is_edited_in_its_own_dtype(model, dtypes):
+    """Rows that had been rounded to 16 bits stayed so in a float32 model, and the other way round."""
+    ids = token_ids(2, 6, 0)
+    high = sf.When(sf.Condition(v(1), threshold=0.0), sf.Add(v(2)))
+    plan = sf.Plan({0: sf.Ablate(v()), 1: [sf.Add(v(), 2.0), high]})
+    model.to(dtypes[0])
+    with torch.no_grad():
+        with sf.steer(model, plan) as handle:
+            model(ids, use_cache=False)
+            model.to(dtypes[1])
+            found = model(ids, use_cache=False).logits
+            assert handle.stats() == [24]
+        with sf.steer(model, plan), sf.steer(model, [None, plan]) as handle:
+            expected = model(ids, use_cache=False).logits
+            handle.strength = 0.0
+            assert torch.equal(model(ids, use_cache=False).logits, found)
+            assert not torch.equal(expected, found)
+
+
+def test_a_vector_that_overflows_where_a_model_is_converted_to_is_refused(model):
+    with sf.steer(model, {1: sf.Add(v() * 1e5)}), torch.no_grad():
+        model(token_ids(1, 4, 0))
+        model.half()
+        with pytest.raises(ValueError, match=r"does not fit torch\.float16: a row overflows"):
+            model(token_ids(1, 4, 0))
+
+
+def test_a_prepared_model_that_is_converted_is_refused(model):
+    sf.prepare(model, room=sf.Room(batch=2, length=8))
+    model.to(torch.bfloat16)
+    with pytest.raises(
+        RuntimeError, match=r"was prepared in torch\.float32 on cpu, and model\.layers\.0 is torch\.bfloat16"
+    ):
+        sf.steer(model, {1: sf.Add(v())})
+    sf.unprepare(model)
+    sf.prepare(model, room=sf.Room(batch=2, length=8))
+    with sf.steer(model, {1: sf.Add(v())}), torch.no_grad():
+        model(token_ids(1, 4, 0))
+        model.float()
+        with pytest.raises(RuntimeError, match="convert and move a model first, then call prepare"):
+            model(token_ids(1, 4, 0))

@@ -18,7 +18,7 @@ from steerfast.bank import Bank, Runs
 from steerfast.edits.base import Intervention
 from steerfast.edits.columns import numbered
 from steerfast.edits.conditions import When
-from steerfast.models.layers import Layers, find_layers, refuse_flat, stream_storage
+from steerfast.models.layers import Layers, find_layers, refuse_flat, stream_storage, telling_weight
 from steerfast.models.proof import Proof, prove, refuse_split
 from steerfast.ops.backends import STEP_SIZES
 from steerfast.place import Place
@@ -95,6 +95,8 @@ class Controller:
             refuse_split(self.proof, self.layers, layer, site, caller)
         if not self.prepared and is_compiled(self.model):
             raise RuntimeError(_COMPILED.format(caller))
+        if self.passes.watched.convert():
+            self.passes.refresh()
         warn_of_others(plan, self.layers)
 
     def check_positions(self, plans: list[Plan], lengths: tuple[int, ...] | None) -> None:
@@ -200,7 +202,7 @@ class Controller:
 
     def _count_places(self) -> None:
         self.passes.dispatchers = sum(bool(one.edits or one.judges) for one in self.dispatchers.values())
-        self.passes.watched.watch([dispatcher.point for dispatcher in self.dispatchers.values()])
+        self.passes.watched.watch(self.dispatchers.values())
 
     def _install(self, new: Attachment, slot: int, when: When, place: Place) -> None:
         if self.passes.fixed is None:
@@ -214,8 +216,10 @@ class Controller:
     def _dispatcher(self, place: Place) -> Dispatcher:
         if place not in self.dispatchers:
             point = self.layers.point(place[1], place[0], "steer")
-            empty = Bank(point.width, 1, 0, *stream_storage(self.layers.blocks[place[1]], self.model))
-            self.dispatchers[place] = Dispatcher(self.passes, place, point, empty, fixed=False)
+            block = self.layers.blocks[place[1]]
+            empty = Bank(point.width, 1, 0, *stream_storage(block, self.model))
+            weight = telling_weight(block, self.model)
+            self.dispatchers[place] = Dispatcher(self.passes, place, point, empty, weight, fixed=False)
         return self.dispatchers[place]
 
     def prepare(self, points: list[Place], room: Room, probes: Mapping[str, Probe]) -> None:
@@ -239,13 +243,15 @@ class Controller:
             device = banks[place].vectors.device
             fixed.text.probes.append(FixedProbe(name, probes[name], place, number, room.batch, room.length, device))
         for place, point in found.items():
-            one = self.dispatchers[place] = Dispatcher(self.passes, place, point, banks[place], fixed=True)
+            weight = telling_weight(self.layers.blocks[place[1]], self.model)
+            one = self.dispatchers[place] = Dispatcher(self.passes, place, point, banks[place], weight, fixed=True)
             one.probes = [probe for probe in fixed.text.probes if probe.place == place]
             one.edited = place in points
         self._runs = Runs(room.slots)
         self.passes.fixed = fixed
         self.passes.counts.make_room(room.slots + 2, self.passes.device)
         self.passes.watch()
+        self._count_places()
         vars(self.model)[_ATTRIBUTE] = self
 
     def _read_by(self, name: str, probe: Probe) -> Place:

@@ -28,11 +28,12 @@ class Counts:
 
     def make_room(self, size: int, device: torch.device) -> None:
         """Room on the device for the tokens of that many slots; what is there is kept."""
-        if self.on_device is None or self.on_device.shape[0] < size:
-            counts = torch.zeros(size, dtype=torch.int64, device=device)
-            if self.on_device is not None:
-                counts[: self.on_device.shape[0]] = self.on_device
-            self.on_device = counts
+        before = self.on_device
+        if before is None or before.shape[0] < size or before.device != device:
+            held = 0 if before is None else before.shape[0]
+            self.on_device = torch.zeros(max(size, held), dtype=torch.int64, device=device)
+            if before is not None:
+                self.on_device[:held] = before
 
     def clear(self, slots: list[int]) -> None:
         """The next owner of these slots counts from zero."""

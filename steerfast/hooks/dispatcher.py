@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from steerfast import ops
@@ -54,11 +54,14 @@ _NOTHING = _Found(None, [], None, {})
 class Dispatcher:
     """Applies the edits of one layer and site to the tokens that they own."""
 
-    def __init__(self, passes: Passes, place: Place, point: Point, bank: Bank, fixed: bool) -> None:
+    def __init__(
+        self, passes: Passes, place: Place, point: Point, bank: Bank, weight: nn.Parameter, fixed: bool
+    ) -> None:
         self.passes = passes
         self.place = place
         self.point = point
         self.bank = bank
+        self.weight = weight  # of its block, which shows the stream's dtype
         self.fixed = fixed
         self.edits: dict[int, Intervention] = {}
         self._found = _NOTHING
@@ -109,6 +112,29 @@ class Dispatcher:
         elif held:  # not in place: a backward pass may still need the old one
             self.bank = fitting(self._slotted(self.edits, self._programs), self.bank, 0)
         self.bank.commit()
+        self._found = _NOTHING
+
+    @property
+    def storage(self) -> tuple[torch.dtype, torch.device]:
+        """dtype and device of the bank."""
+        return self.bank.vectors.dtype, self.bank.vectors.device
+
+    def convert(self, dtype: torch.dtype, device: torch.device) -> None:
+        """The weights of its block have another dtype now, or lie elsewhere: so does what it edits with, made anew.
+
+        Raises:
+            RuntimeError: it is a prepared model's, whose graph holds the buffers.
+            ValueError: an edit overflows in this dtype.
+        """
+        if self.fixed:
+            was = " on ".join(map(str, self.storage))
+            raise RuntimeError(
+                f"steer: the model was prepared in {was}, and {self.point.path} is {dtype} on {device} now; convert and move a "
+                "model first, then call prepare (unprepare takes back the one before)"
+            )
+        programs = {slot: run for slot, edit in self.edits.items() if (run := edit.program(device)) is not None}
+        like = Bank(self.point.width, self.bank.slots.shape[0], 0, dtype, device)
+        self.bank, self._programs = fitting(self._slotted(self.edits, programs), like, 0), programs
         self._found = _NOTHING
 
     @staticmethod

@@ -34,12 +34,13 @@ class Gate:
     decided: Tensor | None = None  # bool (batch,), on the host; None where only the device knows
     open: Tensor | None = None  # bool (n,): which tokens of this pass may be edited
     program: Callable[[Tensor], Any] | None = None  # of its probe, on the device of the stream
+    device: torch.device | None = None  # that one
     memory: Memory | None = None  # of one with a release, whether it is open before each position of `prompt`
 
     def score(self, x: Tensor) -> Any:
         """What its probe finds in the stream."""
-        if self.program is None:
-            self.program = self.when.condition.probe.program(x.device)
+        if self.program is None or self.device != x.device:
+            self.program, self.device = self.when.condition.probe.program(x.device), x.device
         return self.program(x)
 
 

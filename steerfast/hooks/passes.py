@@ -286,6 +286,8 @@ class Passes:
         self.recomputing.begin(follow=self.fixed is None)
         refuse_tracing()
         self.watched.check()
+        if self.watched.convert():
+            self.refresh()
         inputs = by_name(self._names, args, kwargs)
         self._drop_stale(call, inputs)
         mask = call.mask_of(inputs)

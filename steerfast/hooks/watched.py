@@ -1,10 +1,12 @@
-"""Whether the modules that carry our hooks are still those that the model runs."""
+"""Whether the modules that carry our hooks are still those that the model runs, and their weights what they were."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from operator import is_
+from operator import attrgetter, is_
+from typing import Protocol
 
+import torch
 from torch import nn
 
 from steerfast.models.points import Point
@@ -13,8 +15,27 @@ Step = tuple[dict[str, nn.Module | None], str, nn.Module, str]
 """The children of a module, the name of one, the child that it was, and its path."""
 
 
+_storage = attrgetter("dtype", "device")
+
+
+class Placed(Protocol):
+    """A dispatcher, as it is watched."""
+
+    point: Point
+    weight: nn.Parameter
+
+    @property
+    def storage(self) -> tuple[torch.dtype, torch.device]:
+        """dtype and device of what it edits with."""
+        ...
+
+    def convert(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Edit with another."""
+        ...
+
+
 class Watched:
-    """The modules on the way to every place that has a dispatcher."""
+    """The modules on the way to every place that has a dispatcher, and a weight behind each."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -22,11 +43,33 @@ class Watched:
         self._children: list[dict[str, nn.Module | None]] = []
         self._names: list[str] = []
         self._modules: list[nn.Module] = []
+        self._placed: list[Placed] = []
+        self._weights: list[nn.Parameter] = []
+        self._stored: list[tuple[torch.dtype, torch.device]] = []
 
-    def watch(self, points: Iterable[Point]) -> None:
+    def watch(self, placed: Iterable[Placed]) -> None:
         """These places have a dispatcher now; of one that had it before, what was there then counts."""
+        self._placed = list(placed)
+        points = [one.point for one in self._placed]
         self._steps = {point: self._steps.get(point) or self._way(point) for point in points}
+        self._weights = [one.weight for one in self._placed]
+        self._stored = [_storage(one.weight) if one.weight.is_meta else one.storage for one in self._placed]
         self._list()
+
+    def convert(self) -> bool:
+        """Whether weights have been converted or moved (`model.half()`, `model.to(...)`); then what edits beside them is, too.
+
+        Raises:
+            RuntimeError: a prepared model's have; its buffers stay as they are.
+        """
+        if list(map(_storage, self._weights)) == self._stored:
+            return False
+        for one in self._placed:
+            now = _storage(one.weight)
+            if not one.weight.is_meta and now != one.storage:
+                one.convert(*now)
+        self.watch(self._placed)
+        return True
 
     def check(self) -> None:
         """Refuse a pass through another module than the one that was hooked; a few microseconds for all of them.

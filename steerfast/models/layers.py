@@ -276,12 +276,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def stream_storage(block: nn.Module, model: nn.Module) -> tuple[torch.dtype, torch.device]:
     """dtype and device of the stream at a block."""
+    parameter = telling_weight(block, model)
+    device = _brought_to(block) if parameter.is_meta else parameter.device
+    if device is None:
+        raise ValueError(f"steer: {type(model).__name__} has weights on the meta device; load them first")
+    return parameter.dtype, device
+
+
+def telling_weight(block: nn.Module, model: nn.Module) -> nn.Parameter:
+    """The parameter of a block that shows the stream's dtype."""
     for parameter in block.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            device = _brought_to(block) if parameter.is_meta else parameter.device
-            if device is None:
-                raise ValueError(f"steer: {type(model).__name__} has weights on the meta device; load them first")
-            return parameter.dtype, device
+            return parameter
     raise ValueError(
         f"steer: {type(block).__name__} of {type(model).__name__} holds no floating parameter that shows the stream's dtype"
     )
