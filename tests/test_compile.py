@@ -220,6 +220,24 @@ def test_what_changes_while_generate_runs_holds_from_the_next_pass_on():
         torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5, msg=f"{positions}, {change.__name__}")
 
 
+def test_a_text_that_runs_again_in_each_step_is_counted_once_by_a_graph():
+    model, ids = copy_of("llama"), token_ids(2, 6, 0)
+    sf.prepare(model, room=sf.Room(batch=4, length=16))
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "use_cache": False}
+    with sf.steer(
+        model, [sf.Plan({1: sf.Add(vector())}), sf.Plan({1: sf.Add(vector())}, positions="prompt")]
+    ) as handle:
+        model.generate(ids, **options)
+        assert handle.stats() == [9, 6]
+        model.generate(ids, **options)
+        assert handle.stats() == [18, 12]
+    with sf.steer(model, {1: sf.Add(vector())}) as handle, torch.no_grad():
+        for _ in range(2):
+            model(ids, use_cache=False)
+        assert handle.stats() == [24]
+
+
 def test_a_graph_follows_a_strength_that_changes_behind_a_pass_outside_of_it():
     eager, model, ids = build("llama"), copy_of("llama"), token_ids(2, 6, 0)
     sf.prepare(model, room=sf.Room(batch=2, length=8))

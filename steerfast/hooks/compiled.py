@@ -101,6 +101,7 @@ class FixedTable:
         self._nobody = room.slots  # beyond every bank, so that a row that is given it becomes NaN
         # of each row the first tokens, and all of its prompt, in which padding would move what is counted from either end
         self._front, self._whole = torch.zeros(2, room.batch, 1, dtype=torch.int64, device=device)
+        self._counted = torch.full((), -1, dtype=torch.int64, device=device)
 
     @property
     def batch(self) -> int:
@@ -117,8 +118,13 @@ class FixedTable:
         self.rows.fill_(-1)
         self.scale.fill_(1.0)
 
-    def settle(self) -> None:
-        """Bare passes are asked nothing: generate announces its batch, or nothing is attached."""
+    def settle(self, counted: int = -1) -> None:
+        """Bare passes are asked nothing: generate announces its batch, or nothing is attached.
+
+        Args:
+            counted: How many tokens of that batch have been counted; -1: a pass is counted whole.
+        """
+        self._counted.fill_(counted)
         self.unplaced = False
         self._front.zero_()
         self._whole.zero_()
@@ -196,6 +202,15 @@ class FixedTable:
         if self.unplaced and now.rows is not None:  # an error of the tracer would only make it leave the graph
             return replace(now, rows=torch.ops.steerfast.unplaced(now.rows))
         return now
+
+    def fresh(self, start: Any, tokens: Tensor) -> Tensor:
+        """int64 (batch·tokens, columns): 1 where a pass is counted, 0 where generate runs tokens again, as without a cache."""
+        batch, count = tokens.shape[:2]
+        position = start + torch.arange(count, device=self.rows.device)
+        found = (position >= self._counted).long()
+        behind = torch.maximum(self._counted, position[-1] + 1)
+        self._counted.copy_(torch.where(self._counted < 0, self._counted, behind))
+        return found.expand(batch, count).reshape(-1, 1).expand(-1, self.columns)
 
     def follow(self, start: Any, tokens: Tensor, mask: Any) -> None:
         """Probes follow a pass over `tokens` of which a 2-D mask alone shows the padding."""

@@ -202,7 +202,7 @@ class Passes:
         """A prepared model's buffers hold the announced batch."""
         if self.fixed is not None and call.batch is not None and call.table is not None:
             self._renew(call)
-            self.fixed.settle()
+            self.fixed.settle(call.batch.done)
             self.fixed.publish(call.table, call.batch.told.copies)
             self.fixed.text.announce(call.table, Announced.of(call.batch.told))
 
@@ -427,9 +427,10 @@ class Passes:
         if self.fixed is None:
             raise RuntimeError("steer: the model is being compiled; call prepare(model) before torch.compile")
         self.recomputing.check_prepared()
-        now = self.fixed.trace(past_length(inputs), tokens_of(inputs), inputs.get("attention_mask"))
+        start, tokens = past_length(inputs), tokens_of(inputs)
+        now = self.fixed.trace(start, tokens, inputs.get("attention_mask"))
         owned = now.rows.flatten().long() + 1  # type: ignore[union-attr]  # a fixed table is a table
-        self.counts.on_device.index_add_(0, owned, torch.ones_like(owned))  # type: ignore[union-attr]
+        self.counts.on_device.index_add_(0, owned, self.fixed.fresh(start, tokens).flatten())  # type: ignore[union-attr]
         return now
 
     def _generated(self, call: Call, start: int | Tensor, count: int) -> Table:
