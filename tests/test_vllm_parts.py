@@ -89,6 +89,22 @@ def test_edits_of_one_place_keep_their_order(tmp_path: Path) -> None:
     assert torch.equal(edits[2].vector, c.vector)
 
 
+def test_plans_of_one_output_are_named_in_the_order_in_which_a_model_comes_to_them(tmp_path: Path) -> None:
+    """What enters layer 2 is the output of layer 1 behind its edits; an engine's one hook takes two plans as they are named."""
+    enters, leaves = sf.Plan({("resid_pre", 2): sf.Ablate(unit(0))}), sf.Plan({-3: sf.Add(unit(0) + unit(1))})
+    enters.save(tmp_path / "enters")
+    leaves.save(tmp_path / "leaves")
+    sf.Plan({("resid_pre", 2): sf.Add(unit(2))}).save(tmp_path / "adds")
+    sf.Plan({("resid_pre", -2): sf.Add(unit(2), keep_norm=True)}).save(tmp_path / "keeps")
+    sf.Plan({("resid_pre", 1): sf.Ablate(unit(0)), 2: sf.Ablate(unit(0))}).save(tmp_path / "elsewhere")
+    library = plans.load(tmp_path, D, 4)[0]
+    for names in (["leaves", "enters"], ["adds", "leaves"], ["elsewhere", "leaves", "enters"], ["leaves", "keeps"]):
+        assert [part.served.name for part in wire.read({"steer": names}, library)] == names
+    for names in (["enters", "leaves"], ["keeps", "leaves"], ["leaves", "enters", "leaves"]):
+        with pytest.raises(ValueError, match=r"edits resid_pre 2, which comes behind resid_post 1 that 'leaves' edits"):
+            wire.read({"steer": names}, library)
+
+
 @pytest.mark.parametrize(
     ("plan", "reason"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from steerfast._positions import as_selector
 from steerfast.edits.base import Intervention, slot_in
 from steerfast.edits.columns import Column, columns_of, numbered
 from steerfast.edits.conditions import When
+from steerfast.edits.linear import Add
 from steerfast.files.shelf import VARIABLE, Shelf
 from steerfast.place import Place
 from steerfast.plan import Plan
@@ -67,6 +68,7 @@ class ServedPlan:
         positions: What it says itself, as a selector; None: a mask, which a server does not follow.
         special: The ids that "special" means, where the plan says.
         gated: Whether some of its interventions stand behind a condition.
+        outputs: Of a layer whose output it edits, (layer, whether as what enters the next) -> whether it does no more than add.
     """
 
     name: str
@@ -75,6 +77,19 @@ class ServedPlan:
     positions: str | None
     special: tuple[int, ...] | None = None
     gated: bool = False
+    outputs: Mapping[tuple[int, bool], bool] = field(default_factory=dict, hash=False)
+
+    def overtakes(self, later: ServedPlan) -> int | None:
+        """A layer whose output it edits as what enters the next, where a plan named behind it edits that output itself.
+
+        That comes first in a model; an engine has one hook for both. None: there is none, or both only add.
+        """
+        both = [
+            layer
+            for (layer, enters), adds in self.outputs.items()
+            if enters and (layer, False) in later.outputs and not (adds and later.outputs[layer, False])
+        ]
+        return min(both, default=None)
 
     @property
     def slots(self) -> int:
@@ -173,7 +188,9 @@ def load(
         roster.check(folder)
         tokens = tuple(column.tokens for column in columns)
         gated = any(isinstance(edit, When) for column in columns for edit in column.edits.values())
-        served[name] = ServedPlan(name, fingerprint, tokens, _selector(plan), plan.special, gated)
+        served[name] = ServedPlan(
+            name, fingerprint, tokens, _selector(plan), plan.special, gated, _outputs(plan, layers)
+        )
     for name in [name for name, plan in served.items() if plan.gated]:
         try:
             for place, chain in chains[name].items():
@@ -282,6 +299,17 @@ def gate_place(when: When, place: Place, layers: int, entered: Collection[int]) 
             f"{place.site} {place.layer}, which comes first; read an earlier place"
         )
     return read, after
+
+
+def _outputs(plan: Plan, layers: int) -> dict[tuple[int, bool], bool]:
+    """As in `ServedPlan`."""
+    found: dict[tuple[int, bool], bool] = {}
+    for (site, layer), chain in plan.edits.items():
+        if site in ("resid_pre", "resid_post"):
+            key = layer % layers - (site == "resid_pre"), site == "resid_pre"
+            adds = all(isinstance(edit, Add) and not edit.keep_norm for edit in chain)
+            found[key] = adds and found.get(key, True)
+    return found
 
 
 def _selector(plan: Plan) -> str | None:

@@ -93,6 +93,7 @@ def read(given: Mapping[str, Any] | None, library: Library, default: tuple[Part,
         )
     for part in parts:
         _check_followed(part)
+    _check_order(parts)
     spans = frozenset[Span]().union(*(spans_of(part.selector) for part in parts))
     if len(spans) > SPANS:
         raise ValueError(
@@ -173,6 +174,18 @@ def _check_followed(part: Part) -> None:
         _ = part.selector
     except ValueError as reason:
         raise ValueError(f"steer: the plan {short(part.served.name)}: {reason}") from None
+
+
+def _check_order(parts: Sequence[Part]) -> None:
+    for at, part in enumerate(parts):
+        for other in parts[at + 1 :]:
+            layer = part.served.overtakes(other.served)
+            if layer is not None:
+                raise ValueError(
+                    f"steer: {short(part.served.name)} edits resid_pre {layer + 1}, which comes behind resid_post {layer} that "
+                    f"{short(other.served.name)} edits, and inside vLLM both act at once, in the order in which they are named: "
+                    f"name {short(part.served.name)} last, or make one plan of both"
+                )
 
 
 @lru_cache(maxsize=1024)
