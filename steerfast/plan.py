@@ -109,14 +109,10 @@ class Plan:
                 handle for each, `sf.steer(model, a)` and `sf.steer(model, b)`, instead.
         """
         plans = [self, *(as_plan("Plan.merge", other) for other in others)]
-        edits: dict[Place, list[Intervention]] = {}
-        for plan in plans:
-            for place, chain in plan._edits.items():
-                edits.setdefault(place, []).extend(chain)
         positions = _agreed("positions", plans, [plan._positions for plan in plans])
         special = _agreed("special tokens", plans, [plan._special for plan in plans if plan._special is not None])
         model = _agreed("models", plans, [plan._model for plan in plans if plan._model is not None])
-        return Plan(edits, positions, model, special)
+        return Plan(_in_order(plans, None if model is None else model.layers), positions, model, special)
 
     def __or__(self, other: Plan | Edits) -> Plan:
         return self.merge(other) if isinstance(other, (Plan, Mapping)) else NotImplemented
@@ -251,6 +247,27 @@ def _agreed(what: str, plans: Sequence[Plan], values: Sequence[Any]) -> Any:
                 f"Plan.merge: the plans have different {what}, {values[0]!r} and {value!r}; steer with one handle for each"
             )
     return values[0] if values else None
+
+
+def _in_order(plans: Sequence[Plan], layers: int | None) -> dict[Place, list[Intervention]]:
+    """The edits of several plans, what stands at one place in their order, also where it has two names, as 2 and -1 may be."""
+    edits: dict[Place, list[Intervention]] = {}
+    for plan in plans:
+        for place, chain in plan._edits.items():
+            names = list(edits)
+            behind = names[names.index(place) + 1 :] if place in edits else []
+            for other in behind:  # their edits came before these
+                if other.site != place.site or (other.layer < 0) == (place.layer < 0):
+                    continue
+                if layers is None:
+                    raise ValueError(
+                        f"Plan.merge: {place} and {other} may be one layer, where the plans would not act in their order; count "
+                        "layers from one end, or give the plans model="
+                    )
+                if (other.layer - place.layer) % layers == 0:
+                    place = other
+            edits.setdefault(place, []).extend(chain)
+    return edits
 
 
 def _mapping(edits: Any) -> Edits:

@@ -49,6 +49,20 @@ def test_merged_plans_act_in_their_order() -> None:
     assert torch.equal(logits(model, one.merge(two, {2: V})), logits(model, one | two | {2: V}))
 
 
+def test_what_stands_at_one_layer_under_two_names_acts_in_the_order_of_the_plans() -> None:
+    """2 and -1 are one layer of three: the third plan's edit joined the first one's, in front of the second's."""
+    model = build("llama")
+    chain = [sf.Add(V, 3.0), sf.Ablate(V + U), sf.Add(U)]
+    first, second, third = (sf.Plan({layer: edit}) for layer, edit in zip((2, -1, 2), chain, strict=True))
+    expected = logits(model, {2: chain})
+    assert torch.equal(logits(model, sf.Plan(first.edits, model=model) | second | third), expected)
+    assert torch.equal(logits(model, first | second | {-1: chain[2]}), expected)
+    with pytest.raises(ValueError, match=r"resid_post 2 and resid_post -1 may be one layer"):
+        first.merge(second, third)
+    apart = sf.Plan(first.edits, model=ModelCard("other", D, 12)).merge(second, third)
+    assert list(map(len, apart.edits.values())) == [2, 1]
+
+
 def test_plans_that_differ_are_not_merged() -> None:
     plan, mask = sf.Plan({1: sf.Add(V)}), torch.tensor([True, False])
     with pytest.raises(
