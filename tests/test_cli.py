@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -587,6 +588,50 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "p").exists()
 
 
+SWEPT = ["--prompts", "a", "--wanted", " b", "--unwanted", " c", *SIDES]
+TEXT = ["--text", "no.txt", "--out", "x"]
+UNUSED = [
+    ("eval no/model --prompts a --strength 2 --saes no --draws 3", "--saes, --strength, --draws", "without --plan"),
+    ("eval no/model --prompts a --plan no --limit 2 --batch-size 3", "--limit, --batch-size", "without --choices"),
+    ("eval no/model --choices no.json --tokens 3", "--tokens", "without --prompts"),
+    ("check no/model --saes no", "--saes", "without --plan"),
+    ("check no/model --engine vllm --device cpu", "--device", "with --engine vllm"),
+    ("sweep no/model SWEPT --sae no --methods add flow", "--sae", "with --methods add flow"),
+    ("plan convert no x --to gguf --model no --dtype float32", "--model, --dtype", "with --to gguf"),
+    ("sae collect no/model TEXT --at 1 --engine vllm --device cpu", "--device", "with --engine vllm"),
+    ("sae train no/model TEXT --layer 1 --reads attn_out", "--reads", "of --kind topk"),
+    ("sae train --rows no --out x --context 8 --dtype float32", "--context, --dtype", "beside --rows"),
+    ("sae explain no no/model --title = --passage 8 --tokens 9", "--title, --tokens, --passage", "without --corpus"),
+    ("sae explain no no/model --corpus no --vocabulary words.txt", "--vocabulary", "of words by use"),
+    ("sae explain no no/model --judge-model a --judge-key b", "--judge-model, --judge-key", "without --judge"),
+    ("sae steer no no/model hello --feature 1 --most 3", "--most", "without --words"),
+]
+
+
+@pytest.mark.parametrize(
+    ("argv", "options", "where"), UNUSED, ids=[f"{argv.split()[0]} {what}" for argv, what, _ in UNUSED]
+)
+def test_an_option_that_nothing_looks_at_is_refused(
+    argv: str, options: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """Before anything is read, and named; an option that says what is so by default is none."""
+    monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text("love")
+    given = {"SWEPT": SWEPT, "TEXT": TEXT}
+    assert cli.main([word for part in argv.split() for word in given.get(part, [part])]) == 2
+    line = only_line(capsys)
+    assert f"{options} would say nothing {where}" in line
+    assert line.endswith("; leave it out")
+
+
+def test_the_usual_value_of_an_option_is_no_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        cli.main(["eval", "no/such/model", "--prompts", "a", "--strength", "1", "--draws", "20", "--batch-size", "16"])
+        == 2
+    )
+    assert "no/such/model is not a directory" in only_line(capsys)
+
+
 OUT = ["--positive", "love", "--negative", "hate", "--out"]
 OUTPUTS = [
     ["extract", "no/model", *OUT, "FOLDER"],
@@ -644,6 +689,29 @@ def test_a_model_without_tokenizer_is_one_line(saved, capsys: pytest.CaptureFixt
 def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", str(tmp_path / "none"), "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupted_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    assert cli.main(["extract", "model"]) == 130
+    assert only_line(capsys) == "interrupted"
+
+
+@pytest.mark.parametrize("command", ["extract", "fit"])
+def test_help_on_a_console_without_the_letters(command: str) -> None:
+    ascii_only = os.environ | {
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "LC_ALL": "C",
+        "PYTHONIOENCODING": "ascii",
+    }
+    run = [sys.executable, "-m", "steerfast", command, "--help"]
+    done = subprocess.run(run, env=ascii_only, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--positive" in done.stdout
 
 
 def test_python_dash_m_is_the_command(tmp_path: Path) -> None:

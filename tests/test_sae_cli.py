@@ -179,7 +179,8 @@ def test_explain_and_steer(smollm, trained: Path, tmp_path: Path, capsys: pytest
     told = [json.dumps({"story": f"Told {i} times. {paragraphs[i % len(paragraphs)]}"}) for i in range(200)]
     (tmp_path / "stories.jsonl").write_text("\n".join(told))
     corpus = ["--corpus", str(tmp_path / "stories.jsonl"), "--key", "story"]
-    arguments = ["sae", "explain", str(trained / "sae"), "demo", "--vocabulary", str(words), "--count", "2"]
+    arguments = ["sae", "explain", str(trained / "sae"), "demo", "--count", "2"]
+    given = ["--vocabulary", str(words)]
     scores = ["--scores", str(tmp_path / "scores.json"), "--passage", "8"]
     assert cli.main([*arguments, *files, *corpus, *scores]) == 0  # words by use, where there is a corpus
     used = sf.sae.Explanations.load(tmp_path / "words.json")
@@ -197,14 +198,14 @@ def test_explain_and_steer(smollm, trained: Path, tmp_path: Path, capsys: pytest
     assert '"p":[[' in page
     best = [int(number) for number in re.findall(r'"n":(\d+),"w":\[[^]]*\],"s":[^,]*,"d":', page)[:10]]
     assert {int(line.split()[0]) for line in lines} >= set(best)  # the page has the same order
-    assert cli.main([*arguments, *files, *corpus, "--form", "embedding", "--tokens", "200"]) == 0
+    assert cli.main([*arguments, *files, *corpus, *given, "--form", "embedding", "--tokens", "200"]) == 0
     seen = capsys.readouterr()
     assert "not scored: detect: " in seen.err
     found = sf.sae.Explanations.load(tmp_path / "words.json")
     assert found.table() in seen.out
     assert found.ranking == "information"
 
-    assert cli.main([*arguments, "--find", "snow"]) == 0
+    assert cli.main([*arguments, *given, "--find", "snow"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[0] == str(found.find("snow")[0])
 
     steered = ["sae", "steer", str(trained / "sae"), "demo", "The weather is", "--tokens", "5"]
@@ -247,6 +248,11 @@ def test_bad_input(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "nowhere does not exist": ["sae", "info", "nowhere"],
         "need --corpus PATH": ["sae", "explain", place, "demo", "--form", "use"],
         "nowhere.txt does not exist": ["sae", "explain", place, "demo", "--corpus", "nowhere.txt"],
+        "needs --judge-model NAME": ["sae", "explain", place, "demo", "--corpus", "no", "--judge", "http://no"],
+        "the environment has no variable NO_SUCH_KEY; set it to the key": [
+            "sae", "explain", place, "demo", "--corpus", "no", "--judge", "http://no", "--judge-model", "a", "--judge-key",
+            "NO_SUCH_KEY",
+        ],
         "give --feature NUMBER ..., or --words WORD": ["sae", "steer", place, "demo", "Hello"],
         "feature 256 is out of range": ["sae", "steer", place, "demo", "Hello", "--feature", "256"],
         "does not say where it belongs": ["sae", "steer", str(tmp_path / "homeless"), "demo", "Hello", "--feature", "1"],

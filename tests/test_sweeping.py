@@ -127,6 +127,8 @@ def test_a_flow_is_swept_by_its_angle_or_its_length() -> None:
          "--method pca --normalize --strength -5"),
         (Cell("affine", 3, 0.5, 5.0, 1.0, 1.0, 0.7), "stream", "fit affine m --positive ... --negative ... --layer 3 --site s "
          "--steer all"),
+        (Cell("amplify", 3, 0.5, 5.0, 1.0, 1.0, 0.7), "stream", "fit amplify m --positive ... --negative ... --layer 3 --site s "
+         "--sae path --steer all"),
         (Cell("flow", 3, 0.5, 5.0, 1.0, 1.0), "stream", "fit flow m --positive ... --negative ... --layer 3 --site s "
          "--set angle=0.5 --steer all"),
         (Cell("flow", 3, -2.0, 2.0, 1.0, 1.0), "vector", "fit flow m --positive (the negative ones) --negative (the "
@@ -134,7 +136,7 @@ def test_a_flow_is_swept_by_its_angle_or_its_length() -> None:
     ],
 )  # fmt: skip
 def test_the_next_command_makes_the_best_cell(cell: Cell, unit: str, command: str) -> None:
-    assert _next(argparse.Namespace(model="m", site="s", unit=unit), cell) == command
+    assert _next(argparse.Namespace(model="m", site="s", unit=unit, sae="path"), cell) == command
 
 
 def test_an_interrupted_sweep_continues(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,6 +480,7 @@ def test_the_command_on_a_real_model(tmp_path: Any, capsys: pytest.CaptureFixtur
     """Love − hate makes kind words likelier at some layer and strength, and the command says where."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
+    parser.set_defaults(usual=parser.get_default)
     texts = ["--positive", "I love you", "--negative", "I hate you", "--prompts", "I think people are", "My boss is"]
     words = ["--wanted", " kind", " wonderful", "--unwanted", " cruel", " awful", "--neutral", *NEUTRAL[:2]]
     grid = [

@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, addmm, relu
 from torch.nn.functional import embedding_bag, normalize, rms_norm
 from torch.utils.benchmark import Measurement, Timer
 
-from steerfast import ops
+from steerfast import __version__, ops
 
 from . import shared
 
@@ -132,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.+)", info.read_text() if info.is_file() else "")
     device = torch.cuda.get_device_name() if place == "cuda" else cpu[1] if cpu else platform.machine()
-    versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "steerfast")}}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "steerfast": __version__}
     origin = {"place": place, "device": device, "versions": versions, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     source, square = torch.ones(size // 4, device=place), torch.ones(side, side, dtype=dtype, device=place)
     copy = 2 * size / min(_timed(torch.empty_like(source).copy_, [source], seconds).times)

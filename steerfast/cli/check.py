@@ -25,8 +25,11 @@ def run(args: argparse.Namespace) -> int:
     """Run `steerfast check`; returns the exit code."""
     from steerfast.plan import Plan
 
+    if args.plan is None:
+        shared.refuse(args, "without --plan", "saes")
     plan = None if args.plan is None else Plan.load(args.plan, args.saes)
     if args.engine == "vllm":
+        shared.refuse(args, "with --engine vllm, which chooses its own", "device")
         from steerfast.tools.check_vllm import prove
 
         return _report(prove(shared.folder(args.model), plan, args.dtype), "this engine")

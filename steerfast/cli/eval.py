@@ -53,6 +53,12 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.choices and not args.prompts:
         raise ValueError("--choices, --prompts: give questions or beginnings of texts, or both")
+    if args.plan is None:
+        shared.refuse(args, "without --plan", "saes", "strength", "draws")
+    if not args.choices:
+        shared.refuse(args, "without --choices", "limit", "draws", "batch_size")
+    if not args.prompts:
+        shared.refuse(args, "without --prompts", "tokens")
     plan = None if args.plan is None else Plan.load(args.plan, args.saes)
     prompts = shared.texts("--prompts", args.prompts) if args.prompts else []
     for file in args.choices:  # what cannot be read is refused before the model is loaded

@@ -49,10 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         2
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(argv).parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console without "α" prints "?" rather than nothing
+    try:
+        args = _parser(argv).parse_args(argv)  # a command's module may take seconds to import
+    except KeyboardInterrupt:
+        shared.note("interrupted")
+        return 130
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: shared.note(
             f"steerfast {args.command}: {shared.one_line(message)}"

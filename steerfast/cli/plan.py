@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapter.add_argument("--engine", choices=ENGINES, default="any", help=text)
     shared.saes_argument(shown)
     shared.saes_argument(other)
+    other.set_defaults(usual=other.get_default)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "show":
         shared.say(show(args.source, args.saes))
         return 0
+    if args.to != "lora":
+        shared.refuse(args, f"with --to {args.to}", "model", "device", "dtype", "engine")
     model = shared.load(args)[0] if args.to == "lora" and args.model else None
     target = convert(args.source, args.target, args.to, args.strength, args.saes, model, args.engine)
     shared.say(f"{show(target, args.saes)}\n\nWritten     {target}")

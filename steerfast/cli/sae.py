@@ -110,6 +110,11 @@ def _explain(args: argparse.Namespace) -> int:
         raise ValueError(
             "sae explain: --form use, --scores and --judge need --corpus PATH, the text that features are seen on"
         )
+    if args.corpus is None:
+        shared.refuse(args, "without --corpus", "key", "title", "tokens", "passage")
+    if form == "use":
+        shared.refuse(args, "of words by use (--form embedding looks at it)", "vocabulary", "ranking")
+    key = _judge_key(args)
     sae = SAE.load(args.sae)
     documents = None if args.corpus is None else read_documents(args.corpus, key=args.key, title=args.title)
     model, tokenizer = shared.load(args)
@@ -130,7 +135,7 @@ def _explain(args: argparse.Namespace) -> int:
     chosen = _best(detection) if chosen is None else chosen
     shared.say(found.table(chosen))
     if args.judge is not None and evidence is not None:
-        _ask(args, found, evidence, chosen)
+        _ask(Judge(args.judge, args.judge_model, key), found, evidence, chosen)
     if args.save is not None:
         shared.say(f"\nWords       {found.save(args.save)}")
     if args.html is not None:
@@ -169,11 +174,24 @@ def _scored(args: argparse.Namespace, found: Explanations, evidence: Evidence) -
     return detection
 
 
-def _ask(args: argparse.Namespace, found: Explanations, evidence: Evidence, chosen: list[int] | None) -> None:
-    """What a judge makes of the features that are shown."""
+def _judge_key(args: argparse.Namespace) -> str | None:
+    """The key that a judge wants; what it lacks is said before a corpus is read for it."""
+    if args.judge is None:
+        shared.refuse(args, "without --judge", "judge_model", "judge_key")
+        return None
     if args.judge_model is None:
         raise ValueError("sae explain: --judge URL needs --judge-model NAME, the model that is asked")
-    judge = Judge(args.judge, args.judge_model, os.environ.get(args.judge_key) if args.judge_key else None)
+    if args.judge_key is None:
+        return None
+    if not (key := os.environ.get(args.judge_key)):
+        raise ValueError(
+            f"sae explain: --judge-key: the environment has no variable {args.judge_key}; set it to the key, or leave it out"
+        )
+    return key
+
+
+def _ask(judge: Judge, found: Explanations, evidence: Evidence, chosen: list[int] | None) -> None:
+    """What a judge makes of the features that are shown."""
     features = chosen or found.scores[:, 0].topk(min(20, len(found))).indices.tolist()
     shared.say(f"\n{'feature':>8}  judged")
     for feature in features:
@@ -187,6 +205,8 @@ def _ask(args: argparse.Namespace, found: Explanations, evidence: Evidence, chos
 def _steer(args: argparse.Namespace) -> int:
     if (args.feature is None) == (args.words is None):
         raise ValueError("sae steer: give --feature NUMBER ..., or --words WORD ...")
+    if args.words is None:
+        shared.refuse(args, "without --words", "explanations", "most")
     sae = SAE.load(args.sae)
     if sae.place is None:
         raise ValueError(f"sae steer: {args.sae} does not say where it belongs; save it with an Origin(place=...)")
@@ -259,6 +279,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
     made: argparse.ArgumentParser = actions.add_parser(name, help=text, description=textwrap.fill(text, 100))
+    made.set_defaults(usual=made.get_default)
     return made
 
 

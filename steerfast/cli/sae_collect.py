@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `steerfast sae collect`; returns the exit code."""
     import torch
 
+    if args.engine == "vllm":
+        shared.refuse(args, "with --engine vllm, which chooses its own", "device")
     config = CacheConfig(args.context, getattr(torch, args.store), args.part)
     texts = read_texts(args.text)
     folders = [_by_vllm(args, texts, config)] if args.engine == "vllm" else _by_transformers(args, texts, config)

@@ -30,6 +30,8 @@ from . import shared
 
 _CHOICES = ("features", "k", "tokens", "batch", "lr", "k_start", "seed")  # what can be set on the command line
 _KINDS = {objective.kind: objective for objective in OBJECTIVES}
+_OF_A_MODEL = ("MODEL", "preset", "text", "site", "reads", "cache", "context", "dtype")
+"""What rows that were collected had."""
 _PATIENCE = timedelta(days=7)  # while one process collects activations, the others wait
 
 
@@ -103,17 +105,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `steerfast sae train`; returns the exit code."""
     preset = PRESETS.get(args.preset)
+    if args.kind != "transcoder":
+        shared.refuse(args, f"of --kind {args.kind}, which reads where it writes", "reads")
     if args.rows is not None:
         return _run_on_rows(args)
-    _refuse(args, "without --rows", "column")
+    shared.refuse(args, "without --rows", "column")
     if preset is not None:
-        _refuse(args, "beside --preset", "layer", "site")
+        shared.refuse(args, "beside --preset", "layer", "site")
     if preset is None and (args.model is None or args.layer is None or args.text is None):
         raise ValueError("sae train: give --preset, or MODEL with --layer and --text, or --rows")
     args.model = args.model or (preset.model if preset else None)
     places = [preset.place] if preset else [(args.site or SITES[1], layer) for layer in args.layer]
     if len(places) > 1:
-        _refuse(args, "beside several layers, of which nothing is stored", "cache")
+        shared.refuse(args, "beside several layers, of which nothing is stored", "cache")
     config = _config(args, preset.config if preset else TrainConfig())
     if isinstance(config.objective, Transcode) and (len(places) > 1 or args.reads == places[0][0]):
         raise ValueError(
@@ -132,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_on_rows(args: argparse.Namespace) -> int:
     """Train on what was collected, by whatever; every process opens it."""
-    _refuse(args, "beside --rows", "model", "preset", "text", "site", "cache")
+    shared.refuse(args, "beside --rows", *_OF_A_MODEL)
     if args.layer is not None and len(args.layer) > 1:
         raise ValueError(f"sae train: --rows with the layers {args.layer}; choose one")
     config = _config(args, TrainConfig())
@@ -148,13 +152,6 @@ def _run_on_rows(args: argparse.Namespace) -> int:
             _save(args, {args.out: sae})
         split.wait()
     return 0
-
-
-def _refuse(args: argparse.Namespace, where: str, *names: str) -> None:
-    """Refuse what would not be looked at in this run."""
-    if given := [name for name in names if getattr(args, name) is not None]:
-        flags = ", ".join("MODEL" if name == "model" else f"--{name}" for name in given)
-        raise ValueError(f"sae train: {flags} would say nothing {where}; leave it out")
 
 
 def _config(args: argparse.Namespace, config: TrainConfig) -> TrainConfig:

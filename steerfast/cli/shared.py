@@ -150,9 +150,26 @@ def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], 
         epilog=f"example:\n{textwrap.indent(example, '  ')}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, usual=parser.get_default)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def refuse(args: argparse.Namespace, where: str, *names: str) -> None:
+    """Refuse options that would not be looked at in this run, where they differ from what they are by default.
+
+    Args:
+        args: The arguments of a parser with `usual`, its `get_default`.
+        where: In which run.
+        names: Of the options; of an argument without a flag in capitals.
+
+    Raises:
+        ValueError: which ones.
+    """
+    if given := [name for name in names if getattr(args, name.lower()) != args.usual(name.lower())]:
+        flags = ", ".join(name if name.isupper() else f"--{name.replace('_', '-')}" for name in given)
+        action = f"{args.command} {args.action}: " if hasattr(args, "action") else ""
+        raise ValueError(f"{action}{flags} would say nothing {where}; leave it out")
 
 
 def model_arguments(parser: Any) -> None:

