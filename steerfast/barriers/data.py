@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ class Data:
             raise identical(owner)
         x = torch.cat(sides)
         if groups is not None:
-            names: list[Any] = labels_of(groups)
+            names: list[Any] = labels_of(owner, groups)
         elif pos_texts is not None and neg_texts is not None:
             names = [(0, t) for t in pos_texts.tolist()] + [(1, t) for t in neg_texts.tolist()]
         else:
@@ -168,16 +168,28 @@ class Data:
         )
 
 
-def labels_of(groups: Iterable[Any]) -> list[Any]:
+def labels_of(owner: str, groups: Any) -> list[Any]:
     """One label per row, of an array, a tensor, or an iterable of whatever: two that are equal are one key of a dict.
 
     A tensor is a key by its identity, so tensors of one number in a list become numbers.
+
+    Raises:
+        TypeError: one label, a text, or labels that are no keys of a dict.
+        ValueError: a label is NaN, which equals no other.
     """
 
     def plain(value: Any) -> Any:
         return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
 
-    return [plain(label) for label in plain(groups)]
+    given = plain(groups)
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise TypeError(f"{owner}: groups is {given!r}; expected a list of labels, one per row of pos and then of neg")
+    labels = [plain(label) for label in given]
+    if (bad := next((label for label in labels if not isinstance(label, Hashable)), None)) is not None:
+        raise TypeError(f"{owner}: groups has the label {bad!r}; expected a number or a text for each row")
+    if any(label != label for label in labels):
+        raise ValueError(f"{owner}: groups has labels that are NaN, which equal no other; name the group of each row")
+    return labels
 
 
 class Held(NamedTuple):

@@ -95,7 +95,7 @@ def data_by_layer(owner: str, positive: Any, negative: Any, groups: Iterable[Any
             "activations or both as tensors"
         )
     check_same_origin(owner, positive, negative, paired=False)
-    groups = None if groups is None else labels_of(groups)  # read once: it may be a generator
+    groups = None if groups is None else labels_of(owner, groups)  # read once: it may be a generator
     found: dict[Any, Data] = {}
     for layer in positive:
         pos, neg = (one.only(layer) if isinstance(one, Activations) else one[layer] for one in (positive, negative))

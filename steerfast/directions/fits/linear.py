@@ -72,19 +72,22 @@ def clamp(sides: Sides, low: float | None = 0.25, high: float | None = None, kee
     Reference:
         Lu et al. 2026, The Assistant Axis (arXiv:2601.10387): a bound at the 25th percentile of the projections.
     """
+    low, high = (_share(sides.owner, name, value) for name, value in (("low", low), ("high", high)))
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"{sides.owner}: low is {low} and high {high}; expected quantiles low <= high")
     v = sides.difference
     projections = sides.positive @ (v / v.norm())
-    bounds = [_quantile(sides.owner, name, value, projections) for name, value in (("low", low), ("high", high))]
+    bounds = [None if share is None else float(projections.quantile(share)) for share in (low, high)]
     return Clamp(v, bounds[0], bounds[1], keep_norm)
 
 
-def _quantile(owner: str, name: str, share: float | None, values: Tensor) -> float | None:
+def _share(owner: str, name: str, share: float | None) -> float | None:
     if share is None:
         return None
     share = finite_number(owner, name, share)
     if not 0 <= share <= 1:
         raise ValueError(f"{owner}: {name} is {share}; expected a quantile of the positive side, 0 to 1, or None")
-    return float(values.quantile(share))
+    return share
 
 
 def affine(sides: Sides, keep_norm: bool = False) -> Affine:
