@@ -251,7 +251,10 @@ def test_fit_saves_what_the_library_fits(flowing, tmp_path: Path, capsys: pytest
         f"closes {flow.info.closed:.1%} of the distance between the sides, at a dose of {flow.info.dose:.2f}" in shown
     )
     typical = expected.origin.typical_norm
+    sf.save_directions(out, {1: sf.Direction(torch.randn(expected.width), "old", 1.0)})
+    capsys.readouterr()
     assert cli.main([*argv, "--set", "kind=linear", "norms=2"]) == 0  # over what is there
+    assert f"Directions  {out / 'directions.json'} is of an earlier run: remove it" in capsys.readouterr().out
     (again,) = sf.Plan.load(out).edits["resid_post", 1]
     assert again.T / typical == pytest.approx(2)
 

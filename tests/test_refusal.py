@@ -300,5 +300,8 @@ def test_the_command_leaves_plans_table_and_picture(tmp_path: Path, capsys: Any,
     assert json.loads((tmp_path / "out" / "refusal.json").read_text())["candidates"]
     assert (tmp_path / "out" / "refusal.png").stat().st_size > 1000
     assert cli.main([*command, "--induction", "99"]) == 1
-    assert "candidates fell" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    for name in ("ablate", "induce"):
+        assert f"{name} is of an earlier run: remove it" in told
+    assert "candidates fell" in told
     assert cli.main([*command, "--xstest", str(tmp_path / "none.csv")]) == 2

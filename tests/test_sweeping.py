@@ -196,7 +196,7 @@ def test_another_sweep_or_a_damaged_file_is_refused(tmp_path: Any) -> None:
     before = (tmp_path / "sweep.json").read_bytes()
     with pytest.raises(ValueError, match=r"sweep.json was measured with other sides; choose another directory"):
         swept(out=tmp_path, sides=(["abc"], SIDES[1]))
-    with pytest.raises(ValueError, match=r"with other probe, unit"):
+    with pytest.raises(ValueError, match=r"with other questions \(prompts, wanted, unwanted, neutral\), unit"):
         swept(out=tmp_path, question=Question(("other",), (" a",), (" b",)), grid=Grid((0,), (1.0,), unit="vector"))
     assert (tmp_path / "sweep.json").read_bytes() == before
     for content, message in ((b"{", "is not JSON"), (b'{"kind": "other"}', "is no sweep of schema 1 to 3")):

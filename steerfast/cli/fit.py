@@ -13,6 +13,7 @@ from steerfast.barriers.velocity import VelocityInfo
 from steerfast.directions import trained
 from steerfast.directions.fit import ESTIMATORS, settings_of
 from steerfast.directions.trained import TRAINED
+from steerfast.files import container
 
 from . import shared
 
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     shared.say(f"{args.method}: {texts}, {args.site} of layer {layer}{typical}")
     _say_held_out(edit)
     shared.say(f"Plan        {saved} ({edit!r}, positions {steered})")
+    shared.say_earlier("Directions", args.out / container.DIRECTIONS.text_name, "; sf.load_directions reads them")
     if args.plot is not None and isinstance(edit, Flow):
         shared.say(f"Picture     {plot_flow(edit, sides[1][layer], args.plot)}")
     shared.say(f'Next        steerfast generate {args.model} "Your prompt" --plan {saved}')

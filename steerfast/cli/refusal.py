@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         shared.say(f"No heat map: {error}")
     if found.best is None:
         shared.say(found.verdict)
+        for name in ("ablate", "induce"):
+            shared.say_earlier("Plan", args.out / name)
         return 1
     shared.say(f"Best        {found.verdict}")
     for name, null in (("bypass", found.bypass_null), ("induction", found.induction_null)):

@@ -259,6 +259,12 @@ def say_raw(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def say_earlier(what: str, path: Path, also: str = "") -> None:
+    """Say that something stands in a folder of results that this run has not made, if it does."""
+    if path.exists():
+        say(f"{what:<12}{path} is of an earlier run: remove it{also}")
+
+
 def note(line: str) -> None:
     """Print a line to stderr."""
     print(line, file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from steerfast.files.replace import no_folder, replace_file
 SCHEMA = 3
 """Files of schema 1 hold no nulls and no factors; before schema 3 none says of which weights, in which dtype, its cells are."""
 KIND = "steerfast.sweep"
+_SAID = {"probe": "questions (prompts, wanted, unwanted, neutral)"}  # keys that mean nothing to who reads a message
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,11 @@ class Store:
         asked = {n: v for n, v in self.settings.items() if text["schema"] == SCHEMA or n not in ("weights", "dtype")}
         if text.get("key") != _key(asked):
             old = text.get("question")
-            differs = [name for name, value in asked.items() if not isinstance(old, dict) or old.get(name) != value]
+            differs = [
+                _SAID.get(name, name)
+                for name, value in asked.items()
+                if not isinstance(old, dict) or old.get(name) != value
+            ]
             raise ValueError(
                 f"sweep: {path} was measured with other {', '.join(differs) or 'texts'}; choose another directory"
             )
