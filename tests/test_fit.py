@@ -315,6 +315,24 @@ def test_householder_turns_mirror_images_into_each_other() -> None:
     assert made.info.closed > 0.9
 
 
+def test_pairs_of_every_token_are_those_of_texts_as_long() -> None:
+    """Token i of one text against token i of its partner; the tokens of a pair of texts are held out together."""
+    pos, neg = (x[:40].float() + 3 for x in rows_of("householder"))
+
+    def tokens(rows: Tensor, texts: Tensor) -> Activations:
+        return Activations({1: rows}, model="LlamaForCausalLM", site="resid_post", position="all", text_index=texts)
+
+    texts = torch.arange(40) // 4
+    found = sf.fit("householder", tokens(pos, texts), tokens(neg, texts), steps=5, draws=0)
+    assert found.info.groups == 10
+    told = sf.fit("householder", pos, neg, groups=texts.repeat(2), steps=5, draws=0)
+    assert (found.info.closed, found.info.dose) == (told.info.closed, told.info.dose)
+    with pytest.raises(
+        ValueError, match="fit: householder: needs pairs, but the texts of pos and neg differ in length"
+    ):
+        sf.fit("householder", tokens(pos, texts), tokens(neg, torch.arange(40) // 5))
+
+
 @pytest.mark.parametrize("C", [0.01, 1.0, 1000.0])
 def test_the_normal_of_householder_is_a_logistic_regression_without_intercept(C: float) -> None:
     pos, neg = (x[:N] + 3 for x in rows_of("householder"))

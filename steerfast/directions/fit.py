@@ -9,14 +9,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from steerfast._checks import one_of, warn_user, whole_number
 from steerfast._null import DRAWS
 from steerfast.barriers.data import Data
 from steerfast.barriers.kernels import scikit_learn
 from steerfast.edits.base import Intervention
 from steerfast.edits.fitted import FitInfo
+from steerfast.models.collect import check_same_origin
 from steerfast.place import common_origin, place_of
 from steerfast.probes.fit import data_by_layer
 
@@ -155,6 +154,8 @@ def prepare(
     scikit_learn("fit")
     sides = _sides(f"fit: {name}", positive, negative, layer, groups, seed)
     if name in PAIRED:
+        if isinstance(positive, Mapping):
+            check_same_origin(f"fit: {name}", positive, negative, paired=True)
         sides = replace(sides, data=_by_pair(sides.data, groups is None))
     return make, sides
 
@@ -195,12 +196,12 @@ def _sides(
 
 
 def _by_pair(data: Data, alone: bool) -> Data:
-    """The rows with each pair held out as a whole; `alone`: and by itself."""
+    """The rows with each pair held out as a whole; `alone`: and with no other one, but for those of its texts."""
     count = int(data.labels.sum())
     if 2 * count != len(data.x):  # no pairs: the estimator says so
         return data
     if alone:
-        return replace(data, groups=torch.arange(count, device="cpu").repeat(2))
+        return replace(data, groups=data.groups[:count].repeat(2))
     apart = (data.groups[:count] != data.groups[count:]).nonzero().flatten().tolist()
     if apart:
         raise ValueError(f"{data.owner}: row {apart[0]} of pos and of neg are a pair, but in two groups; give them one")
