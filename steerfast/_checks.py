@@ -10,7 +10,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_SLOTS_PER_ROW = 4
+T = TypeVar("T")
 
 
 def check_stream(op: str, x: Tensor) -> None:
@@ -282,6 +283,25 @@ def flag(owner: str, name: str, value: Any) -> bool:
     """True or False; a word such as "no" would count as True."""
     if not isinstance(value, bool):
         raise TypeError(f"{owner}: {name} must be True or False; got {value!r}")
+    return value
+
+
+def instance_of(owner: str, name: str, value: Any, kind: type[T], such: str) -> T:
+    """An object of ours.
+
+    Args:
+        owner: The function that was given it.
+        name: Of the argument.
+        value: What was given.
+        kind: What it must be.
+        such: How one is had.
+
+    Raises:
+        TypeError: it is something else, such as the class itself, its settings in a dict, or where it is saved.
+    """
+    if not isinstance(value, kind):
+        got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)[:60]
+        raise TypeError(f"{owner}: {name} is {got}; expected {kind.__name__}, such as {such}")
     return value
 
 

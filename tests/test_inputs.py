@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict
 from functools import cache
@@ -642,3 +643,85 @@ def test_image_tokens_are_tokens_of_a_prompt_that_generate_makes_itself(position
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         assert columns(model, positions, lambda: model.generate(pixel_values=pixels, **greedy)) == expected
+
+
+def objects_of_another_type() -> dict[str, tuple[Callable[[Any, Any], Any], str]]:
+    """What is called with a settings object, an SAE or the like that is none, and how the argument is named."""
+    x, question = torch.randn(8, 4), sf.tools.Question(("w3",), (" w4",), (" w5",))
+    sae = sf.SAE(torch.randn(6, 4), torch.randn(6, 4), k=2, origin=Origin(place=("resid_post", 0)))
+    pair, sides = [("w3", " w4")], (["w3"], ["w4"])
+    config = sf.sae.TrainConfig
+    return {
+        "objective": (
+            lambda m, t: sf.fit_vector(m, t, pair, 1, sf.RePS),
+            "fit_vector: objective must be one such as sf.LMOb",
+        ),
+        "settings": (
+            lambda m, t: sf.fit_lineas(m, t, *sides, [1], settings={"steps": 3}),
+            "fit_lineas: settings is {'steps': 3}",
+        ),
+        "settings class": (
+            lambda m, t: sf.fit_lineas(m, t, *sides, [1], settings=sf.LinEAS),
+            "settings is the class LinEAS; expe",
+        ),
+        "explain": (
+            lambda m, t: sf.explain("path", m, t),
+            r"explain: sae is 'path'; expected SAE, such as sf.SAE.load\(path\)",
+        ),
+        "relate": (lambda m, t: sf.sae.relate("path", m, t), "relate: sae is 'path'"),
+        "observe": (lambda m, t: sf.sae.observe("path", m, t, ["w3"]), "observe: sae is 'path'"),
+        "config": (
+            lambda m, t: sf.sae.observe(sae, m, t, ["w3"], {"tokens": 3}),
+            "observe: config is {'tokens': 3}; expected ObserveCon",
+        ),
+        "evaluate": (lambda m, t: sf.sae.evaluate_sae("path", m, t, ["w3"]), "evaluate_sae: sae is 'path'"),
+        "use": (lambda m, t: sf.sae.explain_use(sae), r"explain_use: evidence is SAE\(F=6"),
+        "detect": (lambda m, t: sf.sae.detect(sae, sae), "detect: explanations is SAE"),
+        "page": (lambda m, t: sf.sae.write_page("page.html", sae), "write_page: explanations is SAE"),
+        "train": (
+            lambda m, t: sf.sae.train_sae(x, {"k": 4}),
+            "train_sae: config is {'k': 4}; expected TrainConfig, such",
+        ),
+        "train class": (lambda m, t: sf.sae.train_sae(x, config), "train_sae: config is the class TrainConfig"),
+        "sweep": (
+            lambda m, t: sf.sweep(m, t, sides, {"wanted": 1}, sf.tools.Grid((1,))),
+            "sweep: question is {'wanted': 1}",
+        ),
+        "grid": (
+            lambda m, t: sf.sweep(m, t, sides, question, [1]),
+            r"sweep: grid is \[1\]; expected Grid, such as sf.tools.Grid",
+        ),
+        "grid's SAE": (
+            lambda m, t: sf.tools.Grid((1,), methods=("amplify",), sae="path"),
+            "Grid: sae is 'path'; expected SAE",
+        ),
+        "rules": (
+            lambda m, t: sf.tools.select_refusal(m, t, *sides, {"late": 0}),
+            "select_refusal: rules is {'late': 0}; expected R",
+        ),
+        "rates": (lambda m, t: sf.tools.refusal_rates(m, t, ["w3"], [None], {}), "refusal_rates: rules is {}"),
+        "choices": (
+            lambda m, t: sf.tools.evaluate_choices(m, t, ["w3"]),
+            "evaluate_choices: each of choices is 'w3'; expected Choice",
+        ),
+        "origin": (
+            lambda m, t: sf.SAE(x, x, k=2, origin=("resid_post", 1)),
+            r"SAE: origin is \('resid_post', 1\); expected Origin",
+        ),
+        "rows": (lambda m, t: sf.fit_probe("path", x), "fit_probe: pos is 'path'; expected rows"),
+    }
+
+
+@pytest.mark.parametrize("name", objects_of_another_type())
+def test_an_object_of_another_type_is_named(name: str) -> None:
+    """Before the model runs: a class for its object, its settings in a dict, a path for what is saved there."""
+    call, match = objects_of_another_type()[name]
+    with pytest.raises(TypeError, match=match):
+        call(build("llama"), words())
+
+
+def test_choices_take_a_plan_as_a_dict() -> None:
+    model, asked = build("llama"), [sf.tools.Choice("w3 w4", (" w5",), (" w6",))]
+    v = torch.randn(48)
+    found = [sf.tools.evaluate_choices(model, words(), asked, plan, draws=2) for plan in (sf.Plan({1: v}), {1: v})]
+    assert found[0] == found[1]

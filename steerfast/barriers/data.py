@@ -217,7 +217,11 @@ def _activations(owner: str, name: str, value: Any) -> Tensor:
         if len(value) != 1:
             raise ValueError(f"{owner}: {name} holds {len(value)} layers; pass one of them, such as acts[14]")
         value = next(iter(value.values()))
-    rows = tensor_of(value)
+    try:
+        rows = tensor_of(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = "rows (n, d), such as sf.collect returns"
+        raise TypeError(f"{owner}: {name} is {repr(value)[:60]}; expected {what} ({error})") from None
     if not rows.is_floating_point():
         raise TypeError(f"{owner}: {name} has dtype {rows.dtype}; expected a floating dtype")
     rows = rows.detach().float().cpu()

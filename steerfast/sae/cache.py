@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from steerfast._checks import checked_part, whole_number
+from steerfast._checks import checked_part, instance_of, whole_number
 from steerfast.files.claim import Claim
 from steerfast.files.replace import replace_file
 from steerfast.place import Origin, Place
@@ -331,7 +331,9 @@ def cache_places(
     """
     reader = PlaceReader("cache_places", model, list(places))
     folders = {place: Path(directory) / f"{place.site}-{place.layer}" for place in reader.points}
-    _collect(reader, tokenizer, texts, list(folders.values()), config or CacheConfig(), progress)
+    config = CacheConfig() if config is None else config
+    instance_of("cache_places", "config", config, CacheConfig, "sf.sae.CacheConfig(context=256)")
+    _collect(reader, tokenizer, texts, list(folders.values()), config, progress)
     return folders
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerfast._checks import seed_number, whole_number
+from steerfast._checks import instance_of, seed_number, whole_number
 from steerfast.files.replace import replace_file
 from steerfast.place import median_of
 
@@ -121,6 +121,8 @@ def detect(
     Raises:
         ValueError: another number of features; no passage on one of the sides; no feature fires often enough.
     """
+    instance_of("detect", "explanations", explanations, Explanations, "sf.explain(…)")
+    instance_of("detect", "evidence", evidence, Evidence, "sf.sae.observe(…)")
     least, trials = whole_number("detect", "least", least, _SHOWN), whole_number("detect", "trials", trials, 1)
     if len(explanations) != len(evidence):
         raise ValueError(

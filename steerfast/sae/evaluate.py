@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import whole_number
+from steerfast._checks import instance_of, whole_number
 from steerfast.files.replace import replace_file
 from steerfast.models.collect import read_batch
 from steerfast.models.layers import evaluating, home
@@ -124,6 +124,7 @@ def evaluate_sae(
         >>> round(found.variance_explained, 4), round(found.loss_recovered, 2)
         (1.0, 1.0)
     """
+    instance_of("evaluate_sae", "sae", sae, SAE, "sf.SAE.load(path)")
     if isinstance(sae, Transcoder):
         raise ValueError(
             f"evaluate_sae: {sae} predicts what it writes from another place; measure its prediction, transcoder(x) beside y"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import finite_number, whole_number
+from steerfast._checks import finite_number, instance_of, whole_number
 from steerfast.models.collect import read_batch
 from steerfast.models.layers import evaluating
 from steerfast.models.limits import Limits
@@ -194,7 +194,9 @@ def observe(
     """
     if isinstance(documents, str):
         raise TypeError("observe: documents must be several texts, got one string; put it into a list")
-    config = config or ObserveConfig()
+    instance_of("observe", "sae", sae, SAE, "sf.SAE.load(path)")
+    config = ObserveConfig() if config is None else config
+    instance_of("observe", "config", config, ObserveConfig, "sf.sae.ObserveConfig(tokens=1_000_000)")
     layer, point = point_of("observe", sae, model)
     network: Any = getattr(model, "_orig_mod", model)
     wide = sae.to(dtype=torch.float32)  # the same numbers; rows are not rounded to the 16 bits of its file

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import one_of, whole_number
+from steerfast._checks import instance_of, one_of, whole_number
 from steerfast.files.replace import replace_file
 from steerfast.models.layers import find_layers
 from steerfast.models.texts import WORD, TextReader
@@ -181,6 +181,7 @@ def explain(
         >>> sf.explain(sf.SAE(rows, rows, k=1), model, tokenizer, words, words=1).words
         (('music',), ('war',), ('water',))
     """
+    instance_of("explain", "sae", sae, SAE, "sf.SAE.load(path)")
     one_of("explain", "ranking", ranking, RANKINGS)
     given = vocabulary_of(tokenizer) if vocabulary is None else [word.strip() for word in vocabulary]
     if "" in given:

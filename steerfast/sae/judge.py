@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
-from steerfast._checks import finite_number, seed_number, whole_number, whole_numbers
+from steerfast._checks import finite_number, instance_of, seed_number, whole_number, whole_numbers
 
 from .evidence import Evidence
 from .explanation import Explanations
@@ -119,6 +119,8 @@ def judged_detection(
             that neither names texts nor says none.
         ConnectionError: the judge does not answer.
     """
+    instance_of("judged_detection", "explanations", explanations, Explanations, "sf.explain(…)")
+    instance_of("judged_detection", "evidence", evidence, Evidence, "sf.sae.observe(…)")
     half = whole_number("judged_detection", "passages", passages, 2) // 2
     chosen = whole_numbers("judged_detection", "features", features, len(evidence))
     generator = np.random.default_rng(seed_number("judged_detection", seed))

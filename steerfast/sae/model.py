@@ -26,6 +26,7 @@ from steerfast._checks import (
     check_dictionary,
     check_stream,
     finite_number,
+    instance_of,
     one_of,
     whole_number,
     whole_numbers,
@@ -105,6 +106,7 @@ class SAE:
         check_dictionary("SAE", "w_enc", self.w_enc, "b_enc", self.b_enc, bias_axis=0)
         check_dictionary("SAE", "w_dec", self.w_dec, "b_dec", self.b_dec, bias_axis=1)
         self._check_shapes()
+        instance_of("SAE", "origin", self.origin, Origin, 'steerfast.place.Origin(place=("resid_post", 7))')
         features, theta = self.features, self.threshold
         if theta is not None and (not isinstance(theta, Tensor) or not theta.is_floating_point()):
             got = f"has dtype {theta.dtype}" if isinstance(theta, Tensor) else f"is {type(theta).__name__}"

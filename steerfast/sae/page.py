@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from steerfast._checks import whole_number
+from steerfast._checks import instance_of, whole_number
 from steerfast.files.replace import replace_file
 from steerfast.place import median_of
 
@@ -70,6 +70,9 @@ def write_page(
         >>> sf.sae.write_page("features.html", found).name
         'features.html'
     """
+    instance_of("write_page", "explanations", explanations, Explanations, "sf.explain(…)")
+    if evidence is not None:
+        instance_of("write_page", "evidence", evidence, Evidence, "sf.sae.observe(…)")
     path = Path(file)
     replace_file(path, _page(explanations, evidence, detection, relations, limit).encode())
     return path

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import whole_number
+from steerfast._checks import instance_of, whole_number
 from steerfast.ops.backends import in_full_precision
 
 from .belonging import warn_of_another_model
@@ -65,6 +65,7 @@ def relate(sae: SAE, model: nn.Module, tokenizer: Any, count: int = 8) -> Relati
         >>> found.neighbours.flatten().tolist(), len(found.raised[0])
         ([2, 0, 0], 1)
     """
+    instance_of("relate", "sae", sae, SAE, "sf.SAE.load(path)")
     output, norm = final_head("relate", model)
     if output.shape[1] != sae.w_dec.shape[1]:
         raise ValueError(

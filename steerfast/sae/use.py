@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from steerfast._checks import one_of, whole_number
+from steerfast._checks import instance_of, one_of, whole_number
 
 from .evidence import Evidence
 from .explanation import Explanations
@@ -53,6 +53,7 @@ def explain_use(evidence: Evidence, words: int = 10, *, kinds: Iterable[str] = K
         >>> len(sf.sae.explain_use(seen, words=3))
         576
     """
+    instance_of("explain_use", "evidence", evidence, Evidence, "sf.sae.observe(…)")
     words = whole_number("explain_use", "words", words, 1)
     chosen = [one_of("explain_use", "kinds", kind, KINDS) for kind in kinds]
     if not evidence.documents[0]:

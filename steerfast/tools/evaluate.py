@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import finite_number, positive_integer, whole_number
+from steerfast._checks import finite_number, instance_of, positive_integer, whole_number
 from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.edits.base import Intervention
@@ -32,7 +32,7 @@ from steerfast.models.layers import evaluating, find_layers, home
 from steerfast.models.limits import Limits
 from steerfast.models.texts import TextReader, short_text
 from steerfast.place import Place, median_of
-from steerfast.plan import Plan
+from steerfast.plan import Plan, as_plan
 
 from .sweep_scores import Dose, Scored, log_likelihoods
 
@@ -187,6 +187,9 @@ def evaluate_choices(
     questions = list(choices)
     if not questions:
         raise ValueError(f"{owner}: choices is empty; give at least one")
+    for one in questions:
+        instance_of(owner, "each of choices", one, Choice, 'sf.tools.Choice("Is it day?", (" Yes",), (" No",))')
+    plan = None if plan is None else as_plan(owner, plan)
     reader = TextReader.of(tokenizer, owner)
     asked = _Asked(
         model,

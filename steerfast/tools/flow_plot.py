@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from steerfast._checks import check_stream
+from steerfast._checks import check_stream, instance_of
 from steerfast.barriers.barrier import Barrier
 from steerfast.edits.flow import Flow, flow
 from steerfast.files.replace import replace_file
@@ -45,6 +45,7 @@ def plot_flow(edit: Flow, x: Tensor, path: str | os.PathLike[str]) -> Path:
     """
     FigureCanvasAgg, Figure = require_matplotlib()
     check_stream("plot_flow", x)
+    instance_of("plot_flow", "edit", edit, Flow, "sf.Flow(barrier, T=1.0)")
     if not isinstance(edit.barrier, Barrier):
         raise TypeError(
             "plot_flow: the flow follows a velocity field, which has no h to draw; it draws flows of barriers"

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import finite_number, positive_integer, seed_number, warn_user, whole_number
+from steerfast._checks import finite_number, instance_of, positive_integer, seed_number, warn_user, whole_number
 from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.directions.direction import Direction
@@ -281,7 +281,7 @@ def select_refusal(
         ...     model.generate(**inputs)
     """
     owner = "select_refusal"
-    rules = RefusalRules() if rules is None else rules
+    rules = _rules(owner, rules)
     scorer = RefusalScorer(model, tokenizer, rules.words, template, positive_integer(owner, "batch_size", batch_size))
     sides = [_instructions(owner, name, side) for name, side in (("harmful", harmful), ("harmless", harmless))]
     with evaluating(model):
@@ -303,6 +303,11 @@ def select_refusal(
             return found
         _complete(found, found.best, scorer, (taught, held, plain[1]), differences, rules)
     return found
+
+
+def _rules(owner: str, rules: RefusalRules | None) -> RefusalRules:
+    given = RefusalRules() if rules is None else rules
+    return instance_of(owner, "rules", given, RefusalRules, "sf.tools.RefusalRules(late=0.3)")
 
 
 def refusal_rates(
@@ -333,7 +338,7 @@ def refusal_rates(
     Reference:
         Röttger et al. 2024, XSTest (arXiv:2308.01263), whose judge reads whole answers.
     """
-    words = (RefusalRules() if rules is None else rules).words
+    words = _rules("refusal_rates", rules).words
     scorer = RefusalScorer(
         model, tokenizer, words, template, positive_integer("refusal_rates", "batch_size", batch_size)
     )

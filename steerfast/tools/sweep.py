@@ -23,7 +23,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from steerfast._checks import checked_part, finite_number, one_of, positive_integer, whole_number, whole_numbers
+from steerfast._checks import (
+    checked_part,
+    finite_number,
+    instance_of,
+    one_of,
+    positive_integer,
+    whole_number,
+    whole_numbers,
+)
 from steerfast._null import DRAWS, Null
 from steerfast.barriers.data import seeded
 from steerfast.directions.fit import ESTIMATORS, settings_of
@@ -34,6 +42,7 @@ from steerfast.models.layers import evaluating, find_layers
 from steerfast.models.texts import TextReader
 from steerfast.place import SITES
 from steerfast.plan import card
+from steerfast.sae.model import SAE
 from steerfast.sae.place_reader import weights_digest
 
 from .flow_plot import require_matplotlib
@@ -100,6 +109,8 @@ class Grid:
             raise TypeError(
                 f"Grid: {featured[0]!r} edits features of an SAE; give it as sae=, such as sf.SAE.load gives"
             )
+        if self.sae is not None:
+            instance_of("Grid", "sae", self.sae, SAE, "sf.SAE.load(path)")
 
 
 class Sweep(Sequence[Cell]):
@@ -237,6 +248,8 @@ def sweep(
         >>> found = sf.sweep(model, tokenizer, (love, hate), question, sf.tools.Grid((6, 8)), out="sweep")  # doctest: +SKIP
         >>> found.best()  # doctest: +SKIP
     """
+    instance_of("sweep", "question", question, Question, 'sf.tools.Question(("I am",), (" kind",), (" rude",))')
+    instance_of("sweep", "grid", grid, Grid, "sf.tools.Grid((6, 8))")
     batch_size = positive_integer("sweep", "batch_size", batch_size)
     layers = find_layers(model, "sweep")
     given = whole_numbers("sweep", "layers", grid.layers, layers.count)

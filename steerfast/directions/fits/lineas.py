@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfast._checks import finite_number, one_of, seed_number, whole_numbers
+from steerfast._checks import finite_number, instance_of, one_of, seed_number, whole_numbers
 from steerfast.barriers.data import seeded
 from steerfast.edits.fitted import FitInfo
 from steerfast.edits.linear import Affine
@@ -107,6 +107,7 @@ def fit_lineas(
     """
     owner = "fit_lineas"
     settings = LinEAS() if settings is None else settings
+    instance_of(owner, "settings", settings, LinEAS, "sf.LinEAS(penalty=1e-3)")
     seed = seed_number(owner, seed)
     pool = settings.pool
     found = find_layers(model, owner)

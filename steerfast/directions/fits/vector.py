@@ -225,6 +225,12 @@ def fit_vector(
     """
     owner = "fit_vector"
     goal: Objective = LMObjective() if objective is None else objective
+    if isinstance(goal, type) or not all(
+        hasattr(goal, name) for name in ("method", "contrast", "unit", "loss", "strength")
+    ):
+        raise TypeError(
+            f"{owner}: objective must be one such as sf.LMObjective(), sf.ReFTr1() or sf.RePS(); got {goal!r}"
+        )
     steps, lr = steps_and_rate(owner, steps, lr)
     seed = seed_number(owner, seed)
     pupil = Pupil(owner, model, layer)

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from steerfast._checks import whole_number
+from steerfast._checks import instance_of, whole_number
 from steerfast.place import Origin, Place
 from steerfast.sae.model import SAE
 
@@ -42,6 +42,9 @@ _ALIKE = (
     "rows or settings ({} and {}); give all the same: what a process reads of them follows from its place in the mesh"
 )
 Progress = Callable[[TrainReport], None]
+
+
+_SUCH = "sf.sae.TrainConfig(features=4096, k=32, tokens=1_000_000)"
 
 
 def train_sae(
@@ -88,6 +91,7 @@ def train_sae(
         >>> sf.sae.train_sae(x, sf.sae.TrainConfig(features=64, k=4, tokens=20_000, batch=512)).features
         64
     """
+    instance_of("train_sae", "config", config, TrainConfig, _SUCH)
     transcodes = isinstance(config.objective, Transcode)
     if isinstance(source, tuple | list) != transcodes:
         wanted = "a pair (what is read, what is written)" if transcodes else "one source of rows"
@@ -144,6 +148,8 @@ def train_saes(
         raise ValueError(
             f"train_saes: {len(configs)} configurations for a source of {places} places; give one for each"
         )
+    for config in configs:
+        instance_of("train_saes", "a configuration", config, TrainConfig, _SUCH)
     if len({(config.tokens, config.batch, config.seed) for config in configs}) > 1:
         raise ValueError("train_saes: the configurations differ in tokens, batch or seed; all see the same rows")
     if any(isinstance(config.objective, Transcode) for config in configs):
