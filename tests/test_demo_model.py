@@ -218,7 +218,7 @@ def test_a_cache_that_cannot_be_made_says_what_to_do(tmp_path: Path, monkeypatch
     """A home that is not there, or that may only be read."""
     (tmp_path / "home").write_text("a file")
     monkeypatch.setenv("STEERFAST_CACHE", str(tmp_path / "home" / "cache"))
-    expected = r"the cache .*home/cache cannot be used \(Not a directory\); set STEERFAST_CACHE to a folder"
+    expected = r"the cache .*home/cache(/texts)? cannot be used \(Not a directory\); set STEERFAST_CACHE to a folder"
     for fetch in (demo_model.path, lambda: corpus._wheel("some-texts==1.0", None)):
         with pytest.raises(OSError, match=expected):
             fetch()
