@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# adapters 1.3.0, transformers 4.57.6, torch 2.13.0: the composition Average("a", "b") averages the outputs of adapters, by weights that add
-# up to one. It multiplies by the weights and takes the mean of the products, which divides by the number of adapters once more: the
-# average of two LoRAs that are the same is half of a LoRA, of four a quarter. Bottleneck adapters and (IA)^3 get the whole hidden
-# states too small.
+# adapters 1.3.0, transformers 4.57.6, torch 2.13.0: the composition Average("a", "b") averages the outputs of adapters, by
+# weights that add up to one. It multiplies by the weights and takes the mean of the products, which divides by the number of
+# adapters once more: the average of two LoRAs that are the same is half of a LoRA, of four a quarter. Bottleneck adapters and
+# (IA)^3 get the whole hidden states too small.
 #
 # Seen: 1 equal LoRA  off from a LoRA by 0.00, from a LoRA with alpha / 1 by 0.00
 #       2 equal LoRAs off from a LoRA by 2.37, from a LoRA with alpha / 2 by 0.00
@@ -55,7 +55,8 @@ alone, as_stated = run([lora()], average=False), []
 for n in (1, 2, 4):
     averaged = run([lora()] * n)
     whole, part = off(averaged, alone), off(averaged, run([lora(8 / n)], average=False))
-    print(f"{n} equal {'LoRA ' if n == 1 else 'LoRAs'} off from a LoRA by {whole:.2f}, from a LoRA with alpha / {n} by {part:.2f}")
+    name = "LoRA " if n == 1 else "LoRAs"
+    print(f"{n} equal {name} off from a LoRA by {whole:.2f}, from a LoRA with alpha / {n} by {part:.2f}")
     as_stated.append((whole > 0.1) == (n > 1) and part < 1e-3)
 bottleneck = SeqBnConfig(reduction_factor=4)
 small = off(run([bottleneck] * 2), run([bottleneck], average=False))

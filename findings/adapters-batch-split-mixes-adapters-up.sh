@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# adapters 1.3.0, transformers 4.57.6, torch 2.13.0: BatchSplit("a", "b", batch_sizes=[1, 2]) gives the first row of a batch to one adapter and
-# the others to a second. With DoRA every row is rescaled by the magnitudes and norms of the last adapter, so the first row gets
-# neither of the two; with an invertible adapter (SeqBnInv) or ReFT the later rows get the embeddings, or all, of the first adapter.
-# Nothing is said. LoRA and bottleneck adapters are right.
+# adapters 1.3.0, transformers 4.57.6, torch 2.13.0: BatchSplit("a", "b", batch_sizes=[1, 2]) gives the first row of a batch to
+# one adapter and the others to a second. With DoRA every row is rescaled by the magnitudes and norms of the last adapter, so the
+# first row gets neither of the two; with an invertible adapter (SeqBnInv) or ReFT the later rows get the embeddings, or all, of
+# the first adapter. Nothing is said. LoRA and bottleneck adapters are right.
 #
 # Seen: LoRA      rows off from their adapters by 0.00, 0.00, 0.00
 #       SeqBn     rows off from their adapters by 0.00, 0.00, 0.00

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# adapters 1.3.0, transformers 4.57.6, torch 2.13.0: merge_adapter() puts an adapter into the weights, reset_adapter() takes it out again. Of
-# DoRA it computes the old weights and drops them: the model stays merged, and with the adapter active again has it twice. The merge
-# leaves out alpha / r, and of layers with a bias the scale that the adapter has on that; so does merging (IA)^3. LoRA is right.
+# adapters 1.3.0, transformers 4.57.6, torch 2.13.0: merge_adapter() puts an adapter into the weights, reset_adapter() takes it
+# out again. Of DoRA it computes the old weights and drops them: the model stays merged, and with the adapter active again has it
+# twice. The merge leaves out alpha / r, and of layers with a bias the scale that the adapter has on that; so does merging (IA)^3.
+# LoRA is right.
 #
 # Seen: LoRA, alpha = 2 r   merged differs by 0.00, after reset_adapter() the model is off by 0.00, and active again by 0.00
 #       (IA)^3, biases      merged differs by 0.61, after reset_adapter() the model is off by 0.00, and active again by 0.00
@@ -50,7 +51,9 @@ def look(name, config, biases=False):
         model.set_active_adapters("one")
         again = model(input_ids=ids)[0]
     off = [float((a - b).abs().max()) for a, b in ((merged, active), (reset, base), (again, active))]
-    print(f"{name:<19} merged differs by {off[0]:.2f}, after reset_adapter() the model is off by {off[1]:.2f}, ", end="")
+    print(
+        f"{name:<19} merged differs by {off[0]:.2f}, after reset_adapter() the model is off by {off[1]:.2f}, ", end=""
+    )
     print(f"and active again by {off[2]:.2f}")
     return [value > 1e-2 for value in off]
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# adapters 1.3.0 with the transformers that it asks for, 4.57.6: adapters.init() is to leave what a model computes as it is until there is
-# an adapter. Its attention of Llama takes the cache by the argument's old name (past_key_value), transformers hands it over by the new
-# one, and the cache stays empty: with the key-value cache, which is the default of generate(), each new token sees itself alone. The
-# text is another one, without an error or a warning; with use_cache=False it is right, and so is GPT-2.
+# adapters 1.3.0 with the transformers that it asks for, 4.57.6: adapters.init() is to leave what a model computes as it is until
+# there is an adapter. Its attention of Llama takes the cache by the argument's old name (past_key_value), transformers hands it
+# over by the new one, and the cache stays empty: with the key-value cache, which is the default of generate(), each new token
+# sees itself alone. The text is another one, without an error or a warning; with use_cache=False it is right, and so is GPT-2.
 #
 # Seen: GPT2LMHeadModel   generated tokens that are another one after init(): cache 0 of 36, no cache 0 of 36; tokens in the cache 12
 #       LlamaForCausalLM  generated tokens that are another one after init(): cache 32 of 36, no cache 0 of 36; tokens in the cache 0

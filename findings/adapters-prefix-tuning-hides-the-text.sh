@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# adapters 1.3.0, transformers 4.57.6, torch 2.13.0: prefix tuning puts trained keys and values before those of a text, and all tokens see
-# them. With the attention that transformers takes by default ("sdpa") the mask of a text without padding is left to torch, which
-# counts it from the first key: the first tokens of GPT-2 and Llama see the prefix in place of the text, and the last keys are seen by
-# none. Where transformers makes a mask of its own, as it does when a text of the batch is padded or there is no cache, the prefix is
-# left out of it for all texts. Only "eager" computes what plain transformers does with the same keys and values in its cache.
+# adapters 1.3.0, transformers 4.57.6, torch 2.13.0: prefix tuning puts trained keys and values before those of a text, and all
+# tokens see them. With the attention that transformers takes by default ("sdpa") the mask of a text without padding is left to
+# torch, which counts it from the first key: the first tokens of GPT-2 and Llama see the prefix in place of the text, and the last
+# keys are seen by none. Where transformers makes a mask of its own, as it does when a text of the batch is padded or there is no
+# cache, the prefix is left out of it for all texts. Only "eager" computes what plain transformers does with the same keys and
+# values in its cache.
 #
 # Seen: GPT2LMHeadModel: tokens 5 and 6 see of token 4, in sdpa, 0.00
 #         eager                      off from the model with the prefix by 0.00, from that without by 2.75
@@ -75,7 +76,9 @@ def look(kind, config):
     names = ("eager", "sdpa", "sdpa, no cache", "sdpa, beside a padded text")
     print(f"{kind.__name__}: tokens 5 and 6 see of token 4, in sdpa, {unseen:.2f}")
     for name, with_prefix, without in zip(names, *off, strict=True):
-        print(f"  {name:<26} off from the model with the prefix by {with_prefix:.2f}, from that without by {without:.2f}")
+        print(
+            f"  {name:<26} off from the model with the prefix by {with_prefix:.2f}, from that without by {without:.2f}"
+        )
     right = off[0][0] < 1e-3 and min(off[0][1:]) > 0.1
     return right and unseen < 1e-3 and min(off[1][:2]) > 0.1 and max(off[1][2:]) < 1e-3
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# adapters 1.3.0, transformers 4.57.6, torch 2.13.0: save_adapter() writes an adapter, load_adapter() reads it. The configuration of ReFT is
-# written without subtract_projection: a saved DiReFT, or NoReFT of that kind, is read as one that subtracts, and computes something
-# else. The rule that the layers of a Compacter share, which is trained, is not written where the model has no head (BertModel). Both
-# without an error or a warning. LoReFT, and a Compacter below a head, are read as they were.
+# adapters 1.3.0, transformers 4.57.6, torch 2.13.0: save_adapter() writes an adapter, load_adapter() reads it. The configuration
+# of ReFT is written without subtract_projection: a saved DiReFT, or NoReFT of that kind, is read as one that subtracts, and
+# computes something else. The rule that the layers of a Compacter share, which is trained, is not written where the model has no
+# head (BertModel). Both without an error or a warning. LoReFT, and a Compacter below a head, are read as they were.
 #
 # Seen: LoReFT     BertModel        read again differs by 0.00
 #       DiReFT     BertModel        read again differs by 6.96

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# adapters 1.3.0, transformers 4.57.6, torch 2.13.0: average_adapter(combine_strategy="lora_delta_w_svd") averages the changes of LoRAs and
-# splits them up by a singular value decomposition of rank svd_rank. The new LoRA has the alpha of the old ones over svd_rank, not over
-# their rank, and nobody makes up for it: a copy of one LoRA of rank 4 at svd_rank=8, which can hold it exactly, is half as strong.
+# adapters 1.3.0, transformers 4.57.6, torch 2.13.0: average_adapter(combine_strategy="lora_delta_w_svd") averages the changes of
+# LoRAs and splits them up by a singular value decomposition of rank svd_rank. The new LoRA has the alpha of the old ones over
+# svd_rank, not over their rank, and nobody makes up for it: a copy of one LoRA of rank 4 at svd_rank=8, which can hold it
+# exactly, is half as strong.
 #
 # Seen: svd_rank 4  off from the LoRA by 0.00; scale 2
 #       svd_rank 8  off from the LoRA by 2.74, after its scale is set to 2 by 0.00; scale 1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# ctranslate2 4.8.5, transformers 5.24.0, torch 2.13.0: the rotary positions of Llama 3.1 and later are scaled ("rope_type": "llama3") at
-# every position. The converter knows that type, reads its factors and takes the model, and what runs is the model without any scaling,
-# to the last digit, without a word. A linear scaling is right.
+# ctranslate2 4.8.5, transformers 5.24.0, torch 2.13.0: the rotary positions of Llama 3.1 and later are scaled ("rope_type":
+# "llama3") at every position. The converter knows that type, reads its factors and takes the model, and what runs is the model
+# without any scaling, to the last digit, without a word. A linear scaling is right.
 #
 # Seen: no scaling                     off from the model by 0.00, from the model without scaling by 0.00, of 6.1
 #       linear                         off from the model by 0.00, from the model without scaling by 7.08, of 6.7
@@ -25,7 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 WORDS = 40
 sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(WORDS)}, unk_token="w3"))
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", unk_token="w3", pad_token="w0")
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=words, bos_token="w1", eos_token="w2", unk_token="w3", pad_token="w0"
+)
 llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 torch.manual_seed(1)
 ids = torch.randint(4, WORDS, (1, 64))

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# lycoris-lora 4.1.3, torch 2.13.0: the multiplier of an adapter says how much of it is applied; at 0 the model is the base model. With
-# dora_wd=True the multiplier acts on the rescaling of rows alone, and the change of the weights is added in full: at 0 the model
-# is that of the adapter without weight decomposition. At 0.5 it is no half of anything, and merging at 0 changes the model, too.
+# lycoris-lora 4.1.3, torch 2.13.0: the multiplier of an adapter says how much of it is applied; at 0 the model is the base model.
+# With dora_wd=True the multiplier acts on the rescaling of rows alone, and the change of the weights is added in full: at 0 the
+# model is that of the adapter without weight decomposition. At 0.5 it is no half of anything, and merging at 0 changes the model,
+# too.
 #
 # Seen: lora   at multiplier 0 outputs move by 0.0, merged at 0 by 0.0
 #       dora   at multiplier 0 outputs move by 24.7, merged at 0 by 24.7, off from the whole LoRA by 0.0

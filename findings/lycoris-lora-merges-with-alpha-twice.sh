@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# lycoris-lora 4.1.3, torch 2.13.0: the change of a layer is multiplied by alpha / dim, and with use_scalar=True by a trained number that
-# starts at 0. Merging LoHa or LoKr (merge_to, onfly_merge) multiplies by alpha / dim once more, and leaves the trained number out. So
-# the merged model computes something else than the one that was trained; with the usual alpha of 1 and dim of 4 LoHa's change is a
-# quarter of what it was. LoRA and the full weights are right, and so is alpha equal to dim without use_scalar.
+# lycoris-lora 4.1.3, torch 2.13.0: the change of a layer is multiplied by alpha / dim, and with use_scalar=True by a trained
+# number that starts at 0. Merging LoHa or LoKr (merge_to, onfly_merge) multiplies by alpha / dim once more, and leaves the
+# trained number out. So the merged model computes something else than the one that was trained; with the usual alpha of 1 and dim
+# of 4 LoHa's change is a quarter of what it was. LoRA and the full weights are right, and so is alpha equal to dim without
+# use_scalar.
 #
 # Seen: lora    as it is     the merged change is 1.0000 of the trained one
 #       lora    use_scalar   the merged change is 1.0000 of the trained one

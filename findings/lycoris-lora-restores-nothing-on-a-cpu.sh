@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# lycoris-lora 4.1.3, torch 2.13.0: onfly_merge() puts an adapter into the weights of a model for a while, and onfly_restore() is to put
-# the old weights back. What is kept of them is weight.data.cpu(), which on a CPU is the same memory and no copy: the merge overwrites
-# it, and restoring writes the merged weights over themselves. The adapter stays in the model, and a second one is put on top of it.
+# lycoris-lora 4.1.3, torch 2.13.0: onfly_merge() puts an adapter into the weights of a model for a while, and onfly_restore() is
+# to put the old weights back. What is kept of them is weight.data.cpu(), which on a CPU is the same memory and no copy: the merge
+# overwrites it, and restoring writes the merged weights over themselves. The adapter stays in the model, and a second one is put
+# on top of it.
 #
 # Seen: lora   merged moves outputs by 48.1, restored by 48.1, merged and restored once more by 96.2
 #       lokr   merged moves outputs by 12.1, restored by 12.1, merged and restored once more by 24.3

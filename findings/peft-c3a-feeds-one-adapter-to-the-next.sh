@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# peft 0.21.2, torch 2.13.0: with several active adapters, a layer is to add the change of each, as merging does. The forward of C3A
-# writes the output of the first adapter over the input of the layer, and the second adapter reads that: its change is that of the
-# product of the two. On a layer that is not square this ends in an error about shapes; on a square one nothing is said.
+# peft 0.21.2, torch 2.13.0: with several active adapters, a layer is to add the change of each, as merging does. The forward of
+# C3A writes the output of the first adapter over the input of the layer, and the second adapter reads that: its change is that of
+# the product of the two. On a layer that is not square this ends in an error about shapes; on a square one nothing is said.
 #
 # Seen: LoRA  both adapters and their merged weights differ by 0.00, from the sum of the two changes by 0.00
 #       C3A   both adapters and their merged weights differ by 0.99, from the sum of the two changes by 0.99
@@ -44,7 +44,10 @@ def look(name, config):
     return from_merged / scale, from_sum / scale, float((both - base - first - chained).abs().max()) / scale
 
 
-lora, c3a = look("LoRA", LoraConfig(r=4, target_modules=["0"])), look("C3A", C3AConfig(block_size=8, target_modules=["0"]))
+lora, c3a = (
+    look("LoRA", LoraConfig(r=4, target_modules=["0"])),
+    look("C3A", C3AConfig(block_size=8, target_modules=["0"])),
+)
 print(f"C3A's second adapter, given the output of the first in place of the input: off by {c3a[2]:.2f}")
 sys.exit(0 if max(lora[:2]) < 1e-4 and min(c3a[:2]) > 0.2 and c3a[2] < 1e-4 else 1)
 PYTHON

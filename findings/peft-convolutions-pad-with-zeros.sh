@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# peft 0.21.2, torch 2.13.0: of a convolution with padding_mode="circular" (or "reflect", "replicate"), which wraps around, PEFT takes over
-# the width of the padding and not its mode. LoRA, DoRA, LoHa, LoKr and HiRA see zeros around the input, and compute at the edges
-# something else than their merged weights; BOFT and HRA run the whole convolution with zeros, and change the model untrained.
-# Nothing is said, and a convolution that pads with zeros is right in all of them.
+# peft 0.21.2, torch 2.13.0: of a convolution with padding_mode="circular" (or "reflect", "replicate"), which wraps around, PEFT
+# takes over the width of the padding and not its mode. LoRA, DoRA, LoHa, LoKr and HiRA see zeros around the input, and compute at
+# the edges something else than their merged weights; BOFT and HRA run the whole convolution with zeros, and change the model
+# untrained. Nothing is said, and a convolution that pads with zeros is right in all of them.
 #
 # Seen: LoRA  untrained adapter moves outputs by 0.00, trained and merged differ by 6.19 of 8.72; padded by zeros by 0.00
 #       DoRA  untrained adapter moves outputs by 0.00, trained and merged differ by 1.45 of 2.43; padded by zeros by 0.00
@@ -54,7 +54,9 @@ as_stated = []
 for name, config in kinds.items():
     moved, differ, scale = look(config, "circular")
     right = look(config, "zeros")
-    print(f"{name:<5} untrained adapter moves outputs by {moved:.2f}, trained and merged differ by {differ:.2f} ", end="")
+    print(
+        f"{name:<5} untrained adapter moves outputs by {moved:.2f}, trained and merged differ by {differ:.2f} ", end=""
+    )
     print(f"of {scale:.2f}; padded by zeros by {right[1]:.2f}")
     as_stated.append((moved > 0.1) == (name in ("BOFT", "HRA")) and differ > 0.2 * scale and max(right[:2]) < 1e-3)
 sys.exit(0 if all(as_stated) else 1)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# peft 0.21.2, torch 2.13.0: HRA lays its reflections out in pairs of equal directions, which cancel, so that an untrained adapter changes
-# nothing. With apply_GS=True it makes the directions orthogonal first: of the second of each pair nothing is left but a rounding
-# error, which is divided by its own length. The untrained adapter then reflects along noise, or, where the remainder is exactly
-# zero, makes every output NaN.
+# peft 0.21.2, torch 2.13.0: HRA lays its reflections out in pairs of equal directions, which cancel, so that an untrained adapter
+# changes nothing. With apply_GS=True it makes the directions orthogonal first: of the second of each pair nothing is left but a
+# rounding error, which is divided by its own length. The untrained adapter then reflects along noise, or, where the remainder is
+# exactly zero, makes every output NaN.
 #
 # Seen: without apply_GS 200 of 200 untrained adapters leave the layer as it is
 #       with apply_GS    0 of 200 do; 26 make it NaN, the others move outputs by 0.62 of their size or more
@@ -33,6 +33,8 @@ same = [sum(value < 1e-4 for value in values) for values in (without, with_gs)]
 lost = sum(value != value for value in with_gs)
 least = min(value for value in with_gs if value == value)
 print(f"without apply_GS {same[0]} of 200 untrained adapters leave the layer as it is")
-print(f"with apply_GS    {same[1]} of 200 do; {lost} make it NaN, the others move outputs by {least:.2f} of their size or more")
+print(
+    f"with apply_GS    {same[1]} of 200 do; {lost} make it NaN, the others move outputs by {least:.2f} of their size or more"
+)
 sys.exit(0 if same == [200, 0] else 1)
 PYTHON

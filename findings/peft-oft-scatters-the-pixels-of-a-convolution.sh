@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# peft 0.21.2, torch 2.13.0: OFT multiplies the weights of a layer by a rotation, and one that has not been trained is the identity. For a
-# convolution it cuts its input into patches, rotates them, and puts them back; the axes of the patches and of their places are then in
-# the wrong order, and patches that overlap are added up. An inner pixel of an image comes back as 9, here and there. So an untrained
-# adapter gives another model, which merging takes back, and a trained one computes something else than its merged weights, without
-# a word. BOFT and kernels of 1 x 1 are right.
+# peft 0.21.2, torch 2.13.0: OFT multiplies the weights of a layer by a rotation, and one that has not been trained is the
+# identity. For a convolution it cuts its input into patches, rotates them, and puts them back; the axes of the patches and of
+# their places are then in the wrong order, and patches that overlap are added up. An inner pixel of an image comes back as 9,
+# here and there. So an untrained adapter gives another model, which merging takes back, and a trained one computes something else
+# than its merged weights, without a word. BOFT and kernels of 1 x 1 are right.
 #
 # Seen: OFT   1x1  untrained adapter moves outputs by 0.00, trained and merged differ by 0.00
 #       OFT   3x3  untrained adapter moves outputs by 5.51, trained and merged differ by 5.17
@@ -43,7 +43,9 @@ def look(name, config, size):
         model.merge_adapter()
         merged = model(x)
     moved, differ = float((fresh - before).abs().max()), float((trained - merged).abs().max())
-    print(f"{name:<5} {size}x{size}  untrained adapter moves outputs by {moved:.2f}, trained and merged differ by {differ:.2f}")
+    print(
+        f"{name:<5} {size}x{size}  untrained adapter moves outputs by {moved:.2f}, trained and merged differ by {differ:.2f}"
+    )
     return moved, differ, [tuple(place) for place in image[0, 0].nonzero().tolist()]
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# peft 0.21.2, transformers 5.24.0, torch 2.13.0: OLoRA, like PiSSA, takes its first values from the weights of a layer, and takes what it has
-# got out of them, so that nothing changes at first. GPT-2 keeps its weights transposed (Conv1D, fan_in_fan_out=True), and OLoRA does
-# not look at that: on a square layer, such as attn.c_proj, what is taken out is not what the adapter adds, and the untrained model is
-# another one, without a word. On a layer that is not square it ends in an error. PiSSA and "orthogonal" do look.
+# peft 0.21.2, transformers 5.24.0, torch 2.13.0: OLoRA, like PiSSA, takes its first values from the weights of a layer, and takes
+# what it has got out of them, so that nothing changes at first. GPT-2 keeps its weights transposed (Conv1D, fan_in_fan_out=True),
+# and OLoRA does not look at that: on a square layer, such as attn.c_proj, what is taken out is not what the adapter adds, and the
+# untrained model is another one, without a word. On a layer that is not square it ends in an error. PiSSA and "orthogonal" do
+# look.
 #
 # Seen: olora       untrained adapter moves logits by 0.12 of 0.54
 #       pissa       untrained adapter moves logits by 0.00 of 0.54
@@ -36,7 +37,9 @@ with torch.no_grad():
     linear.weight.copy_(projection.weight.T)
     x = torch.randn(5, 32)
     outputs = linear(x)
-    plain = get_peft_model(torch.nn.Sequential(linear), LoraConfig(r=4, init_lora_weights="olora", target_modules=["0"]))
+    plain = get_peft_model(
+        torch.nn.Sequential(linear), LoraConfig(r=4, init_lora_weights="olora", target_modules=["0"])
+    )
     same = float((plain.eval()(x) - outputs).abs().max())
 print(f"olora on the same weights in a Linear moves outputs by {same:.2f}")
 sys.exit(0 if moved["olora"] > 0.02 and max(moved["pissa"], moved["orthogonal"], same) < 1e-4 else 1)

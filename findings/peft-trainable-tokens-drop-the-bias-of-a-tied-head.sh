@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# peft 0.21.2, transformers 5.24.0, torch 2.13.0: training a few tokens (trainable_token_indices= of LoRA, or TrainableTokensConfig) is
-# documented as doing nothing until trained. Where the head of a model is tied to its embedding, PEFT takes the head over as well,
-# with the weight alone: the bias of the head is left out. So the untrained adapter changes every logit of BERT, RoBERTa and
-# ModernBERT, and what is trained without the bias gets it back as soon as the adapter is merged, without an error or a warning.
+# peft 0.21.2, transformers 5.24.0, torch 2.13.0: training a few tokens (trainable_token_indices= of LoRA, or
+# TrainableTokensConfig) is documented as doing nothing until trained. Where the head of a model is tied to its embedding, PEFT
+# takes the head over as well, with the weight alone: the bias of the head is left out. So the untrained adapter changes every
+# logit of BERT, RoBERTa and ModernBERT, and what is trained without the bias gets it back as soon as the adapter is merged,
+# without an error or a warning.
 #
 # Seen: BertForMaskedLM        untrained adapter moves logits by 1.8, merged by 0; off from the head without its bias by 0
 #       RobertaForMaskedLM     untrained adapter moves logits by 2.34, merged by 0; off from the head without its bias by 0

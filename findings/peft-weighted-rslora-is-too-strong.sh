@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# peft 0.21.2, torch 2.13.0: add_weighted_adapter makes one adapter of several, and says that "svd" and "cat" are precise. It gives the new
-# adapter an alpha equal to its rank, meant as a scale of one, and keeps use_rslora of the first: with rsLoRA the scale is the square
-# root of the rank, so the mixture is 2.8 times too strong at rank 8, without a word. A copy of a single adapter at weight
-# -0.5 is off in the same way. Biases (lora_bias=True) are left out of the mixture.
+# peft 0.21.2, torch 2.13.0: add_weighted_adapter makes one adapter of several, and says that "svd" and "cat" are precise. It
+# gives the new adapter an alpha equal to its rank, meant as a scale of one, and keeps use_rslora of the first: with rsLoRA the
+# scale is the square root of the rank, so the mixture is 2.8 times too strong at rank 8, without a word. A copy of a single
+# adapter at weight -0.5 is off in the same way. Biases (lora_bias=True) are left out of the mixture.
 #
 # Seen: LoRA    svd  the mixture is 1.000 of 0.7 one - 0.4 two, off by 0.000 of its size; scale 1.000
 #       LoRA    cat  the mixture is 1.000 of 0.7 one - 0.4 two, off by 0.000 of its size; scale 1.000
@@ -39,9 +39,14 @@ def look(name, how, **options):
             model.set_adapter(adapter)
             changes[adapter] = model.eval()(x) - before
     expected, found = 0.7 * changes["one"] - 0.4 * changes["two"], changes["mixture"]
-    part, off = float((found * expected).sum() / expected.pow(2).sum()), float((found - expected).norm() / expected.norm())
+    part, off = (
+        float((found * expected).sum() / expected.pow(2).sum()),
+        float((found - expected).norm() / expected.norm()),
+    )
     scale = model.base_model.model[0].scaling["mixture"]
-    print(f"{name:<7} {how}  the mixture is {part:.3f} of 0.7 one - 0.4 two, off by {off:.3f} of its size; scale {scale:.3f}")
+    print(
+        f"{name:<7} {how}  the mixture is {part:.3f} of 0.7 one - 0.4 two, off by {off:.3f} of its size; scale {scale:.3f}"
+    )
     return part, off
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# torchao 0.18.0, torch 2.13.0: AffineQuantizedMSEObserver searches for the range of values that minimizes the error of quantization. It
-# tries ranges that lie around zero alone, for an asymmetric mapping as well: behind a ReLU, half of the levels are for numbers that
-# do not occur, and the error is four times that of the min-max observer, which does not search. And of several batches it keeps the
-# range of the last one, where the min-max observer keeps that of all.
+# torchao 0.18.0, torch 2.13.0: AffineQuantizedMSEObserver searches for the range of values that minimizes the error of
+# quantization. It tries ranges that lie around zero alone, for an asymmetric mapping as well: behind a ReLU, half of the levels
+# are for numbers that do not occur, and the error is four times that of the min-max observer, which does not search. And of
+# several batches it keeps the range of the last one, where the min-max observer keeps that of all.
 #
 # Seen: ReLU    8 bits  mean squared error of min-max 9.97e-06, of the search 4.17e-05
 #       uniform 8 bits  mean squared error of min-max 1.28e-06, of the search 5.17e-06
@@ -51,6 +51,8 @@ for name, x, bits in (
     worse.append(searched > 3 * simple)
 batches = [size * torch.linspace(-1, 1, 4096).view(64, 64) for size in (10, 1)]
 ends = [float(levels(kind, MappingType.SYMMETRIC, torch.int8, (-128, 127), *batches)[0] * 127.5) for kind in kinds]
-print(f"largest value that is not cut off, after batches of size 10 and 1: min-max {ends[0]:.3g}, the search {ends[1]:.3g}")
+print(
+    f"largest value that is not cut off, after batches of size 10 and 1: min-max {ends[0]:.3g}, the search {ends[1]:.3g}"
+)
 sys.exit(0 if all(worse) and ends[0] > 9 and ends[1] < 2 else 1)
 PYTHON

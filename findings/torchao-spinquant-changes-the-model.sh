@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# torchao 0.18.0, torch 2.13.0: SpinQuant turns the weights of a model by rotations that cancel, so that before quantisation the model is
-# the same. Before R1, apply_spinquant takes the mean off each row of the embedding, which a LayerNorm would not see; the RMSNorm of the
-# models it is for does, and they become other models. R2 turns the weights of the values and not their biases, which is another model
-# where there are any (as in Qwen2). R4 is right, and so are R1 with embeddings of mean zero and R2 without biases.
+# torchao 0.18.0, torch 2.13.0: SpinQuant turns the weights of a model by rotations that cancel, so that before quantisation the
+# model is the same. Before R1, apply_spinquant takes the mean off each row of the embedding, which a LayerNorm would not see; the
+# RMSNorm of the models it is for does, and they become other models. R2 turns the weights of the values and not their biases,
+# which is another model where there are any (as in Qwen2). R4 is right, and so are R1 with embeddings of mean zero and R2 without
+# biases.
 #
 # Seen: R1                                moves logits by 0.36 of 1.7
 #       R1, embeddings of mean zero       moves logits by 0.00 of 1.7

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# torchao 0.18.0, torch 2.13.0: Wanda prunes by the product of the magnitude of a weight and the norm of its input; so say the paper and
-# WandaSparsifier. PerChannelNormObserver, "the L2 norm of each channel", holds the square of the norm, and nobody takes the root:
-# what is pruned is chosen by weight times squared norm, and loses more of the output than with the root.
+# torchao 0.18.0, torch 2.13.0: Wanda prunes by the product of the magnitude of a weight and the norm of its input; so say the
+# paper and WandaSparsifier. PerChannelNormObserver, "the L2 norm of each channel", holds the square of the norm, and nobody takes
+# the root: what is pruned is chosen by weight times squared norm, and loses more of the output than with the root.
 #
 # Seen: observer [400.0, 25.0] norms [20.0, 5.0]
 #       pruned weights of 2048: 2048 as by |w| * norm^2, 1915 as by |w| * norm
@@ -51,7 +51,9 @@ def error(mask):
 norms = x.norm(dim=0)
 by_square, by_norm = (int((pruned & smallest(n)).sum()) for n in (norms**2, norms))
 print(f"pruned weights of {int(pruned.sum())}: {by_square} as by |w| * norm^2, {by_norm} as by |w| * norm")
-print(f"mean squared error of outputs: pruned by torchao {error(pruned):.3g}, by |w| * norm {error(smallest(norms)):.3g}")
+print(
+    f"mean squared error of outputs: pruned by torchao {error(pruned):.3g}, by |w| * norm {error(smallest(norms)):.3g}"
+)
 as_stated = seen == [400.0, 25.0] and by_square == int(pruned.sum()) and by_norm < 0.97 * by_square
 sys.exit(0 if as_stated and error(pruned) > error(smallest(norms)) else 1)
 PYTHON
