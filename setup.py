@@ -47,7 +47,7 @@ setup(
             "pytest>=9.0",
             "pytest-benchmark>=5.0",
             "pytest-cov>=7.0",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "ruff>=0.14",
             "setuptools>=77",
             "torchdiffeq>=0.2.5",
