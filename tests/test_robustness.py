@@ -407,6 +407,44 @@ def test_a_model_that_is_converted_while_steered_is_edited_in_its_own_dtype(mode
             assert not torch.equal(expected, found)
 
 
+def parametrized(model):
+    """In bfloat16, its weights behind a parametrization, under other names and in another module."""
+    for block in model.model.layers:
+        weight = block.self_attn.q_proj
+        torch.nn.utils.parametrizations.weight_norm(weight)
+    model.bfloat16()
+
+
+def replaced(model):
+    model.load_state_dict({name: x.bfloat16() for name, x in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("convert", [replaced, parametrized])
+def test_weights_that_others_take_the_place_of_are_noticed(convert, model):
+    ids = token_ids(2, 6, 0)
+    plan = sf.Plan({0: sf.Ablate(v()), 1: [sf.Add(v(), 2.0), sf.Clamp(v(2), high=0.5)]})
+    with torch.no_grad():
+        with sf.steer(model, plan):
+            model(ids, use_cache=False)
+            convert(model)
+            found = model(ids, use_cache=False).logits
+        with sf.steer(model, plan):
+            assert torch.equal(model(ids, use_cache=False).logits, found)
+
+
+def test_weights_of_another_dtype_for_one_call_are_steered_in_it(model):
+    ids, plan = token_ids(2, 6, 0), sf.Plan({0: sf.Ablate(v()), 1: sf.Add(v(), 2.0)})
+    weights = {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        with sf.steer(model, plan):
+            before = model(ids, use_cache=False).logits
+            found = torch.func.functional_call(model, weights, (ids,), {"use_cache": False}).logits
+            assert torch.equal(model(ids, use_cache=False).logits, before)
+        replaced(model)  # unlike `bfloat16()`, leaves the frequencies of the positions as they are
+        with sf.steer(model, plan):
+            assert torch.equal(model(ids, use_cache=False).logits, found)
+
+
 def test_a_vector_that_overflows_where_a_model_is_converted_to_is_refused(model):
     with sf.steer(model, {1: sf.Add(v() * 1e5)}), torch.no_grad():
         model(token_ids(1, 4, 0))

@@ -18,7 +18,7 @@ from steerfast.bank import Bank, Runs
 from steerfast.edits.base import Intervention
 from steerfast.edits.columns import numbered
 from steerfast.edits.conditions import When
-from steerfast.models.layers import Layers, find_layers, refuse_flat, stream_storage, telling_weight
+from steerfast.models.layers import Layers, find_layers, refuse_flat, stream_storage
 from steerfast.models.proof import Proof, prove, refuse_split
 from steerfast.ops.backends import STEP_SIZES
 from steerfast.place import Place
@@ -218,8 +218,7 @@ class Controller:
             point = self.layers.point(place[1], place[0], "steer")
             block = self.layers.blocks[place[1]]
             empty = Bank(point.width, 1, 0, *stream_storage(block, self.model))
-            weight = telling_weight(block, self.model)
-            self.dispatchers[place] = Dispatcher(self.passes, place, point, empty, weight, fixed=False)
+            self.dispatchers[place] = Dispatcher(self.passes, place, point, block, empty, fixed=False)
         return self.dispatchers[place]
 
     def prepare(self, points: list[Place], room: Room, probes: Mapping[str, Probe]) -> None:
@@ -243,8 +242,8 @@ class Controller:
             device = banks[place].vectors.device
             fixed.text.probes.append(FixedProbe(name, probes[name], place, number, room.batch, room.length, device))
         for place, point in found.items():
-            weight = telling_weight(self.layers.blocks[place[1]], self.model)
-            one = self.dispatchers[place] = Dispatcher(self.passes, place, point, banks[place], weight, fixed=True)
+            block = self.layers.blocks[place[1]]
+            one = self.dispatchers[place] = Dispatcher(self.passes, place, point, block, banks[place], fixed=True)
             one.probes = [probe for probe in fixed.text.probes if probe.place == place]
             one.edited = place in points
         self._runs = Runs(room.slots)

@@ -54,14 +54,12 @@ _NOTHING = _Found(None, [], None, {})
 class Dispatcher:
     """Applies the edits of one layer and site to the tokens that they own."""
 
-    def __init__(
-        self, passes: Passes, place: Place, point: Point, bank: Bank, weight: nn.Parameter, fixed: bool
-    ) -> None:
+    def __init__(self, passes: Passes, place: Place, point: Point, block: nn.Module, bank: Bank, fixed: bool) -> None:
         self.passes = passes
         self.place = place
         self.point = point
+        self.block = block
         self.bank = bank
-        self.weight = weight  # of its block, which shows the stream's dtype
         self.fixed = fixed
         self.edits: dict[int, Intervention] = {}
         self._found = _NOTHING

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from operator import attrgetter, is_
+from operator import attrgetter, getitem, is_
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from steerfast.models.layers import telling_weight
 from steerfast.models.points import Point
 
 Step = tuple[dict[str, nn.Module | None], str, nn.Module, str]
@@ -22,7 +23,7 @@ class Placed(Protocol):
     """A dispatcher, as it is watched."""
 
     point: Point
-    weight: nn.Parameter
+    block: nn.Module
 
     @property
     def storage(self) -> tuple[torch.dtype, torch.device]:
@@ -35,7 +36,7 @@ class Placed(Protocol):
 
 
 class Watched:
-    """The modules on the way to every place that has a dispatcher, and a weight behind each."""
+    """The modules on the way to every place that has a dispatcher, and where a weight of its block lies."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -44,7 +45,8 @@ class Watched:
         self._names: list[str] = []
         self._modules: list[nn.Module] = []
         self._placed: list[Placed] = []
-        self._weights: list[nn.Parameter] = []
+        self._parameters: list[dict[str, nn.Parameter]] = []
+        self._telling: list[str] = []
         self._stored: list[tuple[torch.dtype, torch.device]] = []
 
     def watch(self, placed: Iterable[Placed]) -> None:
@@ -52,24 +54,37 @@ class Watched:
         self._placed = list(placed)
         points = [one.point for one in self._placed]
         self._steps = {point: self._steps.get(point) or self._way(point) for point in points}
-        self._weights = [one.weight for one in self._placed]
-        self._stored = [_storage(one.weight) if one.weight.is_meta else one.storage for one in self._placed]
+        found = [telling_weight(one.block, self._model) for one in self._placed]
+        self._parameters, self._telling = [where for where, _ in found], [name for _, name in found]
+        self._stored = [
+            _storage(weight) if weight.is_meta else one.storage
+            for one, weight in zip(self._placed, self._weights(), strict=True)
+        ]
         self._list()
 
     def convert(self) -> bool:
-        """Whether weights have been converted or moved (`model.half()`, `model.to(...)`); then what edits beside them is, too.
+        """Whether weights have been converted, moved or replaced by others (`model.half()`, `load_state_dict(assign=True)`).
+
+        What edits beside them is converted, too.
 
         Raises:
             RuntimeError: a prepared model's have; its buffers stay as they are.
         """
-        if list(map(_storage, self._weights)) == self._stored:
-            return False
+        try:
+            if list(map(_storage, self._weights())) == self._stored:
+                return False
+        except (AttributeError, KeyError):  # it lies elsewhere now, as one that has got a parametrization does
+            pass
         for one in self._placed:
-            now = _storage(one.weight)
-            if not one.weight.is_meta and now != one.storage:
+            parameters, name = telling_weight(one.block, self._model)
+            if not parameters[name].is_meta and (now := _storage(parameters[name])) != one.storage:
                 one.convert(*now)
         self.watch(self._placed)
         return True
+
+    def _weights(self) -> Iterable[nn.Parameter]:
+        """Asked for by name each time: what a name stands for may have been replaced."""
+        return map(getitem, self._parameters, self._telling)
 
     def check(self) -> None:
         """Refuse a pass through another module than the one that was hooked; a few microseconds for all of them.

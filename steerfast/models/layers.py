@@ -23,6 +23,7 @@ from .points import Point, Unresolved, added_point, has_matrix, head_point
 
 IDS = ((5, 6, 7), (5, 6, 8))
 """What a short forward reads: two rows of three tokens, so that axes tell each other apart; the rows differ in the last."""
+_STREAMS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors of a model that is given token ids and wants something else."""
 _MACHINE = re.compile(
@@ -276,18 +277,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def stream_storage(block: nn.Module, model: nn.Module) -> tuple[torch.dtype, torch.device]:
     """dtype and device of the stream at a block."""
-    parameter = telling_weight(block, model)
+    parameters, name = telling_weight(block, model)
+    parameter = parameters[name]
     device = _brought_to(block) if parameter.is_meta else parameter.device
     if device is None:
         raise ValueError(f"steer: {type(model).__name__} has weights on the meta device; load them first")
     return parameter.dtype, device
 
 
-def telling_weight(block: nn.Module, model: nn.Module) -> nn.Parameter:
-    """The parameter of a block that shows the stream's dtype."""
-    for parameter in block.parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            return parameter
+def telling_weight(block: nn.Module, model: nn.Module) -> tuple[dict[str, nn.Parameter], str]:
+    """Where the parameter of a block lies that shows the stream's dtype: those of its module, and its name among them."""
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dtype in _STREAMS:
+                return module._parameters, name  # type: ignore[return-value]  # others may be None, this one is not
     raise ValueError(
         f"steer: {type(block).__name__} of {type(model).__name__} holds no floating parameter that shows the stream's dtype"
     )
