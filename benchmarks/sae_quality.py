@@ -22,7 +22,6 @@ import steerfast as sf
 from steerfast.models import demo as demo_model
 from steerfast.sae import explanation as explaining
 from steerfast.sae.evaluate import evaluate_sae
-from steerfast.sae.training.corpus import read_texts
 
 PLANTED = 1000
 
@@ -37,9 +36,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the rows")
     args = parser.parse_args()
     model, tokenizer = demo_model.load()
-    found = evaluate_sae(
-        sf.SAE.load(args.sae), model, tokenizer, read_texts(args.text), loss_tokens=args.loss_tokens, progress=print
-    )
+    texts = list(sf.sae.read_documents(args.text))
+    found = evaluate_sae(sf.SAE.load(args.sae), model, tokenizer, texts, loss_tokens=args.loss_tokens, progress=print)
     print(found)
     digest = hashlib.sha256(args.text.read_bytes()).hexdigest()
     about = {"sae": args.sae.name, "text": args.text.name, "text_sha256": digest}

@@ -254,7 +254,7 @@ def test_the_command_scores_both(tmp_path: Path, saved: Any, capsys: Any) -> Non
     assert "texts, steered: distinct-1" in shown
     found = json.loads((tmp_path / "out.json").read_text())["found"]
     assert found["texts"]["steered"]["texts"] != found["texts"]["unsteered"]["texts"]
-    assert found[str(tmp_path / "q.json")]["steered"]["count"] == 2
+    assert found["choices"][str(tmp_path / "q.json")]["steered"]["count"] == 2
     short = ["eval", saved("llama"), "--prompts", "i love", "--tokens", "1", "--out", str(tmp_path / "short.json")]
     assert cli.main(short) == 0  # one word has no pairs: null, for JSON has no NaN
     strict = json.loads((tmp_path / "short.json").read_text(), parse_constant=lambda name: pytest.fail(name))

@@ -55,7 +55,7 @@ PLACES: dict[str, tuple[str, ...] | None] = {
     "steerfast.models.demo": ("load", "path"),
     "steerfast.cli.main": ("main",),
     "steerfast.sae.cache": ("CacheInfo",),
-    "steerfast.sae.training.corpus": ("read_texts", "wikipedia"),
+    "steerfast.sae.training.corpus": ("wikipedia",),
     "steerfast.sae.evidence": ("Passage",),
     "steerfast.sae.explanation": ("RANKINGS", "vocabulary_of"),
     "steerfast.sae.words": ("KINDS",),

@@ -226,6 +226,21 @@ def test_explain_and_steer(smollm, trained: Path, tmp_path: Path, capsys: pytest
         assert cli.main([*steered, "--feature", "3", "7", "--mode", mode, "--value", "2"]) == 0
 
 
+def test_texts_are_read_from_json_lines_as_from_text(trained: Path, tmp_path: Path) -> None:
+    """Prose of a .jsonl is what its objects hold, not their brackets."""
+    rows = [json.dumps({"body": text}) for text in TEXT.split("\n\n")]
+    (tmp_path / "texts.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "blanks.txt").write_text(TEXT.replace("\n\n", "\n \n"), encoding="utf-8")
+    found = []
+    for more in ([trained / "text.txt"], [tmp_path / "texts.jsonl", "--key", "body"], [tmp_path / "blanks.txt"]):
+        out = tmp_path / f"{len(found)}.json"
+        place = ["sae", "eval", str(trained / "sae"), "demo", "--loss-tokens", "100", "--out", str(out)]
+        assert cli.main([*place, "--text", *map(str, more)]) == 0
+        found.append(json.loads(out.read_text()))
+        del found[-1]["text"]
+    assert found[0] == found[1] == found[2]
+
+
 def test_info(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sae", "info", str(trained / "sae")]) == 0
     shown = capsys.readouterr().out
@@ -243,7 +258,7 @@ def test_bad_input(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "k is 9; expected 1 to features = 4": [
             "sae", "train", "demo", "--layer", "1", "--text", str(trained / "text.txt"), "--features", "4", "--k", "9", *out,
         ],
-        "does not exist; give a UTF-8 text file": ["sae", "eval", place, "demo", "--text", "nowhere.txt"],
+        "nowhere.txt does not exist; give a file of text": ["sae", "eval", place, "demo", "--text", "nowhere.txt"],
         "holds no text": ["sae", "eval", place, "demo", "--text", str(tmp_path / "empty.txt")],
         "nowhere does not exist": ["sae", "info", "nowhere"],
         "need --corpus PATH": ["sae", "explain", place, "demo", "--form", "use"],

@@ -23,7 +23,6 @@ from steerfast.models.texts import TextReader
 from steerfast.sae.contexts import Contexts
 from steerfast.sae.documents import read_documents
 from steerfast.sae.explanation import _word_rows, vocabulary_of
-from steerfast.sae.training.corpus import read_texts
 from steerfast.tools.evaluate import Choice, _sequences, read_choices
 from steerfast.tools.refusal_scores import RefusalScorer
 from steerfast.tools.sweep_scores import Question, sequences_of
@@ -253,7 +252,7 @@ def test_text_files_are_read_by_one_rule(tmp_path: Path) -> None:
         assert shared.texts("--wanted", [f"@{file}"]) == lines
         assert next(iter(read_documents(file))).split("\n")[0] == lines[0].strip()
     file.write_bytes(BOM + b"one\r\nmore\r\n\r\ntwo\r\n")
-    assert list(read_documents(file)) == read_texts(file) == ["one\nmore", "two"]
+    assert list(read_documents(file)) == ["one\nmore", "two"]
     (tmp_path / "a.jsonl").write_bytes(BOM + '"a\u2028b"\r\n{"text": "c"}'.encode())
     assert list(read_documents(tmp_path / "a.jsonl")) == ["a\u2028b", "c"]
     pair = b'[{"question": "Q", "answer_matching_behavior": "A", "answer_not_matching_behavior": "B"}]'
@@ -277,7 +276,6 @@ def test_a_file_that_is_no_utf_8_is_named(tmp_path: Path, raw: bytes) -> None:
         "--wanted": lambda file: shared.texts("--wanted", [f"@{file}"]),
         "--xstest": _xstest,
         "read_choices": read_choices,
-        "texts": read_texts,
         "documents": lambda file: list(read_documents(file)),
     }.items():
         with pytest.raises(ValueError, match=rf"^{owner}: .*a\.csv is not UTF-8 \(.*; save it as UTF-8$"):

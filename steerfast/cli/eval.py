@@ -64,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
     for file in args.choices:  # what cannot be read is refused before the model is loaded
         read_choices(file, None, args.limit)
     model, tokenizer = shared.load(args)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"choices": {}}
     for file in args.choices:
-        found[str(file)] = _choices(model, tokenizer, read_choices(file, tokenizer, args.limit), plan, args, file)
+        choices = read_choices(file, tokenizer, args.limit)
+        found["choices"][str(file)] = _choices(model, tokenizer, choices, plan, args, file)
     if prompts:
         found["texts"] = _texts(model, tokenizer, prompts, plan, args)
     if args.out is not None:

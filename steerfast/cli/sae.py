@@ -26,7 +26,6 @@ from steerfast.sae.judge import Judge, judged_detection
 from steerfast.sae.model import SAE
 from steerfast.sae.page import write_page
 from steerfast.sae.relations import relate
-from steerfast.sae.training.corpus import read_texts
 from steerfast.sae.transcoder import Transcoder
 from steerfast.sae.use import explain_use
 
@@ -54,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         actions, "eval", "variance explained, dead features and cross-entropy recovered on held-out text"
     )
     _sae_and_model(evaluated)
-    evaluated.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, not trained on")
+    shared.corpus_arguments(evaluated, "--text", "what it was not trained on", required=True)
     evaluated.add_argument("--tokens", type=shared.positive, metavar="N", help="of the text, at most (default: all)")
     evaluated.add_argument(
         "--loss-tokens", type=shared.positive, default=20_000, metavar="N", help="default: %(default)s"
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    texts = read_texts(args.text)
+    texts = list(read_documents(args.text, key=args.key, title=args.title))
     sae = SAE.load(args.sae)
     model, tokenizer = shared.load(args)
     found = evaluate_sae(
@@ -97,7 +96,7 @@ def _eval(args: argparse.Namespace) -> int:
     )
     shared.say(str(found))
     if args.out is not None:
-        digest = hashlib.sha256(Path(args.text).expanduser().read_bytes()).hexdigest()
+        digest = hashlib.sha256("\n\n".join(texts).encode()).hexdigest()
         about = {"sae": repr(sae), "model": args.model, "text": Path(args.text).name, "text_sha256": digest}
         shared.say(f"\nNumbers     {found.save(args.out, about)}")
     return 0
@@ -306,15 +305,7 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     _sae_and_model(parser)
     form = "words by use on the corpus, or by the embedding (default: use, where there is a corpus)"
     parser.add_argument("--form", choices=("use", "embedding"), help=form)
-    parser.add_argument(
-        "--corpus", type=Path, metavar="PATH", help="text, .jsonl or .parquet, or a folder: what features are seen on"
-    )
-    parser.add_argument("--key", default="text", help="where .jsonl and .parquet keep the text (default: %(default)s)")
-    parser.add_argument(
-        "--title",
-        metavar="REGEX",
-        help="for text: the first line of a document (default: empty lines separate documents)",
-    )
+    shared.corpus_arguments(parser, "--corpus", "what features are seen on")
     parser.add_argument("--tokens", type=shared.positive, metavar="N", help="of the corpus, at most (default: all)")
     parser.add_argument(
         "--passage",

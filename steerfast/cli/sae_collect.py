@@ -7,7 +7,7 @@ from pathlib import Path
 
 from steerfast.place import SITES, Place
 from steerfast.sae.cache import CacheConfig, cache_places
-from steerfast.sae.training.corpus import read_texts
+from steerfast.sae.documents import read_documents
 
 from . import shared
 
@@ -17,7 +17,7 @@ TEXT = "collect activations of several places in one forward, whole or in parts;
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `steerfast sae collect` to a parser."""
     shared.model_arguments(parser)
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, paragraphs apart by empty lines")
+    shared.corpus_arguments(parser, "--text", "what the model reads", required=True)
     places = "SITE:LAYER or LAYER, such as resid_post:8 mlp_out:-1 12; all are read in one forward"
     parser.add_argument("--at", nargs="+", required=True, type=place, metavar="PLACE", help=places)
     parser.add_argument(
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.engine == "vllm":
         shared.refuse(args, "with --engine vllm, which chooses its own", "device")
     config = CacheConfig(args.context, getattr(torch, args.store), args.part)
-    texts = read_texts(args.text)
+    texts = list(read_documents(args.text, key=args.key, title=args.title))
     folders = [_by_vllm(args, texts, config)] if args.engine == "vllm" else _by_transformers(args, texts, config)
     for folder in folders:
         shared.say(f"Rows        {folder}")

@@ -16,10 +16,11 @@ import torch.distributed as dist
 
 from steerfast.place import SITES
 from steerfast.sae.cache import ActivationCache, cache_activations
+from steerfast.sae.documents import read_documents
 from steerfast.sae.model import SAE
 from steerfast.sae.opening import open_rows
 from steerfast.sae.training.config import TrainConfig
-from steerfast.sae.training.corpus import read_texts, wikipedia
+from steerfast.sae.training.corpus import wikipedia
 from steerfast.sae.training.distributed import Alone, mesh_of
 from steerfast.sae.training.objectives import OBJECTIVES, Transcode
 from steerfast.sae.training.sources import PlacesStream
@@ -30,7 +31,7 @@ from . import shared
 
 _CHOICES = ("features", "k", "tokens", "batch", "lr", "k_start", "seed")  # what can be set on the command line
 _KINDS = {objective.kind: objective for objective in OBJECTIVES}
-_OF_A_MODEL = ("MODEL", "preset", "text", "site", "reads", "cache", "context", "dtype")
+_OF_A_MODEL = ("MODEL", "preset", "text", "key", "title", "site", "reads", "cache", "context", "dtype")
 """What rows that were collected had."""
 _PATIENCE = timedelta(days=7)  # while one process collects activations, the others wait
 
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=shared.out_folder, required=True, metavar="DIR", help="of the SAE and its checkpoints"
     )
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text, paragraphs apart by empty lines")
+    shared.corpus_arguments(parser, "--text", "what the model reads")
     rows = "train on what was collected instead, by `collect`, an engine, or as Parquet or Arrow; of a transcoder two"
     parser.add_argument("--rows", nargs="+", metavar="PATH", help=rows)
     parser.add_argument("--column", metavar="NAME", help="of --rows in a table: which column")
@@ -124,7 +125,9 @@ def run(args: argparse.Namespace) -> int:
             f"sae train: a transcoder reads {args.reads} and writes {places[0][0]} of one layer; give one --layer, and two "
             "sites: --reads and --site"
         )
-    texts = wikipedia(shared.progress)[: preset.texts] if preset and args.text is None else read_texts(args.text)
+    if args.text is None:
+        shared.refuse(args, "without --text", "key", "title")
+    texts = _texts(args, preset)
     with _split(args) as split:
         said: Callable[[str], None] = shared.progress if split.rank == 0 else _silent
         saes = _trained(args, config, places, texts, split, said)
@@ -132,6 +135,13 @@ def run(args: argparse.Namespace) -> int:
             _save(args, saes)
         split.wait()  # torchrun ends all when one has ended
     return 0
+
+
+def _texts(args: argparse.Namespace, preset: Preset | None) -> list[str]:
+    """Those of the command line, or else of the preset."""
+    if args.text is None and preset is not None:
+        return wikipedia(shared.progress)[: preset.texts]
+    return list(read_documents(args.text, key=args.key, title=args.title))
 
 
 def _run_on_rows(args: argparse.Namespace) -> int:

@@ -178,6 +178,15 @@ def model_arguments(parser: Any) -> None:
     device_arguments(parser)
 
 
+def corpus_arguments(parser: Any, option: str, says: str, required: bool = False) -> None:
+    """Add the argument that names texts, and those that say how they are read."""
+    paths = f"text, .jsonl or .parquet, or a folder: {says}"
+    parser.add_argument(option, type=Path, required=required, metavar="PATH", help=paths)
+    parser.add_argument("--key", default="text", help="where .jsonl and .parquet keep the text (default: %(default)s)")
+    titles = "for text: the first line of a document (default: empty lines separate documents)"
+    parser.add_argument("--title", metavar="REGEX", help=titles)
+
+
 def device_arguments(parser: Any) -> None:
     """Add the arguments that say where a command's model is and in which dtype."""
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is one)")

