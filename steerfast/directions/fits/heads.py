@@ -125,7 +125,7 @@ def fit_heads(
 
 
 def logistic(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(w, b) of logistic regressions with penalty ‖w‖²/2, all at once, by Newton's method.
+    """(w, b) of logistic regressions with penalty ‖w‖²/2, all at once, by Newton's method; no step leads uphill.
 
     Args:
         x: float64 (h, n, d), a regression for each of the h.
@@ -139,12 +139,23 @@ def logistic(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     y, w = labels.to(x.dtype), x.new_zeros(h, d + 1)
     penalty = torch.ones(d + 1, dtype=x.dtype, device="cpu")
     penalty[-1] = 0
+    sign = 1 - 2 * y
+
+    def loss(w: Tensor) -> Tensor:
+        misses = torch.nn.functional.softplus(sign * (rows @ w[..., None])[..., 0]).sum(1)
+        return misses + (penalty * w * w).sum(1) / 2
+
+    now = loss(w)
     for _ in range(STEPS):
         p = torch.sigmoid((rows @ w[..., None])[..., 0])
         slope = ((p - y)[:, None] @ rows)[:, 0] + penalty * w
-        bend = (rows * (p * (1 - p))[..., None]).transpose(1, 2) @ rows + torch.diag(penalty)
+        weight = (p * (1 - p)).clamp(min=1e-12)
+        bend = (rows * weight[..., None]).transpose(1, 2) @ rows + torch.diag(penalty)
         step = torch.linalg.solve(bend, slope)
+        while bool((uphill := loss(w - step) > now * (1 + 1e-12)).any()):
+            step[uphill] /= 2
         w = w - step
+        now = loss(w)
         if float(step.abs().max()) < 1e-9 * (1 + float(w.abs().max())):
             break
     return w[:, :-1], w[:, -1]
