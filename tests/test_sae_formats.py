@@ -568,6 +568,22 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
         lambda p: settings(saelens(p), "cfg.json", architecture="other"), ValueError, "architecture 'other'",
     ),
     "tanh-relu": (lambda p: settings(saelens(p), "cfg.json", activation_fn="tanh-relu"), ValueError, "standard with tanh-relu"),
+    "tanh-relu behind a threshold": (
+        lambda p: settings(saelens(p, "jumprelu"), "cfg.json", activation_fn_str="tanh-relu"), ValueError,
+        "activation_fn is 'tanh-relu' and the architecture 'jumprelu', which is read with 'relu' alone",
+    ),
+    "top-k behind a gate": (
+        lambda p: settings(saelens(p, "gated"), "cfg.json", activation_fn_str="topk", activation_fn_kwargs={"k": 3}), ValueError,
+        "activation_fn is 'topk' and the architecture 'gated', which is read with 'relu' alone",
+    ),
+    "ReLU as top-k": (
+        lambda p: settings(saelens(p, "topk"), "cfg.json", activation_fn_str="relu"), ValueError,
+        "activation_fn is 'relu' and the architecture 'topk', which is read with 'topk' alone",
+    ),
+    "signed top-k": (
+        lambda p: settings(saelens(p, "topk"), "cfg.json", activation_fn_kwargs={"k": 3, "signed": True}), ValueError,
+        "signed is set",
+    ),
     "other width": (lambda p: settings(saelens(p), "cfg.json", d_in=99), ValueError, "d_in is 99 in cfg.json and 12"),
     "finetuned": (
         lambda p: settings(saelens(p), "cfg.json", finetuning_scaling_factor=True), ValueError, "finetuning_scaling_factor",

@@ -41,6 +41,8 @@ NOT_CENTRED = re.compile(r"llama|gemma|mistral|mixtral|qwen|smollm", re.IGNORECA
 
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 KINDS = ("relu", "topk", "abstopk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk")
+FUNCTIONS = {"topk": "topk", "jumprelu": "relu", "gated": "relu"}
+"""What versions 3 to 5 put behind h by name, `activation_fn`, in an architecture that has a name of its own."""
 REFUSED = {
     "matching_pursuit": "it finds its features one after another, each on what the ones before it left; no selection does that",
     "temporal": "it attends across the tokens before a row, so a row alone does not tell its features",
@@ -216,12 +218,18 @@ def _architecture(config: dict[str, Any], path: Path) -> str:
     function = config.get("activation_fn") or "relu"
     if kind == "standard":
         kind = {"relu": "relu", "topk": "topk"}.get(str(function), f"standard with {function}")
-        if setting(_within(config, "activation_fn_kwargs", path), "signed", path):
-            raise refuse(path, "signed is set, so its features may be negative; only positive ones are read")
         if kind == "relu" and config.get("k") is not None:
             raise refuse(
                 path, f"it says k = {config['k']}, and no architecture that has one; add the architecture to cfg.json"
             )
+    elif config.get("activation_fn") and function not in (FUNCTIONS.get(kind, function), kind):
+        raise refuse(
+            path,
+            f"activation_fn is {function!r} and the architecture {kind!r}, which is read with {FUNCTIONS[kind]!r} alone; mend "
+            "the setting if the weights were trained so",
+        )
+    if setting(_within(config, "activation_fn_kwargs", path), "signed", path):
+        raise refuse(path, "signed is set, so its features may be negative; only positive ones are read")
     if kind in REFUSED:
         raise refuse(path, f"architecture {kind!r}: {REFUSED[kind]}")
     if kind not in KINDS and kind not in TRANSCODERS:
