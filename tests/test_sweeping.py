@@ -22,7 +22,9 @@ from steerfast.directions import extract
 from steerfast.directions.fit import ESTIMATORS
 from steerfast.directions.fits import natural
 from steerfast.directions.trained import examples_of, train
+from steerfast.place import Place
 from steerfast.tools.sweep import Grid, Sweep, sweep
+from steerfast.tools.sweep_edits import Swept, Trial
 from steerfast.tools.sweep_scores import NEUTRAL, Question
 from steerfast.tools.sweep_store import Cell
 
@@ -271,14 +273,41 @@ def test_every_method_of_fit_is_swept(unit: str) -> None:
         given = {"sae": sae()} if cell.method == "amplify" else {}
         sides = [side if cell.method == "rotate" else side.only(1) for side in (pos, neg)]
         edit = sf.fit(cell.method, *sides, layer=1, draws=0, **given)
-        one = float((edit.apply(neg[1]) - neg[1]).norm(dim=1).quantile(0.5))
+        one = middle(edit.apply(neg[1]) - neg[1])
         factor = cell.strength * edit.origin.typical_norm / one if unit == "stream" and one else cell.strength
         assert cell.factor == pytest.approx(factor, rel=1e-4), cell.method
-        changed = (edit.apply(neg[1], factor) - neg[1]).norm(dim=1).quantile(0.5)
-        assert cell.norm == pytest.approx(float(changed), rel=1e-3, abs=1e-6)
+        assert cell.norm == pytest.approx(middle(edit.apply(neg[1], factor) - neg[1]), rel=1e-3, abs=1e-6)
         effect, perplexity = one_by_one({1: edit}, factor)
         assert cell.effect == pytest.approx(effect, abs=1e-3), cell.method
         assert cell.perplexity == pytest.approx(perplexity, rel=1e-3)
+
+
+def middle(change: torch.Tensor) -> float:
+    """Median length of the rows that change."""
+    lengths = change.norm(dim=1)
+    return float(lengths[lengths > 0].quantile(0.5)) if bool(lengths.any()) else 0.0
+
+
+def test_an_edit_of_few_rows_is_as_long_where_it_acts() -> None:
+    """A clamp that two of five rows are outside of: a strength of 0.5 moves those two by half of the stream's norm."""
+    rows = torch.zeros(5, 48)
+    rows[:, 0] = torch.tensor([9.0, 9.0, 9.0, 2.0, 4.0])
+    edit = sf.Clamp(torch.eye(48)[0], low=6.0)
+    one = Swept(edit, Place("resid_post", 1), 8.0, rows, "stream")
+    factor = one.factor(0.5)
+    assert factor == pytest.approx(4 / 3)  # rows that move go 4 and 2 far at a factor of 1, in the middle 3
+    assert one.length(factor) == pytest.approx(4.0)
+    assert (edit.apply(rows, factor) - rows).norm(dim=1).tolist() == pytest.approx([0, 0, 0, 16 / 3, 8 / 3])
+
+
+def test_no_random_direction_stands_beside_an_edit_that_moves_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "_edit", lambda *_: sf.Clamp(torch.eye(48)[0], low=-1e6))
+    grid = Grid((1,), (0.5,), ("clamp",), damage=99.0, draws=3)
+    found = swept(grid=grid, sides=MORE)
+    assert (found[0].norm, found[0].factor) == (0.0, 0.5)
+    assert found.null is not None
+    assert len(found.null[1].shuffled) == 3
+    assert found.null[1].random == ()
 
 
 def sae() -> sf.SAE:
@@ -410,6 +439,12 @@ def test_the_best_cell_is_the_strongest_that_is_bearable() -> None:
     assert (best.layer, best.strength) == (3, 1.0)
     assert found.best(5.0) == found[2]
     assert found.best(1.0) is None
+
+
+def test_the_table_keeps_its_columns_apart() -> None:
+    some = [Cell("pca", 12, s, 5.0, 12.44, 36400.0) for s in (-1.0, 1.0)]
+    shown = repr(Sweep(some, Cell("none", -1, 0, 0, 0.0, 20.0), "stream")).splitlines()
+    assert shown[4].split() == ["12", *["+12.44", "|", "3.64e+04"] * 2]
 
 
 def test_the_table_shows_every_cell() -> None:

@@ -31,10 +31,10 @@ from steerfast.models.collect import collect
 from steerfast.models.layers import evaluating, find_layers, home
 from steerfast.models.limits import Limits
 from steerfast.models.texts import TextReader, short_text
-from steerfast.place import Place, median_of
+from steerfast.place import Place
 from steerfast.plan import Plan, as_plan
 
-from .sweep_scores import Dose, Scored, log_likelihoods
+from .sweep_scores import Dose, Scored, log_likelihoods, typical_change
 
 GRAMS = (1, 2, 3)
 TRUTHFUL = "Q: {question}\nA:"
@@ -425,13 +425,7 @@ def _parts(chain: tuple[Intervention, ...], x: Tensor, strength: float) -> list[
             for one in several:
                 x = (one.then if isinstance(one, When) else one).apply(x, strength)
             ways = [x]
-        lengths = tuple(_length(before, way) for way in ways)
+        lengths = tuple(typical_change(before, way) for way in ways)
         if any(lengths):
             found.append(_Part(edit, before.shape[1], lengths))
     return found
-
-
-def _length(x: Tensor, moved: Tensor) -> float:
-    """Median change of the rows that are moved; 0 if none is."""
-    change = (moved - x).norm(dim=1)
-    return median_of(change[change > 0]) if bool((change > 0).any()) else 0.0

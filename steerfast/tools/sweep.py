@@ -65,7 +65,8 @@ class Grid:
             prompt.
         unit: "stream": the length of the change as a share of the stream's typical (median) norm at that layer, so that layers
             and methods compare; of a flow the angle. What is no addition is multiplied until it would be that long if it grew in
-            proportion. "vector": multiples of the edit as it was fitted; of a flow its length.
+            proportion, at the median of the negative rows that it moves; where it moves none, by the strength itself. "vector":
+            multiples of the edit as it was fitted; of a flow its length.
         site: Where activations are read and the edit stands.
         sae: The SAE of "edit_features", "amplify", "calibrate" and "deficit_push".
         damage: Perplexity in multiples of the unsteered one that the best cell, which is nulled, may have.
@@ -145,10 +146,10 @@ class Sweep(Sequence[Cell]):
         for method in dict.fromkeys(cell.method for cell in self._cells):
             layers, strengths, cells = self._axes(method)
             lines += ["", f"{method}: change of effect | perplexity; strength in units of the {self.unit}"]
-            lines.append(f"{'layer':>6}" + "".join(f"{s:>16g}" for s in strengths))
+            lines.append(f"{'layer':>6}" + "".join(f"{s:>19g}" for s in strengths))
             for layer in layers:
                 shown = [cells.get((layer, s)) for s in strengths]
-                lines.append(f"{layer:>6}" + "".join(f"{self._cell(c):>16}" for c in shown))
+                lines.append(f"{layer:>6}" + "".join(f"{self._cell(c):>19}" for c in shown))
         if self.null is not None:
             cell, null = self.null
             where = f"{cell.method}, layer {cell.layer}, strength {cell.strength:g}"
@@ -333,7 +334,7 @@ def _fill(store: Store, run: _Run, trial: Trial, missing: list[tuple[str, int, f
 def _nulled(store: Store, run: _Run, trial: Trial, best: Cell, grid: Grid) -> tuple[Cell, Null]:
     """The best cell beside the same method on shuffled labels and random directions of its length."""
     known = store.null
-    if known is not None and known[0] == best and len(known[1].random) == grid.draws:
+    if known is not None and known[0] == best and max(len(known[1].shuffled), len(known[1].random)) == grid.draws:
         return known
     baseline = store.baseline.effect if store.baseline is not None else 0.0
     generator = seeded(0)
@@ -344,7 +345,8 @@ def _nulled(store: Store, run: _Run, trial: Trial, best: Cell, grid: Grid) -> tu
             doses.append(trial.fit(best.method, best.layer, generator).dose(best.strength))
         except ValueError:  # shuffled sides that do not differ: nothing is found, nothing is done
             doses.append(Dose())
-    doses += [control(real, best.norm, generator) for _ in range(grid.draws)]
+    if best.norm:  # of an edit that moves no negative row no length is known
+        doses += [control(real, best.norm, generator) for _ in range(grid.draws)]
     effects = [effect - baseline for effect, _ in run(doses)]
     null = Null.of(best.effect - baseline, effects[: grid.draws], effects[grid.draws :])
     store.keep_null(best, null)

@@ -23,7 +23,7 @@ from steerfast.place import Place, typical_norm_of
 from steerfast.plan import Plan
 
 from .sweep_lessons import Teacher
-from .sweep_scores import Dose
+from .sweep_scores import Dose, typical_change
 
 METHODS = (*extract.METHODS, *ESTIMATORS, *TRAINED)
 """Methods of extraction, whose vector is added, those of `sf.fit`, and those that are trained on the model."""
@@ -50,19 +50,19 @@ class Swept:
     unit: str
 
     def factor(self, strength: float) -> float:
-        """What the edit is multiplied by; of a flow its angle, or its length."""
+        """What the edit is multiplied by, the strength itself if it moves no row; of a flow its angle, or its length."""
         if isinstance(self.edit, Barrier) or self.unit == "vector":
             return strength
         one = self.length(1.0)
         return strength * self.typical / one if one else strength
 
     def length(self, factor: float) -> float:
-        """Median ‖δ‖ at a factor; of an addition ‖c·v‖."""
+        """Median ‖δ‖ at a factor, of the rows that are moved; of an addition ‖c·v‖."""
         if isinstance(self.edit, Barrier):
             return abs(factor) * (self.typical if self.unit == "stream" else 1.0)
         if isinstance(self.edit, Add):
             return abs(factor * self.edit.strength) * float(self.edit.tensors()["vector"].norm())
-        return typical_norm_of(self.edit.apply(self.rows, factor) - self.rows)
+        return typical_change(self.rows, self.edit.apply(self.rows, factor))
 
     def dose(self, strength: float) -> Dose:
         """The plan of a cell; a flow down a barrier is one up its negative."""

@@ -17,6 +17,7 @@ from steerfast.hooks.steer import steer
 from steerfast.models.layers import home, refuse_rows
 from steerfast.models.limits import Limits
 from steerfast.models.texts import TextReader, short_text
+from steerfast.place import median_of
 from steerfast.plan import Plan
 
 NEUTRAL = (
@@ -161,6 +162,12 @@ def several(owner: str, name: str, values: Any) -> tuple[Any, ...]:
     if not found:
         raise ValueError(f"{owner}: {name} is empty; give at least one")
     return found
+
+
+def typical_change(x: Tensor, moved: Tensor) -> float:
+    """Median length of the change of the rows (n, d) that an edit moves; 0 if it moves none."""
+    change = (moved - x).norm(dim=1)
+    return median_of(change[change > 0]) if bool((change > 0).any()) else 0.0
 
 
 def texts_of(owner: str, name: str, values: Any) -> tuple[str, ...]:

@@ -25,7 +25,8 @@ class Cell:
 
     Attributes:
         method, layer, strength: Which cell; the strength in the grid's unit.
-        norm: ‖c·v‖, the length of what was added: the strength of a normalised vector.
+        norm: ‖c·v‖, the length of what was added: the strength of a normalised vector; of what is no addition the median change
+            of the negative rows that it moves, 0 if it moves none.
         effect: Mean log-odds of wanted against unwanted continuations, in nats.
         perplexity: Of the neutral texts.
         factor: What the edit as it was fitted is multiplied by, `steer`'s strength; of a flow its angle or length. NaN in
