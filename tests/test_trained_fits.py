@@ -60,7 +60,7 @@ def test_reft_r1_adds_the_mean_of_the_largest_activations_and_pays_for_the_other
     paid: list[float] = []
 
     def edit(x: Tensor) -> Tensor:
-        a = sorted((max(float(row @ w.double()), 0.0) for row in x[0]), reverse=True)
+        a = sorted((max(float(row @ w.double()), 0.0) for row in x[0, 1:]), reverse=True)
         paid.append(sum(a[2:]) / len(a))
         return x + sum(a[:2]) / 2 * w.double()
 
@@ -138,10 +138,51 @@ def test_reft_r1_keeps_length_one_and_steers_by_its_largest_activation() -> None
     made = sf.fit_vector(model, Letters(), LESSONS[:9], LAYER, sf.ReFTr1(top=2), steps=5)
     assert float(made.vector.norm()) == pytest.approx(1.0, abs=1e-5)
     texts = [a + b for a, b in LESSONS[:9]]
-    rows = sf.collect(model, Letters(), texts, LAYER, position="all", progress=False)[LAYER]
-    assert made.strength == pytest.approx(float(torch.relu(rows @ made.vector).max()), rel=1e-4)
+    read = [sf.collect(model, Letters(), [text], LAYER, position="all", progress=False)[LAYER] for text in texts]
+    largest = max(float(torch.relu(rows[1:] @ made.vector).max()) for rows in read)
+    assert made.strength == pytest.approx(largest, rel=1e-4)
     assert made.info.null is None  # nine examples: none is held out
     assert math.isnan(made.info.nats)
+
+
+def test_reft_r1_does_not_read_the_first_token_of_a_text() -> None:
+    """Its norm is a hundred times that of the others in many models: a vector that it alone activates is active nowhere."""
+    model, goal = build("llama"), sf.ReFTr1(top=2)
+    pupil = Pupil("t", model, LAYER)
+    rows = sf.collect(model, Letters(), ["a tells"], LAYER, position="all", progress=False)[LAYER]
+    ids = tuple(Letters()("a tells")["input_ids"])
+    lesson = Lesson(ids[:2], ids[2:])
+    away = torch.linalg.lstsq(rows, torch.tensor([1.0, *[-1.0] * (len(rows) - 1)])).solution
+    assert (torch.relu(rows @ away) > 0.5).tolist() == [True, *[False] * (len(rows) - 1)]
+    with pupil.taught():
+        assert goal.strength(pupil, rows[2] / rows[2].norm(), [lesson]) == pytest.approx(
+            float((rows[1:] @ rows[2]).max() / rows[2].norm()), rel=1e-4
+        )
+        assert goal.strength(pupil, away, [lesson]) == 0.0
+
+
+def test_reft_r1_that_comes_to_be_active_nowhere_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    strength, seen = sf.ReFTr1.strength, []
+
+    def dies(times: int) -> Callable[..., float]:
+        def once(self: Any, pupil: Any, w: Tensor, lessons: Any) -> float:
+            seen.append(w.clone())
+            return 0.0 if len(seen) <= times else strength(self, pupil, w, lessons)
+
+        return once
+
+    monkeypatch.setattr(sf.ReFTr1, "strength", dies(2))
+    made = sf.fit_vector(build("llama"), Letters(), LESSONS[:9], LAYER, sf.ReFTr1(top=2), steps=5)
+    assert len(seen) == 3
+    assert torch.equal(made.vector, seen[2])
+    assert not torch.allclose(seen[0], seen[1])
+    seen.clear()
+    monkeypatch.setattr(sf.ReFTr1, "strength", dies(99))
+    with pytest.raises(
+        ValueError, match="fit_vector: from 8 starts the vector came to be active on no token of the examples"
+    ):
+        sf.fit_vector(build("llama"), Letters(), LESSONS[:9], LAYER, sf.ReFTr1(top=2), steps=5)
+    assert len(seen) == 8
 
 
 @pytest.mark.parametrize("fit", [sf.fit_vector, sf.fit_loreft])

@@ -20,6 +20,9 @@ from steerfast.models.texts import TextReader
 
 from .lessons import Edit, Lesson, Pupil, descend, read_lessons, split, steps_and_rate, warn_of_no_gain
 
+STARTS = 8
+"""That are tried: a vector that comes to be active nowhere (ReFT-r1) has no gradient any more."""
+
 
 class Objective(Protocol):
     """What a vector is trained for."""
@@ -40,7 +43,7 @@ class Objective(Protocol):
         """The loss of one example; `progress`, from 0 to 1, is how far training is, `draw` in [0, 1) a number by chance."""
 
     def strength(self, pupil: Pupil, w: Tensor, lessons: list[Lesson]) -> float:
-        """The strength that the trained vector is given."""
+        """The strength that the trained vector is given; 0: it came to do nothing, and another start is to be tried."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,17 @@ class ReFTr1:
 
         loss = -mean log p(wanted) + λ·(share of training done)·mean of the other a
 
-    Steering afterwards adds m·w at every token, m the largest a on the examples.
+    a is read behind the first token of each text, whose norm is many times that of the others. Steering afterwards adds m·w at
+    every token, m the largest a on the examples. A start from which every a comes to be 0, so that nothing more is learned, is
+    drawn anew, seven times at most.
 
     Args:
         top: k.
         penalty: λ.
 
     Reference:
-        Wu et al. 2025, AxBench (arXiv:2501.17148), with the schedule of λ of its released code.
+        Wu et al. 2025, AxBench (arXiv:2501.17148), with the schedule of λ of its released code, which leaves out the first
+        token, too.
     """
 
     top: int = 8
@@ -95,7 +101,7 @@ class ReFTr1:
         rest: list[Tensor] = []
 
         def edit(x: Tensor) -> Tensor:
-            largest, others = self.read(x[0].float(), w)
+            largest, others = self.read(x[0], w)
             rest.append(others)
             return x + (largest * w).to(x.dtype)
 
@@ -103,23 +109,28 @@ class ReFTr1:
         return self.penalty * progress * rest[0].cpu() - likelihood
 
     def read(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean of the k largest relu(xᵀw), sum of the others over the number of tokens) of rows x (tokens, d)."""
-        active = torch.relu(x @ w)
+        """(mean of the k largest a, sum of the others over their number) of rows x (tokens, d) of a text."""
+        active = _active(x, w)
         largest = active.topk(min(self.top, len(active))).values
         return largest.mean(), (active.sum() - largest.sum()) / len(active)
 
     def strength(self, pupil: Pupil, w: Tensor, lessons: list[Lesson]) -> float:
-        """m, the largest activation on the examples; 1 if it is never active."""
+        """m, the largest a on the examples."""
         found: list[float] = []
 
         def keep(x: Tensor) -> Tensor:
-            found.append(float(torch.relu(x[0].float() @ w).max()))
+            found.append(float(_active(x[0], w).max()))
             return x
 
         with torch.no_grad():
             for lesson in lessons:
                 pupil.log_likelihoods(lesson.prompt, lesson.wanted, keep)
-        return max(found, default=0.0) or 1.0
+        return max(found)
+
+
+def _active(x: Tensor, w: Tensor) -> Tensor:
+    """a = relu(xᵀw) of rows x (tokens, d) of a text behind its first, float32 (tokens - 1,)."""
+    return torch.relu(x[1:].float() @ w)
 
 
 @dataclass(frozen=True)
@@ -236,8 +247,7 @@ def fit_vector(
     pupil = Pupil(owner, model, layer)
     taught, held = split(read_lessons(owner, model, TextReader.of(tokenizer, owner), examples, goal.contrast))
     generator = seeded(seed)
-    start = torch.randn(pupil.width, generator=generator, device="cpu", dtype=torch.float32)
-    w = (start / start.norm()).to(pupil.device).requires_grad_()
+    w = torch.empty(pupil.width, dtype=torch.float32, device=pupil.device).requires_grad_()
 
     def loss(step: int, part: list[int]) -> Tensor:
         draws = torch.rand(len(part), generator=generator, device="cpu", dtype=torch.float32).tolist()
@@ -245,9 +255,19 @@ def fit_vector(
         return torch.stack(found).mean()
 
     with pupil.taught():
-        descend(owner, [w], loss, len(taught), steps, lr, generator, (lambda: _unit(w)) if goal.unit else None)
-        vector = w.detach()
-        strength = goal.strength(pupil, vector, taught)
+        for _ in range(STARTS):
+            start = torch.randn(pupil.width, generator=generator, device="cpu", dtype=torch.float32)
+            with torch.no_grad():
+                w.copy_(start / start.norm())
+            descend(owner, [w], loss, len(taught), steps, lr, generator, (lambda: _unit(w)) if goal.unit else None)
+            vector = w.detach()
+            if strength := goal.strength(pupil, vector, taught):
+                break
+        else:
+            raise ValueError(
+                f"{owner}: from {STARTS} starts the vector came to be active on no token of the examples, so that nothing was "
+                "learned; give more examples, or a smaller lr"
+            )
         nats, null = _held_out(pupil, strength * vector, held, generator)
     warn_of_no_gain(owner, nats)
     info = FitInfo(goal.method, positives=len(taught), groups=len(taught), nats=nats, null=null)
