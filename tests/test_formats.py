@@ -97,6 +97,17 @@ def test_real_files_of_other_kinds() -> None:
         load_directions(DATA / "gguf_model.gguf")
 
 
+def test_a_control_vector_in_float64_is_rounded(tmp_path: Path) -> None:
+    """repeng writes one where a vector was multiplied by a NumPy number."""
+    values = 1.1 * np.arange(1, 5)
+    file = tmp_path / "double.gguf"
+    file.write_bytes(gguf_bytes([tensor("direction.1", kind=28)], data=values.astype("<f8").tobytes()))
+    assert torch.equal(load_directions(file)["resid_post.1"].vector, torch.from_numpy(values.astype(np.float32)))
+    file.write_bytes(gguf_bytes([tensor("direction.1", kind=28)], data=(1e300 * values).astype("<f8").tobytes()))
+    with pytest.raises(ValueError, match=r"layer 1: .*(NaN|Inf)"):
+        load_directions(file)
+
+
 def test_a_clamp_of_lm_eval_is_a_plan() -> None:
     path = DATA / "lm_eval_clamp.pt"
     with pytest.raises(ValueError, match=r"lm_eval\.read_plan"):

@@ -439,6 +439,8 @@ def test_the_best_cell_is_the_strongest_that_is_bearable() -> None:
     assert (best.layer, best.strength) == (3, 1.0)
     assert found.best(5.0) == found[2]
     assert found.best(1.0) is None
+    broken = Cell("pca", 5, 1.0, 5.0, math.nan, 20.0)  # logits beyond its dtype on the prompts alone
+    assert Sweep([broken, *found], found.baseline, "stream").best() == best
 
 
 def test_the_table_keeps_its_columns_apart() -> None:

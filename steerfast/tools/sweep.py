@@ -137,7 +137,8 @@ class Sweep(Sequence[Cell]):
 
     def best(self, damage: float = 1.1) -> Cell | None:
         """The cell of largest effect whose perplexity is at most `damage` times the unsteered one, if there is one."""
-        bearable = [c for c in self._cells if c.perplexity <= damage * self.baseline.perplexity]
+        limit = damage * self.baseline.perplexity
+        bearable = [c for c in self._cells if c.perplexity <= limit and not math.isnan(c.effect)]
         return max(bearable, key=lambda cell: cell.effect, default=None)
 
     def __repr__(self) -> str:
