@@ -14,7 +14,8 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
-"$folder/env/bin/python" -m pip install --quiet --no-compile diffrax==0.7.2 jax==0.10.2 jaxlib==0.10.2 equinox==0.13.8 numpy==2.4.6 2> /dev/null
+"$folder/env/bin/python" -m pip install --quiet --no-compile diffrax==0.7.2 jax==0.10.2 jaxlib==0.10.2 \
+    equinox==0.13.8 numpy==2.4.6 2> /dev/null
 JAX_PLATFORMS=cpu "$folder/env/bin/python" -W ignore - << 'PYTHON'
 import sys
 

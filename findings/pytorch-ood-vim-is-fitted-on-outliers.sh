@@ -2,8 +2,8 @@
 # pytorch-ood 0.4.0, torch 2.13.0: ViM.fit_features(features, labels) is to ignore rows that the labels mark as out of
 # distribution (a label below zero), as do GMM, KNN and the others. It never looks at the labels: outliers are part of the
 # principal subspace and of the scale of the virtual logit. With 20 labelled outliers among 400 rows, the subspace contains the
-# direction of the outliers, and many of their kind are no longer told from the rest. The package asks for torchvision when it is imported; its
-# parts are imported here one by one.
+# direction of the outliers, and many of their kind are no longer told from the rest. The package asks for torchvision when it is
+# imported; its parts are imported here one by one.
 #
 # Seen: ViM  area under the curve: fitted on rows of the distribution 1.000, with outliers labelled -1 beside them 0.839
 #            scores differ by 370.82, alpha 20.46 and 8.47
