@@ -413,6 +413,14 @@ def test_blocks_without_their_decoder_are_refused(llama: Any) -> None:
         hand(IDS)
 
 
+def test_a_decoder_whose_forward_is_called_past_its_hooks_is_refused(llama: Any) -> None:
+    with torch.no_grad(), sf.steer(llama, plan("last")) as handle:
+        with pytest.raises(RuntimeError, match=r"runs outside a pass of its decoder.* forward alone runs no hook"):
+            llama.model.forward(IDS)
+        assert torch.equal(llama.forward(IDS).logits, llama(IDS).logits)
+    assert handle.stats() == [4]
+
+
 @pytest.mark.parametrize("where", ["model.layers.2", "lm_head"])
 def test_an_interrupted_pass_leaves_no_mask_behind(llama: Any, where: str) -> None:
     def stop(*_: Any) -> None:

@@ -28,6 +28,11 @@ def run(model: Any, **kwargs: Any) -> Any:
         return model(token_ids(), use_cache=False, **kwargs)
 
 
+def run_once(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
 @contextmanager
 def attached(points_and_functions: Any) -> Any:
     handles = [point.attach(fn) for point, fn in points_and_functions]
@@ -296,14 +301,52 @@ def test_a_model_that_runs_on_no_ids_is_looked_at_once() -> None:
     assert len(passes) == 1
 
 
-def test_a_look_that_another_handle_refuses_says_so() -> None:
-    model = deepcopy(build("llama"))
-    sf.steer(model, sf.Plan({1: sf.Add(torch.ones(48))}, positions=[5]))
-    with pytest.raises(RuntimeError, match=r"^collect: the short forward .* position 5 is out of range.* remove"):
-        sf.collect(model.model, inputs=[{"input_ids": token_ids(1, 7)}], layers=0, progress=False)
-    with pytest.warns(RuntimeWarning, match="no token was edited"):
-        sf.reset(model)
+def test_a_look_that_is_refused_says_so() -> None:
+    model, runs = deepcopy(build("llama")), []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        runs.append(x)
+        if len(runs) == 2:  # again, in the backward pass
+            sf.collect(model.model, inputs=[{"input_ids": token_ids(1, 7)}], layers=0, progress=False)
+        return x * x
+
+    with sf.steer(model, {1: torch.ones(48)}):
+        model(token_ids(1, 7))
+        out = torch.utils.checkpoint.checkpoint(run, torch.ones(1, requires_grad=True), use_reentrant=False)
+        with pytest.raises(RuntimeError, match=r"^collect: the short forward .* was refused .*recomputed.* remove"):
+            out.backward()
     assert prove(model.model, find_layers(model.model), "check").refusal == ""
+
+
+@pytest.mark.parametrize("positions", ["all", [5]])
+def test_a_look_beside_the_handle_of_another_model_is_unsteered_and_not_counted(positions: Any) -> None:
+    model, ids = deepcopy(build("llama")), token_ids(1, 7)
+    with sf.steer(model, [sf.Plan({1: 3 * torch.randn(48)}, positions)]) as handle:
+        wanted, before = run_once(model, ids), handle.stats()
+        proof = prove(model.model, find_layers(model.model), "steer")
+        assert handle.stats() == before
+        assert torch.equal(run_once(model, ids), wanted)
+    assert not proof.split
+    with sf.steer(model.model, {("attn_out", 1): torch.ones(48)}) as handle:
+        model(ids)
+    assert handle.stats() == [7]
+
+
+def test_a_look_inside_a_pass_leaves_the_pass_as_it_was() -> None:
+    model, ids, looks = deepcopy(build("llama")), token_ids(2, 7), []
+
+    def look(*_: Any) -> None:
+        if armed and armed.pop():
+            looks.append(prove(model.model, find_layers(model.model), "steer"))
+
+    armed: list[bool] = []
+    with sf.steer(model, [None, sf.Plan({1: 3 * torch.randn(48), 2: torch.ones(48)}, "last")]) as handle:
+        wanted = run_once(model, ids)
+        armed.append(True)
+        with model.model.layers[0].register_forward_hook(look):
+            assert torch.equal(run_once(model, ids), wanted)
+    assert handle.stats() == [0, 2]
+    assert not looks[0].split
 
 
 class Carrier:

@@ -380,6 +380,17 @@ def test_a_module_that_is_replaced_while_it_is_steered_is_refused(llama: Any, si
     assert handle.stats() == [6]
 
 
+def test_a_decoder_that_is_replaced_while_it_is_steered_is_refused(llama: Any) -> None:
+    with torch.no_grad(), sf.steer(llama, plan()) as handle:
+        llama(IDS)
+        llama.model = copy.deepcopy(build("llama")).model
+        with pytest.raises(RuntimeError, match="model was a LlamaModel when the model was steered"):
+            llama(IDS)
+        with pytest.raises(RuntimeError, match="model was a LlamaModel when the model was steered"):
+            llama.generate(IDS, **GREEDY)
+    assert handle.stats() == [6]
+
+
 def test_an_adapter_that_is_taken_out_while_steered_is_refused(llama: Any) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False)).eval()

@@ -72,6 +72,10 @@ class Call:
             return mask
         return given  # handed on as a prepared mask, or not at all
 
+    def beside(self) -> Call:
+        """The call of a pass that is to be let alone, and after which this one goes on."""
+        return Call(Gates({}), self.thread, outer=self)
+
     def hold(self) -> None:
         """Another pass begins inside the running one."""
         state = self.now, self.shape, self.prompt, self.table, self.start, self.seen, self.log, {*self.ran}

@@ -26,7 +26,7 @@ from steerfast.place import Place
 from .bookkeeping import bookkeeping, is_mapped
 from .call import Call
 from .fixed import FixedProbe
-from .frames import is_inside
+from .frames import is_called
 from .passes import Passes
 from .positions import Pass
 from .recomputing import Act, backward_pass, plainly_recorded, runs_hooks_again
@@ -163,11 +163,11 @@ class Dispatcher:
         if doubtful and not self.passes.recomputing.runs_anew(self.point.path):
             return None
         if not call.running and self.passes.attachments:
-            if is_inside(self.passes.decoder):  # this pass began before the handle came
+            if is_called(self.passes.decoder):  # this pass began before the handle came
                 return None
             raise RuntimeError(
                 f"steer: {self.point.path} runs outside a pass of its decoder, so whose tokens these are cannot be said; call "
-                "the model, or its decoder as a whole"
+                "the model, or its decoder as a whole (the decoder itself: its forward alone runs no hook)"
             )
         found = self._found
         if (

@@ -9,12 +9,18 @@ from types import FrameType
 
 from torch import nn
 
+_CALL = nn.Module._call_impl.__code__
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "steerfast")
 
 
 def is_inside(module: nn.Module) -> bool:
     """Whether the forward of a module is running in this thread."""
     return any(_is_forward_of(frame, module) for frame in _frames())
+
+
+def is_called(module: nn.Module) -> bool:
+    """Whether a module is running in this thread and was called itself: its `forward` alone runs none of its hooks."""
+    return any(frame.f_code is _CALL and frame.f_locals.get("self") is module for frame in _frames())
 
 
 def is_in_its_generate(model: nn.Module) -> bool:

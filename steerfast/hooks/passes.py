@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steerfast.edits.base import Intervention
 from steerfast.models.caches import PAGED, cache_in, keeps_cache, past_length
-from steerfast.models.layers import Layers, stream_storage
+from steerfast.models.layers import Layers, is_looking, stream_storage
 from steerfast.models.proof import Proof
 from steerfast.plan import needs_prompt
 
@@ -257,8 +257,9 @@ class Passes:
 
     def _note_given(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the whole model runs: its decoder may see a prepared mask, and embeddings with tokens of another's."""
-        if torch.compiler.is_compiling() or not self.attachments:
+        if torch.compiler.is_compiling() or not self.attachments or is_looking():
             return
+        self.watched.check()  # no hook would run in another decoder
         inputs, call = by_name(names, args, kwargs), self.threads.call
         call.running = call.running and is_inside(self.decoder)
         call.given_mask = inputs.get("attention_mask")
@@ -267,7 +268,7 @@ class Passes:
 
     def _forget_given(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the whole model ran: its decoder may be called by itself."""
-        if not torch.compiler.is_compiling() and self.attachments:
+        if not torch.compiler.is_compiling() and self.attachments and not is_looking():
             self.threads.call.given_mask, self.threads.call.given_ids = UNSEEN, None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -284,6 +285,9 @@ class Passes:
             self._unattached(by_name(self._names, args, kwargs))
             return
         self.recomputing.begin(follow=self.fixed is None)
+        if is_looking():
+            self.threads.call, self.traced = call.beside(), IDLE
+            return
         refuse_tracing()
         self.watched.check()
         if self.watched.convert():
@@ -367,9 +371,7 @@ class Passes:
         if self.keeps_cache:
             return past_length(inputs)
         done = 0 if call.batch is None else call.batch.done
-        return (
-            0 if count > done else done
-        )  # a model that keeps no cache is given the whole text again, or its next token
+        return 0 if count > done else done  # without a cache the whole text comes again, or its next token
 
     def _aside(self, call: Call) -> Call:
         """The call of a pass inside generate that runs another text than the announced one."""
