@@ -434,6 +434,28 @@ def test_a_missing_mask_is_inferred_as_generate_does(llama):
     assert handle.stats() == [8]
 
 
+def test_a_strength_that_was_read_can_be_given_back(llama):
+    ids = token_ids(1, 5, 0)
+    with sf.steer(llama, {1: sf.Add(vector(48))}, strength=[2.0]) as handle, torch.no_grad():
+        wanted, before = llama(ids).logits, handle.strength
+        handle.strength = 0.0
+        assert not torch.equal(llama(ids).logits, wanted)
+        handle.strength = before
+        assert torch.equal(llama(ids).logits, wanted)
+        with pytest.raises(ValueError, match="2 strengths for 1 plan"):
+            handle.strength = [1.0, 2.0]
+
+
+@pytest.mark.parametrize("eos", [0, [0, 7], torch.tensor(0), torch.tensor([7, 0])])
+@pytest.mark.parametrize("pad", [0, torch.tensor(0)])
+def test_a_token_that_pads_and_ends_is_no_padding_however_it_is_given(llama, pad, eos):
+    ids = token_ids(2, 5, 6).clamp(min=3)
+    ids[0, :2] = 0
+    with sf.steer(llama, sf.Plan({1: sf.Add(vector(48))}, positions="prompt")) as handle:
+        llama.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=pad, eos_token_id=eos)
+    assert handle.stats() == [10]
+
+
 def test_gradients_flow_through_a_steered_model(llama):
     v, ids = vector(48), token_ids(1, 5, 6)
     embeds = llama.get_input_embeddings()(ids).detach().requires_grad_()

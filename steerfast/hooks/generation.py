@@ -213,6 +213,5 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 def _inferred_mask(model: nn.Module, ids: Tensor, call: dict[str, Any]) -> Tensor | None:
     """What generate itself assumes without a mask: the pad token is padding, unless it also ends a text."""
-    pad, eos = _setting(model, call, "pad_token_id"), _setting(model, call, "eos_token_id")
-    eos = set(eos) if isinstance(eos, (list, tuple)) else {eos}
-    return None if pad is None or pad in eos else ids != pad
+    pad, eos = (_token_ids(_setting(model, call, name)) for name in ("pad_token_id", "eos_token_id"))
+    return None if not pad or pad[0] in eos else ids != pad[0]

@@ -65,7 +65,7 @@ def steer(
             if one is not None:
                 controller.check(one)
         controller.check_positions([one for one in plans if one is not None], lengths)
-        return Steering(controller, Attachment(plans, many, _strengths(strength, len(plans), many), lengths))
+        return Steering(controller, Attachment(plans, many, _strengths(strength, len(plans)), lengths))
 
 
 def warmup(
@@ -219,7 +219,7 @@ class Steering:
     @strength.setter
     def strength(self, value: float | Sequence[float]) -> None:
         self._check_active()
-        self._attachment.strengths = _strengths(value, len(self.plans), self._attachment.per_row)
+        self._attachment.strengths = _strengths(value, len(self.plans))
         self._controller.passes.refresh()
 
     def stats(self) -> list[int]:
@@ -299,11 +299,11 @@ class Steering:
             raise RuntimeError("steer: this handle has been removed; call steer again")
 
 
-def _strengths(value: Any, count: int, per_row: bool) -> list[float]:
+def _strengths(value: Any, count: int) -> list[float]:
     """One multiplier per plan, of one number or a list, an array or a tensor of them."""
     value = listed(value)
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        if not per_row or len(value) != count:
+        if len(value) != count:
             raise ValueError(
                 f"steer: {len(value)} strengths for {count} plan(s); give one number, or a list of plans with one strength each"
             )
