@@ -134,6 +134,25 @@ def test_generate_inside_generate_announces_its_own_prompt(llama: Any, positions
     assert count == ones(found)
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("positions", SELECTORS)
+def test_a_loop_of_ones_own_that_lets_the_model_make_its_caches_runs_the_batch(
+    llama: Any, positions: str, goes_on: bool
+) -> None:
+    def loop(model: Any, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        given: dict[str, Any] = {}
+        for _ in range(4):
+            out = model(input_ids[:, -1:] if given else input_ids, **given)
+            given = dict([cache_in(out)]) if goes_on else {}  # type: ignore[list-item]
+            input_ids = torch.cat([input_ids, out.logits[:, -1:].argmax(-1)], 1)
+        return input_ids
+
+    found, count = run(llama, positions, lambda: llama.generate(IDS, custom_generate=loop, **GREEDY))
+    whole = expected(6, 3, positions)
+    assert found == (whole if goes_on else ["".join(whole[: step + 1]) for step in range(4)])
+    assert count == ones(whole)
+
+
 def test_a_condition_of_the_batch_is_not_that_of_a_second_text(llama: Any) -> None:
     with torch.no_grad():
         states = llama(IDS, output_hidden_states=True, use_cache=False).hidden_states[2]

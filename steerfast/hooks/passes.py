@@ -420,7 +420,7 @@ class Passes:
         if found is None:
             return
         if call.batch is not None:  # a cache that the decoder has made itself
-            call.batch.caches[id(found[1])] = found[1]
+            call.batch.made[id(found[1])] = found[1]
         else:
             self._texts.keep(call, call.prompt, found[1])
 

@@ -7,6 +7,7 @@ or if it runs the batch's own tokens; every other one is a text by itself, and i
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,13 +39,15 @@ class Batch:
 
     Attributes:
         told: What was announced.
-        caches: The caches that hold its text, by their id.
+        caches: The caches that hold its text and that a pass was given, by their id.
+        made: Those that the decoder has made itself, of which nobody has made use yet.
         done: Positions of it that have run.
     """
 
     def __init__(self, told: Announcement) -> None:
         self.told = told
         self.caches: dict[int, Any] = {} if told.cache is None else {id(told.cache): told.cache}
+        self.made: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.done = 0
         self._whole: Tensor | None = None  # its text, as a pass without a cache ran it last
 
@@ -63,6 +66,9 @@ class Batch:
         prompt = self.told.prompt
         if prompt is None:
             return False
+        self.caches |= {
+            id(value): value for value in inputs.values() if any(value is one for one in self.made.values())
+        }
         known = bool(self.caches) and not self.caches.keys().isdisjoint(map(id, inputs.values()))
         if known and (isinstance(start, Tensor) or start > 0):
             return True
