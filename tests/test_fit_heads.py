@@ -72,6 +72,21 @@ def test_newton_finds_what_scikit_learn_finds() -> None:
         assert float(b[i]) == pytest.approx(float(fit.intercept_[0]), rel=1e-3, abs=1e-5)
 
 
+def test_newton_takes_no_step_uphill() -> None:
+    """A few rows far out, as real heads have them: whole steps end where every probability is 0 or 1."""
+    rows = """
+        -3 -1 0 0 0 | -110 0 0 3 -2 | 5 0.8 0 0 0 | -8 -2 0 0 0 | -5 -1.2 0 0 0
+        | -121 36 0 -3 0 | 0 0 4 0 0 | -3 0 0 -0.4 0 | 5 1 0 0 0 | -8 -1 0 -0.221 0.3 | 5 1.3 -2.3 0 0
+    """
+    x = torch.tensor([[float(value) for value in row.split()] for row in rows.split("|")], dtype=torch.float64)
+    labels = torch.arange(11) < 5
+    w, b = logistic(torch.stack([x, x * 1e-2]), labels)
+    for scale, weights, intercept in zip((1, 1e-2), w, b, strict=True):
+        fit = LogisticRegression(C=1.0, tol=1e-12, max_iter=50_000).fit((x * scale).numpy(), labels.numpy())
+        torch.testing.assert_close(weights, torch.from_numpy(fit.coef_[0]), rtol=1e-4, atol=1e-6)
+        assert float(intercept) == pytest.approx(float(fit.intercept_[0]), rel=1e-4)
+
+
 def test_newton_settles_on_sides_that_are_far_apart() -> None:
     labels = torch.arange(20) < 10
     x = torch.where(labels, 50.0, -50.0).double()[None, :, None].repeat(1, 1, 2)
