@@ -18,9 +18,9 @@ PLACES = [("resid_post", 8), ("mlp_out", 8)]
 class Collector:
     def __init__(self, text: str, out: str, parts: int) -> None:
         from steerfast.models import demo
-        from steerfast.sae.training.corpus import read_texts
+        from steerfast.sae.documents import read_documents
 
-        self.given = (*demo.load(), read_texts(text), PLACES, out)
+        self.given = (*demo.load(), list(read_documents(text)), PLACES, out)
         self.parts = parts
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

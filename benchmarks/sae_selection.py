@@ -23,7 +23,6 @@ from torch import Tensor
 
 import steerfast as sf
 from steerfast.models import demo as demo_model
-from steerfast.sae.training.corpus import read_texts
 
 HERE = Path(__file__).parent
 Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8000, help="at most (default: %(default)s)")
     args = parser.parse_args()
     sae = sf.SAE.load(args.sae, dtype=torch.bfloat16)
-    x = rows(sae, own_sentences() if args.text is None else list(read_texts(args.text)), args.tokens)
+    x = rows(sae, own_sentences() if args.text is None else list(sf.sae.read_documents(args.text)), args.tokens)
     print(f"{len(x)} tokens, F = {sae.features}, k = {sae.k}, {sae.place}\n")
     print(
         "| encoder | tokens with another feature | tokens with a tie at the k-th place | largest error of a feature |"
