@@ -234,7 +234,18 @@ def test_texts_are_read_from_json_lines_as_from_text(trained: Path, tmp_path: Pa
     found = []
     for more in ([trained / "text.txt"], [tmp_path / "texts.jsonl", "--key", "body"], [tmp_path / "blanks.txt"]):
         out = tmp_path / f"{len(found)}.json"
-        place = ["sae", "eval", str(trained / "sae"), "demo", "--loss-tokens", "100", "--out", str(out)]
+        place = [
+            "sae",
+            "eval",
+            str(trained / "sae"),
+            "demo",
+            "--tokens",
+            "40",
+            "--loss-tokens",
+            "40",
+            "--out",
+            str(out),
+        ]
         assert cli.main([*place, "--text", *map(str, more)]) == 0
         found.append(json.loads(out.read_text()))
         del found[-1]["text"]
