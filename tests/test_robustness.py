@@ -419,7 +419,14 @@ def replaced(model):
     model.load_state_dict({name: x.bfloat16() for name, x in model.state_dict().items()}, assign=True)
 
 
-@pytest.mark.parametrize("convert", [replaced, parametrized])
+def exchanged(model):
+    """Projections give way to others, and then all are converted."""
+    for block in model.model.layers:
+        block.self_attn.q_proj = copy.deepcopy(block.self_attn.q_proj)
+    model.load_state_dict({name: x.bfloat16() for name, x in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("convert", [replaced, parametrized, exchanged])
 def test_weights_that_others_take_the_place_of_are_noticed(convert, model):
     ids = token_ids(2, 6, 0)
     plan = sf.Plan({0: sf.Ablate(v()), 1: [sf.Add(v(), 2.0), sf.Clamp(v(2), high=0.5)]})

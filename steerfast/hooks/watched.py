@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import attrgetter, getitem, is_
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -47,6 +47,11 @@ class Watched:
         self._placed: list[Placed] = []
         self._parameters: list[dict[str, nn.Parameter]] = []
         self._telling: list[str] = []
+        self._inside: tuple[list[Any], ...] = (
+            [],
+            [],
+            [],
+        )  # as `_children`, `_names`, `_modules`, from blocks to those weights
         self._stored: list[tuple[torch.dtype, torch.device]] = []
 
     def watch(self, placed: Iterable[Placed]) -> None:
@@ -55,7 +60,11 @@ class Watched:
         points = [one.point for one in self._placed]
         self._steps = {point: self._steps.get(point) or self._way(point) for point in points}
         found = [telling_weight(one.block, self._model) for one in self._placed]
-        self._parameters, self._telling = [where for where, _ in found], [name for _, name in found]
+        self._parameters, self._telling = [where for where, _, _ in found], [name for _, name, _ in found]
+        below = [
+            step for one, (_, _, path) in zip(self._placed, found, strict=True) for step in _below(one.block, path)
+        ]
+        self._inside = tuple(list(column) for column in zip(*below, strict=True)) or ([], [], [])
         self._stored = [
             _storage(weight) if weight.is_meta else one.storage
             for one, weight in zip(self._placed, self._weights(), strict=True)
@@ -71,16 +80,20 @@ class Watched:
             RuntimeError: a prepared model's have; its buffers stay as they are.
         """
         try:
-            if list(map(_storage, self._weights())) == self._stored:
+            children, names, modules = self._inside
+            there = all(map(is_, map(dict.get, children, names), modules))
+            if there and list(map(_storage, self._weights())) == self._stored:
                 return False
         except (AttributeError, KeyError):  # it lies elsewhere now, as one that has got a parametrization does
             pass
+        converted = False
         for one in self._placed:
-            parameters, name = telling_weight(one.block, self._model)
+            parameters, name, _ = telling_weight(one.block, self._model)
             if not parameters[name].is_meta and (now := _storage(parameters[name])) != one.storage:
                 one.convert(*now)
+                converted = True
         self.watch(self._placed)
-        return True
+        return converted
 
     def _weights(self) -> Iterable[nn.Parameter]:
         """Asked for by name each time: what a name stands for may have been replaced."""
@@ -127,3 +140,11 @@ class Watched:
             steps.append((parent._modules, name, module, ".".join(names[:depth])))
             parent = module
         return steps
+
+
+def _below(block: nn.Module, path: str) -> Iterator[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+    """The steps from a block to a module inside it."""
+    module = block
+    for name in path.split(".") if path else ():
+        children, module = module._modules, module.get_submodule(name)
+        yield children, name, module

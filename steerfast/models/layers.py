@@ -293,7 +293,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def stream_storage(block: nn.Module, model: nn.Module) -> tuple[torch.dtype, torch.device]:
     """dtype and device of the stream at a block."""
-    parameters, name = telling_weight(block, model)
+    parameters, name, _ = telling_weight(block, model)
     parameter = parameters[name]
     device = _brought_to(block) if parameter.is_meta else parameter.device
     if device is None:
@@ -301,12 +301,12 @@ def stream_storage(block: nn.Module, model: nn.Module) -> tuple[torch.dtype, tor
     return parameter.dtype, device
 
 
-def telling_weight(block: nn.Module, model: nn.Module) -> tuple[dict[str, nn.Parameter], str]:
-    """Where the parameter of a block lies that shows the stream's dtype: those of its module, and its name among them."""
-    for module in block.modules():
+def telling_weight(block: nn.Module, model: nn.Module) -> tuple[dict[str, nn.Parameter], str, str]:
+    """Where the parameter of a block lies that shows the stream's dtype: its module's parameters, its name, its module's path."""
+    for path, module in block.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.dtype in _STREAMS:
-                return module._parameters, name  # type: ignore[return-value]  # others may be None, this one is not
+                return module._parameters, name, path
     raise ValueError(
         f"steer: {type(block).__name__} of {type(model).__name__} holds no floating parameter that shows the stream's dtype"
     )
